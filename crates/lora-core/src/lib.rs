@@ -2,10 +2,15 @@
 #![forbid(unsafe_code)]
 
 pub mod adapter;
+pub mod backend;
 mod error;
+mod layer;
 pub mod random;
+pub mod target;
 mod tensor;
+pub mod variant;
 
 pub use adapter::{Adapter, AdapterModule, Component, ModulePath};
 pub use error::{Error, Result};
+pub use layer::LayerGeometry;
 pub use tensor::{DType, HostData, HostTensor};

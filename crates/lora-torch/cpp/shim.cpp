@@ -1,0 +1,95 @@
+// What lora-torch needs of libtorch that tch does not wrap: memory statistics of the accelerator, and the loss-scaling
+// kernel over a list of gradients. A C interface; no exception leaves it. Tensors cross as the `torch::Tensor*` that
+// torch-sys uses. Nothing of CUDA is linked: the accelerator interface dispatches once libtorch_cuda is loaded.
+
+#include <ATen/DeviceAccelerator.h>
+#include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
+#include <c10/util/Exception.h>
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local std::string last_error;
+
+// The order matters: out of memory is a c10::Error, which is a std::exception.
+template <typename F>
+int guarded(F &&body) noexcept {
+  try {
+    body();
+    return 0;
+  } catch (const c10::OutOfMemoryError &error) {
+    last_error = error.what_without_backtrace();
+    return 2;
+  } catch (const c10::Error &error) {
+    last_error = error.what_without_backtrace();
+    return 1;
+  } catch (const std::exception &error) {
+    last_error = error.what();
+    return 1;
+  } catch (...) {
+    last_error = "unknown C++ exception";
+    return 1;
+  }
+}
+
+} // namespace
+
+extern "C" {
+
+// Text of this thread's last failure; valid until its next call.
+const char *lora_shim_last_error() { return last_error.c_str(); }
+
+// out[0..4] = allocated now, allocated peak, reserved now, reserved peak, in bytes. 1 in *available if there is an accelerator.
+int lora_shim_memory_stats(int64_t device, int64_t *out, int *available) {
+  return guarded([&] {
+    *available = 0;
+    if (!at::accelerator::isAccelerator(c10::DeviceType::CUDA) || !at::hasCUDA()) return;
+    const auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    const auto aggregate = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    out[0] = stats.allocated_bytes[aggregate].current;
+    out[1] = stats.allocated_bytes[aggregate].peak;
+    out[2] = stats.reserved_bytes[aggregate].current;
+    out[3] = stats.reserved_bytes[aggregate].peak;
+    *available = 1;
+  });
+}
+
+// out[0..2] = free, total bytes of the device.
+int lora_shim_memory_info(int64_t device, int64_t *out, int *available) {
+  return guarded([&] {
+    *available = 0;
+    if (!at::hasCUDA()) return;
+    const auto info = at::accelerator::getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    out[0] = static_cast<int64_t>(info.first);
+    out[1] = static_cast<int64_t>(info.second);
+    *available = 1;
+  });
+}
+
+int lora_shim_empty_cache() {
+  return guarded([&] {
+    if (at::hasCUDA()) at::accelerator::emptyCache();
+  });
+}
+
+int lora_shim_reset_peak(int64_t device) {
+  return guarded([&] {
+    if (at::hasCUDA()) at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(device));
+  });
+}
+
+// Multiplies every gradient by *inverse_scale in place and sets *found_infinite to 1 if one element is not finite.
+int lora_shim_unscale(torch::Tensor **gradients, size_t count, torch::Tensor *found_infinite, torch::Tensor *inverse_scale) {
+  return guarded([&] {
+    std::vector<at::Tensor> list;
+    list.reserve(count);
+    for (size_t i = 0; i < count; ++i) list.push_back(*gradients[i]);
+    at::_amp_foreach_non_finite_check_and_unscale_(list, *found_infinite, *inverse_scale);
+  });
+}
+
+} // extern "C"
