@@ -1,1 +1,15 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+
+pub mod backend;
+pub mod device;
+mod error;
+pub mod memory;
+mod scaler;
+mod shim;
+pub mod tensor;
+
+pub use backend::TchBackend;
+pub use error::{Error, Result};
+pub use scaler::LossScaler;
+/// The version of tch that the workspace is built on; use this one, not your own.
+pub use tch;

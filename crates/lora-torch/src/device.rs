@@ -1,0 +1,141 @@
+//! Which devices there are, and loading libtorch's CUDA half at run time.
+//!
+//! The binary links only `libtorch_cpu` and `libc10`, so that one binary serves machines with and without a GPU. Where
+//! a driver is present, [`cuda`] opens `libtorch_cuda.so` beside the libtorch in use; its registrars then make the
+//! device appear.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use tch::Device;
+
+use crate::{Error, Result};
+
+/// What loading CUDA came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CudaStatus {
+    /// Usable, with this many devices.
+    Available(usize),
+    /// No NVIDIA driver on this machine.
+    NoDriver,
+    /// A driver, but libtorch's CUDA libraries do not load.
+    Unloadable {
+        /// What was opened.
+        library: PathBuf,
+        /// What the loader said; it names the missing library.
+        reason: String,
+    },
+    /// Everything loads, but no device answers.
+    NoDevice,
+}
+
+impl std::fmt::Display for CudaStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            CudaStatus::Available(count) => write!(f, "{count} device(s)"),
+            CudaStatus::NoDriver => f.write_str("no NVIDIA driver (libcuda.so.1) on this machine"),
+            CudaStatus::Unloadable { library, reason } => write!(
+                f,
+                "a driver is present, but {} does not load ({reason}); run `make setup` on this machine to fetch the CUDA libraries",
+                library.display()
+            ),
+            CudaStatus::NoDevice => {
+                f.write_str("CUDA loads, but reports no device (see nvidia-smi and CUDA_VISIBLE_DEVICES)")
+            }
+        }
+    }
+}
+
+/// Loads CUDA if this machine has it; the first call decides for the process.
+pub fn cuda() -> &'static CudaStatus {
+    static STATUS: OnceLock<CudaStatus> = OnceLock::new();
+    STATUS.get_or_init(load_cuda)
+}
+
+fn load_cuda() -> CudaStatus {
+    // SAFETY: loading the driver's library runs its initialisers only; it is the NVIDIA driver's documented entry.
+    if unsafe { Library::open(Some("libcuda.so.1"), RTLD_NOW) }.map(std::mem::forget).is_err() {
+        return CudaStatus::NoDriver;
+    }
+    let library = library_folder().join("libtorch_cuda.so");
+    // SAFETY: the library is part of the libtorch this process runs on; global visibility is what its registrars need.
+    match unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) } {
+        // Its registrars live as long as the process.
+        Ok(handle) => std::mem::forget(handle),
+        Err(error) => {
+            let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            return CudaStatus::Unloadable { library, reason };
+        }
+    }
+    match tch::Cuda::device_count() {
+        count if count > 0 && tch::Cuda::is_available() => CudaStatus::Available(count as usize),
+        _ => CudaStatus::NoDevice,
+    }
+}
+
+/// The folder of the libtorch that this process has loaded (falls back to the one it was built with).
+pub fn library_folder() -> PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let loaded = maps.lines().filter_map(|line| line.split_once('/')).map(|(_, path)| format!("/{path}"));
+    let folder = loaded
+        .filter(|path| path.contains("libtorch_cpu.so"))
+        .find_map(|path| Path::new(&path).parent().map(Path::to_path_buf));
+    folder.unwrap_or_else(|| PathBuf::from(option_env!("LORA_LIBTORCH_LIB").unwrap_or_default()))
+}
+
+/// The device of a configuration value: `auto`, `cpu`, `cuda` or `cuda:N`.
+pub fn resolve(requested: &str) -> Result<Device> {
+    let unusable = |reason: String| Error::Device { requested: requested.to_owned(), reason };
+    if requested == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    if requested == "auto" {
+        return Ok(match cuda() {
+            CudaStatus::Available(_) => Device::Cuda(0),
+            CudaStatus::NoDriver => Device::Cpu,
+            // A GPU that cannot be used must not be passed over in silence.
+            problem => {
+                tracing::warn!("training on the CPU: {problem}");
+                Device::Cpu
+            }
+        });
+    }
+    let index = match requested.strip_prefix("cuda") {
+        Some("") => 0,
+        Some(rest) => rest
+            .strip_prefix(':')
+            .and_then(|index| index.parse::<usize>().ok())
+            .ok_or_else(|| unusable("expected auto, cpu, cuda or cuda:N".into()))?,
+        None => return Err(unusable("expected auto, cpu, cuda or cuda:N".into())),
+    };
+    match cuda() {
+        CudaStatus::Available(count) if index < *count => Ok(Device::Cuda(index)),
+        CudaStatus::Available(count) => {
+            Err(unusable(format!("this machine has {count} CUDA device(s), counted from 0")))
+        }
+        problem => Err(unusable(problem.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_parse_and_absent_ones_are_explained() {
+        assert_eq!(resolve("cpu").unwrap(), Device::Cpu);
+        resolve("auto").unwrap();
+        for bad in ["gpu", "cuda:x", "cuda1", ""] {
+            assert!(resolve(bad).unwrap_err().to_string().contains("expected auto"), "{bad}");
+        }
+        assert!(resolve("cuda:99").is_err());
+    }
+
+    #[test]
+    fn the_loaded_libtorch_is_found() {
+        assert!(tch::Tensor::zeros([1], tch::kind::FLOAT_CPU).defined());
+        assert!(library_folder().join("libtorch_cpu.so").exists());
+    }
+}

@@ -1,0 +1,105 @@
+//! Loss scaling for fp16 (Micikevicius et al., "Mixed Precision Training", ICLR 2018), with the dynamics of PyTorch's
+//! GradScaler: halve after an overflow, double after 2000 steps without one. With a scale of 1 (fp32, bf16) it still
+//! tells whether the gradients are finite.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{Result, shim};
+
+/// The loss scale and its dynamics.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossScaler {
+    scale: f64,
+    /// `None`: the scale is fixed.
+    growth_interval: Option<u32>,
+    good_steps: u32,
+}
+
+impl LossScaler {
+    /// Dynamic scaling from 65536, for fp16.
+    pub fn dynamic() -> Self {
+        Self::dynamic_from(65536.0, 2000)
+    }
+
+    /// Dynamic scaling from `scale`, doubling after `growth_interval` steps without overflow.
+    pub fn dynamic_from(scale: f64, growth_interval: u32) -> Self {
+        Self { scale, growth_interval: Some(growth_interval), good_steps: 0 }
+    }
+
+    /// No scaling, for fp32 and bf16.
+    pub fn fixed() -> Self {
+        Self { scale: 1.0, growth_interval: None, good_steps: 0 }
+    }
+
+    /// The factor to multiply the loss by before its backward pass.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Divides gradients by the scale, in place, and adapts the scale. `false`: an element was not finite, and the step
+    /// must be skipped. One kernel over the whole list, one wait for the device.
+    pub fn unscale(&mut self, gradients: &mut [Tensor]) -> Result<bool> {
+        let Some(first) = gradients.first() else { return Ok(true) };
+        let options = (Kind::Float, first.device());
+        let mut found = Tensor::f_zeros([1], options)?;
+        let inverse = Tensor::f_full([1], 1.0 / self.scale, options)?;
+        shim::unscale(gradients, &mut found, &inverse)?;
+        let finite = found.f_to_device(Device::Cpu)?.f_double_value(&[0])? == 0.0;
+        self.update(finite);
+        Ok(finite)
+    }
+
+    fn update(&mut self, finite: bool) {
+        let Some(interval) = self.growth_interval else { return };
+        if !finite {
+            // Below 2^-14 the gradients are broken for another reason; the caller counts skipped steps and says so.
+            self.scale = (self.scale / 2.0).max(f64::powi(2.0, -14));
+            self.good_steps = 0;
+        } else {
+            self.good_steps += 1;
+            if self.good_steps == interval {
+                self.scale = (self.scale * 2.0).min(f64::powi(2.0, 24));
+                self.good_steps = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_are_divided_and_overflow_is_seen() {
+        let mut scaler = LossScaler::dynamic_from(4.0, 2);
+        let mut gradients = [Tensor::from_slice(&[4.0f32, 8.0]), Tensor::from_slice(&[-4.0f32])];
+        assert!(scaler.unscale(&mut gradients).unwrap());
+        assert_eq!(Vec::<f32>::try_from(&gradients[0]).unwrap(), [1.0, 2.0]);
+        assert_eq!(Vec::<f32>::try_from(&gradients[1]).unwrap(), [-1.0]);
+        for bad in [f32::INFINITY, f32::NAN] {
+            let before = scaler.scale();
+            assert!(!scaler.unscale(&mut [Tensor::from_slice(&[1.0f32]), Tensor::from_slice(&[bad])]).unwrap());
+            assert_eq!(scaler.scale(), before / 2.0);
+        }
+    }
+
+    #[test]
+    fn the_scale_recovers() {
+        let mut scaler = LossScaler::dynamic_from(1024.0, 3);
+        scaler.update(false);
+        (0..3).for_each(|_| scaler.update(true));
+        assert_eq!(scaler.scale(), 1024.0);
+        (0..100).for_each(|_| scaler.update(false));
+        assert!(scaler.scale() > 0.0);
+    }
+
+    #[test]
+    fn without_scaling_gradients_stay_but_are_checked() {
+        let mut scaler = LossScaler::fixed();
+        let mut gradients = [Tensor::from_slice(&[3.0f32])];
+        assert!(scaler.unscale(&mut gradients).unwrap());
+        assert_eq!(Vec::<f32>::try_from(&gradients[0]).unwrap(), [3.0]);
+        assert!(!scaler.unscale(&mut [Tensor::from_slice(&[f32::NAN])]).unwrap());
+        assert_eq!(scaler.scale(), 1.0);
+    }
+}
