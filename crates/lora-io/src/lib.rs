@@ -1,1 +1,13 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+
+pub mod adapter;
+pub mod atomic;
+pub mod checkpoint;
+mod error;
+pub mod hash;
+mod info;
+pub mod metadata;
+pub mod safetensors;
+
+pub use error::{Error, Result};
+pub use info::AdapterInfo;

@@ -33,7 +33,7 @@ impl Backend for TchBackend {
         tensor.shallow_clone()
     }
 
-    fn from_host(&self, host: &HostTensor, like: &Tensor) -> lora_core::Result<Tensor> {
+    fn upload(&self, host: &HostTensor, like: &Tensor) -> lora_core::Result<Tensor> {
         let here = from_host(host, Device::Cpu)?;
         Ok(here.f_to_device_(like.device(), like.kind(), false, false).map_err(Error::from)?)
     }

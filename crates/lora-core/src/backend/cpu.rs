@@ -22,7 +22,7 @@ impl Backend for CpuBackend {
         tensor.clone()
     }
 
-    fn from_host(&self, host: &HostTensor, like: &HostTensor) -> Result<HostTensor> {
+    fn upload(&self, host: &HostTensor, like: &HostTensor) -> Result<HostTensor> {
         Ok(host.to_dtype(like.dtype()))
     }
 

@@ -22,7 +22,7 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// Another handle on the same elements and the same place in the autograd graph.
     fn share(&self, tensor: &Self::Tensor) -> Self::Tensor;
     /// A copy of host elements with the dtype and device of `like`.
-    fn from_host(&self, host: &HostTensor, like: &Self::Tensor) -> Result<Self::Tensor>;
+    fn upload(&self, host: &HostTensor, like: &Self::Tensor) -> Result<Self::Tensor>;
     /// A copy in host memory.
     fn to_host(&self, tensor: &Self::Tensor) -> Result<HostTensor>;
     /// The same values in the dtype of `like`.

@@ -72,7 +72,7 @@ impl<B: Backend> Variant<B> for Lora {
         let (down, up) = (backend.cast_like(down, input)?, backend.cast_like(up, input)?);
         let mut hidden = backend.apply(&geometry.with_outputs(rank), input, &down, None)?;
         if let Some(dropout) = dropout {
-            let mask = backend.from_host(&dropout.mask(&backend.shape(&hidden))?, &hidden)?;
+            let mask = backend.upload(&dropout.mask(&backend.shape(&hidden))?, &hidden)?;
             hidden = backend.mul(&hidden, &mask)?;
         }
         if parameters.scale != 1.0 {

@@ -1,0 +1,212 @@
+//! What an adapter file says of its training, in the words that the field's tools read: sd-scripts' `ss_*` keys and the
+//! Stability `modelspec.*` keys (version 1.0.1). Every value is text; booleans are `True` and `False`, nothing is `None`.
+//!
+//! Times and session numbers are left out, so that the same run gives the same bytes.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+
+/// A run as its file describes it. `None` leaves a key out or writes `None`, as sd-scripts does for it.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct TrainingRecord {
+    /// File stem of the adapter; the WebUI offers it as an alias.
+    pub output_name: String,
+    /// Rank.
+    pub rank: usize,
+    /// Alpha.
+    pub alpha: f64,
+    /// Dropout inside the adapter.
+    pub dropout: Option<f64>,
+    /// Base learning rate, and those of the parts that were trained.
+    pub learning_rate: f64,
+    /// Learning rate of the U-Net's adapter.
+    pub unet_lr: Option<f64>,
+    /// Learning rate of the text encoder's adapter.
+    pub text_encoder_lr: Option<f64>,
+    /// Pictures, repeats included.
+    pub pictures: usize,
+    /// Batches of an epoch.
+    pub batches_per_epoch: usize,
+    /// Epochs planned, and the one this file was saved in.
+    pub epochs: usize,
+    /// Epoch at the time of saving, from 1.
+    pub epoch: usize,
+    /// Optimiser steps done.
+    pub steps: usize,
+    /// Optimiser steps planned.
+    pub max_train_steps: usize,
+    /// Pictures of a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of a step.
+    pub gradient_accumulation_steps: usize,
+    /// `no`, `fp16` or `bf16`.
+    pub mixed_precision: String,
+    /// Seed.
+    pub seed: u64,
+    /// Width and height in pixels.
+    pub resolution: (usize, usize),
+    /// Clip skip; `None` for 1.
+    pub clip_skip: Option<usize>,
+    /// Tokens of a caption; `None` for 75.
+    pub max_token_length: Option<usize>,
+    /// Schedule of the learning rate.
+    pub lr_scheduler: String,
+    /// Warm-up steps.
+    pub lr_warmup_steps: usize,
+    /// Optimiser and its arguments.
+    pub optimizer: String,
+    /// Limit of the gradient's norm.
+    pub max_grad_norm: f64,
+    /// Noise offset.
+    pub noise_offset: Option<f64>,
+    /// Min-SNR γ.
+    pub min_snr_gamma: Option<f64>,
+    /// Share of captions dropped.
+    pub caption_dropout_rate: f64,
+    /// Whether latents were cached.
+    pub cache_latents: bool,
+    /// File name of the base model, without its folder.
+    pub base_name: String,
+    /// AutoV1 of the base model's file.
+    pub base_legacy_hash: Option<String>,
+    /// SHA-256 of the base model's file.
+    pub base_sha256: Option<String>,
+    /// Whether the base predicts the velocity instead of the noise.
+    pub velocity: bool,
+    /// Per folder: repeats and pictures.
+    pub folders: BTreeMap<String, (usize, usize)>,
+    /// Per folder: how often each comma-separated tag, in lower case, occurs.
+    pub tag_frequency: BTreeMap<String, BTreeMap<String, usize>>,
+    /// How captions were cleaned before tokenising, `ftfy` or `none`.
+    pub text_cleaning: String,
+    /// Adapter that training went on from: its file name and `sshs_model_hash`.
+    pub init_from: Option<(String, String)>,
+    /// Name and version of this program.
+    pub program: String,
+}
+
+impl TrainingRecord {
+    /// The metadata of the file.
+    pub fn to_metadata(&self) -> BTreeMap<String, String> {
+        let mut map = BTreeMap::new();
+        let mut set = |key: &str, value: String| {
+            map.insert(key.to_owned(), value);
+        };
+        // The six that sd-scripts writes even when asked for no metadata (arguments only where there are any).
+        set("ss_v2", python_bool(false));
+        set("ss_base_model_version", if self.velocity { "sd_v1_v" } else { "sd_v1" }.into());
+        set("ss_network_module", "networks.lora".into());
+        set("ss_network_dim", self.rank.to_string());
+        set("ss_network_alpha", python_float(self.alpha));
+        set("ss_network_dropout", optional(self.dropout.map(python_float)));
+
+        set("ss_output_name", self.output_name.clone());
+        set("ss_learning_rate", python_float(self.learning_rate));
+        set("ss_unet_lr", optional(self.unet_lr.map(python_float)));
+        set("ss_text_encoder_lr", optional(self.text_encoder_lr.map(python_float)));
+        set("ss_num_train_images", self.pictures.to_string());
+        set("ss_num_reg_images", "0".into());
+        set("ss_num_batches_per_epoch", self.batches_per_epoch.to_string());
+        set("ss_num_epochs", self.epochs.to_string());
+        set("ss_epoch", self.epoch.to_string());
+        set("ss_steps", self.steps.to_string());
+        set("ss_max_train_steps", self.max_train_steps.to_string());
+        set("ss_batch_size_per_device", self.batch_size.to_string());
+        set("ss_total_batch_size", (self.batch_size * self.gradient_accumulation_steps).to_string());
+        set("ss_gradient_accumulation_steps", self.gradient_accumulation_steps.to_string());
+        set("ss_gradient_checkpointing", python_bool(false));
+        set("ss_mixed_precision", self.mixed_precision.clone());
+        set("ss_seed", self.seed.to_string());
+        set("ss_resolution", format!("({}, {})", self.resolution.0, self.resolution.1));
+        set("ss_enable_bucket", python_bool(false));
+        set("ss_clip_skip", optional(self.clip_skip));
+        set("ss_max_token_length", optional(self.max_token_length));
+        set("ss_lr_scheduler", self.lr_scheduler.clone());
+        set("ss_lr_warmup_steps", self.lr_warmup_steps.to_string());
+        set("ss_optimizer", self.optimizer.clone());
+        set("ss_max_grad_norm", python_float(self.max_grad_norm));
+        set("ss_noise_offset", optional(self.noise_offset.map(python_float)));
+        set("ss_min_snr_gamma", optional(self.min_snr_gamma.map(python_float)));
+        set("ss_caption_dropout_rate", python_float(self.caption_dropout_rate));
+        set("ss_cache_latents", python_bool(self.cache_latents));
+        set("ss_sd_model_name", self.base_name.clone());
+        if let Some(hash) = &self.base_legacy_hash {
+            set("ss_sd_model_hash", hash.clone());
+        }
+        if let Some(hash) = &self.base_sha256 {
+            set("ss_new_sd_model_hash", hash.clone());
+        }
+        let folders: BTreeMap<_, _> = self
+            .folders
+            .iter()
+            .map(|(folder, (repeats, pictures))| {
+                (folder, serde_json::json!({ "n_repeats": repeats, "img_count": pictures }))
+            })
+            .collect();
+        set("ss_dataset_dirs", json(&folders));
+        set("ss_tag_frequency", json(&self.tag_frequency));
+        set("lora_text_cleaning", self.text_cleaning.clone());
+        if let Some((name, hash)) = &self.init_from {
+            set("lora_init_from", name.clone());
+            set("lora_init_from_hash", hash.clone());
+        }
+
+        set("modelspec.sai_model_spec", "1.0.1".into());
+        set("modelspec.architecture", "stable-diffusion-v1/lora".into());
+        set("modelspec.implementation", "diffusers".into());
+        set("modelspec.implementation_version", self.program.clone());
+        set("modelspec.title", self.output_name.clone());
+        set("modelspec.resolution", format!("{}x{}", self.resolution.0, self.resolution.1));
+        set("modelspec.prediction_type", if self.velocity { "v" } else { "epsilon" }.into());
+        if let Some(clip_skip) = self.clip_skip {
+            set("modelspec.encoder_layer", clip_skip.to_string());
+        }
+        map
+    }
+}
+
+fn python_bool(value: bool) -> String {
+    if value { "True" } else { "False" }.into()
+}
+
+/// A float as Python prints it: whole numbers keep their `.0`, small and large ones have an exponent of two digits.
+fn python_float(value: f64) -> String {
+    if value == 0.0 || (1e-4..1e16).contains(&value.abs()) {
+        return format!("{value:?}");
+    }
+    let text = format!("{value:e}");
+    let Some((mantissa, exponent)) = text.split_once('e') else { return text };
+    match exponent.strip_prefix('-') {
+        Some(digits) => format!("{mantissa}e-{digits:0>2}"),
+        None => format!("{mantissa}e+{exponent:0>2}"),
+    }
+}
+
+fn optional(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "None".into(), |value| value.to_string())
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("maps of text and numbers always serialise")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_python_text() {
+        assert_eq!(python_float(1e-5), "1e-05");
+        assert_eq!(python_float(2.5e-6), "2.5e-06");
+        assert_eq!(python_float(0.0001), "0.0001");
+        assert_eq!(python_float(16.0), "16.0");
+        assert_eq!(python_float(1e20), "1e+20");
+        assert_eq!(python_float(0.0), "0.0");
+        let map = TrainingRecord { rank: 8, alpha: 4.0, ..TrainingRecord::default() }.to_metadata();
+        assert_eq!(map["ss_v2"], "False");
+        assert_eq!(map["ss_clip_skip"], "None");
+        assert_eq!(map["ss_network_alpha"], "4.0");
+        assert_eq!(map["modelspec.architecture"], "stable-diffusion-v1/lora");
+    }
+}

@@ -1,0 +1,70 @@
+//! The crate's error type.
+
+/// What can go wrong when a network is built from weights or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A weight that the architecture needs is not in the base model.
+    #[error("{source_name}: weight `{name}` is missing; is this a whole Stable Diffusion checkpoint?")]
+    MissingWeight {
+        /// The file or folder.
+        source_name: String,
+        /// The missing weight, in diffusers' naming.
+        name: String,
+    },
+    /// A weight has another shape than its place in the architecture needs.
+    #[error("{source_name}: weight `{name}` has shape {found:?}, expected {expected:?}")]
+    WeightShape {
+        /// The file or folder.
+        source_name: String,
+        /// The weight, in diffusers' naming.
+        name: String,
+        /// The shape needed.
+        expected: Vec<usize>,
+        /// The shape found.
+        found: Vec<usize>,
+    },
+    /// The tensors form an architecture that this crate does not build.
+    #[error("{source_name}: {reason}")]
+    Architecture {
+        /// The file or folder.
+        source_name: String,
+        /// What was expected and what found.
+        reason: String,
+    },
+    /// An input does not fit a network.
+    #[error("{what}: expected {expected}, found {found}")]
+    Input {
+        /// Which input.
+        what: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// libtorch or the adapter arithmetic failed.
+    #[error(transparent)]
+    Torch(#[from] lora_torch::Error),
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Whether memory ran out: the caller may free some and try again.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::Torch(error) if error.is_out_of_memory())
+    }
+}
+
+impl From<lora_torch::tch::TchError> for Error {
+    fn from(error: lora_torch::tch::TchError) -> Self {
+        Error::Torch(error.into())
+    }
+}
+
+impl From<lora_core::Error> for Error {
+    fn from(error: lora_core::Error) -> Self {
+        Error::Torch(error.into())
+    }
+}

@@ -1,0 +1,205 @@
+//! The layers that networks are made of: frozen linear layers and convolutions that can carry an adapter, norms, and
+//! attention. Adapter formulas live in lora-core.
+//!
+//! Precision: weights are held in the compute dtype (fp32, bf16 or fp16) and inputs come in it. Norms and the softmax of
+//! attention accumulate in fp32 inside libtorch's kernels, whatever the dtype of their input.
+
+use std::sync::Arc;
+
+use lora_core::random::Stream;
+use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
+use lora_core::{LayerGeometry, ModulePath};
+use lora_torch::TchBackend;
+use lora_torch::backend::apply_layer;
+use lora_torch::tch::{Device, Kind, Tensor};
+
+use crate::Result;
+use crate::weights::Weights;
+
+/// What one pass through a network carries besides its inputs.
+#[derive(Debug, Clone, Default)]
+pub struct Pass {
+    /// Dropout on adapters: its probability, and one stream per item of the batch for this step.
+    pub dropout: Option<(f64, Vec<Stream>)>,
+}
+
+/// A variant with its parameters, hung on a layer.
+#[derive(Debug)]
+pub struct AttachedAdapter {
+    /// The formula.
+    pub variant: Arc<dyn Variant<TchBackend>>,
+    /// Its tensors.
+    pub parameters: Parameters<TchBackend>,
+}
+
+/// A frozen linear layer or convolution that can carry an adapter.
+#[derive(Debug)]
+pub struct AdaptableLayer {
+    path: String,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    geometry: LayerGeometry,
+    adapter: Option<AttachedAdapter>,
+}
+
+impl AdaptableLayer {
+    /// `y = W x + b` with weight `[outputs, inputs]`.
+    pub fn linear(weights: &Weights<'_>, inputs: usize, outputs: usize, bias: bool) -> Result<Self> {
+        Self::new(weights, LayerGeometry::linear(inputs, outputs), bias)
+    }
+
+    /// A convolution with bias, padded so that a stride of 1 keeps the size.
+    pub fn conv2d(weights: &Weights<'_>, inputs: usize, outputs: usize, kernel: usize, stride: usize) -> Result<Self> {
+        Self::new(weights, LayerGeometry::conv2d(inputs, outputs, kernel, stride, kernel / 2), true)
+    }
+
+    /// A layer of any geometry.
+    pub fn new(weights: &Weights<'_>, geometry: LayerGeometry, bias: bool) -> Result<Self> {
+        Ok(Self {
+            path: weights.prefix().to_owned(),
+            weight: weights.tensor("weight", &geometry.weight_shape())?,
+            bias: bias.then(|| weights.tensor("bias", &[geometry.outputs()])).transpose()?,
+            geometry,
+            adapter: None,
+        })
+    }
+
+    /// Its dotted path inside its network.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Its shape.
+    pub fn geometry(&self) -> LayerGeometry {
+        self.geometry
+    }
+
+    /// The dtype it computes in.
+    pub fn kind(&self) -> Kind {
+        self.weight.kind()
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.weight.device()
+    }
+
+    /// Hangs an adapter on the layer, in place of any other.
+    pub fn attach(&mut self, adapter: AttachedAdapter) {
+        self.adapter = Some(adapter);
+    }
+
+    /// Takes the adapter off.
+    pub fn detach(&mut self) -> Option<AttachedAdapter> {
+        self.adapter.take()
+    }
+
+    /// The adapter it carries.
+    pub fn adapter(&self) -> Option<&AttachedAdapter> {
+        self.adapter.as_ref()
+    }
+
+    /// The layer's output, with its adapter's update where it carries one.
+    pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let Some(adapter) = &self.adapter else {
+            return Ok(apply_layer(&self.geometry, input, &self.weight, self.bias.as_ref())?);
+        };
+        let dropout = pass.dropout.as_ref().map(|(probability, items)| {
+            Dropout::new(*probability, items.iter().map(|item| item.at(&self.path)).collect())
+        });
+        let AttachedAdapter { variant, parameters } = adapter;
+        Ok(variant.forward(&TchBackend, self, parameters, input, dropout.as_ref())?)
+    }
+}
+
+impl BaseLayer<TchBackend> for AdaptableLayer {
+    fn geometry(&self) -> LayerGeometry {
+        self.geometry
+    }
+
+    fn forward(&self, input: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(apply_layer(&self.geometry, input, &self.weight, self.bias.as_ref())?)
+    }
+
+    fn weight(&self) -> lora_core::Result<Tensor> {
+        Ok(self.weight.shallow_clone())
+    }
+
+    fn bias(&self) -> Option<Tensor> {
+        self.bias.as_ref().map(Tensor::shallow_clone)
+    }
+}
+
+/// A network whose layers can carry adapters.
+pub trait Adaptable {
+    /// The part of the base model it is.
+    fn component(&self) -> lora_core::Component;
+
+    /// Calls `visit` on each layer that can carry an adapter, in a fixed order.
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer));
+
+    /// Paths and shapes of those layers.
+    fn adaptable_layers(&mut self) -> Vec<lora_core::target::TargetLayer> {
+        let component = self.component();
+        let mut layers = Vec::new();
+        self.visit_layers(&mut |layer| {
+            layers.push(lora_core::target::TargetLayer {
+                path: ModulePath::new(component, layer.path.clone()),
+                geometry: layer.geometry,
+            });
+        });
+        layers
+    }
+}
+
+/// Normalisation over groups of channels; `[batch, channels, height, width]`.
+#[derive(Debug)]
+pub(crate) struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: i64,
+    epsilon: f64,
+}
+
+impl GroupNorm {
+    pub(crate) fn new(weights: &Weights<'_>, channels: usize, groups: usize, epsilon: f64) -> Result<Self> {
+        let (weight, bias) = (weights.tensor("weight", &[channels])?, weights.tensor("bias", &[channels])?);
+        Ok(Self { weight, bias, groups: groups as i64, epsilon })
+    }
+
+    pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(input.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.epsilon, true)?)
+    }
+}
+
+/// Normalisation over the last axis.
+#[derive(Debug)]
+pub(crate) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    width: i64,
+}
+
+impl LayerNorm {
+    pub(crate) fn new(weights: &Weights<'_>, width: usize) -> Result<Self> {
+        let (weight, bias) = (weights.tensor("weight", &[width])?, weights.tensor("bias", &[width])?);
+        Ok(Self { weight, bias, width: width as i64 })
+    }
+
+    pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(input.f_layer_norm([self.width], Some(&self.weight), Some(&self.bias), 1e-5, true)?)
+    }
+}
+
+/// Scaled dot-product attention over `[batch, tokens, width]` with the width split into heads; libtorch picks its
+/// fastest kernel (flash, memory-efficient) for the device.
+pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    let split = |tensor: &Tensor| -> Result<Tensor> {
+        let (batch, tokens, width) = tensor.size3()?;
+        Ok(tensor.f_view([batch, tokens, heads as i64, width / heads as i64])?.f_transpose(1, 2)?)
+    };
+    let (batch, tokens, width) = query.size3()?;
+    let (query, key, value) = (split(query)?, split(key)?, split(value)?);
+    let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None, false)?;
+    Ok(mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, width])?)
+}

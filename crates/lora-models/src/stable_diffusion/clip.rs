@@ -1,0 +1,187 @@
+//! CLIP's text encoder (Radford et al., 2021), as transformers' `CLIPTextModel`. Tokens come from outside.
+
+use lora_core::Component;
+use lora_torch::tch::{Kind, Tensor};
+
+use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention};
+use crate::weights::{WeightSource, Weights};
+use crate::{Error, Result};
+
+/// Tokens of one row: begin, 75 of text, end.
+pub const ROW: i64 = 77;
+
+/// Sizes of a text encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClipConfig {
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+    /// Width of the hidden states.
+    pub width: usize,
+    /// Width inside the feed-forward layers.
+    pub intermediate: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// The exact GELU instead of CLIP's `x · sigmoid(1.702 x)`.
+    pub exact_gelu: bool,
+}
+
+impl ClipConfig {
+    /// Read off the tensors. `heads` and `hidden_act` come from a `config.json` where there is one; without it heads are
+    /// 64 wide and the activation is CLIP's own, as in SD 1.x.
+    pub fn detect(source: &dyn WeightSource, heads: Option<usize>, hidden_act: Option<&str>) -> Result<Self> {
+        let wrong = |reason: String| Error::Architecture { source_name: source.name(), reason };
+        let name = "text_model.embeddings.token_embedding.weight";
+        let Some(&[vocabulary, width]) = source.shape(name).as_deref() else {
+            return Err(Error::MissingWeight { source_name: source.name(), name: name.into() });
+        };
+        let layer = |index: usize| format!("text_model.encoder.layers.{index}.mlp.fc1.weight");
+        let layers = (0..).take_while(|&index| source.contains(&layer(index))).count();
+        let intermediate = source.shape(&layer(0)).and_then(|shape| shape.first().copied());
+        let intermediate =
+            intermediate.ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: layer(0) })?;
+        let heads = heads.unwrap_or(width / 64);
+        if heads == 0 || !width.is_multiple_of(heads) {
+            return Err(wrong(format!("a text encoder of width {width} does not divide into {heads} heads")));
+        }
+        let exact_gelu = match hidden_act.unwrap_or("quick_gelu") {
+            "quick_gelu" => false,
+            "gelu" => true,
+            other => return Err(wrong(format!("text encoder: activation `{other}`; expected quick_gelu or gelu"))),
+        };
+        Ok(Self { vocabulary, width, intermediate, layers, heads, exact_gelu })
+    }
+}
+
+/// The text encoder.
+#[derive(Debug)]
+pub struct ClipTextEncoder {
+    config: ClipConfig,
+    token_embedding: Tensor,
+    position_embedding: Tensor,
+    layers: Vec<Layer>,
+    final_layer_norm: LayerNorm,
+}
+
+#[derive(Debug)]
+struct Layer {
+    layer_norm1: LayerNorm,
+    q_proj: AdaptableLayer,
+    k_proj: AdaptableLayer,
+    v_proj: AdaptableLayer,
+    out_proj: AdaptableLayer,
+    layer_norm2: LayerNorm,
+    fc1: AdaptableLayer,
+    fc2: AdaptableLayer,
+}
+
+impl ClipTextEncoder {
+    /// Built from its weights.
+    pub fn new(weights: &Weights<'_>, config: ClipConfig) -> Result<Self> {
+        let weights = weights.at("text_model");
+        let embeddings = weights.at("embeddings");
+        let width = config.width;
+        let layers = (0..config.layers).map(|index| Layer::new(&weights.at("encoder.layers").at(index), &config));
+        Ok(Self {
+            config,
+            token_embedding: embeddings.at("token_embedding").tensor("weight", &[config.vocabulary, width])?,
+            position_embedding: embeddings.at("position_embedding").tensor("weight", &[ROW as usize, width])?,
+            layers: layers.collect::<Result<_>>()?,
+            final_layer_norm: LayerNorm::new(&weights.at("final_layer_norm"), width)?,
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &ClipConfig {
+        &self.config
+    }
+
+    /// Hidden states `[rows, 77, width]` of token rows `[rows, 77]` (int64), final norm applied. `clip_skip` 1 is the
+    /// last layer; 2 leaves it out, as for bases trained so; and so on.
+    pub fn forward(&self, tokens: &Tensor, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
+        let layers = (self.config.layers + 1)
+            .checked_sub(clip_skip)
+            .filter(|_| clip_skip >= 1 && tokens.size().last() == Some(&ROW));
+        let Some(layers) = layers else {
+            return Err(Error::Input {
+                what: "text encoder",
+                expected: format!("rows of {ROW} tokens and clip_skip from 1 to {}", self.config.layers),
+                found: format!("tokens {:?}, clip_skip {clip_skip}", tokens.size()),
+            });
+        };
+        let embedded = Tensor::f_embedding(&self.token_embedding, tokens, -1, false, false)?;
+        let mut hidden = embedded.f_add(&self.position_embedding)?;
+        for layer in &self.layers[..layers] {
+            hidden = layer.forward(&hidden, &self.config, pass)?;
+        }
+        self.final_layer_norm.forward(&hidden)
+    }
+
+    /// Hidden states of captions of `chunks` rows each, `[captions · chunks, 77]`, joined as sd-scripts does: the first
+    /// chunk's start, 75 states of every chunk, the last chunk's end. `[captions, chunks · 75 + 2, width]`.
+    pub fn encode(&self, tokens: &Tensor, chunks: usize, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
+        let states = self.forward(tokens, clip_skip, pass)?;
+        if chunks == 1 {
+            return Ok(states);
+        }
+        let states = states.f_view([-1, chunks as i64, ROW, self.config.width as i64])?;
+        let middle = states.f_narrow(2, 1, ROW - 2)?.f_flatten(1, 2)?;
+        let start = states.f_select(1, 0)?.f_narrow(1, 0, 1)?;
+        let end = states.f_select(1, -1)?.f_narrow(1, ROW - 1, 1)?;
+        Ok(Tensor::f_cat(&[start, middle, end], 1)?)
+    }
+
+    /// The dtype it computes in.
+    pub fn kind(&self) -> Kind {
+        self.token_embedding.kind()
+    }
+}
+
+impl Layer {
+    fn new(weights: &Weights<'_>, config: &ClipConfig) -> Result<Self> {
+        let attention = weights.at("self_attn");
+        let width = config.width;
+        let square = |name: &str| AdaptableLayer::linear(&attention.at(name), width, width, true);
+        Ok(Self {
+            layer_norm1: LayerNorm::new(&weights.at("layer_norm1"), width)?,
+            q_proj: square("q_proj")?,
+            k_proj: square("k_proj")?,
+            v_proj: square("v_proj")?,
+            out_proj: square("out_proj")?,
+            layer_norm2: LayerNorm::new(&weights.at("layer_norm2"), width)?,
+            fc1: AdaptableLayer::linear(&weights.at("mlp.fc1"), width, config.intermediate, true)?,
+            fc2: AdaptableLayer::linear(&weights.at("mlp.fc2"), config.intermediate, width, true)?,
+        })
+    }
+
+    fn forward(&self, hidden: &Tensor, config: &ClipConfig, pass: &Pass) -> Result<Tensor> {
+        let normed = self.layer_norm1.forward(hidden)?;
+        let query = self.q_proj.forward(&normed, pass)?;
+        let key = self.k_proj.forward(&normed, pass)?;
+        let value = self.v_proj.forward(&normed, pass)?;
+        let mixed = attention(&query, &key, &value, config.heads, true)?;
+        let hidden = hidden.f_add(&self.out_proj.forward(&mixed, pass)?)?;
+
+        let inner = self.fc1.forward(&self.layer_norm2.forward(&hidden)?, pass)?;
+        let inner = if config.exact_gelu {
+            inner.f_gelu("none")?
+        } else {
+            inner.f_mul(&inner.f_mul_scalar(1.702)?.f_sigmoid()?)?
+        };
+        Ok(hidden.f_add(&self.fc2.forward(&inner, pass)?)?)
+    }
+}
+
+impl Adaptable for ClipTextEncoder {
+    fn component(&self) -> Component {
+        Component::TextEncoder
+    }
+
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        for layer in &mut self.layers {
+            let Layer { q_proj, k_proj, v_proj, out_proj, fc1, fc2, .. } = layer;
+            [q_proj, k_proj, v_proj, out_proj, fc1, fc2].into_iter().for_each(&mut *visit);
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Stable Diffusion 1.x (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022): the
+//! text encoder, the autoencoder, the U-Net, the noise schedule and the samplers. Layers are named as in diffusers and
+//! transformers.
+
+mod blocks;
+mod clip;
+mod sampler;
+mod schedule;
+mod transformer;
+mod unet;
+mod vae;
+
+pub use clip::{ClipConfig, ClipTextEncoder};
+pub use sampler::{Sampler, SamplerKind};
+pub use schedule::{NoiseSchedule, Prediction};
+pub use unet::{Unet, UnetConfig};
+pub use vae::{LatentDistribution, Vae, VaeConfig};

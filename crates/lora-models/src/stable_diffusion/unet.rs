@@ -1,0 +1,321 @@
+//! The conditional U-Net of Stable Diffusion 1.x (diffusers' `UNet2DConditionModel`).
+
+use lora_core::Component;
+use lora_torch::tch::{Kind, Tensor};
+
+use super::blocks::{Norm, ResnetBlock, upsample};
+use super::transformer::{SpatialTransformer, TransformerSizes};
+use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass};
+use crate::weights::{WeightSource, Weights};
+use crate::{Error, Result};
+
+/// Sizes of a U-Net.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnetConfig {
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Channels of each level, from the finest.
+    pub channels: Vec<usize>,
+    /// Levels that have transformers, from the finest.
+    pub attention: Vec<bool>,
+    /// Attention heads of each level.
+    pub heads: Vec<usize>,
+    /// Residual blocks of a level on the way down; one more on the way up.
+    pub layers_per_block: usize,
+    /// Blocks of each transformer.
+    pub transformer_depth: usize,
+    /// Width of the text encoder's states.
+    pub context: usize,
+    /// Groups of the group norms.
+    pub norm_groups: usize,
+    /// Transformers project by linear layers (SD 2) instead of 1×1 convolutions (SD 1).
+    pub linear_projection: bool,
+}
+
+impl UnetConfig {
+    /// Read off the tensors. Attention heads (diffusers' `attention_head_dim`, which means the number of heads) come
+    /// from a `config.json` where there is one, one for all levels or one each; without it there are 8, as in SD 1.x.
+    pub fn detect(source: &dyn WeightSource, heads: Option<&[usize]>, norm_groups: Option<usize>) -> Result<Self> {
+        let wrong = |reason: String| Error::Architecture { source_name: source.name(), reason };
+        let shape = |name: &str| {
+            source.shape(name).ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: name.into() })
+        };
+        let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
+
+        let levels = count(&|level| format!("down_blocks.{level}.resnets.0.conv1.weight"));
+        if levels == 0 {
+            shape("down_blocks.0.resnets.0.conv1.weight")?;
+        }
+        let channels = (0..levels).map(|level| Ok(shape(&format!("down_blocks.{level}.resnets.0.conv1.weight"))?[0]));
+        let channels = channels.collect::<Result<Vec<_>>>()?;
+        let attention: Vec<bool> = (0..levels)
+            .map(|level| source.contains(&format!("down_blocks.{level}.attentions.0.proj_in.weight")))
+            .collect();
+        let first = attention
+            .iter()
+            .position(|&present| present)
+            .ok_or_else(|| wrong("U-Net without attention; expected Stable Diffusion 1.x".into()))?;
+        let transformer = format!("down_blocks.{first}.attentions.0");
+        let heads = match heads {
+            Some([one]) => vec![*one; levels],
+            Some(each) if each.len() == levels => each.to_vec(),
+            Some(other) => return Err(wrong(format!("attention_head_dim {other:?} for {levels} levels"))),
+            None => vec![8; levels],
+        };
+        if let Some(level) =
+            (0..levels).find(|&level| heads[level] == 0 || !channels[level].is_multiple_of(heads[level]))
+        {
+            return Err(wrong(format!(
+                "{} channels do not divide into {} attention heads",
+                channels[level], heads[level]
+            )));
+        }
+        let config = Self {
+            latent_channels: shape("conv_in.weight")?[1],
+            attention,
+            heads,
+            layers_per_block: count(&|layer| format!("down_blocks.0.resnets.{layer}.conv1.weight")),
+            transformer_depth: count(&|block| format!("{transformer}.transformer_blocks.{block}.norm1.weight")),
+            context: shape(&format!("{transformer}.transformer_blocks.0.attn2.to_k.weight"))?[1],
+            norm_groups: norm_groups.unwrap_or(32),
+            linear_projection: shape(&format!("{transformer}.proj_in.weight"))?.len() == 2,
+            channels,
+        };
+        if config.latent_channels != 4 {
+            return Err(wrong(format!(
+                "U-Net with {} input channels; expected 4 (9 is an inpainting model, 8 an instruction-editing one: neither can be trained here)",
+                config.latent_channels
+            )));
+        }
+        if let Some(bad) = config.channels.iter().find(|&&channels| !channels.is_multiple_of(config.norm_groups)) {
+            return Err(wrong(format!("{bad} channels do not divide into {} norm groups", config.norm_groups)));
+        }
+        Ok(config)
+    }
+
+    fn transformer(&self, level: usize) -> TransformerSizes {
+        TransformerSizes {
+            channels: self.channels[level],
+            context: self.context,
+            heads: self.heads[level],
+            depth: self.transformer_depth,
+            norm_groups: self.norm_groups,
+            linear_projection: self.linear_projection,
+        }
+    }
+}
+
+/// The U-Net.
+#[derive(Debug)]
+pub struct Unet {
+    config: UnetConfig,
+    conv_in: AdaptableLayer,
+    time_linear_1: AdaptableLayer,
+    time_linear_2: AdaptableLayer,
+    down: Vec<Level>,
+    mid_first: ResnetBlock,
+    mid_attention: SpatialTransformer,
+    mid_second: ResnetBlock,
+    up: Vec<Level>,
+    conv_norm_out: GroupNorm,
+    conv_out: AdaptableLayer,
+}
+
+/// One level on the way down or up: residual blocks, each with its transformer where the level has them, and the layer
+/// that changes the resolution.
+#[derive(Debug)]
+struct Level {
+    resnets: Vec<ResnetBlock>,
+    attentions: Vec<SpatialTransformer>,
+    resample: Option<AdaptableLayer>,
+}
+
+impl Unet {
+    /// Built from its weights.
+    pub fn new(weights: &Weights<'_>, config: UnetConfig) -> Result<Self> {
+        let channels = &config.channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let time = 4 * first;
+        let norm = Norm { groups: config.norm_groups, epsilon: 1e-5 };
+        let resnet = |scope: Weights<'_>, inputs, outputs| ResnetBlock::new(&scope, inputs, outputs, Some(time), norm);
+        let levels = channels.len();
+
+        // The channels of every activation that the way up takes over from the way down, in order of creation.
+        let mut skips = vec![first];
+        let mut down = Vec::new();
+        for level in 0..levels {
+            let scope = weights.at("down_blocks").at(level);
+            let mut inputs = if level == 0 { first } else { channels[level - 1] };
+            let mut built = Level { resnets: Vec::new(), attentions: Vec::new(), resample: None };
+            for layer in 0..config.layers_per_block {
+                built.resnets.push(resnet(scope.at("resnets").at(layer), inputs, channels[level])?);
+                if config.attention[level] {
+                    built
+                        .attentions
+                        .push(SpatialTransformer::new(&scope.at("attentions").at(layer), config.transformer(level))?);
+                }
+                inputs = channels[level];
+                skips.push(inputs);
+            }
+            if level + 1 < levels {
+                built.resample = Some(AdaptableLayer::conv2d(&scope.at("downsamplers.0.conv"), inputs, inputs, 3, 2)?);
+                skips.push(inputs);
+            }
+            down.push(built);
+        }
+
+        let mid = weights.at("mid_block");
+        let mut up = Vec::new();
+        let mut inputs = last;
+        for (index, level) in (0..levels).rev().enumerate() {
+            let scope = weights.at("up_blocks").at(index);
+            let mut built = Level { resnets: Vec::new(), attentions: Vec::new(), resample: None };
+            for layer in 0..=config.layers_per_block {
+                let skip = skips.pop().expect("one skip for each block on the way up");
+                built.resnets.push(resnet(scope.at("resnets").at(layer), inputs + skip, channels[level])?);
+                if config.attention[level] {
+                    built
+                        .attentions
+                        .push(SpatialTransformer::new(&scope.at("attentions").at(layer), config.transformer(level))?);
+                }
+                inputs = channels[level];
+            }
+            if level > 0 {
+                built.resample = Some(AdaptableLayer::conv2d(&scope.at("upsamplers.0.conv"), inputs, inputs, 3, 1)?);
+            }
+            up.push(built);
+        }
+
+        Ok(Self {
+            conv_in: AdaptableLayer::conv2d(&weights.at("conv_in"), config.latent_channels, first, 3, 1)?,
+            time_linear_1: AdaptableLayer::linear(&weights.at("time_embedding.linear_1"), first, time, true)?,
+            time_linear_2: AdaptableLayer::linear(&weights.at("time_embedding.linear_2"), time, time, true)?,
+            down,
+            mid_first: resnet(mid.at("resnets.0"), last, last)?,
+            mid_attention: SpatialTransformer::new(&mid.at("attentions.0"), config.transformer(levels - 1))?,
+            mid_second: resnet(mid.at("resnets.1"), last, last)?,
+            up,
+            conv_norm_out: GroupNorm::new(&weights.at("conv_norm_out"), first, config.norm_groups, 1e-5)?,
+            conv_out: AdaptableLayer::conv2d(&weights.at("conv_out"), first, config.latent_channels, 3, 1)?,
+            config,
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    /// The prediction for noised latents `[batch, 4, height, width]`, one timestep per item, and text states
+    /// `[batch, states, context]`; f32, shaped as the latents. Inputs are cast to the compute dtype here.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let (batch, latent_channels, ..) = latents.size4()?;
+        let (context_batch, _, context_width) = context.size3()?;
+        let expected = (timesteps.len() as i64, self.config.latent_channels as i64, self.config.context as i64);
+        if (batch, latent_channels, context_width) != expected || context_batch != batch {
+            return Err(Error::Input {
+                what: "U-Net",
+                expected: format!(
+                    "latents [{batch}, 4, …], {batch} timesteps, text [{batch}, …, {}]",
+                    self.config.context
+                ),
+                found: format!(
+                    "latents {:?}, {} timesteps, text {:?}",
+                    latents.size(),
+                    timesteps.len(),
+                    context.size()
+                ),
+            });
+        }
+        let kind = self.kind();
+        let context = context.f_to_kind(kind)?;
+        let time = self.time_embedding(timesteps, latents)?.f_to_kind(kind)?;
+        let time = self.time_linear_2.forward(&self.time_linear_1.forward(&time, pass)?.f_silu()?, pass)?.f_silu()?;
+
+        let mut hidden = self.conv_in.forward(&latents.f_to_kind(kind)?, pass)?;
+        let mut skips = vec![hidden.shallow_clone()];
+        for level in &self.down {
+            for (index, resnet) in level.resnets.iter().enumerate() {
+                hidden = resnet.forward(&hidden, Some(&time), pass)?;
+                if let Some(attention) = level.attentions.get(index) {
+                    hidden = attention.forward(&hidden, &context, pass)?;
+                }
+                skips.push(hidden.shallow_clone());
+            }
+            if let Some(downsample) = &level.resample {
+                hidden = downsample.forward(&hidden, pass)?;
+                skips.push(hidden.shallow_clone());
+            }
+        }
+
+        hidden = self.mid_first.forward(&hidden, Some(&time), pass)?;
+        hidden = self.mid_attention.forward(&hidden, &context, pass)?;
+        hidden = self.mid_second.forward(&hidden, Some(&time), pass)?;
+
+        for level in &self.up {
+            for (index, resnet) in level.resnets.iter().enumerate() {
+                let skip = skips.pop().expect("the constructor counted them");
+                hidden = resnet.forward(&Tensor::f_cat(&[hidden, skip], 1)?, Some(&time), pass)?;
+                if let Some(attention) = level.attentions.get(index) {
+                    hidden = attention.forward(&hidden, &context, pass)?;
+                }
+            }
+            if let Some(conv) = &level.resample {
+                // To the next skip's size: twice this one, unless an odd size was rounded on the way down.
+                let size =
+                    skips.last().map(|skip| skip.size4()).transpose()?.map(|(_, _, height, width)| [height, width]);
+                hidden = upsample(conv, &hidden, size, pass)?;
+            }
+        }
+        let output = self.conv_out.forward(&self.conv_norm_out.forward(&hidden)?.f_silu()?, pass)?;
+        Ok(output.f_to_kind(Kind::Float)?)
+    }
+
+    /// Sinusoids of the timesteps (Vaswani et al., 2017), cosines first, as diffusers with `flip_sin_to_cos`;
+    /// f32 `[batch, channels of the finest level]`.
+    fn time_embedding(&self, timesteps: &[f64], like: &Tensor) -> Result<Tensor> {
+        let half = self.config.channels[0] / 2;
+        let mut values = Vec::with_capacity(timesteps.len() * 2 * half);
+        for &timestep in timesteps {
+            let angle = |index: usize| timestep * (-(10_000f64.ln()) * index as f64 / half as f64).exp();
+            values.extend((0..half).map(|index| angle(index).cos() as f32));
+            values.extend((0..half).map(|index| angle(index).sin() as f32));
+        }
+        Ok(lora_torch::tensor::from_f32(&values, &[timesteps.len(), 2 * half], like.device())?)
+    }
+
+    /// The dtype it computes in.
+    pub fn kind(&self) -> Kind {
+        self.conv_in.kind()
+    }
+}
+
+impl Adaptable for Unet {
+    fn component(&self) -> Component {
+        Component::Unet
+    }
+
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        visit(&mut self.conv_in);
+        visit(&mut self.time_linear_1);
+        visit(&mut self.time_linear_2);
+        self.down.iter_mut().for_each(|level| level.visit(visit));
+        self.mid_first.visit(visit);
+        self.mid_attention.visit(visit);
+        self.mid_second.visit(visit);
+        self.up.iter_mut().for_each(|level| level.visit(visit));
+        visit(&mut self.conv_out);
+    }
+}
+
+impl Level {
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        for (index, resnet) in self.resnets.iter_mut().enumerate() {
+            resnet.visit(visit);
+            if let Some(attention) = self.attentions.get_mut(index) {
+                attention.visit(visit);
+            }
+        }
+        self.resample.iter_mut().for_each(visit);
+    }
+}

@@ -1,0 +1,253 @@
+//! The KL autoencoder between pictures and latents (diffusers' `AutoencoderKL`). Frozen; it carries no adapters.
+
+use lora_torch::tch::{Device, Kind, Tensor};
+
+use super::blocks::{Norm, ResnetBlock, upsample};
+use crate::layers::{AdaptableLayer, GroupNorm, Pass, attention};
+use crate::weights::{WeightSource, Weights};
+use crate::{Error, Result};
+use lora_core::LayerGeometry;
+
+/// Sizes of an autoencoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VaeConfig {
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Channels of each level, from the finest; a picture is `2^(levels - 1)` times larger than its latents.
+    pub channels: Vec<usize>,
+    /// Residual blocks of a level in the encoder; one more in the decoder.
+    pub layers_per_block: usize,
+    /// Groups of the group norms.
+    pub norm_groups: usize,
+    /// Factor that brings latents to unit variance.
+    pub scaling_factor: f64,
+}
+
+impl VaeConfig {
+    /// SD 1.x's factor between the autoencoder's latents and those that the U-Net sees.
+    pub const SCALING_FACTOR: f64 = 0.18215;
+
+    /// Read off the tensors; the last two come from a `config.json` where there is one.
+    pub fn detect(source: &dyn WeightSource, norm_groups: Option<usize>, scaling_factor: Option<f64>) -> Result<Self> {
+        let shape = |name: &str| {
+            source.shape(name).ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: name.into() })
+        };
+        let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
+        let levels = count(&|level| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight")).max(1);
+        let channels =
+            (0..levels).map(|level| Ok(shape(&format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"))?[0]));
+        Ok(Self {
+            latent_channels: shape("post_quant_conv.weight")?[0],
+            channels: channels.collect::<Result<_>>()?,
+            layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
+            norm_groups: norm_groups.unwrap_or(32),
+            scaling_factor: scaling_factor.unwrap_or(Self::SCALING_FACTOR),
+        })
+    }
+
+    /// Pixels per latent in each direction.
+    pub fn factor(&self) -> usize {
+        1 << (self.channels.len() - 1)
+    }
+}
+
+/// The autoencoder.
+#[derive(Debug)]
+pub struct Vae {
+    config: VaeConfig,
+    encoder: Coder,
+    quant_conv: AdaptableLayer,
+    post_quant_conv: AdaptableLayer,
+    decoder: Coder,
+}
+
+/// The encoder or the decoder: levels on the outside of it, the middle block inside.
+#[derive(Debug)]
+struct Coder {
+    conv_in: AdaptableLayer,
+    levels: Vec<(Vec<ResnetBlock>, Option<AdaptableLayer>)>,
+    mid_first: ResnetBlock,
+    mid_norm: GroupNorm,
+    to_q: AdaptableLayer,
+    to_k: AdaptableLayer,
+    to_v: AdaptableLayer,
+    to_out: AdaptableLayer,
+    mid_second: ResnetBlock,
+    conv_norm_out: GroupNorm,
+    conv_out: AdaptableLayer,
+}
+
+/// The Gaussian that the encoder gives for a picture: `[batch, 4, height / 8, width / 8]` each, f32, not yet scaled.
+#[derive(Debug)]
+pub struct LatentDistribution {
+    /// Mean.
+    pub mean: Tensor,
+    /// Natural logarithm of the variance, clamped to [-30, 20].
+    pub log_variance: Tensor,
+}
+
+impl LatentDistribution {
+    /// A sample with the given standard normal noise.
+    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
+        Ok(self.mean.f_add(&self.log_variance.f_mul_scalar(0.5)?.f_exp()?.f_mul(noise)?)?)
+    }
+}
+
+impl Vae {
+    /// Built from its weights.
+    pub fn new(weights: &Weights<'_>, config: VaeConfig) -> Result<Self> {
+        let (latent, moments) = (config.latent_channels, 2 * config.latent_channels);
+        let channels = &config.channels;
+        let down: Vec<_> =
+            (0..channels.len()).map(|level| (channels[level.saturating_sub(1)], channels[level])).collect();
+        let up: Vec<_> = (0..channels.len())
+            .rev()
+            .map(|level| (channels[(level + 1).min(channels.len() - 1)], channels[level]))
+            .collect();
+        let last = channels[channels.len() - 1];
+        Ok(Self {
+            encoder: Coder::new(&weights.at("encoder"), &config, &down, [3, channels[0], last, moments], true)?,
+            quant_conv: AdaptableLayer::conv2d(&weights.at("quant_conv"), moments, moments, 1, 1)?,
+            post_quant_conv: AdaptableLayer::conv2d(&weights.at("post_quant_conv"), latent, latent, 1, 1)?,
+            decoder: Coder::new(&weights.at("decoder"), &config, &up, [latent, last, channels[0], 3], false)?,
+            config,
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+
+    /// The latent distribution of pictures `[batch, 3, height, width]` in [-1, 1]; sides are multiples of
+    /// [`VaeConfig::factor`].
+    pub fn encode(&self, pictures: &Tensor) -> Result<LatentDistribution> {
+        let factor = self.config.factor() as i64;
+        let (_, channels, height, width) = pictures.size4()?;
+        if channels != 3 || height % factor != 0 || width % factor != 0 {
+            return Err(Error::Input {
+                what: "autoencoder",
+                expected: format!("[batch, 3, height, width] with sides in multiples of {factor}"),
+                found: format!("{:?}", pictures.size()),
+            });
+        }
+        let pass = Pass::default();
+        let moments =
+            self.quant_conv.forward(&self.encoder.encode(&pictures.f_to_kind(self.kind())?, &pass)?, &pass)?;
+        let moments = moments.f_to_kind(Kind::Float)?.f_chunk(2, 1)?;
+        Ok(LatentDistribution { mean: moments[0].shallow_clone(), log_variance: moments[1].f_clamp(-30.0, 20.0)? })
+    }
+
+    /// Pictures of latents `[batch, 4, height, width]` (already divided by the scaling factor); f32, about [-1, 1].
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let pass = Pass::default();
+        let hidden = self.post_quant_conv.forward(&latents.f_to_kind(self.kind())?, &pass)?;
+        Ok(self.decoder.decode(&hidden, &pass)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// The dtype it computes in.
+    pub fn kind(&self) -> Kind {
+        self.quant_conv.kind()
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.quant_conv.device()
+    }
+}
+
+impl Coder {
+    /// `levels` are inputs and outputs of each level in order; `ends` the channels into and out of `conv_in`, and into
+    /// and out of `conv_out`.
+    fn new(
+        weights: &Weights<'_>,
+        config: &VaeConfig,
+        levels: &[(usize, usize)],
+        [first, inside, outside, last]: [usize; 4],
+        encodes: bool,
+    ) -> Result<Self> {
+        let norm = Norm { groups: config.norm_groups, epsilon: 1e-6 };
+        let group_norm = |name: &str, channels| GroupNorm::new(&weights.at(name), channels, norm.groups, norm.epsilon);
+        let (blocks, resampler, layers) = match encodes {
+            true => ("down_blocks", "downsamplers.0.conv", config.layers_per_block),
+            false => ("up_blocks", "upsamplers.0.conv", config.layers_per_block + 1),
+        };
+        let mut built = Vec::new();
+        for (index, &(inputs, outputs)) in levels.iter().enumerate() {
+            let scope = weights.at(blocks).at(index);
+            let resnets = (0..layers).map(|layer| {
+                let inputs = if layer == 0 { inputs } else { outputs };
+                ResnetBlock::new(&scope.at("resnets").at(layer), inputs, outputs, None, norm)
+            });
+            let resnets = resnets.collect::<Result<_>>()?;
+            // The encoder pads only right and below before it halves, so its convolution has no padding of its own.
+            let geometry = match encodes {
+                true => LayerGeometry::conv2d(outputs, outputs, 3, 2, 0),
+                false => LayerGeometry::conv2d(outputs, outputs, 3, 1, 1),
+            };
+            let resample = (index + 1 < levels.len())
+                .then(|| AdaptableLayer::new(&scope.at(resampler), geometry, true))
+                .transpose()?;
+            built.push((resnets, resample));
+        }
+        let width = config.channels[config.channels.len() - 1];
+        let attention = weights.at("mid_block.attentions.0");
+        let square = |name: &str| AdaptableLayer::linear(&attention.at(name), width, width, true);
+        let mid = |index: usize| ResnetBlock::new(&weights.at("mid_block.resnets").at(index), width, width, None, norm);
+        Ok(Self {
+            conv_in: AdaptableLayer::conv2d(&weights.at("conv_in"), first, inside, 3, 1)?,
+            levels: built,
+            mid_first: mid(0)?,
+            mid_norm: group_norm("mid_block.attentions.0.group_norm", width)?,
+            to_q: square("to_q")?,
+            to_k: square("to_k")?,
+            to_v: square("to_v")?,
+            to_out: square("to_out.0")?,
+            mid_second: mid(1)?,
+            conv_norm_out: group_norm("conv_norm_out", outside)?,
+            conv_out: AdaptableLayer::conv2d(&weights.at("conv_out"), outside, last, 3, 1)?,
+        })
+    }
+
+    fn encode(&self, pictures: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let mut hidden = self.conv_in.forward(pictures, pass)?;
+        for (resnets, downsample) in &self.levels {
+            for resnet in resnets {
+                hidden = resnet.forward(&hidden, None, pass)?;
+            }
+            if let Some(downsample) = downsample {
+                hidden = downsample.forward(&hidden.f_constant_pad_nd([0, 1, 0, 1])?, pass)?;
+            }
+        }
+        self.finish(&self.middle(&hidden, pass)?, pass)
+    }
+
+    fn decode(&self, latents: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let mut hidden = self.middle(&self.conv_in.forward(latents, pass)?, pass)?;
+        for (resnets, conv) in &self.levels {
+            for resnet in resnets {
+                hidden = resnet.forward(&hidden, None, pass)?;
+            }
+            if let Some(conv) = conv {
+                hidden = upsample(conv, &hidden, None, pass)?;
+            }
+        }
+        self.finish(&hidden, pass)
+    }
+
+    fn middle(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let input = self.mid_first.forward(input, None, pass)?;
+        let (batch, channels, height, width) = input.size4()?;
+        let tokens = self.mid_norm.forward(&input)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
+        let query = self.to_q.forward(&tokens, pass)?;
+        let key = self.to_k.forward(&tokens, pass)?;
+        let value = self.to_v.forward(&tokens, pass)?;
+        let mixed = self.to_out.forward(&attention(&query, &key, &value, 1, false)?, pass)?;
+        let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, channels, height, width])?;
+        self.mid_second.forward(&mixed.f_add(&input)?, None, pass)
+    }
+
+    fn finish(&self, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.conv_out.forward(&self.conv_norm_out.forward(hidden)?.f_silu()?, pass)
+    }
+}

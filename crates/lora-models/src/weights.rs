@@ -1,0 +1,148 @@
+//! Where a network's weights come from, and the scoped path that lets constructors read like a checkpoint.
+//!
+//! Sources present weights under diffusers' and transformers' names. [`SyntheticWeights`] makes them from their names
+//! alone, the same in every run and in the Python scripts that make the golden files; nothing needs to be stored.
+
+use std::cell::RefCell;
+
+use lora_core::HostTensor;
+use lora_core::random::{fnv1a64, philox4x32};
+use lora_torch::tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// A named collection of weights.
+pub trait WeightSource {
+    /// What to call it in errors: a file or a folder.
+    fn name(&self) -> String;
+    /// Whether it has a weight.
+    fn contains(&self, name: &str) -> bool;
+    /// The shape of a weight that it has.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// A weight in its final dtype and place. `shape` is what the architecture needs; sources that have a shape of their
+    /// own may ignore it, the caller compares.
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
+}
+
+/// A source, a prefix, and where weights go.
+#[derive(Clone)]
+pub struct Weights<'s> {
+    source: &'s dyn WeightSource,
+    prefix: String,
+    kind: Kind,
+    device: Device,
+}
+
+impl std::fmt::Debug for Weights<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Weights({}, {}, {:?}, {:?})", self.source.name(), self.prefix, self.kind, self.device)
+    }
+}
+
+impl<'s> Weights<'s> {
+    /// The root of a source; tensors will be of `kind` on `device`.
+    pub fn new(source: &'s dyn WeightSource, kind: Kind, device: Device) -> Self {
+        Self { source, prefix: String::new(), kind, device }
+    }
+
+    /// The scope below this one.
+    #[must_use]
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: self.path(name), ..self.clone() }
+    }
+
+    /// The scope's own dotted path.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// A weight of this scope, with the shape that its place needs.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let path = self.path(name);
+        if !self.source.contains(&path) {
+            return Err(Error::MissingWeight { source_name: self.source.name(), name: path });
+        }
+        if let Some(found) = self.source.shape(&path)
+            && found != shape
+        {
+            return Err(Error::WeightShape {
+                source_name: self.source.name(),
+                name: path,
+                expected: shape.to_vec(),
+                found,
+            });
+        }
+        self.source.load(&path, shape, self.kind, self.device)
+    }
+
+    fn path(&self, name: impl std::fmt::Display) -> String {
+        if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
+    }
+}
+
+/// Weights made from their names by Philox4x32-10: for tests, benches and demonstrations, where the architecture
+/// matters and the values do not. The key is the FNV-1a hash of `component.name`; values are uniform with the variance
+/// 1 / fan-in, norms' weights 1 ± 0.1, biases ± 0.05.
+#[derive(Debug)]
+pub struct SyntheticWeights {
+    component: &'static str,
+    made: RefCell<Vec<(String, Vec<usize>)>>,
+}
+
+impl SyntheticWeights {
+    /// Weights of a component, `unet`, `vae` or `text_encoder`.
+    pub fn new(component: &'static str) -> Self {
+        Self { component, made: RefCell::default() }
+    }
+
+    /// Names and shapes of all weights asked for so far: the architecture's complete list once a network is built.
+    pub fn made(&self) -> Vec<(String, Vec<usize>)> {
+        self.made.borrow().clone()
+    }
+
+    /// The values of one weight.
+    pub fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
+        let full = format!("{}.{name}", self.component);
+        let uniform = synthetic_uniform(&full, shape.iter().product());
+        let values: Vec<f32> = if shape.len() == 1 && name.ends_with(".weight") {
+            uniform.map(|u| 1.0 + 0.1 * u).collect()
+        } else if name.ends_with(".bias") {
+            uniform.map(|u| 0.05 * u).collect()
+        } else {
+            let fan_in: usize = shape[1..].iter().product();
+            let bound = (3.0 / fan_in as f64).sqrt() as f32;
+            uniform.map(|u| bound * u).collect()
+        };
+        HostTensor::from_f32(shape, values).expect("as many values as the shape has")
+    }
+}
+
+/// `count` numbers in `[-1, 1)` that belong to a name.
+pub fn synthetic_uniform(name: &str, count: usize) -> impl Iterator<Item = f32> {
+    let hash = fnv1a64(name.as_bytes());
+    let key = [hash as u32, (hash >> 32) as u32];
+    (0..count.div_ceil(4) as u64)
+        .flat_map(move |block| philox4x32([block as u32, (block >> 32) as u32, 0, 0], key))
+        .map(|word| (word >> 8) as f32 * (1.0 / (1u32 << 23) as f32) - 1.0)
+        .take(count)
+}
+
+impl WeightSource for SyntheticWeights {
+    fn name(&self) -> String {
+        format!("synthetic {}", self.component)
+    }
+
+    fn contains(&self, _name: &str) -> bool {
+        true
+    }
+
+    fn shape(&self, _name: &str) -> Option<Vec<usize>> {
+        None
+    }
+
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
+        let host = self.values(name, shape);
+        Ok(lora_torch::tensor::from_host(&host, device)?.f_to_kind(kind)?)
+    }
+}
