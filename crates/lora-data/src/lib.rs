@@ -1,1 +1,13 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod crop;
+pub mod dataset;
+mod error;
+pub mod picture;
+pub mod processor;
+pub mod sampler;
+pub mod tokenizer;
+
+pub use error::{Error, Result};
+pub use picture::RgbPicture;

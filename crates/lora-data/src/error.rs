@@ -1,0 +1,75 @@
+//! The crate's error type: every variant names the file, and the line or key where there is one.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with a dataset.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A picture cannot be decoded.
+    #[error("{path}: not a readable picture: {reason}", path = path.display())]
+    Picture {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// A caption or metadata file is malformed.
+    #[error("{path}{place}: {reason}", path = path.display(), place = line.map_or_else(String::new, |line| format!(", line {line}")))]
+    Caption {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1, where there is one.
+        line: Option<usize>,
+        /// What was expected and what found.
+        reason: String,
+    },
+    /// A folder without pictures.
+    #[error("{path}: no pictures found (looked for {looked_for}); {found}", path = path.display())]
+    Empty {
+        /// The folder.
+        path: PathBuf,
+        /// The extensions that count.
+        looked_for: String,
+        /// What is there instead.
+        found: String,
+    },
+    /// An option that cannot work.
+    #[error("{key} = {value} is impossible: {reason}")]
+    Option {
+        /// The option.
+        key: &'static str,
+        /// The value given.
+        value: String,
+        /// Why, and what would work.
+        reason: String,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Error::Io { path, action, source }
+    }
+
+    pub(crate) fn picture(path: &Path, reason: impl Into<String>) -> Self {
+        Error::Picture { path: path.to_owned(), reason: reason.into() }
+    }
+
+    pub(crate) fn caption(path: &Path, line: Option<usize>, reason: impl Into<String>) -> Self {
+        Error::Caption { path: path.to_owned(), line, reason: reason.into() }
+    }
+}

@@ -1,0 +1,276 @@
+//! Decoding: any picture file to upright 8-bit sRGB. Cutting and scaling live in [`crate::crop`].
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+
+use crate::{Error, Result};
+
+/// The most pixels a side may have, and the most memory a decoder may take: beyond any camera, far below any bomb.
+const MAX_SIDE: u32 = 65_535;
+const MAX_DECODED_BYTES: u64 = 2 << 30;
+
+/// An upright sRGB picture with 8 bits a channel.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RgbPicture {
+    width: usize,
+    height: usize,
+    data: Vec<u8>,
+}
+
+impl std::fmt::Debug for RgbPicture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RgbPicture({}×{})", self.width, self.height)
+    }
+}
+
+impl RgbPicture {
+    /// From interleaved RGB bytes, row by row; `None` where their number does not fit the size.
+    pub fn new(width: usize, height: usize, data: Vec<u8>) -> Option<Self> {
+        (width > 0 && height > 0 && width.checked_mul(height)?.checked_mul(3)? == data.len()).then_some(Self {
+            width,
+            height,
+            data,
+        })
+    }
+
+    /// Pixels in a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Interleaved RGB bytes.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// As `[3, height, width]`, row-major, red first, in [-1, 1]: what Stable Diffusion's autoencoder takes.
+    pub fn to_planar(&self) -> Vec<f32> {
+        let pixels = self.width * self.height;
+        let mut planes = vec![0.0; 3 * pixels];
+        for (index, pixel) in self.data.as_chunks::<3>().0.iter().enumerate() {
+            for (channel, &value) in pixel.iter().enumerate() {
+                planes[channel * pixels + index] = f32::from(value) / 127.5 - 1.0;
+            }
+        }
+        planes
+    }
+
+    /// The reverse of [`Self::to_planar`]: clamps, rounds; `None` where the number of values does not fit.
+    pub fn from_planar(width: usize, height: usize, planes: &[f32]) -> Option<Self> {
+        let pixels = width.checked_mul(height)?;
+        if planes.len() != pixels.checked_mul(3)? {
+            return None;
+        }
+        let byte = |value: f32| ((value + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8;
+        let data = (0..3 * pixels).map(|index| byte(planes[index % 3 * pixels + index / 3])).collect();
+        Self::new(width, height, data)
+    }
+
+    /// Writes a PNG.
+    pub fn write_png(&self, file: &mut (impl Write + Seek)) -> std::io::Result<()> {
+        image::RgbImage::from_raw(self.width as u32, self.height as u32, self.data.clone())
+            .ok_or_else(|| std::io::Error::other("picture size"))?
+            .write_to(file, image::ImageFormat::Png)
+            .map_err(std::io::Error::other)
+    }
+}
+
+/// Decodes a file by its content, whatever its extension: EXIF orientation applied, a colour profile converted to sRGB,
+/// grey and 16-bit pictures brought to 8-bit RGB, transparency laid over `background`.
+pub fn decode(path: impl AsRef<Path>, background: [u8; 3]) -> Result<RgbPicture> {
+    let path = path.as_ref();
+    guarded(path, || {
+        let mut decoder = reader(path)?.into_decoder().map_err(|error| Error::picture(path, error.to_string()))?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let profile = decoder.icc_profile().unwrap_or_default();
+        let mut picture =
+            DynamicImage::from_decoder(decoder).map_err(|error| Error::picture(path, error.to_string()))?;
+        picture.apply_orientation(orientation);
+        let has_alpha = picture.color().has_alpha();
+        let (width, height) = (picture.width() as usize, picture.height() as usize);
+        let mut rgba = picture.into_rgba8().into_raw();
+        if let Some(profile) = profile {
+            to_srgb(&profile, &mut rgba);
+        }
+        let data = rgba.as_chunks::<4>().0.iter().flat_map(|&[red, green, blue, alpha]| {
+            let alpha = if has_alpha { alpha } else { 255 };
+            let over = |value: u8, under: u8| {
+                ((u32::from(value) * u32::from(alpha) + u32::from(under) * (255 - u32::from(alpha)) + 127) / 255) as u8
+            };
+            [over(red, background[0]), over(green, background[1]), over(blue, background[2])]
+        });
+        RgbPicture::new(width, height, data.collect()).ok_or_else(|| Error::picture(path, "it has no pixels"))
+    })
+}
+
+/// Width and height as seen (EXIF orientation applied), from the header alone.
+pub fn dimensions(path: impl AsRef<Path>) -> Result<(usize, usize)> {
+    let path = path.as_ref();
+    guarded(path, || {
+        let mut decoder = reader(path)?.into_decoder().map_err(|error| Error::picture(path, error.to_string()))?;
+        let (width, height) = decoder.dimensions();
+        let turned = matches!(
+            decoder.orientation(),
+            Ok(Orientation::Rotate90
+                | Orientation::Rotate270
+                | Orientation::Rotate90FlipH
+                | Orientation::Rotate270FlipH)
+        );
+        Ok(if turned { (height as usize, width as usize) } else { (width as usize, height as usize) })
+    })
+}
+
+fn reader(path: &Path) -> Result<ImageReader<BufReader<File>>> {
+    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+    if file.read(&mut [0]).map_err(Error::io(path, "read"))? == 0 {
+        return Err(Error::picture(path, "the file is empty"));
+    }
+    file.rewind().map_err(Error::io(path, "read"))?;
+    let mut reader = ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path, "read"))?;
+    if reader.format().is_none() {
+        return Err(Error::picture(path, "its content is none of JPEG, PNG, WebP, BMP, GIF and TIFF"));
+    }
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(MAX_SIDE);
+    limits.max_image_height = Some(MAX_SIDE);
+    limits.max_alloc = Some(MAX_DECODED_BYTES);
+    reader.limits(limits);
+    Ok(reader)
+}
+
+/// Decoders of damaged files have been known to panic; a bad picture must not end a run.
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(decode))
+        .unwrap_or_else(|_| Err(Error::picture(path, "the decoder gave up on damaged data")))
+}
+
+/// Converts RGBA bytes from an embedded RGB profile; a profile that cannot be used leaves them as they are, as every
+/// viewer does.
+fn to_srgb(profile: &[u8], rgba: &mut Vec<u8>) {
+    use moxcms::{ColorProfile, DataColorSpace, Layout, TransformOptions};
+    let Ok(source) = ColorProfile::new_from_slice(profile) else { return };
+    if source.color_space != DataColorSpace::Rgb {
+        return;
+    }
+    let target = ColorProfile::new_srgb();
+    let options = TransformOptions::default();
+    let Ok(transform) = source.create_transform_8bit(Layout::Rgba, &target, Layout::Rgba, options) else { return };
+    let mut converted = vec![0; rgba.len()];
+    if transform.transform(rgba, &mut converted).is_ok() {
+        *rgba = converted;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::{ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
+
+    use super::*;
+
+    fn saved(picture: &DynamicImage, name: &str, format: ImageFormat) -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        picture.save_with_format(&path, format).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn every_kind_of_pixel_becomes_rgb() {
+        let rgb = RgbImage::from_fn(5, 3, |x, y| Rgb([40 * x as u8, 80 * y as u8, 7]));
+        let whole = DynamicImage::ImageRgb8(rgb);
+        for (picture, name) in [
+            (whole.clone(), "rgb.png"),
+            (DynamicImage::ImageRgb16(whole.to_rgb16()), "rgb16.png"),
+            (DynamicImage::ImageRgba8(whole.to_rgba8()), "rgba.png"),
+        ] {
+            let (_folder, path) = saved(&picture, name, ImageFormat::Png);
+            let decoded = decode(&path, [255; 3]).unwrap();
+            assert_eq!(decoded.data(), whole.as_bytes(), "{name}");
+            assert_eq!(dimensions(&path).unwrap(), (5, 3));
+        }
+        let (_folder, path) = saved(&DynamicImage::ImageLuma8(whole.to_luma8()), "grey.webp", ImageFormat::WebP);
+        assert_eq!(
+            decode(&path, [0; 3]).unwrap().data()[..3].iter().min(),
+            decode(&path, [0; 3]).unwrap().data()[..3].iter().max()
+        );
+    }
+
+    #[test]
+    fn transparency_lies_over_the_background() {
+        let picture = RgbaImage::from_fn(2, 1, |x, _| Rgba([255, 0, 0, if x == 0 { 0 } else { 128 }]));
+        let (_folder, path) = saved(&DynamicImage::ImageRgba8(picture), "a.png", ImageFormat::Png);
+        assert_eq!(decode(&path, [255; 3]).unwrap().data(), [255, 255, 255, 255, 127, 127]);
+        assert_eq!(decode(&path, [0, 0, 255]).unwrap().data()[..3], [0, 0, 255]);
+    }
+
+    #[test]
+    fn exif_orientation_is_applied() {
+        // A JPEG with an EXIF segment that says "rotate by 90 degrees" behind the start marker.
+        let mut jpeg = Vec::new();
+        let picture = RgbImage::from_fn(32, 16, |x, _| if x < 16 { Rgb([255, 0, 0]) } else { Rgb([0, 0, 255]) });
+        picture.write_to(&mut std::io::Cursor::new(&mut jpeg), ImageFormat::Jpeg).unwrap();
+        let tiff = [b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0".as_slice()].concat();
+        let mut segment = vec![0xff, 0xe1];
+        segment.extend_from_slice(&((tiff.len() + 8) as u16).to_be_bytes());
+        segment.extend_from_slice(b"Exif\0\0");
+        segment.extend_from_slice(&tiff);
+        jpeg.splice(2..2, segment);
+        let folder = tempfile::tempdir().unwrap();
+        // The content decides, not the extension.
+        let path = folder.path().join("photo.png");
+        std::fs::write(&path, &jpeg).unwrap();
+        assert_eq!(dimensions(&path).unwrap(), (16, 32));
+        let decoded = decode(&path, [255; 3]).unwrap();
+        assert_eq!((decoded.width(), decoded.height()), (16, 32));
+        assert!(decoded.data()[0] > 200, "the left side comes to the top");
+        assert!(decoded.data()[decoded.data().len() - 1] > 200);
+    }
+
+    #[test]
+    fn damaged_files_are_named() {
+        let noisy = RgbImage::from_fn(40, 40, |x, y| Rgb([(x * 37 + y * 91) as u8, (x * y) as u8, (x ^ y) as u8]));
+        for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
+            let (_folder, path) = saved(&DynamicImage::ImageRgb8(noisy.clone()), "broken.bin", format);
+            let whole = std::fs::read(&path).unwrap();
+            for length in [0, 1, 10, whole.len() / 4] {
+                std::fs::write(&path, &whole[..length]).unwrap();
+                let error = decode(&path, [0; 3]).expect_err("cut short").to_string();
+                assert!(error.contains("broken.bin"), "{error}");
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notes.jpg");
+        std::fs::write(&path, "this is text").unwrap();
+        assert!(decode(&path, [0; 3]).unwrap_err().to_string().contains("none of JPEG"));
+    }
+
+    #[test]
+    fn an_absurd_size_is_refused_before_memory_is_taken() {
+        let (_folder, path) = saved(&DynamicImage::new_rgb8(1, 1), "bomb.bmp", ImageFormat::Bmp);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[18..22].copy_from_slice(&60_000u32.to_le_bytes());
+        bytes[22..26].copy_from_slice(&60_000u32.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        assert!(decode(&path, [0; 3]).unwrap_err().to_string().contains("bomb.bmp"));
+    }
+
+    #[test]
+    fn planar_form_round_trips() {
+        let picture = RgbPicture::new(2, 2, (0..12).map(|value| value * 20).collect()).unwrap();
+        let planes = picture.to_planar();
+        assert_eq!(planes[0], -1.0);
+        assert_eq!(RgbPicture::from_planar(2, 2, &planes).unwrap(), picture);
+        assert!(RgbPicture::new(2, 2, vec![0; 11]).is_none());
+        assert!(RgbPicture::from_planar(2, 2, &planes[1..]).is_none());
+    }
+}

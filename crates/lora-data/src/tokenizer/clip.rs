@@ -1,0 +1,176 @@
+//! CLIP's byte-pair encoding (Radford et al., 2021; Sennrich et al., 2016), its vocabulary inside the crate.
+//!
+//! Our own rather than the `tokenizers` crate's: CLIP's is small and frozen, the crate would bring 60 dependencies, and
+//! the identifiers are held against both of transformers' implementations in `tests/golden`.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::OnceLock;
+
+use flate2::read::GzDecoder;
+use regex::Regex;
+
+use super::clean::TextCleaning;
+
+/// Begin of text.
+pub const BEGIN: u32 = 49406;
+/// End of text; also the padding of Stable Diffusion 1.x.
+pub const END: u32 = 49407;
+/// Tokens of text in one row.
+pub const CHUNK: usize = 75;
+/// Tokens of a row: begin, text, end.
+pub const ROW: usize = CHUNK + 2;
+
+const MERGES: &[u8] = include_bytes!("../../assets/clip_merges.txt.gz");
+const SPECIALS: [(&str, u32); 2] = [("<|startoftext|>", BEGIN), ("<|endoftext|>", END)];
+
+/// CLIP's tokenizer.
+#[derive(Debug, Clone, Copy)]
+pub struct ClipTokenizer {
+    cleaning: TextCleaning,
+}
+
+#[derive(Debug)]
+struct Vocabulary {
+    /// The number of every symbol.
+    ids: HashMap<String, u32>,
+    /// The rank of every merge; lower merges first.
+    ranks: HashMap<(String, String), u32>,
+    /// The printable character that stands for each byte.
+    bytes: [char; 256],
+    words: Regex,
+}
+
+impl ClipTokenizer {
+    /// With the given treatment of text before it is split.
+    pub fn new(cleaning: TextCleaning) -> Self {
+        Self { cleaning }
+    }
+
+    /// The tokens of a text, without begin, end and padding.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        let mut rest = text;
+        // The special tokens are recognised as written, before any cleaning.
+        while let Some((at, special, id)) = SPECIALS
+            .iter()
+            .filter_map(|&(special, id)| Some((rest.find(special)?, special, id)))
+            .min_by_key(|found| found.0)
+        {
+            encode_plain(&self.cleaning.apply(&rest[..at]), &mut tokens);
+            tokens.push(id);
+            rest = &rest[at + special.len()..];
+        }
+        encode_plain(&self.cleaning.apply(rest), &mut tokens);
+        tokens
+    }
+
+    /// Rows of 77 for a limit of `chunks` × 75 tokens, always `chunks` of them, as sd-scripts lays them out: the tokens
+    /// (cut at the limit) between one begin and one end, padded with ends, then cut into chunks of 75, each between the
+    /// first and the last number of the whole.
+    pub fn rows(&self, text: &str, chunks: usize) -> Vec<[u32; ROW]> {
+        let mut tokens = self.encode(text);
+        tokens.truncate(chunks * CHUNK);
+        tokens.resize(chunks * CHUNK, END);
+        let row = |chunk: &[u32]| {
+            let mut row = [END; ROW];
+            row[0] = BEGIN;
+            row[1..=CHUNK].copy_from_slice(chunk);
+            row
+        };
+        tokens.chunks_exact(CHUNK).map(row).collect()
+    }
+}
+
+fn encode_plain(text: &str, tokens: &mut Vec<u32>) {
+    let vocabulary = vocabulary();
+    for word in vocabulary.words.find_iter(text) {
+        let mut symbols: Vec<String> =
+            word.as_str().bytes().map(|byte| vocabulary.bytes[usize::from(byte)].to_string()).collect();
+        if let Some(last) = symbols.last_mut() {
+            last.push_str("</w>");
+        }
+        merge(&mut symbols, &vocabulary.ranks);
+        tokens.extend(symbols.iter().map(|symbol| vocabulary.ids[symbol]));
+    }
+}
+
+/// Joins the pair of lowest rank, everywhere it occurs, until no pair is left that the vocabulary joins.
+fn merge(symbols: &mut Vec<String>, ranks: &HashMap<(String, String), u32>) {
+    let mut key = (String::new(), String::new());
+    loop {
+        let mut best: Option<(u32, usize)> = None;
+        for index in 1..symbols.len() {
+            key.0.clone_from(&symbols[index - 1]);
+            key.1.clone_from(&symbols[index]);
+            if let Some(&rank) = ranks.get(&key)
+                && best.is_none_or(|(lowest, _)| rank < lowest)
+            {
+                best = Some((rank, index - 1));
+            }
+        }
+        let Some((_, at)) = best else { return };
+        let (left, right) = (symbols[at].clone(), symbols[at + 1].clone());
+        let mut index = at;
+        while index + 1 < symbols.len() {
+            if symbols[index] == left && symbols[index + 1] == right {
+                let tail = symbols.remove(index + 1);
+                symbols[index].push_str(&tail);
+            }
+            index += 1;
+        }
+    }
+}
+
+fn vocabulary() -> &'static Vocabulary {
+    static VOCABULARY: OnceLock<Vocabulary> = OnceLock::new();
+    VOCABULARY.get_or_init(|| {
+        let mut merges = String::new();
+        GzDecoder::new(MERGES).read_to_string(&mut merges).expect("the vocabulary is part of the program");
+        // GPT-2's byte alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
+        let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let mut bytes = ['\0'; 256];
+        let mut next = 256;
+        for byte in 0..=255u8 {
+            bytes[usize::from(byte)] = if printable(byte) {
+                char::from(byte)
+            } else {
+                next += 1;
+                char::from_u32(next - 1).expect("below 512")
+            };
+        }
+        // Numbers: the printable bytes in their order, then the others, then all of them at the end of a word, then merges.
+        let (shown, hidden): (Vec<u8>, Vec<u8>) = (0..=255u8).partition(|&byte| printable(byte));
+        let alphabet: Vec<String> =
+            shown.into_iter().chain(hidden).map(|byte| bytes[usize::from(byte)].to_string()).collect();
+        let ends = alphabet.iter().map(|symbol| format!("{symbol}</w>"));
+        let pairs: Vec<(String, String)> =
+            merges.lines().filter_map(|line| line.split_once(' ')).map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
+        let symbols = alphabet.iter().cloned().chain(ends).chain(pairs.iter().map(|(a, b)| format!("{a}{b}")));
+        let ids = symbols.zip(0..).collect();
+        let ranks = pairs.into_iter().zip(0..).collect();
+        let words =
+            Regex::new(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+").expect("a fixed expression");
+        Vocabulary { ids, ranks, bytes, words }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_laid_out_as_sd_scripts_does() {
+        let tokenizer = ClipTokenizer::new(TextCleaning::Ftfy);
+        let text = vec!["a"; 80].join(" ");
+        let a = tokenizer.encode("a")[0];
+        let rows = tokenizer.rows(&text, 2);
+        assert_eq!(rows.len(), 2);
+        assert_eq!(rows[0][0], BEGIN);
+        assert!(rows[0][1..76].iter().all(|&token| token == a));
+        assert_eq!(rows[0][76], END);
+        assert_eq!(rows[1][..8], [BEGIN, a, a, a, a, a, END, END]);
+        assert_eq!(tokenizer.rows(&text, 1), [rows[0]]);
+        assert_eq!(tokenizer.rows("", 1)[0][..3], [BEGIN, END, END]);
+    }
+}
