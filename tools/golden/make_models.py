@@ -1,0 +1,46 @@
+"""tiny.safetensors: what the text encoder, VAE and U-Net of the tiny model answer."""
+
+import torch
+
+import files
+import tiny
+from tiny import given
+
+
+def main():
+    made = {}
+    with torch.no_grad():
+        text = tiny.text_encoder()
+        full = [(7919 * (i + 1)) % 49406 for i in range(75)]
+        ids = torch.tensor([
+            tiny.token_row(full),
+            tiny.token_row([320, 1125, 539, 320, 2368, 525, 320, 2540, 267, 736, 3055]),
+            tiny.token_row([]),
+        ])
+        answer = text(input_ids=ids, output_hidden_states=True)
+        norm = next(module for name, module in text.named_modules() if name.endswith("final_layer_norm"))
+        made["text_encoder.input_ids"] = ids
+        made["text_encoder.clip_skip_1"] = answer.last_hidden_state
+        made["text_encoder.clip_skip_2"] = norm(answer.hidden_states[-2])
+
+        vae = tiny.vae()
+        posterior = vae.encode(given("input.vae.pixels", (2, 3, 64, 48))).latent_dist
+        made["vae.mean"], made["vae.logvar"] = posterior.mean, posterior.logvar
+        made["vae.decoded"] = vae.decode(given("input.vae.latents", (2, 4, 8, 6))).sample
+
+        unet = tiny.unet()
+        sample = given("input.unet.sample", (2, 4, 8, 8))
+        context = given("input.unet.context", (2, 77, 128))
+        made["unet.square"] = unet(sample, torch.tensor([10, 999]), context).sample
+        wide = given("input.unet.wide.sample", (1, 4, 8, 16))
+        made["unet.wide"] = unet(wide, torch.tensor([500]), given("input.unet.wide.context", (1, 77, 128))).sample
+        long = given("input.unet.long.context", (1, 227, 128))
+        made["unet.long"] = unet(given("input.unet.long.sample", (1, 4, 8, 8)), torch.tensor([250]), long).sample
+    for name, tensor in made.items():
+        if tensor.is_floating_point():
+            print(f"  {name}: {list(tensor.shape)}, std {tensor.std():.4f}, largest {tensor.abs().max():.4f}")
+    files.write("tiny.safetensors", made)
+
+
+if __name__ == "__main__":
+    main()

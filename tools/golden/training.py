@@ -1,0 +1,96 @@
+"""LoRA on the tiny model through PEFT, and the training loss."""
+
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+import synthetic
+import tiny
+from tiny import given
+
+RANK, ALPHA = 4, 2.0
+BATCH = (2, 4, 16, 16)  # 2 x 2 in the middle block: at 1 x 1 its group norms see two numbers, and training is chaotic
+
+
+def default_targets(unet, text, convolutions):
+    """Module paths: the linears and 1x1 convolutions of the transformers, with `convolutions` also those of resnets and
+    samplers; the text encoder's attention and MLP."""
+    kinds = {"Transformer2DModel"}
+    if convolutions:
+        kinds |= {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+    found = set()
+    for path, module in unet.named_modules():
+        if type(module).__name__ in kinds:
+            for inner, layer in module.named_modules():
+                if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                    found.add(f"{path}.{inner}")
+    ends = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    return sorted(found), sorted(name for name, _ in text.named_modules() if name.endswith(ends))
+
+
+def attention_targets(unet, text):
+    """Module paths of all query, key, value and output projections."""
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    text_ends = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return (
+        sorted(name for name, _ in unet.named_modules() if name.endswith(ends)),
+        sorted(name for name, _ in text.named_modules() if name.endswith(text_ends)),
+    )
+
+
+def inject(model, component, targets, zero_up):
+    """Adapts exactly `targets`; returns {tensor name: parameter}."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), lora_dropout=0.0, bias="none")
+    inject_adapter_in_model(config, model)
+    parameters = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        assert module.scaling["default"] == ALPHA / RANK
+        canonical = tiny.text_name(path) if component == "text_encoder" else path
+        for part, layer in (("down", module.lora_A["default"]), ("up", module.lora_B["default"])):
+            name, parameter = f"lora.{component}.{canonical}.{part}", layer.weight
+            shape = tuple(parameter.shape)
+            with torch.no_grad():
+                if part == "down":
+                    parameter.copy_(torch.from_numpy(synthetic.weight(name, shape)))
+                elif zero_up:
+                    parameter.zero_()
+                else:
+                    parameter.copy_(torch.from_numpy(synthetic.lora_up(name, shape)))
+            parameter.data = parameter.data.to(tiny.DTYPE)
+            parameters[name] = parameter.requires_grad_(True)
+    assert len(parameters) == 2 * len(targets), (component, len(parameters), len(targets))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in parameters.values()}
+    return parameters
+
+
+def model(targets, zero_up):
+    """The U-Net and text encoder with adapters, and all adapter parameters by name."""
+    unet, text = tiny.unet(), tiny.text_encoder()
+    unet_targets, text_targets = targets(unet, text)
+    parameters = inject(unet, "unet", unet_targets, zero_up) | inject(text, "text_encoder", text_targets, zero_up)
+    return unet, text, dict(sorted(parameters.items()))
+
+
+SCHEDULER = DDPMScheduler(**tiny.SCHEDULE, clip_sample=False)
+
+
+def loss(unet, text, latents, noise, timesteps, min_snr_gamma=None):
+    """Mean squared error of the predicted noise; with gamma, each item weighted by min(SNR, gamma) / SNR."""
+    noised = SCHEDULER.add_noise(latents, noise, timesteps)
+    context = text(input_ids=tiny.training_rows()).last_hidden_state
+    answer = unet(noised, timesteps, context).sample
+    each = torch.nn.functional.mse_loss(answer, noise, reduction="none").mean(dim=(1, 2, 3))
+    if min_snr_gamma is not None:
+        alphas = SCHEDULER.alphas_cumprod[timesteps].to(tiny.DTYPE)
+        snr = alphas / (1.0 - alphas)
+        each = each * torch.clamp(snr, max=min_snr_gamma) / snr
+    return each.mean()
+
+
+def latents():
+    """The latents of both training goldens."""
+    return given("input.train.latents", BATCH)
