@@ -42,6 +42,9 @@ pub enum Error {
         /// What it is.
         found: String,
     },
+    /// A checkpoint could not be read.
+    #[error(transparent)]
+    Checkpoint(#[from] lora_io::Error),
     /// libtorch or the adapter arithmetic failed.
     #[error(transparent)]
     Torch(#[from] lora_torch::Error),

@@ -200,6 +200,7 @@ pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usi
     };
     let (batch, tokens, width) = query.size3()?;
     let (query, key, value) = (split(query)?, split(key)?, split(value)?);
-    let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None, false)?;
+    let mixed =
+        Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None, false)?;
     Ok(mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, width])?)
 }

@@ -4,6 +4,7 @@
 mod error;
 pub mod layers;
 pub mod stable_diffusion;
+pub mod synthetic;
 pub mod weights;
 
 pub use error::{Error, Result};

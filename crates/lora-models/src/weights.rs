@@ -80,6 +80,40 @@ impl<'s> Weights<'s> {
     }
 }
 
+impl WeightSource for lora_io::checkpoint::ComponentWeights {
+    fn name(&self) -> String {
+        self.path().display().to_string()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.contains(name)
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shape(name).map(<[usize]>::to_vec)
+    }
+
+    /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.
+    fn load(&self, name: &str, _shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        let view = self.tensor(name)?;
+        let stored = match view.dtype() {
+            lora_io::safetensors::StoredDType::F16 => Kind::Half,
+            lora_io::safetensors::StoredDType::BF16 => Kind::BFloat16,
+            lora_io::safetensors::StoredDType::F32 => Kind::Float,
+            lora_io::safetensors::StoredDType::F64 => Kind::Double,
+            other => {
+                return Err(Error::Architecture {
+                    source_name: self.path().display().to_string(),
+                    reason: format!("weight `{name}` is stored as {other}; expected F16, BF16, F32 or F64"),
+                });
+            }
+        };
+        let tensor = lora_torch::tensor::from_bytes(name, view.bytes(), stored, view.shape(), kind, device)?;
+        self.release(name);
+        Ok(tensor)
+    }
+}
+
 /// Weights made from their names by Philox4x32-10: for tests, benches and demonstrations, where the architecture
 /// matters and the values do not. The key is the FNV-1a hash of `component.name`; values are uniform with the variance
 /// 1 / fan-in, norms' weights 1 ± 0.1, biases ± 0.05.
@@ -98,6 +132,10 @@ impl SyntheticWeights {
     /// Names and shapes of all weights asked for so far: the architecture's complete list once a network is built.
     pub fn made(&self) -> Vec<(String, Vec<usize>)> {
         self.made.borrow().clone()
+    }
+
+    pub(crate) fn record(&self, name: &str, shape: &[usize]) {
+        self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
     }
 
     /// The values of one weight.
@@ -141,7 +179,7 @@ impl WeightSource for SyntheticWeights {
     }
 
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
-        self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
+        self.record(name, shape);
         let host = self.values(name, shape);
         Ok(lora_torch::tensor::from_host(&host, device)?.f_to_kind(kind)?)
     }

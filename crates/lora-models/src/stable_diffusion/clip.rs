@@ -8,7 +8,7 @@ use crate::weights::{WeightSource, Weights};
 use crate::{Error, Result};
 
 /// Tokens of one row: begin, 75 of text, end.
-pub const ROW: i64 = 77;
+const ROW: i64 = 77;
 
 /// Sizes of a text encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod clip;
+mod load;
 mod sampler;
 mod schedule;
 mod transformer;
@@ -11,6 +12,7 @@ mod unet;
 mod vae;
 
 pub use clip::{ClipConfig, ClipTextEncoder};
+pub use load::{load_text_encoder, load_unet, load_vae, noise_schedule};
 pub use sampler::{Sampler, SamplerKind};
 pub use schedule::{NoiseSchedule, Prediction};
 pub use unet::{Unet, UnetConfig};

@@ -1,0 +1,66 @@
+//! Networks out of an open checkpoint: sizes off the tensors, head counts and the like from a diffusers folder's
+//! configs where there are any. Each part is loaded by itself, so that a trainer can let go of one before the next.
+
+use lora_io::checkpoint::{Checkpoint, Part};
+use lora_torch::tch::{Device, Kind};
+
+use super::{ClipConfig, ClipTextEncoder, NoiseSchedule, Prediction, Unet, UnetConfig, Vae, VaeConfig};
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+/// The text encoder.
+pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<ClipTextEncoder> {
+    let part = checkpoint.part(Part::TextEncoder);
+    let config = part.config();
+    let heads = config.and_then(|config| config["num_attention_heads"].as_u64()).map(|heads| heads as usize);
+    let act = config.and_then(|config| config["hidden_act"].as_str());
+    ClipTextEncoder::new(&Weights::new(part, kind, device), ClipConfig::detect(part, heads, act)?)
+}
+
+/// The U-Net.
+pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Unet> {
+    let part = checkpoint.part(Part::Unet);
+    let config = part.config();
+    // Newer configs have the count under its right name; `attention_head_dim` means the count in SD 1.x all the same.
+    let heads = config.and_then(|config| {
+        let value = ["num_attention_heads", "attention_head_dim"]
+            .iter()
+            .map(|key| &config[*key])
+            .find(|value| !value.is_null())?;
+        match value {
+            serde_json::Value::Array(each) => {
+                each.iter().map(|heads| heads.as_u64().map(|heads| heads as usize)).collect()
+            }
+            one => one.as_u64().map(|heads| vec![heads as usize]),
+        }
+    });
+    let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
+    Unet::new(&Weights::new(part, kind, device), UnetConfig::detect(part, heads.as_deref(), groups)?)
+}
+
+/// The autoencoder.
+pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Vae> {
+    let part = checkpoint.part(Part::Vae);
+    let config = part.config();
+    let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
+    let scaling = config.and_then(|config| config["scaling_factor"].as_f64());
+    Vae::new(&Weights::new(part, kind, device), VaeConfig::detect(part, groups, scaling)?)
+}
+
+/// The noise schedule: SD 1.x's, with the prediction that a diffusers folder's scheduler names (ε in a single file).
+pub fn noise_schedule(checkpoint: &Checkpoint) -> Result<NoiseSchedule> {
+    let wrong = |reason: String| Error::Architecture { source_name: checkpoint.path().display().to_string(), reason };
+    let Some(config) = checkpoint.scheduler() else { return Ok(NoiseSchedule::new(Prediction::Epsilon)) };
+    for (key, expected) in [("num_train_timesteps", 1000.0), ("beta_start", 0.00085), ("beta_end", 0.012)] {
+        if let Some(found) = config[key].as_f64()
+            && (found - expected).abs() > 1e-9
+        {
+            return Err(wrong(format!("scheduler: {key} is {found}; expected SD 1.x's {expected}")));
+        }
+    }
+    match config["prediction_type"].as_str() {
+        None | Some("epsilon") => Ok(NoiseSchedule::new(Prediction::Epsilon)),
+        Some("v_prediction") => Ok(NoiseSchedule::new(Prediction::Velocity)),
+        Some(other) => Err(wrong(format!("scheduler: prediction_type `{other}`; expected epsilon or v_prediction"))),
+    }
+}

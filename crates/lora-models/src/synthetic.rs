@@ -1,0 +1,144 @@
+//! Whole checkpoints with made-up weights ([`SyntheticWeights`]): small models of the real architecture for tests,
+//! benches and demonstrations, or full-size ones to measure with.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lora_core::DType;
+use lora_io::checkpoint::{LdmNames, Part};
+use lora_io::safetensors::{Entry, TensorSource, write};
+use lora_torch::tch::{Device, Kind, Tensor};
+
+use crate::Result;
+use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::weights::{SyntheticWeights, WeightSource, Weights};
+
+/// The sizes of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct SyntheticModel {
+    /// The text encoder's.
+    pub text_encoder: ClipConfig,
+    /// The U-Net's.
+    pub unet: UnetConfig,
+    /// The autoencoder's.
+    pub vae: VaeConfig,
+}
+
+impl SyntheticModel {
+    /// A model of a few million parameters, most of them the vocabulary's: 3 text layers of width 128, a U-Net of
+    /// 32 to 64 channels.
+    pub fn tiny() -> Self {
+        Self::of_sizes(128, 3, vec![32, 64, 64, 64], vec![32, 32, 64, 64])
+    }
+
+    /// Stable Diffusion 1.5's own sizes: 1.07 billion parameters.
+    pub fn full() -> Self {
+        Self::of_sizes(768, 12, vec![320, 640, 1280, 1280], vec![128, 256, 512, 512])
+    }
+
+    fn of_sizes(width: usize, layers: usize, unet: Vec<usize>, vae: Vec<usize>) -> Self {
+        let text_encoder = ClipConfig {
+            vocabulary: 49408,
+            width,
+            intermediate: 4 * width,
+            layers,
+            heads: width / 64,
+            exact_gelu: false,
+        };
+        let unet = UnetConfig {
+            latent_channels: 4,
+            channels: unet,
+            attention: vec![true, true, true, false],
+            heads: vec![8; 4],
+            layers_per_block: 2,
+            transformer_depth: 1,
+            context: width,
+            norm_groups: 32,
+            linear_projection: false,
+        };
+        let vae = VaeConfig {
+            latent_channels: 4,
+            channels: vae,
+            layers_per_block: 2,
+            norm_groups: 32,
+            scaling_factor: VaeConfig::SCALING_FACTOR,
+        };
+        Self { text_encoder, unet, vae }
+    }
+
+    /// Writes the single-file (LDM) layout in `dtype`; one tensor in memory at a time.
+    pub fn write(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
+        let lists = self.weight_shapes()?;
+        let names = |part: Part| lists[&part].iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
+        let layout = LdmNames::of_diffusers(&names(Part::Unet), &names(Part::Vae));
+        let mut tensors = BTreeMap::new();
+        for (&part, list) in &lists {
+            for (name, shape) in list {
+                let original =
+                    layout.original(part, name).expect("every weight of the architecture has an original name");
+                tensors.insert(original, (part, name.clone(), shape.clone()));
+            }
+        }
+        write(path, &Source { tensors, dtype }, &BTreeMap::new())?;
+        Ok(())
+    }
+
+    /// Names and shapes of all weights, under diffusers' and transformers' names.
+    pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<(String, Vec<usize>)>>> {
+        let mut lists = BTreeMap::new();
+        for part in Part::ALL {
+            let recorder = Recorder(SyntheticWeights::new(part.folder()));
+            let weights = Weights::new(&recorder, Kind::Float, Device::Cpu);
+            match part {
+                Part::TextEncoder => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
+                Part::Unet => drop(Unet::new(&weights, self.unet.clone())?),
+                Part::Vae => drop(Vae::new(&weights, self.vae.clone())?),
+            }
+            lists.insert(part, recorder.0.made());
+        }
+        Ok(lists)
+    }
+}
+
+/// Records what a constructor asks for, and gives it tensors without elements to hold on to.
+struct Recorder(SyntheticWeights);
+
+impl WeightSource for Recorder {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        WeightSource::shape(&self.0, name)
+    }
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        self.0.record(name, shape);
+        Ok(Tensor::f_empty([0], (kind, device))?)
+    }
+}
+
+struct Source {
+    tensors: BTreeMap<String, (Part, String, Vec<usize>)>,
+    dtype: DType,
+}
+
+impl TensorSource for Source {
+    fn entries(&self) -> Vec<Entry> {
+        let entry = |(name, (part, _, shape)): (&String, &(Part, String, Vec<usize>))| {
+            // The original keeps the autoencoder's attention as 1×1 convolutions.
+            let convolution = *part == Part::Vae && name.contains("mid.attn_1.") && shape.len() == 2;
+            let shape = if convolution { [shape.as_slice(), &[1, 1]].concat() } else { shape.clone() };
+            Entry { name: name.clone(), dtype: self.dtype.into(), shape }
+        };
+        self.tensors.iter().map(entry).collect()
+    }
+
+    fn bytes(&self, entry: &Entry) -> lora_io::Result<Cow<'_, [u8]>> {
+        let (part, name, shape) = &self.tensors[&entry.name];
+        let values = SyntheticWeights::new(part.folder()).values(name, shape).to_dtype(self.dtype);
+        Ok(Cow::Owned(values.bytes().to_vec()))
+    }
+}

@@ -1,0 +1,198 @@
+//! The networks against diffusers, transformers and PEFT on a tiny model (see `golden/README.md` and `tools/golden`).
+//!
+//! Tolerances: the references themselves move by up to 3e-6 between one thread and two, and by 1e-5 (gradients) between
+//! float32 and float64 weights; 1e-4 and 1e-3 leave room for other kernels and none for another formula.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lora_core::HostTensor;
+use lora_core::target::{TargetLayer, Targets};
+use lora_core::variant::{Lora, Parameters};
+use lora_io::safetensors::SafetensorsFile;
+use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
+use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Prediction, Sampler, SamplerKind, Unet, Vae};
+use lora_models::synthetic::SyntheticModel;
+use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad};
+use lora_torch::tensor::from_host;
+
+const CPU: Device = Device::Cpu;
+
+fn golden(name: &str) -> SafetensorsFile {
+    SafetensorsFile::open(format!("{}/tests/golden/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
+    from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
+}
+
+fn integers(file: &SafetensorsFile, name: &str) -> Tensor {
+    let view = file.get(name).unwrap();
+    let values: Vec<i64> =
+        view.bytes().chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect();
+    Tensor::from_slice(&values).view(view.shape().iter().map(|&side| side as i64).collect::<Vec<_>>().as_slice())
+}
+
+/// An input that both sides make from its name.
+fn given(name: &str, shape: &[usize]) -> Tensor {
+    let scale = 3f64.sqrt() as f32;
+    let values = synthetic_uniform(name, shape.iter().product()).map(|u| scale * u).collect();
+    from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap()
+}
+
+/// Largest difference over the reference's standard deviation.
+fn relative(found: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(found.size(), expected.size());
+    let worst = f64::try_from((found - expected).abs().max()).unwrap();
+    worst / f64::try_from(expected.std(false)).unwrap()
+}
+
+fn text_encoder() -> ClipTextEncoder {
+    let weights = SyntheticWeights::new("text_encoder");
+    ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().text_encoder).unwrap()
+}
+
+fn unet() -> Unet {
+    let weights = SyntheticWeights::new("unet");
+    Unet::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().unet).unwrap()
+}
+
+#[test]
+fn text_encoder_matches_transformers() {
+    let golden = golden("tiny");
+    let (encoder, tokens) = (text_encoder(), integers(&golden, "text_encoder.input_ids"));
+    for skip in [1, 2] {
+        let found = no_grad(|| encoder.forward(&tokens, skip, &Pass::default()).unwrap());
+        let error = relative(&found, &tensor(&golden, &format!("text_encoder.clip_skip_{skip}")));
+        assert!(error < 1e-4, "clip skip {skip}: {error:e}");
+    }
+    assert!(encoder.forward(&tokens, 0, &Pass::default()).is_err());
+    assert!(encoder.forward(&tokens, 5, &Pass::default()).is_err());
+}
+
+#[test]
+fn long_captions_join_as_documented() {
+    let encoder = text_encoder();
+    let tokens = Tensor::randint(49406, [6, 77], (Kind::Int64, CPU));
+    no_grad(|| {
+        let states = encoder.forward(&tokens, 1, &Pass::default()).unwrap();
+        let joined = encoder.encode(&tokens, 3, 1, &Pass::default()).unwrap();
+        assert_eq!(joined.size(), [2, 227, 128]);
+        // The second caption's rows are 3, 4 and 5.
+        assert_eq!(joined.get(1).get(0), states.get(3).get(0));
+        assert_eq!(joined.get(1).get(76), states.get(4).get(1));
+        assert_eq!(joined.get(1).get(226), states.get(5).get(76));
+    });
+}
+
+#[test]
+fn vae_matches_diffusers() {
+    let golden = golden("tiny");
+    let weights = SyntheticWeights::new("vae");
+    let vae = Vae::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().vae).unwrap();
+    no_grad(|| {
+        let found = vae.encode(&given("input.vae.pixels", &[2, 3, 64, 48])).unwrap();
+        for (name, found) in [("mean", &found.mean), ("logvar", &found.log_variance)] {
+            let error = relative(found, &tensor(&golden, &format!("vae.{name}")));
+            assert!(error < 1e-4, "{name}: {error:e}");
+        }
+        let decoded = vae.decode(&given("input.vae.latents", &[2, 4, 8, 6])).unwrap();
+        let error = relative(&decoded, &tensor(&golden, "vae.decoded"));
+        assert!(error < 1e-4, "decoded: {error:e}");
+    });
+    assert!(vae.encode(&Tensor::zeros([1, 3, 60, 64], (Kind::Float, CPU))).is_err());
+}
+
+#[test]
+fn unet_matches_diffusers() {
+    let (golden, unet) = (golden("tiny"), unet());
+    let cases = [
+        ("square", "input.unet", vec![2, 4, 8, 8], vec![10.0, 999.0], 77),
+        ("wide", "input.unet.wide", vec![1, 4, 8, 16], vec![500.0], 77),
+        ("long", "input.unet.long", vec![1, 4, 8, 8], vec![250.0], 227),
+    ];
+    for (name, input, shape, timesteps, states) in cases {
+        let sample = given(&format!("{input}.sample"), &shape);
+        let context = given(&format!("{input}.context"), &[shape[0], states, 128]);
+        let found = no_grad(|| unet.forward(&sample, &timesteps, &context, &Pass::default()).unwrap());
+        let error = relative(&found, &tensor(&golden, &format!("unet.{name}")));
+        assert!(error < 1e-4, "{name}: {error:e}");
+    }
+}
+
+#[test]
+fn samplers_match_diffusers() {
+    let (golden, unet) = (golden("tiny_samplers"), unet());
+    let schedule = NoiseSchedule::new(Prediction::Epsilon);
+    let context =
+        Tensor::cat(&[given("input.sampler.uncond", &[2, 77, 128]), given("input.sampler.cond", &[2, 77, 128])], 0);
+    for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
+        let sampler = Sampler::new(kind, &schedule, 10).unwrap();
+        let found = no_grad(|| {
+            sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
+                let both =
+                    unet.forward(&Tensor::cat(&[latents, latents], 0), &[timestep; 4], &context, &Pass::default())?;
+                let halves = both.chunk(2, 0);
+                Ok(&halves[0] + 7.5 * (&halves[1] - &halves[0]))
+            })
+        });
+        // Ten guided steps multiply rounding by up to 7.5 each.
+        let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}.final")));
+        assert!(error < 1e-3, "{name}: {error:e}");
+    }
+}
+
+/// Adapts layers with the golden files' factors; returns them by their names there.
+fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
+    let chosen: Vec<TargetLayer> = Targets::parse(targets).unwrap().select(&network.adaptable_layers()).unwrap();
+    let component = network.component();
+    let mut leaves = BTreeMap::new();
+    network.visit_layers(&mut |layer| {
+        if !chosen.iter().any(|target| target.path.path == layer.path()) {
+            return;
+        }
+        let geometry = layer.geometry();
+        let mut factor = |part: &str, shape: Vec<usize>, scale: f64| {
+            let name = format!("lora.{component}.{}.{part}", layer.path());
+            let values = synthetic_uniform(&name, shape.iter().product()).map(|u| scale as f32 * u).collect();
+            let leaf = from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap().set_requires_grad(true);
+            leaves.insert(name, leaf.shallow_clone());
+            (part.to_owned(), leaf)
+        };
+        let tensors = [
+            factor("down", geometry.with_outputs(4).weight_shape(), (3.0 / geometry.fan_in() as f64).sqrt()),
+            factor("up", geometry.pointwise_from(4).weight_shape(), 0.02),
+        ];
+        let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
+        layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
+    });
+    leaves
+}
+
+#[test]
+fn lora_gradients_match_peft() {
+    let golden = golden("tiny_lora_grads");
+    let (mut unet, mut encoder) = (unet(), text_encoder());
+    let mut leaves = adapt(&mut unet, &["all-conv"]);
+    leaves.extend(adapt(&mut encoder, &["attention-mlp"]));
+    assert_eq!(leaves.len() + 3, golden.len(), "the same modules are adapted");
+
+    let schedule = NoiseSchedule::new(Prediction::Epsilon);
+    let (latents, noise) = (given("input.train.latents", &[2, 4, 16, 16]), given("input.train.noise", &[2, 4, 16, 16]));
+    let context = encoder.forward(&integers(&golden, "input_ids"), 1, &Pass::default()).unwrap();
+    let noised = schedule.add_noise(&latents, &noise, &[100, 700]).unwrap();
+    let answer = unet.forward(&noised, &[100.0, 700.0], &context, &Pass::default()).unwrap();
+    let loss = (answer - &noise).square().mean(Kind::Float);
+    loss.backward();
+
+    let expected = golden.get("loss").unwrap().scalar().unwrap();
+    let found = f64::try_from(&loss).unwrap();
+    assert!((found / expected - 1.0).abs() < 1e-4, "loss {found}, expected {expected}");
+    for (name, leaf) in &leaves {
+        let expected = tensor(&golden, name);
+        let distance =
+            f64::try_from((leaf.grad() - &expected).norm()).unwrap() / f64::try_from(expected.norm()).unwrap();
+        assert!(distance < 1e-3, "{name}: {distance:e}");
+    }
+}
