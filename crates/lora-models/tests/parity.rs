@@ -191,8 +191,9 @@ fn lora_gradients_match_peft() {
     assert!((found / expected - 1.0).abs() < 1e-4, "loss {found}, expected {expected}");
     for (name, leaf) in &leaves {
         let expected = tensor(&golden, name);
-        let distance =
-            f64::try_from((leaf.grad() - &expected).norm()).unwrap() / f64::try_from(expected.norm()).unwrap();
-        assert!(distance < 1e-3, "{name}: {distance:e}");
+        let distance = f64::try_from((leaf.grad() - &expected).norm()).unwrap();
+        // Ten true gradients are zero (a norm removes what the layer adds): theirs is rounding only, hence the floor.
+        let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-7;
+        assert!(distance < allowed, "{name}: {distance:e} of {allowed:e}");
     }
 }
