@@ -4,6 +4,9 @@
 
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
 #include <c10/util/Exception.h>
 #include <torch/torch.h>
 
@@ -34,6 +37,13 @@ int guarded(F &&body) noexcept {
     last_error = "unknown C++ exception";
     return 1;
   }
+}
+
+std::vector<at::Tensor> list_of(torch::Tensor **tensors, size_t count) {
+  std::vector<at::Tensor> list;
+  list.reserve(count);
+  for (size_t i = 0; i < count; ++i) list.push_back(*tensors[i]);
+  return list;
 }
 
 } // namespace
@@ -85,10 +95,33 @@ int lora_shim_reset_peak(int64_t device) {
 // Multiplies every gradient by *inverse_scale in place and sets *found_infinite to 1 if one element is not finite.
 int lora_shim_unscale(torch::Tensor **gradients, size_t count, torch::Tensor *found_infinite, torch::Tensor *inverse_scale) {
   return guarded([&] {
-    std::vector<at::Tensor> list;
-    list.reserve(count);
-    for (size_t i = 0; i < count; ++i) list.push_back(*gradients[i]);
+    std::vector<at::Tensor> list = list_of(gradients, count);
     at::_amp_foreach_non_finite_check_and_unscale_(list, *found_infinite, *inverse_scale);
+  });
+}
+
+// *norm = L2 norm over all gradients; where it is above limit (> 0), scales them all down to it, in place.
+int lora_shim_clip_gradients(torch::Tensor **gradients, size_t count, double limit, double *norm) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> list = list_of(gradients, count);
+    *norm = at::stack(at::_foreach_norm(list, 2)).norm().item<double>();
+    // The small number is PyTorch's own.
+    const double factor = limit / (*norm + 1e-6);
+    if (limit > 0 && factor < 1) at::_foreach_mul_(list, at::Scalar(factor));
+  });
+}
+
+// One AdamW step over a list, in place, by one kernel; `steps` holds each parameter's count as f32 scalars.
+int lora_shim_adamw(torch::Tensor **parameters, torch::Tensor **gradients, torch::Tensor **means, torch::Tensor **squares,
+                    torch::Tensor **steps, size_t count, double lr, double beta1, double beta2, double decay, double epsilon) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> values = list_of(parameters, count), slopes = list_of(gradients, count);
+    std::vector<at::Tensor> first = list_of(means, count), second = list_of(squares, count), counts = list_of(steps, count);
+    for (at::Tensor &taken : counts) taken.add_(1);
+    at::_fused_adamw_(values, slopes, first, second, {}, counts, lr, beta1, beta2, decay, epsilon, /*amsgrad=*/false,
+                      /*maximize=*/false);
   });
 }
 

@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod device;
 mod error;
+pub mod gradients;
 pub mod memory;
 mod scaler;
 mod shim;

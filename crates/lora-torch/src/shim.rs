@@ -21,6 +21,20 @@ unsafe extern "C" {
         found_infinite: *mut RawTensor,
         inverse_scale: *mut RawTensor,
     ) -> c_int;
+    fn lora_shim_clip_gradients(gradients: *mut *mut RawTensor, count: usize, limit: f64, norm: *mut f64) -> c_int;
+    fn lora_shim_adamw(
+        parameters: *mut *mut RawTensor,
+        gradients: *mut *mut RawTensor,
+        means: *mut *mut RawTensor,
+        squares: *mut *mut RawTensor,
+        steps: *mut *mut RawTensor,
+        count: usize,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        decay: f64,
+        epsilon: f64,
+    ) -> c_int;
 }
 
 /// Turns a shim's return code into a result: 0 fine, 2 out of memory, anything else another failure.
@@ -61,7 +75,7 @@ pub(crate) fn reset_peak(device: usize) -> Result<()> {
 
 /// Multiplies gradients in place; sets `found_infinite` to 1 where one element is not finite.
 pub(crate) fn unscale(gradients: &mut [Tensor], found_infinite: &mut Tensor, inverse_scale: &Tensor) -> Result<()> {
-    let mut pointers: Vec<_> = gradients.iter_mut().map(|tensor| tensor.as_mut_ptr()).collect();
+    let mut pointers = raw(gradients);
     // SAFETY: the pointers are live `torch::Tensor*` for the length of the call; the shim only reads the last one.
     checked(unsafe {
         lora_shim_unscale(
@@ -71,4 +85,52 @@ pub(crate) fn unscale(gradients: &mut [Tensor], found_infinite: &mut Tensor, inv
             inverse_scale.as_ptr().cast_mut(),
         )
     })
+}
+
+/// The L2 norm over all gradients, which are scaled down in place where it is above `limit`.
+pub(crate) fn clip_gradients(gradients: &mut [Tensor], limit: f64) -> Result<f64> {
+    let mut pointers = raw(gradients);
+    let mut norm = 0.0;
+    // SAFETY: live `torch::Tensor*` for the length of the call, and a local to write to.
+    checked(unsafe { lora_shim_clip_gradients(pointers.as_mut_ptr(), pointers.len(), limit, &mut norm) })?;
+    Ok(norm)
+}
+
+/// One AdamW step; the five lists must be equally long.
+#[allow(clippy::too_many_arguments, reason = "the formula's own")]
+pub(crate) fn adamw(
+    parameters: &mut [Tensor],
+    gradients: &mut [Tensor],
+    means: &mut [Tensor],
+    squares: &mut [Tensor],
+    steps: &mut [Tensor],
+    lr: f64,
+    betas: (f64, f64),
+    decay: f64,
+    epsilon: f64,
+) -> Result<()> {
+    let count = parameters.len();
+    assert!([gradients.len(), means.len(), squares.len(), steps.len()].iter().all(|&length| length == count));
+    let (mut parameters, mut gradients) = (raw(parameters), raw(gradients));
+    let (mut means, mut squares, mut steps) = (raw(means), raw(squares), raw(steps));
+    // SAFETY: five arrays of `count` live `torch::Tensor*`.
+    checked(unsafe {
+        lora_shim_adamw(
+            parameters.as_mut_ptr(),
+            gradients.as_mut_ptr(),
+            means.as_mut_ptr(),
+            squares.as_mut_ptr(),
+            steps.as_mut_ptr(),
+            count,
+            lr,
+            betas.0,
+            betas.1,
+            decay,
+            epsilon,
+        )
+    })
+}
+
+fn raw(tensors: &mut [Tensor]) -> Vec<*mut RawTensor> {
+    tensors.iter_mut().map(|tensor| tensor.as_mut_ptr()).collect()
 }

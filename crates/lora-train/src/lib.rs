@@ -1,1 +1,20 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod callback;
+pub mod callbacks;
+pub mod config;
+pub mod encode;
+mod error;
+mod plugins;
+pub mod report;
+mod run;
+mod schedule;
+pub mod session;
+pub mod trainable;
+
+pub use error::{Error, Result};
+pub use plugins::Plugins;
+pub use run::{RunResult, train};
+pub use schedule::Schedule;
+pub use session::Session;

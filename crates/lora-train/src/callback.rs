@@ -1,0 +1,35 @@
+//! What watches a run: progress, metrics, samples, saving and health checks are callbacks, and so is what a user's crate
+//! adds.
+
+use crate::Result;
+use crate::session::{Session, StepReport};
+
+/// Whether to go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Stop after this step, as if the run were over, for this reason.
+    Stop(String),
+}
+
+/// Sees a run at its edges and after each step.
+pub trait Callback {
+    /// Everything is prepared; the first step comes next.
+    fn on_start(&mut self, session: &mut Session) -> Result<Control> {
+        let _ = session;
+        Ok(Control::Continue)
+    }
+
+    /// A step is done.
+    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
+        let _ = (session, report);
+        Ok(Control::Continue)
+    }
+
+    /// The run is over, whether complete or stopped; the LoRA is about to be saved. Not called after an error.
+    fn on_end(&mut self, session: &mut Session) -> Result<()> {
+        let _ = session;
+        Ok(())
+    }
+}

@@ -1,0 +1,317 @@
+//! Every configuration key as data: the reference in `docs/config.md`, the advice on unknown keys and the check that
+//! nothing is left out are all made from this table.
+
+/// One key.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Its name.
+    pub name: &'static str,
+    /// What values it takes.
+    pub values: &'static str,
+    /// Its default, `required` where there is none.
+    pub default: &'static str,
+    /// What it does.
+    pub meaning: &'static str,
+    /// What it does to video memory; empty where nothing.
+    pub memory: &'static str,
+}
+
+const fn key(
+    name: &'static str,
+    values: &'static str,
+    default: &'static str,
+    meaning: &'static str,
+    memory: &'static str,
+) -> Key {
+    Key { name, values, default, meaning, memory }
+}
+
+/// All keys, grouped as in the reference.
+pub const KEYS: &[(&str, &[Key])] = &[
+    (
+        "What to train on",
+        &[
+            key(
+                "base_model",
+                "path",
+                "required",
+                "Stable Diffusion 1.x checkpoint: one `.safetensors` file in the original layout, or a diffusers folder.",
+                "",
+            ),
+            key(
+                "train_data_dir",
+                "path",
+                "required",
+                "Folder of pictures with captions (`.txt`, `.caption`, `metadata.csv` or `metadata.jsonl`), or of `N_name` folders.",
+                "",
+            ),
+            key(
+                "output_dir",
+                "path",
+                "required",
+                "Folder for the LoRA, samples, loss curve and metrics; made if it is not there.",
+                "",
+            ),
+            key(
+                "output_name",
+                "text",
+                "\"lora\"",
+                "File name of the LoRA without its extension; the WebUI shows it.",
+                "",
+            ),
+            key(
+                "init_from",
+                "path",
+                "none",
+                "A LoRA of this layout to go on from, with the same rank and targets.",
+                "",
+            ),
+            key(
+                "strict",
+                "true/false",
+                "false",
+                "Unreadable pictures end the run instead of being skipped with a count.",
+                "",
+            ),
+        ],
+    ),
+    (
+        "Adapter",
+        &[
+            key(
+                "lora_rank",
+                "1 …",
+                "16",
+                "Rank of the update.",
+                "Small: SD 1.5 with all default targets holds 9.4 MB of weights, gradients and optimiser state per unit of rank.",
+            ),
+            key("lora_alpha", "above 0", "lora_rank", "The update is scaled by alpha / rank.", ""),
+            key("lora_dropout", "0 … below 1", "0", "Dropout between the two factors.", "A mask per module."),
+            key("variant", "name", "\"lora\"", "Adapter variant, ours or one that your program registers.", ""),
+            key(
+                "target_modules",
+                "preset, name or list",
+                "\"attention-mlp\"",
+                "Layers to adapt: `attention`, `attention-mlp` (what sd-scripts adapts), `all-conv`, layer names (`q_proj` means the U-Net's `to_q` too), globs, or `re:` expressions.",
+                "More layers, more of the above, and more activations kept.",
+            ),
+            key("train_unet", "true/false", "true", "Adapt the U-Net.", ""),
+            key(
+                "train_text_encoder",
+                "true/false",
+                "true",
+                "Adapt the text encoder.",
+                "Off saves its activations, and its weights once captions are encoded.",
+            ),
+            key(
+                "save_precision",
+                "fp32, fp16, bf16",
+                "\"fp16\"",
+                "Number type of the written LoRA. Trained weights are always kept in fp32.",
+                "",
+            ),
+        ],
+    ),
+    (
+        "Optimisation",
+        &[
+            key("learning_rate", "above 0", "1e-4", "Learning rate.", ""),
+            key("unet_lr", "0 …", "learning_rate", "Learning rate of the U-Net's adapter.", ""),
+            key(
+                "text_encoder_lr",
+                "0 …",
+                "half of learning_rate",
+                "Learning rate of the text encoder's adapter, which overfits sooner.",
+                "",
+            ),
+            key(
+                "optimizer",
+                "adamw",
+                "\"adamw\"",
+                "Optimiser (Loshchilov & Hutter, 2019).",
+                "8 bytes per trained number.",
+            ),
+            key("adam_betas", "two numbers", "[0.9, 0.999]", "AdamW's averaging of gradients and their squares.", ""),
+            key("adam_eps", "above 0", "1e-8", "AdamW's ε.", ""),
+            key("weight_decay", "0 …", "0.01", "Decoupled weight decay.", ""),
+            key(
+                "lr_scheduler",
+                "constant, constant_with_warmup, linear, cosine",
+                "\"constant\"",
+                "How the learning rate goes over the run; every one begins with the warm-up, if there is one.",
+                "",
+            ),
+            key(
+                "lr_warmup_steps",
+                "steps, or a share below 1",
+                "0",
+                "Steps over which the learning rate rises from 0.",
+                "",
+            ),
+            key("max_grad_norm", "0 …", "1.0", "Limit of the gradient's norm; 0 for none.", ""),
+            key("batch_size", "1 …", "1", "Pictures at once.", "The largest lever: activations grow with it."),
+            key(
+                "gradient_accumulation_steps",
+                "1 …",
+                "1",
+                "Micro-batches for one step; with batch_size 1 and 8 of these the update is that of batch_size 8.",
+                "None: this is how to have a large batch on a small card.",
+            ),
+            key("epochs", "1 …", "10", "Times through all pictures; not together with max_train_steps.", ""),
+            key("max_train_steps", "1 …", "by epochs", "Optimiser steps.", ""),
+            key("repeats", "1 …", "1", "Visits of each picture in an epoch.", ""),
+            key("seed", "0 …", "42", "All randomness follows from it.", ""),
+        ],
+    ),
+    (
+        "Pictures and captions",
+        &[
+            key(
+                "max_resolution",
+                "\"W,H\" or a side",
+                "\"512,512\"",
+                "Size that pictures are scaled and cut to; multiples of 8 (64 is best).",
+                "Activations grow with the area, attention's work with its square.",
+            ),
+            key("background", "white, black, \"#rrggbb\"", "\"white\"", "What lies behind transparent pictures.", ""),
+            key(
+                "processors",
+                "list of names",
+                "[\"center_crop\"]",
+                "What pictures go through before training, in order; `center_crop` or what your program registers.",
+                "",
+            ),
+            key("clip_skip", "1 …", "1", "2 leaves out the text encoder's last layer, as bases trained so expect.", ""),
+            key(
+                "max_token_length",
+                "75, 150, 225",
+                "75",
+                "Tokens of a caption; what is longer is cut.",
+                "Longer captions, longer cross-attention.",
+            ),
+            key(
+                "text_cleaning",
+                "ftfy, none",
+                "\"ftfy\"",
+                "How captions are cleaned before they are split into tokens: as CLIP and sd-scripts do, or as transformers 5 does. They differ on full-width punctuation, curly quotes and entities.",
+                "",
+            ),
+            key("caption_dropout_rate", "0 … 1", "0", "Share of visits without their caption.", ""),
+            key(
+                "noise_offset",
+                "0 …",
+                "0",
+                "Adds a constant per channel to the noise, for darker darks and lighter lights (0.05 to 0.1).",
+                "",
+            ),
+            key("min_snr_gamma", "above 0", "none", "Weights the loss by min(SNR, γ)/SNR; 5 in the paper.", ""),
+        ],
+    ),
+    (
+        "Precision and memory",
+        &[
+            key(
+                "precision",
+                "fp32, bf16, fp16",
+                "\"fp16\"",
+                "Number type of the base and of activations; fp16 with dynamic loss scaling. On the CPU fp16 falls back to fp32.",
+                "fp16 and bf16 halve weights and activations.",
+            ),
+            key("device", "auto, cpu, cuda, cuda:N", "\"auto\"", "Where to train.", ""),
+            key(
+                "cache_latents",
+                "true/false",
+                "true",
+                "Encode all pictures once, before the first step; then the autoencoder leaves the device.",
+                "On saves the autoencoder's weights and its encoding of each step.",
+            ),
+        ],
+    ),
+    (
+        "Saving and looking",
+        &[
+            key("save_every_n_steps", "1 …", "none", "Also save the LoRA every so many steps.", ""),
+            key("save_every_n_epochs", "1 …", "none", "Also save the LoRA every so many epochs.", ""),
+            key(
+                "sample_prompts",
+                "list of texts",
+                "[]",
+                "Prompts drawn before, during and after training, into one grid.",
+                "Drawing needs the autoencoder again, for a moment.",
+            ),
+            key("sample_negative_prompt", "text", "\"\"", "Negative prompt of the samples.", ""),
+            key("sample_every_n_steps", "1 …", "none", "Also draw samples every so many steps.", ""),
+            key("sample_steps", "1 … 1000", "20", "Steps of the sampler.", ""),
+            key("sample_guidance_scale", "1 …", "7.5", "Classifier-free guidance.", ""),
+            key("sample_sampler", "euler, ddim", "\"euler\"", "Sampler.", ""),
+            key("sample_seed", "0 …", "seed", "Seed of the samples' noise: the same in every row of the grid.", ""),
+            key("sample_resolution", "\"W,H\" or a side", "max_resolution", "Size of the samples.", ""),
+            key("callbacks", "list of names", "[]", "Callbacks that your program registers.", ""),
+        ],
+    ),
+];
+
+/// Keys of other trainers, and what they are called here.
+pub(super) const FOREIGN: &[(&str, &str)] = &[
+    ("network_dim", "lora_rank"),
+    ("network_alpha", "lora_alpha"),
+    ("network_dropout", "lora_dropout"),
+    ("network_weights", "init_from"),
+    ("r", "lora_rank"),
+    ("rank", "lora_rank"),
+    ("alpha", "lora_alpha"),
+    ("pretrained_model_name_or_path", "base_model"),
+    ("model_name_or_path", "base_model"),
+    ("instance_data_dir", "train_data_dir"),
+    ("data_dir", "train_data_dir"),
+    ("train_batch_size", "batch_size"),
+    ("per_device_train_batch_size", "batch_size"),
+    ("resolution", "max_resolution"),
+    ("mixed_precision", "precision"),
+    ("max_train_epochs", "epochs"),
+    ("num_train_epochs", "epochs"),
+    ("num_epochs", "epochs"),
+    ("num_repeats", "repeats"),
+    ("lr", "learning_rate"),
+    ("optimizer_type", "optimizer"),
+    ("lr_scheduler_type", "lr_scheduler"),
+    ("warmup_steps", "lr_warmup_steps"),
+    ("adam_beta1", "adam_betas"),
+    ("adam_beta2", "adam_betas"),
+    ("adam_epsilon", "adam_eps"),
+    ("adam_weight_decay", "weight_decay"),
+    ("max_steps", "max_train_steps"),
+    ("snr_gamma", "min_snr_gamma"),
+    ("network_train_unet_only", "train_text_encoder"),
+    ("network_train_text_encoder_only", "train_unet"),
+    ("validation_prompt", "sample_prompts"),
+    ("checkpointing_steps", "save_every_n_steps"),
+];
+
+/// Names of all keys.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().flat_map(|(_, keys)| keys.iter().map(|key| key.name))
+}
+
+/// The reference as Markdown.
+pub fn reference() -> String {
+    let mut text = String::from(
+        "# Configuration\n\n\
+         One file in TOML or YAML, with the same flat keys. Paths are relative to the current directory. Any key can be\n\
+         set from the command line: `lora train config.toml --set lora_rank=8`. An unknown key is an error that names the\n\
+         nearest one, and every value is checked before a model is loaded.\n\n\
+         This page is made from the program's own table of keys.\n",
+    );
+    for (group, keys) in KEYS {
+        text.push_str(&format!(
+            "\n## {group}\n\n| key | values | default | what it does | video memory |\n|---|---|---|---|---|\n"
+        ));
+        for Key { name, values, default, meaning, memory } in *keys {
+            text.push_str(&format!(
+                "| `{name}` | {values} | {} | {meaning} | {memory} |\n",
+                default.replace('|', "\\|")
+            ));
+        }
+    }
+    text
+}

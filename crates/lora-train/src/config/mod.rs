@@ -1,0 +1,334 @@
+//! The configuration of a run: flat keys in TOML or YAML, checked in full before any model is loaded. The table of keys
+//! is in [`keys`]; nothing here touches files other than the configuration itself.
+
+pub mod keys;
+mod read;
+mod steps;
+
+pub use read::{ConfigError, Format, Problem};
+pub use steps::{RunLength, StepPlan};
+
+use std::path::{Path, PathBuf};
+
+use lora_core::DType;
+use lora_core::target::Targets;
+use lora_data::tokenizer::TextCleaning;
+use lora_models::stable_diffusion::SamplerKind;
+
+use read::Reader;
+
+/// How the learning rate goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LrScheduler {
+    /// Stays.
+    Constant,
+    /// Falls linearly to 0.
+    Linear,
+    /// Falls along half a cosine to 0.
+    Cosine,
+}
+
+/// A warm-up in steps or as a share of the run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Warmup {
+    /// Steps.
+    Steps(usize),
+    /// Share of all steps, below 1.
+    Share(f64),
+}
+
+/// Samples drawn along the way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleConfig {
+    /// Prompts.
+    pub prompts: Vec<String>,
+    /// Negative prompt.
+    pub negative_prompt: String,
+    /// Also during training, every so many steps.
+    pub every_n_steps: Option<usize>,
+    /// Sampler steps.
+    pub steps: usize,
+    /// Classifier-free guidance.
+    pub guidance_scale: f64,
+    /// Sampler.
+    pub sampler: SamplerKind,
+    /// Seed of the starting noise.
+    pub seed: u64,
+    /// Width and height.
+    pub resolution: (usize, usize),
+}
+
+/// A checked configuration; the fields are the keys of `docs/config.md`, defaults filled in.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "each field is the key of its name in the table of keys")]
+#[non_exhaustive]
+pub struct TrainConfig {
+    pub base_model: PathBuf,
+    pub train_data_dir: PathBuf,
+    pub output_dir: PathBuf,
+    pub output_name: String,
+    pub init_from: Option<PathBuf>,
+    pub strict: bool,
+    pub lora_rank: usize,
+    pub lora_alpha: f64,
+    pub lora_dropout: f64,
+    pub variant: String,
+    pub target_modules: Vec<String>,
+    pub train_unet: bool,
+    pub train_text_encoder: bool,
+    pub save_precision: DType,
+    pub learning_rate: f64,
+    pub unet_lr: f64,
+    pub text_encoder_lr: f64,
+    pub adam_betas: (f64, f64),
+    pub adam_eps: f64,
+    pub weight_decay: f64,
+    pub lr_scheduler: LrScheduler,
+    pub lr_warmup: Warmup,
+    pub max_grad_norm: f64,
+    pub batch_size: usize,
+    pub gradient_accumulation_steps: usize,
+    pub length: RunLength,
+    pub repeats: usize,
+    pub seed: u64,
+    pub max_resolution: (usize, usize),
+    pub background: [u8; 3],
+    pub processors: Vec<String>,
+    pub clip_skip: usize,
+    pub max_token_length: usize,
+    pub text_cleaning: TextCleaning,
+    pub caption_dropout_rate: f64,
+    pub noise_offset: f64,
+    pub min_snr_gamma: Option<f64>,
+    pub precision: DType,
+    pub device: String,
+    pub cache_latents: bool,
+    pub save_every_n_steps: Option<usize>,
+    pub save_every_n_epochs: Option<usize>,
+    pub samples: SampleConfig,
+    pub callbacks: Vec<String>,
+}
+
+impl TrainConfig {
+    /// Reads a `.toml`, `.yaml`, `.yml` or `.json` file; `overrides` are `key=value` and win over it.
+    pub fn from_file<S: AsRef<str>>(path: impl AsRef<Path>, overrides: &[S]) -> Result<Self, ConfigError> {
+        let path = path.as_ref();
+        let problem = |message: String| ConfigError {
+            path: Some(path.to_owned()),
+            problems: vec![Problem { line: None, key: None, message }],
+        };
+        let format = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("toml") => Format::Toml,
+            Some("yaml" | "yml" | "json") => Format::Yaml,
+            _ => return Err(problem("expected a name that ends in .toml, .yaml, .yml or .json".into())),
+        };
+        let bytes = std::fs::read(path).map_err(|error| problem(format!("cannot read: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| problem(format!("not UTF-8: {error}")))?;
+        Self::parse(Some(path.to_owned()), &text, format, overrides)
+    }
+
+    /// From text.
+    pub fn from_text<S: AsRef<str>>(text: &str, format: Format, overrides: &[S]) -> Result<Self, ConfigError> {
+        Self::parse(None, text, format, overrides)
+    }
+
+    fn parse<S: AsRef<str>>(
+        path: Option<PathBuf>,
+        text: &str,
+        format: Format,
+        overrides: &[S],
+    ) -> Result<Self, ConfigError> {
+        let mut reader = Reader::parse(path, text, format)?;
+        overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
+        let config = Self::read(&mut reader);
+        reader.finish(config)
+    }
+
+    fn read(reader: &mut Reader) -> Self {
+        const DTYPES: &[(&str, DType)] = &[
+            ("fp32", DType::F32),
+            ("fp16", DType::F16),
+            ("bf16", DType::BF16),
+            ("no", DType::F32),
+            ("float", DType::F32),
+        ];
+        let not_negative = |value: f64| value >= 0.0;
+        let positive = |value: f64| value > 0.0;
+
+        let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
+        let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(1e-4);
+        let max_resolution = reader.size("max_resolution").unwrap_or((512, 512));
+        let seed = reader.count("seed", 0).unwrap_or(42) as u64;
+
+        let length = match (reader.count("epochs", 1), reader.count("max_train_steps", 1)) {
+            (Some(_), Some(_)) => {
+                reader.problem(Some("max_train_steps"), "give epochs or max_train_steps, not both");
+                RunLength::Epochs(1)
+            }
+            (None, Some(steps)) => RunLength::Steps(steps),
+            (epochs, None) => RunLength::Epochs(epochs.unwrap_or(10)),
+        };
+        let (train_unet, train_text_encoder) =
+            (reader.boolean("train_unet", true), reader.boolean("train_text_encoder", true));
+        if !train_unet && !train_text_encoder {
+            reader.problem(
+                Some("train_text_encoder"),
+                "train_unet and train_text_encoder are both off; there is nothing to train",
+            );
+        }
+        reader.choice("optimizer", &[("adamw", ())]);
+        let target_modules = reader.texts("target_modules").unwrap_or_else(|| vec!["attention-mlp".into()]);
+        if let Err(error) = Targets::parse(&target_modules) {
+            reader.problem(Some("target_modules"), error.to_string());
+        }
+        let adam_betas = reader.pair("adam_betas").unwrap_or((0.9, 0.999));
+        if !(0.0..1.0).contains(&adam_betas.0) || !(0.0..1.0).contains(&adam_betas.1) {
+            reader.problem(Some("adam_betas"), "expected two numbers from 0 to below 1");
+        }
+        let lr_warmup = match reader.number("lr_warmup_steps", "a number of steps, or a share below 1", not_negative) {
+            Some(share) if share > 0.0 && share < 1.0 => Warmup::Share(share),
+            Some(steps) if steps.fract() != 0.0 => {
+                reader.problem(
+                    Some("lr_warmup_steps"),
+                    format!("{steps} is neither a whole number of steps nor a share below 1"),
+                );
+                Warmup::Steps(0)
+            }
+            steps => Warmup::Steps(steps.unwrap_or(0.0) as usize),
+        };
+        let background = match reader.text("background") {
+            Some(color) => parse_color(&color).unwrap_or_else(|| {
+                reader.problem(Some("background"), format!("`{color}` is not white, black or #rrggbb"));
+                [255; 3]
+            }),
+            None => [255; 3],
+        };
+        let output_name = reader.text("output_name").unwrap_or_else(|| "lora".into());
+        if output_name.is_empty() || output_name.contains(['/', '\\', ':', '>', '<']) || output_name.starts_with('.') {
+            reader.problem(
+                Some("output_name"),
+                format!("`{output_name}` cannot name a file that prompts call (no / \\ : < >)"),
+            );
+        }
+        let processors = reader.texts("processors").unwrap_or_else(|| vec!["center_crop".into()]);
+        if processors.is_empty() {
+            reader.problem(
+                Some("processors"),
+                "at least one processor must bring pictures to size, for instance center_crop",
+            );
+        }
+        let caption_dropout_rate = reader
+            .number("caption_dropout_rate", "a number from 0 to 1", |rate| (0.0..=1.0).contains(&rate))
+            .unwrap_or(0.0);
+        let samples = SampleConfig {
+            prompts: reader.texts("sample_prompts").unwrap_or_default(),
+            negative_prompt: reader.text("sample_negative_prompt").unwrap_or_default(),
+            every_n_steps: reader.count("sample_every_n_steps", 1),
+            steps: reader.count("sample_steps", 1).unwrap_or(20),
+            guidance_scale: reader
+                .number("sample_guidance_scale", "a number from 1 on", |scale| scale >= 1.0)
+                .unwrap_or(7.5),
+            sampler: reader
+                .choice("sample_sampler", &[("euler", SamplerKind::Euler), ("ddim", SamplerKind::Ddim)])
+                .unwrap_or_default(),
+            seed: reader.count("sample_seed", 0).map_or(seed, |seed| seed as u64),
+            resolution: reader.size("sample_resolution").unwrap_or(max_resolution),
+        };
+        if samples.steps > 1000 {
+            reader.problem(Some("sample_steps"), format!("expected 1 to 1000, found {}", samples.steps));
+        }
+        if samples.every_n_steps.is_some() && samples.prompts.is_empty() {
+            reader.problem(Some("sample_every_n_steps"), "there are no sample_prompts to draw");
+        }
+        let max_token_length = reader.count("max_token_length", 1).unwrap_or(75);
+        if ![75, 150, 225].contains(&max_token_length) {
+            reader.problem(Some("max_token_length"), format!("expected 75, 150 or 225, found {max_token_length}"));
+        }
+        let device = reader.text("device").unwrap_or_else(|| "auto".into());
+        let number = device.strip_prefix("cuda:").map(|number| number.parse::<usize>().is_ok());
+        if !matches!(device.as_str(), "auto" | "cpu" | "cuda") && number != Some(true) {
+            reader.problem(Some("device"), format!("expected auto, cpu, cuda or cuda:N, found `{device}`"));
+        }
+
+        let path = |reader: &mut Reader, key: &str| PathBuf::from(reader.required_text(key));
+        Self {
+            base_model: path(reader, "base_model"),
+            train_data_dir: path(reader, "train_data_dir"),
+            output_dir: path(reader, "output_dir"),
+            output_name,
+            init_from: reader.text("init_from").map(PathBuf::from),
+            strict: reader.boolean("strict", false),
+            lora_rank,
+            lora_alpha: reader.number("lora_alpha", "a number above 0", positive).unwrap_or(lora_rank as f64),
+            lora_dropout: reader
+                .number("lora_dropout", "a number from 0 to below 1", |p| (0.0..1.0).contains(&p))
+                .unwrap_or(0.0),
+            variant: reader.text("variant").unwrap_or_else(|| "lora".into()),
+            target_modules,
+            train_unet,
+            train_text_encoder,
+            save_precision: reader.choice("save_precision", DTYPES).unwrap_or(DType::F16),
+            learning_rate,
+            unet_lr: reader.number("unet_lr", "a number from 0 on", not_negative).unwrap_or(learning_rate),
+            text_encoder_lr: reader
+                .number("text_encoder_lr", "a number from 0 on", not_negative)
+                .unwrap_or(learning_rate / 2.0),
+            adam_betas,
+            adam_eps: reader.number("adam_eps", "a number above 0", positive).unwrap_or(1e-8),
+            weight_decay: reader.number("weight_decay", "a number from 0 on", not_negative).unwrap_or(0.01),
+            lr_scheduler: reader
+                .choice(
+                    "lr_scheduler",
+                    &[
+                        ("constant", LrScheduler::Constant),
+                        ("constant_with_warmup", LrScheduler::Constant),
+                        ("linear", LrScheduler::Linear),
+                        ("cosine", LrScheduler::Cosine),
+                    ],
+                )
+                .unwrap_or(LrScheduler::Constant),
+            lr_warmup,
+            max_grad_norm: reader.number("max_grad_norm", "a number from 0 on", not_negative).unwrap_or(1.0),
+            batch_size: reader.count("batch_size", 1).unwrap_or(1),
+            gradient_accumulation_steps: reader.count("gradient_accumulation_steps", 1).unwrap_or(1),
+            length,
+            repeats: reader.count("repeats", 1).unwrap_or(1),
+            seed,
+            max_resolution,
+            background,
+            processors,
+            clip_skip: reader.count("clip_skip", 1).unwrap_or(1),
+            max_token_length,
+            text_cleaning: reader
+                .choice("text_cleaning", &[("ftfy", TextCleaning::Ftfy), ("none", TextCleaning::None)])
+                .unwrap_or_default(),
+            caption_dropout_rate,
+            noise_offset: reader.number("noise_offset", "a number from 0 on", not_negative).unwrap_or(0.0),
+            min_snr_gamma: reader.number("min_snr_gamma", "a number above 0", positive),
+            precision: reader.choice("precision", DTYPES).unwrap_or(DType::F16),
+            device,
+            cache_latents: reader.boolean("cache_latents", true),
+            save_every_n_steps: reader.count("save_every_n_steps", 1),
+            save_every_n_epochs: reader.count("save_every_n_epochs", 1),
+            samples,
+            callbacks: if reader.has("callbacks") { reader.texts("callbacks").unwrap_or_default() } else { Vec::new() },
+        }
+    }
+
+    /// Rows of 77 tokens that a caption takes.
+    pub fn caption_chunks(&self) -> usize {
+        self.max_token_length / 75
+    }
+}
+
+fn parse_color(text: &str) -> Option<[u8; 3]> {
+    match text {
+        "white" => Some([255; 3]),
+        "black" => Some([0; 3]),
+        _ => {
+            let digits = text.strip_prefix('#').filter(|digits| digits.len() == 6 && digits.is_ascii())?;
+            let channel = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).ok();
+            Some([channel(0)?, channel(2)?, channel(4)?])
+        }
+    }
+}

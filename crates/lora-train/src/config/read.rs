@@ -1,0 +1,272 @@
+//! From text to checked values: both formats become one flat table, and every problem is collected with its line, so
+//! that a user sees all of them at once.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::keys::{self, FOREIGN};
+
+/// What is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file, where there is one.
+    pub path: Option<PathBuf>,
+    /// Everything that is wrong, in the order of the file.
+    pub problems: Vec<Problem>,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Line, from 1, where it is known.
+    pub line: Option<usize>,
+    /// The key, where there is one.
+    pub key: Option<String>,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.problems.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            match &self.path {
+                Some(path) => write!(f, "{}", path.display())?,
+                None => write!(f, "configuration")?,
+            }
+            if let Some(line) = problem.line {
+                write!(f, ":{line}")?;
+            }
+            if let Some(key) = &problem.key {
+                write!(f, ": `{key}`")?;
+            }
+            write!(f, ": {}", problem.message)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The format of a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// TOML.
+    Toml,
+    /// YAML (JSON is YAML).
+    Yaml,
+}
+
+/// The flat table of a configuration, taken apart key by key.
+#[derive(Debug)]
+pub(super) struct Reader {
+    path: Option<PathBuf>,
+    text: String,
+    values: Map<String, Value>,
+    problems: Vec<Problem>,
+}
+
+impl Reader {
+    pub(super) fn parse(path: Option<PathBuf>, text: &str, format: Format) -> Result<Self, ConfigError> {
+        let parsed: Result<Value, (Option<usize>, String)> = match format {
+            Format::Toml => toml::from_str(text).map_err(|error| {
+                let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+                (line, error.message().to_owned())
+            }),
+            Format::Yaml => serde_saphyr::from_str(text).map_err(|error| {
+                let line = error.location().map(|location| location.line() as usize);
+                (line, error.to_string().lines().next().unwrap_or_default().to_owned())
+            }),
+        };
+        let problem =
+            |line, message| ConfigError { path: path.clone(), problems: vec![Problem { line, key: None, message }] };
+        match parsed {
+            Ok(Value::Object(values)) => Ok(Self { path, text: text.to_owned(), values, problems: Vec::new() }),
+            Ok(Value::Null) => Ok(Self { path, text: text.to_owned(), values: Map::new(), problems: Vec::new() }),
+            Ok(_) => Err(problem(None, "expected keys and values at the top level".into())),
+            Err((line, message)) => Err(problem(line, message)),
+        }
+    }
+
+    /// Puts `key=value` over the file's own; the value is read as TOML, and as plain text where that fails.
+    pub(super) fn set(&mut self, assignment: &str) {
+        let Some((key, value)) = assignment.split_once('=') else {
+            self.problem(None, format!("`--set {assignment}`: expected key=value"));
+            return;
+        };
+        let (key, value) = (key.trim(), value.trim());
+        let typed = toml::from_str::<Map<String, Value>>(&format!("value = {value}"))
+            .ok()
+            .and_then(|mut table| table.remove("value"));
+        self.values.insert(key.to_owned(), typed.unwrap_or_else(|| Value::String(value.to_owned())));
+    }
+
+    /// Notes a problem with a key, at its line.
+    pub(super) fn problem(&mut self, key: Option<&str>, message: impl Into<String>) {
+        let line = key.and_then(|key| self.line_of(key));
+        self.problems.push(Problem { line, key: key.map(str::to_owned), message: message.into() });
+    }
+
+    /// The values as read, or all problems found on the way.
+    pub(super) fn finish<T>(mut self, value: T) -> Result<T, ConfigError> {
+        let unknown: Vec<String> =
+            self.values.keys().filter(|key| !keys::names().any(|known| known == *key)).cloned().collect();
+        for key in unknown {
+            let message = advice(&key);
+            self.problem(Some(&key), message);
+        }
+        if self.problems.is_empty() {
+            return Ok(value);
+        }
+        self.problems.sort_by_key(|problem| problem.line);
+        Err(ConfigError { path: self.path, problems: self.problems })
+    }
+
+    pub(super) fn text(&mut self, key: &str) -> Option<String> {
+        match self.values.get(key)? {
+            Value::String(text) => Some(text.clone()),
+            // An unquoted word of digits is still a name.
+            Value::Number(number) => Some(number.to_string()),
+            other => self.mismatch(key, "text", &other.clone()),
+        }
+    }
+
+    pub(super) fn required_text(&mut self, key: &str) -> String {
+        match self.text(key) {
+            Some(text) if !text.trim().is_empty() => text,
+            _ => {
+                if !self.problems.iter().any(|problem| problem.key.as_deref() == Some(key)) {
+                    self.problem(Some(key), "is missing; it has no default");
+                }
+                String::new()
+            }
+        }
+    }
+
+    pub(super) fn boolean(&mut self, key: &str, default: bool) -> bool {
+        match self.values.get(key) {
+            None => default,
+            Some(Value::Bool(value)) => *value,
+            Some(other) => self.mismatch(key, "true or false", &other.clone()).unwrap_or(default),
+        }
+    }
+
+    /// A whole number from `least` on.
+    pub(super) fn count(&mut self, key: &str, least: u64) -> Option<usize> {
+        let value = self.values.get(key)?.clone();
+        match value.as_u64().filter(|&number| number >= least).and_then(|number| usize::try_from(number).ok()) {
+            Some(number) => Some(number),
+            None => self.mismatch(key, &format!("a whole number from {least} on"), &value),
+        }
+    }
+
+    /// A finite number in a range.
+    pub(super) fn number(&mut self, key: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Option<f64> {
+        let value = self.values.get(key)?.clone();
+        match value.as_f64().filter(|&number| number.is_finite() && fits(number)) {
+            Some(number) => Some(number),
+            None => self.mismatch(key, expected, &value),
+        }
+    }
+
+    /// One text or a list of texts.
+    pub(super) fn texts(&mut self, key: &str) -> Option<Vec<String>> {
+        match self.values.get(key)?.clone() {
+            Value::String(text) => Some(vec![text]),
+            Value::Array(items) if items.iter().all(Value::is_string) => {
+                Some(items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect())
+            }
+            other => self.mismatch(key, "text or a list of texts", &other),
+        }
+    }
+
+    /// Two numbers.
+    pub(super) fn pair(&mut self, key: &str) -> Option<(f64, f64)> {
+        let value = self.values.get(key)?.clone();
+        match value.as_array().map(|items| items.iter().map(Value::as_f64).collect::<Vec<_>>()).as_deref() {
+            Some([Some(first), Some(second)]) => Some((*first, *second)),
+            _ => self.mismatch(key, "two numbers in brackets", &value),
+        }
+    }
+
+    /// Width and height: `"512,768"`, `512` or `[512, 768]`, in multiples of 8.
+    pub(super) fn size(&mut self, key: &str) -> Option<(usize, usize)> {
+        let value = self.values.get(key)?.clone();
+        let sides: Option<Vec<usize>> = match &value {
+            Value::Number(_) => value.as_u64().map(|side| vec![side as usize]),
+            Value::String(text) => text.split([',', 'x']).map(|side| side.trim().parse().ok()).collect(),
+            Value::Array(items) => items.iter().map(|item| item.as_u64().map(|side| side as usize)).collect(),
+            _ => None,
+        };
+        let size = match sides.as_deref() {
+            Some([side]) => (*side, *side),
+            Some([width, height]) => (*width, *height),
+            _ => return self.mismatch(key, "\"width,height\" or one number", &value),
+        };
+        for side in [size.0, size.1] {
+            if !(64..=4096).contains(&side) || side % 8 != 0 {
+                let near = (side.clamp(64, 4096) / 8 * 8, side.clamp(64, 4096).next_multiple_of(8));
+                let message = format!(
+                    "{side} pixels: expected a multiple of 8 from 64 to 4096; nearest are {} and {}",
+                    near.0, near.1
+                );
+                self.problem(Some(key), message);
+                return None;
+            }
+        }
+        Some(size)
+    }
+
+    /// One of a few words.
+    pub(super) fn choice<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> Option<T> {
+        let word = self.text(key)?;
+        match choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(&word)) {
+            Some((_, value)) => Some(*value),
+            None => {
+                let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+                let message =
+                    format!("`{word}` is not among {}{}", names.join(", "), near(&word, names.iter().copied()));
+                self.problem(Some(key), message);
+                None
+            }
+        }
+    }
+
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    fn mismatch<T>(&mut self, key: &str, expected: &str, found: &Value) -> Option<T> {
+        self.problem(Some(key), format!("expected {expected}, found {found}"));
+        None
+    }
+
+    /// The line that a key of the flat file stands on.
+    fn line_of(&self, key: &str) -> Option<usize> {
+        let begins = |line: &str| {
+            let rest = line.trim_start().trim_start_matches(['"', '\'']).strip_prefix(key)?;
+            rest.trim_start_matches(['"', '\'']).trim_start().starts_with(['=', ':']).then_some(())
+        };
+        self.text.lines().position(|line| begins(line).is_some()).map(|index| index + 1)
+    }
+}
+
+fn advice(key: &str) -> String {
+    if let Some((_, ours)) = FOREIGN.iter().find(|(theirs, _)| *theirs == key) {
+        return format!("unknown key; here it is called `{ours}`");
+    }
+    format!("unknown key{}", near(key, keys::names()))
+}
+
+/// `; did you mean …?` with the nearest of some names, if one is near.
+fn near<'n>(word: &str, names: impl Iterator<Item = &'n str>) -> String {
+    let scored = names.map(|name| (strsim::jaro_winkler(word, name), name));
+    match scored.max_by(|a, b| a.0.total_cmp(&b.0)) {
+        Some((score, name)) if score > 0.8 => format!("; did you mean `{name}`?"),
+        _ => String::new(),
+    }
+}

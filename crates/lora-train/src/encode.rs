@@ -1,0 +1,137 @@
+//! Pictures into latents and captions into text states.
+
+use std::path::Path;
+
+use lora_core::DType;
+use lora_core::random::Stream;
+use lora_data::RgbPicture;
+use lora_data::dataset::Item;
+use lora_data::picture;
+use lora_data::processor::{PictureProcessor, ProcessContext};
+use lora_data::tokenizer::ClipTokenizer;
+use lora_io::checkpoint::Checkpoint;
+use lora_models::layers::Pass;
+use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
+use lora_torch::tensor::{from_f32, kind_of};
+
+use crate::{Error, Result};
+
+/// The autoencoder with what it needs to fall back to f32: some overflow in fp16.
+#[derive(Debug)]
+pub struct Encoder {
+    vae: Vae,
+    device: Device,
+}
+
+impl Encoder {
+    /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
+    pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
+        let kind = if device == Device::Cpu { Kind::Float } else { kind_of(precision) };
+        Ok(Self { vae: load_vae(checkpoint, kind, device)?, device })
+    }
+
+    /// Factor between the autoencoder's latents and those that the U-Net sees.
+    pub fn scaling_factor(&self) -> f64 {
+        self.vae.config().scaling_factor
+    }
+
+    /// Channels of the latents.
+    pub fn latent_channels(&self) -> usize {
+        self.vae.config().latent_channels
+    }
+
+    /// The latent distribution of one picture, `[1, 4, height, width]` f32, on the device. Where fp16 overflows, the
+    /// autoencoder is loaded again in f32, once.
+    pub fn encode(&mut self, checkpoint: &Checkpoint, path: &Path, picture: &RgbPicture) -> Result<LatentDistribution> {
+        let _guard = no_grad_guard();
+        let pixels = from_f32(&picture.to_planar(), &[1, 3, picture.height(), picture.width()], self.device)?;
+        let latents = self.vae.encode(&pixels)?;
+        if is_finite(&latents.mean)? && is_finite(&latents.log_variance)? {
+            return Ok(latents);
+        }
+        if self.vae.kind() != Kind::Float {
+            tracing::warn!("the autoencoder overflows in half precision ({}); it goes on in fp32", path.display());
+            self.vae = load_vae(checkpoint, Kind::Float, self.device)?;
+            return self.encode(checkpoint, path, picture);
+        }
+        Err(Error::NotFinite {
+            stage: "the VAE",
+            place: format!(" for {}", path.display()),
+            remedy: "the base model's autoencoder is damaged; take the base from another source",
+        })
+    }
+
+    /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them.
+    pub fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
+        let _guard = no_grad_guard();
+        let pixels = self.vae.decode(&latents.f_div_scalar(self.scaling_factor())?)?;
+        if !is_finite(&pixels)? && self.vae.kind() != Kind::Float {
+            self.vae = load_vae(checkpoint, Kind::Float, self.device)?;
+            return self.decode(checkpoint, latents);
+        }
+        let (batch, _, height, width) = pixels.size4()?;
+        let pixels = pixels.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let picture = |index: i64| {
+            let planes: Vec<f32> = Vec::try_from(pixels.get(index).f_flatten(0, -1)?)?;
+            RgbPicture::from_planar(width as usize, height as usize, &planes).ok_or_else(|| {
+                Error::from(lora_torch::Error::Torch("a decoded picture has another size than asked for".into()))
+            })
+        };
+        (0..batch).map(picture).collect()
+    }
+}
+
+/// A picture of the dataset, decoded and processed to its training size.
+pub fn load_picture(
+    item: &Item,
+    processors: &[std::sync::Arc<dyn PictureProcessor>],
+    target: (usize, usize),
+    background: [u8; 3],
+    random: &Stream,
+) -> Result<RgbPicture, lora_data::Error> {
+    let mut picture = picture::decode(&item.path, background)?;
+    for (index, processor) in processors.iter().enumerate() {
+        let context = ProcessContext { target, random: random.at("processor").with(index as u64) };
+        picture = processor.process(picture, &context)?;
+    }
+    if (picture.width(), picture.height()) != target {
+        return Err(lora_data::Error::Option {
+            key: "processors",
+            value: item.path.display().to_string(),
+            reason: format!(
+                "the last processor left {}×{} pixels, expected {}×{}",
+                picture.width(),
+                picture.height(),
+                target.0,
+                target.1
+            ),
+        });
+    }
+    Ok(picture)
+}
+
+/// Token rows of captions, `[captions · chunks, 77]` int64.
+pub fn tokens(tokenizer: &ClipTokenizer, captions: &[&str], chunks: usize, device: Device) -> Result<Tensor> {
+    let rows: Vec<i64> =
+        captions.iter().flat_map(|caption| tokenizer.rows(caption, chunks)).flatten().map(i64::from).collect();
+    Ok(Tensor::from_slice(&rows).f_view([-1, 77])?.f_to_device(device)?)
+}
+
+/// Text states of captions, without gradients.
+pub fn encode_captions(
+    encoder: &ClipTextEncoder,
+    tokenizer: &ClipTokenizer,
+    captions: &[&str],
+    chunks: usize,
+    clip_skip: usize,
+    device: Device,
+) -> Result<Tensor> {
+    let _guard = no_grad_guard();
+    Ok(encoder.encode(&tokens(tokenizer, captions, chunks, device)?, chunks, clip_skip, &Pass::default())?)
+}
+
+/// Whether all elements are finite; waits for the device.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(f64::try_from(tensor.detach().f_isfinite()?.f_all()?.f_to_kind(Kind::Double)?)? != 0.0)
+}

@@ -1,0 +1,59 @@
+//! What a user's own crate adds without touching ours: adapter variants, picture processors and callbacks, by name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use lora_core::variant::VariantRegistry;
+use lora_data::processor::ProcessorRegistry;
+use lora_torch::TchBackend;
+
+use crate::callback::Callback;
+use crate::{Error, Result};
+
+type Factory = Box<dyn Fn() -> Box<dyn Callback> + Send + Sync>;
+
+/// Everything that a configuration can name.
+#[derive(Default)]
+pub struct Plugins {
+    /// Adapter variants, for the key `variant`.
+    pub variants: VariantRegistry<TchBackend>,
+    /// Picture processors, for the key `processors`.
+    pub processors: ProcessorRegistry,
+    callbacks: BTreeMap<String, Factory>,
+}
+
+impl Plugins {
+    /// Registers a callback for the key `callbacks`; a run makes its own with `make`.
+    pub fn register_callback<C: Callback + 'static>(
+        &mut self,
+        name: impl Into<String>,
+        make: impl Fn() -> C + Send + Sync + 'static,
+    ) {
+        self.callbacks.insert(name.into(), Box::new(move || Box::new(make())));
+    }
+
+    /// The callbacks of a list of names.
+    pub(crate) fn callbacks(&self, names: &[String]) -> Result<Vec<Box<dyn Callback>>> {
+        let make = |name: &String| {
+            let known = || match self.callbacks.is_empty() {
+                true => "none".to_owned(),
+                false => self.callbacks.keys().cloned().collect::<Vec<_>>().join(", "),
+            };
+            self.callbacks
+                .get(name)
+                .map(|make| make())
+                .ok_or_else(|| Error::UnknownCallback { name: name.clone(), known: known() })
+        };
+        names.iter().map(make).collect()
+    }
+}
+
+impl fmt::Debug for Plugins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plugins")
+            .field("variants", &self.variants)
+            .field("processors", &self.processors)
+            .field("callbacks", &self.callbacks.keys())
+            .finish()
+    }
+}

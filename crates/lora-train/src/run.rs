@@ -1,0 +1,75 @@
+//! A whole run: prepare, step, watch, save.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::Result;
+use crate::callback::{Callback, Control};
+use crate::callbacks::{HealthCheck, Metrics, SampleGrid, SaveCheckpoints};
+use crate::config::TrainConfig;
+use crate::plugins::Plugins;
+use crate::session::{Preparing, Session};
+
+/// What a run left behind.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunResult {
+    /// The LoRA.
+    pub lora: PathBuf,
+    /// Steps done.
+    pub steps: usize,
+    /// Why it stopped before its end, if it did.
+    pub stopped: Option<String>,
+}
+
+/// Trains from a configuration to a LoRA on disk.
+///
+/// Metrics, loss curve, samples, intermediate saves and health checks are callbacks like the configuration's own and
+/// those given here. `stop` ends the run at the next step, with the LoRA saved: set it from a signal handler.
+pub fn train(
+    config: TrainConfig,
+    plugins: &Plugins,
+    mut extra: Vec<Box<dyn Callback>>,
+    stop: &Arc<AtomicBool>,
+    progress: &mut dyn FnMut(Preparing),
+) -> Result<RunResult> {
+    let mut callbacks: Vec<Box<dyn Callback>> = vec![
+        Box::new(Metrics::new(&config)),
+        Box::new(HealthCheck::default()),
+        Box::new(SampleGrid::new(&config)),
+        Box::new(SaveCheckpoints::new(&config)),
+    ];
+    callbacks.extend(plugins.callbacks(&config.callbacks)?);
+    callbacks.append(&mut extra);
+
+    let mut session = Session::prepare(config, plugins, progress)?;
+    let mut stopped = None;
+    for callback in &mut callbacks {
+        note(callback.on_start(&mut session)?, &mut stopped);
+    }
+    while stopped.is_none() {
+        if stop.load(Ordering::Relaxed) {
+            stopped = Some("interrupted".to_owned());
+            break;
+        }
+        let Some(report) = session.step()? else { break };
+        for callback in &mut callbacks {
+            note(callback.on_step(&mut session, &report)?, &mut stopped);
+        }
+    }
+    // The LoRA first: nothing that follows may cost it.
+    let name = session.config().output_name.clone();
+    let lora = session.save(&name)?;
+    for callback in &mut callbacks {
+        callback.on_end(&mut session)?;
+    }
+    Ok(RunResult { lora, steps: session.steps_done(), stopped })
+}
+
+fn note(control: Control, stopped: &mut Option<String>) {
+    if let Control::Stop(reason) = control
+        && stopped.is_none()
+    {
+        *stopped = Some(reason);
+    }
+}
