@@ -1,0 +1,86 @@
+//! The `lora` command: arguments, progress and errors for people. What it does lives in the libraries.
+//!
+//! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
+
+mod doctor;
+mod info;
+mod progress;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(name = "lora", version, about = "LoRA training for little video memory", arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a LoRA from a configuration file.
+    Train(train::Arguments),
+    /// Show what a LoRA file holds.
+    Info(info::Arguments),
+    /// Show which libtorch and devices are used, and what is missing.
+    Doctor(doctor::Arguments),
+    /// Print the reference of all configuration keys (Markdown).
+    Keys,
+}
+
+/// A failure on its way to the exit status.
+enum Failure {
+    /// The work failed.
+    Work(String),
+    /// The arguments or the configuration are wrong.
+    Usage(String),
+}
+
+impl From<lora_train::Error> for Failure {
+    fn from(error: lora_train::Error) -> Self {
+        let usage = error.is_usage();
+        let message = if error.is_out_of_memory() {
+            format!(
+                "{error}\nremedies: batch_size = 1 with more gradient_accumulation_steps, precision = \"bf16\", a lower max_resolution, train_text_encoder = false"
+            )
+        } else {
+            error.to_string()
+        };
+        if usage { Failure::Usage(message) } else { Failure::Work(message) }
+    }
+}
+
+impl From<lora_io::Error> for Failure {
+    fn from(error: lora_io::Error) -> Self {
+        Failure::Work(error.to_string())
+    }
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .without_time()
+        .with_target(false)
+        .with_writer(progress::Writer)
+        .init();
+    let result = match Arguments::parse().command {
+        Command::Train(arguments) => train::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Keys => {
+            print!("{}", lora_train::config::keys::reference());
+            Ok(())
+        }
+    };
+    let (message, status) = match result {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Work(message)) => (message, 1),
+        Err(Failure::Usage(message)) => (message, 2),
+    };
+    eprintln!("error: {message}");
+    ExitCode::from(status)
+}

@@ -1,0 +1,143 @@
+//! Progress for people: a bar where there is a terminal, a line now and then where there is none.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use lora_train::Session;
+use lora_train::callback::{Callback, Control};
+use lora_train::session::{Preparing, StepReport};
+
+/// The bar on screen, so that log lines can go above it.
+static BAR: OnceLock<Mutex<Option<ProgressBar>>> = OnceLock::new();
+
+fn bar() -> &'static Mutex<Option<ProgressBar>> {
+    BAR.get_or_init(Mutex::default)
+}
+
+/// Log lines on standard error, above the bar where there is one.
+pub(crate) struct Writer;
+
+impl<'w> tracing_subscriber::fmt::MakeWriter<'w> for Writer {
+    type Writer = Self;
+
+    fn make_writer(&'w self) -> Self {
+        Self
+    }
+}
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match bar().lock().ok().and_then(|bar| bar.clone()) {
+            Some(bar) => bar.suspend(|| io::stderr().write_all(bytes))?,
+            None => io::stderr().write_all(bytes)?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// Shows how far preparing has come.
+pub(crate) fn preparing() -> impl FnMut(Preparing) {
+    let mut last = None;
+    move |stage| {
+        let (what, done, of) = match stage {
+            Preparing::Loading(part) => {
+                eprintln!("loading the {part}");
+                return;
+            }
+            Preparing::Latents(done, of) => ("encoding pictures", done, of),
+            Preparing::Captions(done, of) => ("encoding captions", done, of),
+        };
+        let due = last.is_none_or(|last: Instant| last.elapsed() > Duration::from_secs(2));
+        if due || done == of {
+            last = Some(Instant::now());
+            let end = if io::stderr().is_terminal() && done < of { '\r' } else { '\n' };
+            eprint!("{what} {done}/{of}{end}");
+        }
+    }
+}
+
+/// The bar of a run: loss, learning rate, pictures per second, memory, time left.
+pub(crate) struct TrainingBar {
+    terminal: bool,
+    mean: Option<f64>,
+    start: Instant,
+    pictures: usize,
+    printed: Instant,
+}
+
+impl Default for TrainingBar {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self { terminal: io::stderr().is_terminal(), mean: None, start: now, pictures: 0, printed: now }
+    }
+}
+
+impl TrainingBar {
+    fn put(&self, new: Option<ProgressBar>) {
+        if let Ok(mut bar) = bar().lock()
+            && let Some(old) = std::mem::replace(&mut *bar, new)
+        {
+            old.finish();
+        }
+    }
+}
+
+impl Callback for TrainingBar {
+    fn on_start(&mut self, session: &mut Session) -> lora_train::Result<Control> {
+        eprintln!("{}", crate::train::describe(&session.summary()));
+        self.start = Instant::now();
+        if self.terminal {
+            let bar = ProgressBar::new(session.plan().steps as u64);
+            let style = ProgressStyle::with_template("{bar:32} {pos}/{len} [{elapsed} < {eta}] {msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            self.put(Some(bar));
+        }
+        Ok(Control::Continue)
+    }
+
+    fn on_step(&mut self, _session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
+        self.pictures += report.pictures;
+        if report.loss.is_finite() {
+            self.mean = Some(self.mean.map_or(report.loss, |mean| mean + (report.loss - mean) * 0.05));
+        }
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let message = format!(
+            "loss {:.4} lr {:.2e} {:.2} img/s {:.1} GiB{}",
+            self.mean.unwrap_or(f64::NAN),
+            report.learning_rate,
+            self.pictures as f64 / elapsed,
+            report.memory as f64 / f64::from(1 << 30),
+            if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
+        );
+        if self.terminal {
+            if let Ok(bar) = bar().lock()
+                && let Some(bar) = &*bar
+            {
+                bar.set_position(report.step as u64);
+                bar.set_message(message);
+            }
+        } else if report.step == 1 || report.step == report.steps || self.printed.elapsed() > Duration::from_secs(10) {
+            self.printed = Instant::now();
+            let left = elapsed / report.step as f64 * (report.steps - report.step) as f64;
+            eprintln!("step {}/{} {message}, {left:.0} s left", report.step, report.steps);
+        }
+        Ok(Control::Continue)
+    }
+
+    fn on_end(&mut self, _session: &mut Session) -> lora_train::Result<()> {
+        self.put(None);
+        Ok(())
+    }
+}
+
+impl Drop for TrainingBar {
+    fn drop(&mut self) {
+        self.put(None);
+    }
+}

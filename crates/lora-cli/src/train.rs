@@ -1,0 +1,91 @@
+//! `lora train`.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use lora_train::config::TrainConfig;
+use lora_train::session::Summary;
+use lora_train::{Plugins, train};
+
+use crate::Failure;
+use crate::progress::{TrainingBar, preparing};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Configuration file (.toml, .yaml, .json); `lora keys` lists all keys.
+    config: PathBuf,
+    /// Set a key over the file's value, for instance `--set lora_rank=8`.
+    #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
+    set: Vec<String>,
+    /// Print the result as JSON on standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let config = TrainConfig::from_file(&arguments.config, &arguments.set).map_err(lora_train::Error::from)?;
+    let output_dir = config.output_dir.clone();
+    let has_samples = !config.samples.prompts.is_empty();
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&stop);
+    let handler = ctrlc::set_handler(move || {
+        // The second signal ends at once, for those who mean it.
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; the LoRA will be saved (once more to end at once)");
+    });
+    if let Err(error) = handler {
+        tracing::warn!("signals are not caught ({error}): an interrupt will lose the run");
+    }
+
+    let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())?;
+    if arguments.json {
+        let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped });
+        println!("{json}");
+        return Ok(());
+    }
+    if let Some(reason) = &result.stopped {
+        println!("stopped early ({reason}) after {} steps", result.steps);
+    }
+    println!("LoRA:       {}", result.lora.display());
+    println!("loss curve: {}", output_dir.join("loss.png").display());
+    if has_samples {
+        println!("samples:    {}", output_dir.join("samples.png").display());
+    }
+    Ok(())
+}
+
+/// The summary before step 0, as lines.
+pub(crate) fn describe(summary: &Summary) -> String {
+    let mut text = String::new();
+    let (pictures, skipped) = summary.pictures;
+    let captions: Vec<_> = summary.captions.iter().map(|(source, count)| format!("{count} from {source}")).collect();
+    let _ = writeln!(
+        text,
+        "pictures:  {pictures}{}",
+        if skipped > 0 { format!(" ({skipped} skipped)") } else { String::new() }
+    );
+    let _ = writeln!(text, "captions:  {}", captions.join(", "));
+    for (picture, caption) in &summary.examples {
+        let _ = writeln!(text, "           {picture}: {}", if caption.is_empty() { "(no caption)" } else { caption });
+    }
+    if summary.cut_captions > 0 {
+        let _ = writeln!(
+            text,
+            "           {} caption(s) are longer than max_token_length and are cut",
+            summary.cut_captions
+        );
+    }
+    let (modules, candidates) = summary.modules;
+    let _ = writeln!(text, "adapter:   {modules} of {candidates} layers, {} numbers to train", summary.parameters);
+    let _ = writeln!(text, "device:    {} in {}", summary.device, summary.precision);
+    let _ = write!(text, "steps:     {}", summary.plan);
+    for note in &summary.notes {
+        let _ = write!(text, "\nnote:      {note}");
+    }
+    text
+}
