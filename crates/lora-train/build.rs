@@ -1,4 +1,4 @@
-//! Lets this package's tests find libtorch without LD_LIBRARY_PATH.
+//! Lets this package's binary and tests find libtorch without LD_LIBRARY_PATH.
 
 fn main() {
     if let Ok(folder) = std::env::var("DEP_LORA_TORCH_SHIM_LIBTORCH_LIB") {

@@ -20,7 +20,7 @@ struct Print;
 
 impl Callback for Print {
     fn on_step(&mut self, _session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
-        if report.step % 20 == 0 {
+        if report.step.is_multiple_of(20) {
             println!(
                 "step {:3} of {}: loss {:.4}, {:.2} s a step",
                 report.step, report.steps, report.loss, report.seconds

@@ -14,6 +14,9 @@ use crate::Result;
 use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
 use crate::weights::{SyntheticWeights, WeightSource, Weights};
 
+/// A weight's name and shape.
+pub type NamedShape = (String, Vec<usize>);
+
 /// The sizes of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct SyntheticModel {
@@ -85,7 +88,7 @@ impl SyntheticModel {
     }
 
     /// Names and shapes of all weights, under diffusers' and transformers' names.
-    pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<(String, Vec<usize>)>>> {
+    pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
         for part in Part::ALL {
             let recorder = Recorder(SyntheticWeights::new(part.folder()));

@@ -156,7 +156,7 @@ impl SyntheticWeights {
 }
 
 /// `count` numbers in `[-1, 1)` that belong to a name.
-pub fn synthetic_uniform(name: &str, count: usize) -> impl Iterator<Item = f32> {
+pub fn synthetic_uniform(name: &str, count: usize) -> impl Iterator<Item = f32> + use<> {
     let hash = fnv1a64(name.as_bytes());
     let key = [hash as u32, (hash >> 32) as u32];
     (0..count.div_ceil(4) as u64)

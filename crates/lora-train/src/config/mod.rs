@@ -237,7 +237,7 @@ impl TrainConfig {
         if samples.steps > 1000 {
             reader.problem(Some("sample_steps"), format!("expected 1 to 1000, found {}", samples.steps));
         }
-        if samples.every_n_steps.is_some() && samples.prompts.is_empty() {
+        if samples.every_n_steps.is_some() && !reader.has("sample_prompts") {
             reader.problem(Some("sample_every_n_steps"), "there are no sample_prompts to draw");
         }
         let max_token_length = reader.count("max_token_length", 1).unwrap_or(75);

@@ -102,6 +102,12 @@ impl Reader {
         let typed = toml::from_str::<Map<String, Value>>(&format!("value = {value}"))
             .ok()
             .and_then(|mut table| table.remove("value"));
+        // The length of a run has two spellings: the one given here takes the place of the file's.
+        match key {
+            "epochs" => drop(self.values.remove("max_train_steps")),
+            "max_train_steps" => drop(self.values.remove("epochs")),
+            _ => {}
+        }
         self.values.insert(key.to_owned(), typed.unwrap_or_else(|| Value::String(value.to_owned())));
     }
 

@@ -1,0 +1,34 @@
+# Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart build test lint bench docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Find or fetch libtorch (once; clones share it)
+	@sh tools/setup-libtorch.sh
+
+build: setup ## Build the command: target/release/lora
+	cargo build --release -p lora-cli
+
+quickstart: setup ## Train a LoRA on the pictures in the repository
+	cargo run --release -p lora-examples --example quickstart
+
+test: setup ## Run all tests
+	cargo test --workspace --all-targets
+	cargo test --workspace --doc
+
+lint: setup ## Check format and lints, warnings as errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+bench: setup ## Run the benches (criterion)
+	cargo bench -p lora-benches
+
+docs: setup ## Build the API documentation into target/doc
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+clean: ## Remove what was built and drawn
+	cargo clean
+	rm -rf out

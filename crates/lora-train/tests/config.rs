@@ -1,0 +1,138 @@
+//! Configurations, good and bad: every problem is named with its line, its key and what would be right.
+
+use lora_core::DType;
+use lora_train::config::{Format, LrScheduler, RunLength, TrainConfig, Warmup, keys};
+
+const NONE: &[&str] = &[];
+
+fn toml(text: &str) -> Result<TrainConfig, String> {
+    let base = "base_model = \"b\"\ntrain_data_dir = \"d\"\noutput_dir = \"o\"\n";
+    TrainConfig::from_text(&format!("{base}{text}"), Format::Toml, NONE).map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_flat_config_that_people_know_works_in_both_formats() {
+    let yaml = r#"
+train_data_dir: ./images
+base_model: v1-5-pruned.safetensors
+lora_rank: 8
+lora_alpha: 16
+target_modules: ["q_proj", "v_proj"]
+batch_size: 2
+gradient_accumulation_steps: 4
+precision: fp16
+max_resolution: "512,512"
+learning_rate: 1e-4
+output_dir: out
+"#;
+    let toml = yaml.lines().filter(|line| !line.is_empty()).map(|line| {
+        let (key, value) = line.split_once(": ").unwrap();
+        let plain = value.chars().next().is_some_and(|c| c.is_ascii_digit() || c == '[' || c == '"');
+        if plain { format!("{key} = {value}\n") } else { format!("{key} = \"{value}\"\n") }
+    });
+    let toml = TrainConfig::from_text(&toml.collect::<String>(), Format::Toml, NONE).unwrap();
+    let yaml = TrainConfig::from_text(yaml, Format::Yaml, NONE).unwrap();
+    assert_eq!(format!("{yaml:?}"), format!("{toml:?}"));
+    assert_eq!((yaml.lora_rank, yaml.lora_alpha, yaml.precision), (8, 16.0, DType::F16));
+    assert_eq!((yaml.max_resolution, yaml.text_encoder_lr), ((512, 512), 5e-5));
+    assert_eq!(
+        (yaml.length, yaml.lr_scheduler, yaml.lr_warmup),
+        (RunLength::Epochs(10), LrScheduler::Constant, Warmup::Steps(0))
+    );
+}
+
+#[test]
+fn alpha_is_the_rank_by_default_and_overrides_win() {
+    assert_eq!(toml("lora_rank = 4").unwrap().lora_alpha, 4.0);
+    let text = "base_model: b\ntrain_data_dir: d\noutput_dir: o\nlora_rank: 4\nepochs: 3\n";
+    let set = ["lora_rank=8", "precision=bf16", "max_resolution=[256, 320]", "max_train_steps=7"];
+    let config = TrainConfig::from_text(text, Format::Yaml, &set).unwrap();
+    assert_eq!((config.lora_rank, config.precision, config.max_resolution), (8, DType::BF16, (256, 320)));
+    assert_eq!(config.length, RunLength::Steps(7));
+}
+
+#[test]
+fn every_mistake_is_named_with_what_would_be_right() {
+    let cases: &[(&str, &[&str])] = &[
+        ("lora_rnk = 4", &[":4", "`lora_rnk`", "did you mean `lora_rank`"]),
+        ("network_dim = 4", &["`network_dim`", "called `lora_rank`"]),
+        ("pretrained_model_name_or_path = 4", &["called `base_model`"]),
+        ("something_else_entirely = 4", &["unknown key"]),
+        ("lora_rank = 0", &["`lora_rank`", "from 1", "found 0"]),
+        ("lora_rank = \"four\"", &["`lora_rank`", "whole number", "\"four\""]),
+        ("lora_alpha = -1", &["`lora_alpha`", "above 0"]),
+        ("lora_dropout = 1.0", &["`lora_dropout`", "below 1"]),
+        ("learning_rate = nan", &["`learning_rate`"]),
+        ("epochs = 2\nmax_train_steps = 100", &["not both"]),
+        ("train_unet = false\ntrain_text_encoder = false", &["nothing to train"]),
+        ("max_resolution = \"512,500\"", &["500", "496 and 504"]),
+        ("max_resolution = \"big\"", &["width,height", "big"]),
+        ("target_modules = []", &["`target_modules`"]),
+        ("target_modules = [\"re:(\"]", &["re:("]),
+        ("precision = \"fp8\"", &["fp8", "fp32, fp16, bf16"]),
+        ("optimizer = \"adam\"", &["did you mean `adamw`"]),
+        ("lr_scheduler = \"cosin\"", &["did you mean `cosine`"]),
+        ("lr_warmup_steps = 1.5", &["1.5"]),
+        ("adam_betas = [0.9]", &["two numbers"]),
+        ("adam_betas = [0.9, 1.0]", &["below 1"]),
+        ("background = \"#12\"", &["#12", "#rrggbb"]),
+        ("output_name = \"a/b\"", &["a/b"]),
+        ("max_token_length = 100", &["75, 150 or 225"]),
+        ("device = \"gpu\"", &["cuda:N", "gpu"]),
+        ("sample_every_n_steps = 5", &["sample_prompts"]),
+        ("sample_steps = 2000", &["1 to 1000"]),
+        ("seed = -1", &["`seed`", "from 0"]),
+        ("strict = \"yes\"", &["true or false"]),
+        ("lora_rank = 4\nlora_rank = 8", &["duplicate"]),
+        ("lora_rank = ", &[":4"]),
+        ("[optimizer]\nname = 1", &["`optimizer`"]),
+    ];
+    for (text, fragments) in cases {
+        let error = toml(text).expect_err(text);
+        for fragment in *fragments {
+            assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
+        }
+    }
+}
+
+#[test]
+fn all_problems_come_at_once() {
+    let error = TrainConfig::from_text("lora_rank: 0\nlearning_rte: 1\n", Format::Yaml, &["oops"]).unwrap_err();
+    let keys: Vec<_> = error.problems.iter().filter_map(|problem| problem.key.as_deref()).collect();
+    for key in ["lora_rank", "learning_rte", "base_model", "train_data_dir", "output_dir"] {
+        assert!(keys.contains(&key), "{key} in {error}");
+    }
+    assert!(error.to_string().contains("key=value"));
+}
+
+#[test]
+fn hostile_text_is_an_error() {
+    for text in ["", "- a\n- b", "a: &x [*x]", "\u{0}", "{", "a: b: c", "text"] {
+        assert!(TrainConfig::from_text(text, Format::Yaml, NONE).is_err(), "{text:?}");
+    }
+    assert!(
+        TrainConfig::from_file("no/such/config.toml", NONE).unwrap_err().to_string().contains("no/such/config.toml")
+    );
+    assert!(TrainConfig::from_file("config.ini", NONE).unwrap_err().to_string().contains(".toml"));
+}
+
+/// A key that is only documented would pass unread: a value of the wrong type must be noticed.
+#[test]
+fn every_key_of_the_reference_is_read() {
+    for key in keys::KEYS.iter().flat_map(|(_, group)| *group) {
+        if ["base_model", "train_data_dir", "output_dir"].contains(&key.name) {
+            continue;
+        }
+        let error = toml(&format!("{} = {{ x = 1 }}", key.name)).expect_err(key.name);
+        assert!(error.contains(&format!("`{}`", key.name)), "{}: {error}", key.name);
+    }
+}
+
+#[test]
+fn the_written_reference_is_up_to_date() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/config.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(path, keys::reference()).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), keys::reference(), "run the tests with UPDATE_DOCS=1");
+}

@@ -1,0 +1,279 @@
+//! Whole runs on a tiny model: what a step's update may not depend on, and what must never be lost.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use lora_core::{Adapter, Component, DType};
+use lora_io::adapter::kohya;
+use lora_io::safetensors::SafetensorsFile;
+use lora_models::synthetic::SyntheticModel;
+use lora_train::callback::{Callback, Control};
+use lora_train::config::{Format, TrainConfig};
+use lora_train::session::StepReport;
+use lora_train::{Plugins, Session, train};
+
+/// A tiny base and eight coloured pictures with captions.
+fn workspace() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    for index in 0..8u8 {
+        let picture = image::RgbImage::from_fn(70, 64, |x, y| image::Rgb([index * 30, x as u8, y as u8]));
+        picture.save(data.join(format!("{index}.png"))).unwrap();
+        std::fs::write(data.join(format!("{index}.txt")), format!("picture number {index}")).unwrap();
+    }
+    folder
+}
+
+fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 64\ndevice: cpu\nprecision: fp32\n\
+         lora_rank: 4\ntarget_modules: attention\nlearning_rate: 1e-3\nmax_train_steps: 2\n",
+        path("base.safetensors"),
+        path("data"),
+        path("out")
+    );
+    TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
+}
+
+fn prepare(folder: &Path, keys: &[&str]) -> Session {
+    Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap()
+}
+
+fn trained(folder: &Path, keys: &[&str]) -> (Adapter, Vec<StepReport>) {
+    let mut session = prepare(folder, keys);
+    let mut reports = Vec::new();
+    while let Some(report) = session.step().unwrap() {
+        reports.push(report);
+    }
+    (session.adapter().export().unwrap(), reports)
+}
+
+/// Largest difference between two adapters over the largest value.
+fn distance(a: &Adapter, b: &Adapter) -> f32 {
+    let (mut worst, mut largest) = (0.0f32, 0.0f32);
+    for (path, module) in &a.modules {
+        for (name, tensor) in &module.tensors {
+            for (x, y) in tensor.to_f32().iter().zip(&*b.modules[path].tensors[name].to_f32()) {
+                (worst, largest) = (worst.max((x - y).abs()), largest.max(x.abs()));
+            }
+        }
+    }
+    worst / largest
+}
+
+#[test]
+fn accumulation_gives_the_same_update_as_a_large_batch() {
+    let folder = workspace();
+    let run = |batch: &str, accumulation: &str| {
+        let keys = [
+            batch,
+            accumulation,
+            "lora_dropout=0.2",
+            "noise_offset=0.05",
+            "caption_dropout_rate=0.3",
+            "min_snr_gamma=5",
+        ];
+        trained(folder.path(), &keys)
+    };
+    let (whole, reports) = run("batch_size=8", "gradient_accumulation_steps=1");
+    for (batch, accumulation) in
+        [("batch_size=4", "gradient_accumulation_steps=2"), ("batch_size=1", "gradient_accumulation_steps=8")]
+    {
+        let (split, others) = run(batch, accumulation);
+        for (a, b) in reports.iter().zip(&others) {
+            assert!((a.loss / b.loss - 1.0).abs() < 1e-5, "{batch}: {} {}", a.loss, b.loss);
+            assert_eq!(a.pictures, b.pictures);
+        }
+        // With ε = 1 the update is the gradient. (With a small ε AdamW blows rounding up: where a gradient is nearly zero
+        // its first steps have the size of the learning rate all the same.)
+        assert!(distance(&whole, &split) < 1e-4, "{batch}: {}", distance(&whole, &split));
+    }
+    // Five of eight pictures are left for a second, smaller micro-batch: nothing is dropped.
+    let (_, uneven) = run("batch_size=5", "gradient_accumulation_steps=2");
+    assert_eq!(uneven[0].pictures, 8);
+    assert!((uneven[0].loss / reports[0].loss - 1.0).abs() < 1e-5);
+}
+
+#[test]
+fn the_same_configuration_gives_the_same_bytes() {
+    let folder = workspace();
+    let bytes = |keys: &[&str]| {
+        let mut session = prepare(folder.path(), keys);
+        while session.step().unwrap().is_some() {}
+        std::fs::read(session.save("same").unwrap()).unwrap()
+    };
+    let first = bytes(&[]);
+    assert_eq!(first, bytes(&[]));
+    assert_ne!(first, bytes(&["seed=7"]));
+}
+
+#[test]
+fn latents_encoded_at_each_step_train_as_well() {
+    let folder = workspace();
+    let (_, cached) = trained(folder.path(), &["batch_size=4"]);
+    let (_, encoded) = trained(folder.path(), &["batch_size=4", "cache_latents=false"]);
+    // Each visit draws its own sample of the latent distribution, so losses are close, not equal.
+    assert!((cached[0].loss / encoded[0].loss - 1.0).abs() < 0.2, "{} {}", cached[0].loss, encoded[0].loss);
+}
+
+#[test]
+fn each_network_trains_alone_or_with_the_other() {
+    let folder = workspace();
+    for (keys, unet, text) in [
+        (vec!["train_text_encoder=false"], true, false),
+        (vec!["train_unet=false"], false, true),
+        (vec!["text_encoder_lr=0"], true, true),
+        (vec!["target_modules=[\"q_proj\", \"v_proj\"]", "max_token_length=150", "clip_skip=2"], true, true),
+        (vec!["target_modules=all-conv", "precision=bf16"], true, true),
+    ] {
+        // At 64 px the innermost attention sees one position, and a softmax over one leaves q and k without gradient.
+        let (adapter, reports) = trained(folder.path(), &[keys.as_slice(), &["max_resolution=128"]].concat());
+        let moved = |component: Component| {
+            let modules = adapter.modules.iter().filter(|(path, _)| path.component == component);
+            modules
+                .map(|(_, module)| module.tensors["up"].to_f32().iter().any(|&value| value != 0.0))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (!moved(Component::Unet).is_empty(), !moved(Component::TextEncoder).is_empty()),
+            (unet, text),
+            "{keys:?}"
+        );
+        // One step moves every module, unless its learning rate is 0.
+        assert!(moved(Component::Unet).iter().all(|&moved| moved), "{keys:?}");
+        let still = keys.contains(&"text_encoder_lr=0");
+        assert!(moved(Component::TextEncoder).iter().all(|&moved| moved != still), "{keys:?}");
+        assert!(reports.iter().all(|report| report.loss.is_finite() && !report.skipped));
+    }
+}
+
+#[test]
+fn the_loss_falls_on_pictures_that_are_seen_again_and_again() {
+    let folder = workspace();
+    let keys =
+        ["batch_size=8", "max_train_steps=40", "learning_rate=5e-3", "target_modules=all-conv", "min_snr_gamma=1"];
+    let (_, reports) = trained(folder.path(), &keys);
+    let mean = |reports: &[StepReport]| reports.iter().map(|report| report.loss).sum::<f64>() / reports.len() as f64;
+    let (start, end) = (mean(&reports[..8]), mean(&reports[32..]));
+    assert!(end < 0.9 * start, "{start} {end}");
+}
+
+#[test]
+fn training_goes_on_from_a_saved_lora() {
+    let folder = workspace();
+    let mut session = prepare(folder.path(), &["save_precision=fp32"]);
+    while session.step().unwrap().is_some() {}
+    let saved = session.save("first").unwrap();
+    let before = session.adapter().export().unwrap();
+
+    let from = format!("init_from={}", saved.display());
+    let mut next = prepare(folder.path(), &[&from, "save_precision=fp32"]);
+    assert_eq!(distance(&before, &next.adapter().export().unwrap()), 0.0);
+    next.step().unwrap();
+    let again = next.save("second").unwrap();
+    let metadata = SafetensorsFile::open(again).unwrap().metadata().clone();
+    assert_eq!(metadata["lora_init_from"], "first.safetensors");
+    assert_eq!(metadata["lora_init_from_hash"], SafetensorsFile::open(saved).unwrap().metadata()["sshs_model_hash"]);
+
+    for (keys, fragment) in [
+        (vec![from.as_str(), "lora_rank=8"], "lora_rank"),
+        (vec![from.as_str(), "target_modules=attention-mlp"], "target_modules"),
+        (vec![from.as_str(), "train_text_encoder=false"], "no such layer"),
+    ] {
+        let error =
+            Session::prepare(config(folder.path(), &keys), &Plugins::default(), &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains(fragment) && error.contains("first.safetensors"), "{error}");
+    }
+}
+
+#[test]
+fn a_run_leaves_lora_metrics_curve_and_samples() {
+    let folder = workspace();
+    let keys = [
+        "sample_prompts=[\"a\", \"b\"]",
+        "sample_steps=2",
+        "sample_every_n_steps=1",
+        "save_every_n_steps=1",
+        "output_name=x",
+    ];
+    let stop = Arc::new(AtomicBool::new(false));
+    let result = train(config(folder.path(), &keys), &Plugins::default(), Vec::new(), &stop, &mut |_| {}).unwrap();
+    assert_eq!((result.steps, result.stopped.as_deref()), (2, None));
+    let out = folder.path().join("out");
+    for name in ["x.safetensors", "x-step000001.safetensors", "loss.png", "samples.png"] {
+        assert!(out.join(name).metadata().unwrap().len() > 100, "{name}");
+    }
+    let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 2);
+    // Three rows (before, step 1, step 2) of two pictures.
+    let grid = image::open(out.join("samples.png")).unwrap();
+    assert!(grid.height() > 3 * 128 && grid.width() > 2 * 128);
+
+    let layers = [prepare(folder.path(), &[]).targets().to_vec()].concat();
+    let adapter = kohya::read(out.join("x.safetensors"), &layers).unwrap();
+    assert_eq!(adapter.modules.len(), layers.len());
+    assert_eq!(adapter.metadata["ss_network_dim"], "4");
+    assert_eq!(adapter.metadata["ss_steps"], "2");
+}
+
+struct StopAtOnce;
+
+impl Callback for StopAtOnce {
+    fn on_step(&mut self, _session: &mut Session, _report: &StepReport) -> lora_train::Result<Control> {
+        Ok(Control::Stop("enough".into()))
+    }
+}
+
+#[test]
+fn callbacks_of_outsiders_are_named_in_the_configuration() {
+    let folder = workspace();
+    let mut plugins = Plugins::default();
+    plugins.register_callback("stop_at_once", || StopAtOnce);
+    let stop = Arc::new(AtomicBool::new(false));
+    let result =
+        train(config(folder.path(), &["callbacks=stop_at_once"]), &plugins, Vec::new(), &stop, &mut |_| {}).unwrap();
+    assert_eq!((result.steps, result.stopped.as_deref()), (1, Some("enough")));
+    assert!(result.lora.exists());
+    let error =
+        train(config(folder.path(), &["callbacks=nobody"]), &plugins, Vec::new(), &stop, &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("stop_at_once"), "{error}");
+    // An interrupt before the first step still leaves a LoRA.
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let result =
+        train(config(folder.path(), &["output_name=stopped"]), &plugins, Vec::new(), &stop, &mut |_| {}).unwrap();
+    assert_eq!((result.steps, result.stopped.as_deref()), (0, Some("interrupted")));
+    assert!(result.lora.exists());
+}
+
+#[test]
+fn what_cannot_work_is_said_before_training() {
+    let folder = workspace();
+    let error = |keys: &[&str]| {
+        Session::prepare(config(folder.path(), keys), &Plugins::default(), &mut |_| {}).unwrap_err().to_string()
+    };
+    let set = |key: &str, name: &str| format!("{key}={}", folder.path().join(name).display());
+    assert!(error(&[&set("base_model", "nothing.safetensors")]).contains("nothing.safetensors"));
+    assert!(error(&[&set("train_data_dir", "nothing")]).contains("nothing"));
+    assert!(error(&["target_modules=q_porj"]).contains("q_proj"));
+    assert!(error(&["variant=lokr2"]).contains("known are lora"));
+    assert!(error(&["processors=[\"sharpen\"]"]).contains("center_crop"));
+    assert!(error(&["clip_skip=9"]).contains("1 to 3"));
+    assert!(error(&["device=cuda"]).contains("cuda"));
+    std::fs::write(folder.path().join("file"), "").unwrap();
+    assert!(error(&[&set("output_dir", "file/below")]).contains("file"));
+    // A LoRA is no base, and is named as what it is.
+    let mut session = prepare(folder.path(), &[]);
+    let lora = session.save("a").unwrap();
+    assert!(error(&[&format!("base_model={}", lora.display())]).contains("a LoRA, not a base model"));
+    // A picture whose header is whole and whose pixels are not: skipped with a count, an error where strict.
+    let path = folder.path().join("data/3.png");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    let session = prepare(folder.path(), &[]);
+    assert_eq!(session.summary().pictures, (7, 1));
+    assert!(error(&["strict=true"]).contains("3.png"));
+}
