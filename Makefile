@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart build test lint bench docs clean
+.PHONY: help setup quickstart build test lint bench gpu docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ lint: setup ## Check format and lints, warnings as errors
 
 bench: setup ## Run the benches (criterion)
 	cargo bench -p lora-benches
+
+gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
+	LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session
+	LORA_BENCH_FULL=1 cargo bench -p lora-benches --bench training
 
 docs: setup ## Build the API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

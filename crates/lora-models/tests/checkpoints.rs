@@ -89,3 +89,100 @@ fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+/// A diffusers folder with the same weights is the same network; what its configs say counts.
+#[test]
+fn a_diffusers_folder_is_read_with_its_configs() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = SyntheticModel::tiny();
+    for (part, list) in model.weight_shapes().unwrap() {
+        let weights = SyntheticWeights::new(part.folder());
+        // An older release's spelling of the autoencoder's attention, a newer one's of the text encoder.
+        let spelled = |name: &str| match part {
+            Part::Vae => name.replace(".to_out.0.", ".proj_attn.").replace(".to_q.", ".query."),
+            Part::TextEncoder => name.trim_start_matches("text_model.").to_owned(),
+            Part::Unet => name.to_owned(),
+        };
+        let tensors: std::collections::BTreeMap<_, _> =
+            list.iter().map(|(name, shape)| (spelled(name), weights.values(name, shape))).collect();
+        let path = folder.path().join(part.folder());
+        std::fs::create_dir(&path).unwrap();
+        let file = if part == Part::TextEncoder { "model" } else { "diffusion_pytorch_model" };
+        lora_io::safetensors::write(path.join(format!("{file}.safetensors")), &tensors, &Default::default()).unwrap();
+        let config = match part {
+            Part::Unet => r#"{"attention_head_dim": [8, 8, 4, 8], "norm_num_groups": 32}"#,
+            Part::Vae => r#"{"scaling_factor": 0.25}"#,
+            Part::TextEncoder => r#"{"num_attention_heads": 4, "hidden_act": "quick_gelu"}"#,
+        };
+        std::fs::write(path.join("config.json"), config).unwrap();
+    }
+    let scheduler = folder.path().join("scheduler");
+    std::fs::create_dir(&scheduler).unwrap();
+    std::fs::write(scheduler.join("scheduler_config.json"), r#"{"prediction_type": "v_prediction"}"#).unwrap();
+
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(load_unet(&checkpoint, Kind::Float, Device::Cpu).unwrap().config().heads, [8, 8, 4, 8]);
+    assert_eq!(load_text_encoder(&checkpoint, Kind::Float, Device::Cpu).unwrap().config().heads, 4);
+    assert_eq!(load_vae(&checkpoint, Kind::Float, Device::Cpu).unwrap().config().scaling_factor, 0.25);
+    let schedule = lora_models::stable_diffusion::noise_schedule(&checkpoint).unwrap();
+    assert_eq!(schedule.prediction(), lora_models::stable_diffusion::Prediction::Velocity);
+
+    // What is wrong is named with its file.
+    let error = |checkpoint: lora_io::Result<Checkpoint>| match checkpoint {
+        Ok(checkpoint) => load_unet(&checkpoint, Kind::Float, Device::Cpu).unwrap_err().to_string(),
+        Err(error) => error.to_string(),
+    };
+    let unet = folder.path().join("unet/config.json");
+    std::fs::write(&unet, r#"{"attention_head_dim": 7}"#).unwrap();
+    assert!(error(Checkpoint::open(folder.path())).contains("7 attention heads"));
+    std::fs::write(&unet, "{").unwrap();
+    assert!(error(Checkpoint::open(folder.path())).contains("config.json"));
+    std::fs::remove_file(folder.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+    std::fs::write(&unet, "{}").unwrap();
+    assert!(error(Checkpoint::open(folder.path())).contains("vae"));
+    let index = r#"{"weight_map": {"a": "../../etc/passwd"}}"#;
+    std::fs::write(folder.path().join("vae/diffusion_pytorch_model.safetensors.index.json"), index).unwrap();
+    assert!(error(Checkpoint::open(folder.path())).contains("../../etc/passwd"));
+}
+
+#[test]
+fn other_models_are_named_and_damaged_ones_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let open = |names: &[&str]| {
+        let tensors: std::collections::BTreeMap<_, _> =
+            names.iter().map(|name| ((*name).to_owned(), lora_core::HostTensor::zeros([1]))).collect();
+        lora_io::safetensors::write(&path, &tensors, &Default::default()).unwrap();
+        Checkpoint::open(&path).unwrap_err().to_string()
+    };
+    for (name, found) in [
+        ("conditioner.embedders.0.transformer.x", "Stable Diffusion XL"),
+        ("cond_stage_model.model.x", "Stable Diffusion 2.x"),
+        ("double_blocks.0.x", "Flux"),
+        ("model.layers.0.x", "language model"),
+        ("unet.x.lora_A.weight", "a LoRA, not a base"),
+        ("first_stage_model.encoder.conv_in.weight", "autoencoder alone"),
+        ("something", "no model that is known"),
+    ] {
+        let error = open(&[name]);
+        assert!(error.contains(found) && error.contains("expected a Stable Diffusion 1.x"), "{name}: {error}");
+    }
+    assert!(open(&["cond_stage_model.transformer.text_model.x"]).contains("has no"));
+    // The right names with a weight missing or of another shape.
+    SyntheticModel::tiny().write(&path, DType::F16).unwrap();
+    let file = lora_io::safetensors::SafetensorsFile::open(&path).unwrap();
+    let mut tensors: std::collections::BTreeMap<_, _> =
+        file.names().map(|name| (name.to_owned(), file.get(name).unwrap().to_host().unwrap())).collect();
+    drop(file);
+    let name = "model.diffusion_model.middle_block.1.norm.weight";
+    let missing = tensors.remove(name).unwrap();
+    let damaged = folder.path().join("damaged.safetensors");
+    let load = |tensors: &std::collections::BTreeMap<_, _>| {
+        lora_io::safetensors::write(&damaged, tensors, &Default::default()).unwrap();
+        load_unet(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu).unwrap_err().to_string()
+    };
+    let error = load(&tensors);
+    assert!(error.contains("mid_block.attentions.0.norm.weight") && error.contains("damaged.safetensors"), "{error}");
+    tensors.insert(name.into(), missing.reshape([8, 8]).unwrap());
+    assert!(load(&tensors).contains("[8, 8], expected [64]"));
+}

@@ -171,7 +171,10 @@ impl Session {
         let mut encoder = Encoder::load(&checkpoint, precision, device)?;
         let latents = match config.cache_latents {
             true => cache_latents(&config, &checkpoint, &mut encoder, &mut dataset, &processors, &mut notes, progress)?,
-            false => Vec::new(),
+            false => {
+                check_pictures(&config, &mut dataset, &processors)?;
+                Vec::new()
+            }
         };
         let encoder = (!config.cache_latents).then_some(encoder);
 
@@ -380,17 +383,15 @@ impl Session {
             batches.push(self.sampler.next_batch(self.config.batch_size));
         }
         let pictures: usize = batches.iter().map(Vec::len).sum();
-        let mut total = 0.0;
+        let mut losses = Vec::with_capacity(batches.len());
         for batch in &batches {
-            let loss = self.batch_loss(batch)?;
-            let weighted = loss.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
-            let value = f64::try_from(&weighted)?;
-            total += value;
-            if value.is_finite() || self.scaler.scale() != 1.0 {
-                weighted.f_mul_scalar(self.scaler.scale())?.f_backward()?;
-            }
+            let loss = self.batch_loss(batch)?.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
+            loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
+            losses.push(loss.detach());
         }
-        if total.is_nan() || (total.is_infinite() && self.scaler.scale() == 1.0) {
+        // Read once a step: every look at a number waits for the device.
+        let total = f64::try_from(Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?)?;
+        if !total.is_finite() {
             self.name_the_culprit(&batches)?;
         }
 
@@ -721,15 +722,38 @@ fn cache_latents(
         let (width, height) = config.max_resolution;
         notes.push(format!("{enlarged} picture(s) are smaller than {width}×{height} and were enlarged"));
     }
-    if dataset.items().is_empty() {
-        let (path, reason) = &dataset.skipped()[0];
-        return Err(lora_data::Error::Picture {
-            path: path.clone(),
-            reason: format!("no picture could be decoded; the first: {reason}"),
-        }
-        .into());
-    }
+    any_left(dataset)?;
     Ok(latents)
+}
+
+/// Decodes every picture once, so that a broken one is met now and not hours into the run.
+fn check_pictures(
+    config: &TrainConfig,
+    dataset: &mut ImageDataset,
+    processors: &[Arc<dyn PictureProcessor>],
+) -> Result<()> {
+    for item in dataset.items().to_vec() {
+        let random = Stream::new(config.seed).at("check");
+        match encode::load_picture(&item, processors, config.max_resolution, config.background, &random) {
+            Ok(_) => {}
+            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
+                dataset.skip(&item.path, error.to_string())
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    any_left(dataset)
+}
+
+/// An error where every picture had to be skipped.
+fn any_left(dataset: &ImageDataset) -> Result<()> {
+    match dataset.skipped().first() {
+        Some((path, reason)) if dataset.items().is_empty() => {
+            let reason = format!("no picture could be decoded; the first: {reason}");
+            Err(lora_data::Error::Picture { path: path.clone(), reason }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// One sample of a picture's latent distribution, scaled: `[4, height, width]`.

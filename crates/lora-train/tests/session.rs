@@ -1,4 +1,5 @@
-//! Whole runs on a tiny model: what a step's update may not depend on, and what must never be lost.
+//! Whole runs on a tiny model: what a step's update may not depend on, and what must never be lost. On the device that
+//! `LORA_TEST_DEVICE` names, the CPU by default.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,11 +31,12 @@ fn workspace() -> tempfile::TempDir {
 fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     let path = |name: &str| folder.join(name).display().to_string();
     let text = format!(
-        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 64\ndevice: cpu\nprecision: fp32\n\
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 64\ndevice: {}\nprecision: fp32\n\
          lora_rank: 4\ntarget_modules: attention\nlearning_rate: 1e-3\nmax_train_steps: 2\n",
         path("base.safetensors"),
         path("data"),
-        path("out")
+        path("out"),
+        std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
     );
     TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
 }

@@ -1,0 +1,109 @@
+//! The command as a user meets it: exit status, messages, files, interrupts.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::prelude::*;
+use lora_core::DType;
+use lora_models::synthetic::SyntheticModel;
+use predicates::prelude::*;
+use predicates::str::contains;
+
+fn lora() -> Command {
+    Command::cargo_bin("lora").unwrap()
+}
+
+/// A folder with a tiny base, four pictures and a configuration.
+fn workspace() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
+    std::fs::create_dir(folder.path().join("data")).unwrap();
+    for index in 0..4u8 {
+        let picture = image::RgbImage::from_pixel(64, 64, image::Rgb([60 * index, 90, 120]));
+        picture.save(folder.path().join(format!("data/{index}.png"))).unwrap();
+        std::fs::write(folder.path().join(format!("data/{index}.txt")), format!("colour {index}")).unwrap();
+    }
+    let config = "base_model = \"base.safetensors\"\ntrain_data_dir = \"data\"\noutput_dir = \"out\"\nmax_resolution = 64\n\
+                  device = \"cpu\"\nlora_rank = 2\ntarget_modules = [\"q_proj\", \"v_proj\"]\nmax_train_steps = 2\n";
+    std::fs::write(folder.path().join("config.toml"), config).unwrap();
+    folder
+}
+
+fn train(folder: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
+    lora().current_dir(folder).args(["train", "config.toml"]).args(arguments).assert()
+}
+
+#[test]
+fn a_run_says_what_it_does_and_what_it_left() {
+    let folder = workspace();
+    train(folder.path(), &[]).success().stdout(contains("out/lora.safetensors").and(contains("out/loss.png"))).stderr(
+        contains("pictures:  4")
+            .and(contains("4 from .txt"))
+            .and(contains("0.png: colour 0"))
+            .and(contains("70 of 299 layers"))
+            .and(contains("on the CPU this run trains in fp32"))
+            .and(contains("2 steps"))
+            .and(contains("step 2/2 loss")),
+    );
+    let file = folder.path().join("out/lora.safetensors");
+    lora().arg("info").arg(&file).assert().success().stdout(contains("9 lora_te, 64 lora_unet").and(contains("{2}")));
+    let json = lora().arg("info").arg("--json").arg(&file).assert().success().get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(json["metadata"]["ss_steps"], "2");
+    assert_eq!(json["sshs_model_hash"], json["metadata"]["sshs_model_hash"]);
+
+    let json = train(folder.path(), &["--json", "--set", "output_name=other"]).success().get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!((json["steps"].as_u64(), json["stopped"].is_null()), (Some(2), true));
+}
+
+#[test]
+fn usage_mistakes_end_with_2_and_failed_work_with_1() {
+    let folder = workspace();
+    lora().assert().code(2);
+    lora().args(["train", "nothing.toml"]).assert().code(2).stderr(contains("nothing.toml"));
+    train(folder.path(), &["--set", "lora_rnk=2"]).code(2).stderr(contains("did you mean `lora_rank`"));
+    train(folder.path(), &["--set", "target_modules=nothing_like_it"]).code(2).stderr(contains("nothing_like_it"));
+    train(folder.path(), &["--set", "base_model=none.safetensors"]).code(1).stderr(contains("none.safetensors"));
+    train(folder.path(), &["--set", "device=cuda:7"]).code(1).stderr(contains("cuda:7"));
+    std::fs::write(folder.path().join("x.ckpt"), b"PK\x03\x04............").unwrap();
+    train(folder.path(), &["--set", "base_model=x.ckpt"]).code(1).stderr(contains("pickle").and(contains("convert")));
+    std::fs::write(folder.path().join("data/0.txt"), b"\xff\xfe").unwrap();
+    train(folder.path(), &[]).code(1).stderr(contains("0.txt").and(contains("UTF-8")));
+    lora().args(["info", "config.toml"]).current_dir(folder.path()).assert().code(1).stderr(contains("config.toml"));
+    assert!(!folder.path().join("out/lora.safetensors").exists(), "nothing half-written");
+}
+
+#[test]
+fn an_interrupt_saves_the_lora() {
+    let folder = workspace();
+    let mut child = lora()
+        .current_dir(folder.path())
+        .args(["train", "config.toml", "--set", "max_train_steps=100000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The first line of metrics says that the loop runs.
+    let metrics = folder.path().join("out/metrics.jsonl");
+    let start = Instant::now();
+    while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
+        assert!(start.elapsed() < Duration::from_secs(120), "training did not begin");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(child.wait().unwrap().success());
+    let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+    assert!(output.contains("stopped early (interrupted)"), "{output}");
+    lora().arg("info").arg(folder.path().join("out/lora.safetensors")).assert().success();
+}
+
+#[test]
+fn the_doctor_and_the_reference_answer() {
+    lora().arg("doctor").assert().success().stdout(contains("libtorch 2.11.0").and(contains("fp32")));
+    let json = lora().args(["doctor", "--json"]).assert().success().get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert!(json["precisions"]["cpu"].as_array().unwrap().iter().any(|precision| precision == "fp32"));
+    lora().arg("keys").assert().success().stdout(contains("`gradient_accumulation_steps`"));
+}
