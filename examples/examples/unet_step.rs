@@ -1,0 +1,47 @@
+//! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
+//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS]`.
+
+use std::time::Instant;
+
+use lora_core::target::Targets;
+use lora_core::variant::VariantRegistry;
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
+use lora_models::synthetic::SyntheticModel;
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::gradients::AdamW;
+use lora_torch::tch::{Kind, Tensor};
+use lora_torch::{device, memory};
+use lora_train::session::denoising_loss;
+use lora_train::trainable::{AdapterOptions, TrainableAdapter};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let numbers = std::env::args().skip(1).map(|number| number.parse()).collect::<Result<Vec<i64>, _>>()?;
+    let number = |index: usize, default| numbers.get(index).copied().unwrap_or(default);
+    let (pixels, rank, steps) = (number(0, 256), number(1, 8) as usize, number(2, 5));
+
+    let device = device::resolve("auto")?;
+    let weights = SyntheticWeights::new("unet");
+    let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, device), SyntheticModel::full().unet)?;
+    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
+    let mut adapter = TrainableAdapter::default();
+    let options = AdapterOptions { variant: "lora".into(), rank, alpha: rank as f64, seed: 0 };
+    adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None)?;
+
+    let schedule = NoiseSchedule::new(Prediction::Epsilon);
+    let latents = Tensor::randn([1, 4, pixels / 8, pixels / 8], (Kind::Float, device));
+    let context = Tensor::randn([1, 77, 768], (Kind::Float, device));
+    let mut times = Vec::new();
+    for _ in 0..steps {
+        let start = Instant::now();
+        let noise = latents.randn_like();
+        denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, None, &Pass::default())?.f_backward()?;
+        adapter.clip(1.0)?;
+        adapter.step(|_| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
+        adapter.zero_gradients();
+        times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
+    }
+    let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);
+    println!("ours {pixels} px rank {rank} on {device:?}: {} s a step; peak RSS {peak} MiB", times.join(", "));
+    Ok(())
+}
