@@ -13,7 +13,7 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::device;
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::session::denoising_loss;
+use lora_train::loss::denoising_loss;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 /// A U-Net with a LoRA, a batch, and everything a step takes.
@@ -52,7 +52,7 @@ impl Step {
         self.adapter
             .step(|_| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })
             .expect("AdamW steps");
-        self.adapter.zero_gradients();
+        self.adapter.clear_gradients().expect("gradients clear");
     }
 }
 

@@ -12,7 +12,7 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
-use lora_train::session::denoising_loss;
+use lora_train::loss::denoising_loss;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, None, &Pass::default())?.f_backward()?;
         adapter.clip(1.0)?;
         adapter.step(|_| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
-        adapter.zero_gradients();
+        adapter.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }
     let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);

@@ -90,7 +90,7 @@ impl TrainingBar {
 
 impl Callback for TrainingBar {
     fn on_start(&mut self, session: &mut Session) -> lora_train::Result<Control> {
-        eprintln!("{}", crate::train::describe(&session.summary()));
+        eprintln!("{}", session.summary());
         self.start = Instant::now();
         if self.terminal {
             let bar = ProgressBar::new(session.plan().steps as u64);

@@ -1,12 +1,10 @@
 //! `lora train`.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_train::config::TrainConfig;
-use lora_train::session::Summary;
 use lora_train::{Plugins, train};
 
 use crate::Failure;
@@ -57,35 +55,4 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("samples:    {}", output_dir.join("samples.png").display());
     }
     Ok(())
-}
-
-/// The summary before step 0, as lines.
-pub(crate) fn describe(summary: &Summary) -> String {
-    let mut text = String::new();
-    let (pictures, skipped) = summary.pictures;
-    let captions: Vec<_> = summary.captions.iter().map(|(source, count)| format!("{count} from {source}")).collect();
-    let _ = writeln!(
-        text,
-        "pictures:  {pictures}{}",
-        if skipped > 0 { format!(" ({skipped} skipped)") } else { String::new() }
-    );
-    let _ = writeln!(text, "captions:  {}", captions.join(", "));
-    for (picture, caption) in &summary.examples {
-        let _ = writeln!(text, "           {picture}: {}", if caption.is_empty() { "(no caption)" } else { caption });
-    }
-    if summary.cut_captions > 0 {
-        let _ = writeln!(
-            text,
-            "           {} caption(s) are longer than max_token_length and are cut",
-            summary.cut_captions
-        );
-    }
-    let (modules, candidates) = summary.modules;
-    let _ = writeln!(text, "adapter:   {modules} of {candidates} layers, {} numbers to train", summary.parameters);
-    let _ = writeln!(text, "device:    {} in {}", summary.device, summary.precision);
-    let _ = write!(text, "steps:     {}", summary.plan);
-    for note in &summary.notes {
-        let _ = write!(text, "\nnote:      {note}");
-    }
-    text
 }

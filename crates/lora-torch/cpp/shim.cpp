@@ -112,6 +112,13 @@ int lora_shim_clip_gradients(torch::Tensor **gradients, size_t count, double lim
   });
 }
 
+// Forgets the gradients of parameters, so that one without a gradient in the next step can be told.
+int lora_shim_clear_gradients(torch::Tensor **parameters, size_t count) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) parameters[i]->mutable_grad() = at::Tensor();
+  });
+}
+
 // One AdamW step over a list, in place, by one kernel; `steps` holds each parameter's count as f32 scalars.
 int lora_shim_adamw(torch::Tensor **parameters, torch::Tensor **gradients, torch::Tensor **means, torch::Tensor **squares,
                     torch::Tensor **steps, size_t count, double lr, double beta1, double beta2, double decay, double epsilon) {

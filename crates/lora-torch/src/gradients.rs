@@ -11,6 +11,12 @@ pub fn clip(gradients: &mut [Tensor], limit: f64) -> Result<f64> {
     if gradients.is_empty() { Ok(0.0) } else { shim::clip_gradients(gradients, limit) }
 }
 
+/// Forgets the gradients of parameters: afterwards `grad()` is undefined until a backward pass reaches one. (tch's
+/// `zero_grad` leaves zeros, which an optimiser cannot tell from a gradient.)
+pub fn clear(parameters: &mut [Tensor]) -> Result<()> {
+    shim::clear_gradients(parameters)
+}
+
 /// Numbers of an AdamW step (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
@@ -71,6 +77,17 @@ mod tests {
         assert!((gradients[1].double_value(&[0]) - 0.8).abs() < 1e-5);
         assert!((clip(&mut gradients, 0.0).unwrap() - 1.0).abs() < 1e-5);
         assert_eq!(clip(&mut [], 1.0).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn cleared_gradients_are_undefined() {
+        let parameter = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        (&parameter * 2.0).sum(Kind::Float).backward();
+        assert!(parameter.grad().defined());
+        clear(&mut [parameter.shallow_clone()]).unwrap();
+        assert!(!parameter.grad().defined());
+        (&parameter * 3.0).sum(Kind::Float).backward();
+        assert_eq!(parameter.grad().double_value(&[0]), 3.0);
     }
 
     #[test]

@@ -22,6 +22,7 @@ unsafe extern "C" {
         inverse_scale: *mut RawTensor,
     ) -> c_int;
     fn lora_shim_clip_gradients(gradients: *mut *mut RawTensor, count: usize, limit: f64, norm: *mut f64) -> c_int;
+    fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
         gradients: *mut *mut RawTensor,
@@ -94,6 +95,13 @@ pub(crate) fn clip_gradients(gradients: &mut [Tensor], limit: f64) -> Result<f64
     // SAFETY: live `torch::Tensor*` for the length of the call, and a local to write to.
     checked(unsafe { lora_shim_clip_gradients(pointers.as_mut_ptr(), pointers.len(), limit, &mut norm) })?;
     Ok(norm)
+}
+
+/// Forgets the gradients of parameters.
+pub(crate) fn clear_gradients(parameters: &mut [Tensor]) -> Result<()> {
+    let mut pointers = raw(parameters);
+    // SAFETY: live `torch::Tensor*` for the length of the call.
+    checked(unsafe { lora_shim_clear_gradients(pointers.as_mut_ptr(), pointers.len()) })
 }
 
 /// One AdamW step; the five lists must be equally long.

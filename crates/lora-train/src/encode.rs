@@ -82,6 +82,20 @@ impl Encoder {
     }
 }
 
+/// One sample of a picture's latent distribution, scaled: `[4, height, width]`.
+pub fn sample_latents(
+    encoder: &mut Encoder,
+    checkpoint: &Checkpoint,
+    path: &Path,
+    picture: &RgbPicture,
+    random: &Stream,
+) -> Result<Tensor> {
+    let distribution = encoder.encode(checkpoint, path, picture)?;
+    let shape: Vec<usize> = distribution.mean.size().iter().map(|&side| side as usize).collect();
+    let noise = from_f32(&random.clone().normals(shape.iter().product()), &shape, distribution.mean.device())?;
+    Ok(distribution.sample(&noise)?.f_mul_scalar(encoder.scaling_factor())?.f_squeeze_dim(0)?)
+}
+
 /// A picture of the dataset, decoded and processed to its training size.
 pub fn load_picture(
     item: &Item,

@@ -6,6 +6,7 @@ pub mod callbacks;
 pub mod config;
 pub mod encode;
 mod error;
+pub mod loss;
 mod plugins;
 pub mod report;
 mod run;

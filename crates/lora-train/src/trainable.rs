@@ -119,8 +119,8 @@ impl TrainableAdapter {
         self.tensors.iter().map(|trained| trained.parameter.grad()).filter(Tensor::defined).collect()
     }
 
-    /// Divides nothing, scales nothing: takes one AdamW step with the gradients as they are. A tensor without a gradient
-    /// is left alone, its decay included. Returns without effect where `numbers` has nothing for a component.
+    /// Takes one AdamW step with the gradients as they are, by each component's own numbers. A tensor without a gradient is
+    /// left alone: no decay either.
     pub fn step(&mut self, numbers: impl Fn(Component) -> AdamW) -> Result<()> {
         for component in [Component::TextEncoder, Component::Unet] {
             let entries = self.tensors.iter().filter(|trained| trained.module.component == component);
@@ -140,8 +140,10 @@ impl TrainableAdapter {
     }
 
     /// Forgets all gradients.
-    pub fn zero_gradients(&mut self) {
-        self.tensors.iter_mut().for_each(|trained| trained.parameter.zero_grad());
+    pub fn clear_gradients(&mut self) -> Result<()> {
+        let mut parameters: Vec<Tensor> =
+            self.tensors.iter().map(|trained| trained.parameter.shallow_clone()).collect();
+        Ok(gradients::clear(&mut parameters)?)
     }
 
     /// Limits the gradients' common norm and returns it (see [`gradients::clip`]).

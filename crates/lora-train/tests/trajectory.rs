@@ -14,7 +14,7 @@ use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_host;
-use lora_train::session::denoising_loss;
+use lora_train::loss::denoising_loss;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 const CPU: Device = Device::Cpu;
@@ -79,7 +79,7 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
         trained.clip(limit).unwrap();
         let numbers = AdamW { learning_rate: 1e-3, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 };
         trained.step(|_: Component| numbers).unwrap();
-        trained.zero_gradients();
+        trained.clear_gradients().unwrap();
         let found = f64::try_from(&loss).unwrap();
         assert!((found / expected - 1.0).abs() < 1e-5, "{variant}, step {step}: {found} {expected}");
     }

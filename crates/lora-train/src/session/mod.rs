@@ -1,0 +1,331 @@
+//! A prepared run, driven step by step: what the loop is made of, and what another program embeds.
+//!
+//! Each item's noise, timestep and dropout derive from (seed, epoch, item, repeat), never from the order of calls, so
+//! that micro-batch size, resuming and device do not change what is drawn.
+
+mod prepare;
+mod sample;
+mod save;
+mod summary;
+
+pub use prepare::Preparing;
+pub use summary::Summary;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use lora_core::random::Stream;
+use lora_core::target::TargetLayer;
+use lora_core::{Component, DType};
+use lora_data::dataset::ImageDataset;
+use lora_data::processor::PictureProcessor;
+use lora_data::sampler::{EpochSampler, Visit};
+use lora_data::tokenizer::ClipTokenizer;
+use lora_io::checkpoint::Checkpoint;
+use lora_models::layers::Pass;
+use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
+use lora_torch::LossScaler;
+use lora_torch::gradients::AdamW;
+use lora_torch::memory::{self, DeviceMemory};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
+use lora_torch::tensor::from_f32;
+
+use crate::config::{StepPlan, TrainConfig};
+use crate::encode::{self, Encoder};
+use crate::loss::denoising_loss;
+use crate::schedule::Schedule;
+use crate::trainable::TrainableAdapter;
+use crate::{Error, Result};
+
+/// Steps in a row that may be skipped for non-finite gradients before the run ends.
+const MAX_SKIPPED_IN_A_ROW: usize = 30;
+
+/// A run that is ready to train.
+#[derive(Debug)]
+pub struct Session {
+    config: TrainConfig,
+    device: Device,
+    precision: DType,
+    checkpoint: Checkpoint,
+    dataset: ImageDataset,
+    processors: Vec<Arc<dyn PictureProcessor>>,
+    tokenizer: ClipTokenizer,
+    schedule: NoiseSchedule,
+    unet: Unet,
+    /// Present while it trains; a frozen one leaves the device once captions are encoded.
+    text_encoder: Option<ClipTextEncoder>,
+    text_states: BTreeMap<String, Tensor>,
+    /// Present where latents are not cached.
+    encoder: Option<Encoder>,
+    /// One sample per picture, scaled, on the host: `[4, height, width]`.
+    latents: Vec<Tensor>,
+    adapter: TrainableAdapter,
+    targets: Vec<TargetLayer>,
+    candidates: usize,
+    scaler: LossScaler,
+    lr_schedule: Schedule,
+    sampler: EpochSampler,
+    plan: StepPlan,
+    step: usize,
+    skipped: usize,
+    skipped_in_a_row: usize,
+    notes: Vec<String>,
+    base_hashes: Option<(String, String)>,
+    init_from: Option<(String, String)>,
+}
+
+/// What a step came to.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: usize,
+    /// Steps of the run.
+    pub steps: usize,
+    /// The epoch, from 1.
+    pub epoch: u64,
+    /// Mean loss of the step's pictures.
+    pub loss: f64,
+    /// Learning rate of the U-Net's adapter (of the text encoder's where that alone trains).
+    pub learning_rate: f64,
+    /// L2 norm of all gradients before clipping; `None` where the step was skipped.
+    pub gradient_norm: Option<f64>,
+    /// Whether the step was skipped because a gradient was not finite.
+    pub skipped: bool,
+    /// Steps skipped so far.
+    pub skipped_steps: usize,
+    /// The loss scale.
+    pub loss_scale: f64,
+    /// Pictures of the step.
+    pub pictures: usize,
+    /// Seconds that the step took.
+    pub seconds: f64,
+    /// Bytes of device memory at the peak so far; resident host memory on the CPU.
+    pub memory: u64,
+}
+
+impl Session {
+    /// The configuration of the run.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The arithmetic of the run.
+    pub fn plan(&self) -> &StepPlan {
+        &self.plan
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> usize {
+        self.step
+    }
+
+    /// The trained adapter.
+    pub fn adapter(&self) -> &TrainableAdapter {
+        &self.adapter
+    }
+
+    /// The adapted layers.
+    pub fn targets(&self) -> &[TargetLayer] {
+        &self.targets
+    }
+
+    /// Memory of the device; `None` on the CPU.
+    pub fn device_memory(&self) -> Result<Option<DeviceMemory>> {
+        Ok(memory::device_memory(self.device)?)
+    }
+
+    /// Trains one step; `None` once the run is complete.
+    pub fn step(&mut self) -> Result<Option<StepReport>> {
+        if self.step >= self.plan.steps {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        // A step's micro-batches are drawn first: the loss of each is weighted by its share of all their pictures, so
+        // that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
+        let mut batches: Vec<Vec<Visit>> = Vec::new();
+        for _ in 0..self.config.gradient_accumulation_steps {
+            if !batches.is_empty() && self.sampler.position().item >= self.sampler.epoch_length() {
+                break;
+            }
+            batches.push(self.sampler.next_batch(self.config.batch_size));
+        }
+        let pictures: usize = batches.iter().map(Vec::len).sum();
+        let mut losses = Vec::with_capacity(batches.len());
+        for batch in &batches {
+            let loss = self.batch_loss(batch)?.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
+            loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
+            losses.push(loss.detach());
+        }
+        // Read once a step: every look at a number waits for the device.
+        let total = f64::try_from(Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?)?;
+        if !total.is_finite() {
+            self.name_the_culprit(&batches)?;
+        }
+
+        let factor = self.lr_schedule.factor(self.step);
+        let finite = self.scaler.unscale(&mut self.adapter.gradients())? && total.is_finite();
+        let gradient_norm = match finite {
+            true => Some(self.adapter.clip(self.config.max_grad_norm)?),
+            false => None,
+        };
+        if finite {
+            let config = &self.config;
+            self.adapter.step(|component| AdamW {
+                learning_rate: factor
+                    * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr },
+                betas: config.adam_betas,
+                weight_decay: config.weight_decay,
+                epsilon: config.adam_eps,
+            })?;
+            self.skipped_in_a_row = 0;
+        } else {
+            self.skipped += 1;
+            self.skipped_in_a_row += 1;
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+                return Err(Error::NotFinite {
+                    stage: "the gradients",
+                    place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.step + 1),
+                    remedy: "use precision = \"bf16\", or a lower learning_rate",
+                });
+            }
+        }
+        self.adapter.clear_gradients()?;
+        self.step += 1;
+        let memory = match self.device_memory()? {
+            Some(device) => device.reserved_peak,
+            None => memory::host_memory().map_or(0, |host| host.resident),
+        };
+        Ok(Some(StepReport {
+            step: self.step,
+            steps: self.plan.steps,
+            epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
+            loss: total,
+            learning_rate: factor
+                * if self.config.train_unet { self.config.unet_lr } else { self.config.text_encoder_lr },
+            gradient_norm,
+            skipped: !finite,
+            skipped_steps: self.skipped,
+            loss_scale: self.scaler.scale(),
+            pictures,
+            seconds: start.elapsed().as_secs_f64(),
+            memory,
+        }))
+    }
+
+    /// The mean loss of a micro-batch, with its graph.
+    fn batch_loss(&mut self, batch: &[Visit]) -> Result<Tensor> {
+        let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
+        let latents = self.batch_latents(batch, &draws)?;
+        let (count, channels, height, width) = latents.size4()?;
+        let elements = (channels * height * width) as usize;
+        let mut noise = Vec::with_capacity(batch.len() * elements);
+        for draw in &draws {
+            let mut item = draw.at("noise").normals(elements);
+            if self.config.noise_offset > 0.0 {
+                let offsets = draw.at("noise_offset").normals(channels as usize);
+                for (plane, offset) in item.chunks_exact_mut((height * width) as usize).zip(offsets) {
+                    plane.iter_mut().for_each(|value| *value += self.config.noise_offset as f32 * offset);
+                }
+            }
+            noise.extend(item);
+        }
+        let noise = from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?;
+        let timesteps: Vec<usize> =
+            draws.iter().map(|draw| draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
+        let pass = Pass { dropout: self.dropout(&draws) };
+        let context = self.batch_context(batch, &draws, &pass)?;
+        denoising_loss(
+            &self.unet,
+            &self.schedule,
+            &latents,
+            &noise,
+            &timesteps,
+            &context,
+            self.config.min_snr_gamma,
+            &pass,
+        )
+    }
+
+    /// Everything random about one visit of one picture.
+    fn draws(&self, visit: &Visit) -> Stream {
+        Stream::new(self.config.seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
+    }
+
+    fn dropout(&self, draws: &[Stream]) -> Option<(f64, Vec<Stream>)> {
+        (self.config.lora_dropout > 0.0)
+            .then(|| (self.config.lora_dropout, draws.iter().map(|draw| draw.at("adapter_dropout")).collect()))
+    }
+
+    /// `[batch, 4, height, width]` f32 on the device, scaled.
+    fn batch_latents(&mut self, batch: &[Visit], draws: &[Stream]) -> Result<Tensor> {
+        let mut latents = Vec::with_capacity(batch.len());
+        for (visit, draw) in batch.iter().zip(draws) {
+            match &mut self.encoder {
+                None => latents.push(self.latents[visit.index].f_to_device(self.device)?),
+                Some(encoder) => {
+                    let item = &self.dataset.items()[visit.index];
+                    let picture = encode::load_picture(
+                        item,
+                        &self.processors,
+                        self.config.max_resolution,
+                        self.config.background,
+                        draw,
+                    )?;
+                    latents.push(encode::sample_latents(
+                        encoder,
+                        &self.checkpoint,
+                        &item.path,
+                        &picture,
+                        &draw.at("latent"),
+                    )?);
+                }
+            }
+        }
+        Ok(Tensor::f_stack(&latents, 0)?)
+    }
+
+    /// Text states of a batch, with gradients where the text encoder trains.
+    fn batch_context(&self, batch: &[Visit], draws: &[Stream], pass: &Pass) -> Result<Tensor> {
+        let caption = |(visit, draw): (&Visit, &Stream)| {
+            let dropped = f64::from(draw.at("caption_dropout").uniform()) < self.config.caption_dropout_rate;
+            if dropped { "" } else { self.dataset.items()[visit.index].caption.as_str() }
+        };
+        let captions: Vec<&str> = batch.iter().zip(draws).map(caption).collect();
+        match &self.text_encoder {
+            Some(encoder) => {
+                let chunks = self.config.caption_chunks();
+                let tokens = encode::tokens(&self.tokenizer, &captions, chunks, self.device)?;
+                Ok(encoder.encode(&tokens, chunks, self.config.clip_skip, pass)?)
+            }
+            None => {
+                let states: Vec<&Tensor> = captions.iter().map(|caption| &self.text_states[*caption]).collect();
+                Ok(Tensor::f_cat(&states, 0)?.f_to_device(self.device)?)
+            }
+        }
+    }
+
+    /// Names the stage that a NaN loss comes from.
+    fn name_the_culprit(&mut self, batches: &[Vec<Visit>]) -> Result<()> {
+        let _guard = no_grad_guard();
+        let place = format!(" at step {}", self.step + 1);
+        let culprit = |stage, remedy| Err(Error::NotFinite { stage, place: place.clone(), remedy });
+        if !self.adapter.is_finite()? {
+            return culprit("the LoRA's weights", "use a lower learning_rate, or max_grad_norm = 1.0");
+        }
+        for batch in batches {
+            let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
+            if !encode::is_finite(&self.batch_latents(batch, &draws)?)? {
+                return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
+            }
+            if !encode::is_finite(&self.batch_context(batch, &draws, &Pass::default())?)? {
+                return culprit("the text encoder", "use precision = \"bf16\" or \"fp32\"");
+            }
+        }
+        // Only the U-Net is left. In fp16 the scaler skips the step and counts it; elsewhere it will not heal.
+        if self.precision == DType::F16 {
+            return Ok(());
+        }
+        culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
+    }
+}

@@ -1,0 +1,57 @@
+//! Drawing pictures with the adapter as it is.
+
+use lora_core::random::Stream;
+use lora_data::RgbPicture;
+use lora_models::layers::Pass;
+use lora_models::stable_diffusion::{Sampler, load_text_encoder};
+use lora_torch::tch::{Tensor, no_grad_guard};
+use lora_torch::tensor::{from_f32, kind_of};
+
+use super::Session;
+use crate::Result;
+use crate::encode::{self, Encoder};
+
+impl Session {
+    /// Draws pictures with the adapter as it is now.
+    pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
+        let _guard = no_grad_guard();
+        let samples = self.config.samples.clone();
+        let mut decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
+        let (width, height) = (samples.resolution.0 / 8, samples.resolution.1 / 8);
+        let sampler = Sampler::new(samples.sampler, &self.schedule, samples.steps)?;
+        let pass = Pass::default();
+        let mut pictures = Vec::new();
+        for (index, prompt) in prompts.iter().enumerate() {
+            let noise = Stream::new(samples.seed)
+                .at("sample")
+                .with(index as u64)
+                .normals(decoder.latent_channels() * height * width);
+            let noise = from_f32(&noise, &[1, decoder.latent_channels(), height, width], self.device)?;
+            let context = Tensor::f_cat(&[self.states_of(&samples.negative_prompt)?, self.states_of(prompt)?], 0)?;
+            let latents = sampler.sample(&noise, |latents, timestep| {
+                let both =
+                    self.unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
+                let halves = both.f_chunk(2, 0)?;
+                let difference = halves[1].f_sub(&halves[0])?;
+                Ok(halves[0].f_add(&difference.f_mul_scalar(samples.guidance_scale)?)?)
+            })?;
+            pictures.extend(decoder.decode(&self.checkpoint, &latents)?);
+        }
+        Ok(pictures)
+    }
+
+    fn states_of(&self, caption: &str) -> Result<Tensor> {
+        if let Some(states) = self.text_states.get(caption) {
+            return Ok(states.f_to_device(self.device)?);
+        }
+        let (chunks, skip) = (self.config.caption_chunks(), self.config.clip_skip);
+        match &self.text_encoder {
+            Some(encoder) => encode::encode_captions(encoder, &self.tokenizer, &[caption], chunks, skip, self.device),
+            // A frozen text encoder has left the device: it comes back for a caption that was not foreseen.
+            None => {
+                let encoder = load_text_encoder(&self.checkpoint, kind_of(self.precision), self.device)?;
+                encode::encode_captions(&encoder, &self.tokenizer, &[caption], chunks, skip, self.device)
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Writing the LoRA, with what its file says of the run.
+
+use std::path::PathBuf;
+
+use lora_core::DType;
+use lora_io::adapter::kohya;
+use lora_io::metadata::TrainingRecord;
+use lora_models::stable_diffusion::Prediction;
+
+use super::Session;
+use crate::{Error, Result};
+
+impl Session {
+    /// Writes the LoRA as it is now into the output folder under `name` (no extension), reads it back and checks it.
+    pub fn save(&mut self, name: &str) -> Result<PathBuf> {
+        if !self.adapter.is_finite()? {
+            return Err(Error::NotFinite {
+                stage: "the LoRA's weights",
+                place: format!(" at step {}", self.step),
+                remedy: "use a lower learning_rate; nothing was written",
+            });
+        }
+        let mut adapter = self.adapter.export()?;
+        adapter.metadata = self.record(name).to_metadata();
+        let path = self.config.output_dir.join(format!("{name}.safetensors"));
+        kohya::write(&path, &adapter, self.config.save_precision)?;
+        Ok(path)
+    }
+
+    fn record(&self, name: &str) -> TrainingRecord {
+        let config = &self.config;
+        let mut record = TrainingRecord::default();
+        record.output_name = name.to_owned();
+        record.rank = config.lora_rank;
+        record.alpha = config.lora_alpha;
+        record.dropout = (config.lora_dropout > 0.0).then_some(config.lora_dropout);
+        record.learning_rate = config.learning_rate;
+        record.unet_lr = config.train_unet.then_some(config.unet_lr);
+        record.text_encoder_lr = config.train_text_encoder.then_some(config.text_encoder_lr);
+        record.pictures = self.plan.visits_per_epoch;
+        record.batches_per_epoch = self.plan.batches_per_epoch;
+        record.epochs = self.plan.epochs;
+        record.epoch = self.step.div_ceil(self.plan.steps_per_epoch);
+        record.steps = self.step;
+        record.max_train_steps = self.plan.steps;
+        record.batch_size = config.batch_size;
+        record.gradient_accumulation_steps = config.gradient_accumulation_steps;
+        record.mixed_precision = if self.precision == DType::F32 { "no".into() } else { self.precision.to_string() };
+        record.seed = config.seed;
+        record.resolution = config.max_resolution;
+        record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
+        record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
+        record.lr_scheduler = format!("{:?}", config.lr_scheduler).to_lowercase();
+        record.lr_warmup_steps = self.lr_schedule.warmup();
+        record.optimizer = format!(
+            "AdamW(betas=({:?}, {:?}),eps={:?},weight_decay={:?})",
+            config.adam_betas.0, config.adam_betas.1, config.adam_eps, config.weight_decay
+        );
+        record.max_grad_norm = config.max_grad_norm;
+        record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
+        record.min_snr_gamma = config.min_snr_gamma;
+        record.caption_dropout_rate = config.caption_dropout_rate;
+        record.cache_latents = config.cache_latents;
+        record.base_name =
+            config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        record.base_legacy_hash = self.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());
+        record.base_sha256 = self.base_hashes.as_ref().map(|(_, sha256)| sha256.clone());
+        record.velocity = self.schedule.prediction() == Prediction::Velocity;
+        for item in self.dataset.items() {
+            record.folders.entry(item.folder.clone()).or_insert((item.repeats, 0)).1 += 1;
+        }
+        record.tag_frequency = self.dataset.tag_frequency();
+        record.text_cleaning = config.text_cleaning.name().into();
+        record.init_from = self.init_from.clone();
+        record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();
+        record
+    }
+}
