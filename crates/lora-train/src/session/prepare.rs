@@ -77,9 +77,10 @@ impl Session {
             }
         };
         let encoder = (!config.cache_latents).then_some(encoder);
+        memory::empty_cache(device)?;
 
         progress(Preparing::Loading("text encoder"));
-        let mut text_encoder = load_text_encoder(&checkpoint, kind, device)?;
+        let text_encoder = load_text_encoder(&checkpoint, kind, device)?;
         if config.clip_skip > text_encoder.config().layers {
             return Err(lora_models::Error::Input {
                 what: "clip_skip",
@@ -112,14 +113,18 @@ impl Session {
             }
         }
 
+        // A frozen text encoder makes room before the U-Net comes.
+        let mut text_encoder = config.train_text_encoder.then_some(text_encoder);
+        memory::empty_cache(device)?;
+
         progress(Preparing::Loading("U-Net"));
         let mut unet = load_unet(&checkpoint, kind, device)?;
         let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
         if config.train_unet {
             networks.push(&mut unet);
         }
-        if config.train_text_encoder {
-            networks.push(&mut text_encoder);
+        if let Some(text_encoder) = &mut text_encoder {
+            networks.push(text_encoder);
         }
         let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
         let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
@@ -162,7 +167,7 @@ impl Session {
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
         Ok(Self {
-            text_encoder: config.train_text_encoder.then_some(text_encoder),
+            text_encoder,
             init_from: from.map(|(_, provenance)| provenance),
             candidates: layers.len(),
             config,
