@@ -36,6 +36,11 @@ impl Encoder {
         self.vae.config().scaling_factor
     }
 
+    /// Pixels per latent in each direction.
+    pub fn factor(&self) -> usize {
+        self.vae.config().factor()
+    }
+
     /// Channels of the latents.
     pub fn latent_channels(&self) -> usize {
         self.vae.config().latent_channels

@@ -198,6 +198,7 @@ fn training_goes_on_from_a_saved_lora() {
 
     for (keys, fragment) in [
         (vec![from.as_str(), "lora_rank=8"], "lora_rank"),
+        (vec![from.as_str(), "lora_alpha=1"], "lora_alpha"),
         (vec![from.as_str(), "target_modules=attention-mlp"], "target_modules"),
         (vec![from.as_str(), "train_text_encoder=false"], "no such layer"),
     ] {
@@ -293,4 +294,47 @@ fn what_cannot_work_is_said_before_training() {
     let session = prepare(folder.path(), &[]);
     assert_eq!(session.summary().pictures, (7, 1));
     assert!(error(&["strict=true"]).contains("3.png"));
+}
+
+#[test]
+fn nan_is_named_by_the_stage_it_comes_from() {
+    let folder = workspace();
+    let mut session = prepare(folder.path(), &["learning_rate=1e30", "max_grad_norm=0"]);
+    let error = loop {
+        match session.step() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("a learning rate of 1e30 went unnoticed"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(
+        error.contains("NaN or infinity in") && error.contains("step 2") && error.contains("learning_rate"),
+        "{error}"
+    );
+
+    // The same base with one NaN in a network: the network is named before the first step.
+    let base = folder.path().join("base.safetensors");
+    let file = SafetensorsFile::open(&base).unwrap();
+    let whole: std::collections::BTreeMap<_, _> =
+        file.names().map(|name| (name.to_owned(), file.get(name).unwrap().to_host().unwrap())).collect();
+    drop(file);
+    for (name, keys, stage) in [
+        ("first_stage_model.quant_conv.bias", vec![], "the VAE for "),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+            vec!["train_text_encoder=false"],
+            "the text encoder",
+        ),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", vec![], "the text encoder at step 1"),
+        ("model.diffusion_model.out.2.bias", vec![], "the U-Net at step 1"),
+    ] {
+        let mut damaged = whole.clone();
+        let shape = damaged[name].shape().to_vec();
+        let values = vec![f32::NAN; shape.iter().product()];
+        damaged.insert(name.into(), lora_core::HostTensor::from_f32(shape, values).unwrap());
+        lora_io::safetensors::write(&base, &damaged, &Default::default()).unwrap();
+        let result = Session::prepare(config(folder.path(), &keys), &Plugins::default(), &mut |_| {});
+        let error = result.and_then(|mut session| session.step()).unwrap_err().to_string();
+        assert!(error.contains(stage), "{name}: {error}");
+    }
 }

@@ -319,7 +319,7 @@ impl Session {
                 return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
             }
             if !encode::is_finite(&self.batch_context(batch, &draws, &Pass::default())?)? {
-                return culprit("the text encoder", "use precision = \"bf16\" or \"fp32\"");
+                return culprit("the text encoder", "use precision = \"bf16\" or \"fp32\", or a lower learning_rate");
             }
         }
         // Only the U-Net is left. In fp16 the scaler skips the step and counts it; elsewhere it will not heal.

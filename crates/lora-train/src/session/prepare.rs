@@ -277,6 +277,12 @@ fn load_initial(
             other.rank, config.lora_rank
         ));
     }
+    if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.alpha != config.lora_alpha) {
+        return differs(format!(
+            "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
+            other.alpha, config.lora_alpha
+        ));
+    }
     let missing: Vec<_> = targets.iter().filter(|target| !adapter.modules.contains_key(&target.path)).collect();
     if adapter.modules.len() != targets.len() || !missing.is_empty() {
         return differs(format!(

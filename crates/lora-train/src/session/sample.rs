@@ -17,7 +17,7 @@ impl Session {
         let _guard = no_grad_guard();
         let samples = self.config.samples.clone();
         let mut decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
-        let (width, height) = (samples.resolution.0 / 8, samples.resolution.1 / 8);
+        let (width, height) = (samples.resolution.0 / decoder.factor(), samples.resolution.1 / decoder.factor());
         let sampler = Sampler::new(samples.sampler, &self.schedule, samples.steps)?;
         let pass = Pass::default();
         let mut pictures = Vec::new();
