@@ -24,6 +24,19 @@ pub trait WeightSource {
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
 }
 
+/// One side of a weight's shape, where an architecture's sizes are read off; a weight that is missing or has fewer axes is
+/// an error that names it.
+pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> Result<usize> {
+    let missing = || Error::MissingWeight { source_name: source.name(), name: name.to_owned() };
+    let shape = source.shape(name).ok_or_else(missing)?;
+    shape.get(axis).copied().ok_or_else(|| Error::WeightShape {
+        source_name: source.name(),
+        name: name.to_owned(),
+        expected: vec![1; axis + 1],
+        found: shape.clone(),
+    })
+}
+
 /// A source, a prefix, and where weights go.
 #[derive(Clone)]
 pub struct Weights<'s> {

@@ -185,4 +185,13 @@ fn other_models_are_named_and_damaged_ones_too() {
     assert!(error.contains("mid_block.attentions.0.norm.weight") && error.contains("damaged.safetensors"), "{error}");
     tensors.insert(name.into(), missing.reshape([8, 8]).unwrap());
     assert!(load(&tensors).contains("[8, 8], expected [64]"));
+    tensors.insert(name.into(), lora_core::HostTensor::zeros([64]));
+    // Shapes that sizes are read off, without the axes they should have.
+    tensors.insert("model.diffusion_model.input_blocks.0.0.weight".into(), lora_core::HostTensor::zeros([]));
+    assert!(load(&tensors).contains("conv_in.weight"));
+    let vocabulary = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight";
+    tensors.insert(vocabulary.into(), lora_core::HostTensor::zeros([10, 128]));
+    lora_io::safetensors::write(&damaged, &tensors, &Default::default()).unwrap();
+    let error = load_text_encoder(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu).unwrap_err();
+    assert!(error.to_string().contains("10 tokens"));
 }

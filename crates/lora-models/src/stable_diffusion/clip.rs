@@ -4,11 +4,14 @@ use lora_core::Component;
 use lora_torch::tch::{Kind, Tensor};
 
 use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention};
-use crate::weights::{WeightSource, Weights};
+use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
 
 /// Tokens of one row: begin, 75 of text, end.
 const ROW: i64 = 77;
+
+/// Tokens of CLIP's vocabulary: a smaller table would be read past its end.
+const CLIP_VOCABULARY: usize = 49408;
 
 /// Sizes of a text encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,14 +36,13 @@ impl ClipConfig {
     pub fn detect(source: &dyn WeightSource, heads: Option<usize>, hidden_act: Option<&str>) -> Result<Self> {
         let wrong = |reason: String| Error::Architecture { source_name: source.name(), reason };
         let name = "text_model.embeddings.token_embedding.weight";
-        let Some(&[vocabulary, width]) = source.shape(name).as_deref() else {
-            return Err(Error::MissingWeight { source_name: source.name(), name: name.into() });
-        };
+        let (vocabulary, width) = (dimension(source, name, 0)?, dimension(source, name, 1)?);
+        if vocabulary < CLIP_VOCABULARY {
+            return Err(wrong(format!("a text encoder of {vocabulary} tokens; expected CLIP's {CLIP_VOCABULARY}")));
+        }
         let layer = |index: usize| format!("text_model.encoder.layers.{index}.mlp.fc1.weight");
         let layers = (0..).take_while(|&index| source.contains(&layer(index))).count();
-        let intermediate = source.shape(&layer(0)).and_then(|shape| shape.first().copied());
-        let intermediate =
-            intermediate.ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: layer(0) })?;
+        let intermediate = dimension(source, &layer(0), 0)?;
         let heads = heads.unwrap_or(width / 64);
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(wrong(format!("a text encoder of width {width} does not divide into {heads} heads")));

@@ -6,7 +6,7 @@ use lora_torch::tch::{Kind, Tensor};
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::transformer::{SpatialTransformer, TransformerSizes};
 use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass};
-use crate::weights::{WeightSource, Weights};
+use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
 
 /// Sizes of a U-Net.
@@ -46,7 +46,8 @@ impl UnetConfig {
         if levels == 0 {
             shape("down_blocks.0.resnets.0.conv1.weight")?;
         }
-        let channels = (0..levels).map(|level| Ok(shape(&format!("down_blocks.{level}.resnets.0.conv1.weight"))?[0]));
+        let channels =
+            (0..levels).map(|level| Ok(dimension(source, &format!("down_blocks.{level}.resnets.0.conv1.weight"), 0)?));
         let channels = channels.collect::<Result<Vec<_>>>()?;
         let attention: Vec<bool> = (0..levels)
             .map(|level| source.contains(&format!("down_blocks.{level}.attentions.0.proj_in.weight")))
@@ -71,12 +72,12 @@ impl UnetConfig {
             )));
         }
         let config = Self {
-            latent_channels: shape("conv_in.weight")?[1],
+            latent_channels: dimension(source, "conv_in.weight", 1)?,
             attention,
             heads,
             layers_per_block: count(&|layer| format!("down_blocks.0.resnets.{layer}.conv1.weight")),
             transformer_depth: count(&|block| format!("{transformer}.transformer_blocks.{block}.norm1.weight")),
-            context: shape(&format!("{transformer}.transformer_blocks.0.attn2.to_k.weight"))?[1],
+            context: dimension(source, &format!("{transformer}.transformer_blocks.0.attn2.to_k.weight"), 1)?,
             norm_groups: norm_groups.unwrap_or(32),
             linear_projection: shape(&format!("{transformer}.proj_in.weight"))?.len() == 2,
             channels,

@@ -4,7 +4,7 @@ use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
 use crate::layers::{AdaptableLayer, GroupNorm, Pass, attention};
-use crate::weights::{WeightSource, Weights};
+use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
 use lora_core::LayerGeometry;
 
@@ -29,15 +29,12 @@ impl VaeConfig {
 
     /// Read off the tensors; the last two come from a `config.json` where there is one.
     pub fn detect(source: &dyn WeightSource, norm_groups: Option<usize>, scaling_factor: Option<f64>) -> Result<Self> {
-        let shape = |name: &str| {
-            source.shape(name).ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: name.into() })
-        };
         let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
         let levels = count(&|level| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight")).max(1);
-        let channels =
-            (0..levels).map(|level| Ok(shape(&format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"))?[0]));
+        let channels = (0..levels)
+            .map(|level| Ok(dimension(source, &format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"), 0)?));
         Ok(Self {
-            latent_channels: shape("post_quant_conv.weight")?[0],
+            latent_channels: dimension(source, "post_quant_conv.weight", 0)?,
             channels: channels.collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
             norm_groups: norm_groups.unwrap_or(32),
