@@ -47,7 +47,7 @@ impl UnetConfig {
             shape("down_blocks.0.resnets.0.conv1.weight")?;
         }
         let channels =
-            (0..levels).map(|level| Ok(dimension(source, &format!("down_blocks.{level}.resnets.0.conv1.weight"), 0)?));
+            (0..levels).map(|level| dimension(source, &format!("down_blocks.{level}.resnets.0.conv1.weight"), 0));
         let channels = channels.collect::<Result<Vec<_>>>()?;
         let attention: Vec<bool> = (0..levels)
             .map(|level| source.contains(&format!("down_blocks.{level}.attentions.0.proj_in.weight")))

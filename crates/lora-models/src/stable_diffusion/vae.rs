@@ -32,7 +32,7 @@ impl VaeConfig {
         let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
         let levels = count(&|level| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight")).max(1);
         let channels = (0..levels)
-            .map(|level| Ok(dimension(source, &format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"), 0)?));
+            .map(|level| dimension(source, &format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"), 0));
         Ok(Self {
             latent_channels: dimension(source, "post_quant_conv.weight", 0)?,
             channels: channels.collect::<Result<_>>()?,
