@@ -27,7 +27,7 @@ pub trait Callback {
         Ok(Control::Continue)
     }
 
-    /// The run is over, whether complete or stopped; the LoRA is about to be saved. Not called after an error.
+    /// The run is over, whether complete or stopped, and the LoRA is saved. Not called after an error.
     fn on_end(&mut self, session: &mut Session) -> Result<()> {
         let _ = session;
         Ok(())

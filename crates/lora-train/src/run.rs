@@ -43,20 +43,13 @@ pub fn train(
     callbacks.append(&mut extra);
 
     let mut session = Session::prepare(config, plugins, progress)?;
-    let mut stopped = None;
-    for callback in &mut callbacks {
-        note(callback.on_start(&mut session)?, &mut stopped);
-    }
-    while stopped.is_none() {
-        if stop.load(Ordering::Relaxed) {
-            stopped = Some("interrupted".to_owned());
-            break;
+    let stopped = match drive(&mut session, &mut callbacks, stop) {
+        Ok(stopped) => stopped,
+        Err(error) => {
+            rescue(&mut session);
+            return Err(error);
         }
-        let Some(report) = session.step()? else { break };
-        for callback in &mut callbacks {
-            note(callback.on_step(&mut session, &report)?, &mut stopped);
-        }
-    }
+    };
     // The LoRA first: nothing that follows may cost it.
     let name = session.config().output_name.clone();
     let lora = session.save(&name)?;
@@ -64,6 +57,36 @@ pub fn train(
         callback.on_end(&mut session)?;
     }
     Ok(RunResult { lora, steps: session.steps_done(), stopped })
+}
+
+/// Steps until the end, a callback's wish or `stop`; the reason where it is not the end.
+fn drive(session: &mut Session, callbacks: &mut [Box<dyn Callback>], stop: &AtomicBool) -> Result<Option<String>> {
+    let mut stopped = None;
+    for callback in &mut *callbacks {
+        note(callback.on_start(session)?, &mut stopped);
+    }
+    while stopped.is_none() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Some("interrupted".to_owned()));
+        }
+        let Some(report) = session.step()? else { break };
+        for callback in &mut *callbacks {
+            note(callback.on_step(session, &report)?, &mut stopped);
+        }
+    }
+    Ok(stopped)
+}
+
+/// Saves what was learnt before an error, if anything was and it is whole.
+fn rescue(session: &mut Session) {
+    if session.steps_done() == 0 {
+        return;
+    }
+    let name = format!("{}-rescued", session.config().output_name);
+    match session.save(&name) {
+        Ok(path) => tracing::warn!("the LoRA of the {} steps done is in {}", session.steps_done(), path.display()),
+        Err(error) => tracing::warn!("the LoRA of the steps done cannot be saved: {error}"),
+    }
 }
 
 fn note(control: Control, stopped: &mut Option<String>) {

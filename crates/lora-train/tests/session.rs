@@ -246,6 +246,14 @@ impl Callback for StopAtOnce {
     }
 }
 
+struct Fail;
+
+impl Callback for Fail {
+    fn on_step(&mut self, _session: &mut Session, _report: &StepReport) -> lora_train::Result<Control> {
+        Err(lora_train::Error::Callback { name: "fail".into(), reason: "on purpose".into() })
+    }
+}
+
 #[test]
 fn callbacks_of_outsiders_are_named_in_the_configuration() {
     let folder = workspace();
@@ -259,6 +267,12 @@ fn callbacks_of_outsiders_are_named_in_the_configuration() {
     let error =
         train(config(folder.path(), &["callbacks=nobody"]), &plugins, Vec::new(), &stop, &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("stop_at_once"), "{error}");
+    // An error after some steps costs nothing of what was learnt.
+    plugins.register_callback("fail", || Fail);
+    let keys = ["callbacks=fail", "output_name=failing"];
+    let error = train(config(folder.path(), &keys), &plugins, Vec::new(), &stop, &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("callback `fail`: on purpose"), "{error}");
+    assert!(folder.path().join("out/failing-rescued.safetensors").exists());
     // An interrupt before the first step still leaves a LoRA.
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     let result =
