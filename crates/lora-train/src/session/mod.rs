@@ -329,3 +329,45 @@ impl Session {
         culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lora_models::synthetic::SyntheticModel;
+
+    use super::*;
+    use crate::config::Format;
+    use crate::plugins::Plugins;
+
+    /// What an overflow in fp16 does, on a device without fp16: the loss scale alone makes the gradients overflow.
+    #[test]
+    fn a_step_that_overflows_is_skipped_and_the_scale_recovers() {
+        let folder = tempfile::tempdir().unwrap();
+        SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
+        std::fs::create_dir(folder.path().join("data")).unwrap();
+        image::RgbImage::new(64, 64).save(folder.path().join("data/a.png")).unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let text = format!(
+            "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\ndevice: cpu\nprecision: fp32\nmax_resolution: 64\n\
+             target_modules: attention\nmax_train_steps: 40\n",
+            path("base.safetensors"),
+            path("data"),
+            path("out")
+        );
+        let config = TrainConfig::from_text(&text, Format::Yaml, &[] as &[&str]).unwrap();
+        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        session.scaler = LossScaler::dynamic_from(f64::powi(2.0, 140), 2000);
+
+        let before = session.adapter.export().unwrap();
+        let first = session.step().unwrap().unwrap();
+        assert!(first.skipped && first.gradient_norm.is_none() && first.loss.is_finite());
+        assert_eq!((first.skipped_steps, first.loss_scale), (1, f64::powi(2.0, 139)));
+        assert_eq!(session.adapter.export().unwrap(), before, "a skipped step changes nothing");
+
+        let healed = std::iter::from_fn(|| session.step().unwrap()).find(|report| !report.skipped).unwrap();
+        assert!(
+            healed.skipped_steps > 5 && healed.gradient_norm.is_some_and(|norm| norm > 0.0 && norm < 1e3),
+            "{healed:?}"
+        );
+        assert_ne!(session.adapter.export().unwrap(), before);
+    }
+}
