@@ -154,3 +154,43 @@ pub fn encode_captions(
 pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     Ok(f64::try_from(tensor.detach().f_isfinite()?.f_all()?.f_to_kind(Kind::Double)?)? != 0.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use lora_core::HostTensor;
+    use lora_io::safetensors::{SafetensorsFile, write};
+    use lora_models::synthetic::SyntheticModel;
+
+    use super::*;
+
+    /// An autoencoder whose first layer overflows in fp16, as some published ones do, on a device that computes in fp16.
+    #[test]
+    fn an_autoencoder_that_overflows_in_fp16_goes_on_in_fp32() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("base.safetensors");
+        SyntheticModel::tiny().write(&path, DType::F32).unwrap();
+        let file = SafetensorsFile::open(&path).unwrap();
+        let mut tensors: BTreeMap<_, _> =
+            file.names().map(|name| (name.to_owned(), file.get(name).unwrap().to_host().unwrap())).collect();
+        let name = "first_stage_model.encoder.conv_in.weight";
+        let larger = tensors[name].to_f32().iter().map(|value| value * 1e5).collect();
+        tensors.insert(name.into(), HostTensor::from_f32(tensors[name].shape(), larger).unwrap());
+        let large = folder.path().join("large.safetensors");
+        write(&large, &tensors, &BTreeMap::new()).unwrap();
+
+        let checkpoint = Checkpoint::open(&large).unwrap();
+        let mut encoder = Encoder { vae: load_vae(&checkpoint, Kind::Half, Device::Cpu).unwrap(), device: Device::Cpu };
+        let picture = RgbPicture::new(16, 16, (0..=255).cycle().take(768).collect()).unwrap();
+        let latents = encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
+        assert_eq!(encoder.vae.kind(), Kind::Float);
+        assert!(is_finite(&latents.mean).unwrap() && is_finite(&latents.log_variance).unwrap());
+
+        // One that does not overflow stays in fp16.
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let mut encoder = Encoder { vae: load_vae(&checkpoint, Kind::Half, Device::Cpu).unwrap(), device: Device::Cpu };
+        encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
+        assert_eq!(encoder.vae.kind(), Kind::Half);
+    }
+}
