@@ -12,16 +12,22 @@ use crate::HostTensor;
 pub enum Component {
     /// The (first) text encoder of an image model.
     TextEncoder,
+    /// The second text encoder of an SDXL model.
+    TextEncoder2,
     /// The U-Net of an image model.
     Unet,
+    /// A causal language model.
+    LanguageModel,
 }
 
 impl Component {
-    /// Its name in paths: `text_encoder`, `unet`.
+    /// Its name in paths: `text_encoder`, `text_encoder_2`, `unet`, `language_model`.
     pub fn name(self) -> &'static str {
         match self {
             Component::TextEncoder => "text_encoder",
+            Component::TextEncoder2 => "text_encoder_2",
             Component::Unet => "unet",
+            Component::LanguageModel => "language_model",
         }
     }
 }
@@ -34,8 +40,9 @@ impl fmt::Display for Component {
 
 /// Which layer of the base model an adapter module changes.
 ///
-/// `path` is the dotted path in the diffusers (U-Net) or transformers (text encoder, with its `text_model.` level)
-/// module tree, for instance `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`.
+/// `path` is the dotted path in the diffusers (U-Net) or transformers (text encoder, with its `text_model.` level;
+/// language model, with its `model.` level) module tree, for instance
+/// `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q` or `model.layers.0.self_attn.q_proj`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModulePath {
     /// The part of the model.
