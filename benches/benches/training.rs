@@ -33,7 +33,7 @@ impl Step {
             Unet::new(&Weights::new(&weights, kind, device), model.unet.clone()).expect("a synthetic model builds");
         let layers = unet.adaptable_layers();
         let targets = Targets::parse(&["attention"]).and_then(|targets| targets.select(&layers)).expect("a preset");
-        let options = AdapterOptions { variant: "lora".into(), rank, alpha: rank as f64, seed: 0 };
+        let options = AdapterOptions::lora(rank, rank as f64, 0);
         let mut adapter = TrainableAdapter::default();
         adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None).expect("LoRA attaches");
         let latents = Tensor::randn([batch, 4, side, side], (Kind::Float, device));
@@ -50,7 +50,7 @@ impl Step {
         loss.expect("a step runs").backward();
         self.adapter.clip(1.0).expect("gradients are there");
         self.adapter
-            .step(|_| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })
+            .step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })
             .expect("AdamW steps");
         self.adapter.clear_gradients().expect("gradients clear");
     }

@@ -51,7 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let layers: Vec<TargetLayer> = [unet.adaptable_layers(), text.adaptable_layers()].concat();
     let adapter = kohya::read(lora, &layers)?;
-    let options = AdapterOptions { variant: "lora".into(), rank: 1, alpha: 1.0, seed: 0 };
+    let options = AdapterOptions::lora(1, 1.0, 0);
     let targets: Vec<TargetLayer> =
         layers.into_iter().filter(|layer| adapter.modules.contains_key(&layer.path)).collect();
     let mut trained = TrainableAdapter::default();

@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, device), SyntheticModel::full().unet)?;
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
-    let options = AdapterOptions { variant: "lora".into(), rank, alpha: rank as f64, seed: 0 };
+    let options = AdapterOptions::lora(rank, rank as f64, 0);
     adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None)?;
 
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let noise = latents.randn_like();
         denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, None, &Pass::default())?.f_backward()?;
         adapter.clip(1.0)?;
-        adapter.step(|_| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
+        adapter.step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
         adapter.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }

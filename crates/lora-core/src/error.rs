@@ -62,6 +62,28 @@ pub enum Error {
         /// Near names, or what there is.
         hint: String,
     },
+    /// A variant cannot adapt a layer of this kind.
+    #[error("variant `{variant}` cannot adapt {layer}: {reason}")]
+    Unsupported {
+        /// Name of the variant.
+        variant: String,
+        /// The layer.
+        layer: String,
+        /// Why not, or what can be.
+        reason: String,
+    },
+    /// A merged weight does not determine the base.
+    #[error("what variant `{variant}` was merged into cannot be computed back from the result; keep the base")]
+    NotReversible {
+        /// Name of the variant.
+        variant: String,
+    },
+    /// A decomposition did not converge, which NaN or infinity in its input brings about.
+    #[error("{what} did not converge: the matrix holds NaN or infinity")]
+    NoConvergence {
+        /// What was computed.
+        what: &'static str,
+    },
     /// The tensor library failed; the source is its own error.
     #[error("tensor backend: {0}")]
     Backend(#[source] Box<dyn std::error::Error + Send + Sync>),

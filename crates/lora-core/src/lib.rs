@@ -3,8 +3,11 @@
 
 pub mod adapter;
 pub mod backend;
+pub mod conformance;
 mod error;
 mod layer;
+pub mod linalg;
+pub mod merge;
 pub mod random;
 pub mod target;
 mod tensor;

@@ -10,7 +10,7 @@
 //!
 //! A target that matches nothing is an error with near names: a misspelt layer must not train silently without effect.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use globset::Glob;
 use regex::Regex;
@@ -80,6 +80,32 @@ impl Targets {
         }
         let wanted = |layer: &&TargetLayer| self.0.iter().any(|(_, matcher)| matcher.matches(layer));
         Ok(layers.iter().filter(wanted).cloned().collect())
+    }
+}
+
+/// Numbers for some layers by pattern (PEFT's `rank_pattern` and `alpha_pattern`): a name, a glob or a `re:` expression
+/// each. Of several patterns that match a layer the longest counts.
+#[derive(Debug, Clone, Default)]
+pub struct Patterns(Vec<(String, Matcher, f64)>);
+
+impl Patterns {
+    /// Checks the patterns, each of which must match one of the layers.
+    pub fn parse(entries: &BTreeMap<String, f64>, layers: &[TargetLayer]) -> Result<Self> {
+        let mut patterns = Vec::with_capacity(entries.len());
+        for (entry, &number) in entries {
+            let matcher = Matcher::parse(entry)?;
+            if !layers.iter().any(|layer| matcher.matches(layer)) {
+                return Err(Error::NoMatch { pattern: entry.clone(), hint: hint(entry, layers) });
+            }
+            patterns.push((entry.clone(), matcher, number));
+        }
+        patterns.sort_by_key(|(entry, ..)| std::cmp::Reverse(entry.len()));
+        Ok(Self(patterns))
+    }
+
+    /// The number for a layer.
+    pub fn get(&self, layer: &TargetLayer) -> Option<f64> {
+        self.0.iter().find(|(_, matcher, _)| matcher.matches(layer)).map(|(.., number)| *number)
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use lora_core::random::Stream;
 use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::TchBackend;
@@ -19,8 +18,8 @@ use crate::weights::Weights;
 /// What one pass through a network carries besides its inputs.
 #[derive(Debug, Clone, Default)]
 pub struct Pass {
-    /// Dropout on adapters: its probability, and one stream per item of the batch for this step.
-    pub dropout: Option<(f64, Vec<Stream>)>,
+    /// Dropout on adapters, with one stream per item of the batch for this step.
+    pub dropout: Option<Dropout>,
 }
 
 /// A variant with its parameters, hung on a layer.
@@ -104,8 +103,9 @@ impl AdaptableLayer {
         let Some(adapter) = &self.adapter else {
             return Ok(apply_layer(&self.geometry, input, &self.weight, self.bias.as_ref())?);
         };
-        let dropout = pass.dropout.as_ref().map(|(probability, items)| {
-            Dropout::new(*probability, items.iter().map(|item| item.at(&self.path)).collect())
+        let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
+            items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
+            ..*dropout
         });
         let AttachedAdapter { variant, parameters } = adapter;
         Ok(variant.forward(&TchBackend, self, parameters, input, dropout.as_ref())?)

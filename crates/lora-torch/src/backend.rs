@@ -11,12 +11,16 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TchBackend;
 
-/// The layer of a geometry: linear on `[..., in_features]`, convolution on `[batch, channels, height, width]`.
+/// The layer of a geometry: linear on `[..., in_features]`, convolution on `[batch, channels, height, width]`, embedding
+/// on row numbers.
 pub fn apply_layer(geometry: &LayerGeometry, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     Ok(match *geometry {
         LayerGeometry::Conv2d { stride, padding, groups, .. } => {
             let (stride, padding) = (stride as i64, padding as i64);
             input.f_conv2d(weight, bias, [stride, stride], [padding, padding], [1, 1], groups as i64)?
+        }
+        LayerGeometry::Embedding { .. } => {
+            Tensor::f_embedding(weight, &input.f_to_kind(tch::Kind::Int64)?, -1, false, false)?
         }
         _ => input.f_linear(weight, bias)?,
     })
@@ -31,6 +35,10 @@ impl Backend for TchBackend {
 
     fn share(&self, tensor: &Tensor) -> Tensor {
         tensor.shallow_clone()
+    }
+
+    fn detach(&self, tensor: &Tensor) -> Tensor {
+        tensor.detach()
     }
 
     fn upload(&self, host: &HostTensor, like: &Tensor) -> lora_core::Result<Tensor> {
@@ -55,8 +63,20 @@ impl Backend for TchBackend {
         Ok(a.f_mul(b).map_err(Error::from)?)
     }
 
+    fn div(&self, a: &Tensor, b: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(a.f_div(b).map_err(Error::from)?)
+    }
+
     fn scale(&self, tensor: &Tensor, factor: f64) -> lora_core::Result<Tensor> {
         Ok(tensor.f_mul_scalar(factor).map_err(Error::from)?)
+    }
+
+    fn sqrt(&self, tensor: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(tensor.f_sqrt().map_err(Error::from)?)
+    }
+
+    fn sum(&self, tensor: &Tensor, axes: &[usize]) -> lora_core::Result<Tensor> {
+        Ok(tensor.f_sum_dim_intlist(whole(axes).as_slice(), true, tensor.kind()).map_err(Error::from)?)
     }
 
     fn matmul(&self, a: &Tensor, b: &Tensor) -> lora_core::Result<Tensor> {
@@ -64,8 +84,22 @@ impl Backend for TchBackend {
     }
 
     fn reshape(&self, tensor: &Tensor, shape: &[usize]) -> lora_core::Result<Tensor> {
-        let shape: Vec<i64> = shape.iter().map(|&side| side as i64).collect();
-        Ok(tensor.f_reshape(shape.as_slice()).map_err(Error::from)?)
+        Ok(tensor.f_reshape(whole(shape).as_slice()).map_err(Error::from)?)
+    }
+
+    fn permute(&self, tensor: &Tensor, order: &[usize]) -> lora_core::Result<Tensor> {
+        Ok(tensor.f_permute(whole(order).as_slice()).map_err(Error::from)?)
+    }
+
+    fn select(&self, tensor: &Tensor, axis: usize, indices: &[usize]) -> lora_core::Result<Tensor> {
+        let indices = Tensor::from_slice(&whole(indices)).to_device(tensor.device());
+        Ok(tensor.f_index_select(axis as i64, &indices).map_err(Error::from)?)
+    }
+
+    /// In f32 at least: libtorch inverts no half-precision matrices.
+    fn inverse(&self, tensor: &Tensor) -> lora_core::Result<Tensor> {
+        let single = tensor.f_to_kind(tch::Kind::Float).map_err(Error::from)?;
+        Ok(single.f_inverse().and_then(|inverse| inverse.f_to_kind(tensor.kind())).map_err(Error::from)?)
     }
 
     fn apply(
@@ -79,103 +113,113 @@ impl Backend for TchBackend {
     }
 }
 
+fn whole(numbers: &[usize]) -> Vec<i64> {
+    numbers.iter().map(|&number| number as i64).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
     use lora_core::backend::CpuBackend;
+    use lora_core::conformance::{Layer, ROWS, check, distance};
     use lora_core::random::Stream;
-    use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant, VariantRegistry};
+    use lora_core::variant::{BaseLayer, Dropout, FrozenLayer, Lora, Parameters, Variant, VariantRegistry};
     use tch::Kind;
 
     use super::*;
 
-    /// A frozen layer in any backend.
-    struct Frozen<B: Backend>(B, LayerGeometry, B::Tensor, B::Tensor);
-
-    impl<B: Backend> BaseLayer<B> for Frozen<B> {
-        fn geometry(&self) -> LayerGeometry {
-            self.1
-        }
-        fn forward(&self, input: &B::Tensor) -> lora_core::Result<B::Tensor> {
-            self.0.apply(&self.1, input, &self.2, Some(&self.3))
-        }
-        fn weight(&self) -> lora_core::Result<B::Tensor> {
-            Ok(self.0.share(&self.2))
-        }
-        fn bias(&self) -> Option<B::Tensor> {
-            Some(self.0.share(&self.3))
-        }
+    fn here(tensor: &HostTensor) -> Tensor {
+        from_host(tensor, Device::Cpu).unwrap()
     }
 
-    fn random(shape: &[usize], seed: u64) -> HostTensor {
-        HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()
-    }
-
-    fn variant<B: Backend>() -> std::sync::Arc<dyn Variant<B>> {
-        VariantRegistry::default().get("lora").unwrap()
-    }
-
-    fn distance(a: &HostTensor, b: &HostTensor) -> f32 {
-        assert_eq!(a.shape(), b.shape());
-        a.to_f32().iter().zip(&*b.to_f32()).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
-    }
-
-    /// The parity of the two backends: what holds for the one (held against PEFT in training) then holds for the other.
     #[test]
-    fn both_backends_agree() {
-        let cases = [
-            (LayerGeometry::linear(12, 20), vec![2, 5, 12]),
-            (LayerGeometry::conv2d(6, 9, 3, 2, 1), vec![2, 6, 8, 7]),
-            (LayerGeometry::conv2d(6, 9, 1, 1, 0), vec![2, 6, 4, 4]),
-        ];
-        for (geometry, input_shape) in cases {
-            let host = BTreeMap::from([
-                ("down".to_owned(), random(&geometry.with_outputs(3).weight_shape(), 1)),
-                ("up".to_owned(), random(&geometry.pointwise_from(3).weight_shape(), 2)),
-            ]);
-            let (weight, bias) = (random(&geometry.weight_shape(), 3), random(&[geometry.outputs()], 4));
-            let input = random(&input_shape, 5);
-            let dropout = Dropout::new(0.25, vec![Stream::new(1), Stream::new(2)]);
-            let there =
-                host.iter().map(|(name, tensor)| (name.clone(), from_host(tensor, Device::Cpu).unwrap())).collect();
-            let cpu = Parameters::<CpuBackend> { tensors: host, scale: 0.5 };
+    fn every_variant_conforms_on_libtorch() {
+        let (registry, like) =
+            (VariantRegistry::<TchBackend>::default(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
+        let wrong: Vec<String> = ROWS
+            .iter()
+            .filter_map(|row| check(&TchBackend, &like, &*registry.get(row.variant).unwrap(), row).err())
+            .collect();
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    /// The parity of the two backends: what is held against other implementations on the one then holds for the other.
+    /// And: gradients reach every trained tensor, the adapter's only, in half precision too.
+    #[test]
+    fn both_backends_agree_and_gradients_reach_the_adapter_alone() {
+        for row in ROWS {
+            let cpu = VariantRegistry::<CpuBackend>::default().get(row.variant).unwrap();
+            let torch = VariantRegistry::<TchBackend>::default().get(row.variant).unwrap();
+            for &layer in row.layers {
+                let base = layer.frozen(&CpuBackend, &HostTensor::zeros([1])).unwrap();
+                let trained = row.trained(&CpuBackend, &*cpu, &base).unwrap();
+                let parameters = Parameters { tensors: trained.clone(), scale: row.scale };
+                let expected = cpu.forward(&CpuBackend, &base, &parameters, &layer.input(), None).unwrap();
+                for kind in [Kind::Float, Kind::BFloat16] {
+                    let convert = |tensor: &HostTensor| here(tensor).to_kind(kind);
+                    let base = FrozenLayer {
+                        backend: TchBackend,
+                        geometry: base.geometry,
+                        weight: convert(&base.weight),
+                        bias: base.bias.as_ref().map(convert),
+                    };
+                    let leaf = |(name, tensor): (&String, &HostTensor)| {
+                        (name.clone(), here(tensor).set_requires_grad(torch.is_trained(name)))
+                    };
+                    let tensors = trained.iter().map(leaf).collect();
+                    let parameters = Parameters::<TchBackend> { tensors, scale: row.scale };
+                    let input = match layer {
+                        Layer::Embedding => here(&layer.input()),
+                        _ => convert(&layer.input()),
+                    };
+                    let output = torch.forward(&TchBackend, &base, &parameters, &input, None).unwrap();
+                    assert_eq!(output.kind(), kind, "{row:?} on {layer:?}");
+                    let (apart, tolerance) = (
+                        distance(&to_host(&output).unwrap(), &expected),
+                        if kind == Kind::Float { 1e-5 } else { 0.03 },
+                    );
+                    assert!(apart < tolerance, "{row:?} on {layer:?} in {kind:?}: {apart:e}");
+                    output.to_kind(Kind::Float).square().mean(Kind::Float).backward();
+                    for (name, tensor) in &parameters.tensors {
+                        assert_eq!(tensor.grad().defined(), torch.is_trained(name), "{row:?} on {layer:?}: {name}");
+                        if tensor.grad().defined() {
+                            assert_eq!(tensor.grad().kind(), Kind::Float);
+                            assert!(
+                                f64::try_from(tensor.grad().abs().sum(Kind::Float)).unwrap() > 0.0,
+                                "{row:?}: {name}"
+                            );
+                        }
+                    }
+                    assert!(!base.weight.grad().defined());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_backends_drop_the_same() {
+        for layer in [Layer::Linear, Layer::Conv] {
+            let base = layer.frozen(&CpuBackend, &HostTensor::zeros([1])).unwrap();
+            let trained = ROWS[0].trained(&CpuBackend, &Lora, &base).unwrap();
+            let items = vec![Stream::new(1), Stream::new(2), Stream::new(3)];
+            let dropout = Dropout { activations: 0.25, ranks: 0.25, module: 0.25, items };
+            let there: BTreeMap<String, Tensor> =
+                trained.iter().map(|(name, host)| (name.clone(), here(host))).collect();
+            let torch_base = FrozenLayer {
+                backend: TchBackend,
+                geometry: base.geometry,
+                weight: here(&base.weight),
+                bias: base.bias.as_ref().map(here),
+            };
+            let cpu = Parameters::<CpuBackend> { tensors: trained, scale: 0.5 };
             let torch = Parameters::<TchBackend> { tensors: there, scale: 0.5 };
-            let on = |tensor: &HostTensor| from_host(tensor, Device::Cpu).unwrap();
-            let torch_base = Frozen(TchBackend, geometry, on(&weight), on(&bias));
-            let cpu_base = Frozen(CpuBackend, geometry, weight.clone(), bias.clone());
-
-            let a = variant().delta_weight(&CpuBackend, &geometry, &cpu).unwrap();
-            let b = to_host(&variant().delta_weight(&TchBackend, &geometry, &torch).unwrap()).unwrap();
-            assert!(distance(&a, &b) < 1e-5);
-            for dropout in [None, Some(&dropout)] {
-                let a = variant()
-                    .forward(&CpuBackend, &cpu_base, &cpu, &input, dropout)
-                    .unwrap_or_else(|error| panic!("{geometry:?}: {error}"));
-                let b = variant().forward(&TchBackend, &torch_base, &torch, &on(&input), dropout).unwrap();
-                assert!(distance(&a, &to_host(&b).unwrap()) < 1e-4, "{geometry:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn gradients_reach_the_factors_in_half_precision_too() {
-        let geometry = LayerGeometry::linear(8, 6);
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let on = |shape: &[usize], seed| from_host(&random(shape, seed), Device::Cpu).unwrap();
-            let base = Frozen(TchBackend, geometry, on(&[6, 8], 1).to_kind(kind), on(&[6], 2).to_kind(kind));
-            let factors = [("down", on(&[2, 8], 3)), ("up", on(&[6, 2], 4))];
-            let tensors = factors.map(|(name, tensor)| (name.to_owned(), tensor.set_requires_grad(true))).into();
-            let parameters = Parameters::<TchBackend> { tensors, scale: 1.0 };
-            let input = on(&[4, 8], 5).to_kind(kind);
-            let output = variant().forward(&TchBackend, &base, &parameters, &input, None).unwrap();
-            assert_eq!(output.kind(), kind);
-            output.to_kind(Kind::Float).square().mean(Kind::Float).backward();
-            for tensor in parameters.tensors.values() {
-                assert_eq!(tensor.grad().kind(), Kind::Float);
-                assert!(f64::try_from(tensor.grad().abs().sum(Kind::Float)).unwrap() > 0.0);
-            }
-            assert!(!base.2.grad().defined());
+            let a = Lora.forward(&CpuBackend, &base, &cpu, &layer.input(), Some(&dropout)).unwrap();
+            let plain = Lora.forward(&CpuBackend, &base, &cpu, &layer.input(), None).unwrap();
+            let b = Lora.forward(&TchBackend, &torch_base, &torch, &here(&layer.input()), Some(&dropout)).unwrap();
+            assert!(distance(&to_host(&b).unwrap(), &a) < 1e-5);
+            assert!(distance(&a, &plain) > 1e-2);
+            assert!(BaseLayer::<TchBackend>::bias(&torch_base).is_some());
         }
     }
 }

@@ -1,10 +1,11 @@
 //! The trained adapter: hung on the networks' layers, known to the optimiser, exported as a canonical adapter.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::target::{TargetLayer, Targets};
-use lora_core::variant::{Parameters, VariantRegistry};
+use lora_core::target::{Patterns, TargetLayer, Targets};
+use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, Component, HostTensor, ModulePath};
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
 use lora_torch::TchBackend;
@@ -15,7 +16,7 @@ use lora_torch::tensor::{from_host, to_host};
 use crate::Result;
 
 /// Shape of a new adapter.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct AdapterOptions {
     /// Name of the variant.
     pub variant: String,
@@ -23,8 +24,31 @@ pub struct AdapterOptions {
     pub rank: usize,
     /// Alpha.
     pub alpha: f64,
+    /// The variant's own numbers.
+    pub options: BTreeMap<String, f64>,
+    /// Scale by alpha / √rank (rsLoRA); recorded as alpha · √rank.
+    pub rank_stabilised: bool,
+    /// Other ranks for some layers.
+    pub ranks: Patterns,
+    /// Other alphas for some layers.
+    pub alphas: Patterns,
     /// Seed of its first values.
     pub seed: u64,
+}
+
+impl AdapterOptions {
+    /// Plain LoRA.
+    pub fn lora(rank: usize, alpha: f64, seed: u64) -> Self {
+        Self { variant: "lora".into(), rank, alpha, seed, ..Self::default() }
+    }
+
+    /// What one layer gets: the request, and the alpha to record.
+    fn for_layer(&self, layer: &TargetLayer) -> (Request, f64) {
+        let rank = self.ranks.get(layer).map_or(self.rank, |rank| rank as usize);
+        let alpha = self.alphas.get(layer).unwrap_or(self.alpha);
+        let alpha = if self.rank_stabilised { alpha * (rank as f64).sqrt() } else { alpha };
+        (Request { rank, scale: alpha / rank.max(1) as f64, options: self.options.clone() }, alpha)
+    }
 }
 
 /// One trained tensor with its optimiser state.
@@ -42,7 +66,8 @@ struct Trained {
 #[derive(Debug, Default)]
 pub struct TrainableAdapter {
     tensors: Vec<Trained>,
-    modules: BTreeMap<ModulePath, (String, usize, f64)>,
+    /// Variant, rank, alpha and frozen tensors of each module.
+    modules: BTreeMap<ModulePath, (Arc<dyn Variant<TchBackend>>, usize, f64, BTreeMap<String, HostTensor>)>,
 }
 
 impl TrainableAdapter {
@@ -57,24 +82,39 @@ impl TrainableAdapter {
     ) -> Result<()> {
         let component = network.component();
         let variant = variants.get(&options.variant)?;
+        if let Some(unknown) = options.options.keys().find(|name| !variant.options().contains(&name.as_str())) {
+            return Err(lora_core::Error::Option {
+                key: "variant_options",
+                value: unknown.clone(),
+                reason: match variant.options() {
+                    [] => format!("variant `{}` has no options", options.variant),
+                    known => format!("variant `{}` knows {}", options.variant, known.join(", ")),
+                },
+            }
+            .into());
+        }
         let mut result = Ok(());
         network.visit_layers(&mut |layer| {
             let module = ModulePath::new(component, layer.path());
-            if result.is_err() || !layers.iter().any(|target| target.path == module) {
+            let Some(target) = layers.iter().find(|target| target.path == module) else { return };
+            if result.is_err() {
                 return;
             }
             result = (|| {
-                let (tensors, rank, alpha) = match from.and_then(|adapter| adapter.modules.get(&module)) {
-                    Some(known) => (known.tensors.clone(), known.rank, known.alpha),
+                let (variant, tensors, rank, alpha) = match from.and_then(|adapter| adapter.modules.get(&module)) {
+                    Some(known) => (variants.get(&known.variant)?, known.tensors.clone(), known.rank, known.alpha),
                     None => {
+                        let (request, alpha) = options.for_layer(target);
+                        let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
                         let stream = Stream::new(options.seed).at("adapter").at(&module.to_string());
-                        (variant.initialise(layer, options.rank, &stream)?, options.rank, options.alpha)
+                        (variant.clone(), variant.initialise(&TchBackend, layer, &request, &stream)?, rank, alpha)
                     }
                 };
-                let leaves = self.register(&module, &tensors, layer)?;
-                let parameters = Parameters { tensors: leaves, scale: alpha / rank as f64 };
+                let leaves = self.register(&module, &tensors, layer, &*variant)?;
+                let parameters = Parameters { tensors: leaves, scale: alpha / rank.max(1) as f64 };
                 layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
-                self.modules.insert(module, (options.variant.clone(), rank, alpha));
+                let frozen = tensors.into_iter().filter(|(name, _)| !variant.is_trained(name)).collect();
+                self.modules.insert(module, (variant, rank, alpha, frozen));
                 Ok(())
             })();
         });
@@ -86,11 +126,17 @@ impl TrainableAdapter {
         module: &ModulePath,
         tensors: &BTreeMap<String, HostTensor>,
         layer: &AdaptableLayer,
+        variant: &dyn Variant<TchBackend>,
     ) -> Result<BTreeMap<String, Tensor>> {
         let device = layer.device();
         let mut leaves = BTreeMap::new();
         for (name, host) in tensors {
-            let leaf = from_host(host, device)?.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
+            let leaf = from_host(host, device)?.f_to_kind(Kind::Float)?;
+            if !variant.is_trained(name) {
+                leaves.insert(name.clone(), leaf);
+                continue;
+            }
+            let leaf = leaf.f_set_requires_grad(true)?;
             self.tensors.push(Trained {
                 module: module.clone(),
                 name: name.clone(),
@@ -119,22 +165,25 @@ impl TrainableAdapter {
         self.tensors.iter().map(|trained| trained.parameter.grad()).filter(Tensor::defined).collect()
     }
 
-    /// Takes one AdamW step with the gradients as they are, by each component's own numbers. A tensor without a gradient is
-    /// left alone: no decay either.
-    pub fn step(&mut self, numbers: impl Fn(Component) -> AdamW) -> Result<()> {
-        for component in [Component::TextEncoder, Component::Unet] {
-            let entries = self.tensors.iter().filter(|trained| trained.module.component == component);
-            let entries = entries.filter_map(|trained| {
-                let gradient = trained.parameter.grad();
-                gradient.defined().then(|| AdamWEntry {
+    /// Takes one AdamW step with the gradients as they are, by each component's own numbers and, where the flag is set,
+    /// those of up-projections (LoRA+). A tensor without a gradient is left alone: no decay either.
+    pub fn step(&mut self, numbers: impl Fn(Component, bool) -> AdamW) -> Result<()> {
+        let mut groups: BTreeMap<(Component, bool), Vec<AdamWEntry>> = BTreeMap::new();
+        for trained in &self.tensors {
+            let gradient = trained.parameter.grad();
+            if gradient.defined() {
+                let is_up = matches!(trained.name.as_str(), "up" | "embedding_up");
+                groups.entry((trained.module.component, is_up)).or_default().push(AdamWEntry {
                     parameter: trained.parameter.detach(),
                     gradient,
                     mean: trained.mean.shallow_clone(),
                     square: trained.square.shallow_clone(),
                     steps: trained.steps.shallow_clone(),
-                })
-            });
-            numbers(component).step(entries.collect())?;
+                });
+            }
+        }
+        for ((component, is_up), entries) in groups {
+            numbers(component, is_up).step(entries)?;
         }
         Ok(())
     }
@@ -169,18 +218,18 @@ impl TrainableAdapter {
         self.tensors.iter().map(norm).collect()
     }
 
-    /// A copy in host memory.
+    /// A copy in host memory, as files hold it (see [`Variant::export`]).
     pub fn export(&self) -> Result<Adapter> {
-        let mut adapter = Adapter::default();
-        for (path, (variant, rank, alpha)) in &self.modules {
-            let module =
-                AdapterModule { variant: variant.clone(), tensors: BTreeMap::new(), rank: *rank, alpha: *alpha };
-            adapter.modules.insert(path.clone(), module);
-        }
+        let mut tensors: BTreeMap<&ModulePath, BTreeMap<String, HostTensor>> = BTreeMap::new();
         for trained in &self.tensors {
-            if let Some(module) = adapter.modules.get_mut(&trained.module) {
-                module.tensors.insert(trained.name.clone(), to_host(&trained.parameter)?);
-            }
+            tensors.entry(&trained.module).or_default().insert(trained.name.clone(), to_host(&trained.parameter)?);
+        }
+        let mut adapter = Adapter::default();
+        for (path, (variant, rank, alpha, frozen)) in &self.modules {
+            let mut tensors = tensors.remove(path).unwrap_or_default();
+            tensors.extend(frozen.clone());
+            let module = AdapterModule { variant: variant.name().to_owned(), tensors, rank: *rank, alpha: *alpha };
+            adapter.modules.insert(path.clone(), variant.export(module)?);
         }
         Ok(adapter)
     }

@@ -39,7 +39,7 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
     let mut text = ClipTextEncoder::new(&Weights::new(&text_weights, Kind::Float, CPU), model.text_encoder).unwrap();
 
     // The golden files' first values (`down` by formula, `up` zero), handed over as an adapter to go on from.
-    let options = AdapterOptions { variant: "lora".into(), rank: 4, alpha: 2.0, seed: 0 };
+    let options = AdapterOptions::lora(4, 2.0, 0);
     let mut trained = TrainableAdapter::default();
     for network in [&mut unet as &mut dyn Adaptable, &mut text] {
         let targets = Targets::parse(&["attention"]).unwrap().select(&network.adaptable_layers()).unwrap();

@@ -1,5 +1,5 @@
-//! The dozen tensor operations that adapter formulas are written over, so that one formula serves several tensor
-//! libraries. [`CpuBackend`] needs nothing but this crate; training uses the backend of `lora-torch`.
+//! The tensor operations that adapter formulas are written over, so that one formula serves several tensor libraries.
+//! [`CpuBackend`] needs nothing but this crate; training uses the backend of `lora-torch`.
 
 mod cpu;
 
@@ -7,12 +7,14 @@ pub use cpu::CpuBackend;
 
 use std::fmt::Debug;
 
+use crate::linalg;
 use crate::{HostTensor, LayerGeometry, Result};
 
 /// A tensor library as adapter formulas see it.
 ///
-/// Operations differentiate where the library does. Implementations return [`crate::Error::Backend`] for failures of
-/// the library (out of memory, say) with its own error as source.
+/// Operations differentiate where the library does. Shapes broadcast as in NumPy: axes are aligned at the end, and an
+/// axis of length 1 is repeated. Implementations return [`crate::Error::Backend`] for failures of the library (out of
+/// memory, say) with its own error as source.
 pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// The library's tensor.
     type Tensor: Debug;
@@ -21,24 +23,37 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
     fn shape(&self, tensor: &Self::Tensor) -> Vec<usize>;
     /// Another handle on the same elements and the same place in the autograd graph.
     fn share(&self, tensor: &Self::Tensor) -> Self::Tensor;
+    /// Another handle on the same elements, outside the autograd graph.
+    fn detach(&self, tensor: &Self::Tensor) -> Self::Tensor;
     /// A copy of host elements with the dtype and device of `like`.
     fn upload(&self, host: &HostTensor, like: &Self::Tensor) -> Result<Self::Tensor>;
     /// A copy in host memory.
     fn to_host(&self, tensor: &Self::Tensor) -> Result<HostTensor>;
     /// The same values in the dtype of `like`.
     fn cast_like(&self, tensor: &Self::Tensor, like: &Self::Tensor) -> Result<Self::Tensor>;
-    /// `a + b`, shapes equal; may reuse the storage of `a`.
+    /// `a + b` with `b` broadcast to the shape of `a`; may reuse the storage of `a`, which must be no leaf of the
+    /// autograd graph.
     fn add(&self, a: Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Element by element `a · b`, shapes equal.
+    /// Element by element `a · b`, broadcast.
     fn mul(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Element by element `a / b`, broadcast.
+    fn div(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
     /// `tensor · factor`.
     fn scale(&self, tensor: &Self::Tensor, factor: f64) -> Result<Self::Tensor>;
-    /// `[m, k] × [k, n]`.
+    /// The square root of each element.
+    fn sqrt(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
+    /// The sum over some axes, which stay with length 1.
+    fn sum(&self, tensor: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
+    /// `[..., m, k] × [..., k, n]`, leading axes equal.
     fn matmul(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
     /// The same elements under another shape.
     fn reshape(&self, tensor: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+    /// The axes in another order: axis `i` of the result is axis `order[i]` of the tensor.
+    fn permute(&self, tensor: &Self::Tensor, order: &[usize]) -> Result<Self::Tensor>;
+    /// The slices of an axis at `indices`, in their order.
+    fn select(&self, tensor: &Self::Tensor, axis: usize, indices: &[usize]) -> Result<Self::Tensor>;
     /// The layer of this geometry with this weight and bias: input `[..., in_features]` for a linear layer,
-    /// `[batch, in_channels, height, width]` for a convolution.
+    /// `[batch, in_channels, height, width]` for a convolution, row numbers of any shape for an embedding.
     fn apply(
         &self,
         geometry: &LayerGeometry,
@@ -46,4 +61,10 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         weight: &Self::Tensor,
         bias: Option<&Self::Tensor>,
     ) -> Result<Self::Tensor>;
+
+    /// The inverses of square matrices `[..., n, n]`. The default computes them in host memory in f64, outside the
+    /// autograd graph; a backend that trains overrides it.
+    fn inverse(&self, tensor: &Self::Tensor) -> Result<Self::Tensor> {
+        self.upload(&linalg::inverse(&self.to_host(tensor)?)?, tensor)
+    }
 }

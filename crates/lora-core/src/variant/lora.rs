@@ -1,15 +1,25 @@
 //! Plain LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685), on linear
-//! layers and, as the image trainers do it, on convolutions.
+//! layers, on embeddings and, as the image trainers do it, on convolutions.
 //!
-//! `y = W x + (alpha / rank) · up(down(x))`. For a linear layer `down` is `[rank, in]` and `up` `[out, rank]`; for a
-//! convolution `down` is `[rank, in, k, k]` with the stride and padding of the base, and `up` is `[out, rank, 1, 1]`.
+//! `y = W x + (alpha / rank) · up(down(x))`.
+//!
+//! | layer | `down` | `mid` | `up` |
+//! |---|---|---|---|
+//! | linear | `[rank, in]` | | `[out, rank]` |
+//! | convolution | `[rank, in / groups, k, k]` | | `[out, rank, 1, 1]` |
+//! | convolution, Tucker (LyCORIS `lora_mid`) | `[rank, in / groups, 1, 1]` | `[rank, rank, k, k]` | `[out, rank, 1, 1]` |
+//! | embedding | `embedding_down` `[rank, entries]` | | `embedding_up` `[width, rank]` |
+//!
+//! A convolution's `down` (with Tucker: `mid`) has the stride and padding of the base. On a grouped convolution the
+//! update is the product in the shape of the grouped weight, as LyCORIS has it. Tucker:
+//! `ΔW[o,i,k,l] = Σ up[o,m] · mid[m,n,k,l] · down[n,i]`.
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Dropout, Parameters, Variant};
+use super::{BaseLayer, Dropout, Parameters, Request, Variant, at_least_one, expect, kaiming, unsupported};
 use crate::backend::Backend;
 use crate::random::Stream;
-use crate::{Error, HostTensor, LayerGeometry, Result};
+use crate::{HostTensor, LayerGeometry, Result};
 
 /// The plain low-rank update.
 #[derive(Debug, Clone, Copy, Default)]
@@ -17,44 +27,74 @@ pub struct Lora;
 
 const NAME: &str = "lora";
 /// Name of the down-projection.
-const DOWN: &str = "down";
+pub(super) const DOWN: &str = "down";
+/// Name of the core between two pointwise projections.
+pub(super) const MID: &str = "mid";
 /// Name of the up-projection.
-const UP: &str = "up";
+pub(super) const UP: &str = "up";
+/// Names of an embedding's factors: they tell an embedding from a linear layer where only tensors are at hand.
+pub(super) const EMBEDDING_DOWN: &str = "embedding_down";
+pub(super) const EMBEDDING_UP: &str = "embedding_up";
 
 impl<B: Backend> Variant<B> for Lora {
     fn name(&self) -> &str {
         NAME
     }
 
-    /// `down` uniform in ±1/√fan_in (Kaiming with a = √5, as sd-scripts and PEFT), `up` zero.
-    fn initialise(
-        &self,
-        base: &dyn BaseLayer<B>,
-        rank: usize,
-        stream: &Stream,
-    ) -> Result<BTreeMap<String, HostTensor>> {
-        let geometry = base.geometry();
-        ungrouped(&geometry)?;
-        if rank == 0 {
-            return Err(Error::Option { key: "lora_rank", value: "0".into(), reason: "a rank is at least 1".into() });
-        }
-        let bound = 1.0 / (geometry.fan_in() as f32).sqrt();
-        let mut stream = stream.at(DOWN);
-        let shape = geometry.with_outputs(rank).weight_shape();
-        let values = (0..rank * geometry.fan_in()).map(|_| (2.0 * stream.uniform() - 1.0) * bound).collect();
-        Ok(BTreeMap::from([
-            (DOWN.to_owned(), HostTensor::from_f32(shape, values)?),
-            (UP.to_owned(), HostTensor::zeros(geometry.pointwise_from(rank).weight_shape())),
-        ]))
+    /// `tucker`: 3×3 convolutions get a `mid` between two pointwise projections.
+    fn options(&self) -> &[&'static str] {
+        &["tucker"]
     }
 
-    fn delta_weight(&self, backend: &B, geometry: &LayerGeometry, parameters: &Parameters<B>) -> Result<B::Tensor> {
-        ungrouped(geometry)?;
-        let (down, up, rank) = factors(backend, geometry, parameters)?;
-        let down = backend.reshape(down, &[rank, geometry.fan_in()])?;
-        let up = backend.reshape(up, &[geometry.outputs(), rank])?;
-        let product = backend.matmul(&backend.scale(&up, parameters.scale)?, &down)?;
-        backend.reshape(&product, &geometry.weight_shape())
+    fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>> {
+        let rank = at_least_one(request.rank)?;
+        let named = |tensors: &[(&str, Vec<usize>)]| {
+            tensors.iter().map(|(name, shape)| ((*name).to_owned(), shape.clone())).collect()
+        };
+        let up = geometry.pointwise_from(rank).weight_shape();
+        match *geometry {
+            LayerGeometry::Embedding { entries, .. } => {
+                Ok(named(&[(EMBEDDING_DOWN, vec![rank, entries]), (EMBEDDING_UP, up)]))
+            }
+            LayerGeometry::Norm { .. } => {
+                Err(unsupported(NAME, geometry, "a vector has no rank; use the variant `full`"))
+            }
+            LayerGeometry::Conv2d { in_channels, kernel, groups, .. }
+                if geometry.is_spatial() && request.switch("tucker") =>
+            {
+                Ok(named(&[
+                    (DOWN, vec![rank, in_channels / groups, 1, 1]),
+                    (MID, vec![rank, rank, kernel, kernel]),
+                    (UP, up),
+                ]))
+            }
+            _ => Ok(named(&[(DOWN, matrix_down(geometry, rank)), (UP, up)])),
+        }
+    }
+
+    /// All but `up` uniform in ±1/√fan_in (Kaiming with a = √5, as sd-scripts, PEFT and LyCORIS), `up` zero. An
+    /// embedding, as in PEFT: `embedding_down` zero and `embedding_up` normal.
+    fn initialise(
+        &self,
+        _backend: &B,
+        base: &dyn BaseLayer<B>,
+        request: &Request,
+        stream: &Stream,
+    ) -> Result<BTreeMap<String, HostTensor>> {
+        let shapes = Variant::<B>::shapes(self, &base.geometry(), request)?;
+        let first = |(name, shape): (String, Vec<usize>)| {
+            let tensor = match name.as_str() {
+                UP | EMBEDDING_DOWN => HostTensor::zeros(shape),
+                EMBEDDING_UP => super::normal(&shape, 1.0, stream, &name)?,
+                _ => kaiming(&shape, shape[1..].iter().product(), stream, &name)?,
+            };
+            Ok((name, tensor))
+        };
+        shapes.into_iter().map(first).collect()
+    }
+
+    fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
+        product(backend, &base.geometry(), parameters, NAME)
     }
 
     /// Two thin products instead of one with `W + ΔW`; the scale goes onto the `rank` activations in between, where it
@@ -68,141 +108,143 @@ impl<B: Backend> Variant<B> for Lora {
         dropout: Option<&Dropout>,
     ) -> Result<B::Tensor> {
         let geometry = base.geometry();
-        let (down, up, rank) = factors(backend, &geometry, parameters)?;
-        let (down, up) = (backend.cast_like(down, input)?, backend.cast_like(up, input)?);
-        let mut hidden = backend.apply(&geometry.with_outputs(rank), input, &down, None)?;
-        if let Some(dropout) = dropout {
-            let mask = backend.upload(&dropout.mask(&backend.shape(&hidden))?, &hidden)?;
-            hidden = backend.mul(&hidden, &mask)?;
+        if is_grouped(&geometry) {
+            // Within a group the factors are shared across groups: only the product has a layer's shape.
+            return super::forward_with_weight(self, backend, base, parameters, input, dropout);
         }
-        if parameters.scale != 1.0 {
-            hidden = backend.scale(&hidden, parameters.scale)?;
-        }
-        let update = backend.apply(&geometry.pointwise_from(rank), &hidden, &up, None)?;
+        let update = low_rank_output(backend, &geometry, parameters, input, dropout, NAME)?;
         backend.add(base.forward(input)?, &update)
     }
 }
 
-/// Both factors and their common rank, checked against the layer.
+pub(super) fn is_grouped(geometry: &LayerGeometry) -> bool {
+    matches!(geometry, LayerGeometry::Conv2d { groups, .. } if *groups != 1)
+}
+
+/// The shape of `down`: the base's weight with `rank` rows.
+fn matrix_down(geometry: &LayerGeometry, rank: usize) -> Vec<usize> {
+    let mut shape = geometry.weight_shape();
+    shape[0] = rank;
+    shape
+}
+
+/// `scale · up · [mid] · down` in the shape of the weight.
+pub(super) fn product<B: Backend>(
+    backend: &B,
+    geometry: &LayerGeometry,
+    parameters: &Parameters<B>,
+    variant: &str,
+) -> Result<B::Tensor> {
+    let outputs = geometry.outputs();
+    if let LayerGeometry::Embedding { .. } = geometry {
+        let (down, up) = embedding_factors(backend, geometry, parameters, variant)?;
+        let product = backend.matmul(&backend.scale(up, parameters.scale)?, down)?;
+        return backend.permute(&product, &[1, 0]);
+    }
+    let (down, mid, up, rank) = factors(backend, geometry, parameters, variant)?;
+    let up = backend.scale(&backend.reshape(up, &[outputs, rank])?, parameters.scale)?;
+    let product = match mid {
+        None => backend.matmul(&up, &backend.reshape(down, &[rank, geometry.fan_in()])?)?,
+        Some(mid) => {
+            let inputs = geometry.weight_shape()[1];
+            let taps = geometry.fan_in() / inputs;
+            let inner = backend.shape(down)[0];
+            // [m, n, kl] → [(m kl), n] · [n, i] → [m, kl, i] → [m, (i kl)].
+            let mid = backend.permute(&backend.reshape(mid, &[rank, inner, taps])?, &[0, 2, 1])?;
+            let mid = backend
+                .matmul(&backend.reshape(&mid, &[rank * taps, inner])?, &backend.reshape(down, &[inner, inputs])?)?;
+            let mid = backend.permute(&backend.reshape(&mid, &[rank, taps, inputs])?, &[0, 2, 1])?;
+            backend.matmul(&up, &backend.reshape(&mid, &[rank, inputs * taps])?)?
+        }
+    };
+    backend.reshape(&product, &geometry.weight_shape())
+}
+
+/// `scale · up([mid](down(x)))`, with dropout on what lies between the factors.
+pub(super) fn low_rank_output<B: Backend>(
+    backend: &B,
+    geometry: &LayerGeometry,
+    parameters: &Parameters<B>,
+    input: &B::Tensor,
+    dropout: Option<&Dropout>,
+    variant: &str,
+) -> Result<B::Tensor> {
+    let (mut hidden, up, rank) = if let LayerGeometry::Embedding { .. } = geometry {
+        let (down, up) = embedding_factors(backend, geometry, parameters, variant)?;
+        let rank = backend.shape(down)[0];
+        let rows = backend.permute(down, &[1, 0])?;
+        (backend.apply(&geometry.with_outputs(rank), input, &rows, None)?, backend.share(up), rank)
+    } else {
+        let (down, mid, up, rank) = factors(backend, geometry, parameters, variant)?;
+        let (down, up) = (backend.cast_like(down, input)?, backend.cast_like(up, input)?);
+        let hidden = match mid {
+            None => backend.apply(&geometry.with_outputs(rank), input, &down, None)?,
+            Some(mid) => {
+                let mid = backend.cast_like(mid, input)?;
+                let inner = backend.shape(&down)[0];
+                let pointwise = LayerGeometry::conv2d(geometry.inputs(), inner, 1, 1, 0);
+                let LayerGeometry::Conv2d { kernel, stride, padding, .. } = *geometry else {
+                    return Err(unsupported(variant, geometry, "only convolutions have a `mid`"));
+                };
+                let hidden = backend.apply(&pointwise, input, &down, None)?;
+                backend.apply(&LayerGeometry::conv2d(inner, rank, kernel, stride, padding), &hidden, &mid, None)?
+            }
+        };
+        (hidden, up, rank)
+    };
+    if let Some(dropout) = dropout {
+        let channels = if matches!(geometry, LayerGeometry::Conv2d { .. }) { 1 } else { usize::MAX };
+        for mask in dropout.hidden_masks(&backend.shape(&hidden), channels, rank)? {
+            hidden = backend.mul(&hidden, &backend.upload(&mask, &hidden)?)?;
+        }
+    }
+    if parameters.scale != 1.0 {
+        hidden = backend.scale(&hidden, parameters.scale)?;
+    }
+    backend.apply(&geometry.pointwise_from(rank), &hidden, &up, None)
+}
+
+type Factors<'p, B> =
+    (&'p <B as Backend>::Tensor, Option<&'p <B as Backend>::Tensor>, &'p <B as Backend>::Tensor, usize);
+
+/// The factors and the rank of `up`, checked against the layer.
 fn factors<'p, B: Backend>(
     backend: &B,
     geometry: &LayerGeometry,
     parameters: &'p Parameters<B>,
-) -> Result<(&'p B::Tensor, &'p B::Tensor, usize)> {
-    let (down, up) = (parameters.get(NAME, DOWN)?, parameters.get(NAME, UP)?);
+    variant: &str,
+) -> Result<Factors<'p, B>> {
+    let (down, up) = (parameters.get(variant, DOWN)?, parameters.get(variant, UP)?);
+    let mid = parameters.tensors.get(MID);
     let (down_shape, up_shape) = (backend.shape(down), backend.shape(up));
+    let rank = up_shape.get(1).copied().unwrap_or(0);
+    if rank == 0 || geometry.weight_shape().len() < 2 {
+        return Err(unsupported(variant, geometry, "its `up` shows no rank"));
+    }
+    expect(variant, UP, &geometry.pointwise_from(rank).weight_shape(), &up_shape)?;
+    match mid {
+        None => expect(variant, DOWN, &matrix_down(geometry, rank), &down_shape)?,
+        Some(mid) => {
+            let weight = geometry.weight_shape();
+            let inner = down_shape.first().copied().unwrap_or(0);
+            let kernel = weight.get(2).copied().unwrap_or(1);
+            expect(variant, DOWN, &[inner, weight[1], 1, 1], &down_shape)?;
+            expect(variant, MID, &[rank, inner, kernel, kernel], &backend.shape(mid))?;
+        }
+    }
+    Ok((down, mid, up, rank))
+}
+
+fn embedding_factors<'p, B: Backend>(
+    backend: &B,
+    geometry: &LayerGeometry,
+    parameters: &'p Parameters<B>,
+    variant: &str,
+) -> Result<(&'p B::Tensor, &'p B::Tensor)> {
+    let (down, up) = (parameters.get(variant, EMBEDDING_DOWN)?, parameters.get(variant, EMBEDDING_UP)?);
+    let down_shape = backend.shape(down);
     let rank = down_shape.first().copied().unwrap_or(0);
-    for (name, expected, found) in [
-        (DOWN, geometry.with_outputs(rank).weight_shape(), down_shape),
-        (UP, geometry.pointwise_from(rank).weight_shape(), up_shape),
-    ] {
-        if expected != found || rank == 0 {
-            return Err(Error::Shape {
-                what: format!("`{name}` of a LoRA on {geometry:?}"),
-                expected: format!("{expected:?}"),
-                found: format!("{found:?}"),
-            });
-        }
-    }
-    Ok((down, up, rank))
-}
-
-fn ungrouped(geometry: &LayerGeometry) -> Result<()> {
-    match geometry {
-        LayerGeometry::Conv2d { groups, .. } if *groups != 1 => Err(Error::Shape {
-            what: "LoRA on a convolution".into(),
-            expected: "one channel group".into(),
-            found: format!("{groups} groups"),
-        }),
-        _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::CpuBackend;
-    use crate::variant::VariantRegistry;
-
-    /// A frozen layer on the CPU backend.
-    struct Frozen {
-        geometry: LayerGeometry,
-        weight: HostTensor,
-    }
-
-    impl BaseLayer<CpuBackend> for Frozen {
-        fn geometry(&self) -> LayerGeometry {
-            self.geometry
-        }
-        fn forward(&self, input: &HostTensor) -> Result<HostTensor> {
-            CpuBackend.apply(&self.geometry, input, &self.weight, None)
-        }
-        fn weight(&self) -> Result<HostTensor> {
-            Ok(self.weight.clone())
-        }
-        fn bias(&self) -> Option<HostTensor> {
-            None
-        }
-    }
-
-    fn random(shape: &[usize], seed: u64) -> HostTensor {
-        HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()
-    }
-
-    fn cases() -> Vec<(Frozen, HostTensor)> {
-        let linear = LayerGeometry::linear(6, 10);
-        let conv = LayerGeometry::conv2d(3, 5, 3, 2, 1);
-        [(linear, vec![2, 4, 6]), (conv, vec![2, 3, 7, 6]), (LayerGeometry::conv2d(4, 6, 1, 1, 0), vec![1, 4, 3, 3])]
-            .into_iter()
-            .map(|(geometry, shape)| {
-                (Frozen { geometry, weight: random(&geometry.weight_shape(), 1) }, random(&shape, 2))
-            })
-            .collect()
-    }
-
-    #[test]
-    fn the_cheap_forward_is_the_forward_with_the_merged_weight() {
-        for (base, input) in cases() {
-            let parameters = Parameters::<CpuBackend> {
-                tensors: BTreeMap::from([
-                    (DOWN.into(), random(&base.geometry.with_outputs(2).weight_shape(), 3)),
-                    (UP.into(), random(&base.geometry.pointwise_from(2).weight_shape(), 4)),
-                ]),
-                scale: 0.3,
-            };
-            let cheap = Lora.forward(&CpuBackend, &base, &parameters, &input, None).unwrap();
-            let delta = Lora.delta_weight(&CpuBackend, &base.geometry, &parameters).unwrap();
-            let merged = CpuBackend.add(delta, &base.weight).unwrap();
-            let expected = CpuBackend.apply(&base.geometry, &input, &merged, None).unwrap();
-            let worst = cheap.to_f32().iter().zip(&*expected.to_f32()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(worst < 1e-4, "{:?}: {worst}", base.geometry);
-        }
-    }
-
-    #[test]
-    fn training_starts_from_the_base() {
-        for (base, input) in cases() {
-            let variant = VariantRegistry::<CpuBackend>::default().get("lora").unwrap();
-            let tensors = variant.initialise(&base, 4, &Stream::new(1)).unwrap();
-            assert!(tensors[DOWN].to_f32().iter().any(|&value| value != 0.0));
-            let bound = 1.0 / (base.geometry.fan_in() as f32).sqrt();
-            assert!(tensors[DOWN].to_f32().iter().all(|value| value.abs() <= bound));
-            let parameters = Parameters::<CpuBackend> { tensors, scale: 1.0 };
-            let adapted = variant.forward(&CpuBackend, &base, &parameters, &input, None).unwrap();
-            assert_eq!(adapted, base.forward(&input).unwrap());
-        }
-    }
-
-    #[test]
-    fn factors_that_do_not_fit_are_errors() {
-        let (base, input) = cases().remove(0);
-        let mut parameters = Parameters::<CpuBackend> { tensors: BTreeMap::new(), scale: 1.0 };
-        assert!(matches!(
-            Lora.forward(&CpuBackend, &base, &parameters, &input, None),
-            Err(Error::MissingTensor { .. })
-        ));
-        parameters.tensors.insert(DOWN.into(), random(&[2, 5], 1));
-        parameters.tensors.insert(UP.into(), random(&[10, 2], 1));
-        assert!(matches!(Lora.forward(&CpuBackend, &base, &parameters, &input, None), Err(Error::Shape { .. })));
-    }
+    expect(variant, EMBEDDING_DOWN, &[rank.max(1), geometry.inputs()], &down_shape)?;
+    expect(variant, EMBEDDING_UP, &[geometry.outputs(), rank], &backend.shape(up))?;
+    Ok((down, up))
 }

@@ -8,6 +8,7 @@ mod steps;
 pub use read::{ConfigError, Format, Problem};
 pub use steps::{RunLength, StepPlan};
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lora_core::DType;
@@ -71,8 +72,15 @@ pub struct TrainConfig {
     pub strict: bool,
     pub lora_rank: usize,
     pub lora_alpha: f64,
+    pub use_rslora: bool,
     pub lora_dropout: f64,
+    pub rank_dropout: f64,
+    pub module_dropout: f64,
     pub variant: String,
+    pub variant_options: BTreeMap<String, f64>,
+    pub rank_pattern: BTreeMap<String, f64>,
+    pub alpha_pattern: BTreeMap<String, f64>,
+    pub loraplus_lr_ratio: f64,
     pub target_modules: Vec<String>,
     pub train_unet: bool,
     pub train_text_encoder: bool,
@@ -251,6 +259,9 @@ impl TrainConfig {
         }
 
         let path = |reader: &mut Reader, key: &str| PathBuf::from(reader.required_text(key));
+        let probability = |reader: &mut Reader, key: &str| {
+            reader.number(key, "a number from 0 to below 1", |p| (0.0..1.0).contains(&p)).unwrap_or(0.0)
+        };
         Self {
             base_model: path(reader, "base_model"),
             train_data_dir: path(reader, "train_data_dir"),
@@ -260,10 +271,15 @@ impl TrainConfig {
             strict: reader.boolean("strict", false),
             lora_rank,
             lora_alpha: reader.number("lora_alpha", "a number above 0", positive).unwrap_or(lora_rank as f64),
-            lora_dropout: reader
-                .number("lora_dropout", "a number from 0 to below 1", |p| (0.0..1.0).contains(&p))
-                .unwrap_or(0.0),
+            use_rslora: reader.boolean("use_rslora", false),
+            lora_dropout: probability(reader, "lora_dropout"),
+            rank_dropout: probability(reader, "rank_dropout"),
+            module_dropout: probability(reader, "module_dropout"),
             variant: reader.text("variant").unwrap_or_else(|| "lora".into()),
+            variant_options: reader.numbers("variant_options"),
+            rank_pattern: reader.numbers("rank_pattern"),
+            alpha_pattern: reader.numbers("alpha_pattern"),
+            loraplus_lr_ratio: reader.number("loraplus_lr_ratio", "a number above 0", positive).unwrap_or(1.0),
             target_modules,
             train_unet,
             train_text_encoder,

@@ -1,6 +1,7 @@
 //! From text to checked values: both formats become one flat table, and every problem is collected with its line, so
 //! that a user sees all of them at once.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -176,6 +177,19 @@ impl Reader {
         match value.as_f64().filter(|&number| number.is_finite() && fits(number)) {
             Some(number) => Some(number),
             None => self.mismatch(key, expected, &value),
+        }
+    }
+
+    /// A table of numbers by name; switches count as 0 and 1.
+    pub(super) fn numbers(&mut self, key: &str) -> BTreeMap<String, f64> {
+        let Some(value) = self.values.get(key).cloned() else { return BTreeMap::new() };
+        let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|on| f64::from(u8::from(on))));
+        let table = value.as_object().map(|table| {
+            table.iter().map(|(name, value)| Some((name.clone(), number(value)?))).collect::<Option<BTreeMap<_, _>>>()
+        });
+        match table {
+            Some(Some(numbers)) if numbers.values().all(|number| number.is_finite()) => numbers,
+            _ => self.mismatch(key, "a table of numbers by name", &value).unwrap_or_default(),
         }
     }
 

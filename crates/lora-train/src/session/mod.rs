@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
+use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
 use lora_data::dataset::ImageDataset;
 use lora_data::processor::PictureProcessor;
@@ -171,9 +172,10 @@ impl Session {
         };
         if finite {
             let config = &self.config;
-            self.adapter.step(|component| AdamW {
+            self.adapter.step(|component, is_up| AdamW {
                 learning_rate: factor
-                    * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr },
+                    * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
+                    * if is_up { config.loraplus_lr_ratio } else { 1.0 },
                 betas: config.adam_betas,
                 weight_decay: config.weight_decay,
                 epsilon: config.adam_eps,
@@ -252,9 +254,15 @@ impl Session {
         Stream::new(self.config.seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
     }
 
-    fn dropout(&self, draws: &[Stream]) -> Option<(f64, Vec<Stream>)> {
-        (self.config.lora_dropout > 0.0)
-            .then(|| (self.config.lora_dropout, draws.iter().map(|draw| draw.at("adapter_dropout")).collect()))
+    fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
+        let config = &self.config;
+        let any = config.lora_dropout + config.rank_dropout + config.module_dropout > 0.0;
+        any.then(|| Dropout {
+            activations: config.lora_dropout,
+            ranks: config.rank_dropout,
+            module: config.module_dropout,
+            items: draws.iter().map(|draw| draw.at("adapter_dropout")).collect(),
+        })
     }
 
     /// `[batch, 4, height, width]` f32 on the device, scaled.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::target::{TargetLayer, Targets};
+use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::{Adapter, DType};
 use lora_data::dataset::{ImageDataset, ScanOptions};
 use lora_data::processor::PictureProcessor;
@@ -133,6 +133,10 @@ impl Session {
             variant: config.variant.clone(),
             rank: config.lora_rank,
             alpha: config.lora_alpha,
+            options: config.variant_options.clone(),
+            rank_stabilised: config.use_rslora,
+            ranks: Patterns::parse(&config.rank_pattern, &targets)?,
+            alphas: Patterns::parse(&config.alpha_pattern, &targets)?,
             seed: config.seed,
         };
         let mut adapter = TrainableAdapter::default();
