@@ -8,7 +8,7 @@ use lora_core::HostTensor;
 use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::VariantRegistry;
-use lora_io::adapter::kohya;
+use lora_io::adapter;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::write;
 use lora_models::layers::{Adaptable, Pass};
@@ -50,7 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     ]);
 
     let layers: Vec<TargetLayer> = [unet.adaptable_layers(), text.adaptable_layers()].concat();
-    let adapter = kohya::read(lora, &layers)?;
+    let mut adapter = adapter::read(lora)?.adapter;
+    adapter::fit(lora.as_ref(), &mut adapter, &layers)?;
     let options = AdapterOptions::lora(1, 1.0, 0);
     let targets: Vec<TargetLayer> =
         layers.into_iter().filter(|layer| adapter.modules.contains_key(&layer.path)).collect();

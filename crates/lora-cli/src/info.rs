@@ -1,5 +1,6 @@
 //! `lora info`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_io::AdapterInfo;
@@ -8,7 +9,7 @@ use crate::Failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// LoRA file (.safetensors).
+    /// LoRA file (.safetensors) or PEFT folder.
     file: PathBuf,
     /// Print everything as JSON.
     #[arg(long)]
@@ -17,18 +18,28 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let info = AdapterInfo::read(&arguments.file)?;
-    let sha256 = lora_io::hash::file_sha256(&arguments.file)?;
+    let weights = match arguments.file.is_dir() {
+        true => arguments.file.join("adapter_model.safetensors"),
+        false => arguments.file.clone(),
+    };
+    let sha256 = lora_io::hash::file_sha256(&weights)?;
+    let bytes = std::fs::metadata(&weights).map_or(0, |file| file.len());
     if arguments.json {
         let json = serde_json::json!({
-            "modules": info.modules, "ranks": info.ranks, "alphas": info.alphas, "dtypes": info.dtypes,
+            "format": info.format.name(), "family": info.family.to_string(), "variants": info.variants,
+            "targets": info.targets, "modules": info.modules, "ranks": info.ranks, "alphas": info.alphas, "dtypes": info.dtypes,
             "parameters": info.parameters, "not_finite": info.not_finite, "metadata": info.metadata,
-            "sshs_model_hash": info.model_hash, "sha256": sha256,
+            "sshs_model_hash": info.model_hash, "sha256": sha256, "bytes": bytes,
         });
         println!("{json:#}");
         return Ok(());
     }
-    let modules: Vec<_> = info.modules.iter().map(|(prefix, count)| format!("{count} {prefix}")).collect();
-    println!("modules:    {}", modules.join(", "));
+    let counted = |counts: &BTreeMap<String, usize>| {
+        counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
+    };
+    println!("format:     {}   base: {}   size: {bytes} bytes", info.format, info.family);
+    println!("modules:    {}   variant: {}", counted(&info.modules), counted(&info.variants));
+    println!("layers:     {}", counted(&info.targets));
     println!("rank:       {:?}   alpha: {:?}   dtype: {:?}", info.ranks, info.alphas, info.dtypes);
     println!("parameters: {}", info.parameters);
     println!("hashes:     AutoV2 {}   AutoV3 {}", &sha256[..10], &info.model_hash[..12]);

@@ -18,6 +18,8 @@ pub enum Component {
     Unet,
     /// A causal language model.
     LanguageModel,
+    /// A model of no known family; the path is as the file spells it.
+    Model,
 }
 
 impl Component {
@@ -28,6 +30,7 @@ impl Component {
             Component::TextEncoder2 => "text_encoder_2",
             Component::Unet => "unet",
             Component::LanguageModel => "language_model",
+            Component::Model => "model",
         }
     }
 }
@@ -71,7 +74,7 @@ pub struct AdapterModule {
     pub variant: String,
     /// The variant's tensors by its own names, for plain LoRA `down` and `up`.
     pub tensors: BTreeMap<String, HostTensor>,
-    /// Rank of the update.
+    /// Rank of the update; 1 for variants that have none.
     pub rank: usize,
     /// Alpha: the update is multiplied by `alpha / rank`.
     pub alpha: f64,
@@ -80,7 +83,7 @@ pub struct AdapterModule {
 impl AdapterModule {
     /// The factor on the update: `alpha / rank`.
     pub fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
+        self.alpha / self.rank.max(1) as f64
     }
 }
 

@@ -1,24 +1,33 @@
-//! What an adapter file is, without a base model at hand.
+//! What an adapter is, without a base model at hand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use crate::adapter::{self, Format};
 use crate::checkpoint::Family;
 use crate::safetensors::SafetensorsFile;
-use crate::{Error, Result, hash};
+use crate::{Result, hash};
 
-/// A summary of an adapter file.
+/// A summary of an adapter file or folder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterInfo {
-    /// Modules by prefix (`lora_unet`, `lora_te` …).
+    /// The layout.
+    pub format: Format,
+    /// The kind of base it was made for, as far as it shows.
+    pub family: Family,
+    /// Modules by component.
     pub modules: BTreeMap<String, usize>,
+    /// Modules by variant.
+    pub variants: BTreeMap<String, usize>,
+    /// Layers by the last part of their path that is no number.
+    pub targets: BTreeMap<String, usize>,
     /// Ranks that occur.
     pub ranks: BTreeSet<usize>,
     /// Alphas that occur; a module without one counts as its rank.
     pub alphas: Vec<f64>,
     /// Element types that occur.
     pub dtypes: BTreeSet<&'static str>,
-    /// Numbers in all factors.
+    /// Numbers in all tensors.
     pub parameters: usize,
     /// Names of modules with NaN or infinity.
     pub not_finite: Vec<String>,
@@ -29,44 +38,35 @@ pub struct AdapterInfo {
 }
 
 impl AdapterInfo {
-    /// Reads a file of LoRA pairs, in kohya's (`lora_down`) or PEFT's (`lora_A`) spelling.
+    /// Reads an adapter of any format.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = SafetensorsFile::open(path)?;
-        let names: Vec<_> = file.names().collect();
-        let family = Family::of_names(&names);
-        if family != Family::Adapter {
-            return Err(Error::format(path, format!("this is {family}; expected a LoRA")));
-        }
+        let read = adapter::read(path)?;
+        let weights = if path.is_dir() { path.join("adapter_model.safetensors") } else { path.to_owned() };
         let mut info = Self {
+            format: read.format,
+            family: read.family,
             modules: BTreeMap::new(),
+            variants: BTreeMap::new(),
+            targets: BTreeMap::new(),
             ranks: BTreeSet::new(),
             alphas: Vec::new(),
-            dtypes: BTreeSet::new(),
+            dtypes: read.dtypes.iter().map(|dtype| dtype.name()).collect(),
             parameters: 0,
             not_finite: Vec::new(),
-            metadata: file.metadata().clone(),
-            model_hash: hash::sha256(file.data()),
+            metadata: read.adapter.metadata.clone(),
+            model_hash: hash::sha256(SafetensorsFile::open(weights)?.data()),
         };
-        for &name in &names {
-            let view = file.get(name)?;
-            if !view.is_finite() {
-                info.not_finite.push(name.to_owned());
-            }
-            if name.ends_with(".alpha") {
-                info.alphas.push(view.scalar()?);
-                continue;
-            }
-            info.parameters += view.shape().iter().product::<usize>();
-            info.dtypes.insert(view.dtype().name());
-            if let Some(module) = name.strip_suffix(".lora_down.weight").or_else(|| name.strip_suffix(".lora_A.weight"))
-            {
-                let prefix = match module.strip_prefix("lora_") {
-                    Some(rest) => format!("lora_{}", rest.split('_').next().unwrap_or_default()),
-                    None => module.split('.').next().unwrap_or_default().to_owned(),
-                };
-                *info.modules.entry(prefix).or_default() += 1;
-                info.ranks.extend(view.shape().first());
+        for (path, module) in &read.adapter.modules {
+            *info.modules.entry(path.component.name().to_owned()).or_default() += 1;
+            *info.variants.entry(module.variant.clone()).or_default() += 1;
+            let leaf = path.path.rsplit('.').find(|part| part.parse::<u64>().is_err()).unwrap_or_default();
+            *info.targets.entry(leaf.to_owned()).or_default() += 1;
+            info.ranks.insert(module.rank);
+            info.alphas.push(module.alpha);
+            info.parameters += module.tensors.values().map(|tensor| tensor.elements()).sum::<usize>();
+            if module.tensors.values().any(|tensor| !tensor.is_finite()) {
+                info.not_finite.push(path.to_string());
             }
         }
         info.alphas.sort_by(f64::total_cmp);

@@ -78,7 +78,7 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
         loss.backward();
         trained.clip(limit).unwrap();
         let numbers = AdamW { learning_rate: 1e-3, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 };
-        trained.step(|_: Component| numbers).unwrap();
+        trained.step(|_: Component, _| numbers).unwrap();
         trained.clear_gradients().unwrap();
         let found = f64::try_from(&loss).unwrap();
         assert!((found / expected - 1.0).abs() < 1e-5, "{variant}, step {step}: {found} {expected}");

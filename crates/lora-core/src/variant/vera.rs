@@ -2,7 +2,7 @@
 //! frozen random matrices, each trains two vectors. `y = W x + lambda_b ⊙ (b · (lambda_d ⊙ (a · x)))`.
 //!
 //! `a: [rank, in]` and `b: [out, rank]` are the slices that this layer uses of the shared matrices: their first columns
-//! and first rows. Linear layers only.
+//! and first rows; wider and taller ones, as files hold them, are cut. Linear layers only.
 
 use std::collections::BTreeMap;
 
@@ -81,9 +81,9 @@ impl<B: Backend> Variant<B> for Vera {
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
         let (a, b, lambda_d, lambda_b) = tensors(backend, &base.geometry(), parameters)?;
-        let (rank, outputs) = (backend.shape(a)[0], backend.shape(b)[0]);
-        let inner = backend.mul(a, &backend.reshape(&backend.scale(lambda_d, parameters.scale)?, &[rank, 1])?)?;
-        backend.matmul(&backend.mul(b, &backend.reshape(lambda_b, &[outputs, 1])?)?, &inner)
+        let (rank, outputs) = (backend.shape(&a)[0], backend.shape(&b)[0]);
+        let inner = backend.mul(&a, &backend.reshape(&backend.scale(lambda_d, parameters.scale)?, &[rank, 1])?)?;
+        backend.matmul(&backend.mul(&b, &backend.reshape(lambda_b, &[outputs, 1])?)?, &inner)
     }
 
     fn forward(
@@ -96,7 +96,7 @@ impl<B: Backend> Variant<B> for Vera {
     ) -> Result<B::Tensor> {
         let geometry = base.geometry();
         let (a, b, lambda_d, lambda_b) = tensors(backend, &geometry, parameters)?;
-        let (rank, a, b) = (backend.shape(a)[0], backend.cast_like(a, input)?, backend.cast_like(b, input)?);
+        let (rank, a, b) = (backend.shape(&a)[0], backend.cast_like(&a, input)?, backend.cast_like(&b, input)?);
         let mut hidden = backend.apply(&geometry.with_outputs(rank), input, &a, None)?;
         if let Some(dropout) = dropout {
             for mask in dropout.hidden_masks(&backend.shape(&hidden), usize::MAX, rank)? {
@@ -111,7 +111,7 @@ impl<B: Backend> Variant<B> for Vera {
     }
 }
 
-type Tensors<'p, T> = (&'p T, &'p T, &'p T, &'p T);
+type Tensors<'p, T> = (T, T, &'p T, &'p T);
 
 fn tensors<'p, B: Backend>(
     backend: &B,
@@ -123,9 +123,14 @@ fn tensors<'p, B: Backend>(
     };
     let [a, b, lambda_d, lambda_b] = ["a", "b", "lambda_d", "lambda_b"].map(|name| parameters.get(NAME, name));
     let (a, b, lambda_d, lambda_b) = (a?, b?, lambda_d?, lambda_b?);
+    let first = |tensor: &B::Tensor, axis: usize, count: usize| match backend.shape(tensor).get(axis) {
+        Some(&side) if side > count => backend.select(tensor, axis, &(0..count).collect::<Vec<_>>()),
+        _ => Ok(backend.share(tensor)),
+    };
+    let (a, b) = (first(a, 1, in_features)?, first(b, 0, out_features)?);
     let rank = backend.shape(lambda_d).first().copied().unwrap_or(0);
-    expect(NAME, "a", &[rank, in_features], &backend.shape(a))?;
-    expect(NAME, "b", &[out_features, rank], &backend.shape(b))?;
+    expect(NAME, "a", &[rank, in_features], &backend.shape(&a))?;
+    expect(NAME, "b", &[out_features, rank], &backend.shape(&b))?;
     expect(NAME, "lambda_b", &[out_features], &backend.shape(lambda_b))?;
     Ok((a, b, lambda_d, lambda_b))
 }

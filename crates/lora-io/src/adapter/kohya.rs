@@ -1,83 +1,88 @@
-//! The kohya/WebUI layout, which the WebUI, Forge, ComfyUI, diffusers and sd-scripts all read.
+//! The kohya/WebUI layout, which the WebUI, Forge, ComfyUI, diffusers and sd-scripts all read, with LyCORIS' suffixes for
+//! the variants that LyCORIS has.
 //!
-//! A module is named `lora_unet_` or `lora_te_` and its path with underscores; its tensors are `.lora_down.weight`,
-//! `.lora_up.weight` and `.alpha`. What is particular here:
+//! A module is named as [`super::names`] says; its tensors are `.lora_down.weight`, `.lora_up.weight` and `.alpha`, or
+//! LyCORIS' `.hada_w1_a`, `.lokr_w1`, `.dora_scale` and so on. What is particular here:
 //!
 //! - **One alpha in the whole file.** diffusers takes the most frequent alpha for attention layers and loses the others,
-//!   so a module with another alpha has the ratio folded into `lora_up`. Alpha is an F32 scalar whatever the dtype.
+//!   so a plain LoRA with another alpha has the ratio folded into `lora_up`. Alpha is an F32 scalar whatever the dtype.
 //! - **Zero partners.** diffusers refuses a text-encoder LoRA that has only q, k or v. Such a file gets an `out_proj`
 //!   for each adapted layer whose factors are zero; the metadata lists them ([`ZERO_PARTNERS`]) and reading drops them.
+//! - **A user's own variants** are spelt `.<variant>.<tensor>` and listed in the metadata ([`CUSTOM_VARIANTS`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lora_core::target::TargetLayer;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
-use crate::safetensors::{
-    Entry, SafetensorsFile, TensorSource, TensorView, Written, header, verify, write as write_file,
-};
+use super::{AdapterFile, Format, names, parts};
+use crate::checkpoint::Family;
+use crate::safetensors::{Entry, SafetensorsFile, TensorSource, Written, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
 /// Metadata key: names of modules that are there for diffusers' sake only, separated by commas.
 pub const ZERO_PARTNERS: &str = "lora_zero_partners";
+/// Metadata key: names of variants that no other tool knows, separated by commas.
+pub const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
-const DOWN: &str = ".lora_down.weight";
-const UP: &str = ".lora_up.weight";
-const ALPHA: &str = ".alpha";
-
-/// A module's name in the file.
-pub fn file_name(module: &ModulePath) -> String {
-    let prefix = match module.component {
-        Component::TextEncoder => "lora_te",
-        _ => "lora_unet",
-    };
-    format!("{prefix}_{}", module.path.replace('.', "_"))
-}
-
-/// Writes an adapter of the plain `lora` variant, then reads the file back and checks it. The adapter's metadata goes
-/// into the header, with the hashes that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added.
-pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Written> {
+/// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
+/// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Returns what could not be kept as it was.
+pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<(Written, Vec<String>)> {
     let path = path.as_ref();
-    let alpha = common_alpha(adapter);
+    let family = super::family(adapter);
+    let common = common_alpha(adapter);
+    let mut notes = Vec::new();
+    let (mut folded, mut peft_dora) = (0, 0);
+    let mut custom = BTreeSet::new();
     let mut tensors = BTreeMap::new();
-    let mut insert = |name: String, down: &HostTensor, up: HostTensor| -> Result<()> {
-        for (suffix, tensor) in [(DOWN, down.to_dtype(dtype)), (UP, up.to_dtype(dtype))] {
-            if !tensor.is_finite() {
-                let reason = format!(
-                    "`{}` holds NaN or infinity in {dtype}; save as bf16 or fp32, or train with a lower learning rate",
-                    &suffix[1..]
-                );
-                return Err(Error::Module { module: name, reason });
-            }
-            tensors.insert(format!("{name}{suffix}"), tensor);
+    let mut insert = |name: &str, module: &AdapterModule| -> Result<()> {
+        let spelt = parts::spell(module, dtype).map_err(|reason| Error::Module { module: name.to_owned(), reason })?;
+        for (suffix, tensor) in spelt {
+            super::finite(name, &suffix, &tensor)?;
+            tensors.insert(format!("{name}.{suffix}"), tensor);
         }
-        tensors.insert(
-            format!("{name}{ALPHA}"),
-            HostTensor::from_f32([], vec![alpha as f32]).expect("one value, no axes"),
-        );
         Ok(())
     };
-    for (module, adapter_module) in &adapter.modules {
-        let (down, up) = factors(module, adapter_module)?;
-        let ratio = (adapter_module.alpha / alpha) as f32;
-        let up = if ratio == 1.0 {
-            up.clone()
+    for (module_path, module) in &adapter.modules {
+        let name = named(module_path, family)?;
+        peft_dora += usize::from(module.variant == "dora");
+        if is_custom(&module.variant) {
+            custom.insert(module.variant.clone());
+        }
+        let ratio = module.alpha / common;
+        if module.variant == "lora" && ratio != 1.0 && module.tensors.contains_key("up") {
+            folded += 1;
+            let mut same = module.clone();
+            same.alpha = common;
+            same.tensors.insert("up".into(), super::scaled(&module.tensors["up"], ratio));
+            insert(&name, &same)?;
         } else {
-            let folded = up.to_f32().iter().map(|value| value * ratio).collect();
-            HostTensor::from_f32(up.shape(), folded).expect("the shape is unchanged")
-        };
-        insert(file_name(module), down, up)?;
+            insert(&name, module)?;
+        }
     }
     let partners = zero_partners(adapter);
-    for (module, (down, up)) in &partners {
-        insert(file_name(module), down, up.clone())?;
+    for (module_path, module) in &partners {
+        insert(&named(module_path, family)?, module)?;
+    }
+    if folded > 0 {
+        notes.push(format!("{folded} modules had another alpha than {common}; the ratio is folded into lora_up"));
+    }
+    if peft_dora > 0 {
+        notes.push(
+            "DoRA's magnitudes are written as LyCORIS' dora_scale along the outputs, whose norm has an epsilon of 1.2e-7; \
+             ComfyUI takes the norm of the base alone there"
+                .into(),
+        );
     }
 
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_") && key != ZERO_PARTNERS);
+    metadata.retain(|key, _| !key.starts_with("sshs_") && key != ZERO_PARTNERS && key != CUSTOM_VARIANTS);
     if !partners.is_empty() {
-        metadata.insert(ZERO_PARTNERS.into(), partners.keys().map(file_name).collect::<Vec<_>>().join(","));
+        let list: Result<Vec<_>> = partners.keys().map(|path| named(path, family)).collect();
+        metadata.insert(ZERO_PARTNERS.into(), list?.join(","));
+    }
+    if !custom.is_empty() {
+        metadata.insert(CUSTOM_VARIANTS.into(), custom.into_iter().collect::<Vec<_>>().join(","));
     }
     let (model_hash, legacy_hash) = kohya_hashes(path, &tensors, &metadata)?;
     metadata.insert("sshs_model_hash".into(), model_hash);
@@ -85,103 +90,84 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
 
     let written = write_file(path, &tensors, &metadata)?;
     verify(path, &tensors.entries())?;
-    Ok(written)
+    Ok((written, notes))
 }
 
-/// Reads a file against the base's layers; every tensor must belong to one, with both halves and the right shapes.
-pub fn read(path: impl AsRef<Path>, layers: &[TargetLayer]) -> Result<Adapter> {
-    let path = path.as_ref();
-    let file = SafetensorsFile::open(path)?;
-    let by_name: BTreeMap<String, &TargetLayer> = layers.iter().map(|layer| (file_name(&layer.path), layer)).collect();
-    let partners: BTreeSet<&str> =
-        file.metadata().get(ZERO_PARTNERS).map(|list| list.split(',').collect()).unwrap_or_default();
+fn named(module: &ModulePath, family: Family) -> Result<String> {
+    names::kohya(module, family).ok_or_else(|| Error::Module {
+        module: module.to_string(),
+        reason: "the kohya layout has no name for it; write another format (peft for language models)".into(),
+    })
+}
 
-    let mut modules: BTreeMap<&str, BTreeMap<&str, TensorView<'_>>> = BTreeMap::new();
-    let mut problems = Vec::new();
+fn is_custom(variant: &str) -> bool {
+    let module = AdapterModule { variant: variant.to_owned(), tensors: BTreeMap::new(), rank: 1, alpha: 1.0 };
+    // The spelling of a known variant without tensors has an alpha at most; a custom one is spelt by its own name.
+    lora_core::variant::VariantRegistry::<lora_core::backend::CpuBackend>::default().get(&module.variant).is_err()
+}
+
+/// Reads a file of this layout.
+pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
+    from_file(&SafetensorsFile::open(path)?)
+}
+
+pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
+    let listed = |key: &str| -> BTreeSet<String> {
+        file.metadata().get(key).map(|list| list.split(',').map(str::to_owned).collect()).unwrap_or_default()
+    };
+    let (partners, custom) = (listed(ZERO_PARTNERS), listed(CUSTOM_VARIANTS));
+    let custom_part = |name: &str| -> Option<(String, String, String)> {
+        let (module, rest) = name.split_once('.')?;
+        let (variant, tensor) = rest.split_once('.')?;
+        custom.contains(variant).then(|| (module.to_owned(), variant.to_owned(), tensor.to_owned()))
+    };
+    let mut own: BTreeMap<String, AdapterModule> = BTreeMap::new();
     for name in file.names() {
-        let (module, part) = name.split_once('.').unwrap_or((name, ""));
-        if !by_name.contains_key(module) {
-            problems.push(format!("`{name}` (this base has no such layer)"));
-        } else if !["lora_down.weight", "lora_up.weight", "alpha"].contains(&part) {
-            problems.push(format!("`{name}` (not a tensor of a plain LoRA)"));
-        } else {
-            modules.entry(module).or_default().insert(part, file.get(name)?);
+        if let Some((module, variant, tensor)) = custom_part(name) {
+            let entry = own.entry(module.clone()).or_insert_with(|| AdapterModule {
+                variant,
+                tensors: BTreeMap::new(),
+                rank: 1,
+                alpha: 1.0,
+            });
+            entry.tensors.insert(tensor, file.get(name)?.to_host()?);
+            if let Ok(alpha) = file.get(&format!("{module}.alpha")) {
+                entry.alpha = alpha.scalar()?;
+            }
         }
     }
-    let mut adapter = Adapter { metadata: file.metadata().clone(), ..Adapter::default() };
-    for (name, parts) in modules {
-        let layer = by_name[name];
-        let (Some(down), Some(up)) = (parts.get("lora_down.weight"), parts.get("lora_up.weight")) else {
-            problems.push(format!("`{name}` (one of lora_down.weight and lora_up.weight is missing)"));
-            continue;
-        };
-        let rank = down.shape().first().copied().unwrap_or(0);
-        let expected =
-            [layer.geometry.with_outputs(rank).weight_shape(), layer.geometry.pointwise_from(rank).weight_shape()];
-        let count = |shape: &[usize]| shape.iter().product::<usize>();
-        // The same numbers as 2-D factors of a 1×1 convolution, or the other way round, are the same module.
-        if rank == 0 || count(&expected[0]) != count(down.shape()) || count(&expected[1]) != count(up.shape()) {
-            problems.push(format!(
-                "`{name}` (shapes {:?} and {:?} do not fit this base's {:?})",
-                down.shape(),
-                up.shape(),
-                layer.geometry
-            ));
-            continue;
+    let is_own = |name: &str| name.split_once('.').is_some_and(|(module, _)| own.contains_key(module));
+    let mut sorted = super::sort(file, is_own)?;
+    for name in &partners {
+        let is_zero =
+            |parts: &parts::Parts| parts.get("lora_up").is_some_and(|up| up.to_f32().iter().all(|&value| value == 0.0));
+        if sorted.modules.get(name).is_some_and(is_zero) {
+            sorted.modules.remove(name);
         }
-        let alpha = match parts.get("alpha") {
-            Some(alpha) => alpha.scalar()?,
-            None => rank as f64,
-        };
-        let [down_shape, up_shape] = expected;
-        let shaped = |view: &TensorView<'_>, shape: Vec<usize>| -> Result<HostTensor> {
-            view.to_host()?.reshape(shape).map_err(|error| Error::tensor(path, view.name(), error.to_string()))
-        };
-        let (down, up) = (shaped(down, down_shape)?, shaped(up, up_shape)?);
-        if partners.contains(name) && up.to_f32().iter().all(|&value| value == 0.0) {
-            continue;
-        }
-        // Some tools write 0 for "as the rank".
-        let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-        let tensors = BTreeMap::from([("down".to_owned(), down), ("up".to_owned(), up)]);
-        adapter.modules.insert(layer.path.clone(), AdapterModule { variant: "lora".into(), tensors, rank, alpha });
     }
-    if !problems.is_empty() {
-        let (count, shown) = (problems.len(), problems.len().min(5));
-        let mut list = problems[..shown].join("; ");
-        if count > shown {
-            list.push_str("; …");
-        }
-        return Err(Error::Unmatched { path: path.to_owned(), count, list });
+    if sorted.modules.is_empty() && sorted.problems.is_empty() && !own.is_empty() {
+        let mut adapter = Adapter { metadata: file.metadata().clone(), ..Adapter::default() };
+        adapter.modules = own.into_iter().map(|(name, module)| (names::from_kohya(&name), module)).collect();
+        let family = super::family(&adapter);
+        let dtypes = file.names().filter_map(|name| file.get(name).ok()).map(|view| view.dtype()).collect();
+        return Ok(AdapterFile { path: file.path().to_owned(), adapter, format: Format::Kohya, family, dtypes });
     }
-    if adapter.modules.is_empty() {
-        return Err(Error::format(path, "holds no LoRA modules"));
-    }
-    Ok(adapter)
+    let mut read = super::assemble(file, Format::Kohya, sorted, names::from_kohya, |_, _| None)?;
+    read.adapter.modules.extend(own.into_iter().map(|(name, module)| (names::from_kohya(&name), module)));
+    Ok(read)
 }
 
-/// The alpha of most modules (the smallest of equally frequent ones).
+/// The alpha of most plain modules (the smallest of equally frequent ones).
 fn common_alpha(adapter: &Adapter) -> f64 {
     let mut counts: BTreeMap<u64, (usize, f64)> = BTreeMap::new();
-    for module in adapter.modules.values() {
+    for module in adapter.modules.values().filter(|module| module.variant == "lora" && module.alpha != 0.0) {
         counts.entry(module.alpha.to_bits()).or_insert((0, module.alpha)).0 += 1;
     }
     counts.into_values().max_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1))).map_or(1.0, |(_, alpha)| alpha)
 }
 
-fn factors<'a>(path: &ModulePath, module: &'a AdapterModule) -> Result<(&'a HostTensor, &'a HostTensor)> {
-    let refused = |reason: String| Error::Module { module: path.to_string(), reason };
-    if module.variant != "lora" {
-        return Err(refused(format!("the kohya layout is written for plain LoRA, this is `{}`", module.variant)));
-    }
-    match (module.tensors.get("down"), module.tensors.get("up")) {
-        (Some(down), Some(up)) if module.tensors.len() == 2 => Ok((down, up)),
-        _ => Err(refused(format!("a plain LoRA has the tensors down and up, found {:?}", module.tensors.keys()))),
-    }
-}
-
 /// The modules to add so that diffusers takes the text encoder's part.
-fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, (HostTensor, HostTensor)> {
+fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, AdapterModule> {
     let text: Vec<_> = adapter.modules.iter().filter(|(path, _)| path.component == Component::TextEncoder).collect();
     let recognised = ["out_proj", "fc1", "fc2"];
     if text.iter().any(|(path, _)| recognised.iter().any(|name| path.path.ends_with(name))) {
@@ -190,9 +176,10 @@ fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, (HostTensor, HostTen
     let mut partners = BTreeMap::new();
     for (path, module) in text {
         // A text encoder's attention is square: its out_proj has the shapes of q, k and v.
-        if let (Some((layer, _)), Ok((down, up))) = (path.path.rsplit_once('.'), factors(path, module)) {
-            let partner = ModulePath::new(Component::TextEncoder, format!("{layer}.out_proj"));
-            partners.insert(partner, (HostTensor::zeros(down.shape()), HostTensor::zeros(up.shape())));
+        if let (Some((layer, _)), "lora") = (path.path.rsplit_once('.'), module.variant.as_str()) {
+            let mut partner = module.clone();
+            partner.tensors.values_mut().for_each(|tensor| *tensor = HostTensor::zeros(tensor.shape()));
+            partners.insert(ModulePath::new(Component::TextEncoder, format!("{layer}.out_proj")), partner);
         }
     }
     partners
@@ -215,12 +202,20 @@ fn kohya_hashes(
 mod tests {
     use lora_core::LayerGeometry;
     use lora_core::random::Stream;
+    use lora_core::target::TargetLayer;
 
     use super::*;
 
     fn random(shape: Vec<usize>, seed: u64) -> HostTensor {
         let count = shape.iter().product();
         HostTensor::from_f32(shape, Stream::new(seed).normals(count)).unwrap()
+    }
+
+    /// Reads and holds against layers.
+    fn read(path: &Path, layers: &[TargetLayer]) -> Result<Adapter> {
+        let mut adapter = super::read(path)?.adapter;
+        crate::adapter::fit(path, &mut adapter, layers)?;
+        Ok(adapter)
     }
 
     fn layer(component: Component, path: &str, geometry: LayerGeometry) -> TargetLayer {
@@ -325,7 +320,7 @@ mod tests {
             (DType::F32, "b4f6fbc12fa0f3a912dd4831d1b0a8367590c8408127fd7933442247e951aee9"),
             (DType::F16, "b0f901bae22b5bb7a34ab7e4219800d993ab9d968c0c45cfffeb81b624c7e910"),
         ] {
-            assert_eq!(write(&path, &adapter, dtype).unwrap().data_sha256, expected);
+            assert_eq!(write(&path, &adapter, dtype).unwrap().0.data_sha256, expected);
         }
     }
 
@@ -353,10 +348,10 @@ mod tests {
         let path = folder.path().join("a.safetensors");
         write(&path, &adapter(3), DType::F32).unwrap();
         let error = read(&path, &layers()[..1]).unwrap_err().to_string();
-        assert!(error.contains("no such layer") && error.contains("self_attn_q_proj"), "{error}");
+        assert!(error.contains("no such layer") && error.contains("self_attn.q_proj"), "{error}");
         let mut changed = layers();
         changed[0].geometry = LayerGeometry::conv2d(7, 6, 1, 1, 0);
-        assert!(read(&path, &changed).unwrap_err().to_string().contains("do not fit"));
+        assert!(read(&path, &changed).unwrap_err().to_string().contains("does not fit"));
         let tensors = BTreeMap::from([(
             "lora_unet_mid_block_resnets_0_conv1.lora_up.weight".to_owned(),
             HostTensor::zeros([5, 2, 1, 1]),

@@ -37,6 +37,8 @@ const UNET_ENDS: &[(&str, &str)] = &[
     ("time_embed.2.", "time_embedding.linear_2."),
     ("out.0.", "conv_norm_out."),
     ("out.2.", "conv_out."),
+    ("label_emb.0.0.", "add_embedding.linear_1."),
+    ("label_emb.0.2.", "add_embedding.linear_2."),
     ("middle_block.1.", "mid_block.attentions.0."),
 ];
 

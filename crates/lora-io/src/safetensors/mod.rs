@@ -21,7 +21,7 @@ macro_rules! stored_dtypes {
     ($($variant:ident $name:literal $bits:literal),* $(,)?) => {
         /// Element types that safetensors files hold.
         #[allow(missing_docs, reason = "the format's own names")]
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[non_exhaustive]
         pub enum StoredDType { $($variant),* }
 

@@ -11,7 +11,7 @@ use lora_data::dataset::{ImageDataset, ScanOptions};
 use lora_data::processor::PictureProcessor;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
-use lora_io::adapter::kohya;
+use lora_io::adapter;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Adaptable;
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
@@ -273,7 +273,8 @@ fn load_initial(
     layers: &[TargetLayer],
     targets: &[TargetLayer],
 ) -> Result<(Adapter, (String, String))> {
-    let adapter = kohya::read(path, layers)?;
+    let mut adapter = adapter::read(path)?.adapter;
+    adapter::fit(path, &mut adapter, layers)?;
     let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
     if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.rank != config.lora_rank) {
         return differs(format!(

@@ -1,0 +1,136 @@
+//! diffusers' own layout: dotted module paths behind the name of the component (`unet.`, `text_encoder.`,
+//! `text_encoder_2.`), `lora_A` and `lora_B` for the factors, no alpha. The scale is folded into `lora_B`, so that releases
+//! that read the metadata `lora_adapter_metadata` (0.34 and later) and those that do not apply the same. On reading, that
+//! metadata is followed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lora_core::{Adapter, Component, DType, ModulePath};
+use serde_json::{Value, json};
+
+use super::parts::PeftContext;
+use super::{AdapterFile, Format, folded, names};
+use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
+use crate::{Error, Result};
+
+const METADATA: &str = "lora_adapter_metadata";
+
+pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
+    let config: Option<Value> = match file.metadata().get(METADATA) {
+        Some(text) => Some(
+            serde_json::from_str(text)
+                .map_err(|error| Error::format(file.path(), format!("metadata `{METADATA}`: {error}")))?,
+        ),
+        None => None,
+    };
+    let old = file.names().any(|name| name.contains(".processor.") || name.contains("_lora."));
+    let sorted = super::sort(file, |_| false)?;
+    let format = if old { Format::DiffusersOld } else { Format::Diffusers };
+    // Old names end in `to_q_lora.down.weight`: the module is what stands before `_lora`.
+    let path_of = |name: &str| names::from_dotted(name);
+    super::assemble(file, format, sorted, path_of, |path, parts| {
+        let config = config.as_ref()?;
+        let rank = parts.get("lora_down").and_then(|down| down.shape().first().copied()).unwrap_or(1);
+        let alpha = alpha_of(config, path)? * if use_rslora(config, path) { (rank as f64).sqrt() } else { 1.0 };
+        Some(PeftContext { alpha: Some(alpha), ..PeftContext::default() })
+    })
+}
+
+/// `lora_alpha` of a component, or the `alpha_pattern` whose key ends the module's path.
+fn alpha_of(config: &Value, path: &ModulePath) -> Option<f64> {
+    let component = path.component.name();
+    let patterns = config.get(format!("{component}.alpha_pattern")).and_then(Value::as_object);
+    let own = patterns.and_then(|patterns| {
+        patterns.iter().find(|(key, _)| path.path == **key || path.path.ends_with(&format!(".{key}")))
+    });
+    own.map(|(_, alpha)| alpha).or_else(|| config.get(format!("{component}.lora_alpha")))?.as_f64()
+}
+
+fn use_rslora(config: &Value, path: &ModulePath) -> bool {
+    config.get(format!("{}.use_rslora", path.component.name())).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// Writes the layout of today.
+pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+    write_with(path.as_ref(), adapter, dtype, |module| {
+        let name = names::diffusers(module)?;
+        Some((format!("{name}.lora_A.weight"), format!("{name}.lora_B.weight")))
+    })
+}
+
+/// Writes the layout of releases before 0.22, which knows the attention layers of U-Nets and CLIP encoders.
+pub fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+    write_with(path.as_ref(), adapter, dtype, |module| {
+        let (block, layer) = module.path.rsplit_once(".to_")?;
+        let layer = layer.strip_suffix(".0").unwrap_or(layer);
+        let unet = module.component == Component::Unet && ["q", "k", "v", "out"].contains(&layer);
+        unet.then(|| {
+            let name = format!("unet.{block}.processor.to_{layer}_lora");
+            (format!("{name}.down.weight"), format!("{name}.up.weight"))
+        })
+    })
+}
+
+fn write_with(
+    path: &Path,
+    adapter: &Adapter,
+    dtype: DType,
+    name_of: impl Fn(&ModulePath) -> Option<(String, String)>,
+) -> Result<Vec<String>> {
+    let mut tensors = BTreeMap::new();
+    let (mut folded_scales, mut configs) = (0, BTreeMap::<String, Vec<(&ModulePath, usize)>>::new());
+    for (module_path, module) in &adapter.modules {
+        let (down, up, rank) = folded(module_path, module)?;
+        let (down_name, up_name) = name_of(module_path).ok_or_else(|| Error::Module {
+            module: module_path.to_string(),
+            reason: "this layout has no name for it".into(),
+        })?;
+        folded_scales += usize::from(module.scale() != 1.0);
+        configs.entry(module_path.component.name().to_owned()).or_default().push((module_path, rank));
+        for (name, tensor) in [(down_name, down), (up_name, up)] {
+            let tensor = tensor.to_dtype(dtype);
+            super::finite(&module_path.to_string(), &name, &tensor)?;
+            tensors.insert(name, tensor);
+        }
+    }
+    let mut config = serde_json::Map::new();
+    for (component, modules) in &configs {
+        let rank = most_common(modules.iter().map(|(_, rank)| *rank));
+        let other: serde_json::Map<_, _> =
+            modules.iter().filter(|(_, own)| *own != rank).map(|(path, own)| (path.path.clone(), json!(own))).collect();
+        let targets: Vec<_> = modules.iter().map(|(path, _)| path.path.clone()).collect();
+        for (key, value) in [
+            ("peft_type", json!("LORA")),
+            ("r", json!(rank)),
+            ("lora_alpha", json!(rank)),
+            ("rank_pattern", Value::Object(other.clone())),
+            ("alpha_pattern", Value::Object(other)),
+            ("target_modules", json!(targets)),
+            ("bias", json!("none")),
+            ("use_dora", json!(false)),
+            ("use_rslora", json!(false)),
+            ("lora_bias", json!(false)),
+        ] {
+            config.insert(format!("{component}.{key}"), value);
+        }
+    }
+    let mut metadata = adapter.metadata.clone();
+    metadata.retain(|key, _| !key.starts_with("sshs_"));
+    metadata.insert("format".into(), "pt".into());
+    metadata.insert(METADATA.into(), Value::Object(config).to_string());
+    write_file(path, &tensors, &metadata)?;
+    verify(path, &tensors.entries())?;
+    let mut notes = Vec::new();
+    if folded_scales > 0 {
+        notes.push(format!("the layout has no alpha: {folded_scales} scales are folded into the up-projections"));
+    }
+    Ok(notes)
+}
+
+/// The most frequent number, the largest of equally frequent ones.
+pub(super) fn most_common(numbers: impl Iterator<Item = usize>) -> usize {
+    let mut counts = BTreeMap::new();
+    numbers.for_each(|number| *counts.entry(number).or_insert(0usize) += 1);
+    counts.into_iter().max_by_key(|&(number, count)| (count, number)).map_or(1, |(number, _)| number)
+}

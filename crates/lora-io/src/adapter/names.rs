@@ -1,0 +1,306 @@
+//! How files name a module, and the canonical path behind it.
+//!
+//! | layout | U-Net | text encoders | language model |
+//! |---|---|---|---|
+//! | kohya | `lora_unet_` + path with `_` (SDXL: the original tree's) | `lora_te_`, SDXL `lora_te1_`, `lora_te2_` | |
+//! | LyCORIS' wrapper | `lycoris_` + path with `_` | | |
+//! | diffusers | `unet.` + path | `text_encoder.`, `text_encoder_2.` | |
+//! | PEFT | `base_model.model.` + path | the same | the same |
+//! | ComfyUI's generic | `diffusion_model.` + original path | | |
+//!
+//! An underscore in a kohya name may be a dot or part of a word. The words that these models' paths are made of are
+//! known, so the reading is unique; a name made of anything else belongs to [`Component::Model`] and keeps its spelling,
+//! to be compared with a base's names later.
+
+use lora_core::{Component, ModulePath};
+
+use crate::checkpoint::{Family, LdmNames, Part};
+
+/// Words with underscores in module paths of U-Nets (both trees) and CLIP text encoders; a longer one is tried first.
+const WORDS: &[&str] = &[
+    "transformer_blocks",
+    "position_embedding",
+    "final_layer_norm",
+    "token_embedding",
+    "skip_connection",
+    "text_projection",
+    "time_embedding",
+    "add_embedding",
+    "conv_norm_out",
+    "conv_shortcut",
+    "output_blocks",
+    "time_emb_proj",
+    "downsamplers",
+    "input_blocks",
+    "middle_block",
+    "down_blocks",
+    "layer_norm1",
+    "layer_norm2",
+    "class_embedding",
+    "attentions",
+    "emb_layers",
+    "embeddings",
+    "out_layers",
+    "text_model",
+    "time_embed",
+    "upsamplers",
+    "in_layers",
+    "label_emb",
+    "mid_block",
+    "self_attn",
+    "up_blocks",
+    "conv_out",
+    "linear_1",
+    "linear_2",
+    "out_proj",
+    "proj_out",
+    "conv_in",
+    "encoder",
+    "proj_in",
+    "resnets",
+    "k_proj",
+    "layers",
+    "q_proj",
+    "to_out",
+    "v_proj",
+    "attn1",
+    "attn2",
+    "conv1",
+    "conv2",
+    "norm1",
+    "norm2",
+    "norm3",
+    "conv",
+    "norm",
+    "proj",
+    "to_k",
+    "to_q",
+    "to_v",
+    "fc1",
+    "fc2",
+    "mlp",
+    "net",
+    "out",
+    "ff",
+    "op",
+];
+
+/// The dotted path of an underscored one that is made of known words and numbers; `None` for any other.
+fn dotted(name: &str) -> Option<String> {
+    let mut path = String::with_capacity(name.len());
+    let mut rest = name;
+    loop {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let ends = |length: usize| rest.len() == length || rest.as_bytes()[length] == b'_';
+        let length = match digits {
+            0 => {
+                WORDS.iter().filter(|word| rest.starts_with(**word) && ends(word.len())).map(|word| word.len()).max()?
+            }
+            _ if ends(digits) => digits,
+            _ => return None,
+        };
+        path.push_str(&rest[..length]);
+        if rest.len() == length {
+            return Some(path);
+        }
+        path.push('.');
+        rest = &rest[length + 1..];
+    }
+}
+
+/// A U-Net path in diffusers' tree, from either tree.
+fn unet_path(path: &str) -> Option<String> {
+    const ORIGINAL: &[&str] =
+        &["input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."];
+    if !ORIGINAL.iter().any(|start| path.starts_with(start)) {
+        return Some(path.to_owned());
+    }
+    let names = LdmNames::of_ldm::<&str>(&[]);
+    let (_, canonical) = names.canonical(&format!("model.diffusion_model.{path}.weight"))?;
+    canonical.strip_suffix(".weight").map(str::to_owned)
+}
+
+/// The module that a kohya name means.
+pub(crate) fn from_kohya(name: &str) -> ModulePath {
+    let known = [
+        ("lora_unet_", Component::Unet),
+        ("lora_te1_", Component::TextEncoder),
+        ("lora_te2_", Component::TextEncoder2),
+        ("lora_te_", Component::TextEncoder),
+        ("lycoris_", Component::Unet),
+    ];
+    let module = known.iter().find_map(|&(prefix, component)| {
+        let path = dotted(name.strip_prefix(prefix)?)?;
+        let path = match component {
+            Component::Unet if path.starts_with("text_model.") => return None,
+            Component::Unet => unet_path(&path)?,
+            _ => path,
+        };
+        Some(ModulePath::new(component, path))
+    });
+    module.unwrap_or_else(|| ModulePath::new(Component::Model, name))
+}
+
+/// The kohya name of a module; `None` for one that the layout has no name for.
+pub fn kohya(module: &ModulePath, family: Family) -> Option<String> {
+    let xl = family == Family::StableDiffusionXl;
+    let (prefix, path) = match module.component {
+        Component::TextEncoder if xl => ("lora_te1_", module.path.clone()),
+        Component::TextEncoder => ("lora_te_", module.path.clone()),
+        Component::TextEncoder2 => ("lora_te2_", module.path.clone()),
+        Component::Unet if xl => ("lora_unet_", original_xl(&module.path)?),
+        Component::Unet => ("lora_unet_", module.path.clone()),
+        // Its spelling in the file it came from.
+        Component::Model if !module.path.contains('.') => ("", module.path.clone()),
+        _ => return None,
+    };
+    Some(format!("{prefix}{}", path.replace('.', "_")))
+}
+
+/// The path of an SDXL U-Net module in the original tree.
+fn original_xl(path: &str) -> Option<String> {
+    let names = LdmNames::of_diffusers::<&str>(
+        &[
+            "down_blocks.0.resnets.1.conv1.weight",
+            "up_blocks.0.attentions.0.norm.weight",
+            "up_blocks.1.attentions.0.norm.weight",
+        ],
+        &[],
+    );
+    let original = names.original(Part::Unet, &format!("{path}.weight"))?;
+    Some(original.strip_prefix("model.diffusion_model.")?.strip_suffix(".weight")?.to_owned())
+}
+
+/// The module that a dotted name (diffusers', PEFT's, ComfyUI's) means.
+pub(crate) fn from_dotted(name: &str) -> ModulePath {
+    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+    let text = |path: &str| {
+        let path = path.strip_prefix("text_model.").unwrap_or(path);
+        format!("text_model.{path}")
+    };
+    if let Some(path) = name.strip_prefix("unet.") {
+        return ModulePath::new(Component::Unet, attention_path(path));
+    }
+    if let Some(path) = name.strip_prefix("text_encoder.") {
+        return ModulePath::new(Component::TextEncoder, text(path));
+    }
+    if let Some(path) = name.strip_prefix("text_encoder_2.") {
+        return ModulePath::new(Component::TextEncoder2, text(path));
+    }
+    if let Some(path) = name.strip_prefix("diffusion_model.").and_then(unet_path).filter(|path| is_unet(path)) {
+        return ModulePath::new(Component::Unet, path);
+    }
+    if is_unet(name) {
+        return ModulePath::new(Component::Unet, attention_path(name));
+    }
+    if name.starts_with("text_model.") || name.starts_with("encoder.layers.") && name.contains("self_attn") {
+        return ModulePath::new(Component::TextEncoder, text(name));
+    }
+    let causal = ["model.layers.", "model.embed_tokens", "lm_head", "transformer.h.", "model.language_model."];
+    if causal.iter().any(|start| name.starts_with(start)) {
+        return ModulePath::new(Component::LanguageModel, name);
+    }
+    ModulePath::new(Component::Model, name)
+}
+
+fn is_unet(path: &str) -> bool {
+    const STARTS: &[&str] =
+        &["down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."];
+    STARTS.iter().any(|start| path.starts_with(start))
+}
+
+/// The path with the older spellings of attention put right: `attn1.processor.to_q` and `to_out` without its index.
+fn attention_path(path: &str) -> String {
+    let path = path.replace(".processor.", ".");
+    if path.ends_with(".to_out") { format!("{path}.0") } else { path }
+}
+
+/// The dotted name of a module in the diffusers layout.
+pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
+    match module.component {
+        Component::Unet | Component::TextEncoder | Component::TextEncoder2 => Some(module.to_string()),
+        Component::Model if module.path.contains('.') => Some(module.path.clone()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unet(path: &str) -> ModulePath {
+        ModulePath::new(Component::Unet, path)
+    }
+
+    #[test]
+    fn kohya_names_read_back_as_the_paths_they_were_made_of() {
+        let paths = [
+            "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0",
+            "down_blocks.1.attentions.1.proj_in",
+            "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+            "up_blocks.0.resnets.2.time_emb_proj",
+            "up_blocks.0.upsamplers.0.conv",
+            "down_blocks.1.downsamplers.0.conv",
+            "mid_block.resnets.1.conv2",
+            "up_blocks.2.resnets.0.conv_shortcut",
+        ];
+        for family in [Family::StableDiffusion1, Family::StableDiffusionXl] {
+            for path in paths {
+                let name = kohya(&unet(path), family).unwrap();
+                assert_eq!(from_kohya(&name), unet(path), "{name}");
+            }
+        }
+        for (component, prefix) in [(Component::TextEncoder, "lora_te1_"), (Component::TextEncoder2, "lora_te2_")] {
+            let module = ModulePath::new(component, "text_model.encoder.layers.11.self_attn.out_proj");
+            let name = kohya(&module, Family::StableDiffusionXl).unwrap();
+            assert!(name.starts_with(prefix));
+            assert_eq!(from_kohya(&name), module);
+        }
+    }
+
+    #[test]
+    fn xl_names_are_those_of_the_original_tree() {
+        for (path, name) in [
+            ("down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+            ("mid_block.attentions.0.proj_out", "lora_unet_middle_block_1_proj_out"),
+            ("up_blocks.1.attentions.2.proj_in", "lora_unet_output_blocks_5_1_proj_in"),
+            ("up_blocks.0.upsamplers.0.conv", "lora_unet_output_blocks_2_2_conv"),
+            ("down_blocks.0.downsamplers.0.conv", "lora_unet_input_blocks_3_0_op"),
+            ("up_blocks.2.resnets.2.conv1", "lora_unet_output_blocks_8_0_in_layers_2"),
+        ] {
+            assert_eq!(kohya(&unet(path), Family::StableDiffusionXl).as_deref(), Some(name));
+            assert_eq!(from_kohya(name), unet(path));
+        }
+    }
+
+    #[test]
+    fn dotted_names_of_all_spellings_mean_the_same_module() {
+        let module = unet("up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0");
+        for name in [
+            "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+            "base_model.model.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            "diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_out.0",
+        ] {
+            assert_eq!(from_dotted(name), module, "{name}");
+        }
+        let text = ModulePath::new(Component::TextEncoder, "text_model.encoder.layers.0.mlp.fc1");
+        assert_eq!(from_dotted("text_encoder.text_model.encoder.layers.0.mlp.fc1"), text);
+        assert_eq!(from_dotted("text_encoder.encoder.layers.0.mlp.fc1"), text);
+        let language = from_dotted("base_model.model.model.layers.3.self_attn.q_proj");
+        assert_eq!(language, ModulePath::new(Component::LanguageModel, "model.layers.3.self_attn.q_proj"));
+    }
+
+    #[test]
+    fn names_of_other_models_keep_their_spelling() {
+        for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
+        {
+            let module = from_kohya(name);
+            assert_eq!((module.component, module.path.as_str()), (Component::Model, name));
+            assert_eq!(kohya(&module, Family::Unknown).as_deref(), Some(name));
+        }
+        assert_eq!(dotted("down_blocks_"), None);
+        assert_eq!(dotted(""), None);
+        assert_eq!(dotted("proj_inside"), None);
+    }
+}

@@ -1,0 +1,330 @@
+//! PEFT's folder: `adapter_model.safetensors` with names `base_model.model.<module>.lora_A.weight`, and
+//! `adapter_config.json`, without which neither scale nor method is known.
+//!
+//! Read: LoRA (rsLoRA, DoRA, embeddings, rank and alpha patterns), LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA. Written: LoRA
+//! and DoRA, with every field that PEFT, vLLM and mistral.rs ask for. A field that changes the mathematics and is not
+//! supported is an error; PEFT itself would pass over it, or over tensors that it does not know, in silence.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use lora_core::{Adapter, Component, DType, HostTensor, ModulePath};
+use regex::Regex;
+use serde_json::{Map, Value, json};
+
+use super::diffusers::most_common;
+use super::parts::{Parts, PeftContext};
+use super::{AdapterFile, Format, names};
+use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
+use crate::{Error, Result, atomic};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// A configuration is a page of text; anything beyond this is none.
+const LONGEST_CONFIG: u64 = 16 << 20;
+
+/// What a configuration says that the adapter does not know.
+#[derive(Debug, Clone, Default)]
+pub struct Extra {
+    /// `base_model_name_or_path`.
+    pub base_model: Option<String>,
+    /// `lora_dropout`.
+    pub dropout: f64,
+}
+
+/// Reads a folder.
+pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
+    let folder = folder.as_ref();
+    let config_path = folder.join(CONFIG);
+    let size = fs::metadata(&config_path).map_err(Error::io(&config_path, "open"))?.len();
+    if size > LONGEST_CONFIG {
+        return Err(Error::format(&config_path, format!("{size} bytes are no configuration of an adapter")));
+    }
+    let text = fs::read(&config_path).map_err(Error::io(&config_path, "read"))?;
+    let config: Value = serde_json::from_slice(&text)
+        .map_err(|error| Error::format(&config_path, format!("is not valid JSON: {error}")))?;
+    let weights = folder.join(WEIGHTS);
+    if !weights.exists() && folder.join("adapter_model.bin").exists() {
+        let reason = "holds a PyTorch pickle only, which can run any code when it is read; save it again with safe_serialization=True";
+        return Err(Error::format(folder, reason));
+    }
+    let file = SafetensorsFile::open(&weights)?;
+    let config = Config::parse(&config_path, &config)?;
+
+    let shared = |name: &str| ["base_model.vera_A", "base_model.vera_B"].contains(&name);
+    let vera = match (file.get("base_model.vera_A"), file.get("base_model.vera_B")) {
+        (Ok(a), Ok(b)) => Some((a.to_host()?, b.to_host()?)),
+        _ => None,
+    };
+    let sorted = super::sort(&file, shared)?;
+    let mut read = super::assemble(&file, Format::Peft, sorted, names::from_dotted, |path, parts| {
+        Some(config.context(path, parts, vera.clone()))
+    })?;
+    read.path = folder.to_owned();
+    for (key, value) in [("base_model_name_or_path", &config.base_model), ("task_type", &config.task_type)] {
+        if let Some(value) = value {
+            read.adapter.metadata.insert(key.into(), value.clone());
+        }
+    }
+    Ok(read)
+}
+
+/// The fields that mean something here.
+struct Config {
+    method: String,
+    alpha: Option<f64>,
+    rank: f64,
+    alphas: Vec<(Regex, f64)>,
+    ranks: Vec<(Regex, f64)>,
+    rank_stabilised: bool,
+    neumann: bool,
+    feedforward: Vec<String>,
+    base_model: Option<String>,
+    task_type: Option<String>,
+}
+
+impl Config {
+    fn parse(path: &Path, config: &Value) -> Result<Self> {
+        let wrong = |field: &str, reason: String| Error::format(path, format!("field `{field}`: {reason}"));
+        let fields = config.as_object().ok_or_else(|| Error::format(path, "is no JSON object"))?;
+        let method = fields.get("peft_type").and_then(Value::as_str).unwrap_or_default().to_owned();
+        const METHODS: &[&str] = &["LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "GLORA"];
+        if !METHODS.contains(&method.as_str()) {
+            return Err(wrong("peft_type", format!("`{method}` is not supported; known are {}", METHODS.join(", "))));
+        }
+        let set = |field: &str| {
+            fields.get(field).is_some_and(|value| match value {
+                Value::Null => false,
+                Value::Bool(on) => *on,
+                Value::Array(items) => !items.is_empty(),
+                Value::Object(items) => !items.is_empty(),
+                Value::Number(number) => number.as_f64() != Some(0.0),
+                Value::String(text) => !text.is_empty(),
+            })
+        };
+        for (field, remedy) in [
+            ("modules_to_save", "it holds whole layers of the base; merge it with PEFT"),
+            ("target_parameters", "adapters on bare parameters (mixtures of experts) are not read"),
+            ("trainable_token_indices", "trained tokens are not read"),
+            ("lora_bias", "biases of LoRA are not read"),
+            ("fan_in_fan_out", "transposed weights (GPT-2's Conv1D) are not read"),
+            ("use_qalora", "QALoRA is not read"),
+            ("use_bdlora", "block-diagonal LoRA is not read"),
+            ("alora_invocation_tokens", "activated LoRA is not read"),
+            ("layer_replication", "replicated layers are not read"),
+            ("megatron_config", "Megatron's parallel layers are not read"),
+            ("coft", "constrained OFT projects its weights while it runs; save it projected"),
+        ] {
+            if set(field) {
+                return Err(wrong(field, format!("{} changes the mathematics; {remedy}", fields[field])));
+            }
+        }
+        if fields.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
+            return Err(wrong("bias", "trained biases are not read; expected `none`".into()));
+        }
+        if let Some(init) = fields.get("init_lora_weights").and_then(Value::as_str) {
+            let residual = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+            if residual.iter().any(|name| init.to_lowercase().starts_with(name)) {
+                return Err(wrong(
+                    "init_lora_weights",
+                    format!(
+                        "`{init}` adapters fit a changed base that is not in this folder; save it converted \
+                         (path_initial_model_for_weight_conversion)"
+                    ),
+                ));
+            }
+        }
+        let number = |field: &str| -> Result<Option<f64>> {
+            match fields.get(field) {
+                None | Some(Value::Null) => Ok(None),
+                Some(value) => match value.as_f64().filter(|number| number.is_finite()) {
+                    Some(number) => Ok(Some(number)),
+                    None => Err(wrong(field, format!("expected a number, found {value}"))),
+                },
+            }
+        };
+        let patterns = |field: &str| -> Result<Vec<(Regex, f64)>> {
+            let Some(patterns) = fields.get(field).and_then(Value::as_object) else { return Ok(Vec::new()) };
+            let parse = |(key, value): (&String, &Value)| {
+                let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+                    .map_err(|error| wrong(field, format!("`{key}` is no pattern that is supported: {error}")))?;
+                let number = value.as_f64().ok_or_else(|| wrong(field, format!("`{key}` is no number")))?;
+                Ok((regex, number))
+            };
+            patterns.iter().map(parse).collect()
+        };
+        let feedforward = match fields.get("feedforward_modules") {
+            Some(Value::String(one)) => vec![one.clone()],
+            Some(Value::Array(items)) => items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect(),
+            _ => Vec::new(),
+        };
+        let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
+        let is_lora = method == "LORA";
+        Ok(Self {
+            alpha: match number("lora_alpha")? {
+                Some(alpha) => Some(alpha),
+                None => number("alpha")?,
+            }
+            .or(is_lora.then_some(8.0)),
+            rank: number("r")?.unwrap_or(8.0),
+            alphas: patterns("alpha_pattern")?,
+            ranks: patterns("rank_pattern")?,
+            rank_stabilised: set("use_rslora"),
+            neumann: fields.get("use_cayley_neumann").and_then(Value::as_bool).unwrap_or(true),
+            feedforward,
+            base_model: text("base_model_name_or_path"),
+            task_type: text("task_type"),
+            method,
+        })
+    }
+
+    fn context(&self, path: &ModulePath, parts: &Parts, vera: Option<(HostTensor, HostTensor)>) -> PeftContext {
+        let pattern = |patterns: &[(Regex, f64)]| {
+            patterns.iter().find(|(regex, _)| regex.is_match(&path.path)).map(|(_, number)| *number)
+        };
+        let alpha = pattern(&self.alphas).or(self.alpha);
+        let rank = pattern(&self.ranks).unwrap_or(self.rank);
+        let scaled = match self.method.as_str() {
+            "LORA" if self.rank_stabilised => alpha.map(|alpha| alpha * rank.sqrt()),
+            // Without a low-rank factor the canonical rank is 1: the scale stands in alpha.
+            "LOKR" if parts.contains_key("lokr_w1") && parts.contains_key("lokr_w2") => alpha.map(|alpha| alpha / rank),
+            _ => alpha,
+        };
+        let feedforward =
+            self.feedforward.iter().any(|name| path.path == *name || path.path.ends_with(&format!(".{name}")));
+        PeftContext { alpha: scaled, neumann: self.neumann, feedforward, vera }
+    }
+}
+
+/// Writes a folder. An adapter of several components becomes one folder for each, named after it, since PEFT knows one
+/// network at a time.
+pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<Vec<String>> {
+    let folder = folder.as_ref();
+    let components: BTreeSet<Component> = adapter.modules.keys().map(|path| path.component).collect();
+    let mut notes = Vec::new();
+    for &component in &components {
+        let folder = if components.len() == 1 { folder.to_owned() } else { folder.join(component.name()) };
+        fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
+        let own = adapter.modules.iter().filter(|(path, _)| path.component == component);
+        let own = Adapter {
+            modules: own.map(|(path, module)| (path.clone(), module.clone())).collect(),
+            metadata: adapter.metadata.clone(),
+        };
+        write_component(&folder, &own, dtype, extra)?;
+    }
+    if components.len() > 1 {
+        let names: Vec<_> = components.iter().map(|component| component.name()).collect();
+        notes.push(format!("one folder for each network: {}", names.join(", ")));
+    }
+    let kept = adapter.metadata.keys().any(|key| key.starts_with("ss_"));
+    if kept {
+        notes.push("training metadata stays in the file's header, where PEFT does not look".into());
+    }
+    Ok(notes)
+}
+
+fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
+    let mut tensors = BTreeMap::new();
+    let dora = adapter.modules.values().filter(|module| module.variant == "dora").count();
+    if dora > 0 && dora < adapter.modules.len() {
+        let plain = adapter.modules.iter().find(|(_, module)| module.variant != "dora");
+        return Err(Error::Module {
+            module: plain.map(|(path, _)| path.to_string()).unwrap_or_default(),
+            reason: "PEFT has either DoRA on all modules or on none".into(),
+        });
+    }
+    for (path, module) in &adapter.modules {
+        let refused = |reason: String| Error::Module { module: path.to_string(), reason };
+        if !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
+            return Err(refused(format!(
+                "PEFT folders are written for LoRA and DoRA, this is {}; flatten it to a plain LoRA first",
+                module.variant
+            )));
+        }
+        if path.component == Component::Model && !path.path.contains('.') {
+            return Err(refused("its name has underscores for dots, which PEFT does not know".into()));
+        }
+        for (name, tensor) in &module.tensors {
+            let suffix = match name.as_str() {
+                "down" => "lora_A.weight",
+                "up" => "lora_B.weight",
+                "embedding_down" => "lora_embedding_A",
+                "embedding_up" => "lora_embedding_B",
+                "magnitude" => "lora_magnitude_vector",
+                other => return Err(refused(format!("PEFT has no form of its tensor `{other}`"))),
+            };
+            // PEFT's magnitudes of convolutions keep the axes of an output.
+            let mut tensor = tensor.to_dtype(dtype);
+            let axes = module.tensors.get("up").map_or(2, |up| up.shape().len());
+            if name == "magnitude" && axes == 4 {
+                let outputs = tensor.elements();
+                tensor = tensor.reshape([1, outputs, 1, 1]).map_err(|error| refused(error.to_string()))?;
+            }
+            super::finite(&path.to_string(), suffix, &tensor)?;
+            tensors.insert(format!("base_model.model.{}.{suffix}", path.path), tensor);
+        }
+    }
+    let rank = most_common(adapter.modules.values().map(|module| module.rank));
+    let alphas: BTreeMap<u64, (usize, f64)> = adapter.modules.values().fold(BTreeMap::new(), |mut counts, module| {
+        counts.entry(module.alpha.to_bits()).or_insert((0, module.alpha)).0 += 1;
+        counts
+    });
+    let alpha = alphas.into_values().max_by_key(|(count, _)| *count).map_or(rank as f64, |(_, alpha)| alpha);
+    let whole = |number: f64| if number.fract() == 0.0 { json!(number as i64) } else { json!(number) };
+    let mut ranks = Map::new();
+    let mut own_alphas = Map::new();
+    for (path, module) in &adapter.modules {
+        if module.rank != rank {
+            ranks.insert(path.path.clone(), json!(module.rank));
+        }
+        if module.alpha != alpha {
+            own_alphas.insert(path.path.clone(), whole(module.alpha));
+        }
+    }
+    let language = adapter.modules.keys().all(|path| path.component == Component::LanguageModel);
+    let base = extra.base_model.clone().or_else(|| adapter.metadata.get("base_model_name_or_path").cloned());
+    let config = json!({
+        "alpha_pattern": own_alphas,
+        "auto_mapping": null,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": whole(alpha),
+        "lora_bias": false,
+        "lora_dropout": extra.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": ranks,
+        "revision": null,
+        "target_modules": targets(adapter),
+        "task_type": if language { json!("CAUSAL_LM") } else { Value::Null },
+        "use_dora": dora > 0,
+        "use_rslora": false,
+    });
+    let weights = folder.join(WEIGHTS);
+    let mut metadata = adapter.metadata.clone();
+    metadata.retain(|key, _| !key.starts_with("sshs_"));
+    metadata.insert("format".into(), "pt".into());
+    write_file(&weights, &tensors, &metadata)?;
+    verify(&weights, &tensors.entries())?;
+    let text = serde_json::to_string_pretty(&config).expect("JSON values always serialise");
+    atomic::write(&folder.join(CONFIG), |file| std::io::Write::write_all(file, text.as_bytes()))
+}
+
+/// The names to target: the last parts of the paths where these are names of language models' layers, which every
+/// consumer knows; whole paths otherwise, since a last part like `0` would match too much.
+fn targets(adapter: &Adapter) -> Vec<String> {
+    const LEAVES: &[&str] =
+        &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"];
+    let leaf = |path: &ModulePath| path.path.rsplit('.').next().unwrap_or_default().to_owned();
+    if adapter.modules.keys().all(|path| LEAVES.contains(&leaf(path).as_str())) {
+        return adapter.modules.keys().map(leaf).collect::<BTreeSet<_>>().into_iter().collect();
+    }
+    adapter.modules.keys().map(|path| path.path.clone()).collect()
+}
