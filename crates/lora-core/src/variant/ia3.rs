@@ -39,12 +39,24 @@ impl Ia3 {
         if weight.len() < 2 || matches!(geometry, LayerGeometry::Embedding { .. }) {
             return Err(unsupported(self.id(), geometry, "it adapts linear layers and convolutions"));
         }
-        let (axis, name) = if parameters.tensors.contains_key("input") { (1, "input") } else { (0, "output") };
+        let input = parameters.tensors.contains_key("input");
+        let (name, features) = if input { ("input", geometry.inputs()) } else { ("output", geometry.outputs()) };
         let offset = parameters.get(self.id(), name)?;
+        expect(self.id(), name, &[features], &backend.shape(offset))?;
+        let offset = backend.scale(offset, parameters.scale)?;
         let mut shape = vec![1; weight.len()];
-        shape[axis] = weight[axis];
-        expect(self.id(), name, &[weight[axis]], &backend.shape(offset))?;
-        backend.reshape(&backend.scale(offset, parameters.scale)?, &shape)
+        if !input {
+            shape[0] = features;
+            return backend.reshape(&offset, &shape);
+        }
+        // Each output of a grouped convolution sees its own group of the inputs.
+        let groups = features / weight[1].max(1);
+        (shape[0], shape[1]) = (groups, weight[1]);
+        let offset = backend.reshape(&offset, &shape)?;
+        if groups == 1 {
+            return Ok(offset);
+        }
+        backend.select(&offset, 0, &(0..weight[0]).map(|output| output / (weight[0] / groups)).collect::<Vec<_>>())
     }
 }
 
@@ -59,11 +71,12 @@ impl<B: Backend> Variant<B> for Ia3 {
     }
 
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>> {
-        let weight = geometry.weight_shape();
         match geometry {
             LayerGeometry::Linear { .. } | LayerGeometry::Conv2d { .. } => {
-                let (axis, name) = if request.switch("on_input") { (1, "input") } else { (0, "output") };
-                Ok(BTreeMap::from([(name.to_owned(), vec![weight[axis]])]))
+                let on_input = request.switch("on_input");
+                let (name, features) =
+                    if on_input { ("input", geometry.inputs()) } else { ("output", geometry.outputs()) };
+                Ok(BTreeMap::from([(name.to_owned(), vec![features])]))
             }
             _ => Err(unsupported(self.id(), geometry, "it adapts linear layers and convolutions")),
         }

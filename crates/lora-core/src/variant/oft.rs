@@ -11,7 +11,7 @@
 //! | `peft-boft` | `blocks [1, n, b, b]`, `Q = (B - Bᵀ)/2`; `rescale [out, 1]` | `(I - Q)(I + Q)⁻¹` | inputs |
 //!
 //! LyCORIS' files hold a constraint as alpha: where `‖Q‖` (over all blocks) exceeds constraint · outputs, Q is scaled down
-//! to it. It is [`Parameters::scale`] here, 0 for none. The inputs of a convolution are its `[in · k · k]` columns. Merged
+//! to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` adapts linear layers and 1×1 convolutions. Merged
 //! with a strength other than 1 the weights are interpolated.
 
 use std::collections::BTreeMap;
@@ -44,6 +44,9 @@ pub enum Boft {
 const BLOCKS: &str = "blocks";
 const SKEW: &str = "skew";
 const RESCALE: &str = "rescale";
+
+/// PEFT rotates overlapping patches of the input there and sums them up, which no weight does.
+const SPATIAL: &str = "PEFT's rotation of a kernel larger than 1×1 is no change of its weight; use `oft`";
 
 /// How `Q` becomes a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,6 +205,9 @@ impl Oft {
                 backend.permute(&rotation(backend, &skew, Cayley::Forward)?, &[0, 2, 1])
             }
             Oft::PeftExact | Oft::PeftNeumann => {
+                if geometry.is_spatial() {
+                    return Err(unsupported(self.id(), geometry, SPATIAL));
+                }
                 let skew = parameters.get(self.id(), SKEW)?;
                 let shape = backend.shape(skew);
                 let count = shape.get(1).copied().unwrap_or(0);
@@ -235,6 +241,9 @@ impl<B: Backend> Variant<B> for Oft {
     /// The rank is the size of a block; the nearest smaller size that divides the features is taken.
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>> {
         supported(geometry, self.id())?;
+        if *self != Oft::Lycoris && geometry.is_spatial() {
+            return Err(unsupported(self.id(), geometry, SPATIAL));
+        }
         let wanted = at_least_one(request.rank)?;
         let features = if *self == Oft::Lycoris { geometry.outputs() } else { geometry.fan_in() };
         let side = (1..=wanted.min(features)).rev().find(|side| features % side == 0).unwrap_or(1);

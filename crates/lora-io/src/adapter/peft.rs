@@ -52,7 +52,11 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let file = SafetensorsFile::open(&weights)?;
     let config = Config::parse(&config_path, &config)?;
 
-    let shared = |name: &str| ["base_model.vera_A", "base_model.vera_B"].contains(&name);
+    // VeRA's matrices belong to all modules; GLoRA writes the zeros of the paths that it does not train.
+    let shared = |name: &str| {
+        ["base_model.vera_A", "base_model.vera_B"].contains(&name)
+            || name.contains(".glora_") && name.ends_with(".zeros")
+    };
     let vera = match (file.get("base_model.vera_A"), file.get("base_model.vera_B")) {
         (Ok(a), Ok(b)) => Some((a.to_host()?, b.to_host()?)),
         _ => None,
@@ -114,7 +118,6 @@ impl Config {
             ("alora_invocation_tokens", "activated LoRA is not read"),
             ("layer_replication", "replicated layers are not read"),
             ("megatron_config", "Megatron's parallel layers are not read"),
-            ("coft", "constrained OFT projects its weights while it runs; save it projected"),
         ] {
             if set(field) {
                 return Err(wrong(field, format!("{} changes the mathematics; {remedy}", fields[field])));

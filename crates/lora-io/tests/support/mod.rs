@@ -1,0 +1,93 @@
+//! The golden files of `tests/golden/variants`: one adapted layer of a peer each, with what the peer wrote and computed.
+//! Used by the tests of this crate and of `lora-train`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lora_core::{AdapterModule, HostTensor, LayerGeometry};
+use lora_io::adapter;
+use lora_io::safetensors::{SafetensorsFile, write};
+
+/// One file.
+pub(crate) struct Golden {
+    pub(crate) name: String,
+    pub(crate) tensors: BTreeMap<String, HostTensor>,
+    pub(crate) metadata: BTreeMap<String, String>,
+}
+
+impl Golden {
+    pub(crate) fn open(path: &Path) -> Self {
+        let file = SafetensorsFile::open(path).unwrap();
+        let tensor = |name: &str| {
+            let view = file.get(name).unwrap();
+            // Flags are whole numbers in the peers' files.
+            match view.shape() {
+                [] => HostTensor::from_f32([], vec![view.scalar().unwrap() as f32]).unwrap(),
+                _ => view.to_host().unwrap(),
+            }
+        };
+        let tensors = file.names().map(|name| (name.to_owned(), tensor(name))).collect();
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        Self { name, tensors, metadata: file.metadata().clone() }
+    }
+
+    /// All of them whose name starts so, sorted.
+    pub(crate) fn all(start: &str) -> Vec<Self> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-io/tests/golden/variants");
+        let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.file_name().unwrap().to_string_lossy().starts_with(start));
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+        paths.sort();
+        paths.iter().map(|path| Self::open(path)).collect()
+    }
+
+    pub(crate) fn geometry(&self) -> LayerGeometry {
+        let shape = self.tensors["weight"].shape();
+        let number = |key: &str| self.metadata[key].parse::<usize>().unwrap();
+        match self.metadata["kind"].as_str() {
+            "linear" => LayerGeometry::linear(shape[1], shape[0]),
+            "embedding" => LayerGeometry::Embedding { entries: shape[0], width: shape[1] },
+            "norm" => LayerGeometry::Norm { features: shape[0] },
+            _ => LayerGeometry::Conv2d {
+                in_channels: shape[1] * number("groups"),
+                out_channels: shape[0],
+                kernel: shape[2],
+                stride: number("stride"),
+                padding: number("padding"),
+                groups: number("groups"),
+            },
+        }
+    }
+
+    /// The module, read by this crate from a file as the peer writes it. With `gradients` the trained tensors hold their
+    /// gradients instead.
+    pub(crate) fn module(&self, gradients: bool) -> lora_io::Result<AdapterModule> {
+        let folder = tempfile::tempdir().unwrap();
+        let peft = self.metadata["peer"].starts_with("peft");
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let Some(key) = name.strip_prefix("file.") else { continue };
+            let tensor = match self.tensors.get(&format!("grad.{key}")) {
+                Some(gradient) if gradients => gradient,
+                _ => tensor,
+            };
+            let key = match (peft, key.starts_with("base_model.")) {
+                (true, true) => key.to_owned(),
+                (true, false) => format!("base_model.model.layer.{key}"),
+                (false, _) => format!("lora_unet_mid_block_resnets_0_conv1.{key}"),
+            };
+            tensors.insert(key, tensor.clone());
+        }
+        let path = match peft {
+            true => {
+                std::fs::write(folder.path().join("adapter_config.json"), &self.metadata["options"]).unwrap();
+                folder.path().join("adapter_model.safetensors")
+            }
+            false => folder.path().join("a.safetensors"),
+        };
+        write(&path, &tensors, &BTreeMap::new()).unwrap();
+        let read = adapter::read(if peft { folder.path() } else { &path })?;
+        assert_eq!(read.adapter.modules.len(), 1, "{}", self.name);
+        Ok(read.adapter.modules.into_values().next().unwrap())
+    }
+}
