@@ -3,7 +3,7 @@
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::DenseSolveCore;
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::random::Stream;
 use crate::{Error, HostTensor, Result};
@@ -113,6 +113,19 @@ pub(crate) fn multiply<T: faer::traits::ComplexField>(a: MatRef<'_, T>, b: MatRe
     let mut product = Mat::zeros(a.nrows(), b.ncols());
     matmul(product.as_mut(), Accum::Replace, a, b, T::one_impl(), Par::rayon(0));
     product
+}
+
+/// `values += up · down` for row-major `up: [rows, rank]` and `down: [rank, columns]`, on the calling thread alone.
+pub fn add_product(values: &mut [f32], up: &[f32], down: &[f32], rank: usize) {
+    let (rows, columns) = (up.len() / rank.max(1), down.len() / rank.max(1));
+    matmul(
+        MatMut::from_row_major_slice_mut(values, rows, columns),
+        Accum::Add,
+        MatRef::from_row_major_slice(up, rows, rank),
+        MatRef::from_row_major_slice(down, rank, columns),
+        1.0,
+        Par::Seq,
+    );
 }
 
 /// The inverses of square matrices `[..., n, n]`, in f64.

@@ -6,6 +6,7 @@ pub mod checkpoint;
 mod error;
 pub mod hash;
 mod info;
+pub mod merge;
 pub mod metadata;
 pub mod safetensors;
 

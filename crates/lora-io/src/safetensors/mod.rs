@@ -53,7 +53,7 @@ stored_dtypes! {
 
 impl StoredDType {
     /// Bytes of `elements` elements; `None` on overflow or where they do not fill whole bytes.
-    fn bytes(self, elements: usize) -> Option<usize> {
+    pub(crate) fn bytes(self, elements: usize) -> Option<usize> {
         let bits = elements.checked_mul(self.bits())?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }
