@@ -3,12 +3,14 @@
 
 pub mod adapter;
 pub mod backend;
+pub mod compose;
 pub mod conformance;
 mod error;
 mod layer;
 pub mod linalg;
 pub mod merge;
 pub mod random;
+pub mod rank;
 pub mod strength;
 pub mod target;
 mod tensor;
