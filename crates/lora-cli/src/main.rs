@@ -2,6 +2,7 @@
 //!
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
+mod adapters;
 mod doctor;
 mod info;
 mod progress;
@@ -23,6 +24,16 @@ struct Arguments {
 enum Command {
     /// Train a LoRA from a configuration file.
     Train(train::Arguments),
+    /// Merge adapters into a base model.
+    Merge(adapters::MergeArguments),
+    /// Write an adapter in another format.
+    Convert(adapters::ConvertArguments),
+    /// Make one LoRA of several.
+    Combine(adapters::CombineArguments),
+    /// Give a LoRA other ranks.
+    Resize(adapters::ResizeArguments),
+    /// Make a LoRA of the difference of two models.
+    Extract(adapters::ExtractArguments),
     /// Show what a LoRA file holds.
     Info(info::Arguments),
     /// Show which libtorch and devices are used, and what is missing.
@@ -69,6 +80,11 @@ fn main() -> ExitCode {
         .init();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Merge(arguments) => adapters::merge(&arguments),
+        Command::Convert(arguments) => adapters::convert(&arguments),
+        Command::Combine(arguments) => adapters::combine(&arguments),
+        Command::Resize(arguments) => adapters::resize(&arguments),
+        Command::Extract(arguments) => adapters::extract(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Keys => {

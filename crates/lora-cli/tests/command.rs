@@ -47,7 +47,12 @@ fn a_run_says_what_it_does_and_what_it_left() {
             .and(contains("step 2/2 loss")),
     );
     let file = folder.path().join("out/lora.safetensors");
-    lora().arg("info").arg(&file).assert().success().stdout(contains("9 lora_te, 64 lora_unet").and(contains("{2}")));
+    lora()
+        .arg("info")
+        .arg(&file)
+        .assert()
+        .success()
+        .stdout(contains("6 text_encoder, 64 unet").and(contains("{2}")).and(contains("variant: 70 lora")));
     let json = lora().arg("info").arg("--json").arg(&file).assert().success().get_output().stdout.clone();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(json["metadata"]["ss_steps"], "2");
@@ -106,4 +111,108 @@ fn the_doctor_and_the_reference_answer() {
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert!(json["precisions"]["cpu"].as_array().unwrap().iter().any(|precision| precision == "fp32"));
     lora().arg("keys").assert().success().stdout(contains("`gradient_accumulation_steps`"));
+}
+
+/// A trained LoRA goes into its base and comes out again; files pass from one format to the next.
+#[test]
+fn finished_adapters_are_merged_extracted_resized_and_converted() {
+    let folder = workspace();
+    train(folder.path(), &["--set", "target_modules=[\"attention-mlp\"]", "--set", "learning_rate=0.05"]).success();
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    let file = "out/lora.safetensors";
+    run(&[
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--lora",
+        "out/lora.safetensors:0.8",
+        "--out",
+        "merged.safetensors",
+        "--dtype",
+        "fp32",
+    ])
+    .success()
+    .stdout(contains("tensors changed"));
+    run(&[
+        "extract",
+        "--base",
+        "base.safetensors",
+        "--tuned",
+        "merged.safetensors",
+        "--out",
+        "back.safetensors",
+        "--rank",
+        "2",
+    ])
+    .success()
+    .stderr(contains("ranks 2 to 2").or(contains("ranks 1 to 2")));
+    // The same adapter at strength 0.8: taking it away leaves next to nothing.
+    let difference = [
+        "combine",
+        "--lora",
+        "back.safetensors",
+        "--lora",
+        "out/lora.safetensors:-0.8",
+        "--out",
+        "rest.safetensors",
+        "--dtype",
+        "fp32",
+    ];
+    run(&difference).success();
+    run(&[
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--lora",
+        "rest.safetensors",
+        "--out",
+        "same.safetensors",
+        "--dtype",
+        "fp32",
+    ])
+    .success();
+    run(&["resize", file, "--rank", "1", "--out", "small.safetensors"]).success().stderr(contains("ranks 1 to 1"));
+    run(&["info", "small.safetensors"]).success().stdout(contains("{1}"));
+    run(&["resize", file, "--out", "small.safetensors"]).code(2).stderr(contains("--sv-ratio"));
+    run(&["resize", file, "--rank", "1", "--out", file]).code(2).stderr(contains("the input itself"));
+    run(&["convert", file, "--to", "peft", "--out", "folder"]).success().stderr(contains("text_encoder, unet"));
+    run(&["info", "folder/unet"]).success().stdout(contains("format:     peft"));
+    run(&["convert", "folder/unet", "--to", "diffusers", "--out", "d.safetensors"]).success();
+    run(&["convert", "d.safetensors", "--to", "kohya", "--out", "k.safetensors", "--alpha", "1"]).success();
+    run(&["info", "k.safetensors"]).success().stdout(contains("alpha: [1.0]"));
+    run(&["merge", "--base", "base.safetensors", "--lora", "out/lora.safetensors:x", "--out", "y"]).code(1);
+    run(&["merge", "--base", "base.safetensors", "--lora", "k.safetensors", "--out", "base.safetensors"])
+        .code(1)
+        .stderr(contains("never overwrites"));
+}
+
+/// Every variant trains, saves in a layout that has it, and merges.
+#[test]
+fn other_variants_train_and_merge() {
+    let folder = workspace();
+    for (variant, options) in
+        [("dora", "{}"), ("loha", "{}"), ("lokr", "{factor = 4}"), ("pissa", "{}"), ("oft", "{rescale = true}")]
+    {
+        let settings =
+            [format!("variant={variant}"), format!("variant_options={options}"), format!("output_name={variant}")];
+        let arguments: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        train(folder.path(), &arguments).success();
+        let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+        let file = format!("out/{variant}.safetensors");
+        run(&["merge", "--base", "base.safetensors", "--lora", &file, "--out", "merged.safetensors"]).success();
+        run(&[
+            "convert",
+            &file,
+            "--to",
+            "portable",
+            "--out",
+            &format!("{variant}-flat"),
+            "--flatten",
+            "4",
+            "--base",
+            "base.safetensors",
+        ])
+        .success();
+    }
+    train(folder.path(), &["--set", "variant=vera"]).code(1).stderr(contains("no form of vera"));
 }

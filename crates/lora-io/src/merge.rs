@@ -4,7 +4,10 @@
 //! Tensors that no adapter changes are copied as they are. The others are added up in f32 and rounded once, to nearest
 //! even, to the base's type or another. The output appears whole or not at all, and is never one of the inputs.
 
+mod reduce;
 mod targets;
+
+pub use reduce::{extract, flatten};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -73,8 +76,7 @@ pub fn merge(
     let (base, output) = (base.as_ref(), output.as_ref());
     let folder = fs::metadata(base).map_err(Error::io(base, "open the base model"))?.is_dir();
     guard(base, output, folder)?;
-    let paths = if folder { weight_files(base)? } else { vec![base.to_owned()] };
-    let files: Vec<SafetensorsFile> = paths.iter().map(SafetensorsFile::open).collect::<Result<_>>()?;
+    let (paths, files) = open_base(base)?;
     let plan = Plan::new(base, &files, adapters)?;
     let total = files.iter().map(|file| file.data().len() as u64).sum();
     let done = std::sync::atomic::AtomicU64::new(0);
@@ -102,6 +104,14 @@ pub fn merge(
     fs::rename(partial.keep(), output).map_err(Error::io(output, "put into place"))?;
     report.files = report.files.iter().map(|file| output.join(file.file_name().unwrap_or_default())).collect();
     Ok(report)
+}
+
+/// The weight files of a base.
+fn open_base(base: &Path) -> Result<(Vec<PathBuf>, Vec<SafetensorsFile>)> {
+    let folder = fs::metadata(base).map_err(Error::io(base, "open the base model"))?.is_dir();
+    let paths = if folder { weight_files(base)? } else { vec![base.to_owned()] };
+    let files = paths.iter().map(SafetensorsFile::open).collect::<Result<_>>()?;
+    Ok((paths, files))
 }
 
 /// The output must not be an input, nor lie in the way of anything.

@@ -123,7 +123,7 @@ fn every_key_of_the_reference_is_read() {
         if ["base_model", "train_data_dir", "output_dir"].contains(&key.name) {
             continue;
         }
-        let error = toml(&format!("{} = {{ x = 1 }}", key.name)).expect_err(key.name);
+        let error = toml(&format!("{} = {{ x = \"one\" }}", key.name)).expect_err(key.name);
         assert!(error.contains(&format!("`{}`", key.name)), "{}: {error}", key.name);
     }
 }

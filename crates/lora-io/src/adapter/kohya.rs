@@ -13,6 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use lora_core::backend::CpuBackend;
+use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, names, parts};
@@ -93,6 +95,16 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     Ok((written, notes))
 }
 
+/// Whether the layout has a form of every module, before hours are spent on training one that it has not.
+pub fn check(adapter: &Adapter) -> Result<()> {
+    let family = super::family(adapter);
+    for (path, module) in &adapter.modules {
+        named(path, family)?;
+        parts::spell(module, DType::F32).map_err(|reason| Error::Module { module: path.to_string(), reason })?;
+    }
+    Ok(())
+}
+
 fn named(module: &ModulePath, family: Family) -> Result<String> {
     names::kohya(module, family).ok_or_else(|| Error::Module {
         module: module.to_string(),
@@ -101,9 +113,7 @@ fn named(module: &ModulePath, family: Family) -> Result<String> {
 }
 
 fn is_custom(variant: &str) -> bool {
-    let module = AdapterModule { variant: variant.to_owned(), tensors: BTreeMap::new(), rank: 1, alpha: 1.0 };
-    // The spelling of a known variant without tensors has an alpha at most; a custom one is spelt by its own name.
-    lora_core::variant::VariantRegistry::<lora_core::backend::CpuBackend>::default().get(&module.variant).is_err()
+    VariantRegistry::<CpuBackend>::default().get(variant).is_err()
 }
 
 /// Reads a file of this layout.

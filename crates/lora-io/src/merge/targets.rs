@@ -40,11 +40,11 @@ pub(super) struct Plan {
 
 /// A layer of the base.
 #[derive(Debug, Clone)]
-struct Layer {
-    file: usize,
-    weight: String,
+pub(super) struct Layer {
+    pub(super) file: usize,
+    pub(super) weight: String,
     bias: Option<String>,
-    rows: Option<Range<usize>>,
+    pub(super) rows: Option<Range<usize>>,
 }
 
 impl Plan {
@@ -106,14 +106,14 @@ impl Plan {
 }
 
 /// The base's layers by canonical path, and by their own names with underscores.
-struct Layers {
-    known: BTreeMap<ModulePath, Layer>,
+pub(super) struct Layers {
+    pub(super) known: BTreeMap<ModulePath, Layer>,
     /// Own name, dots as underscores → layers of that name.
     spelt: BTreeMap<String, Vec<Layer>>,
 }
 
 impl Layers {
-    fn new(base: &Path, files: &[SafetensorsFile]) -> Self {
+    pub(super) fn new(base: &Path, files: &[SafetensorsFile]) -> Self {
         let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
             let all: Vec<&str> = file.names().collect();
@@ -151,7 +151,7 @@ impl Layers {
         }
     }
 
-    fn find(&self, path: &ModulePath) -> Result<&Layer, String> {
+    pub(super) fn find(&self, path: &ModulePath) -> Result<&Layer, String> {
         if let Some(layer) = self.known.get(path) {
             return Ok(layer);
         }

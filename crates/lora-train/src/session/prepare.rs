@@ -139,9 +139,9 @@ impl Session {
             alphas: Patterns::parse(&config.alpha_pattern, &targets)?,
             seed: config.seed,
         };
-        let mut adapter = TrainableAdapter::default();
+        let mut trained = TrainableAdapter::default();
         for network in networks {
-            adapter.attach(
+            trained.attach(
                 network,
                 &targets,
                 &plugins.variants,
@@ -149,6 +149,8 @@ impl Session {
                 from.as_ref().map(|(adapter, _)| adapter),
             )?;
         }
+
+        adapter::kohya::check(&trained.export()?)?;
 
         let sampler = EpochSampler::new(dataset.items().iter().map(|item| item.repeats).collect(), config.seed);
         let plan =
@@ -186,7 +188,7 @@ impl Session {
             text_states,
             encoder,
             latents,
-            adapter,
+            adapter: trained,
             targets,
             scaler,
             lr_schedule,

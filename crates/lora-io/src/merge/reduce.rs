@@ -1,0 +1,123 @@
+//! Plain LoRAs from checkpoints: the difference of two, and any adapter's updates on a base.
+
+use std::path::Path;
+
+use lora_core::backend::CpuBackend;
+use lora_core::compose::{self, ExtractOptions, Outcome};
+use lora_core::target::{TargetLayer, Targets};
+use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
+use lora_core::{Adapter, DType, HostTensor, LayerGeometry, ModulePath};
+use rayon::prelude::*;
+
+use super::open_base;
+use super::targets::{Layer, Layers};
+use crate::safetensors::SafetensorsFile;
+use crate::{Error, Result};
+
+/// The weight of a layer, in f32.
+fn weight(files: &[SafetensorsFile], layer: &Layer) -> Result<HostTensor> {
+    let file = &files[layer.file];
+    let wrong = |error: lora_core::Error| Error::tensor(file.path(), &layer.weight, error.to_string());
+    let whole = file.get(&layer.weight)?.to_host()?.to_dtype(DType::F32);
+    let Some(rows) = &layer.rows else { return Ok(whole) };
+    let columns = whole.elements() / whole.shape()[0].max(1);
+    let part = whole.to_f32()[rows.start * columns..rows.end * columns].to_vec();
+    HostTensor::from_f32([&[rows.len()], &whole.shape()[1..]].concat(), part).map_err(wrong)
+}
+
+/// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.
+/// Layers that do not differ get no module.
+pub fn extract(
+    base: impl AsRef<Path>,
+    tuned: impl AsRef<Path>,
+    targets: &Targets,
+    options: &ExtractOptions,
+) -> Result<(Adapter, Vec<Outcome>)> {
+    let (base, tuned) = (base.as_ref(), tuned.as_ref());
+    let ((_, base_files), (_, tuned_files)) = (open_base(base)?, open_base(tuned)?);
+    let (base_layers, tuned_layers) = (Layers::new(base, &base_files), Layers::new(tuned, &tuned_files));
+    let shape_of = |layer: &Layer| {
+        let mut shape = base_files[layer.file].shape(&layer.weight).unwrap_or_default().to_vec();
+        if let (Some(rows), Some(first)) = (&layer.rows, shape.first_mut()) {
+            *first = rows.len();
+        }
+        shape
+    };
+    let layers: Vec<TargetLayer> = base_layers
+        .known
+        .iter()
+        .filter_map(|(path, layer)| {
+            let geometry = LayerGeometry::of_weight(&shape_of(layer))?;
+            let norm = matches!(geometry, LayerGeometry::Norm { .. });
+            (!norm).then(|| TargetLayer { path: path.clone(), geometry })
+        })
+        .collect();
+    let chosen = targets.select(&layers).map_err(|error| Error::format(base, error.to_string()))?;
+    let found: Vec<Option<(ModulePath, _)>> = chosen
+        .par_iter()
+        .map(|target| {
+            let layer = &base_layers.known[&target.path];
+            let Some(other) = tuned_layers.known.get(&target.path) else {
+                return Err(Error::format(tuned, format!("has no `{}`, which the base has", target.path)));
+            };
+            let (before, after) = (weight(&base_files, layer)?, weight(&tuned_files, other)?);
+            let module = compose::extract(&after, &before, options)
+                .map_err(|error| Error::tensor(tuned, &other.weight, error.to_string()))?;
+            base_files[layer.file].release(&layer.weight);
+            tuned_files[other.file].release(&other.weight);
+            Ok(module.map(|module| (target.path.clone(), module)))
+        })
+        .collect::<Result<_>>()?;
+    let mut adapter = Adapter::default();
+    let mut outcomes = Vec::new();
+    for (path, (module, kept)) in found.into_iter().flatten() {
+        outcomes.push(Outcome { module: path.clone(), rank: module.rank, kept });
+        adapter.modules.insert(path, module);
+    }
+    if adapter.modules.is_empty() {
+        return Err(Error::format(tuned, "does not differ from the base in any of these layers"));
+    }
+    Ok((adapter, outcomes))
+}
+
+/// Any adapter as a plain LoRA on this base: every update is worked out and taken apart again. Plain modules stay as they
+/// are.
+pub fn flatten(
+    base: impl AsRef<Path>,
+    adapter: &Adapter,
+    options: &ExtractOptions,
+    variants: &VariantRegistry<CpuBackend>,
+) -> Result<(Adapter, Vec<Outcome>)> {
+    let base = base.as_ref();
+    let (_, files) = open_base(base)?;
+    let layers = Layers::new(base, &files);
+    let flat: Vec<(ModulePath, _)> = adapter
+        .modules
+        .par_iter()
+        .map(|(path, module)| {
+            if module.variant == "lora" && !module.tensors.contains_key("mid") {
+                return Ok((path.clone(), (module.clone(), 1.0)));
+            }
+            let refused = |reason: String| Error::Module { module: path.to_string(), reason };
+            let layer = layers.find(path).map_err(refused)?;
+            let weight = weight(&files, layer)?;
+            let geometry = lora_core::merge::geometry(module, weight.shape())
+                .ok_or_else(|| refused(format!("a weight of the shape {:?} is not adapted", weight.shape())))?;
+            let frozen = FrozenLayer { backend: CpuBackend, geometry, weight, bias: None };
+            let flatten = || -> lora_core::Result<_> {
+                let variant = variants.get(&module.variant)?;
+                let parameters = Parameters::upload(&CpuBackend, module, &HostTensor::zeros([1]))?;
+                let delta = variant.delta_weight(&CpuBackend, &frozen, &parameters)?;
+                compose::flatten(&delta, options)
+            };
+            Ok((path.clone(), flatten().map_err(|error| refused(error.to_string()))?))
+        })
+        .collect::<Result<_>>()?;
+    let mut result = Adapter { metadata: adapter.metadata.clone(), ..Adapter::default() };
+    let mut outcomes = Vec::new();
+    for (path, (module, kept)) in flat {
+        outcomes.push(Outcome { module: path.clone(), rank: module.rank, kept });
+        result.modules.insert(path, module);
+    }
+    Ok((result, outcomes))
+}
