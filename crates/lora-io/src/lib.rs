@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod atomic;
 pub mod checkpoint;
+pub mod consumers;
 mod error;
 pub mod hash;
 mod info;
