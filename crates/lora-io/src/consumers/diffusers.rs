@@ -68,12 +68,11 @@ fn converted(draft: &mut Draft, inventory: &Inventory, base: Family, layers: &[L
             draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
         } else if !has("lora_down.weight") || !["lora_down.weight", "lora_up.weight", "alpha"].contains(&part) {
             // Names are taken by their lora_down.weight; the rest of the state must be empty then.
-            let flattens = has("lora_down.weight")
-                || ["hada_", "lokr_", "diff", "w_norm", "b_norm"].iter().any(|p| part.starts_with(p));
-            let cure = if part.starts_with("lora_A") || part.starts_with("lora_B") {
-                Some(Cure::ToKohya)
-            } else {
-                (flattens || !part.starts_with("lora_")).then_some(Cure::Flatten)
+            let plain = |part: &String| ["lora_down.weight", "lora_up.weight", "alpha"].contains(&part.as_str());
+            let cure = match modules.get(name) {
+                Some(_) if has("lora_A.weight") && has("lora_B.weight") => Some(Cure::ToKohya),
+                Some(parts) if !parts.iter().all(plain) => Some(Cure::Flatten),
+                _ => None,
             };
             draft.refuse(key, "left over after the conversion, which is a ValueError", cure);
         } else if !has("lora_up.weight") {
@@ -88,19 +87,19 @@ fn converted(draft: &mut Draft, inventory: &Inventory, base: Family, layers: &[L
             draft.ignore(key, Effect::Part, "the pipeline has no layer of this name", None);
         }
     }
-    encoders_without_a_sign(draft, base, &modules);
     lost_alphas(draft, inventory, &layers_of);
+    encoders_without_a_sign(draft, &modules);
 }
 
 /// The kind of a text encoder's part is told by `to_out_lora`, `lora_linear_layer` or `.lora_A.weight`, which only
 /// out_proj and the MLP become: q, k and v alone raise "Could not automatically infer state dict type".
-fn encoders_without_a_sign(draft: &mut Draft, base: Family, modules: &BTreeMap<String, BTreeSet<String>>) {
-    let prefixes: &[&str] = match base {
-        Family::StableDiffusionXl => &["lora_te1_", "lora_te2_"],
-        _ => &["lora_te_"],
-    };
-    for prefix in prefixes {
-        let names = || modules.keys().filter(|name| name.starts_with(prefix));
+fn encoders_without_a_sign(draft: &mut Draft, modules: &BTreeMap<String, BTreeSet<String>>) {
+    for prefixes in [&["lora_te_", "lora_te1_"][..], &["lora_te2_"]] {
+        let converted = |parts: &BTreeSet<String>| parts.contains("lora_down.weight");
+        let names = || {
+            let of = modules.iter().filter(|(_, parts)| converted(parts)).map(|(name, _)| name);
+            of.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
+        };
         let sign = |name: &String| ["_out_proj", "_fc1", "_fc2"].iter().any(|end| name.ends_with(end));
         if names().any(sign) {
             continue;
@@ -200,7 +199,12 @@ fn kohya_names(base: Family, layers: &[Layer]) -> HashMap<String, &Layer> {
     let mut names = HashMap::new();
     for layer in layers {
         names.insert(layer.kohya(base), layer);
-        names.insert(underscored(layer.prefix(base), &layer.path), layer);
+        let prefixes: &[&str] = match layer.component {
+            Component::TextEncoder => &["lora_te", "lora_te1"],
+            Component::TextEncoder2 => &["lora_te2"],
+            _ => &["lora_unet"],
+        };
+        names.extend(prefixes.iter().map(|prefix| (underscored(prefix, &layer.path), layer)));
     }
     names
 }
@@ -291,7 +295,7 @@ mod tests {
 
     #[test]
     fn left_over_keys_are_an_error() {
-        for part in ["hada_w1_a", "lokr_w1", "diff", "w_norm", "alpha"] {
+        for part in ["hada_w1_a", "lokr_w1", "diff", "w_norm", "on_input"] {
             let key = format!("{NAME}.{part}");
             let opinion = judge(&sd1().tensor(&key, &[4, 4]));
             assert_eq!(opinion.verdict, Verdict::Refuses, "{part}");
@@ -304,6 +308,8 @@ mod tests {
         for half in ["lora_up", "lora_down"] {
             assert_eq!(judge(&sd1().without(&format!("fc1.{half}"))).verdict, Verdict::Refuses);
         }
+        let alpha = format!("{NAME}.alpha");
+        assert!(is_refused(&judge(&sd1().tensor(&alpha, &[])), &alpha));
         let peft = judge(&sd1().pair(NAME));
         assert_eq!(cure(&peft).unwrap(), "lora convert --to kohya");
     }
@@ -342,6 +348,11 @@ mod tests {
         assert_eq!(cure(&opinion).unwrap(), "lora convert --to kohya");
         assert_eq!(judge(&sd1().without("fc1")).verdict, Verdict::Loads);
         assert_eq!(judge(&sd1().without("lora_te_")).verdict, Verdict::Loads);
+        // CLIP-L goes by either prefix, and the two count as one encoder.
+        let either = sd1().renamed(|name| {
+            name.replace("lora_te_text_model_encoder_layers_0_mlp", "lora_te1_text_model_encoder_layers_0_mlp")
+        });
+        assert_eq!(judge(&either.without("out_proj")).verdict, Verdict::Loads);
         // Each encoder is told for itself.
         let second = sdxl()
             .without("te2_text_model_encoder_layers_31_self_attn_out")

@@ -36,7 +36,8 @@ const IMAGE_PREFIXES: &[&str] = &[
 
 impl Inventory {
     /// The base model that the names, shapes and metadata speak of. Shapes weigh most, metadata (which conversions
-    /// carry along) least; a U-Net in diffusers' names with nothing else to tell by is taken for Stable Diffusion 1.x.
+    /// carry along) least; a U-Net in diffusers' names with nothing else to tell by is taken for Stable Diffusion 1.x,
+    /// and names that are no U-Net's for no model that is known here.
     pub fn base(&self) -> Family {
         let any = |test: &dyn Fn(&str) -> bool| self.tensors.keys().any(|name| test(name));
         let contains = |parts: &[&str]| any(&|name| parts.iter().any(|part| name.contains(part)));
@@ -72,6 +73,13 @@ impl Inventory {
         if let Some(family) = self.by_metadata() {
             return family;
         }
+        let unet = ["lora_unet_", "oft_unet_", "lycoris_", "unet.", "diffusion_model."];
+        let blocks = ["down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks"];
+        let ends = ["conv_in", "conv_out", "time_embed", "add_embedding", "label_emb"];
+        // Transformers have `lora_unet_` names too, and blocks of other names.
+        if any(&|name| unet.iter().any(|prefix| name.starts_with(prefix))) && !contains(&blocks) && !contains(&ends) {
+            return Family::Unknown;
+        }
         let ldm = ["lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_"];
         let first = |name: &str| name.starts_with("lora_te_") || name.starts_with("text_encoder.");
         // Only SDXL's native names are LDM's.
@@ -83,7 +91,7 @@ impl Inventory {
 
     /// By the width of the text that cross-attention reads: 768, 1024 or 2048.
     fn by_context_width(&self) -> Option<Family> {
-        let down = ["lora_down.weight", "lora_A.weight", "lora.down.weight", "to_k_lora.down.weight"];
+        let down = ["lora_down.weight", "lora_A.weight", "lora.down.weight", "to_k_lora.down.weight", "hada_w1_b"];
         self.tensors.iter().find_map(|(name, (_, shape))| {
             let context = name.contains("attn2_to_k.") || name.contains("attn2.to_k.") || name.contains("attn2.proc");
             if !context || !down.iter().any(|part| name.ends_with(part)) || !name.contains("to_k") {
@@ -134,6 +142,8 @@ mod tests {
         assert_eq!(Inventory::default().base(), Family::Unknown);
         let joint = Inventory::default().tensor("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", &[4, 8]);
         assert_eq!(joint.base(), Family::StableDiffusion3);
+        let transformer = Inventory::default().lora("lora_unet_blocks_0_self_attn_q", 8, 8);
+        assert_eq!(transformer.base(), Family::Unknown);
     }
 
     #[test]

@@ -32,7 +32,13 @@ pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> 
         let has = |part: &str| inventory.tensors.contains_key(&format!("{name}.{part}"));
         if !has("lora_down.weight") {
             let reason = "no lora_down.weight beside it, so no module is made for its layer";
-            draft.ignore(key, Effect::Part, reason, Cure::Flatten);
+            let cure = match part {
+                "lora_up.weight" => None,
+                _ if has("lora_up.weight") => None,
+                _ if has("lora_A.weight") => Some(Cure::ToKohya),
+                _ => Some(Cure::Flatten),
+            };
+            draft.ignore(key, Effect::Part, reason, cure);
         } else if has("lora_mid.weight") {
             // The module's factor has the layer's kernel, the Tucker form's has none: the shapes differ.
             let reason = "the Tucker form (lora_mid) has other shapes than the module that is made for it";
@@ -111,6 +117,7 @@ mod tests {
             let opinion = judge(&inventory);
             assert_eq!(opinion.verdict, Verdict::LoadsPart);
             assert_eq!(opinion.loaded(), inventory.tensors.len() - 2);
+            assert_eq!(cure(&opinion), None);
         }
     }
 }

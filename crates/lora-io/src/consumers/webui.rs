@@ -15,16 +15,22 @@ use crate::checkpoint::Family;
 
 pub(super) const VERSION: &str = "1.10";
 
+const NOT_KOHYA: &str = "not a name of the kohya layout: no effect and no message";
+
 pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
     let mut draft = Draft::default();
     let mut modules: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for key in inventory.tensors.keys() {
-        let (name, part) = key.split_once('.').unwrap_or((key, ""));
-        modules.entry(name).or_default().insert(part);
+        match key.split_once('.') {
+            Some((name, part)) => {
+                modules.entry(name).or_default().insert(part);
+            }
+            None => draft.ignore(key, Effect::Part, NOT_KOHYA, Cure::ToKohya),
+        }
     }
     for (&name, parts) in &modules {
-        let key = |part: &str| if part.is_empty() { name.to_owned() } else { format!("{name}.{part}") };
+        let key = |part: &str| format!("{name}.{part}");
         // An embedding packed beside the LoRA loads as one.
         if name == "bundle_emb" {
             parts.iter().for_each(|part| draft.load(&key(part)));
@@ -38,7 +44,8 @@ pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> 
         }
         let Some(used) = variant(parts) else {
             let reason = "its parts make up no variant that the WebUI knows, which fails the whole network";
-            let cure = parts.iter().any(|part| part.starts_with("lora_")).then_some(Cure::ToKohya);
+            let dotted = |part: &&str| part.starts_with("lora.") || part.starts_with("lora_linear_layer.");
+            let cure = parts.iter().any(dotted).then_some(Cure::ToKohya);
             parts.iter().for_each(|part| draft.refuse(&key(part), reason, cure.clone()));
             continue;
         };
@@ -95,7 +102,7 @@ fn unknown(name: &str, base: Family) -> (&'static str, Option<Cure>) {
     } else if ["lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "oft_unet_"].iter().any(|p| name.starts_with(p)) {
         ("names no layer that the WebUI finds in this base model: skipped without a message", None)
     } else {
-        ("not a name of the kohya layout: no effect and no message", Some(Cure::ToKohya))
+        (NOT_KOHYA, Some(Cure::ToKohya))
     }
 }
 
@@ -170,6 +177,10 @@ mod tests {
         }
         let wrapper = sd1().without("lora_te").renamed(|name| name.replace("lora_unet", "lycoris"));
         assert_eq!(judge(&wrapper).verdict, Verdict::NothingLoaded);
+        let strange = sd1().tensor("x", &[1]).tensor("x.", &[1]);
+        let opinion = judge(&strange);
+        assert!(is_ignored(&opinion, "x") && is_ignored(&opinion, "x."));
+        assert_eq!(opinion.keys.len(), strange.tensors.len());
     }
 
     #[test]
@@ -240,6 +251,9 @@ mod tests {
         assert_eq!(opinion.loaded(), 0);
         let half = judge(&sd1().tensor("lora_unet_mid_block_attentions_0_norm.w_norm", &[4]));
         assert_eq!(half.verdict, Verdict::Refuses);
+        assert_eq!(cure(&opinion), None);
+        let dotted = judge(&sd1().tensor("lora_unet_mid_block_attentions_0_proj_in.lora.up.weight", &[1280, 4]));
+        assert_eq!(cure(&dotted).unwrap(), "lora convert --to kohya");
     }
 
     #[test]
