@@ -154,6 +154,9 @@ mod tests {
             assert!(is_ignored(&opinion, &key));
             assert_eq!(opinion.loaded(), language_model().tensors.len());
         }
+        let opinion = judge(&language_model().pair("base_model.model.model.layers.0.mlp.up_proj"));
+        assert_eq!(opinion.problems[0].keys, 2);
+        assert!(opinion.problems[0].what.contains("`target_modules`"));
         let bare = language_model().renamed(|name| name.replace(PREFIX, ""));
         assert_eq!(judge(&bare).verdict, Verdict::NothingLoaded);
     }
