@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
 mod adapters;
+mod check;
 mod doctor;
 mod info;
 mod progress;
@@ -36,6 +37,8 @@ enum Command {
     Extract(adapters::ExtractArguments),
     /// Show what a LoRA file holds.
     Info(info::Arguments),
+    /// Say what other programs would make of an adapter, and whether its numbers are healthy.
+    Check(check::Arguments),
     /// Show which libtorch and devices are used, and what is missing.
     Doctor(doctor::Arguments),
     /// Print the reference of all configuration keys (Markdown).
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
         Command::Resize(arguments) => adapters::resize(&arguments),
         Command::Extract(arguments) => adapters::extract(&arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Keys => {
             print!("{}", lora_train::config::keys::reference());

@@ -6,6 +6,7 @@ pub mod backend;
 pub mod compose;
 pub mod conformance;
 mod error;
+pub mod health;
 mod layer;
 pub mod linalg;
 pub mod merge;

@@ -19,7 +19,7 @@ use half::{bf16, f16};
 use lora_core::backend::CpuBackend;
 use lora_core::merge::{Applied, geometry, merged_bias, merged_weight};
 use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
-use lora_core::{Adapter, AdapterModule, DType, HostTensor, LayerGeometry, Strength};
+use lora_core::{Adapter, AdapterModule, DType, HostData, HostTensor, Strength};
 use rayon::prelude::*;
 
 use crate::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, header};
@@ -61,7 +61,7 @@ pub struct MergeReport {
 }
 
 /// Bytes of a tensor that are worked on at once by one thread.
-const TILE: usize = 4 << 20;
+const TILE: usize = 512 << 10;
 
 /// Merges adapters into a base: a safetensors file into a file, or a folder (diffusers, sharded Hugging Face) into a new
 /// folder. `progress` is told the bytes that are done and all there are.
@@ -104,6 +104,14 @@ pub fn merge(
     fs::rename(partial.keep(), output).map_err(Error::io(output, "put into place"))?;
     report.files = report.files.iter().map(|file| output.join(file.file_name().unwrap_or_default())).collect();
     Ok(report)
+}
+
+/// Whether every module of an adapter names a layer of this base; the error lists those that do not.
+pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<()> {
+    let base = base.as_ref();
+    let (_, files) = open_base(base)?;
+    let weighted = Weighted { name: "adapter".into(), adapter, strength: Strength::default() };
+    Plan::new(base, &files, &[weighted]).map(drop)
 }
 
 /// The weight files of a base.
@@ -347,7 +355,7 @@ fn compute<'f>(
     } else if !piece.changes.is_empty() {
         values = whole_tensor(values, view.shape(), file, piece, adapters, options, variants)?;
     }
-    let rounded = from_f32(piece.entry.dtype, &values);
+    let rounded = from_f32(piece.entry.dtype, values);
     if finite_before && !all_finite(piece.entry.dtype, &rounded) {
         let reason = format!("would hold NaN or infinity in {} after the merge; write bf16 or fp32", piece.entry.dtype);
         return Err(Error::tensor(file.path(), name, reason));
@@ -463,8 +471,6 @@ fn frozen(
         let reason = format!("has the shape {:?}; adapters go on vectors, matrices and square kernels", weight.shape());
         Error::tensor(file.path(), &change.module.path, reason)
     })?;
-    // How a grouped convolution is grouped does not show in its weight, and does not matter to an update of its shape.
-    let geometry: LayerGeometry = geometry;
     Ok(FrozenLayer { backend: CpuBackend, geometry, weight, bias })
 }
 
@@ -484,21 +490,27 @@ fn to_f32(dtype: StoredDType, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn from_f32(dtype: StoredDType, values: &[f32]) -> Vec<u8> {
-    let little = |halves: Vec<u16>| halves.into_iter().flat_map(u16::to_le_bytes).collect();
-    match dtype {
+fn from_f32(dtype: StoredDType, values: Vec<f32>) -> Vec<u8> {
+    let data = match dtype {
         StoredDType::F16 => {
             let mut halves = vec![f16::ZERO; values.len()];
-            halves.convert_from_f32_slice(values);
-            little(halves.into_iter().map(f16::to_bits).collect())
+            halves.convert_from_f32_slice(&values);
+            HostData::F16(halves)
         }
         StoredDType::BF16 => {
             let mut halves = vec![bf16::ZERO; values.len()];
-            halves.convert_from_f32_slice(values);
-            little(halves.into_iter().map(bf16::to_bits).collect())
+            halves.convert_from_f32_slice(&values);
+            HostData::BF16(halves)
         }
-        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-    }
+        _ => HostData::F32(values),
+    };
+    let count = match &data {
+        HostData::F32(values) => values.len(),
+        HostData::F16(values) => values.len(),
+        HostData::BF16(values) => values.len(),
+        _ => 0,
+    };
+    HostTensor::new([count], data).map_or_else(|_| Vec::new(), |tensor| tensor.bytes().to_vec())
 }
 
 /// Whether no element's exponent is all ones.

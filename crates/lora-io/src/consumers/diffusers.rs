@@ -290,7 +290,7 @@ mod tests {
         let opinion = judge(&sd1().tensor(&key, &[640, 1]));
         assert_eq!(opinion.verdict, Verdict::LoadsWrong);
         assert!(is_ignored(&opinion, &key));
-        assert_eq!(cure(&opinion).unwrap(), "flatten to plain LoRA");
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
     }
 
     #[test]
@@ -301,7 +301,7 @@ mod tests {
             assert_eq!(opinion.verdict, Verdict::Refuses, "{part}");
             assert!(is_refused(&opinion, &key));
             assert_eq!(opinion.loaded(), 0);
-            assert_eq!(cure(&opinion).unwrap(), "flatten to plain LoRA");
+            assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
         }
         let mid = "lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight";
         assert!(is_refused(&judge(&sd1().tensor(mid, &[4, 4, 3, 3])), mid));

@@ -1,9 +1,11 @@
 //! What a file shows, and which base model it speaks of.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::checkpoint::Family;
-use crate::safetensors::StoredDType;
+use crate::safetensors::{SafetensorsFile, StoredDType};
+use crate::{Error, Result};
 
 /// What an adapter file shows of itself.
 #[derive(Debug, Clone, Default)]
@@ -35,6 +37,32 @@ const IMAGE_PREFIXES: &[&str] = &[
 ];
 
 impl Inventory {
+    /// From an adapter file or a PEFT folder. Files that [`crate::adapter::read`] refuses are read too: what others would
+    /// make of them is the question.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (weights, config) = match path.is_dir() {
+            true => (path.join("adapter_model.safetensors"), Some(path.join("adapter_config.json"))),
+            false => (path.to_owned(), None),
+        };
+        let file = SafetensorsFile::open(&weights)?;
+        let mut inventory = Self { metadata: file.metadata().clone(), ..Self::default() };
+        for name in file.names() {
+            let view = file.get(name)?;
+            if name.ends_with(".alpha") {
+                inventory.scalars.insert(name.to_owned(), view.scalar()?);
+            }
+            inventory.tensors.insert(name.to_owned(), (view.dtype(), view.shape().to_vec()));
+        }
+        if let Some(config) = config.filter(|config| config.exists()) {
+            let text = std::fs::read(&config).map_err(Error::io(&config, "read"))?;
+            let parsed = serde_json::from_slice(&text);
+            inventory.config =
+                Some(parsed.map_err(|error| Error::format(&config, format!("is not valid JSON: {error}")))?);
+        }
+        Ok(inventory)
+    }
+
     /// The base model that the names, shapes and metadata speak of. Shapes weigh most, metadata (which conversions
     /// carry along) least; a U-Net in diffusers' names with nothing else to tell by is taken for Stable Diffusion 1.x,
     /// and names that are no U-Net's for no model that is known here.

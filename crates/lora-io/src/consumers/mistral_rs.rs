@@ -101,7 +101,7 @@ mod tests {
             ("r", Value::Null, "lora convert --to portable"),
             ("lora_alpha", Value::Null, "lora convert --to portable"),
             ("target_modules", Value::Null, "lora convert --to portable"),
-            ("use_dora", json!(true), "flatten to plain LoRA"),
+            ("use_dora", json!(true), "lora convert --flatten RANK --base BASE"),
             ("modules_to_save", json!(["lm_head"]), "lora merge"),
             ("bias", json!("all"), "lora merge"),
             ("lora_bias", json!(true), "lora merge"),

@@ -204,7 +204,7 @@ impl fmt::Display for Cure {
             Cure::ToKohya => "lora convert --to kohya",
             Cure::ToPeft => "lora convert --to peft",
             Cure::ToPortable => "lora convert --to portable",
-            Cure::Flatten => "flatten to plain LoRA",
+            Cure::Flatten => "lora convert --flatten RANK --base BASE",
             Cure::Merge => "lora merge",
             Cure::Resize => "lora resize",
             Cure::Setting(setting) => setting,

@@ -101,7 +101,7 @@ mod tests {
         let name = format!("{SD1_BLOCK}_attn1_to_q");
         let opinion = judge(&sd1().tensor(&format!("{name}.dora_scale"), &[640, 1]));
         assert_eq!(opinion.verdict, Verdict::LoadsWrong);
-        assert_eq!(cure(&opinion).unwrap(), "flatten to plain LoRA");
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
         let loha = sd1().tensor("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", &[4, 4]);
         assert_eq!(judge(&loha).verdict, Verdict::LoadsPart);
         let mid = sd1().tensor("lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight", &[4, 4, 3, 3]);

@@ -142,7 +142,7 @@ mod tests {
         let opinion = judge(&language_model().tensor(&dora, &[64]).set("use_dora", json!(true)));
         assert_eq!(opinion.verdict, Verdict::Refuses);
         assert!(is_refused(&opinion, &dora));
-        assert_eq!(cure(&opinion).unwrap(), "flatten to plain LoRA");
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
         assert_eq!(with("use_dora", json!(true)).verdict, Verdict::Refuses);
         assert_eq!(with("modules_to_save", json!(["lm_head"])).verdict, Verdict::Refuses);
         assert_eq!(with("bias", json!("lora_only")).verdict, Verdict::Refuses);
