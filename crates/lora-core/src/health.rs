@@ -59,6 +59,7 @@ fn of_module(path: &ModulePath, module: &AdapterModule) -> ModuleHealth {
     let plain = (module.variant.as_str(), module.tensors.get("down"), module.tensors.get("up"), module.tensors.len());
     if let ("lora", Some(down), Some(up), 2) = plain
         && not_finite == 0
+        && module.rank > 0
         && up.elements() % module.rank == 0
         && down.elements() % module.rank == 0
         && up.elements() > 0

@@ -373,8 +373,8 @@ fn add_rows(
 ) -> lora_core::Result<()> {
     let (down, up) = (&module.tensors["down"], &module.tensors["up"]);
     let rank = down.shape().first().copied().unwrap_or(0);
-    let columns = shape[1..].iter().product::<usize>();
-    if up.elements() != shape[0] * rank || down.elements() != rank * columns || rank == 0 {
+    let columns = shape.iter().skip(1).product::<usize>();
+    if up.elements() != shape.first().copied().unwrap_or(0) * rank || down.elements() != rank * columns || rank == 0 {
         return Err(lora_core::Error::Shape {
             what: "a LoRA of this weight".into(),
             expected: format!("factors of {shape:?}"),

@@ -69,7 +69,7 @@ fn every_default_target_of_sd_scripts_is_there() {
     let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, Device::Cpu), tiny.unet).unwrap();
     let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
     for layer in targets.select(&unet.adaptable_layers()).unwrap() {
-        names.push(lora_io::adapter::kohya::file_name(&layer.path));
+        names.push(lora_io::adapter::names::kohya(&layer.path, lora_io::checkpoint::Family::StableDiffusion1).unwrap());
     }
     assert_eq!(names.len(), 192);
     // Depth and names do not depend on width; the text encoder's are spelled out.

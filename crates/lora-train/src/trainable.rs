@@ -62,12 +62,20 @@ struct Trained {
     steps: Tensor,
 }
 
+/// What a module is besides its trained tensors.
+#[derive(Debug)]
+struct Attached {
+    variant: Arc<dyn Variant<TchBackend>>,
+    rank: usize,
+    alpha: f64,
+    frozen: BTreeMap<String, HostTensor>,
+}
+
 /// All trained tensors of a run, in f32.
 #[derive(Debug, Default)]
 pub struct TrainableAdapter {
     tensors: Vec<Trained>,
-    /// Variant, rank, alpha and frozen tensors of each module.
-    modules: BTreeMap<ModulePath, (Arc<dyn Variant<TchBackend>>, usize, f64, BTreeMap<String, HostTensor>)>,
+    modules: BTreeMap<ModulePath, Attached>,
 }
 
 impl TrainableAdapter {
@@ -114,7 +122,7 @@ impl TrainableAdapter {
                 let parameters = Parameters { tensors: leaves, scale: alpha / rank.max(1) as f64 };
                 layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
                 let frozen = tensors.into_iter().filter(|(name, _)| !variant.is_trained(name)).collect();
-                self.modules.insert(module, (variant, rank, alpha, frozen));
+                self.modules.insert(module, Attached { variant, rank, alpha, frozen });
                 Ok(())
             })();
         });
@@ -225,7 +233,7 @@ impl TrainableAdapter {
             tensors.entry(&trained.module).or_default().insert(trained.name.clone(), to_host(&trained.parameter)?);
         }
         let mut adapter = Adapter::default();
-        for (path, (variant, rank, alpha, frozen)) in &self.modules {
+        for (path, Attached { variant, rank, alpha, frozen }) in &self.modules {
             let mut tensors = tensors.remove(path).unwrap_or_default();
             tensors.extend(frozen.clone());
             let module = AdapterModule { variant: variant.name().to_owned(), tensors, rank: *rank, alpha: *alpha };

@@ -232,7 +232,8 @@ fn a_run_leaves_lora_metrics_curve_and_samples() {
     assert!(grid.height() > 3 * 128 && grid.width() > 2 * 128);
 
     let layers = [prepare(folder.path(), &[]).targets().to_vec()].concat();
-    let adapter = kohya::read(out.join("x.safetensors"), &layers).unwrap();
+    let mut adapter = kohya::read(out.join("x.safetensors")).unwrap().adapter;
+    lora_io::adapter::fit(&out.join("x.safetensors"), &mut adapter, &layers).unwrap();
     assert_eq!(adapter.modules.len(), layers.len());
     assert_eq!(adapter.metadata["ss_network_dim"], "4");
     assert_eq!(adapter.metadata["ss_steps"], "2");

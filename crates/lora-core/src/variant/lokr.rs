@@ -182,13 +182,13 @@ fn shapeless(geometry: &LayerGeometry) -> Error {
 /// The two parts of a side, the smaller first: with a factor that divides it, that and the rest; else the pair nearest to
 /// a square whose smaller part does not exceed the factor (0: no limit). LyCORIS' rule.
 fn split(side: usize, factor: usize) -> (usize, usize) {
-    if factor > 0 && side % factor == 0 {
+    if factor > 0 && side.is_multiple_of(factor) {
         let rest = side / factor;
         return (factor.min(rest), factor.max(rest));
     }
     let limit = if factor == 0 { side } else { factor };
     let root = (1..=side).take_while(|part| part * part <= side && *part <= limit);
-    let small = root.filter(|part| side % part == 0).last().unwrap_or(1);
+    let small = root.filter(|part| side.is_multiple_of(*part)).last().unwrap_or(1);
     (small, side / small)
 }
 

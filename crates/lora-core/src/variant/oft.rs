@@ -211,10 +211,12 @@ impl Oft {
                 let skew = parameters.get(self.id(), SKEW)?;
                 let shape = backend.shape(skew);
                 let count = shape.get(1).copied().unwrap_or(0);
-                let side = (1 + (1 + 8 * count).isqrt()) / 2;
+                let blocks = shape.first().copied().unwrap_or(0);
+                let side = (1 + 8 * count).isqrt().div_ceil(2);
                 let features = geometry.fan_in();
-                let fits = side * (side - 1) / 2 == count
-                    && (shape[0] * side == features || shape[0] == 1 && features % side == 0);
+                let fits = side > 1
+                    && side * (side - 1) / 2 == count
+                    && (blocks * side == features || blocks == 1 && features.is_multiple_of(side));
                 if !fits {
                     return Err(wrong_blocks(self.id(), features, &shape));
                 }
@@ -352,7 +354,8 @@ impl<B: Backend> Variant<B> for Boft {
         let wanted = at_least_one(request.rank)?;
         let features = if *self == Boft::Lycoris { geometry.outputs() } else { geometry.fan_in() };
         let fits = |side: &usize| {
-            features % side == 0 && (*self == Boft::Peft || side % 2 == 0 && (features / side).is_power_of_two())
+            features % side == 0
+                && (*self == Boft::Peft || side.is_multiple_of(2) && (features / side).is_power_of_two())
         };
         let side = (2..=wanted.min(features)).rev().find(fits);
         let Some(side) = side else {

@@ -317,7 +317,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
     write_file(&weights, &tensors, &metadata)?;
     verify(&weights, &tensors.entries())?;
     let text = serde_json::to_string_pretty(&config).expect("JSON values always serialise");
-    atomic::write(&folder.join(CONFIG), |file| std::io::Write::write_all(file, text.as_bytes()))
+    atomic::write(folder.join(CONFIG), |file| std::io::Write::write_all(file, text.as_bytes()))
 }
 
 /// The names to target: the last parts of the paths where these are names of language models' layers, which every
