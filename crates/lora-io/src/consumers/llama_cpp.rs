@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn what_is_no_pair_ends_the_conversion() {
         for (key, cured) in [
-            (format!("{QUERY}.lora_magnitude_vector"), "flatten to plain LoRA"),
+            (format!("{QUERY}.lora_magnitude_vector"), "lora convert --flatten RANK --base BASE"),
             (format!("{QUERY}.bias"), "lora merge"),
             (format!("{QUERY}.lora_B.bias"), "lora merge"),
             ("base_model.model.lm_head.weight".to_owned(), "lora merge"),

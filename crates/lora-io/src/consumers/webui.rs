@@ -265,7 +265,7 @@ mod tests {
         let scalar = format!("{SD1_BLOCK}_attn1_to_q.scalar");
         let opinion = judge(&sd1().tensor(&scalar, &[]));
         assert_eq!(opinion.verdict, Verdict::LoadsWrong);
-        assert_eq!(cure(&opinion).unwrap(), "flatten to plain LoRA");
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
     }
 
     #[test]
