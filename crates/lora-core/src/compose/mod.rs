@@ -8,9 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 
-use crate::linalg::{self, Svd, as_matrix};
-use crate::random::Stream;
-use crate::rank::{RankPolicy, kept};
+mod extract;
+mod factors;
+mod prune;
+
+pub use extract::{ExtractOptions, extract, flatten};
+pub use prune::{Keep, MajoritySign, Pruning};
+
+use factors::{Factors, plain_only};
+
+use crate::linalg::{self, as_matrix};
+use crate::rank::RankPolicy;
 use crate::{Adapter, AdapterModule, Error, HostTensor, ModulePath, Result, Strength};
 
 /// How several adapters become one.
@@ -24,6 +32,11 @@ pub enum Method {
     /// Factors added one by one, each with the root of its weight (PEFT's `linear`). Not the sum of the updates: it has
     /// cross terms. All ranks must be equal.
     Linear,
+    /// As [`Method::Linear`], but the factors are pruned first (PEFT's `ties`, `dare_linear`, `dare_ties`,
+    /// `magnitude_prune`).
+    Pruned(Pruning),
+    /// The whole updates are pruned and added, and the sum is taken apart again (PEFT's forms with `_svd`). Any ranks.
+    PrunedSvd(Pruning, RankPolicy),
 }
 
 /// What became of one module.
@@ -89,44 +102,68 @@ pub fn combine_modules(
         });
     }
     let weights: Vec<f64> = modules.iter().map(|(module, strength)| module.scale() * strength).collect();
-    if method == Method::Linear {
-        if factors.iter().any(|other| other.rank != first.rank) {
-            let ranks: Vec<usize> = factors.iter().map(|factors| factors.rank).collect();
-            return Err(Error::Option {
-                key: "method",
-                value: "linear".into(),
-                reason: format!("{path} has the ranks {ranks:?}, which must be equal; use concatenate or svd"),
-            });
-        }
-        let sum = |side: fn(&Factors) -> &Vec<f32>, sign: bool| -> Vec<f32> {
-            let mut sum = vec![0.0f64; side(first).len()];
-            for (factors, weight) in factors.iter().zip(&weights) {
-                let root = weight.abs().sqrt() * if sign { weight.signum() } else { 1.0 };
-                sum.iter_mut().zip(side(factors)).for_each(|(sum, value)| *sum += root * f64::from(*value));
-            }
-            sum.into_iter().map(|value| value as f32).collect()
-        };
-        let combined = (sum(|factors| &factors.up, false), sum(|factors| &factors.down, true));
-        return Ok((first.module(combined.0, combined.1, first.rank)?, 1.0));
-    }
-    // [w₁ up₁, w₂ up₂ …] · [down₁; down₂ …].
-    let rank: usize = factors.iter().map(|factors| factors.rank).sum();
-    let mut up = Vec::with_capacity(first.rows * rank);
-    for row in 0..first.rows {
-        for (factors, weight) in factors.iter().zip(&weights) {
-            let own = &factors.up[row * factors.rank..(row + 1) * factors.rank];
-            up.extend(own.iter().map(|value| (f64::from(*value) * weight) as f32));
-        }
-    }
-    let down: Vec<f32> = factors.iter().flat_map(|factors| factors.down.iter().copied()).collect();
     match method {
-        Method::Svd(policy) => {
-            let svd =
-                linalg::svd_of_product(as_matrix(&up, &[first.rows, rank]), as_matrix(&down, &[rank, first.columns]))?;
+        Method::Linear => factors_one_by_one(path, &factors, &weights, |parts, weights, _| {
+            let mut sum = vec![0.0f64; parts[0].len()];
+            for (part, weight) in parts.iter().zip(weights) {
+                sum.iter_mut().zip(*part).for_each(|(sum, value)| *sum += weight * f64::from(*value));
+            }
+            Ok(sum.into_iter().map(|value| value as f32).collect())
+        }),
+        Method::Pruned(pruning) => factors_one_by_one(path, &factors, &weights, |parts, weights, side| {
+            pruning.merge(parts, weights, &pruning.stream(path, side))
+        }),
+        Method::PrunedSvd(pruning, policy) => {
+            let updates: Vec<Vec<f32>> =
+                modules.iter().zip(&factors).map(|((module, _), factors)| factors.update(module.scale())).collect();
+            let parts: Vec<&[f32]> = updates.iter().map(Vec::as_slice).collect();
+            let strengths: Vec<f64> = modules.iter().map(|(_, strength)| *strength).collect();
+            let merged = pruning.merge(&parts, &strengths, &pruning.stream(path, "update"))?;
+            let options = ExtractOptions { policy, ..ExtractOptions::default() };
+            let (svd, rank, kept) = extract::largest(as_matrix(&merged, &[first.rows, first.columns]), &options)?;
+            let (up, down) = svd.factors();
+            Ok((first.module(up, down, rank)?, kept))
+        }
+        Method::Concatenate | Method::Svd(_) => {
+            // [w₁ up₁, w₂ up₂ …] · [down₁; down₂ …].
+            let rank: usize = factors.iter().map(|factors| factors.rank).sum();
+            let mut up = Vec::with_capacity(first.rows * rank);
+            for row in 0..first.rows {
+                for (factors, weight) in factors.iter().zip(&weights) {
+                    let own = &factors.up[row * factors.rank..(row + 1) * factors.rank];
+                    up.extend(own.iter().map(|value| (f64::from(*value) * weight) as f32));
+                }
+            }
+            let down: Vec<f32> = factors.iter().flat_map(|factors| factors.down.iter().copied()).collect();
+            let Method::Svd(policy) = method else { return Ok((first.module(up, down, rank)?, 1.0)) };
+            let (rows, columns) = (first.rows, first.columns);
+            let svd = linalg::svd_of_product(as_matrix(&up, &[rows, rank]), as_matrix(&down, &[rank, columns]))?;
             first.shortened(svd, policy)
         }
-        _ => Ok((first.module(up, down, rank)?, 1.0)),
     }
+}
+
+/// Both factors made from those of the adapters, each with the roots of the weights; the sign goes to the down-projection.
+fn factors_one_by_one(
+    path: &ModulePath,
+    factors: &[Factors],
+    weights: &[f64],
+    merge: impl Fn(&[&[f32]], &[f64], &str) -> Result<Vec<f32>>,
+) -> Result<(AdapterModule, f64)> {
+    let first = &factors[0];
+    if factors.iter().any(|other| other.rank != first.rank) {
+        let ranks: Vec<usize> = factors.iter().map(|factors| factors.rank).collect();
+        return Err(Error::Option {
+            key: "method",
+            value: "factors one by one".into(),
+            reason: format!("{path} has the ranks {ranks:?}, which must be equal; name a rank, or concatenate"),
+        });
+    }
+    let roots: Vec<f64> = weights.iter().map(|weight| weight.abs().sqrt()).collect();
+    let signed: Vec<f64> = weights.iter().map(|weight| weight.abs().sqrt() * weight.signum()).collect();
+    let ups: Vec<&[f32]> = factors.iter().map(|factors| factors.up.as_slice()).collect();
+    let downs: Vec<&[f32]> = factors.iter().map(|factors| factors.down.as_slice()).collect();
+    Ok((first.module(merge(&ups, &roots, "up")?, merge(&downs, &signed, "down")?, first.rank)?, 1.0))
 }
 
 /// An adapter with other ranks: each module's best approximation. Modules of other variants than plain LoRA are refused.
@@ -152,167 +189,14 @@ pub fn set_alpha(adapter: &mut Adapter, alpha: f64) -> Result<()> {
     Ok(())
 }
 
-/// How to extract.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ExtractOptions {
-    /// The rule for the ranks, at most `limit`.
-    pub policy: RankPolicy,
-    /// The highest rank.
-    pub limit: usize,
-    /// Clip both factors to this quantile of their magnitudes (sd-scripts takes 0.99); none for the best approximation.
-    pub clamp_quantile: Option<f64>,
-    /// All singular values exactly, at many times the cost.
-    pub exact: bool,
-    /// No module where no element differs by more (sd-scripts takes 0.01 for the whole text encoder).
-    pub minimum_difference: f32,
-}
-
-impl Default for ExtractOptions {
-    fn default() -> Self {
-        Self { policy: RankPolicy::Fixed(32), limit: 512, clamp_quantile: None, exact: false, minimum_difference: 0.0 }
-    }
-}
-
-/// The LoRA that leads from a weight to a tuned one: `tuned - base` by its largest singular values, with alpha equal to the
-/// rank, and the share of the difference's norm that it holds. `None` where nothing differs.
-pub fn extract(
-    tuned: &HostTensor,
-    base: &HostTensor,
-    options: &ExtractOptions,
-) -> Result<Option<(AdapterModule, f64)>> {
-    if tuned.shape() != base.shape() {
-        return Err(Error::Shape {
-            what: "tuned weight".into(),
-            expected: format!("{:?}", base.shape()),
-            found: format!("{:?}", tuned.shape()),
-        });
-    }
-    let difference: Vec<f32> = tuned.to_f32().iter().zip(&*base.to_f32()).map(|(tuned, base)| tuned - base).collect();
-    if difference.iter().all(|value| value.abs() <= options.minimum_difference) {
-        return Ok(None);
-    }
-    flatten(&HostTensor::from_f32(tuned.shape(), difference)?, options).map(Some)
-}
-
-/// A whole update `[out, in]` or `[out, in, k, k]` as a plain LoRA.
-pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterModule, f64)> {
-    let shape = delta.shape();
-    if !matches!(shape.len(), 2 | 4) || delta.elements() == 0 {
-        return Err(Error::Shape {
-            what: "update to take apart".into(),
-            expected: "a matrix or a convolution's kernel".into(),
-            found: format!("{shape:?}"),
-        });
-    }
-    let values = delta.to_f32();
-    let matrix = as_matrix(&values, shape);
-    let shorter = matrix.nrows().min(matrix.ncols());
-    let most = match options.policy {
-        RankPolicy::Fixed(rank) => rank.min(options.limit),
-        _ => options.limit,
-    };
-    let svd = match options.exact {
-        true => linalg::svd(matrix)?,
-        false => linalg::truncated_svd(matrix, most.min(shorter), 3, &Stream::new(0).at("extract"))?,
-    };
-    let rank = options.policy.choose(&svd.values, most);
-    let norm = values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
-    let svd = svd.truncate(rank);
-    let held = svd.values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
-    let (mut up, mut down) = svd.factors();
-    if let Some(quantile) = options.clamp_quantile {
-        let mut magnitudes: Vec<f32> = up.iter().chain(&down).map(|value| value.abs()).collect();
-        let place = ((magnitudes.len() - 1) as f64 * quantile.clamp(0.0, 1.0)).round() as usize;
-        let (_, &mut limit, _) = magnitudes.select_nth_unstable_by(place, f32::total_cmp);
-        up.iter_mut().chain(&mut down).for_each(|value| *value = value.clamp(-limit, limit));
-    }
-    let factors = Factors {
-        rows: matrix.nrows(),
-        columns: matrix.ncols(),
-        rank,
-        up: vec![],
-        down: vec![],
-        kernel: shape[1..].to_vec(),
-        embedding: false,
-    };
-    Ok((factors.module(up, down, rank)?, if norm == 0.0 { 1.0 } else { (held / norm).min(1.0) }))
-}
-
-/// A plain LoRA's factors as matrices.
-struct Factors {
-    rows: usize,
-    columns: usize,
-    rank: usize,
-    /// `[rows, rank]`.
-    up: Vec<f32>,
-    /// `[rank, columns]`.
-    down: Vec<f32>,
-    /// What follows the first axis of the weight.
-    kernel: Vec<usize>,
-    embedding: bool,
-}
-
-impl Factors {
-    fn of(path: &ModulePath, module: &AdapterModule) -> Result<Self> {
-        let embedding = module.tensors.contains_key("embedding_up");
-        let names = if embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
-        let [down, up] = names.map(|name| module.tensors.get(name));
-        let (Some(down), Some(up), "lora", 2) = (down, up, module.variant.as_str(), module.tensors.len()) else {
-            return Err(plain_only(path, module));
-        };
-        let (rows, rank) = (up.shape().first().copied().unwrap_or(0), up.shape().get(1).copied().unwrap_or(0));
-        if rank == 0 || down.shape().first() != Some(&rank) || up.elements() != rows * rank {
-            return Err(Error::Shape {
-                what: format!("factors of {path}"),
-                expected: "up [out, rank] and down [rank, in]".into(),
-                found: format!("{:?} and {:?}", up.shape(), down.shape()),
-            });
-        }
-        Ok(Self {
-            rows,
-            columns: down.elements() / rank,
-            rank,
-            up: up.to_f32().into_owned(),
-            down: down.to_f32().into_owned(),
-            kernel: down.shape()[1..].to_vec(),
-            embedding,
-        })
-    }
-
-    /// A module of these axes with other factors; alpha is the rank.
-    fn module(&self, up: Vec<f32>, down: Vec<f32>, rank: usize) -> Result<AdapterModule> {
-        let names = if self.embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
-        let up_shape: Vec<usize> = [self.rows, rank].into_iter().chain(self.kernel.iter().skip(1).map(|_| 1)).collect();
-        let down_shape = [&[rank], &*self.kernel].concat();
-        let tensors = BTreeMap::from([
-            (names[0].to_owned(), HostTensor::from_f32(down_shape, down)?),
-            (names[1].to_owned(), HostTensor::from_f32(up_shape, up)?),
-        ]);
-        Ok(AdapterModule { variant: "lora".into(), tensors, rank, alpha: rank as f64 })
-    }
-
-    fn shortened(&self, svd: Svd, policy: RankPolicy) -> Result<(AdapterModule, f64)> {
-        let rank = policy.choose(&svd.values, svd.values.len());
-        let kept = kept(&svd.values, rank);
-        let (up, down) = svd.truncate(rank).factors();
-        Ok((self.module(up, down, rank)?, kept))
-    }
-}
-
-fn plain_only(path: &ModulePath, module: &AdapterModule) -> Error {
-    Error::Unsupported {
-        variant: module.variant.clone(),
-        layer: path.to_string(),
-        reason: "only plain LoRA is combined and resized; flatten it to one first".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Component;
     use crate::conformance::distance;
     use crate::linalg::multiply;
+    use crate::random::Stream;
+    use crate::rank::kept;
 
     fn random(shape: &[usize], seed: u64) -> HostTensor {
         HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()

@@ -1,0 +1,104 @@
+//! A whole update taken apart into a plain LoRA: the difference of two weights, or the update of another variant.
+
+use faer::MatRef;
+
+use super::factors::Factors;
+use crate::linalg::{self, Svd, as_matrix};
+use crate::random::Stream;
+use crate::rank::RankPolicy;
+use crate::{AdapterModule, Error, HostTensor, Result};
+
+/// How to extract.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExtractOptions {
+    /// The rule for the ranks, at most `limit`.
+    pub policy: RankPolicy,
+    /// The highest rank.
+    pub limit: usize,
+    /// Clip both factors to this quantile of their magnitudes (sd-scripts takes 0.99); none for the best approximation.
+    pub clamp_quantile: Option<f64>,
+    /// All singular values exactly, at many times the cost.
+    pub exact: bool,
+    /// No module where no element differs by more (sd-scripts takes 0.01 for the whole text encoder).
+    pub minimum_difference: f32,
+}
+
+impl Default for ExtractOptions {
+    fn default() -> Self {
+        Self { policy: RankPolicy::Fixed(32), limit: 512, clamp_quantile: None, exact: false, minimum_difference: 0.0 }
+    }
+}
+
+/// The LoRA that leads from a weight to a tuned one: `tuned - base` by its largest singular values, with alpha equal to the
+/// rank, and the share of the difference's norm that it holds. `None` where nothing differs.
+pub fn extract(
+    tuned: &HostTensor,
+    base: &HostTensor,
+    options: &ExtractOptions,
+) -> Result<Option<(AdapterModule, f64)>> {
+    if tuned.shape() != base.shape() {
+        return Err(Error::Shape {
+            what: "tuned weight".into(),
+            expected: format!("{:?}", base.shape()),
+            found: format!("{:?}", tuned.shape()),
+        });
+    }
+    let difference: Vec<f32> = tuned.to_f32().iter().zip(&*base.to_f32()).map(|(tuned, base)| tuned - base).collect();
+    if difference.iter().all(|value| value.abs() <= options.minimum_difference) {
+        return Ok(None);
+    }
+    flatten(&HostTensor::from_f32(tuned.shape(), difference)?, options).map(Some)
+}
+
+/// A whole update `[out, in]` or `[out, in, k, k]` as a plain LoRA.
+pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterModule, f64)> {
+    let shape = delta.shape();
+    if !matches!(shape.len(), 2 | 4) || delta.elements() == 0 {
+        return Err(Error::Shape {
+            what: "update to take apart".into(),
+            expected: "a matrix or a convolution's kernel".into(),
+            found: format!("{shape:?}"),
+        });
+    }
+    let values = delta.to_f32();
+    let matrix = as_matrix(&values, shape);
+    let (svd, rank, kept) = largest(matrix, options)?;
+    let (mut up, mut down) = svd.factors();
+    if let Some(quantile) = options.clamp_quantile {
+        let mut magnitudes: Vec<f32> = up.iter().chain(&down).map(|value| value.abs()).collect();
+        let place = ((magnitudes.len() - 1) as f64 * quantile.clamp(0.0, 1.0)).round() as usize;
+        let (_, &mut limit, _) = magnitudes.select_nth_unstable_by(place, f32::total_cmp);
+        up.iter_mut().chain(&mut down).for_each(|value| *value = value.clamp(-limit, limit));
+    }
+    let factors = Factors {
+        rows: matrix.nrows(),
+        columns: matrix.ncols(),
+        rank,
+        up: vec![],
+        down: vec![],
+        kernel: shape[1..].to_vec(),
+        embedding: false,
+    };
+    Ok((factors.module(up, down, rank)?, kept))
+}
+
+/// The largest singular values of a whole matrix as the options choose them, how many they are, and the share of the norm
+/// that they hold.
+pub(super) fn largest(matrix: MatRef<'_, f32>, options: &ExtractOptions) -> Result<(Svd, usize, f64)> {
+    let shorter = matrix.nrows().min(matrix.ncols());
+    let most = match options.policy {
+        RankPolicy::Fixed(rank) => rank.min(options.limit),
+        _ => options.limit,
+    };
+    let svd = match options.exact {
+        true => linalg::svd(matrix)?,
+        false => linalg::truncated_svd(matrix, most.min(shorter), 3, &Stream::new(0).at("extract"))?,
+    };
+    let rank = options.policy.choose(&svd.values, most);
+    let square = |value: f32| f64::from(value).powi(2);
+    let norm = (0..matrix.ncols()).flat_map(|j| (0..matrix.nrows()).map(move |i| (i, j)));
+    let norm = norm.map(|place| square(matrix[place])).sum::<f64>().sqrt();
+    let svd = svd.truncate(rank);
+    let held = svd.values.iter().map(|&value| square(value)).sum::<f64>().sqrt();
+    Ok((svd, rank, if norm == 0.0 { 1.0 } else { (held / norm).min(1.0) }))
+}
