@@ -669,7 +669,7 @@ def lycoris_cases():
         case(f"oft-{which}-rescaled", which, DiagOFTModule, oft + ", times rescale", lora_dim=4, rescaled=True)
     case("oft-linear-unreached", "linear", DiagOFTModule, oft + "; the constraint is not reached", lora_dim=4, constraint=1.0)
     boft = "output side: butterflies of R W (not transposed), R = (I + Q)(I - Q)^-1"
-    for which in ("linear", "square", "conv3x3"):
+    for which in ("square", "conv3x3"):
         case(f"boft-{which}", which, ButterflyOFTModule, boft, lora_dim=4)
     case("boft-square-constrained", "square", ButterflyOFTModule, boft + limit, lora_dim=4, constraint=0.05)
     case("boft-square-rescaled", "square", ButterflyOFTModule, boft + ", times rescale", lora_dim=4, rescaled=True)

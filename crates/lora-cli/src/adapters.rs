@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_core::compose::{self, ExtractOptions, Method, Outcome};
+use lora_core::compose::{self, ExtractOptions, Keep, MajoritySign, Method, Outcome, Pruning};
 use lora_core::rank::RankPolicy;
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, DType, Strength};
 use lora_io::adapter::{self, AdapterFile, Format};
+use lora_io::gguf::LanguageModel;
+use lora_io::gguf::names::Architecture;
 use lora_io::merge::{self, MergeOptions, Weighted};
 
 use crate::Failure;
@@ -41,6 +43,8 @@ pub(crate) enum Layout {
     Diffusers,
     DiffusersOld,
     Peft,
+    /// llama.cpp's; needs --base for the model's attention heads.
+    Gguf,
     /// A PEFT folder that the strictest consumers take: plain LoRA, one rank, one alpha.
     Portable,
 }
@@ -52,6 +56,7 @@ impl Layout {
             Layout::Diffusers => Format::Diffusers,
             Layout::DiffusersOld => Format::DiffusersOld,
             Layout::Peft | Layout::Portable => Format::Peft,
+            Layout::Gguf => Format::Gguf,
         }
     }
 }
@@ -104,7 +109,7 @@ pub(crate) struct MergeArguments {
 
 #[derive(clap::Args)]
 pub(crate) struct ConvertArguments {
-    /// Adapter: a .safetensors file or a PEFT folder.
+    /// Adapter: a .safetensors or .gguf file or a PEFT folder.
     file: PathBuf,
     /// Format of the output.
     #[arg(long)]
@@ -121,9 +126,66 @@ pub(crate) struct ConvertArguments {
     /// Turn other variants into plain LoRA of this rank first; needs --base.
     #[arg(long, requires = "base")]
     flatten: Option<usize>,
-    /// The base model, for --flatten.
+    /// The base model, for --flatten and for GGUF.
     #[arg(long)]
     base: Option<PathBuf>,
+}
+
+/// Methods of combining on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum CombineMethod {
+    /// The exact sum; ranks add up.
+    Sum,
+    /// Factors one by one as PEFT's `linear` (equal ranks only; not the sum of the updates).
+    Linear,
+    /// The largest numbers, elected signs, the mean of those that agree.
+    Ties,
+    /// Random numbers, enlarged so that the mean stays.
+    DareLinear,
+    /// Random numbers, elected signs.
+    DareTies,
+    /// The largest numbers.
+    MagnitudePrune,
+}
+
+/// Elections of signs on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Majority {
+    /// The sign of the sum.
+    Total,
+    /// The sign that more adapters have.
+    Frequency,
+}
+
+impl CombineArguments {
+    fn method(&self) -> Result<Method, Failure> {
+        let policy = self.rank.policy();
+        let random = Keep::Random { seed: self.seed };
+        let sign = Some(match self.majority_sign {
+            Majority::Total => MajoritySign::Total,
+            Majority::Frequency => MajoritySign::Frequency,
+        });
+        let (keep, majority) = match self.method {
+            CombineMethod::Sum if self.density.is_none() => {
+                return Ok(policy.map_or(Method::Concatenate, Method::Svd));
+            }
+            CombineMethod::Linear if policy.is_none() && self.density.is_none() => return Ok(Method::Linear),
+            CombineMethod::Linear if policy.is_some() => {
+                return Err(Failure::Usage("--method linear keeps the rank; leave the rule for ranks out".into()));
+            }
+            CombineMethod::Sum | CombineMethod::Linear => {
+                return Err(Failure::Usage("--density belongs to the pruning methods".into()));
+            }
+            CombineMethod::Ties => (Keep::Largest, sign),
+            CombineMethod::MagnitudePrune => (Keep::Largest, None),
+            CombineMethod::DareLinear => (random, None),
+            CombineMethod::DareTies => (random, sign),
+        };
+        let density =
+            self.density.ok_or_else(|| Failure::Usage("this method needs --density, for instance 0.5".into()))?;
+        let pruning = Pruning { keep, density, majority };
+        Ok(policy.map_or(Method::Pruned(pruning), |policy| Method::PrunedSvd(pruning, policy)))
+    }
 }
 
 #[derive(clap::Args)]
@@ -134,14 +196,35 @@ pub(crate) struct CombineArguments {
     /// Output file.
     #[arg(long)]
     out: PathBuf,
-    /// Add the factors one by one as PEFT's `linear` (equal ranks only; not the sum of the updates).
+    /// How the updates become one. With a rule for ranks, the result is taken apart again to those ranks.
+    #[arg(long, default_value = "sum")]
+    method: CombineMethod,
+    /// Share of the numbers that the pruning methods keep.
     #[arg(long)]
-    linear: bool,
+    density: Option<f64>,
+    /// How `ties` and `dare-ties` elect signs.
+    #[arg(long, default_value = "total")]
+    majority_sign: Majority,
+    /// Seed of the numbers that `dare-linear` and `dare-ties` keep.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     #[command(flatten)]
     rank: Rank,
     /// Type of the output's numbers (default: the first adapter's).
     #[arg(long)]
     dtype: Option<Precision>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DequantiseArguments {
+    /// Language model in GGUF.
+    file: PathBuf,
+    /// Output: a .safetensors file.
+    #[arg(long)]
+    out: PathBuf,
+    /// Type of the output's numbers.
+    #[arg(long, default_value = "bf16")]
+    dtype: Precision,
 }
 
 #[derive(clap::Args)]
@@ -210,6 +293,24 @@ fn weighted(argument: &str) -> Result<Weighted, Failure> {
     Ok(Weighted { name, adapter: adapter::read(path)?.adapter, strength })
 }
 
+fn bytes_bar(what: &'static str, of: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}");
+    ProgressBar::new(of).with_prefix(what).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+pub(crate) fn dequantise(arguments: &DequantiseArguments) -> Result<(), Failure> {
+    apart(&arguments.file, &arguments.out)?;
+    let model = LanguageModel::open(&arguments.file)?;
+    let dtype = DType::from(arguments.dtype);
+    let elements = |name: &str| model.shape(name).unwrap_or_default().iter().product::<usize>();
+    let bytes = model.names().map(elements).sum::<usize>() * dtype.size();
+    let bar = bytes_bar("writing", bytes as u64);
+    let written = lora_io::gguf::dequantise(&arguments.file, &arguments.out, dtype, &|bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    println!("{}: {} tensors, {} bytes", arguments.out.display(), model.names().count(), written.bytes);
+    Ok(())
+}
+
 pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
     let adapters: Vec<Weighted> = arguments.lora.iter().map(|lora| weighted(lora)).collect::<Result<_, _>>()?;
     let options = MergeOptions { dtype: arguments.dtype.map(DType::from), unmerge: arguments.unmerge };
@@ -217,12 +318,7 @@ pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
     let bar = Mutex::new(None::<ProgressBar>);
     let progress = |done: u64, of: u64| {
         let Ok(mut bar) = bar.lock() else { return };
-        let bar = bar.get_or_insert_with(|| {
-            let style =
-                ProgressStyle::with_template("merging {bar:30} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}");
-            ProgressBar::new(of).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        });
-        bar.set_position(done);
+        bar.get_or_insert_with(|| bytes_bar("merging", of)).set_position(done);
     };
     let report =
         merge::merge(&arguments.base, &adapters, &arguments.out, &options, &VariantRegistry::default(), &progress)?;
@@ -267,9 +363,20 @@ fn apart(input: &Path, output: &Path) -> Result<(), Failure> {
 
 pub(crate) fn convert(arguments: &ConvertArguments) -> Result<(), Failure> {
     apart(&arguments.file, &arguments.out)?;
-    let read = adapter::read(&arguments.file)?;
+    // Rows of a llama model are in another order in GGUF, by heads that only the base knows.
+    let architecture = match (&arguments.base, arguments.to, is_gguf(&arguments.file)) {
+        (Some(base), Layout::Gguf, _) | (Some(base), _, true) => Some(Architecture::of_base(base)?),
+        _ => None,
+    };
+    let read = match &architecture {
+        Some(architecture) if is_gguf(&arguments.file) => adapter::gguf::read_for(&arguments.file, architecture)?,
+        _ => adapter::read(&arguments.file)?,
+    };
     let dtype = arguments.dtype.map_or(read.dtype(), DType::from);
     let AdapterFile { mut adapter, .. } = read;
+    if let Some(architecture) = &architecture {
+        adapter::gguf::set_architecture(&mut adapter, architecture);
+    }
     if let (Some(rank), Some(base)) = (arguments.flatten, &arguments.base) {
         let options = ExtractOptions { policy: RankPolicy::Fixed(rank), limit: rank, ..ExtractOptions::default() };
         let (flat, outcomes) = merge::flatten(base, &adapter, &options, &VariantRegistry::default())?;
@@ -288,6 +395,10 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> Result<(), Failure> {
         adapter = portable;
     }
     write(&arguments.out, &adapter, arguments.to.format(), dtype)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "gguf")
 }
 
 /// The ranks and what they keep, as a line.
@@ -310,12 +421,7 @@ fn summary(outcomes: &[Outcome]) {
 
 pub(crate) fn combine(arguments: &CombineArguments) -> Result<(), Failure> {
     let adapters: Vec<Weighted> = arguments.lora.iter().map(|lora| weighted(lora)).collect::<Result<_, _>>()?;
-    let method = match (arguments.linear, arguments.rank.policy()) {
-        (true, None) => Method::Linear,
-        (true, Some(_)) => return Err(Failure::Usage("--linear keeps the rank; leave the other rule out".into())),
-        (false, Some(policy)) => Method::Svd(policy),
-        (false, None) => Method::Concatenate,
-    };
+    let method = arguments.method()?;
     let parts: Vec<_> = adapters.iter().map(|weighted| (&weighted.adapter, &weighted.strength)).collect();
     let (mut combined, outcomes) =
         compose::combine(&parts, method).map_err(|error| Failure::Work(error.to_string()))?;

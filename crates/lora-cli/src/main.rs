@@ -35,6 +35,8 @@ enum Command {
     Resize(adapters::ResizeArguments),
     /// Make a LoRA of the difference of two models.
     Extract(adapters::ExtractArguments),
+    /// Write the weights of a language model in GGUF as safetensors.
+    Dequantise(adapters::DequantiseArguments),
     /// Show what a LoRA file holds.
     Info(info::Arguments),
     /// Say what other programs would make of an adapter, and whether its numbers are healthy.
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         Command::Combine(arguments) => adapters::combine(&arguments),
         Command::Resize(arguments) => adapters::resize(&arguments),
         Command::Extract(arguments) => adapters::extract(&arguments),
+        Command::Dequantise(arguments) => adapters::dequantise(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

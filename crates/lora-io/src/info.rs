@@ -33,7 +33,7 @@ pub struct AdapterInfo {
     pub not_finite: Vec<String>,
     /// The header's free text.
     pub metadata: BTreeMap<String, String>,
-    /// SHA-256 of the tensor bytes (AutoV3; the WebUI and Civitai show its first 12 digits).
+    /// SHA-256 of the tensor bytes (AutoV3; the WebUI and Civitai show its first 12 digits); of the whole file in GGUF.
     pub model_hash: String,
 }
 
@@ -55,7 +55,10 @@ impl AdapterInfo {
             parameters: 0,
             not_finite: Vec::new(),
             metadata: read.adapter.metadata.clone(),
-            model_hash: hash::sha256(SafetensorsFile::open(weights)?.data()),
+            model_hash: match read.format {
+                Format::Gguf => hash::file_sha256(&weights)?,
+                _ => hash::sha256(SafetensorsFile::open(weights)?.data()),
+            },
         };
         for (path, module) in &read.adapter.modules {
             *info.modules.entry(path.component.name().to_owned()).or_default() += 1;

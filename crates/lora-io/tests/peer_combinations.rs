@@ -7,26 +7,18 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use lora_core::backend::CpuBackend;
+use lora_core::backend::{Backend, CpuBackend};
 use lora_core::compose::{Keep, MajoritySign, Method, Pruning, combine};
 use lora_core::conformance::distance;
-use lora_core::linalg::{as_matrix, multiply};
+use lora_core::merge::{Applied, merged_weight};
+use lora_core::random::Stream;
 use lora_core::rank::RankPolicy;
+use lora_core::variant::{FrozenLayer, Parameters, Request, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, Component, HostTensor, ModulePath, Strength};
-use support::Golden;
+use support::{Golden, product};
 
 fn path() -> ModulePath {
     ModulePath::new(Component::Unet, "mid_block.resnets.0.conv1")
-}
-
-/// `scale · up · down`.
-fn product(up: &HostTensor, down: &HostTensor, scale: f64) -> HostTensor {
-    let (up_values, down_values) = (up.to_f32(), down.to_f32());
-    let product = multiply(as_matrix(&up_values, up.shape()), as_matrix(&down_values, down.shape()));
-    let (rows, columns) = (product.nrows(), product.ncols());
-    let places = (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j)));
-    let values = places.map(|place| product[place] * scale as f32).collect();
-    HostTensor::from_f32([rows, columns], values).unwrap()
 }
 
 fn plain(down: &HostTensor, up: &HostTensor, alpha: f64) -> Adapter {
@@ -88,4 +80,46 @@ fn combinations_are_pefts() {
         checked += 1;
     }
     assert!(checked >= 15, "{checked} files checked");
+}
+
+#[test]
+fn pissa_and_olora_begin_and_end_as_pefts() {
+    let registry = VariantRegistry::<CpuBackend>::default();
+    for name in ["pissa", "olora"] {
+        let golden = Golden::all(&format!("init-{name}")).remove(0);
+        let tensor = |name: &str| &golden.tensors[name];
+        let (rank, scale) = (4, 2.0);
+        let base = FrozenLayer {
+            backend: CpuBackend,
+            geometry: golden.geometry(),
+            weight: tensor("weight").clone(),
+            bias: None,
+        };
+        let variant = registry.get(name).unwrap();
+        let request = Request { scale, ..Request::rank(rank) };
+        let first = variant.initialise(&CpuBackend, &base, &request, &Stream::new(0)).unwrap();
+        let taken_out = CpuBackend.add(base.weight.clone(), &CpuBackend.scale(tensor("residual"), -1.0).unwrap());
+        let apart = distance(&product(&first["up"], &first["down"], scale), &taken_out.unwrap());
+        assert!(apart < 1e-5, "{name}: {apart:e}");
+
+        // Trained from PEFT's first values: the plain LoRA in the file gives PEFT's weight on the untouched base.
+        let tensors = [
+            ("down", "trained.lora_A"),
+            ("up", "trained.lora_B"),
+            ("initial_down", "file.lora_A.weight"),
+            ("initial_up", "file.lora_B.weight"),
+        ];
+        let tensors = tensors.map(|(own, peer)| (own.to_owned(), tensor(peer).clone())).into();
+        let module = AdapterModule { variant: name.into(), tensors, rank, alpha: scale * rank as f64 };
+        let exported = variant.export(module).unwrap();
+        assert_eq!((exported.variant.as_str(), exported.rank, exported.scale()), ("lora", 2 * rank, scale));
+        for (own, peer) in [("down", "converted.lora_A"), ("up", "converted.lora_B")] {
+            assert_eq!(&exported.tensors[own], tensor(peer), "{name} {own}");
+        }
+        let plain = registry.get("lora").unwrap();
+        let parameters = Parameters::upload(&CpuBackend, &exported, &base.weight).unwrap();
+        let applied = [Applied { variant: &*plain, parameters, strength: 1.0 }];
+        let merged = merged_weight(&CpuBackend, &base, &applied).unwrap();
+        assert!(distance(&merged, tensor("effective")) < 1e-5, "{name}");
+    }
 }

@@ -8,7 +8,7 @@
 //! | `boft` (LyCORIS) | `blocks [m, n, b, b]`, `rescale` | `(I + Q)(I - Q)⁻¹` each | outputs |
 //! | `peft-oft` | `skew [n, b(b-1)/2]`, the upper triangle of `Q`; `n` = 1: shared by all blocks | `(I - Q)(I + Q)⁻¹` | inputs |
 //! | `peft-oft-neumann` | the same | `I + 2Q + 2Q² + 2Q³ + Q⁴` | inputs |
-//! | `peft-boft` | `blocks [1, n, b, b]`, `Q = (B - Bᵀ)/2`; `rescale [out, 1]` | `(I - Q)(I + Q)⁻¹` | inputs |
+//! | `peft-boft` | `blocks [m, n, b, b]`, `Q = (B - Bᵀ)/2`; `rescale [out, 1]` | `(I - Q)(I + Q)⁻¹` each | inputs |
 //!
 //! LyCORIS' files hold a constraint as alpha: where `‖Q‖` (over all blocks) exceeds constraint · outputs, Q is scaled down
 //! to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` adapts linear layers and 1×1 convolutions. Merged
@@ -37,7 +37,7 @@ pub enum Oft {
 pub enum Boft {
     /// LyCORIS', on the outputs.
     Lycoris,
-    /// PEFT's, on the inputs, with one factor (more need its CUDA extension).
+    /// PEFT's, on the inputs (several factors need its CUDA extension there).
     Peft,
 }
 
@@ -170,6 +170,38 @@ fn rotate_rows<B: Backend>(backend: &B, rotations: &B::Tensor, matrix: &B::Tenso
     };
     let product = backend.matmul(rotations, &backend.reshape(matrix, &[n, side, columns])?)?;
     backend.reshape(&product, &[rows, columns])
+}
+
+/// The rotations `[m, n, b, b]` one after the other on the rows `[n · b, columns]`. Stage i works on pairs of segments of
+/// `unit` rows that lie `2^i · b/2` rows apart.
+fn butterfly_rows<B: Backend>(
+    backend: &B,
+    rotations: &B::Tensor,
+    mut rows: B::Tensor,
+    columns: usize,
+    unit: usize,
+) -> Result<B::Tensor> {
+    let &[stages, n, side, _] = &*backend.shape(rotations) else {
+        return Err(wrong_blocks("boft", 0, &backend.shape(rotations)));
+    };
+    let features = n * side;
+    for stage in 0..stages {
+        let rotation = backend.reshape(&backend.select(rotations, 0, &[stage])?, &[n, side, side])?;
+        let reach = (1 << stage) * side / 2;
+        let spread = reach / unit.max(1);
+        if spread <= 1 {
+            rows = rotate_rows(backend, &rotation, &rows)?;
+            continue;
+        }
+        // [groups, 2, spread] ⇄ [groups, spread, 2] segments.
+        let groups = features / (2 * reach);
+        let width = unit * columns;
+        rows = backend.permute(&backend.reshape(&rows, &[groups, 2, spread, width])?, &[0, 2, 1, 3])?;
+        rows = rotate_rows(backend, &rotation, &backend.reshape(&rows, &[features, columns])?)?;
+        rows = backend.permute(&backend.reshape(&rows, &[groups, spread, 2, width])?, &[0, 2, 1, 3])?;
+        rows = backend.reshape(&rows, &[features, columns])?;
+    }
+    Ok(rows)
 }
 
 fn rescaled<B: Backend>(backend: &B, parameters: &Parameters<B>, rotated: B::Tensor) -> Result<B::Tensor> {
@@ -405,34 +437,31 @@ impl<B: Backend> Variant<B> for Boft {
         let &[stages, n, side, square] = &*backend.shape(blocks) else {
             return Err(wrong_blocks(self.id(), features, &backend.shape(blocks)));
         };
-        let butterfly = n.is_power_of_two() && side % 2 == 0 && stages <= n.ilog2() as usize + 1;
+        let pairs = match self {
+            Boft::Lycoris => n.is_power_of_two(),
+            Boft::Peft => n > 0 && n.trailing_zeros() as usize + 1 >= stages,
+        };
+        let butterfly = pairs && side % 2 == 0 && stages <= n.ilog2() as usize + 1;
         let shaped = side == square && n * side == features;
-        if !shaped || stages == 0 || (stages > 1 && (*self == Boft::Peft || !butterfly)) {
+        if !shaped || stages == 0 || (stages > 1 && !butterfly) {
             return Err(wrong_blocks(self.id(), features, &backend.shape(blocks)));
         }
         let weight = matrix(backend, base, blocks, self.id())?;
         let columns = geometry.fan_in();
         let rotated = match self {
             Boft::Peft => {
-                let skew = antisymmetric(backend, &backend.reshape(blocks, &[n, side, side])?, 0.5)?;
-                rotate_columns(backend, &weight, &rotation(backend, &skew, Cayley::Backward)?)?
+                let skew = antisymmetric(backend, blocks, 0.5)?;
+                let rotations = rotation(backend, &skew, Cayley::Backward)?;
+                let inputs = backend.permute(&weight, &[1, 0])?;
+                // Segments of half a block are mixed.
+                backend.permute(&butterfly_rows(backend, &rotations, inputs, geometry.outputs(), side / 2)?, &[1, 0])?
             }
             Boft::Lycoris => {
                 let limit = parameters.scale * geometry.outputs() as f64;
                 let skew = constrained(backend, antisymmetric(backend, blocks, 1.0)?, limit)?;
                 let rotations = rotation(backend, &skew, Cayley::Forward)?;
-                let mut rows = backend.share(&weight);
-                for stage in 0..stages {
-                    // Stage i pairs features 2^i · b/2 apart: [groups, 2, reach] ⇄ [groups, reach, 2].
-                    let reach = (1 << stage) * side / 2;
-                    let groups = features / (2 * reach);
-                    let rotation = backend.reshape(&backend.select(&rotations, 0, &[stage])?, &[n, side, side])?;
-                    rows = backend.permute(&backend.reshape(&rows, &[groups, 2, reach, columns])?, &[0, 2, 1, 3])?;
-                    rows = rotate_rows(backend, &rotation, &backend.reshape(&rows, &[features, columns])?)?;
-                    rows = backend.permute(&backend.reshape(&rows, &[groups, reach, 2, columns])?, &[0, 2, 1, 3])?;
-                    rows = backend.reshape(&rows, &[features, columns])?;
-                }
-                rows
+                // Single features are mixed.
+                butterfly_rows(backend, &rotations, backend.share(&weight), columns, 1)?
             }
         };
         let rotated = rescaled(backend, parameters, rotated)?;

@@ -61,10 +61,10 @@ impl Residual {
         }
         let (down, up): (Mat<f32>, Mat<f32>) = match self {
             Residual::Olora => {
-                // W = Q R: up = Q[:, :r], down = R[:r] / scale, so that scale · up · down is what is taken out.
+                // W = Q R: up = Q[:, :r], down = R[:r], not divided by the scale (as PEFT, by the paper's author).
                 let qr = matrix.qr();
                 let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
-                let down = Mat::from_fn(rank, columns, |i, j| if i <= j { r[(i, j)] / scale as f32 } else { 0.0 });
+                let down = Mat::from_fn(rank, columns, |i, j| if i <= j { r[(i, j)] } else { 0.0 });
                 (down, Mat::from_fn(rows, rank, |i, j| q[(i, j)]))
             }
             _ => {

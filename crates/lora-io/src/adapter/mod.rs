@@ -5,6 +5,7 @@
 //! changes the mathematics and is not supported are errors that list what is wrong.
 
 pub mod diffusers;
+pub mod gguf;
 pub mod kohya;
 pub mod names;
 mod parts;
@@ -13,6 +14,8 @@ pub mod portable;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use lora_core::target::TargetLayer;
@@ -35,11 +38,13 @@ pub enum Format {
     DiffusersOld,
     /// PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`.
     Peft,
+    /// llama.cpp's, of language models.
+    Gguf,
 }
 
 impl Format {
     /// All of them.
-    pub const ALL: [Format; 4] = [Format::Kohya, Format::Diffusers, Format::DiffusersOld, Format::Peft];
+    pub const ALL: [Format; 5] = [Format::Kohya, Format::Diffusers, Format::DiffusersOld, Format::Peft, Format::Gguf];
 
     /// Its name on command lines.
     pub fn name(self) -> &'static str {
@@ -48,6 +53,7 @@ impl Format {
             Format::Diffusers => "diffusers",
             Format::DiffusersOld => "diffusers-old",
             Format::Peft => "peft",
+            Format::Gguf => "gguf",
         }
     }
 }
@@ -84,7 +90,7 @@ impl AdapterFile {
     }
 }
 
-/// Reads an adapter of any format: a `.safetensors` file, or a PEFT folder.
+/// Reads an adapter of any format: a `.safetensors` or `.gguf` file, or a PEFT folder.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     let path = path.as_ref();
     if path.is_dir() {
@@ -94,6 +100,9 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     let is_peft = path.file_name().is_some_and(|name| name == "adapter_model.safetensors");
     if let Some(config) = beside.filter(|config| is_peft && config.exists()) {
         return peft::read(config.parent().unwrap_or(path));
+    }
+    if is_gguf(path)? {
+        return gguf::read(path);
     }
     let file = SafetensorsFile::open(path)?;
     let names: Vec<_> = file.names().collect();
@@ -108,6 +117,14 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     if names.iter().any(|name| kohya(name)) { kohya::from_file(&file) } else { diffusers::from_file(&file) }
 }
 
+/// Whether a file begins as GGUF does.
+pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
+    let mut start = Vec::new();
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    file.take(4).read_to_end(&mut start).map_err(Error::io(path, "read"))?;
+    Ok(start == crate::gguf::MAGIC)
+}
+
 /// Writes an adapter; returns what the format could not keep as it was, in words.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
@@ -116,6 +133,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
         Format::Diffusers => diffusers::write(path, adapter, dtype),
         Format::DiffusersOld => diffusers::write_old(path, adapter, dtype),
         Format::Peft => peft::write(path, adapter, dtype, &peft::Extra::default()),
+        Format::Gguf => gguf::write(path, adapter, dtype),
     }
 }
 

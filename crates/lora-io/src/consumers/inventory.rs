@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::checkpoint::Family;
+use crate::gguf::{GgufFile, TensorType};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
 
@@ -14,6 +15,8 @@ pub struct Inventory {
     pub tensors: BTreeMap<String, (StoredDType, Vec<usize>)>,
     /// The header's free text.
     pub metadata: BTreeMap<String, String>,
+    /// Whether it is llama.cpp's own format.
+    pub gguf: bool,
     /// `adapter_config.json`, where the file lies in a PEFT folder.
     pub config: Option<serde_json::Value>,
     /// Values of the `.alpha` tensors that were read, by their name in the file.
@@ -45,6 +48,9 @@ impl Inventory {
             true => (path.join("adapter_model.safetensors"), Some(path.join("adapter_config.json"))),
             false => (path.to_owned(), None),
         };
+        if weights.is_file() && crate::adapter::is_gguf(&weights)? {
+            return Ok(Self::of_gguf(&GgufFile::open(&weights)?));
+        }
         let file = SafetensorsFile::open(&weights)?;
         let mut inventory = Self { metadata: file.metadata().clone(), ..Self::default() };
         for name in file.names() {
@@ -63,10 +69,26 @@ impl Inventory {
         Ok(inventory)
     }
 
+    fn of_gguf(file: &GgufFile) -> Self {
+        let tensor = |name: &str| {
+            let dtype = match file.tensor_type(name) {
+                Some(TensorType::F16) => StoredDType::F16,
+                Some(TensorType::BF16) => StoredDType::BF16,
+                _ => StoredDType::F32,
+            };
+            (name.to_owned(), (dtype, file.shape(name).unwrap_or_default().to_vec()))
+        };
+        let texts = file.values().filter_map(|(key, _)| Some((key.to_owned(), file.text(key)?.to_owned())));
+        Self { tensors: file.names().map(tensor).collect(), metadata: texts.collect(), gguf: true, ..Self::default() }
+    }
+
     /// The base model that the names, shapes and metadata speak of. Shapes weigh most, metadata (which conversions
     /// carry along) least; a U-Net in diffusers' names with nothing else to tell by is taken for Stable Diffusion 1.x,
     /// and names that are no U-Net's for no model that is known here.
     pub fn base(&self) -> Family {
+        if self.gguf {
+            return Family::LanguageModel;
+        }
         let any = |test: &dyn Fn(&str) -> bool| self.tensors.keys().any(|name| test(name));
         let contains = |parts: &[&str]| any(&|name| parts.iter().any(|part| name.contains(part)));
         if contains(&["double_blocks", "single_blocks", "single_transformer_blocks"]) {

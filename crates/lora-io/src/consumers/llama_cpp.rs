@@ -55,6 +55,32 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
     draft.finish(Consumer::LlamaCpp)
 }
 
+/// Of a file in its own format, by the runtime's rules (`src/llama-adapter.cpp`).
+pub(super) fn opinion_of_gguf(inventory: &Inventory) -> Opinion {
+    let mut draft = Draft::default();
+    for (key, value) in [("general.type", "adapter"), ("adapter.type", "lora")] {
+        if inventory.metadata.get(key).map(String::as_str) != Some(value) {
+            draft.problem(Effect::Fatal, None, format!("`{key}` is not `{value}`"), None);
+        }
+    }
+    if !inventory.metadata.contains_key("general.architecture") {
+        draft.problem(Effect::Fatal, None, "`general.architecture` is missing", None);
+    }
+    for key in inventory.tensors.keys() {
+        let halves = [(".lora_a", ".lora_b"), (".lora_b", ".lora_a")];
+        let other = halves.iter().find_map(|(own, other)| Some(format!("{}{other}", key.strip_suffix(own)?)));
+        match other {
+            Some(other) if inventory.tensors.contains_key(&other) => draft.load(key),
+            Some(_) => draft.refuse(key, "the other half of its pair is missing", None),
+            None if key.ends_with("_norm.weight") => {
+                draft.ignore(key, Effect::Part, "norms are passed over", None);
+            }
+            None => draft.refuse(key, "a name that is not half of a pair ends the load", None),
+        }
+    }
+    draft.finish(Consumer::LlamaCpp)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -92,6 +118,20 @@ mod tests {
         assert_eq!(opinion.verdict, Verdict::Refuses);
         assert_eq!(cure(&opinion).unwrap(), "--base FOLDER");
         assert_eq!(with("r", Value::Null).verdict, Verdict::Loads);
+    }
+
+    #[test]
+    fn its_own_format_loads_where_pairs_are_whole() {
+        let mut own = Inventory { gguf: true, ..Inventory::default() }
+            .tensor("blk.0.attn_q.weight.lora_a", &[4, 64])
+            .tensor("blk.0.attn_q.weight.lora_b", &[64, 4]);
+        assert_eq!(judge(&own).verdict, Verdict::Refuses);
+        for (key, value) in [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", "llama")] {
+            own.metadata.insert(key.into(), value.into());
+        }
+        assert_eq!(judge(&own).verdict, Verdict::Loads);
+        assert_eq!(opinion_of(Consumer::Peft, &own).verdict, Verdict::Refuses);
+        assert_eq!(judge(&own.tensor("blk.1.attn_q.weight.lora_a", &[4, 64])).verdict, Verdict::Refuses);
     }
 
     #[test]

@@ -260,6 +260,13 @@ pub fn opinions(inventory: &Inventory) -> Vec<Opinion> {
     let base = inventory.base();
     let layers = layers::layers(base);
     let judge = |consumer| match consumer {
+        Consumer::LlamaCpp if inventory.gguf => llama_cpp::opinion_of_gguf(inventory),
+        _ if inventory.gguf => Opinion::whole(
+            consumer,
+            Verdict::Refuses,
+            format!("GGUF is llama.cpp's format; {consumer} does not read adapters in it"),
+            Cure::ToPeft,
+        ),
         Consumer::Peft => peft::opinion(inventory, base),
         Consumer::Vllm | Consumer::LlamaCpp | Consumer::MistralRs if is_image(base) => Opinion::whole(
             consumer,

@@ -245,7 +245,7 @@ fn foreign_format(start: &[u8]) -> Option<&'static str> {
              for instance with the WebUI's checkpoint merger or diffusers' conversion scripts",
         )
     } else if start.starts_with(b"GGUF") {
-        Some("this is a GGUF file; expected safetensors")
+        Some("this is a GGUF file; expected safetensors. `lora dequantise` writes a model's weights as safetensors")
     } else if start.starts_with(b"version https://git-lfs") {
         Some("this is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
     } else if start.starts_with(b"<!") || start.starts_with(b"<html") {

@@ -1,9 +1,12 @@
 //! The golden files of `tests/golden/variants`: one adapted layer of a peer each, with what the peer wrote and computed.
 //! Used by the tests of this crate and of `lora-train`.
 
+#![allow(dead_code, reason = "no test uses all of it")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use lora_core::backend::{Backend, CpuBackend};
 use lora_core::{AdapterModule, HostTensor, LayerGeometry};
 use lora_io::adapter;
 use lora_io::safetensors::{SafetensorsFile, write};
@@ -90,4 +93,9 @@ impl Golden {
         assert_eq!(read.adapter.modules.len(), 1, "{}", self.name);
         Ok(read.adapter.modules.into_values().next().unwrap())
     }
+}
+
+/// `scale · up · down` of two matrices.
+pub(crate) fn product(up: &HostTensor, down: &HostTensor, scale: f64) -> HostTensor {
+    CpuBackend.scale(&CpuBackend.matmul(up, down).unwrap(), scale).unwrap()
 }

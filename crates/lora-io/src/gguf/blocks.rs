@@ -1,0 +1,199 @@
+//! Element types of GGUF tensors and what their blocks mean, value for value as ggml's reference dequantisation computes it
+//! in f32. Quantising is not done here.
+//!
+//! | type | block | bytes | value |
+//! |---|---|---|---|
+//! | Q4_0 | 32 | d f16, 16 × 2 nibbles | `d (q - 8)` |
+//! | Q4_1 | 32 | d, m f16, 16 × 2 nibbles | `d q + m` |
+//! | Q5_0 | 32 | d f16, 32 fifth bits, 16 × 2 nibbles | `d (q - 16)` |
+//! | Q5_1 | 32 | d, m f16, 32 fifth bits, 16 × 2 nibbles | `d q + m` |
+//! | Q8_0 | 32 | d f16, 32 × i8 | `d q` |
+//! | Q4_K | 256 | d, e f16, 8 × 6-bit scale s and minimum m, 128 × 2 nibbles | `d s q - e m` |
+//! | Q5_K | 256 | the same, 256 fifth bits before the nibbles | `d s q - e m` |
+//! | Q6_K | 256 | 4 low bits, 2 high bits, 16 × i8 scale s, d f16 | `d s (q - 32)` |
+//!
+//! Nibbles: the low ones are a (sub-)block's first half, the high ones its second.
+
+use std::fmt;
+
+use half::{bf16, f16};
+use lora_core::HostData;
+
+/// Element type of a tensor, as far as it is read here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(non_camel_case_types, reason = "the names that the format and its users know")]
+#[allow(missing_docs, reason = "the module's table")]
+pub enum TensorType {
+    F32,
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+}
+
+impl TensorType {
+    const ALL: [TensorType; 11] = {
+        use TensorType::*;
+        [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K]
+    };
+
+    /// The type of a number in a file; none for types that are not read here.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.id() == id)
+    }
+
+    /// Its number in files.
+    pub fn id(self) -> u32 {
+        match self {
+            TensorType::F32 => 0,
+            TensorType::F16 => 1,
+            TensorType::Q4_0 => 2,
+            TensorType::Q4_1 => 3,
+            TensorType::Q5_0 => 6,
+            TensorType::Q5_1 => 7,
+            TensorType::Q8_0 => 8,
+            TensorType::Q4_K => 12,
+            TensorType::Q5_K => 13,
+            TensorType::Q6_K => 14,
+            TensorType::BF16 => 30,
+        }
+    }
+
+    /// Elements and bytes of a block.
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            TensorType::F32 => (1, 4),
+            TensorType::F16 | TensorType::BF16 => (1, 2),
+            TensorType::Q4_0 => (32, 18),
+            TensorType::Q4_1 => (32, 20),
+            TensorType::Q5_0 => (32, 22),
+            TensorType::Q5_1 => (32, 24),
+            TensorType::Q8_0 => (32, 34),
+            TensorType::Q4_K => (256, 144),
+            TensorType::Q5_K => (256, 176),
+            TensorType::Q6_K => (256, 210),
+        }
+    }
+
+    /// The numbers of whole blocks: F32, F16 and BF16 as they are, the others in f32.
+    pub(super) fn decode(self, bytes: &[u8]) -> HostData {
+        match self {
+            TensorType::F32 => HostData::F32(each(bytes, f32::from_le_bytes)),
+            TensorType::F16 => HostData::F16(each(bytes, f16::from_le_bytes)),
+            TensorType::BF16 => HostData::BF16(each(bytes, bf16::from_le_bytes)),
+            _ => {
+                let (elements, size) = self.block();
+                let mut values = vec![0.0; bytes.len() / size * elements];
+                for (block, out) in bytes.chunks_exact(size).zip(values.chunks_exact_mut(elements)) {
+                    self.decode_block(block, out);
+                }
+                HostData::F32(values)
+            }
+        }
+    }
+
+    fn decode_block(self, block: &[u8], out: &mut [f32]) {
+        match self {
+            TensorType::F32 | TensorType::F16 | TensorType::BF16 => {}
+            TensorType::Q4_0 => {
+                let d = half(block, 0);
+                nibbles(&block[2..18], out, |q, _| (f32::from(q) - 8.0) * d);
+            }
+            TensorType::Q4_1 => {
+                let (d, m) = (half(block, 0), half(block, 2));
+                nibbles(&block[4..20], out, |q, _| f32::from(q) * d + m);
+            }
+            TensorType::Q5_0 => {
+                let (d, high) = (half(block, 0), bits(block, 2));
+                nibbles(&block[6..22], out, |q, place| (f32::from(q | fifth(high, place)) - 16.0) * d);
+            }
+            TensorType::Q5_1 => {
+                let (d, m, high) = (half(block, 0), half(block, 2), bits(block, 4));
+                nibbles(&block[8..24], out, |q, place| f32::from(q | fifth(high, place)) * d + m);
+            }
+            TensorType::Q8_0 => {
+                let d = half(block, 0);
+                out.iter_mut().zip(&block[2..]).for_each(|(out, &q)| *out = f32::from(q as i8) * d);
+            }
+            TensorType::Q4_K | TensorType::Q5_K => {
+                let (d, e, scales) = (half(block, 0), half(block, 2), &block[4..16]);
+                let (high, low) = match self {
+                    TensorType::Q5_K => (Some(&block[16..48]), &block[48..176]),
+                    _ => (None, &block[16..144]),
+                };
+                for (pair, (low, out)) in low.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+                    let [first, second] = [2 * pair, 2 * pair + 1].map(|j| {
+                        let (scale, minimum) = scale_and_minimum(scales, j);
+                        (d * f32::from(scale), e * f32::from(minimum))
+                    });
+                    nibbles(low, out, |q, place| {
+                        let half = place / 32;
+                        let bit = high.map_or(0, |high| high[place % 32] >> (2 * pair + half) & 1);
+                        let (scale, minimum) = if half == 0 { first } else { second };
+                        scale * f32::from(q | bit << 4) - minimum
+                    });
+                }
+            }
+            TensorType::Q6_K => {
+                let d = half(block, 208);
+                for (part, out) in out.chunks_exact_mut(128).enumerate() {
+                    let (low, high) = (&block[64 * part..][..64], &block[128 + 32 * part..][..32]);
+                    let scales = &block[192 + 8 * part..][..8];
+                    for (place, out) in out.iter_mut().enumerate() {
+                        let (quarter, at) = (place / 32, place % 32);
+                        let nibble = low[at + 32 * (quarter % 2)] >> (4 * (quarter / 2)) & 15;
+                        let q = nibble | (high[at] >> (2 * quarter) & 3) << 4;
+                        *out = d * f32::from(scales[place / 16] as i8) * (f32::from(q) - 32.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Display for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+fn each<const N: usize, T>(bytes: &[u8], from: fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().map(|chunk| from(*chunk)).collect()
+}
+
+/// Low nibbles to the first half, high ones to the second; `value` is told the place.
+fn nibbles(bytes: &[u8], out: &mut [f32], value: impl Fn(u8, usize) -> f32) {
+    let half = bytes.len();
+    for (place, &byte) in bytes.iter().enumerate() {
+        out[place] = value(byte & 15, place);
+        out[place + half] = value(byte >> 4, place + half);
+    }
+}
+
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+fn bits(block: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
+}
+
+fn fifth(high: u32, place: usize) -> u8 {
+    ((high >> place & 1) as u8) << 4
+}
+
+/// The 6-bit scale and minimum of sub-block `j` out of 12 bytes: the first four of each lie in the low bits of bytes 0–3
+/// and 4–7, the others in nibbles of bytes 8–11 with their upper bits on top of the first.
+fn scale_and_minimum(scales: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        return (scales[j] & 63, scales[j + 4] & 63);
+    }
+    let (scale, minimum) = (scales[j + 4] & 15, scales[j + 4] >> 4);
+    (scale | scales[j - 4] >> 6 << 4, minimum | scales[j] >> 6 << 4)
+}
