@@ -23,7 +23,7 @@ fn gradients_are_those_of_the_peers() {
     for golden in Golden::all("peft-").into_iter().chain(Golden::all("lycoris-")) {
         // Whether a file can be applied at all is lora-io's test.
         let (Ok(module), Ok(expected)) = (golden.module(false), golden.module(true)) else { continue };
-        if golden.metadata["kind"] == "norm" || golden.name == "lycoris-lokr-linear-full-rslora" {
+        if golden.metadata["kind"] == "norm" || UNDETERMINED.contains(&&*golden.name) {
             continue;
         }
         let variant = registry.get(&module.variant).unwrap();
@@ -60,3 +60,6 @@ fn gradients_are_those_of_the_peers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(checked > 80, "{checked} files checked");
 }
+
+/// See lora-io's `peer_variants`: the file does not tell the scale.
+const UNDETERMINED: [&str; 2] = ["lycoris-glora-linear-rslora", "lycoris-lokr-linear-full-rslora"];
