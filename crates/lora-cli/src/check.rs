@@ -1,12 +1,14 @@
 //! `lora check`: what other programs would make of an adapter, and whether its numbers are healthy.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
+use lora_core::ModulePath;
 use lora_core::health::{ModuleHealth, health};
 use lora_io::adapter;
 use lora_io::consumers::{Inventory, Verdict, opinions};
 use lora_io::merge;
+use lora_train::report::heat_map::{self, Cell};
 
 use crate::Failure;
 
@@ -20,6 +22,9 @@ pub(crate) struct Arguments {
     /// Show every tensor's fate.
     #[arg(long)]
     keys: bool,
+    /// Draw the norms of the updates, blocks by layers, as a picture (PNG).
+    #[arg(long)]
+    picture: Option<PathBuf>,
     /// Print everything as JSON.
     #[arg(long)]
     json: bool,
@@ -36,6 +41,61 @@ fn block(path: &str) -> String {
     parts[..last.min(parts.len())].join(".")
 }
 
+/// The row and the column of a module in the picture: blocks, and what repeats in each of them.
+fn place(path: &ModulePath) -> (String, String) {
+    const REPEATED: [&str; 10] = [
+        "down_blocks",
+        "up_blocks",
+        "mid_block",
+        "attentions",
+        "resnets",
+        "downsamplers",
+        "upsamplers",
+        "transformer_blocks",
+        "layers",
+        "blocks",
+    ];
+    let parts: Vec<&str> = path.path.split('.').collect();
+    let end = parts
+        .iter()
+        .rposition(|part| REPEATED.contains(part))
+        .map_or(0, |last| last + 1 + usize::from(parts.get(last + 1).is_some_and(|next| next.parse::<u32>().is_ok())));
+    let row = parts[..end].join(".").replace(".transformer_blocks.0", "").replace("text_model.encoder.", "");
+    let row = if row.is_empty() { path.component.to_string() } else { format!("{} {row}", path.component) };
+    (row, parts[end.min(parts.len() - 1)..].join("."))
+}
+
+/// Digits as numbers, so that block 10 comes after block 9.
+fn natural(label: &str) -> Vec<Result<u32, String>> {
+    label.split(['.', ' ']).map(|part| part.parse().map_err(|_| part.to_owned())).collect()
+}
+
+/// Norms of the updates, blocks by layers.
+fn picture(path: &Path, modules: &[ModuleHealth]) -> Result<(), Failure> {
+    let places: Vec<(String, String)> = modules.iter().map(|module| place(&module.module)).collect();
+    let sorted = |labels: BTreeSet<&String>| {
+        let mut labels: Vec<String> = labels.into_iter().cloned().collect();
+        labels.sort_by_key(|label| natural(label));
+        labels
+    };
+    let rows = sorted(places.iter().map(|(row, _)| row).collect());
+    let columns = sorted(places.iter().map(|(_, column)| column).collect());
+    let index = |labels: &[String], label: &String| labels.iter().position(|own| own == label).unwrap_or(0);
+    let cells: Vec<Cell> = modules
+        .iter()
+        .zip(&places)
+        .map(|(module, (row, column))| Cell {
+            row: index(&rows, row),
+            column: index(&columns, column),
+            value: if module.not_finite > 0 { f64::NAN } else { module.norm },
+        })
+        .collect();
+    let picture = heat_map::draw("norms of the updates", &rows, &columns, &cells);
+    picture.save(path).map_err(|error| Failure::Work(format!("{}: cannot write: {error}", path.display())))?;
+    eprintln!("drawn: {}", path.display());
+    Ok(())
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let inventory = Inventory::read(&arguments.file)?;
     let opinions = opinions(&inventory);
@@ -45,6 +105,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         (Some(base), Ok(read)) => Some(merge::matches(base, read.adapter.clone()).map_err(|error| error.to_string())),
         _ => None,
     };
+    if let Some(path) = &arguments.picture {
+        picture(path, &modules)?;
+    }
     let mut blocks: BTreeMap<String, (usize, f64)> = BTreeMap::new();
     for module in &modules {
         let entry = blocks.entry(format!("{} {}", module.module.component, block(&module.module.path))).or_default();
