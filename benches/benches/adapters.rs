@@ -120,7 +120,7 @@ fn adapters(criterion: &mut Criterion) {
         bencher.iter(|| extract(&base, &merged, &targets, &options).expect("a LoRA"));
     });
     let (large, converted) = (path("large"), path("converted"));
-    adapter::write(&large, &lora(&checkpoint, 96, 9), Format::Kohya, DType::F16).expect("a large one");
+    adapter::write(&large, &lora(&checkpoint, 128, 9), Format::Kohya, DType::F16).expect("a large one");
     println!("large LoRA: {} MB", fs::metadata(&large).map_or(0, |file| file.len() >> 20));
     group.bench_function("copy a large LoRA", |bencher| bencher.iter(|| copy(&large, &path("copied"))));
     group.bench_function("convert a large LoRA", |bencher| {

@@ -307,7 +307,7 @@ pub(crate) fn dequantise(arguments: &DequantiseArguments) -> Result<(), Failure>
     let bar = bytes_bar("writing", bytes as u64);
     let written = lora_io::gguf::dequantise(&arguments.file, &arguments.out, dtype, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
-    println!("{}: {} tensors, {} bytes", arguments.out.display(), model.names().count(), written.bytes);
+    println!("{}: {} tensors, {} bytes", arguments.out.display(), model.names().count(), written);
     Ok(())
 }
 

@@ -40,7 +40,7 @@ pub(crate) fn auto_v1_of(header: &[u8], data: &[u8]) -> String {
 }
 
 /// SHA-256 of bytes, 64 digits.
-pub(crate) fn sha256(bytes: &[u8]) -> String {
+pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 

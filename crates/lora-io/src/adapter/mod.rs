@@ -129,7 +129,7 @@ pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
     match format {
-        Format::Kohya => kohya::write(path, adapter, dtype).map(|(_, notes)| notes),
+        Format::Kohya => kohya::write(path, adapter, dtype),
         Format::Diffusers => diffusers::write(path, adapter, dtype),
         Format::DiffusersOld => diffusers::write_old(path, adapter, dtype),
         Format::Peft => peft::write(path, adapter, dtype, &peft::Extra::default()),

@@ -9,7 +9,7 @@ use lora_core::{DType, HostTensor};
 
 use super::GgufFile;
 use super::names::{Architecture, Order, from_gguf, reorder};
-use crate::safetensors::{self, Entry, TensorSource, Written};
+use crate::safetensors::{self, Entry, TensorSource};
 use crate::{Error, Result};
 
 /// Architectures whose tensors are Hugging Face's but for names and the order of rows.
@@ -114,13 +114,13 @@ impl TensorSource for Source<'_> {
 }
 
 /// Writes the weights of a GGUF model as safetensors under Hugging Face's names, one tensor at a time. `progress` is told
-/// the bytes of each tensor. The weights have lost what their quantisation lost; the metadata says so.
+/// the bytes of each tensor. Returns the size of the file. The weights have lost what their quantisation lost; the metadata says so.
 pub fn dequantise(
     base: impl AsRef<Path>,
     output: impl AsRef<Path>,
     dtype: DType,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<Written> {
+) -> Result<u64> {
     let model = LanguageModel::open(base)?;
     let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let types = model.file.names().filter_map(|name| model.file.tensor_type(name));

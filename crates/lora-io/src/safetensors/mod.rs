@@ -8,7 +8,7 @@ mod writer;
 
 pub use reader::{SafetensorsFile, TensorView};
 pub(crate) use writer::header;
-pub use writer::{Entry, TensorSource, Written, verify, write};
+pub use writer::{Entry, TensorSource, verify, write};
 
 use std::fmt;
 

@@ -7,7 +7,6 @@ use std::io::Write;
 use std::path::Path;
 
 use lora_core::HostTensor;
-use sha2::{Digest, Sha256};
 
 use super::{SafetensorsFile, StoredDType};
 use crate::{Error, Result, atomic};
@@ -46,24 +45,10 @@ impl TensorSource for BTreeMap<String, HostTensor> {
     }
 }
 
-/// What was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Written {
-    /// SHA-256 of the tensor bytes in file order (AutoV3, `sshs_model_hash`).
-    pub data_sha256: String,
-    /// Bytes of the file.
-    pub bytes: u64,
-}
-
-/// Writes a file, whole or not at all.
-pub fn write(
-    path: impl AsRef<Path>,
-    source: &dyn TensorSource,
-    metadata: &BTreeMap<String, String>,
-) -> Result<Written> {
+/// Writes a file, whole or not at all; returns its size in bytes.
+pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeMap<String, String>) -> Result<u64> {
     let path = path.as_ref();
     let (header, entries) = header(path, source, metadata)?;
-    let mut hash = Sha256::new();
     let mut bytes = header.len() as u64;
     let mut failed = None;
     let result = atomic::write(path, |file| {
@@ -71,7 +56,6 @@ pub fn write(
         for entry in &entries {
             match source.bytes(entry) {
                 Ok(data) => {
-                    hash.update(&data);
                     bytes += data.len() as u64;
                     file.write_all(&data)?;
                 }
@@ -85,7 +69,7 @@ pub fn write(
     });
     match failed {
         Some(error) => Err(error),
-        None => result.map(|()| Written { data_sha256: crate::hash::hex(&hash.finalize()), bytes }),
+        None => result.map(|()| bytes),
     }
 }
 
