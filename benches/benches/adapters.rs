@@ -119,6 +119,20 @@ fn adapters(criterion: &mut Criterion) {
         let targets = Targets::parse(&["attention-mlp"]).expect("presets");
         bencher.iter(|| extract(&base, &merged, &targets, &options).expect("a LoRA"));
     });
+    group.bench_function("extract rank 32 of one layer of 1280×1280", |bencher| {
+        // Singular values that fall as those of a real difference do: a sum of ever smaller random parts.
+        let random = |seed: u64, count| Stream::new(seed).normals(count);
+        let (left, right) = (random(1, 1280 * 64), random(2, 64 * 1280));
+        let update = |row: usize, column: usize| {
+            (0..64).map(|k| left[row * 64 + k] * right[k * 1280 + column] / (k + 1) as f32).sum::<f32>()
+        };
+        let base = HostTensor::from_f32([1280, 1280], random(3, 1280 * 1280)).expect("as many as the shape says");
+        let places = (0..1280).flat_map(|row| (0..1280).map(move |column| (row, column)));
+        let tuned =
+            base.to_f32().iter().zip(places).map(|(value, (row, column))| value + update(row, column)).collect();
+        let tuned = HostTensor::from_f32([1280, 1280], tuned).expect("as many as the shape says");
+        bencher.iter(|| lora_core::compose::extract(&tuned, &base, &ExtractOptions::default()).expect("a LoRA"));
+    });
     let (large, converted) = (path("large"), path("converted"));
     adapter::write(&large, &lora(&checkpoint, 128, 9), Format::Kohya, DType::F16).expect("a large one");
     println!("large LoRA: {} MB", fs::metadata(&large).map_or(0, |file| file.len() >> 20));

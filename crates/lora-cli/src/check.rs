@@ -178,6 +178,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             100.0 * used as f64 / ranks as f64
         );
     }
+    let zeros = modules.iter().map(|module| module.zeros).sum::<f64>() / modules.len().max(1) as f64;
+    if zeros > 0.01 {
+        println!("{:.0}% of the numbers are zero", 100.0 * zeros);
+    }
     if dead > 0 {
         println!("{dead} modules do nothing (all zero)");
     }

@@ -5,7 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use assert_cmd::prelude::*;
-use lora_core::DType;
+use lora_core::random::Stream;
+use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
+use lora_io::adapter::{self, Format};
 use lora_models::synthetic::SyntheticModel;
 use predicates::prelude::*;
 use predicates::str::contains;
@@ -215,4 +217,44 @@ fn other_variants_train_and_merge() {
         .success();
     }
     train(folder.path(), &["--set", "variant=vera"]).code(1).stderr(contains("no form of vera"));
+}
+
+/// Pruning methods, the picture of norms, and a language model's adapter on its way to llama.cpp.
+#[test]
+fn adapters_are_pruned_drawn_and_written_as_gguf() {
+    let folder = workspace();
+    train(folder.path(), &["--set", "learning_rate=0.05"]).success();
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    let (first, second) = ("out/lora.safetensors:0.8", "out/lora.safetensors:-0.3");
+    let combine = |arguments: &[&str]| {
+        run(&[&["combine", "--lora", first, "--lora", second, "--out", "c.safetensors"], arguments].concat())
+    };
+    combine(&["--method", "ties", "--density", "0.5"]).success();
+    combine(&["--method", "dare-ties", "--density", "0.5", "--seed", "3", "--rank", "2"])
+        .success()
+        .stderr(contains("ranks 2 to 2"));
+    combine(&["--method", "ties"]).code(2).stderr(contains("--density"));
+    combine(&["--method", "magnitude-prune", "--density", "0"]).code(1).stderr(contains("density"));
+    combine(&["--density", "0.5"]).code(2).stderr(contains("pruning"));
+    run(&["check", "out/lora.safetensors", "--picture", "norms.png"]).success();
+    assert!(std::fs::read(folder.path().join("norms.png")).unwrap().starts_with(b"\x89PNG"));
+
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-io/tests/golden/gguf/llama.gguf");
+    run(&["dequantise", model, "--out", "model.safetensors"]).success().stdout(contains("21 tensors"));
+    let mut adapter = Adapter::default();
+    let random = |shape: [usize; 2]| HostTensor::from_f32(shape, Stream::new(1).normals(shape[0] * shape[1])).unwrap();
+    let tensors = [("down".to_owned(), random([2, 32])), ("up".to_owned(), random([32, 2]))].into();
+    let module = AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha: 4.0 };
+    adapter.modules.insert(ModulePath::new(Component::LanguageModel, "model.layers.1.self_attn.q_proj"), module);
+    adapter::write(folder.path().join("peft"), &adapter, Format::Peft, DType::F32).unwrap();
+    run(&["convert", "peft", "--to", "gguf", "--out", "a.gguf"]).code(1).stderr(contains("--base"));
+    run(&["convert", "peft", "--to", "gguf", "--out", "a.gguf", "--base", model]).success();
+    run(&["info", "a.gguf"]).success().stdout(contains("format:     gguf"));
+    run(&["check", "a.gguf"]).success().stdout(contains("llama.cpp   loads"));
+    run(&["convert", "a.gguf", "--to", "peft", "--out", "back"]).success();
+    let read = |name: &str| adapter::read(folder.path().join(name)).unwrap().adapter.modules;
+    assert_eq!(read("back"), read("peft"));
+    run(&["merge", "--base", "model.safetensors", "--lora", "back:0.5", "--out", "merged.safetensors"])
+        .success()
+        .stdout(contains("1 tensors changed"));
 }

@@ -95,10 +95,8 @@ pub(super) fn largest(matrix: MatRef<'_, f32>, options: &ExtractOptions) -> Resu
         false => linalg::truncated_svd(matrix, most.min(shorter), 3, &Stream::new(0).at("extract"))?,
     };
     let rank = options.policy.choose(&svd.values, most);
-    let square = |value: f32| f64::from(value).powi(2);
-    let norm = (0..matrix.ncols()).flat_map(|j| (0..matrix.nrows()).map(move |i| (i, j)));
-    let norm = norm.map(|place| square(matrix[place])).sum::<f64>().sqrt();
+    let norm = f64::from(matrix.norm_l2());
     let svd = svd.truncate(rank);
-    let held = svd.values.iter().map(|&value| square(value)).sum::<f64>().sqrt();
+    let held = svd.values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
     Ok((svd, rank, if norm == 0.0 { 1.0 } else { (held / norm).min(1.0) }))
 }
