@@ -78,7 +78,7 @@ pub fn draw(title: &str, rows: &[String], columns: &[String], cells: &[Cell]) ->
 fn short(value: f64) -> String {
     match value {
         0.0 => "0".to_owned(),
-        value if value >= 1000.0 || value < 0.001 => format!("{value:.0e}"),
+        value if !(0.001..1000.0).contains(&value) => format!("{value:.0e}"),
         value if value >= 10.0 => format!("{value:.1}"),
         value => format!("{value:.3}"),
     }
