@@ -24,8 +24,12 @@ impl CropPlan {
         // The side that is proportionally shorter decides.
         let factor = scale(source.0, target.0).max(scale(source.1, target.1));
         let side = |from: usize, to: usize| ((from as f64 * factor + 0.5) as usize).max(to);
-        let resized = (side(source.0, target.0), side(source.1, target.1));
-        let offset = ((resized.0 - target.0) / 2, (resized.1 - target.1) / 2);
+        Self::centered((side(source.0, target.0), side(source.1, target.1)), target)
+    }
+
+    /// The middle of a picture scaled to a size, which must not be smaller than the target.
+    pub fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
+        let offset = (resized.0.saturating_sub(target.0) / 2, resized.1.saturating_sub(target.1) / 2);
         Self { resized, offset, target }
     }
 

@@ -1,9 +1,11 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod bucket;
 pub mod crop;
 pub mod dataset;
 mod error;
+pub mod focus;
 pub mod picture;
 pub mod processor;
 pub mod sampler;

@@ -8,30 +8,91 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 
 use crate::crop::CropPlan;
+use crate::focus::focus;
 use crate::{Error, Result, RgbPicture};
 
 /// What a processor knows besides the picture.
 #[derive(Debug, Clone)]
 pub struct ProcessContext {
-    /// The size that training wants, width and height in pixels.
-    pub target: (usize, usize),
+    /// Width and height of the picture as it was decoded.
+    pub source: (usize, usize),
+    /// How that is scaled and cut to the size that training wants.
+    pub plan: CropPlan,
     /// Random numbers that belong to this item and epoch, whatever the order of processing.
     pub random: Stream,
 }
 
-/// One step on the way of a picture.
-pub trait PictureProcessor: fmt::Debug + Send + Sync {
-    /// The processed picture. After the last processor it must have the target's size.
-    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture>;
+impl ProcessContext {
+    /// The plan for a picture that other processors may have given another size.
+    fn plan_of(&self, picture: &RgbPicture) -> CropPlan {
+        let size = (picture.width(), picture.height());
+        if size == self.source { self.plan } else { CropPlan::center(size, self.plan.target) }
+    }
 }
 
-/// `center_crop`: the smallest scaling that covers the target, then its middle.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CenterCrop;
+/// One step on the way of a picture.
+pub trait PictureProcessor: fmt::Debug + Send + Sync {
+    /// The processed picture. After the last processor it must have the size of the plan's target.
+    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture>;
 
-impl PictureProcessor for CenterCrop {
+    /// Whether it does something else at each visit. Where latents are cached, it acts once.
+    fn is_random(&self) -> bool {
+        false
+    }
+}
+
+/// Which part of a picture is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crop {
+    /// `center_crop`: the middle.
+    Center,
+    /// `top_left_crop`: the top left corner.
+    TopLeft,
+    /// `random_crop`: any part, another at each visit.
+    Random,
+    /// `focus_crop`: the most salient part, see [`crate::focus`].
+    Focus,
+}
+
+impl PictureProcessor for Crop {
     fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture> {
-        CropPlan::center((picture.width(), picture.height()), context.target).apply(&picture)
+        let plan = context.plan_of(&picture);
+        let room = (plan.resized.0 - plan.target.0, plan.resized.1 - plan.target.1);
+        let plan = match self {
+            Crop::Center => plan,
+            Crop::TopLeft => CropPlan { offset: (0, 0), ..plan },
+            Crop::Random => {
+                let mut random = context.random.at("crop");
+                let mut below = |room: usize| random.below(room as u64 + 1) as usize;
+                CropPlan { offset: (below(room.0), below(room.1)), ..plan }
+            }
+            Crop::Focus => focus(&picture, &plan),
+        };
+        plan.apply(&picture)
+    }
+
+    fn is_random(&self) -> bool {
+        *self == Crop::Random
+    }
+}
+
+/// `flip`: mirrored left to right at every second visit, by chance.
+#[derive(Debug, Clone, Copy)]
+pub struct Flip;
+
+impl PictureProcessor for Flip {
+    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture> {
+        if context.random.at("flip").below(2) == 0 {
+            return Ok(picture);
+        }
+        let (width, height) = (picture.width(), picture.height());
+        let pixels = picture.data().as_chunks::<3>().0;
+        let mirrored = pixels.chunks(width.max(1)).flat_map(|row| row.iter().rev().copied().flatten()).collect();
+        Ok(RgbPicture::new(width, height, mirrored).unwrap_or(picture))
+    }
+
+    fn is_random(&self) -> bool {
+        true
     }
 }
 
@@ -42,8 +103,14 @@ pub struct ProcessorRegistry(BTreeMap<String, Arc<dyn PictureProcessor>>);
 impl Default for ProcessorRegistry {
     /// This crate's processors.
     fn default() -> Self {
-        let crop: Arc<dyn PictureProcessor> = Arc::new(CenterCrop);
-        Self(BTreeMap::from([("center_crop".to_owned(), crop)]))
+        let ours: [(&str, Arc<dyn PictureProcessor>); 5] = [
+            ("center_crop", Arc::new(Crop::Center)),
+            ("top_left_crop", Arc::new(Crop::TopLeft)),
+            ("random_crop", Arc::new(Crop::Random)),
+            ("focus_crop", Arc::new(Crop::Focus)),
+            ("flip", Arc::new(Flip)),
+        ];
+        Self(ours.map(|(name, processor)| (name.to_owned(), processor)).into())
     }
 }
 
@@ -92,14 +159,48 @@ mod tests {
         }
     }
 
+    fn context(source: (usize, usize), target: (usize, usize), seed: u64) -> ProcessContext {
+        ProcessContext { source, plan: CropPlan::center(source, target), random: Stream::new(seed) }
+    }
+
+    /// A picture of six columns, each of its own value.
+    fn columns() -> RgbPicture {
+        RgbPicture::new(6, 2, [0u8, 1, 2, 3, 4, 5].map(|value| [value; 3]).concat().repeat(2)).unwrap()
+    }
+
+    #[test]
+    fn crops_keep_the_part_that_they_say() {
+        let cut = |crop: Crop, seed| crop.process(columns(), &context((6, 2), (2, 2), seed)).unwrap().data()[0];
+        assert_eq!((cut(Crop::Center, 0), cut(Crop::TopLeft, 0)), (2, 0));
+        let mut seen: Vec<u8> = (0..100).map(|seed| cut(Crop::Random, seed)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, [0, 1, 2, 3, 4], "every place, and none outside");
+    }
+
+    #[test]
+    fn about_half_are_mirrored() {
+        let first = |seed| Flip.process(columns(), &context((6, 2), (6, 2), seed)).unwrap().data()[0];
+        let mirrored = (0..200).filter(|&seed| first(seed) == 5).count();
+        assert!((70..130).contains(&mirrored) && (0..200).all(|seed| matches!(first(seed), 0 | 5)), "{mirrored}");
+    }
+
+    #[test]
+    fn a_picture_of_another_size_than_decoded_is_not_squashed() {
+        let context = context((600, 200), (2, 2), 0);
+        assert_eq!(Crop::Center.process(columns(), &context).unwrap().data()[0], 2);
+    }
+
     #[test]
     fn outsiders_register_and_chain() {
         let mut registry = ProcessorRegistry::default();
         registry.register("invert", Invert).unwrap();
         assert!(registry.register("invert", Invert).is_err());
-        assert!(registry.chain(&["nothing"]).unwrap_err().to_string().contains("center_crop, invert"));
-        let context = ProcessContext { target: (2, 2), random: Stream::new(0) };
+        assert!(
+            registry.chain(&["nothing"]).unwrap_err().to_string().contains("center_crop, flip, focus_crop, invert")
+        );
         let picture = RgbPicture::new(4, 2, vec![10; 24]).unwrap();
+        let context = context((4, 2), (2, 2), 0);
         let result = registry
             .chain(&["invert", "center_crop"])
             .unwrap()

@@ -1,5 +1,7 @@
-//! The order of items: every item its number of times an epoch, shuffled by (seed, epoch), with a position that is two
-//! numbers and restores exactly.
+//! The order of items: every item its number of times an epoch, in batches of one bucket, shuffled by (seed, epoch), with a
+//! position that is two numbers and restores exactly.
+
+use std::collections::BTreeMap;
 
 use lora_core::random::Stream;
 use serde::{Deserialize, Serialize};
@@ -24,19 +26,30 @@ pub struct Visit {
     pub epoch: u64,
 }
 
-/// Visits items in shuffled order, epoch after epoch, without end.
+/// Visits items in shuffled batches of one size each, epoch after epoch, without end.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
-    repeats: Vec<usize>,
+    /// Items by the size that they are trained at, each with its number of visits per epoch.
+    buckets: BTreeMap<(usize, usize), Vec<(usize, usize)>>,
+    batch_size: usize,
     seed: u64,
     position: Position,
     order: Vec<Visit>,
+    /// Where in the order each batch ends.
+    ends: Vec<usize>,
 }
 
 impl EpochSampler {
-    /// `repeats` holds each item's number of visits per epoch; their sum must not be 0 (then there are no visits).
-    pub fn new(repeats: Vec<usize>, seed: u64) -> Self {
-        let mut sampler = Self { repeats, seed, position: Position { epoch: 0, item: 0 }, order: Vec::new() };
+    /// `items` holds each item's number of visits per epoch and its bucket. The sum of the visits must not be 0 (then there
+    /// are no batches). The last batch of a bucket may be smaller; none is dropped.
+    pub fn new(items: impl IntoIterator<Item = (usize, (usize, usize))>, batch_size: usize, seed: u64) -> Self {
+        let mut buckets = BTreeMap::<_, Vec<_>>::new();
+        for (index, (repeats, bucket)) in items.into_iter().enumerate() {
+            buckets.entry(bucket).or_default().push((index, repeats));
+        }
+        let position = Position { epoch: 0, item: 0 };
+        let batch_size = batch_size.max(1);
+        let mut sampler = Self { buckets, batch_size, seed, position, order: Vec::new(), ends: Vec::new() };
         sampler.shuffle();
         sampler
     }
@@ -57,13 +70,26 @@ impl EpochSampler {
         self.order.len()
     }
 
-    /// The next `size` visits, fewer at the end of an epoch: a batch never spans two. Empty only without items.
-    pub fn next_batch(&mut self, size: usize) -> Vec<Visit> {
+    /// Batches in an epoch.
+    pub fn batches_per_epoch(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Visits per epoch of each bucket, by size.
+    pub fn visits_by_bucket(&self) -> BTreeMap<(usize, usize), usize> {
+        let count = |items: &Vec<(usize, usize)>| items.iter().map(|(_, repeats)| repeats).sum();
+        self.buckets.iter().map(|(&bucket, items)| (bucket, count(items))).collect()
+    }
+
+    /// The next batch: of one bucket and one epoch. Empty only without items.
+    pub fn next_batch(&mut self) -> Vec<Visit> {
         if self.position.item >= self.order.len() {
             self.position = Position { epoch: self.position.epoch + 1, item: 0 };
             self.shuffle();
         }
-        let end = (self.position.item + size.max(1)).min(self.order.len());
+        // A position of a run with another batch size may lie inside a batch: its rest comes next.
+        let next = self.ends.partition_point(|&end| end <= self.position.item);
+        let end = self.ends.get(next).copied().unwrap_or(self.order.len());
         let batch = self.order[self.position.item..end].to_vec();
         self.position.item = end;
         batch
@@ -71,9 +97,29 @@ impl EpochSampler {
 
     fn shuffle(&mut self) {
         let epoch = self.position.epoch;
-        let visits = |(index, &count): (usize, &usize)| (0..count).map(move |repeat| Visit { index, repeat, epoch });
-        self.order = self.repeats.iter().enumerate().flat_map(visits).collect();
-        Stream::new(self.seed).at("order").with(epoch).shuffle(&mut self.order);
+        let random = Stream::new(self.seed).at("order").with(epoch);
+        let mut batches = Vec::new();
+        for items in self.buckets.values() {
+            let visits =
+                |&(index, count): &(usize, usize)| (0..count).map(move |repeat| Visit { index, repeat, epoch });
+            let mut own: Vec<Visit> = items.iter().flat_map(visits).collect();
+            // One stream per bucket, told apart by its first item; with a single bucket it is the epoch's own.
+            let first = items.first().map_or(0, |&(index, _)| index as u64);
+            let mut stream = if self.buckets.len() == 1 { random.clone() } else { random.at("bucket").with(first) };
+            stream.shuffle(&mut own);
+            batches.extend(own.chunks(self.batch_size).map(<[Visit]>::to_vec));
+        }
+        if self.buckets.len() > 1 {
+            random.at("batches").shuffle(&mut batches);
+        }
+        self.ends = batches
+            .iter()
+            .scan(0, |end, batch| {
+                *end += batch.len();
+                Some(*end)
+            })
+            .collect();
+        self.order = batches.into_iter().flatten().collect();
     }
 }
 
@@ -83,41 +129,53 @@ mod tests {
 
     use super::*;
 
+    const ONE: (usize, usize) = (512, 512);
+
+    fn sampler(repeats: &[usize], batch: usize, seed: u64) -> EpochSampler {
+        EpochSampler::new(repeats.iter().map(|&repeats| (repeats, ONE)), batch, seed)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn every_item_its_number_of_times_an_epoch(repeats in proptest::collection::vec(1usize..4, 1..20), batch in 1usize..7, seed: u64) {
-            let mut sampler = EpochSampler::new(repeats.clone(), seed);
+        fn every_item_its_number_of_times_an_epoch_in_batches_of_one_bucket(
+            items in proptest::collection::vec((1usize..4, 0usize..4), 1..20), batch in 1usize..7, seed: u64,
+        ) {
+            let bucket = |number: usize| (64 * (number + 1), 64);
+            let mut sampler = EpochSampler::new(items.iter().map(|&(repeats, own)| (repeats, bucket(own))), batch, seed);
+            let visits: usize = items.iter().map(|(repeats, _)| repeats).sum();
+            let full: usize = sampler.visits_by_bucket().values().map(|visits| visits.div_ceil(batch)).sum();
+            prop_assert_eq!((sampler.epoch_length(), sampler.batches_per_epoch()), (visits, full));
             for epoch in 0..3 {
-                let mut counts = vec![0; repeats.len()];
-                let mut left = sampler.epoch_length();
-                while left > 0 {
-                    let visits = sampler.next_batch(batch);
-                    prop_assert!(visits.len() == batch || visits.len() == left);
-                    left -= visits.len();
-                    for visit in visits {
+                let mut counts = vec![0; items.len()];
+                for _ in 0..sampler.batches_per_epoch() {
+                    let visits = sampler.next_batch();
+                    prop_assert!(!visits.is_empty() && visits.len() <= batch);
+                    for visit in &visits {
                         prop_assert_eq!(visit.epoch, epoch);
+                        prop_assert_eq!(items[visit.index].1, items[visits[0].index].1);
                         counts[visit.index] += 1;
                     }
                 }
-                prop_assert_eq!(&counts, &repeats);
+                prop_assert_eq!(&counts, &items.iter().map(|(repeats, _)| *repeats).collect::<Vec<_>>());
             }
         }
 
         #[test]
-        fn the_order_does_not_depend_on_batches_and_resumes_anywhere(items in 1usize..30, stop in 0usize..80, seed: u64) {
-            let mut whole = EpochSampler::new(vec![2; items], seed);
-            let all: Vec<_> = (0..100).flat_map(|_| whole.next_batch(1)).collect();
-            let mut first = EpochSampler::new(vec![2; items], seed);
+        fn one_buckets_order_does_not_depend_on_batches_and_resumes_anywhere(items in 1usize..30, stop in 0usize..80, seed: u64) {
+            let repeats = vec![2; items];
+            let mut whole = sampler(&repeats, 1, seed);
+            let all: Vec<_> = (0..100).flat_map(|_| whole.next_batch()).collect();
+            let mut first = sampler(&repeats, 3, seed);
             let mut seen = Vec::new();
             while seen.len() < stop {
-                seen.extend(first.next_batch(3));
+                seen.extend(first.next_batch());
             }
-            let mut second = EpochSampler::new(vec![2; items], seed);
+            let mut second = sampler(&repeats, 5, seed);
             second.restore(first.position());
             while seen.len() < 100 {
-                seen.extend(second.next_batch(5));
+                seen.extend(second.next_batch());
             }
             prop_assert_eq!(&seen[..100], &all[..]);
         }
@@ -125,12 +183,21 @@ mod tests {
 
     #[test]
     fn epochs_differ() {
-        let mut sampler = EpochSampler::new(vec![1; 50], 1);
-        let (first, second) = (sampler.next_batch(50), sampler.next_batch(50));
+        let mut whole = sampler(&[1; 50], 50, 1);
+        let (first, second) = (whole.next_batch(), whole.next_batch());
         assert_ne!(
             first.iter().map(|v| v.index).collect::<Vec<_>>(),
             second.iter().map(|v| v.index).collect::<Vec<_>>()
         );
-        assert!(EpochSampler::new(vec![], 1).next_batch(4).is_empty());
+        assert!(sampler(&[], 4, 1).next_batch().is_empty());
+    }
+
+    #[test]
+    fn buckets_take_turns() {
+        let items = (0..40).map(|index| (1, if index % 2 == 0 { (512, 512) } else { (640, 384) }));
+        let mut mixed = EpochSampler::new(items, 4, 1);
+        let parities: Vec<usize> = (0..10).map(|_| mixed.next_batch()[0].index % 2).collect();
+        let changes = parities.windows(2).filter(|pair| pair[0] != pair[1]).count();
+        assert!(changes > 1, "{parities:?}");
     }
 }

@@ -46,6 +46,8 @@ pub struct TrainingRecord {
     pub seed: u64,
     /// Width and height in pixels.
     pub resolution: (usize, usize),
+    /// The aspect-ratio buckets, where there are any.
+    pub buckets: Option<BucketRecord>,
     /// Clip skip; `None` for 1.
     pub clip_skip: Option<usize>,
     /// Tokens of a caption; `None` for 75.
@@ -86,6 +88,19 @@ pub struct TrainingRecord {
     pub program: String,
 }
 
+/// The aspect-ratio buckets of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BucketRecord {
+    /// Shortest side that a bucket may have.
+    pub min: usize,
+    /// Longest side that a bucket may have.
+    pub max: usize,
+    /// Whether small pictures were left at their size.
+    pub no_upscale: bool,
+    /// Visits per epoch by width and height.
+    pub visits: BTreeMap<(usize, usize), usize>,
+}
+
 impl TrainingRecord {
     /// The metadata of the file.
     pub fn to_metadata(&self) -> BTreeMap<String, String> {
@@ -119,7 +134,17 @@ impl TrainingRecord {
         set("ss_mixed_precision", self.mixed_precision.clone());
         set("ss_seed", self.seed.to_string());
         set("ss_resolution", format!("({}, {})", self.resolution.0, self.resolution.1));
-        set("ss_enable_bucket", python_bool(false));
+        set("ss_enable_bucket", python_bool(self.buckets.is_some()));
+        if let Some(buckets) = &self.buckets {
+            set("ss_min_bucket_reso", buckets.min.to_string());
+            set("ss_max_bucket_reso", buckets.max.to_string());
+            set("ss_bucket_no_upscale", python_bool(buckets.no_upscale));
+            let list = buckets.visits.iter().enumerate().map(|(index, ((width, height), visits))| {
+                (index.to_string(), serde_json::json!({ "resolution": [width, height], "count": visits }))
+            });
+            let list: serde_json::Map<_, _> = list.collect();
+            set("ss_bucket_info", serde_json::json!({ "buckets": list }).to_string());
+        }
         set("ss_clip_skip", optional(self.clip_skip));
         set("ss_max_token_length", optional(self.max_token_length));
         set("ss_lr_scheduler", self.lr_scheduler.clone());

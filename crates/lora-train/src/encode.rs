@@ -5,6 +5,8 @@ use std::path::Path;
 use lora_core::DType;
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
+use lora_data::bucket::Framing;
+use lora_data::crop::CropPlan;
 use lora_data::dataset::Item;
 use lora_data::picture;
 use lora_data::processor::{PictureProcessor, ProcessContext};
@@ -101,17 +103,31 @@ pub fn sample_latents(
     Ok(distribution.sample(&noise)?.f_mul_scalar(encoder.scaling_factor())?.f_squeeze_dim(0)?)
 }
 
-/// A picture of the dataset, decoded and processed to its training size.
+/// How a picture is scaled and cut; one that is too small for any bucket counts as unreadable.
+pub fn plan(framing: &Framing, item: &Item) -> Result<CropPlan, lora_data::Error> {
+    framing.plan(item.size).ok_or_else(|| lora_data::Error::Picture {
+        path: item.path.clone(),
+        reason: format!(
+            "{}×{} pixels are less than a bucket's step, and bucket_no_upscale forbids to enlarge them",
+            item.size.0, item.size.1
+        ),
+    })
+}
+
+/// A picture of the dataset, decoded and processed to the size that its framing gives it.
 pub fn load_picture(
     item: &Item,
     processors: &[std::sync::Arc<dyn PictureProcessor>],
-    target: (usize, usize),
+    framing: &Framing,
     background: [u8; 3],
     random: &Stream,
 ) -> Result<RgbPicture, lora_data::Error> {
     let mut picture = picture::decode(&item.path, background)?;
+    let source = (picture.width(), picture.height());
+    let plan = plan(framing, item)?;
+    let target = plan.target;
     for (index, processor) in processors.iter().enumerate() {
-        let context = ProcessContext { target, random: random.at("processor").with(index as u64) };
+        let context = ProcessContext { source, plan, random: random.at("processor").with(index as u64) };
         picture = processor.process(picture, &context)?;
     }
     if (picture.width(), picture.height()) != target {

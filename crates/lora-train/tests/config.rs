@@ -66,6 +66,7 @@ fn every_mistake_is_named_with_what_would_be_right() {
         ("epochs = 2\nmax_train_steps = 100", &["not both"]),
         ("train_unet = false\ntrain_text_encoder = false", &["nothing to train"]),
         ("max_resolution = \"512,500\"", &["500", "496 and 504"]),
+        ("enable_bucket = true\nmin_bucket_reso = 600", &["min_bucket_reso", "600", "512×512"]),
         ("max_resolution = \"big\"", &["width,height", "big"]),
         ("target_modules = []", &["`target_modules`"]),
         ("target_modules = [\"re:(\"]", &["re:("]),

@@ -354,3 +354,41 @@ fn nan_is_named_by_the_stage_it_comes_from() {
         assert!(error.contains(stage), "{name}: {error}");
     }
 }
+
+#[test]
+fn pictures_of_other_aspects_train_in_buckets_of_their_own() {
+    let folder = workspace();
+    for index in 0..3u8 {
+        let picture = image::RgbImage::from_fn(240, 60, |x, y| image::Rgb([x as u8, index * 60, y as u8]));
+        picture.save(folder.path().join(format!("data/wide-{index}.png"))).unwrap();
+    }
+    let keys = [
+        "max_resolution=128",
+        "enable_bucket=true",
+        "min_bucket_reso=64",
+        "max_bucket_reso=256",
+        "batch_size=2",
+        "epochs=1",
+        "processors=[\"focus_crop\"]",
+    ];
+    let mut session = prepare(folder.path(), &keys);
+    // 8 pictures of nearly a square in four batches, 3 wide ones in two.
+    assert_eq!((session.plan().visits_per_epoch, session.plan().steps), (11, 6));
+    let reports: Vec<StepReport> = std::iter::from_fn(|| session.step().unwrap()).collect();
+    assert_eq!(reports.iter().map(|report| report.pictures).sum::<usize>(), 11);
+    assert!(reports.iter().all(|report| report.loss.is_finite() && report.pictures <= 2));
+    let saved = session.save("buckets").unwrap();
+    let metadata = SafetensorsFile::open(saved).unwrap().metadata().clone();
+    assert_eq!((&*metadata["ss_enable_bucket"], &*metadata["ss_min_bucket_reso"]), ("True", "64"));
+    let info: serde_json::Value = serde_json::from_str(&metadata["ss_bucket_info"]).unwrap();
+    let expected = serde_json::json!({ "buckets": {
+        "0": { "resolution": [128, 128], "count": 8 }, "1": { "resolution": [256, 64], "count": 3 } } });
+    assert_eq!(info, expected);
+
+    // Without enlarging, pictures below a step have no bucket: skipped by name, or the end of a strict run.
+    let keys = [&keys[..], &["bucket_no_upscale=true"]].concat();
+    assert_eq!(prepare(folder.path(), &keys).plan().visits_per_epoch, 8);
+    let strict = config(folder.path(), &[&keys[..], &["strict=true"]].concat());
+    let error = Session::prepare(strict, &Plugins::default(), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("wide-0.png") && error.contains("bucket_no_upscale"), "{error}");
+}

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::DType;
 use lora_core::target::Targets;
+use lora_data::bucket::{BucketOptions, Buckets};
 use lora_data::tokenizer::TextCleaning;
 use lora_models::stable_diffusion::SamplerKind;
 
@@ -100,6 +101,8 @@ pub struct TrainConfig {
     pub repeats: usize,
     pub seed: u64,
     pub max_resolution: (usize, usize),
+    /// `enable_bucket` and the keys of its limits.
+    pub buckets: Option<BucketOptions>,
     pub background: [u8; 3],
     pub processors: Vec<String>,
     pub clip_skip: usize,
@@ -166,6 +169,21 @@ impl TrainConfig {
         let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
         let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(1e-4);
         let max_resolution = reader.size("max_resolution").unwrap_or((512, 512));
+        let enable_bucket = reader.boolean("enable_bucket", false);
+        let options = BucketOptions {
+            resolution: max_resolution,
+            min: reader.count("min_bucket_reso", 1).unwrap_or(256),
+            max: reader.count("max_bucket_reso", 1).unwrap_or(1024),
+            step: reader.count("bucket_reso_steps", 1).unwrap_or(64),
+            no_upscale: reader.boolean("bucket_no_upscale", false),
+        };
+        let buckets = enable_bucket.then_some(options);
+        match Buckets::new(options) {
+            Err(lora_data::Error::Option { key, value, reason }) if enable_bucket => {
+                reader.problem(Some(key), format!("{value}: {reason}"));
+            }
+            _ => {}
+        }
         let seed = reader.count("seed", 0).unwrap_or(42) as u64;
 
         let length = match (reader.count("epochs", 1), reader.count("max_train_steps", 1)) {
@@ -311,6 +329,7 @@ impl TrainConfig {
             repeats: reader.count("repeats", 1).unwrap_or(1),
             seed,
             max_resolution,
+            buckets,
             background,
             processors,
             clip_skip: reader.count("clip_skip", 1).unwrap_or(1),

@@ -24,7 +24,17 @@ pub struct StepPlan {
 impl StepPlan {
     /// For a number of visits per epoch, and either epochs or steps.
     pub fn new(visits_per_epoch: usize, batch_size: usize, accumulation: usize, length: RunLength) -> Self {
-        let batches_per_epoch = visits_per_epoch.div_ceil(batch_size);
+        Self::of_batches(visits_per_epoch, visits_per_epoch.div_ceil(batch_size), batch_size, accumulation, length)
+    }
+
+    /// Where buckets have a last, smaller batch each.
+    pub fn of_batches(
+        visits_per_epoch: usize,
+        batches_per_epoch: usize,
+        batch_size: usize,
+        accumulation: usize,
+        length: RunLength,
+    ) -> Self {
         let steps_per_epoch = batches_per_epoch.div_ceil(accumulation).max(1);
         let (epochs, steps) = match length {
             RunLength::Epochs(epochs) => (epochs, epochs.saturating_mul(steps_per_epoch)),

@@ -19,6 +19,7 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
+use lora_data::bucket::Framing;
 use lora_data::dataset::ImageDataset;
 use lora_data::processor::PictureProcessor;
 use lora_data::sampler::{EpochSampler, Visit};
@@ -66,6 +67,7 @@ pub struct Session {
     candidates: usize,
     scaler: LossScaler,
     lr_schedule: Schedule,
+    framing: Framing,
     sampler: EpochSampler,
     plan: StepPlan,
     step: usize,
@@ -149,7 +151,7 @@ impl Session {
             if !batches.is_empty() && self.sampler.position().item >= self.sampler.epoch_length() {
                 break;
             }
-            batches.push(self.sampler.next_batch(self.config.batch_size));
+            batches.push(self.sampler.next_batch());
         }
         let pictures: usize = batches.iter().map(Vec::len).sum();
         let mut losses = Vec::with_capacity(batches.len());
@@ -273,13 +275,8 @@ impl Session {
                 None => latents.push(self.latents[visit.index].f_to_device(self.device)?),
                 Some(encoder) => {
                     let item = &self.dataset.items()[visit.index];
-                    let picture = encode::load_picture(
-                        item,
-                        &self.processors,
-                        self.config.max_resolution,
-                        self.config.background,
-                        draw,
-                    )?;
+                    let picture =
+                        encode::load_picture(item, &self.processors, &self.framing, self.config.background, draw)?;
                     latents.push(encode::sample_latents(
                         encoder,
                         &self.checkpoint,

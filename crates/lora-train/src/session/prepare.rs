@@ -7,6 +7,7 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::{Adapter, DType};
+use lora_data::bucket::{Buckets, Framing};
 use lora_data::dataset::{ImageDataset, ScanOptions};
 use lora_data::processor::PictureProcessor;
 use lora_data::sampler::EpochSampler;
@@ -48,6 +49,10 @@ impl Session {
         lora_io::atomic::check_writable(&config.output_dir)?;
         let mut dataset =
             ImageDataset::scan(&config.train_data_dir, ScanOptions { repeats: config.repeats, strict: config.strict })?;
+        let framing = match config.buckets {
+            None => Framing::Fixed(config.max_resolution),
+            Some(options) => Framing::Buckets(Buckets::new(options)?),
+        };
         let checkpoint = Checkpoint::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
         let mut notes = Vec::new();
@@ -70,12 +75,26 @@ impl Session {
         progress(Preparing::Loading("autoencoder"));
         let mut encoder = Encoder::load(&checkpoint, precision, device)?;
         let latents = match config.cache_latents {
-            true => cache_latents(&config, &checkpoint, &mut encoder, &mut dataset, &processors, &mut notes, progress)?,
+            true => cache_latents(
+                &config,
+                &framing,
+                &checkpoint,
+                &mut encoder,
+                &mut dataset,
+                &processors,
+                &mut notes,
+                progress,
+            )?,
             false => {
-                check_pictures(&config, &mut dataset, &processors)?;
+                check_pictures(&config, &framing, &mut dataset, &processors)?;
                 Vec::new()
             }
         };
+        if config.cache_latents && processors.iter().any(|processor| processor.is_random()) {
+            notes.push(
+                "latents are cached, so random processors act once; cache_latents = false lets them act anew".into(),
+            );
+        }
         let encoder = (!config.cache_latents).then_some(encoder);
         memory::empty_cache(device)?;
 
@@ -152,9 +171,18 @@ impl Session {
 
         adapter::kohya::check(&trained.export()?)?;
 
-        let sampler = EpochSampler::new(dataset.items().iter().map(|item| item.repeats).collect(), config.seed);
-        let plan =
-            StepPlan::new(sampler.epoch_length(), config.batch_size, config.gradient_accumulation_steps, config.length);
+        let visits = dataset.items().iter().map(|item| Ok((item.repeats, encode::plan(&framing, item)?.target)));
+        let sampler = EpochSampler::new(visits.collect::<Result<Vec<_>>>()?, config.batch_size, config.seed);
+        if config.buckets.is_some() {
+            notes.push(buckets_note(&sampler));
+        }
+        let plan = StepPlan::of_batches(
+            sampler.epoch_length(),
+            sampler.batches_per_epoch(),
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.length,
+        );
         let lr_schedule = Schedule::new(config.lr_scheduler, config.lr_warmup, plan.steps);
         if lr_schedule.warmup() >= plan.steps {
             notes.push(format!(
@@ -192,6 +220,7 @@ impl Session {
             targets,
             scaler,
             lr_schedule,
+            framing,
             sampler,
             plan,
             step: 0,
@@ -204,8 +233,10 @@ impl Session {
 }
 
 /// Encodes every picture once; unreadable ones are skipped, or end the run where the configuration is strict.
+#[allow(clippy::too_many_arguments, reason = "the parts of one call of `prepare`")]
 fn cache_latents(
     config: &TrainConfig,
+    framing: &Framing,
     checkpoint: &Checkpoint,
     encoder: &mut Encoder,
     dataset: &mut ImageDataset,
@@ -217,9 +248,9 @@ fn cache_latents(
     let (mut latents, mut enlarged) = (Vec::with_capacity(items.len()), 0);
     for (index, item) in items.iter().enumerate() {
         let random = Stream::new(config.seed).at("cache").with(index as u64);
-        match encode::load_picture(item, processors, config.max_resolution, config.background, &random) {
+        match encode::load_picture(item, processors, framing, config.background, &random) {
             Ok(picture) => {
-                enlarged += usize::from(item.size.0 < config.max_resolution.0 || item.size.1 < config.max_resolution.1);
+                enlarged += usize::from(encode::plan(framing, item)?.scale(item.size) > 1.0);
                 let sample = encode::sample_latents(encoder, checkpoint, &item.path, &picture, &random.at("latent"))?;
                 latents.push(sample.f_to_device(Device::Cpu)?);
             }
@@ -231,22 +262,31 @@ fn cache_latents(
         progress(Preparing::Latents(index + 1, items.len()));
     }
     if enlarged > 0 {
-        let (width, height) = config.max_resolution;
-        notes.push(format!("{enlarged} picture(s) are smaller than {width}×{height} and were enlarged"));
+        notes.push(format!(
+            "{enlarged} picture(s) are smaller than the size that they are trained at and were enlarged"
+        ));
     }
     any_left(dataset)?;
     Ok(latents)
 }
 
+/// Which buckets are in use.
+fn buckets_note(sampler: &EpochSampler) -> String {
+    let buckets = sampler.visits_by_bucket();
+    let list: Vec<_> = buckets.iter().map(|((width, height), visits)| format!("{width}×{height}: {visits}")).collect();
+    format!("{} bucket(s), visits an epoch: {}", buckets.len(), list.join(", "))
+}
+
 /// Decodes every picture once, so that a broken one is met now and not hours into the run.
 fn check_pictures(
     config: &TrainConfig,
+    framing: &Framing,
     dataset: &mut ImageDataset,
     processors: &[Arc<dyn PictureProcessor>],
 ) -> Result<()> {
     for item in dataset.items().to_vec() {
         let random = Stream::new(config.seed).at("check");
-        match encode::load_picture(&item, processors, config.max_resolution, config.background, &random) {
+        match encode::load_picture(&item, processors, framing, config.background, &random) {
             Ok(_) => {}
             Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
                 dataset.skip(&item.path, error.to_string())

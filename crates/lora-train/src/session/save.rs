@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lora_core::DType;
 use lora_io::adapter::kohya;
-use lora_io::metadata::TrainingRecord;
+use lora_io::metadata::{BucketRecord, TrainingRecord};
 use lora_models::stable_diffusion::Prediction;
 
 use super::Session;
@@ -48,6 +48,12 @@ impl Session {
         record.mixed_precision = if self.precision == DType::F32 { "no".into() } else { self.precision.to_string() };
         record.seed = config.seed;
         record.resolution = config.max_resolution;
+        record.buckets = config.buckets.map(|options| BucketRecord {
+            min: options.min,
+            max: options.max,
+            no_upscale: options.no_upscale,
+            visits: self.sampler.visits_by_bucket(),
+        });
         record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
         record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
         record.lr_scheduler = format!("{:?}", config.lr_scheduler).to_lowercase();
