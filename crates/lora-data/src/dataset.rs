@@ -3,7 +3,8 @@
 //! A folder of pictures (not searched recursively), or a folder of kohya's `N_name` folders (N repeats; the name is the
 //! caption of pictures that have none). Captions come from, the first found winning: `picture.txt`, `picture.caption`,
 //! `metadata.csv` (a header with `filename` or `file_name`, and `prompt`, `text` or `caption`), `metadata.jsonl`
-//! (objects with the same keys). Of a caption file with several lines the first is taken, as sd-scripts does.
+//! (objects with the same keys). Of a caption file with several lines the first counts, as in
+//! sd-scripts; the others are there for [`crate::caption`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,14 +54,23 @@ pub struct Item {
     pub path: PathBuf,
     /// Name of its folder.
     pub folder: String,
-    /// Its caption, empty where there is none.
+    /// Its caption, the first line of it, empty where there is none.
     pub caption: String,
+    /// The caption file's lines behind the first.
+    pub more_lines: Vec<String>,
     /// Where the caption came from.
     pub caption_source: CaptionSource,
     /// Width and height as seen.
     pub size: (usize, usize),
     /// Visits per epoch.
     pub repeats: usize,
+}
+
+impl Item {
+    /// All lines of the caption; at least one.
+    pub fn lines(&self) -> Vec<&str> {
+        std::iter::once(self.caption.as_str()).chain(self.more_lines.iter().map(String::as_str)).collect()
+    }
 }
 
 /// How to scan.
@@ -174,28 +184,31 @@ impl ImageDataset {
                     continue;
                 }
             };
-            let (caption, caption_source) = match self.caption_file(&path)? {
-                Some(found) => found,
+            let (lines, caption_source) = match self.caption_file(&path)? {
+                Some((lines, source)) => (lines, source),
                 None => match metadata.captions.get(&path) {
-                    Some((caption, source)) => (caption.clone(), *source),
-                    None if !class.is_empty() => (class.to_owned(), CaptionSource::Folder),
-                    None => (String::new(), CaptionSource::None),
+                    Some((caption, source)) => (vec![caption.clone()], *source),
+                    None if !class.is_empty() => (vec![class.to_owned()], CaptionSource::Folder),
+                    None => (Vec::new(), CaptionSource::None),
                 },
             };
-            self.items.push(Item { path, folder: folder_name.clone(), caption, caption_source, size, repeats });
+            let mut lines = lines.into_iter();
+            let (caption, more_lines) = (lines.next().unwrap_or_default(), lines.collect());
+            let folder = folder_name.clone();
+            self.items.push(Item { path, folder, caption, more_lines, caption_source, size, repeats });
         }
         Ok(())
     }
 
-    fn caption_file(&mut self, picture: &Path) -> Result<Option<(String, CaptionSource)>> {
+    fn caption_file(&mut self, picture: &Path) -> Result<Option<(Vec<String>, CaptionSource)>> {
         for (extension, source) in [("txt", CaptionSource::Txt), ("caption", CaptionSource::Caption)] {
             let path = picture.with_extension(extension);
             if path.is_file() {
                 let text = read_text(&path)?;
-                let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-                let caption = lines.next().unwrap_or_default().to_owned();
-                self.multi_line += usize::from(lines.next().is_some());
-                return Ok(Some((caption, source)));
+                let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+                let lines: Vec<String> = lines.map(str::to_owned).collect();
+                self.multi_line += usize::from(lines.len() > 1);
+                return Ok(Some((lines, source)));
             }
         }
         Ok(None)

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bucket;
+pub mod caption;
 pub mod crop;
 pub mod dataset;
 mod error;

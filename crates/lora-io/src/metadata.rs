@@ -66,6 +66,14 @@ pub struct TrainingRecord {
     pub min_snr_gamma: Option<f64>,
     /// Share of captions dropped.
     pub caption_dropout_rate: f64,
+    /// All captions are left out every so many epochs; 0 for never.
+    pub caption_dropout_every_n_epochs: u64,
+    /// Probability of leaving out a tag.
+    pub caption_tag_dropout_rate: f64,
+    /// Whether tags are shuffled.
+    pub shuffle_caption: bool,
+    /// Tags at the front that stay.
+    pub keep_tokens: usize,
     /// Whether latents were cached.
     pub cache_latents: bool,
     /// File name of the base model, without its folder.
@@ -153,6 +161,10 @@ impl TrainingRecord {
         set("ss_max_grad_norm", python_float(self.max_grad_norm));
         set("ss_noise_offset", optional(self.noise_offset.map(python_float)));
         set("ss_min_snr_gamma", optional(self.min_snr_gamma.map(python_float)));
+        set("ss_shuffle_caption", python_bool(self.shuffle_caption));
+        set("ss_keep_tokens", self.keep_tokens.to_string());
+        set("ss_caption_dropout_every_n_epochs", self.caption_dropout_every_n_epochs.to_string());
+        set("ss_caption_tag_dropout_rate", python_float(self.caption_tag_dropout_rate));
         set("ss_caption_dropout_rate", python_float(self.caption_dropout_rate));
         set("ss_cache_latents", python_bool(self.cache_latents));
         set("ss_sd_model_name", self.base_name.clone());

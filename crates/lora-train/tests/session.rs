@@ -392,3 +392,22 @@ fn pictures_of_other_aspects_train_in_buckets_of_their_own() {
     let error = Session::prepare(strict, &Plugins::default(), &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("wide-0.png") && error.contains("bucket_no_upscale"), "{error}");
 }
+
+#[test]
+fn captions_that_change_are_encoded_anew_by_a_frozen_text_encoder() {
+    let folder = workspace();
+    for index in 0..8u8 {
+        std::fs::write(folder.path().join(format!("data/{index}.txt")), "one, two, three, four\nanother line").unwrap();
+    }
+    let frozen = ["train_text_encoder=false", "max_train_steps=3", "trigger_word=ohwx"];
+    let (fixed, _) = trained(folder.path(), &frozen);
+    let keys = [&frozen[..], &["shuffle_caption=true", "keep_tokens=1", "enable_wildcard=true"]].concat();
+    let (shuffled, reports) = trained(folder.path(), &keys);
+    assert!(reports.iter().all(|report| report.loss.is_finite()));
+    assert!(shuffled.modules.keys().eq(fixed.modules.keys()), "the text encoder stays frozen");
+    assert!(distance(&shuffled, &fixed) > 1e-3, "other captions, other updates");
+    assert_eq!(distance(&shuffled, &trained(folder.path(), &keys).0), 0.0, "the same seed, the same captions");
+    let saved = prepare(folder.path(), &keys).save("shuffled").unwrap();
+    let metadata = SafetensorsFile::open(saved).unwrap().metadata().clone();
+    assert_eq!((&*metadata["ss_shuffle_caption"], &*metadata["ss_keep_tokens"]), ("True", "1"));
+}

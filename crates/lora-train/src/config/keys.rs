@@ -26,6 +26,9 @@ const fn key(
     Key { name, values, default, meaning, memory }
 }
 
+/// What changing captions cost.
+const KEPT_ENCODER: &str = "Keeps the text encoder on the device (0.25 GB in fp16) even where it does not train.";
+
 /// All keys, grouped as in the reference.
 pub const KEYS: &[(&str, &[Key])] = &[
     (
@@ -250,7 +253,42 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "How captions are cleaned before they are split into tokens: as CLIP and sd-scripts do, or as transformers 5 does. They differ on full-width punctuation, curly quotes and entities.",
                 "",
             ),
+            key(
+                "trigger_word",
+                "text",
+                "none",
+                "Put in front of captions that do not have it, as a tag that stays there.",
+                "",
+            ),
+            key("caption_prefix", "text", "none", "Put before each caption, with a blank.", ""),
+            key("caption_suffix", "text", "none", "Put after each caption, with a blank.", ""),
             key("caption_dropout_rate", "0 … 1", "0", "Share of visits without their caption.", ""),
+            key("caption_dropout_every_n_epochs", "0 …", "0", "All captions are left out every so many epochs.", ""),
+            key("shuffle_caption", "true/false", "false", "Tags come in another order at each visit.", KEPT_ENCODER),
+            key(
+                "caption_tag_dropout_rate",
+                "0 … 1",
+                "0",
+                "Probability that a tag is left out at a visit.",
+                KEPT_ENCODER,
+            ),
+            key("keep_tokens", "0 …", "0", "Tags at the front that are neither shuffled nor left out.", ""),
+            key(
+                "keep_tokens_separator",
+                "text",
+                "none",
+                "Divides kept tags from the others in a caption (`\\|\\|\\|`); a second one begins a kept end.",
+                "",
+            ),
+            key("caption_separator", "text", "\",\"", "Divides tags.", ""),
+            key("secondary_separator", "text", "none", "Divides tags that move and drop together (`;;;`).", ""),
+            key(
+                "enable_wildcard",
+                "true/false",
+                "false",
+                "Of a caption's lines one is chosen, of `{a\\|b}` one part; otherwise the first line counts.",
+                KEPT_ENCODER,
+            ),
             key(
                 "noise_offset",
                 "0 …",

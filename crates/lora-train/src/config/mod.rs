@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use lora_core::DType;
 use lora_core::target::Targets;
 use lora_data::bucket::{BucketOptions, Buckets};
+use lora_data::caption::CaptionOptions;
 use lora_data::tokenizer::TextCleaning;
 use lora_models::stable_diffusion::SamplerKind;
 
@@ -108,7 +109,8 @@ pub struct TrainConfig {
     pub clip_skip: usize,
     pub max_token_length: usize,
     pub text_cleaning: TextCleaning,
-    pub caption_dropout_rate: f64,
+    /// `caption_*`, `shuffle_caption`, `trigger_word` and the other keys of captions.
+    pub captions: CaptionOptions,
     pub noise_offset: f64,
     pub min_snr_gamma: Option<f64>,
     pub precision: DType,
@@ -243,9 +245,24 @@ impl TrainConfig {
                 "at least one processor must bring pictures to size, for instance center_crop",
             );
         }
-        let caption_dropout_rate = reader
-            .number("caption_dropout_rate", "a number from 0 to 1", |rate| (0.0..=1.0).contains(&rate))
-            .unwrap_or(0.0);
+        let share = |reader: &mut Reader, key: &str| {
+            reader.number(key, "a number from 0 to 1", |rate| (0.0..=1.0).contains(&rate)).unwrap_or(0.0)
+        };
+        let word = |reader: &mut Reader, key: &str| reader.text(key).unwrap_or_default();
+        let captions = CaptionOptions {
+            trigger_word: word(reader, "trigger_word"),
+            prefix: word(reader, "caption_prefix"),
+            suffix: word(reader, "caption_suffix"),
+            dropout: share(reader, "caption_dropout_rate"),
+            dropout_every_n_epochs: reader.count("caption_dropout_every_n_epochs", 0).unwrap_or(0) as u64,
+            wildcards: reader.boolean("enable_wildcard", false),
+            shuffle: reader.boolean("shuffle_caption", false),
+            tag_dropout: share(reader, "caption_tag_dropout_rate"),
+            keep_tokens: reader.count("keep_tokens", 0).unwrap_or(0),
+            keep_separator: word(reader, "keep_tokens_separator"),
+            separator: reader.text("caption_separator").unwrap_or_else(|| ",".into()),
+            secondary_separator: word(reader, "secondary_separator"),
+        };
         let samples = SampleConfig {
             prompts: reader.texts("sample_prompts").unwrap_or_default(),
             negative_prompt: reader.text("sample_negative_prompt").unwrap_or_default(),
@@ -337,7 +354,7 @@ impl TrainConfig {
             text_cleaning: reader
                 .choice("text_cleaning", &[("ftfy", TextCleaning::Ftfy), ("none", TextCleaning::None)])
                 .unwrap_or_default(),
-            caption_dropout_rate,
+            captions,
             noise_offset: reader.number("noise_offset", "a number from 0 on", not_negative).unwrap_or(0.0),
             min_snr_gamma: reader.number("min_snr_gamma", "a number above 0", positive),
             precision: reader.choice("precision", DTYPES).unwrap_or(DType::F16),

@@ -290,15 +290,16 @@ impl Session {
         Ok(Tensor::f_stack(&latents, 0)?)
     }
 
-    /// Text states of a batch, with gradients where the text encoder trains.
+    /// Text states of a batch, made anew where the text encoder trains or captions change, with gradients where the text encoder trains.
     fn batch_context(&self, batch: &[Visit], draws: &[Stream], pass: &Pass) -> Result<Tensor> {
         let caption = |(visit, draw): (&Visit, &Stream)| {
-            let dropped = f64::from(draw.at("caption_dropout").uniform()) < self.config.caption_dropout_rate;
-            if dropped { "" } else { self.dataset.items()[visit.index].caption.as_str() }
+            self.config.captions.process(&self.dataset.items()[visit.index].lines(), visit.epoch, draw)
         };
-        let captions: Vec<&str> = batch.iter().zip(draws).map(caption).collect();
+        let captions: Vec<String> = batch.iter().zip(draws).map(caption).collect();
+        let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         match &self.text_encoder {
             Some(encoder) => {
+                let _guard = (!self.config.train_text_encoder).then(no_grad_guard);
                 let chunks = self.config.caption_chunks();
                 let tokens = encode::tokens(&self.tokenizer, &captions, chunks, self.device)?;
                 Ok(encoder.encode(&tokens, chunks, self.config.clip_skip, pass)?)

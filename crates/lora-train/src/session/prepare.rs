@@ -8,7 +8,7 @@ use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::{Adapter, DType};
 use lora_data::bucket::{Buckets, Framing};
-use lora_data::dataset::{ImageDataset, ScanOptions};
+use lora_data::dataset::{ImageDataset, Item, ScanOptions};
 use lora_data::processor::PictureProcessor;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
@@ -110,8 +110,10 @@ impl Session {
         }
         let chunks = config.caption_chunks();
         let mut text_states = BTreeMap::new();
-        if !config.train_text_encoder {
-            let mut captions: Vec<String> = dataset.items().iter().map(|item| item.caption.clone()).collect();
+        let keep_encoder = config.train_text_encoder || !config.captions.is_fixed();
+        if !keep_encoder {
+            let fixed = |item: &Item| config.captions.kept(&item.lines(), &Stream::new(0));
+            let mut captions: Vec<String> = dataset.items().iter().map(fixed).collect();
             captions.push(String::new());
             captions.push(config.samples.negative_prompt.clone());
             captions.extend(config.samples.prompts.iter().cloned());
@@ -132,8 +134,8 @@ impl Session {
             }
         }
 
-        // A frozen text encoder makes room before the U-Net comes.
-        let mut text_encoder = config.train_text_encoder.then_some(text_encoder);
+        // A text encoder that is done makes room before the U-Net comes.
+        let mut text_encoder = keep_encoder.then_some(text_encoder);
         memory::empty_cache(device)?;
 
         progress(Preparing::Loading("U-Net"));
@@ -142,7 +144,7 @@ impl Session {
         if config.train_unet {
             networks.push(&mut unet);
         }
-        if let Some(text_encoder) = &mut text_encoder {
+        if let Some(text_encoder) = text_encoder.as_mut().filter(|_| config.train_text_encoder) {
             networks.push(text_encoder);
         }
         let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();

@@ -65,7 +65,11 @@ impl Session {
         record.max_grad_norm = config.max_grad_norm;
         record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
         record.min_snr_gamma = config.min_snr_gamma;
-        record.caption_dropout_rate = config.caption_dropout_rate;
+        record.caption_dropout_rate = config.captions.dropout;
+        record.caption_dropout_every_n_epochs = config.captions.dropout_every_n_epochs;
+        record.caption_tag_dropout_rate = config.captions.tag_dropout;
+        record.shuffle_caption = config.captions.shuffle;
+        record.keep_tokens = config.captions.keep_tokens;
         record.cache_latents = config.cache_latents;
         record.base_name =
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();

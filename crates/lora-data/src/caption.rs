@@ -1,0 +1,239 @@
+//! What becomes of a caption at a visit: dropped, one of its lines, wildcards chosen, trigger word and prefix put on, tags
+//! shuffled and dropped, in sd-scripts' order (v0.10.1, `process_caption`) but for one thing: of several lines one is
+//! chosen before prefix and suffix are put on, so that every line has them. Where captions come from is [`crate::dataset`]'s.
+
+use lora_core::random::Stream;
+
+/// How captions are treated. The default leaves them as they are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CaptionOptions {
+    /// Put in front, as a tag that stays there, where the caption does not have it.
+    pub trigger_word: String,
+    /// Put before each caption, with a blank.
+    pub prefix: String,
+    /// Put after each caption, with a blank.
+    pub suffix: String,
+    /// Share of visits without caption.
+    pub dropout: f64,
+    /// Every so many epochs all captions are left out; 0 for never.
+    pub dropout_every_n_epochs: u64,
+    /// Of several lines one is chosen, of `{a|b|c}` one part; `{{` and `}}` are braces. Otherwise the first line counts.
+    pub wildcards: bool,
+    /// Shuffle the tags behind the kept ones.
+    pub shuffle: bool,
+    /// Probability that a tag behind the kept ones is left out.
+    pub tag_dropout: f64,
+    /// Number of tags at the front that are neither shuffled nor dropped.
+    pub keep_tokens: usize,
+    /// What divides kept tags from the others in a caption, in place of a number; a second one begins a kept end.
+    pub keep_separator: String,
+    /// What divides tags.
+    pub separator: String,
+    /// What divides tags that move and drop together.
+    pub secondary_separator: String,
+}
+
+impl Default for CaptionOptions {
+    fn default() -> Self {
+        Self {
+            trigger_word: String::new(),
+            prefix: String::new(),
+            suffix: String::new(),
+            dropout: 0.0,
+            dropout_every_n_epochs: 0,
+            wildcards: false,
+            shuffle: false,
+            tag_dropout: 0.0,
+            keep_tokens: 0,
+            keep_separator: String::new(),
+            separator: ",".into(),
+            secondary_separator: String::new(),
+        }
+    }
+}
+
+impl CaptionOptions {
+    /// Whether a caption is the same at every visit that has one, so that what is made of it can be kept.
+    pub fn is_fixed(&self) -> bool {
+        !self.wildcards && !self.shuffle && self.tag_dropout == 0.0
+    }
+
+    /// The caption of a visit. `lines` are the lines of its file; `epoch` counts from 0; `random` belongs to the visit.
+    pub fn process<S: AsRef<str>>(&self, lines: &[S], epoch: u64, random: &Stream) -> String {
+        let every = self.dropout_every_n_epochs;
+        let dropped = f64::from(random.at("caption_dropout").uniform()) < self.dropout;
+        if dropped || every > 0 && epoch.is_multiple_of(every) { String::new() } else { self.kept(lines, random) }
+    }
+
+    /// The caption of a visit that keeps it.
+    pub fn kept<S: AsRef<str>>(&self, lines: &[S], random: &Stream) -> String {
+        let line = match (self.wildcards, lines.len()) {
+            (_, 0) => "",
+            (true, count) => lines[random.at("line").below(count as u64) as usize].as_ref(),
+            (false, _) => lines[0].as_ref(),
+        };
+        let parts = [self.prefix.as_str(), line, self.suffix.as_str()];
+        let text = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+        let text = if self.wildcards { choose(&text, &mut random.at("wildcard")) } else { text };
+        let text = self.order(&text, random);
+        match self.secondary_separator.as_str() {
+            "" => text,
+            secondary => text.replace(secondary, &format!("{} ", self.separator)),
+        }
+    }
+
+    /// Tags in their new order.
+    fn order(&self, text: &str, random: &Stream) -> String {
+        let divided = !self.keep_separator.is_empty() && text.contains(&self.keep_separator);
+        if !divided && self.trigger_word.is_empty() && !self.shuffle && self.tag_dropout == 0.0 {
+            return text.to_owned();
+        }
+        let tags = |part: &str| -> Vec<String> {
+            let split: Vec<&str> =
+                if self.separator.is_empty() { vec![part] } else { part.split(&self.separator).collect() };
+            split.into_iter().map(|tag| tag.trim().to_owned()).filter(|tag| !tag.is_empty()).collect()
+        };
+        let (mut head, mut middle, tail) = match divided {
+            true => {
+                let mut parts = text.splitn(3, &self.keep_separator).map(tags);
+                let mut next = || parts.next().unwrap_or_default();
+                (next(), next(), next())
+            }
+            false => {
+                let mut head = tags(text);
+                let middle = head.split_off(self.keep_tokens.min(head.len()));
+                (head, middle, Vec::new())
+            }
+        };
+        let has = |tags: &[String]| tags.contains(&self.trigger_word);
+        if !self.trigger_word.is_empty() && !has(&head) && !has(&tail) {
+            middle.retain(|tag| *tag != self.trigger_word);
+            head.insert(0, self.trigger_word.clone());
+        }
+        if self.shuffle {
+            random.at("shuffle").shuffle(&mut middle);
+        }
+        if self.tag_dropout > 0.0 {
+            let mut draw = random.at("tag_dropout");
+            middle.retain(|_| f64::from(draw.uniform()) >= self.tag_dropout);
+        }
+        let separator = if self.separator.is_empty() { " ".to_owned() } else { format!("{} ", self.separator) };
+        [head, middle, tail].concat().join(&separator)
+    }
+}
+
+/// One part of each `{a|b|c}`; `{{` and `}}` become braces; an opening brace without its end stays as it is.
+fn choose(text: &str, random: &mut Stream) -> String {
+    let mut chosen = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(['{', '}']) {
+        chosen.push_str(&rest[..at]);
+        let brace = &rest[at..at + 1];
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix(brace) {
+            chosen.push_str(brace);
+            rest = after;
+            continue;
+        }
+        match rest.find('}').filter(|&end| brace == "{" && end > 0) {
+            Some(end) => {
+                let parts: Vec<&str> = rest[..end].split('|').collect();
+                chosen.push_str(parts[random.below(parts.len() as u64) as usize]);
+                rest = &rest[end + 1..];
+            }
+            None => chosen.push_str(brace),
+        }
+    }
+    chosen + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn seen(options: &CaptionOptions, lines: &[&str]) -> BTreeSet<String> {
+        (0..300).map(|seed| options.process(lines, 1, &Stream::new(seed))).collect()
+    }
+
+    fn only(options: &CaptionOptions, lines: &[&str]) -> String {
+        let all = seen(options, lines);
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.into_iter().next().unwrap()
+    }
+
+    #[test]
+    fn what_is_fixed_is_put_where_it_belongs() {
+        let plain = CaptionOptions::default();
+        assert!(plain.is_fixed());
+        assert_eq!(only(&plain, &["a red apple,  on a table", "another"]), "a red apple,  on a table");
+        assert_eq!(only(&plain, &[]), "");
+        let around = CaptionOptions { prefix: "photo of".into(), suffix: "in oil".into(), ..plain.clone() };
+        assert_eq!(only(&around, &["a cat"]), "photo of a cat in oil");
+        let trigger = CaptionOptions { trigger_word: "ohwx".into(), ..plain.clone() };
+        assert_eq!(only(&trigger, &["cat, sofa"]), "ohwx, cat, sofa");
+        assert_eq!(only(&trigger, &["cat, ohwx, sofa"]), "ohwx, cat, sofa");
+        assert_eq!(only(&trigger, &[""]), "ohwx");
+        let divided = CaptionOptions { keep_separator: "|||".into(), secondary_separator: ";;;".into(), ..plain };
+        assert_eq!(only(&divided, &["a, b ||| c;;;d, e"]), "a, b, c, d, e");
+    }
+
+    #[test]
+    fn tags_move_and_drop_behind_the_kept_ones() {
+        let shuffle = CaptionOptions { shuffle: true, keep_tokens: 1, ..CaptionOptions::default() };
+        let all = seen(&shuffle, &["one, a, b, c"]);
+        assert!(all.len() == 6 && all.iter().all(|caption| caption.starts_with("one, ")), "{all:?}");
+        let around = CaptionOptions { keep_separator: "|||".into(), ..shuffle.clone() };
+        let all = seen(&around, &["x, y ||| a, b ||| z"]);
+        assert_eq!(all, ["x, y, a, b, z", "x, y, b, a, z"].map(String::from).into());
+        let bound = CaptionOptions { secondary_separator: ";;;".into(), keep_tokens: 0, ..shuffle };
+        assert_eq!(seen(&bound, &["a;;;b, c"]), ["a, b, c", "c, a, b"].map(String::from).into());
+        let drop = CaptionOptions { tag_dropout: 0.5, keep_tokens: 1, ..CaptionOptions::default() };
+        let all = seen(&drop, &["one, a, b"]);
+        assert_eq!(all, ["one", "one, a", "one, b", "one, a, b"].map(String::from).into());
+        let none = CaptionOptions { tag_dropout: 1.0, ..drop };
+        assert_eq!(only(&none, &["one, a, b"]), "one");
+    }
+
+    #[test]
+    fn whole_captions_drop_by_chance_and_by_epoch() {
+        let dropout = CaptionOptions { dropout: 0.3, ..CaptionOptions::default() };
+        let empty = (0..1000).filter(|&seed| dropout.process(&["a"], 1, &Stream::new(seed)).is_empty()).count();
+        // Standard deviation √(1000 · 0.3 · 0.7) = 14.5; five of them.
+        assert!(empty.abs_diff(300) < 73, "{empty}");
+        let epochs = CaptionOptions { dropout_every_n_epochs: 3, ..CaptionOptions::default() };
+        let kept: Vec<bool> = (0..6).map(|epoch| !epochs.process(&["a"], epoch, &Stream::new(0)).is_empty()).collect();
+        assert_eq!(kept, [false, true, true, false, true, true]);
+    }
+
+    #[test]
+    fn wildcards_choose_a_line_and_a_part() {
+        let wild = CaptionOptions { wildcards: true, ..CaptionOptions::default() };
+        let all = seen(&wild, &["a {red|green} apple", "{{plain}}"]);
+        assert_eq!(all, ["a red apple", "a green apple", "{plain}"].map(String::from).into());
+        assert_eq!(only(&wild, &["broken { brace } } {"]), "broken  brace  } {");
+        let prefixed = CaptionOptions { prefix: "photo,".into(), ..wild };
+        assert!(seen(&prefixed, &["a", "b"]).iter().all(|caption| caption.starts_with("photo, ")));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn shuffling_loses_no_tag_and_no_text_panics(text in "\\PC*", keep in 0usize..4, seed: u64) {
+            let shuffle = CaptionOptions { shuffle: true, keep_tokens: keep, ..CaptionOptions::default() };
+            let sorted = |text: &str| {
+                let mut tags: Vec<String> = text.split(',').map(|tag| tag.trim().to_owned()).collect();
+                tags.retain(|tag| !tag.is_empty());
+                tags.sort();
+                tags
+            };
+            prop_assert_eq!(sorted(&shuffle.process(&[&text], 0, &Stream::new(seed))), sorted(&text));
+            let all = CaptionOptions { wildcards: true, keep_separator: "|".into(), trigger_word: "x".into(), ..shuffle };
+            all.process(&[&text], 0, &Stream::new(seed));
+        }
+    }
+}
