@@ -1,14 +1,14 @@
 //! The adapter formulas on another tensor library: a backend for candle, with which every variant passes the conformance
-//! suite and a LoRA file merges into a model of candle's tensors.
+//! suite (merging included) and a LoRA file merges into a model of candle's tensors.
 
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor};
-use lora_core::backend::Backend;
-use lora_core::conformance::{ROWS, check};
+use lora_core::backend::{Backend, CpuBackend};
+use lora_core::conformance::{ROWS, check, distance};
 use lora_core::merge::{Applied, merged_weight};
 use lora_core::random::Stream;
-use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
+use lora_core::variant::{FrozenLayer, Lora, Parameters, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, Component, Error, HostTensor, LayerGeometry, ModulePath, Result};
 use lora_io::adapter::{self, Format};
 
@@ -101,8 +101,8 @@ impl Backend for Candle {
 
 /// A LoRA file for the model below, as another program would have left it.
 fn lora_file(folder: &std::path::Path) -> lora_io::Result<()> {
-    let random = |shape: [usize; 2], seed| {
-        HostTensor::from_f32(shape, Stream::new(seed).normals(shape[0] * shape[1])).expect("as many as the shape says")
+    let random = |[rows, columns]: [usize; 2], seed| {
+        HostTensor::from_f32([rows, columns], Stream::new(seed).normals(rows * columns)).expect("as many")
     };
     let mut adapter = Adapter::default();
     for (path, (rows, columns)) in
@@ -135,10 +135,14 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let geometry = LayerGeometry::linear(weight.dim(1)?, weight.dim(0)?);
         let base = FrozenLayer { backend: Candle, geometry, weight: weight.clone(), bias: None };
         let parameters = Parameters::upload(&Candle, module, weight)?;
-        let variant = variants.get(&module.variant)?;
-        let merged = merged_weight(&Candle, &base, &[Applied { variant: &*variant, parameters, strength: 0.8 }])?;
-        let moved = ((&merged - &*weight)?.sqr()?.sum_all()?.sqrt()?).to_scalar::<f32>()?;
-        println!("{path}: merged, the weight moved by {moved:.2}");
+        let merged = merged_weight(&Candle, &base, &[Applied { variant: &Lora, parameters, strength: 0.8 }])?;
+        let base = FrozenLayer { backend: CpuBackend, geometry, weight: Candle.to_host(weight)?, bias: None };
+        let parameters = Parameters::upload(&CpuBackend, module, &base.weight)?;
+        let ours = merged_weight(&CpuBackend, &base, &[Applied { variant: &Lora, parameters, strength: 0.8 }])?;
+        let there = Candle.to_host(&merged)?;
+        let (moved, apart) = (distance(&there, &base.weight), distance(&there, &ours));
+        println!("{path}: merged; the weight moved by {moved:.2} of its size, {apart:.0e} from the built-in backend's");
+        assert!(apart < 1e-6, "more than f32 rounding");
         *weight = merged;
     }
     Ok(std::fs::remove_dir_all(file)?)
