@@ -137,12 +137,14 @@ fn adapters(criterion: &mut Criterion) {
     adapter::write(&large, &lora(&checkpoint, 128, 9), Format::Kohya, DType::F16).expect("a large one");
     println!("large LoRA: {} MB", fs::metadata(&large).map_or(0, |file| file.len() >> 20));
     group.bench_function("copy a large LoRA", |bencher| bencher.iter(|| copy(&large, &path("copied"))));
-    group.bench_function("convert a large LoRA", |bencher| {
-        bencher.iter(|| {
-            let read = adapter::read(&large).expect("it reads");
-            adapter::write(&converted, &read.adapter, Format::Diffusers, DType::F16).expect("it writes")
+    for format in [Format::Diffusers, Format::Kohya] {
+        group.bench_function(format!("convert a large LoRA to {format}"), |bencher| {
+            bencher.iter(|| {
+                let read = adapter::read(&large).expect("it reads");
+                adapter::write(&converted, &read.adapter, format, DType::F16).expect("it writes")
+            });
         });
-    });
+    }
     group.finish();
     for name in ["merged", "copy", "large", "copied", "converted"] {
         let _ = fs::remove_file(path(name));

@@ -27,14 +27,16 @@ pub fn auto_v1(path: impl AsRef<Path>) -> Result<String> {
     Ok(digest(path, file.take(0x1_0000))?[..8].to_owned())
 }
 
-/// AutoV1 of bytes in memory.
-pub(crate) fn auto_v1_of(header: &[u8], data: &[u8]) -> String {
+/// AutoV1 of a file that is in memory in parts.
+pub(crate) fn auto_v1_of<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> String {
     let mut hash = Sha256::new();
     let (begin, end) = (0x10_0000usize, 0x11_0000usize);
-    for (part, offset) in [(header, 0), (data, header.len())] {
+    let mut offset = 0usize;
+    for part in parts {
         let from = begin.saturating_sub(offset).min(part.len());
         let to = end.saturating_sub(offset).min(part.len());
         hash.update(&part[from..to]);
+        offset += part.len();
     }
     hex(&hash.finalize())[..8].to_owned()
 }
@@ -42,6 +44,13 @@ pub(crate) fn auto_v1_of(header: &[u8], data: &[u8]) -> String {
 /// SHA-256 of bytes, 64 digits.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
+}
+
+/// SHA-256 of bytes in parts.
+pub(crate) fn sha256_of<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> String {
+    let mut hash = Sha256::new();
+    parts.into_iter().for_each(|part| hash.update(part));
+    hex(&hash.finalize())
 }
 
 fn digest(path: &Path, mut reader: impl Read) -> Result<String> {
@@ -76,7 +85,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &bytes).unwrap();
         for cut in [0, 10, 0x10_0010, bytes.len()] {
-            assert_eq!(auto_v1_of(&bytes[..cut], &bytes[cut..]), auto_v1(file.path()).unwrap());
+            assert_eq!(auto_v1_of([&bytes[..cut], &bytes[cut..]]), auto_v1(file.path()).unwrap());
         }
     }
 }

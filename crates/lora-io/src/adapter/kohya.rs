@@ -204,8 +204,8 @@ fn kohya_hashes(
     let ours =
         metadata.iter().filter(|(key, _)| key.starts_with("ss_")).map(|(key, value)| (key.clone(), value.clone()));
     let (header, entries): (Vec<u8>, Vec<Entry>) = header(path, tensors, &ours.collect())?;
-    let data = entries.iter().map(|entry| tensors[&entry.name].bytes()).collect::<Vec<_>>().concat();
-    Ok((hash::sha256(&data), hash::auto_v1_of(&header, &data)))
+    let data = || entries.iter().map(|entry| tensors[&entry.name].bytes());
+    Ok((hash::sha256_of(data()), hash::auto_v1_of(std::iter::once(&*header).chain(data()))))
 }
 
 #[cfg(test)]
