@@ -27,6 +27,11 @@ impl CropPlan {
         Self::centered((side(source.0, target.0), side(source.1, target.1)), target)
     }
 
+    /// The whole picture brought to the target, its aspect changed.
+    pub fn squash(target: (usize, usize)) -> Self {
+        Self { resized: target, offset: (0, 0), target }
+    }
+
     /// The middle of a picture scaled to a size, which must not be smaller than the target.
     pub fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
         let offset = (resized.0.saturating_sub(target.0) / 2, resized.1.saturating_sub(target.1) / 2);
@@ -46,10 +51,15 @@ impl CropPlan {
     /// Scales and cuts in one pass, with a Lanczos filter that widens when it shrinks (so it averages, as area filters do).
     pub fn apply(&self, picture: &RgbPicture) -> Result<RgbPicture> {
         let size = (picture.width(), picture.height());
-        let failed = |reason: String| Error::Option { key: "crop", value: format!("{self:?}"), reason };
         if self.resized == size && self.target == size {
             return Ok(picture.clone());
         }
+        let data = self.cut(picture.data(), size, 3)?;
+        RgbPicture::new(self.target.0, self.target.1, data).ok_or_else(|| self.failed("the target has no pixels"))
+    }
+
+    /// The same for one or three interleaved bytes a pixel.
+    pub(crate) fn cut(&self, data: &[u8], size: (usize, usize), channels: usize) -> Result<Vec<u8>> {
         // The crop box in the source's own pixels: the scaled picture is never made in full.
         let (x, y) = (size.0 as f64 / self.resized.0 as f64, size.1 as f64 / self.resized.1 as f64);
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3)).crop(
@@ -58,12 +68,16 @@ impl CropPlan {
             self.target.0 as f64 * x,
             self.target.1 as f64 * y,
         );
-        let source = ImageRef::new(size.0 as u32, size.1 as u32, picture.data(), PixelType::U8x3);
-        let source = source.map_err(|error| failed(error.to_string()))?;
-        let mut cut = Image::new(self.target.0 as u32, self.target.1 as u32, PixelType::U8x3);
-        Resizer::new().resize(&source, &mut cut, &options).map_err(|error| failed(error.to_string()))?;
-        RgbPicture::new(self.target.0, self.target.1, cut.into_vec())
-            .ok_or_else(|| failed("the target has no pixels".into()))
+        let kind = if channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
+        let source = ImageRef::new(size.0 as u32, size.1 as u32, data, kind);
+        let source = source.map_err(|error| self.failed(error))?;
+        let mut cut = Image::new(self.target.0 as u32, self.target.1 as u32, kind);
+        Resizer::new().resize(&source, &mut cut, &options).map_err(|error| self.failed(error))?;
+        Ok(cut.into_vec())
+    }
+
+    fn failed(&self, reason: impl std::fmt::Display) -> Error {
+        Error::Option { key: "crop", value: format!("{self:?}"), reason: reason.to_string() }
     }
 }
 

@@ -60,6 +60,28 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// The file or folder that it is about.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Error::Io { path, .. }
+            | Error::Picture { path, .. }
+            | Error::Caption { path, .. }
+            | Error::Empty { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+
+    /// What is the matter, without the file.
+    pub fn reason(&self) -> String {
+        match self {
+            Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
+            Error::Picture { reason, .. } => reason.clone(),
+            Error::Caption { line: Some(line), reason, .. } => format!("line {line}: {reason}"),
+            Error::Caption { reason, .. } => reason.clone(),
+            other => other.to_string(),
+        }
+    }
+
     pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Error::Io { path, action, source }

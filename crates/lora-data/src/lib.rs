@@ -2,15 +2,24 @@
 #![forbid(unsafe_code)]
 
 pub mod bucket;
+pub mod cache;
 pub mod caption;
 pub mod crop;
 pub mod dataset;
 mod error;
+pub mod finding;
 pub mod focus;
 pub mod picture;
+mod pictures;
+pub mod prefetch;
 pub mod processor;
+pub mod report;
+pub mod sample;
 pub mod sampler;
+pub mod text;
 pub mod tokenizer;
 
 pub use error::{Error, Result};
 pub use picture::RgbPicture;
+pub use pictures::{DatasetOptions, MaskOptions, Pictures};
+pub use sample::{Mask, Sample};

@@ -1,18 +1,27 @@
 //! Decoding: any picture file to upright 8-bit sRGB. Cutting and scaling live in [`crate::crop`].
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, Write};
+use std::io::{BufRead, BufReader, Cursor, Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Mutex;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::sample::Mask;
 use crate::{Error, Result};
 
 /// The most pixels a side may have, and the most memory a decoder may take: beyond any camera, far below any bomb.
 const MAX_SIDE: u32 = 65_535;
 const MAX_DECODED_BYTES: u64 = 2 << 30;
+
+/// Files larger than this are no pictures for training.
+pub(crate) const MAX_FILE_BYTES: u64 = 1 << 30;
+
+/// Pictures of more pixels are decoded one at a time, so that several threads together stay within bounds.
+const LARGE: u64 = 50_000_000;
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// An upright sRGB picture with 8 bits a channel.
 #[derive(Clone, PartialEq, Eq)]
@@ -53,6 +62,10 @@ impl RgbPicture {
         &self.data
     }
 
+    pub(crate) fn data_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
     /// As `[3, height, width]`, row-major, red first, in [-1, 1]: what Stable Diffusion's autoencoder takes.
     pub fn to_planar(&self) -> Vec<f32> {
         let pixels = self.width * self.height;
@@ -85,39 +98,90 @@ impl RgbPicture {
     }
 }
 
+/// A decoded picture with its transparency, where it has one.
+pub(crate) struct Decoded {
+    pub(crate) picture: RgbPicture,
+    /// 255 where opaque.
+    pub(crate) alpha: Option<Mask>,
+}
+
+/// What a picture's header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// Width and height as seen (EXIF orientation applied).
+    pub(crate) size: (usize, usize),
+    /// Extensions of its format, the usual one first.
+    pub(crate) extensions: &'static [&'static str],
+}
+
 /// Decodes a file by its content, whatever its extension: EXIF orientation applied, a colour profile converted to sRGB,
 /// grey and 16-bit pictures brought to 8-bit RGB, transparency laid over `background`.
 pub fn decode(path: impl AsRef<Path>, background: [u8; 3]) -> Result<RgbPicture> {
     let path = path.as_ref();
-    guarded(path, || {
-        let mut decoder = reader(path)?.into_decoder().map_err(|error| Error::picture(path, error.to_string()))?;
+    Ok(decode_bytes(path, &read_file(path)?, background)?.picture)
+}
+
+/// The bytes of a picture file.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let length = std::fs::metadata(path).map_err(Error::io(path, "open"))?.len();
+    if length > MAX_FILE_BYTES {
+        return Err(Error::picture(path, format!("{length} bytes are more than any picture for training has")));
+    }
+    std::fs::read(path).map_err(Error::io(path, "read"))
+}
+
+/// Decodes bytes as [`decode`] does; `name` is for errors.
+pub(crate) fn decode_bytes(name: &Path, bytes: &[u8], background: [u8; 3]) -> Result<Decoded> {
+    guarded(name, || {
+        let failed = |error: image::ImageError| Error::picture(name, error.to_string());
+        let mut decoder = reader(name, Cursor::new(bytes))?.into_decoder().map_err(failed)?;
+        let (width, height) = decoder.dimensions();
+        let _turn = (u64::from(width) * u64::from(height) > LARGE)
+            .then(|| ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let profile = decoder.icc_profile().unwrap_or_default();
-        let mut picture =
-            DynamicImage::from_decoder(decoder).map_err(|error| Error::picture(path, error.to_string()))?;
+        let mut picture = DynamicImage::from_decoder(decoder).map_err(failed)?;
         picture.apply_orientation(orientation);
-        let has_alpha = picture.color().has_alpha();
         let (width, height) = (picture.width() as usize, picture.height() as usize);
-        let mut rgba = picture.into_rgba8().into_raw();
-        if let Some(profile) = profile {
-            to_srgb(&profile, &mut rgba);
-        }
-        let data = rgba.as_chunks::<4>().0.iter().flat_map(|&[red, green, blue, alpha]| {
-            let alpha = if has_alpha { alpha } else { 255 };
-            let over = |value: u8, under: u8| {
-                ((u32::from(value) * u32::from(alpha) + u32::from(under) * (255 - u32::from(alpha)) + 127) / 255) as u8
-            };
-            [over(red, background[0]), over(green, background[1]), over(blue, background[2])]
-        });
-        RgbPicture::new(width, height, data.collect()).ok_or_else(|| Error::picture(path, "it has no pixels"))
+        let (data, alpha) = match picture.color().has_alpha() {
+            false => {
+                let mut rgb = picture.into_rgb8().into_raw();
+                to_srgb(profile.as_deref(), moxcms::Layout::Rgb, &mut rgb);
+                (rgb, None)
+            }
+            true => {
+                let mut rgba = picture.into_rgba8().into_raw();
+                to_srgb(profile.as_deref(), moxcms::Layout::Rgba, &mut rgba);
+                let pixels = rgba.as_chunks::<4>().0;
+                let mut data = vec![0; 3 * pixels.len()];
+                for (out, &[red, green, blue, alpha]) in data.as_chunks_mut::<3>().0.iter_mut().zip(pixels) {
+                    let over = |value: u8, under: u8| {
+                        let (alpha, value, under) = (u32::from(alpha), u32::from(value), u32::from(under));
+                        ((value * alpha + under * (255 - alpha) + 127) / 255) as u8
+                    };
+                    *out = [over(red, background[0]), over(green, background[1]), over(blue, background[2])];
+                }
+                (data, Mask::new(width, height, pixels.iter().map(|pixel| pixel[3]).collect()))
+            }
+        };
+        let picture = RgbPicture::new(width, height, data).ok_or_else(|| Error::picture(name, "it has no pixels"))?;
+        Ok(Decoded { picture, alpha })
     })
 }
 
 /// Width and height as seen (EXIF orientation applied), from the header alone.
 pub fn dimensions(path: impl AsRef<Path>) -> Result<(usize, usize)> {
     let path = path.as_ref();
-    guarded(path, || {
-        let mut decoder = reader(path)?.into_decoder().map_err(|error| Error::picture(path, error.to_string()))?;
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    Ok(header(path, BufReader::new(file))?.size)
+}
+
+/// The header of a picture; `name` is for errors.
+pub(crate) fn header(name: &Path, source: impl BufRead + Seek) -> Result<Header> {
+    guarded(name, || {
+        let reader = reader(name, source)?;
+        let extensions = reader.format().map_or(&[] as &[&str], ImageFormat::extensions_str);
+        let mut decoder = reader.into_decoder().map_err(|error| Error::picture(name, error.to_string()))?;
         let (width, height) = decoder.dimensions();
         let turned = matches!(
             decoder.orientation(),
@@ -126,19 +190,18 @@ pub fn dimensions(path: impl AsRef<Path>) -> Result<(usize, usize)> {
                 | Orientation::Rotate90FlipH
                 | Orientation::Rotate270FlipH)
         );
-        Ok(if turned { (height as usize, width as usize) } else { (width as usize, height as usize) })
+        let (width, height) = (width as usize, height as usize);
+        Ok(Header { size: if turned { (height, width) } else { (width, height) }, extensions })
     })
 }
 
-fn reader(path: &Path) -> Result<ImageReader<BufReader<File>>> {
-    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
-    if file.read(&mut [0]).map_err(Error::io(path, "read"))? == 0 {
-        return Err(Error::picture(path, "the file is empty"));
+fn reader<R: BufRead + Seek>(name: &Path, mut source: R) -> Result<ImageReader<R>> {
+    if source.fill_buf().map_err(Error::io(name, "read"))?.is_empty() {
+        return Err(Error::picture(name, "the file is empty"));
     }
-    file.rewind().map_err(Error::io(path, "read"))?;
-    let mut reader = ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path, "read"))?;
+    let mut reader = ImageReader::new(source).with_guessed_format().map_err(Error::io(name, "read"))?;
     if reader.format().is_none() {
-        return Err(Error::picture(path, "its content is none of JPEG, PNG, WebP, BMP, GIF and TIFF"));
+        return Err(Error::picture(name, "its content is none of JPEG, PNG, WebP, BMP, GIF and TIFF"));
     }
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
@@ -154,20 +217,21 @@ fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -> Result<T> {
         .unwrap_or_else(|_| Err(Error::picture(path, "the decoder gave up on damaged data")))
 }
 
-/// Converts RGBA bytes from an embedded RGB profile; a profile that cannot be used leaves them as they are, as every
-/// viewer does.
-fn to_srgb(profile: &[u8], rgba: &mut Vec<u8>) {
-    use moxcms::{ColorProfile, DataColorSpace, Layout, TransformOptions};
-    let Ok(source) = ColorProfile::new_from_slice(profile) else { return };
+/// Converts bytes from an embedded RGB profile; a profile that cannot be used leaves them as they are, as every viewer
+/// does.
+fn to_srgb(profile: Option<&[u8]>, layout: moxcms::Layout, bytes: &mut Vec<u8>) {
+    use moxcms::{ColorProfile, DataColorSpace, TransformOptions};
+    let Some(Ok(source)) = profile.map(ColorProfile::new_from_slice) else { return };
     if source.color_space != DataColorSpace::Rgb {
         return;
     }
     let target = ColorProfile::new_srgb();
-    let options = TransformOptions::default();
-    let Ok(transform) = source.create_transform_8bit(Layout::Rgba, &target, Layout::Rgba, options) else { return };
-    let mut converted = vec![0; rgba.len()];
-    if transform.transform(rgba, &mut converted).is_ok() {
-        *rgba = converted;
+    let Ok(transform) = source.create_transform_8bit(layout, &target, layout, TransformOptions::default()) else {
+        return;
+    };
+    let mut converted = vec![0; bytes.len()];
+    if transform.transform(bytes, &mut converted).is_ok() {
+        *bytes = converted;
     }
 }
 

@@ -9,7 +9,8 @@ use lora_core::random::Stream;
 
 use crate::crop::CropPlan;
 use crate::focus::focus;
-use crate::{Error, Result, RgbPicture};
+use crate::sample::Sample;
+use crate::{Error, Result};
 
 /// What a processor knows besides the picture.
 #[derive(Debug, Clone)]
@@ -23,21 +24,27 @@ pub struct ProcessContext {
 }
 
 impl ProcessContext {
-    /// The plan for a picture that other processors may have given another size.
-    fn plan_of(&self, picture: &RgbPicture) -> CropPlan {
-        let size = (picture.width(), picture.height());
-        if size == self.source { self.plan } else { CropPlan::center(size, self.plan.target) }
+    /// The plan for a sample that other processors may have given another size.
+    fn plan_of(&self, sample: &Sample) -> CropPlan {
+        if sample.size() == self.source { self.plan } else { CropPlan::center(sample.size(), self.plan.target) }
     }
 }
 
 /// One step on the way of a picture.
 pub trait PictureProcessor: fmt::Debug + Send + Sync {
-    /// The processed picture. After the last processor it must have the size of the plan's target.
-    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture>;
+    /// The processed sample. After the last processor its picture must have the size of the plan's target; its mask, where
+    /// there is one, always has the picture's ([`Sample::crop`], [`Sample::mirror`] and [`Sample::map`] see to it).
+    fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample>;
 
     /// Whether it does something else at each visit. Where latents are cached, it acts once.
     fn is_random(&self) -> bool {
         false
+    }
+
+    /// What its result depends on besides the picture: cached latents are kept apart by it. By default all its fields; a
+    /// processor whose code changes should name a version here.
+    fn settings(&self) -> String {
+        format!("{self:?}")
     }
 }
 
@@ -52,11 +59,13 @@ pub enum Crop {
     Random,
     /// `focus_crop`: the most salient part, see [`crate::focus`].
     Focus,
+    /// `no_crop`: all of it, squashed or stretched where the aspect differs.
+    None,
 }
 
 impl PictureProcessor for Crop {
-    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture> {
-        let plan = context.plan_of(&picture);
+    fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
+        let plan = context.plan_of(&sample);
         let room = (plan.resized.0 - plan.target.0, plan.resized.1 - plan.target.1);
         let plan = match self {
             Crop::Center => plan,
@@ -66,9 +75,10 @@ impl PictureProcessor for Crop {
                 let mut below = |room: usize| random.below(room as u64 + 1) as usize;
                 CropPlan { offset: (below(room.0), below(room.1)), ..plan }
             }
-            Crop::Focus => focus(&picture, &plan),
+            Crop::Focus => focus(&sample.picture, &plan),
+            Crop::None => CropPlan::squash(plan.target),
         };
-        plan.apply(&picture)
+        sample.crop(&plan)
     }
 
     fn is_random(&self) -> bool {
@@ -81,19 +91,81 @@ impl PictureProcessor for Crop {
 pub struct Flip;
 
 impl PictureProcessor for Flip {
-    fn process(&self, picture: RgbPicture, context: &ProcessContext) -> Result<RgbPicture> {
-        if context.random.at("flip").below(2) == 0 {
-            return Ok(picture);
-        }
-        let (width, height) = (picture.width(), picture.height());
-        let pixels = picture.data().as_chunks::<3>().0;
-        let mirrored = pixels.chunks(width.max(1)).flat_map(|row| row.iter().rev().copied().flatten()).collect();
-        Ok(RgbPicture::new(width, height, mirrored).unwrap_or(picture))
+    fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
+        Ok(if context.random.at("flip").below(2) == 0 { sample } else { sample.mirror() })
     }
 
     fn is_random(&self) -> bool {
         true
     }
+}
+
+/// `color_jitter`: brightness, contrast and saturation multiplied by up to 1 ± their amount and the hue turned by up to its
+/// share of the circle, in this order, another at each visit. The four operations are torchvision's.
+#[derive(Debug, Clone, Copy)]
+pub struct ColorJitter {
+    /// Amount of brightness.
+    pub brightness: f32,
+    /// Amount of contrast.
+    pub contrast: f32,
+    /// Amount of saturation.
+    pub saturation: f32,
+    /// Share of the colour circle, at most 0.5.
+    pub hue: f32,
+}
+
+impl Default for ColorJitter {
+    /// Small: what another camera or lamp would do.
+    fn default() -> Self {
+        Self { brightness: 0.1, contrast: 0.1, saturation: 0.1, hue: 0.02 }
+    }
+}
+
+impl PictureProcessor for ColorJitter {
+    fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
+        let mut random = context.random.at("color_jitter");
+        let mut around = |middle: f32, amount: f32| middle + amount * (2.0 * random.uniform() - 1.0);
+        let (brightness, contrast) = (around(1.0, self.brightness), around(1.0, self.contrast));
+        let (saturation, turn) = (around(1.0, self.saturation), around(0.0, self.hue));
+        let grey = |[red, green, blue]: [f32; 3]| 0.2989 * red + 0.587 * green + 0.114 * blue;
+        let brighter = |pixel: [u8; 3]| pixel.map(|value| (brightness * f32::from(value)).clamp(0.0, 255.0));
+        let pixels = sample.picture.data().as_chunks::<3>().0;
+        let sum: f64 = pixels.iter().map(|&pixel| f64::from(grey(brighter(pixel)))).sum();
+        let mean = (sum / pixels.len() as f64) as f32;
+        let blend = |value: f32, other: f32, factor: f32| (factor * value + (1.0 - factor) * other).clamp(0.0, 255.0);
+        Ok(sample.map(|pixel| {
+            let pixel = brighter(pixel).map(|value| blend(value, mean, contrast));
+            let own = grey(pixel);
+            turned(pixel.map(|value| blend(value, own, saturation)), turn).map(|value| value.round() as u8)
+        }))
+    }
+
+    fn is_random(&self) -> bool {
+        true
+    }
+}
+
+/// A colour with its hue turned by a share of the circle; value and saturation of HSV stay.
+fn turned(pixel: [f32; 3], turn: f32) -> [f32; 3] {
+    let [red, green, blue] = pixel;
+    let most = red.max(green).max(blue);
+    let range = most - red.min(green).min(blue);
+    if range <= 0.0 || turn == 0.0 {
+        return pixel;
+    }
+    let sextant = if most == red {
+        (green - blue) / range
+    } else if most == green {
+        2.0 + (blue - red) / range
+    } else {
+        4.0 + (red - green) / range
+    };
+    let hue = (sextant + 6.0 * turn).rem_euclid(6.0);
+    // Each channel is a trapezium of the hue.
+    [5.0, 3.0, 1.0].map(|shift: f32| {
+        let place = (shift + hue).rem_euclid(6.0);
+        most - range * place.min(4.0 - place).clamp(0.0, 1.0)
+    })
 }
 
 /// Processors by name.
@@ -103,12 +175,14 @@ pub struct ProcessorRegistry(BTreeMap<String, Arc<dyn PictureProcessor>>);
 impl Default for ProcessorRegistry {
     /// This crate's processors.
     fn default() -> Self {
-        let ours: [(&str, Arc<dyn PictureProcessor>); 5] = [
+        let ours: [(&str, Arc<dyn PictureProcessor>); 7] = [
             ("center_crop", Arc::new(Crop::Center)),
             ("top_left_crop", Arc::new(Crop::TopLeft)),
             ("random_crop", Arc::new(Crop::Random)),
             ("focus_crop", Arc::new(Crop::Focus)),
+            ("no_crop", Arc::new(Crop::None)),
             ("flip", Arc::new(Flip)),
+            ("color_jitter", Arc::new(ColorJitter::default())),
         ];
         Self(ours.map(|(name, processor)| (name.to_owned(), processor)).into())
     }
@@ -148,14 +222,14 @@ impl ProcessorRegistry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::RgbPicture;
 
     #[derive(Debug)]
     struct Invert;
 
     impl PictureProcessor for Invert {
-        fn process(&self, picture: RgbPicture, _context: &ProcessContext) -> Result<RgbPicture> {
-            let data = picture.data().iter().map(|value| 255 - value).collect();
-            Ok(RgbPicture::new(picture.width(), picture.height(), data).expect("the size is unchanged"))
+        fn process(&self, sample: Sample, _context: &ProcessContext) -> Result<Sample> {
+            Ok(sample.map(|pixel| pixel.map(|value| 255 - value)))
         }
     }
 
@@ -163,32 +237,61 @@ mod tests {
         ProcessContext { source, plan: CropPlan::center(source, target), random: Stream::new(seed) }
     }
 
+    fn sample(width: usize, height: usize, data: Vec<u8>) -> Sample {
+        Sample::new(RgbPicture::new(width, height, data).unwrap(), None).unwrap()
+    }
+
     /// A picture of six columns, each of its own value.
-    fn columns() -> RgbPicture {
-        RgbPicture::new(6, 2, [0u8, 1, 2, 3, 4, 5].map(|value| [value; 3]).concat().repeat(2)).unwrap()
+    fn columns() -> Sample {
+        sample(6, 2, [0u8, 1, 2, 3, 4, 5].map(|value| [value; 3]).concat().repeat(2))
+    }
+
+    fn first(processor: &dyn PictureProcessor, context: &ProcessContext) -> u8 {
+        processor.process(columns(), context).unwrap().picture.data()[0]
     }
 
     #[test]
     fn crops_keep_the_part_that_they_say() {
-        let cut = |crop: Crop, seed| crop.process(columns(), &context((6, 2), (2, 2), seed)).unwrap().data()[0];
+        let cut = |crop: Crop, seed| first(&crop, &context((6, 2), (2, 2), seed));
         assert_eq!((cut(Crop::Center, 0), cut(Crop::TopLeft, 0)), (2, 0));
         let mut seen: Vec<u8> = (0..100).map(|seed| cut(Crop::Random, seed)).collect();
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen, [0, 1, 2, 3, 4], "every place, and none outside");
+        let whole = Crop::None.process(columns(), &context((6, 2), (2, 2), 0)).unwrap();
+        assert!(whole.picture.data()[0] <= 1 && whole.picture.data()[3] >= 4, "{:?}", whole.picture.data());
     }
 
     #[test]
     fn about_half_are_mirrored() {
-        let first = |seed| Flip.process(columns(), &context((6, 2), (6, 2), seed)).unwrap().data()[0];
+        let first = |seed| first(&Flip, &context((6, 2), (6, 2), seed));
         let mirrored = (0..200).filter(|&seed| first(seed) == 5).count();
         assert!((70..130).contains(&mirrored) && (0..200).all(|seed| matches!(first(seed), 0 | 5)), "{mirrored}");
     }
 
     #[test]
+    fn colours_jitter_within_their_amounts() {
+        let picture = || sample(2, 1, vec![150, 100, 50, 20, 90, 120]);
+        let run = |jitter: ColorJitter, seed| {
+            jitter.process(picture(), &context((2, 1), (2, 1), seed)).unwrap().picture.data().to_vec()
+        };
+        let none = ColorJitter { brightness: 0.0, contrast: 0.0, saturation: 0.0, hue: 0.0 };
+        assert_eq!(run(none, 1), picture().picture.data());
+        for seed in 0..50 {
+            let brighter = run(ColorJitter { brightness: 0.5, ..none }, seed);
+            let factor = f32::from(brighter[0]) / 150.0;
+            assert!((0.5..=1.5).contains(&factor) && (f32::from(brighter[1]) - 100.0 * factor).abs() < 1.1);
+            // A turned hue keeps the largest and the smallest of the three.
+            let turned = run(ColorJitter { hue: 0.5, ..none }, seed);
+            let ends = |pixel: &[u8]| (pixel.iter().min().copied(), pixel.iter().max().copied());
+            assert_eq!((ends(&turned[..3]), ends(&turned[3..])), ((Some(50), Some(150)), (Some(20), Some(120))));
+        }
+        assert_eq!(turned([200.0, 100.0, 50.0], 1.0 / 3.0), [50.0, 200.0, 100.0], "a third of the circle");
+    }
+
+    #[test]
     fn a_picture_of_another_size_than_decoded_is_not_squashed() {
-        let context = context((600, 200), (2, 2), 0);
-        assert_eq!(Crop::Center.process(columns(), &context).unwrap().data()[0], 2);
+        assert_eq!(first(&Crop::Center, &context((600, 200), (2, 2), 0)), 2);
     }
 
     #[test]
@@ -196,16 +299,13 @@ mod tests {
         let mut registry = ProcessorRegistry::default();
         registry.register("invert", Invert).unwrap();
         assert!(registry.register("invert", Invert).is_err());
-        assert!(
-            registry.chain(&["nothing"]).unwrap_err().to_string().contains("center_crop, flip, focus_crop, invert")
-        );
-        let picture = RgbPicture::new(4, 2, vec![10; 24]).unwrap();
+        assert!(registry.chain(&["nothing"]).unwrap_err().to_string().contains("flip, focus_crop, invert"));
         let context = context((4, 2), (2, 2), 0);
         let result = registry
             .chain(&["invert", "center_crop"])
             .unwrap()
             .iter()
-            .try_fold(picture, |picture, step| step.process(picture, &context));
-        assert_eq!(result.unwrap(), RgbPicture::new(2, 2, vec![245; 12]).unwrap());
+            .try_fold(sample(4, 2, vec![10; 24]), |sample, step| step.process(sample, &context));
+        assert_eq!(result.unwrap().picture, RgbPicture::new(2, 2, vec![245; 12]).unwrap());
     }
 }

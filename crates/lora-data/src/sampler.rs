@@ -26,12 +26,22 @@ pub struct Visit {
     pub epoch: u64,
 }
 
+/// What the order needs to know of an item.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Visits {
+    /// Number per epoch.
+    pub count: usize,
+    /// Width and height that it is trained at.
+    pub bucket: (usize, usize),
+    /// Items at once; those of equal bucket and batch size share batches.
+    pub batch_size: usize,
+}
+
 /// Visits items in shuffled batches of one size each, epoch after epoch, without end.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
-    /// Items by the size that they are trained at, each with its number of visits per epoch.
-    buckets: BTreeMap<(usize, usize), Vec<(usize, usize)>>,
-    batch_size: usize,
+    /// Items by the size that they are trained at and their batch size, each with its number of visits per epoch.
+    buckets: BTreeMap<((usize, usize), usize), Vec<(usize, usize)>>,
     seed: u64,
     position: Position,
     order: Vec<Visit>,
@@ -40,16 +50,15 @@ pub struct EpochSampler {
 }
 
 impl EpochSampler {
-    /// `items` holds each item's number of visits per epoch and its bucket. The sum of the visits must not be 0 (then there
-    /// are no batches). The last batch of a bucket may be smaller; none is dropped.
-    pub fn new(items: impl IntoIterator<Item = (usize, (usize, usize))>, batch_size: usize, seed: u64) -> Self {
+    /// One entry for each item. The sum of the visits must not be 0 (then there are no batches). The last batch of a bucket
+    /// may be smaller; none is dropped.
+    pub fn new(items: impl IntoIterator<Item = Visits>, seed: u64) -> Self {
         let mut buckets = BTreeMap::<_, Vec<_>>::new();
-        for (index, (repeats, bucket)) in items.into_iter().enumerate() {
-            buckets.entry(bucket).or_default().push((index, repeats));
+        for (index, Visits { count, bucket, batch_size }) in items.into_iter().enumerate() {
+            buckets.entry((bucket, batch_size.max(1))).or_default().push((index, count));
         }
         let position = Position { epoch: 0, item: 0 };
-        let batch_size = batch_size.max(1);
-        let mut sampler = Self { buckets, batch_size, seed, position, order: Vec::new(), ends: Vec::new() };
+        let mut sampler = Self { buckets, seed, position, order: Vec::new(), ends: Vec::new() };
         sampler.shuffle();
         sampler
     }
@@ -77,8 +86,11 @@ impl EpochSampler {
 
     /// Visits per epoch of each bucket, by size.
     pub fn visits_by_bucket(&self) -> BTreeMap<(usize, usize), usize> {
-        let count = |items: &Vec<(usize, usize)>| items.iter().map(|(_, repeats)| repeats).sum();
-        self.buckets.iter().map(|(&bucket, items)| (bucket, count(items))).collect()
+        let mut visits = BTreeMap::new();
+        for ((bucket, _), items) in &self.buckets {
+            *visits.entry(*bucket).or_default() += items.iter().map(|(_, repeats)| repeats).sum::<usize>();
+        }
+        visits
     }
 
     /// The next batch: of one bucket and one epoch. Empty only without items.
@@ -99,7 +111,7 @@ impl EpochSampler {
         let epoch = self.position.epoch;
         let random = Stream::new(self.seed).at("order").with(epoch);
         let mut batches = Vec::new();
-        for items in self.buckets.values() {
+        for ((_, batch_size), items) in &self.buckets {
             let visits =
                 |&(index, count): &(usize, usize)| (0..count).map(move |repeat| Visit { index, repeat, epoch });
             let mut own: Vec<Visit> = items.iter().flat_map(visits).collect();
@@ -107,7 +119,7 @@ impl EpochSampler {
             let first = items.first().map_or(0, |&(index, _)| index as u64);
             let mut stream = if self.buckets.len() == 1 { random.clone() } else { random.at("bucket").with(first) };
             stream.shuffle(&mut own);
-            batches.extend(own.chunks(self.batch_size).map(<[Visit]>::to_vec));
+            batches.extend(own.chunks(*batch_size).map(<[Visit]>::to_vec));
         }
         if self.buckets.len() > 1 {
             random.at("batches").shuffle(&mut batches);
@@ -132,7 +144,7 @@ mod tests {
     const ONE: (usize, usize) = (512, 512);
 
     fn sampler(repeats: &[usize], batch: usize, seed: u64) -> EpochSampler {
-        EpochSampler::new(repeats.iter().map(|&repeats| (repeats, ONE)), batch, seed)
+        EpochSampler::new(repeats.iter().map(|&count| Visits { count, bucket: ONE, batch_size: batch }), seed)
     }
 
     proptest! {
@@ -143,7 +155,8 @@ mod tests {
             items in proptest::collection::vec((1usize..4, 0usize..4), 1..20), batch in 1usize..7, seed: u64,
         ) {
             let bucket = |number: usize| (64 * (number + 1), 64);
-            let mut sampler = EpochSampler::new(items.iter().map(|&(repeats, own)| (repeats, bucket(own))), batch, seed);
+            let visits = items.iter().map(|&(count, own)| Visits { count, bucket: bucket(own), batch_size: batch });
+            let mut sampler = EpochSampler::new(visits, seed);
             let visits: usize = items.iter().map(|(repeats, _)| repeats).sum();
             let full: usize = sampler.visits_by_bucket().values().map(|visits| visits.div_ceil(batch)).sum();
             prop_assert_eq!((sampler.epoch_length(), sampler.batches_per_epoch()), (visits, full));
@@ -194,8 +207,9 @@ mod tests {
 
     #[test]
     fn buckets_take_turns() {
-        let items = (0..40).map(|index| (1, if index % 2 == 0 { (512, 512) } else { (640, 384) }));
-        let mut mixed = EpochSampler::new(items, 4, 1);
+        let bucket = |index: usize| if index % 2 == 0 { (512, 512) } else { (640, 384) };
+        let items = (0..40).map(|index| Visits { count: 1, bucket: bucket(index), batch_size: 4 });
+        let mut mixed = EpochSampler::new(items, 1);
         let parities: Vec<usize> = (0..10).map(|_| mixed.next_batch()[0].index % 2).collect();
         let changes = parities.windows(2).filter(|pair| pair[0] != pair[1]).count();
         assert!(changes > 1, "{parities:?}");

@@ -2,6 +2,8 @@
 //! shuffled and dropped, in sd-scripts' order (v0.10.1, `process_caption`) but for one thing: of several lines one is
 //! chosen before prefix and suffix are put on, so that every line has them. Where captions come from is [`crate::dataset`]'s.
 
+pub mod weights;
+
 use lora_core::random::Stream;
 
 /// How captions are treated. The default leaves them as they are.

@@ -1,0 +1,336 @@
+//! Folders: which files and folders are there, which of them belong together.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::captions::{Metadata, caption_lines, listed, read_text};
+use super::{CaptionSource, EXTENSIONS, ImageDataset, Item, Stored, file_name, has_extension};
+use crate::finding::FindingKind;
+use crate::picture::Header;
+use crate::{Error, Result};
+
+/// Endings of a mask's stem behind its picture's.
+const MASKS: &[&str] = &["-mask", "-masklabel"];
+/// Endings of pictures that belong to another one and are not trained on (OneTrainer).
+const COMPANIONS: &[&str] = &["-condlabel"];
+
+/// What is directly inside a folder, each kind sorted by name.
+#[derive(Default)]
+struct Listing {
+    pictures: Vec<PathBuf>,
+    folders: Vec<PathBuf>,
+    containers: Vec<PathBuf>,
+    /// Names of all other files.
+    others: HashSet<OsString>,
+}
+
+/// What a picture's own files say.
+type Read = (Result<Header>, Result<Option<(Vec<String>, CaptionSource)>>);
+
+impl ImageDataset {
+    /// The folder of a dataset; gives the number of files that are nothing of it.
+    pub(super) fn root(&mut self, root: &Path) -> Result<usize> {
+        let repeats = self.options.repeats;
+        let class = self.options.class.clone();
+        let listing = self.list(root)?;
+        let others = listing.others.len();
+        let own = !listing.pictures.is_empty() || !listing.containers.is_empty();
+        let kohya = listing.folders.iter().any(|folder| repeats_of(&file_name(folder)).is_some());
+        if self.options.recursive || !own && !kohya {
+            self.tree(root, listing, repeats, &class)?;
+        } else if own {
+            self.ignore(&listing.folders);
+            self.folder(root, listing, repeats, &class)?;
+        } else {
+            for folder in listing.folders {
+                let Some((own, name)) = repeats_of(&file_name(&folder)) else {
+                    self.ignore(&[folder]);
+                    continue;
+                };
+                let Some(listing) = self.list_below(&folder)? else { continue };
+                let class = if class.is_empty() { name } else { class.clone() };
+                self.ignore(&listing.folders);
+                self.folder(&folder, listing, repeats * own, &class)?;
+            }
+        }
+        Ok(others)
+    }
+
+    fn ignore(&mut self, folders: &[PathBuf]) {
+        for folder in folders {
+            self.ignored_folders.push(file_name(folder));
+            self.note(folder, FindingKind::FolderIgnored, "it was not read");
+        }
+    }
+
+    /// A folder with all that are below it.
+    fn tree(&mut self, folder: &Path, mut listing: Listing, repeats: usize, class: &str) -> Result<()> {
+        let folders = std::mem::take(&mut listing.folders);
+        self.folder(folder, listing, repeats, class)?;
+        for folder in folders {
+            let Some(listing) = self.list_below(&folder)? else { continue };
+            match repeats_of(&file_name(&folder)) {
+                Some((own, name)) => self.tree(&folder, listing, repeats * own, &name)?,
+                None => self.tree(&folder, listing, repeats, class)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A listing of a folder below the root, which may be unreadable or lead back.
+    fn list_below(&mut self, folder: &Path) -> Result<Option<Listing>> {
+        match self.list(folder) {
+            Ok(listing) => Ok(Some(listing)),
+            Err(error) => {
+                let kind = match error {
+                    Error::Option { .. } => FindingKind::FolderLoop,
+                    _ => FindingKind::UnreadableFolder,
+                };
+                self.problem(folder, kind, error)?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn list(&mut self, folder: &Path) -> Result<Listing> {
+        let real = fs::canonicalize(folder).map_err(Error::io(folder, "read the folder"))?;
+        if !self.visited.insert(real) {
+            return Err(Error::Option {
+                key: "train_data_dir",
+                value: folder.display().to_string(),
+                reason: "it leads back to a folder that was read already".into(),
+            });
+        }
+        let mut listing = Listing::default();
+        for entry in fs::read_dir(folder).map_err(Error::io(folder, "read the folder"))? {
+            let entry = entry.map_err(Error::io(folder, "read the folder"))?;
+            let path = entry.path();
+            if entry.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            // The directory says what a file is, without a look at the file; only a link needs one.
+            let is_folder = match entry.file_type() {
+                Ok(kind) if !kind.is_symlink() => kind.is_dir(),
+                _ => match fs::metadata(&path) {
+                    Ok(target) => target.is_dir(),
+                    Err(error) => {
+                        let error = Error::io(&path, "follow the link")(error);
+                        self.problem(&path, FindingKind::Unreadable, error)?;
+                        continue;
+                    }
+                },
+            };
+            if is_folder {
+                listing.folders.push(path);
+            } else if has_extension(&path, EXTENSIONS) {
+                if path.file_name().is_some_and(|name| name.to_str().is_none()) {
+                    self.note(&path, FindingKind::NameEncoding, "its name is not UTF-8");
+                }
+                listing.pictures.push(path);
+            } else if has_extension(&path, &["tar", "parquet"]) {
+                listing.containers.push(path);
+            } else {
+                listing.others.insert(entry.file_name());
+            }
+        }
+        listing.pictures.sort();
+        listing.folders.sort();
+        listing.containers.sort();
+        Ok(listing)
+    }
+
+    /// The pictures, archives and tables of one folder.
+    fn folder(&mut self, folder: &Path, listing: Listing, repeats: usize, class: &str) -> Result<()> {
+        for container in &listing.containers {
+            self.container(container, repeats)?;
+        }
+        if listing.pictures.is_empty()
+            && !listing.others.iter().any(|name| name == "metadata.jsonl" || name == "metadata.csv")
+        {
+            return Ok(());
+        }
+        let (pictures, mut masks) = self.divide(listing.pictures);
+        let names = pictures.iter().filter_map(|path| path.file_name().map(OsStr::to_owned)).collect();
+        let below = self.options.recursive || pictures.is_empty();
+        let (metadata, problems) = Metadata::read(folder, &names, below);
+        for error in problems {
+            let path = error.path().unwrap_or(folder).to_owned();
+            self.problem(&path, FindingKind::CaptionFile, error)?;
+        }
+        self.inherited.absorb(&metadata);
+        if let Some(from) = self.options.mask_dir.clone() {
+            masks = masks_by_stem(&from)?;
+        }
+        self.orphans(folder, &pictures, &listing.others);
+
+        let extensions = self.caption_extensions();
+        let read = |path: &PathBuf| -> Read {
+            let header = Stored::file(path).header();
+            let caption = extensions.iter().find_map(|(extension, source)| {
+                let beside = path.with_extension(extension);
+                listing.others.contains(beside.file_name()?).then(|| Ok((caption_lines(&read_text(&beside)?), *source)))
+            });
+            (header, caption.transpose())
+        };
+        let all: Vec<Read> = pictures.par_iter().map(read).collect();
+        let real = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        let name: Arc<str> = file_name(&real).into();
+        for (path, (header, caption)) in pictures.into_iter().zip(all) {
+            let mask = path.file_stem().and_then(|stem| masks.get(stem)).map(Stored::file);
+            let caption = match caption {
+                Ok(caption) => caption,
+                Err(error) => {
+                    let file = error.path().unwrap_or(&path).to_owned();
+                    self.problem(&file, FindingKind::CaptionFile, error)?;
+                    None
+                }
+            };
+            let caption = caption.or_else(|| {
+                let (caption, source) = self.inherited.get(&path)?;
+                Some((vec![caption.clone()], *source))
+            });
+            self.add(Stored::file(path), header, caption, &name, repeats, class, mask)?;
+        }
+        Ok(())
+    }
+
+    fn caption_extensions(&self) -> Vec<(String, CaptionSource)> {
+        match self.options.caption_extension.as_deref().map(|extension| extension.trim_start_matches('.')) {
+            Some("txt") => vec![("txt".into(), CaptionSource::Txt)],
+            Some("caption") => vec![("caption".into(), CaptionSource::Caption)],
+            Some(other) => vec![(other.to_owned(), CaptionSource::File)],
+            None => vec![("txt".into(), CaptionSource::Txt), ("caption".into(), CaptionSource::Caption)],
+        }
+    }
+
+    /// Masks and companions told apart from pictures: only where the picture that they belong to is there.
+    fn divide(&mut self, paths: Vec<PathBuf>) -> (Vec<PathBuf>, HashMap<OsString, PathBuf>) {
+        let stems: HashSet<OsString> = paths.iter().filter_map(|path| path.file_stem().map(OsStr::to_owned)).collect();
+        let base = |path: &Path, endings: &[&str]| {
+            let stem = path.file_stem()?.to_str()?;
+            let base = endings.iter().find_map(|ending| stem.strip_suffix(ending))?;
+            stems.contains(OsStr::new(base)).then(|| OsString::from(base))
+        };
+        let (mut pictures, mut masks) = (Vec::with_capacity(paths.len()), HashMap::new());
+        for path in paths {
+            if let Some(base) = base(&path, MASKS) {
+                masks.insert(base, path);
+            } else if base(&path, COMPANIONS).is_none() {
+                pictures.push(path);
+            }
+        }
+        let mut seen: HashMap<OsString, PathBuf> = HashMap::new();
+        for path in &pictures {
+            let stem = path.file_stem().map(OsStr::to_owned).unwrap_or_default();
+            match seen.get(&stem) {
+                Some(first) => {
+                    let detail = format!("shares its caption file with {}", file_name(first));
+                    self.note(path, FindingKind::DuplicateStem, detail);
+                }
+                None => {
+                    seen.insert(stem, path.clone());
+                }
+            }
+        }
+        (pictures, masks)
+    }
+
+    /// Captions whose picture is not there.
+    fn orphans(&mut self, folder: &Path, pictures: &[PathBuf], others: &HashSet<OsString>) {
+        let stems: HashSet<&OsStr> = pictures.iter().filter_map(|path| path.file_stem()).collect();
+        let extensions = self.caption_extensions();
+        let mut orphans: Vec<&OsString> = others
+            .iter()
+            .filter(|name| {
+                let path = Path::new(name);
+                let is_caption = path
+                    .extension()
+                    .is_some_and(|own| extensions.iter().any(|(extension, _)| own == extension.as_str()));
+                is_caption && path.file_stem().is_some_and(|stem| !stems.contains(stem))
+            })
+            .collect();
+        orphans.sort();
+        for name in orphans {
+            self.note(&folder.join(name), FindingKind::OrphanCaption, "there is no picture of this name");
+        }
+    }
+
+    /// Pictures that a metadata file of sd-scripts lists.
+    pub(super) fn listed(&mut self, metadata: &Path, folder: &Path) -> Result<()> {
+        let rows = listed(metadata, folder)?;
+        let masks = self.options.mask_dir.as_deref().map(masks_by_stem).transpose()?.unwrap_or_default();
+        let headers: Vec<_> = rows.par_iter().map(|row| Stored::file(&row.picture).header()).collect();
+        let name: Arc<str> = file_name(folder).into();
+        let (repeats, class) = (self.options.repeats, self.options.class.clone());
+        for (row, header) in rows.into_iter().zip(headers) {
+            let mask = row.picture.file_stem().and_then(|stem| masks.get(stem)).map(Stored::file);
+            let caption = Some((caption_lines(&row.caption), CaptionSource::Metadata));
+            self.add(Stored::file(row.picture), header, caption, &name, repeats, &class, mask)?;
+        }
+        Ok(())
+    }
+
+    /// One picture with what was read of it.
+    #[allow(clippy::too_many_arguments, reason = "all that is known of a picture")]
+    pub(super) fn add(
+        &mut self,
+        file: Stored,
+        header: Result<Header>,
+        caption: Option<(Vec<String>, CaptionSource)>,
+        folder: &Arc<str>,
+        repeats: usize,
+        class: &str,
+        mask: Option<Stored>,
+    ) -> Result<()> {
+        let header = match header {
+            Ok(header) => header,
+            Err(error) => return self.problem(&file.path.clone(), FindingKind::Unreadable, error),
+        };
+        let extension = file.path.extension().map(|own| own.to_string_lossy().to_lowercase()).unwrap_or_default();
+        if file.own_file().is_some() && !header.extensions.contains(&extension.as_str()) {
+            let detail =
+                format!("the content is {}", header.extensions.first().unwrap_or(&"another format").to_uppercase());
+            self.note(&file.path, FindingKind::WrongExtension, detail);
+        }
+        if self.options.mask_dir.is_some() && mask.is_none() {
+            self.note(&file.path, FindingKind::MissingMask, "no file of its name in mask_dir");
+        }
+        let (lines, caption_source) = match caption {
+            Some((lines, source)) => (lines, source),
+            None if !class.is_empty() => (vec![class.to_owned()], CaptionSource::Folder),
+            None => (Vec::new(), CaptionSource::None),
+        };
+        self.multi_line += usize::from(lines.len() > 1);
+        let mut lines = lines.into_iter();
+        self.items.push(Item {
+            file,
+            folder: Arc::clone(folder),
+            caption: lines.next().unwrap_or_default(),
+            more_lines: lines.collect(),
+            caption_source,
+            size: header.size,
+            repeats,
+            mask,
+            role: self.options.role,
+        });
+        Ok(())
+    }
+}
+
+/// The pictures of a folder of masks, by stem.
+fn masks_by_stem(folder: &Path) -> Result<HashMap<OsString, PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(Error::io(folder, "read the folder of masks"))?;
+    let paths = entries.flatten().map(|entry| entry.path()).filter(|path| has_extension(path, EXTENSIONS));
+    Ok(paths.filter_map(|path| Some((path.file_stem()?.to_owned(), path))).collect())
+}
+
+/// `10_red apple` as 10 and `red apple`.
+fn repeats_of(folder: &str) -> Option<(usize, String)> {
+    let (number, name) = folder.split_once('_')?;
+    Some((number.parse().ok().filter(|&repeats| repeats > 0)?, name.trim().to_owned()))
+}

@@ -1,0 +1,308 @@
+//! Captioned pictures on disk: which there are, how large they are, and what is written about them.
+//!
+//! **Layouts.** A folder of pictures; a folder of kohya's `N_name` folders (N repeats; the name is the caption of pictures
+//! that have none); a folder of other folders, read in full; a `.tar` in WebDataset's form; a `.parquet` table; or what a
+//! metadata file of sd-scripts lists.
+//!
+//! **Captions** come from, the first found winning: `picture.txt`, `picture.caption`, `metadata.csv` (a header with
+//! `filename` or `file_name`, and `prompt`, `text` or `caption`), `metadata.jsonl` (objects with the same keys; `image_path`
+//! too), the folder's `N_name`. Of a caption file with several lines the first counts, as in sd-scripts; the others are
+//! there for [`crate::caption`].
+//!
+//! **Masks** lie beside their picture as `picture-mask.png` or `picture-masklabel.png` (OneTrainer), or under the picture's
+//! name in a folder of their own (ai-toolkit, sd-scripts).
+
+mod archive;
+mod captions;
+mod folder;
+mod regularisation;
+mod stored;
+#[cfg(feature = "parquet")]
+pub(crate) mod table;
+
+pub(crate) use captions::read_text;
+pub use regularisation::balance;
+pub use stored::Stored;
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::finding::{Finding, FindingKind, Severity};
+use crate::{Error, Result};
+
+/// Extensions that make a file a picture, in any case.
+pub const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
+
+/// Where a caption came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum CaptionSource {
+    /// A `.txt` of the same name.
+    Txt,
+    /// A `.caption` of the same name.
+    Caption,
+    /// A file of the same name with the extension that was asked for.
+    File,
+    /// `metadata.csv`.
+    Csv,
+    /// `metadata.jsonl`.
+    Jsonl,
+    /// A metadata file of sd-scripts.
+    Metadata,
+    /// A member of the archive or a column of the table that the picture is in.
+    Archive,
+    /// The name of an `N_name` folder, or the class that was given.
+    Folder,
+    /// There is none; the caption is empty.
+    None,
+}
+
+impl CaptionSource {
+    /// As people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            CaptionSource::Txt => ".txt",
+            CaptionSource::Caption => ".caption",
+            CaptionSource::File => "caption files",
+            CaptionSource::Csv => "metadata.csv",
+            CaptionSource::Jsonl => "metadata.jsonl",
+            CaptionSource::Metadata => "metadata file",
+            CaptionSource::Archive => "archive",
+            CaptionSource::Folder => "folder name",
+            CaptionSource::None => "none",
+        }
+    }
+}
+
+/// What pictures are there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Role {
+    /// To learn.
+    #[default]
+    Training,
+    /// To keep what the model knows of the class (DreamBooth's prior preservation).
+    Regularisation,
+}
+
+/// One picture with its caption.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// Where it is.
+    pub file: Stored,
+    /// Name of its folder or archive.
+    pub folder: Arc<str>,
+    /// Its caption, the first line of it, empty where there is none.
+    pub caption: String,
+    /// The caption file's lines behind the first.
+    pub more_lines: Vec<String>,
+    /// Where the caption came from.
+    pub caption_source: CaptionSource,
+    /// Width and height as seen.
+    pub size: (usize, usize),
+    /// Visits per epoch.
+    pub repeats: usize,
+    /// Its mask, where there is one.
+    pub mask: Option<Stored>,
+    /// What it is there for.
+    pub role: Role,
+}
+
+impl Item {
+    /// All lines of the caption; at least one.
+    pub fn lines(&self) -> Vec<&str> {
+        std::iter::once(self.caption.as_str()).chain(self.more_lines.iter().map(String::as_str)).collect()
+    }
+}
+
+/// What happens when something cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strictness {
+    /// Whatever would be lost is an error.
+    Strict,
+    /// Unreadable pictures are left out and reported; damaged captions are errors.
+    #[default]
+    Normal,
+    /// Everything is reported, nothing is an error.
+    Inspect,
+}
+
+/// How to scan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScanOptions {
+    /// Visits of each picture per epoch, times the N of an `N_name` folder.
+    pub repeats: usize,
+    /// What happens when something cannot be used.
+    pub strictness: Strictness,
+    /// Folders below one with pictures are read too.
+    pub recursive: bool,
+    /// Captions have this extension instead of `.txt` or `.caption`.
+    pub caption_extension: Option<String>,
+    /// Caption of pictures that have none.
+    pub class: String,
+    /// Metadata of sd-scripts (JSON by path, or JSON lines): pictures are those that it lists.
+    pub metadata_file: Option<PathBuf>,
+    /// Folder of masks, each of its picture's name.
+    pub mask_dir: Option<PathBuf>,
+    /// What the pictures are there for.
+    pub role: Role,
+}
+
+impl Default for ScanOptions {
+    fn default() -> Self {
+        Self {
+            repeats: 1,
+            strictness: Strictness::Normal,
+            recursive: false,
+            caption_extension: None,
+            class: String::new(),
+            metadata_file: None,
+            mask_dir: None,
+            role: Role::Training,
+        }
+    }
+}
+
+/// The pictures of a folder, an archive or a table, sorted by name.
+#[derive(Debug, Clone)]
+pub struct ImageDataset {
+    options: ScanOptions,
+    items: Vec<Item>,
+    findings: Vec<Finding>,
+    multi_line: usize,
+    ignored_folders: Vec<String>,
+    /// Captions that a metadata file has for pictures in folders below its own.
+    inherited: captions::Metadata,
+    /// Folders read so far, by their real paths.
+    visited: HashSet<PathBuf>,
+}
+
+impl ImageDataset {
+    /// Scans: names, captions, and the size in every picture's header.
+    pub fn scan(root: impl AsRef<Path>, options: &ScanOptions) -> Result<Self> {
+        let root = root.as_ref();
+        if options.repeats == 0 {
+            return Err(Error::Option {
+                key: "repeats",
+                value: "0".into(),
+                reason: "a picture is visited at least once an epoch".into(),
+            });
+        }
+        let mut dataset = Self {
+            options: options.clone(),
+            items: Vec::new(),
+            findings: Vec::new(),
+            multi_line: 0,
+            ignored_folders: Vec::new(),
+            inherited: captions::Metadata::default(),
+            visited: HashSet::new(),
+        };
+        let others = match &options.metadata_file {
+            Some(metadata) => {
+                dataset.listed(metadata, root)?;
+                0
+            }
+            None if root.is_file() => {
+                dataset.container(root, options.repeats)?;
+                0
+            }
+            None => dataset.root(root)?,
+        };
+        if dataset.items.is_empty() && options.strictness != Strictness::Inspect {
+            return Err(dataset.empty(root, others));
+        }
+        Ok(dataset)
+    }
+
+    /// The pictures.
+    pub fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// What was found on the way.
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// Caption files of several lines.
+    pub fn multi_line_captions(&self) -> usize {
+        self.multi_line
+    }
+
+    /// Folders below the dataset's that were not read.
+    pub fn ignored_folders(&self) -> &[String] {
+        &self.ignored_folders
+    }
+
+    pub(crate) fn into_parts(self) -> (Vec<Item>, Vec<Finding>) {
+        (self.items, self.findings)
+    }
+
+    /// An archive or a table.
+    fn container(&mut self, path: &Path, repeats: usize) -> Result<()> {
+        match path.extension().and_then(|extension| extension.to_str()).map(str::to_lowercase).as_deref() {
+            Some("tar") => self.archive(path, repeats),
+            #[cfg(feature = "parquet")]
+            Some("parquet") => self.table(path, repeats),
+            _ => Err(Error::Option {
+                key: "train_data_dir",
+                value: path.display().to_string(),
+                reason:
+                    "expected a folder, a .tar or a .parquet (unpack a .tar.gz with gunzip first: its members cannot \
+                         be read in any order)"
+                        .into(),
+            }),
+        }
+    }
+
+    /// Notes what cannot be used, or passes the error on, as the strictness says.
+    fn problem(&mut self, path: &Path, kind: FindingKind, error: Error) -> Result<()> {
+        match (self.options.strictness, kind) {
+            (Strictness::Inspect, _) => {}
+            (Strictness::Strict, _) if kind.severity() == Severity::Lost => return Err(error),
+            (_, FindingKind::CaptionFile) => return Err(error),
+            _ => {}
+        }
+        self.findings.push(Finding::new(path, kind, error.reason()));
+        Ok(())
+    }
+
+    fn note(&mut self, path: &Path, kind: FindingKind, detail: impl Into<String>) {
+        self.findings.push(Finding::new(path, kind, detail));
+    }
+
+    fn empty(&self, root: &Path, others: usize) -> Error {
+        let lost: Vec<_> = self.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).collect();
+        let found = if let Some(first) = lost.first() {
+            format!("{} file(s) could not be read, the first: {first}", lost.len())
+        } else if !self.ignored_folders.is_empty() {
+            let some: Vec<_> = self.ignored_folders.iter().take(3).cloned().collect();
+            format!("there are folders ({}) that were not read; set recursive = true", some.join(", "))
+        } else if others > 0 {
+            format!("{others} other file(s) are there")
+        } else {
+            "the folder is empty".into()
+        };
+        Error::Empty { path: root.to_owned(), looked_for: EXTENSIONS.join(", "), found }
+    }
+}
+
+/// Per folder: how often each comma-separated tag, trimmed and in lower case, occurs.
+pub fn tag_frequency<'i>(items: impl IntoIterator<Item = &'i Item>) -> BTreeMap<String, BTreeMap<String, usize>> {
+    let mut folders: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+    for item in items {
+        let tags = folders.entry(item.folder.to_string()).or_default();
+        for tag in item.caption.split(',').map(|tag| tag.trim().to_lowercase()).filter(|tag| !tag.is_empty()) {
+            *tags.entry(tag).or_default() += 1;
+        }
+    }
+    folders
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|own| extensions.contains(&own.to_string_lossy().to_lowercase().as_str()))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,137 @@
+//! What a look at a dataset turns up: one file, what is the matter with it, and what to do.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Serialize, Serializer};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $variant:ident $name:literal $weight:ident $remedy:literal;)*) => {
+        /// What is the matter.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[non_exhaustive]
+        pub enum FindingKind { $($(#[$doc])* $variant),* }
+
+        impl FindingKind {
+            /// Its name in JSON and in tables.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),* }
+            }
+
+            /// What to do about it.
+            pub fn remedy(self) -> &'static str {
+                match self { $(Self::$variant => $remedy),* }
+            }
+
+            /// How much it matters.
+            pub fn severity(self) -> Severity {
+                match self { $(Self::$variant => Severity::$weight),* }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// A picture that cannot be read, and is left out.
+    Unreadable "unreadable" Lost "replace the file or remove it";
+    /// A folder that cannot be read.
+    UnreadableFolder "unreadable-folder" Lost "give read permission, or remove it";
+    /// A link that leads back to a folder above it.
+    FolderLoop "folder-loop" Lost "remove the link";
+    /// A caption or metadata file, or a line of one, that cannot be used.
+    CaptionFile "caption-file" Lost "correct the file as the message says";
+    /// A caption without a picture.
+    OrphanCaption "orphan-caption" Advice "rename it to its picture's name, or remove it";
+    /// Pictures of one name with different extensions share captions and masks.
+    DuplicateStem "duplicate-stem" Warning "keep one of them, or rename";
+    /// The content is of another format than the extension says; other tools may refuse it.
+    WrongExtension "wrong-extension" Advice "rename it to what it is";
+    /// A name that is not UTF-8: metadata files cannot name it.
+    NameEncoding "name-encoding" Advice "rename the file";
+    /// A folder that was not read.
+    FolderIgnored "folder-ignored" Warning "set recursive = true, or name it N_name (N repeats) in a folder without pictures";
+    /// A picture without a caption.
+    MissingCaption "missing-caption" Warning "write a caption, or set trigger_word";
+    /// A caption file without text.
+    EmptyCaption "empty-caption" Warning "write a caption, or set trigger_word";
+    /// A caption longer than the model reads.
+    LongCaption "long-caption" Warning "shorten it, or raise max_token_length";
+    /// Several pictures with the same caption.
+    DuplicateCaption "duplicate-caption" Advice "say what differs between the pictures";
+    /// The same file again.
+    ExactDuplicate "exact-duplicate" Warning "remove one; use repeats to weigh a picture more";
+    /// Nearly the same picture again.
+    NearDuplicate "near-duplicate" Warning "keep the better one, unless the repetition is meant";
+    /// Blurred.
+    Blurred "blurred" Warning "replace it: blur is learned as part of the style";
+    /// Smaller than it is trained at.
+    LowResolution "low-resolution" Warning "replace it, lower max_resolution, or set bucket_no_upscale = true";
+    /// Too small for any bucket.
+    TooSmall "too-small" Lost "enlarge or remove it";
+    /// Far from any usual aspect.
+    ExtremeAspect "extreme-aspect" Warning "cut it by hand to its subject";
+    /// Much is cut away.
+    HeavyCrop "heavy-crop" Advice "set enable_bucket = true, use focus_crop, or cut by hand";
+    /// Too dark.
+    Dark "dark" Advice "brighten or remove it";
+    /// Burnt out.
+    Bright "bright" Advice "darken or remove it";
+    /// A picture whose mask could not be found.
+    MissingMask "missing-mask" Advice "add the mask; without one all of the picture counts";
+}
+
+/// How much a finding matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Something is not used.
+    Lost,
+    /// Training will probably suffer.
+    Warning,
+    /// Worth a look.
+    Advice,
+}
+
+impl Severity {
+    /// As people read it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Severity::Lost => "lost",
+            Severity::Warning => "warning",
+            Severity::Advice => "advice",
+        }
+    }
+}
+
+/// One finding.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The file or folder.
+    #[serde(serialize_with = "lossy")]
+    pub path: PathBuf,
+    /// What is the matter.
+    #[serde(serialize_with = "by_name")]
+    pub kind: FindingKind,
+    /// The particulars.
+    pub detail: String,
+}
+
+impl Finding {
+    pub(crate) fn new(path: impl Into<PathBuf>, kind: FindingKind, detail: impl Into<String>) -> Self {
+        Self { path: path.into(), kind, detail: detail.into() }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}", self.path.display(), self.kind.name(), self.detail)
+    }
+}
+
+// Both have serde's signatures.
+fn lossy<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+fn by_name<S: Serializer>(kind: &FindingKind, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(kind.name())
+}

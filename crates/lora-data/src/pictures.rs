@@ -1,0 +1,288 @@
+//! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lora_core::random::Stream;
+
+use crate::bucket::Framing;
+use crate::caption::CaptionOptions;
+use crate::crop::CropPlan;
+use crate::dataset::{ImageDataset, Item, Role, ScanOptions, balance};
+use crate::finding::{Finding, FindingKind, Severity};
+use crate::picture::{self, decode_bytes};
+use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
+use crate::sample::{Mask, Sample};
+use crate::sampler::{EpochSampler, Visits};
+use crate::{Error, Result};
+
+/// Whether and how pixels are weighted in the loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MaskOptions {
+    /// Masks are used; a picture without one counts in full.
+    pub enabled: bool,
+    /// The picture's own transparency is its mask, where it has no other.
+    pub alpha: bool,
+    /// Dark counts, bright does not.
+    pub inverted: bool,
+    /// The least that any pixel counts, from 0 to 1.
+    pub unmasked_weight: f32,
+}
+
+impl Default for MaskOptions {
+    fn default() -> Self {
+        Self { enabled: false, alpha: false, inverted: false, unmasked_weight: 0.0 }
+    }
+}
+
+/// A dataset and how its pictures and captions are treated.
+#[derive(Debug, Clone)]
+pub struct DatasetOptions {
+    /// Folder, archive or table.
+    pub path: PathBuf,
+    /// How it is scanned.
+    pub scan: ScanOptions,
+    /// The size that each picture is brought to.
+    pub framing: Framing,
+    /// Names of the processors that pictures go through.
+    pub processors: Vec<String>,
+    /// How captions are treated.
+    pub captions: CaptionOptions,
+    /// What lies behind transparent pictures.
+    pub background: [u8; 3],
+    /// Pictures at once.
+    pub batch_size: usize,
+    /// How much its pictures count in the loss.
+    pub loss_weight: f64,
+    /// Weights of pixels.
+    pub masks: MaskOptions,
+    /// Datasets of one number share their regularisation pictures.
+    pub group: usize,
+}
+
+#[derive(Debug)]
+struct Dataset {
+    options: DatasetOptions,
+    processors: Vec<Arc<dyn PictureProcessor>>,
+}
+
+/// All pictures of a run.
+#[derive(Debug)]
+pub struct Pictures {
+    datasets: Vec<Dataset>,
+    items: Vec<Item>,
+    /// The dataset of each item.
+    of: Vec<usize>,
+    findings: Vec<Finding>,
+}
+
+impl Pictures {
+    /// Scans the datasets. Pictures too small for any bucket count as unreadable.
+    pub fn open(options: Vec<DatasetOptions>, registry: &ProcessorRegistry) -> Result<Self> {
+        let mut pictures = Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new() };
+        let mut groups: Vec<(usize, Vec<(usize, Item)>)> = Vec::new();
+        for options in options {
+            let processors = registry.chain(&options.processors)?;
+            let (items, mut findings) = ImageDataset::scan(&options.path, &options.scan)?.into_parts();
+            let place = pictures.datasets.len();
+            let mut kept = Vec::with_capacity(items.len());
+            for item in items {
+                match options.framing.plan(item.size) {
+                    Some(_) => kept.push((place, item)),
+                    None if options.scan.strictness == crate::dataset::Strictness::Strict => {
+                        return Err(too_small(&item));
+                    }
+                    None => {
+                        let reason = too_small(&item).reason();
+                        findings.push(Finding::new(item.file.path, FindingKind::TooSmall, reason));
+                    }
+                }
+            }
+            pictures.findings.extend(findings);
+            match groups.iter_mut().find(|(group, _)| *group == options.group) {
+                Some((_, own)) => own.extend(kept),
+                None => groups.push((options.group, kept)),
+            }
+            pictures.datasets.push(Dataset { options, processors });
+        }
+        for (_, own) in groups {
+            let (mut places, mut items): (Vec<usize>, Vec<Item>) = own.into_iter().unzip();
+            if items.iter().any(|item| item.role == Role::Regularisation) {
+                // Which are left is told by their paths: a file may stand in several datasets, but in each only once.
+                let before: Vec<(usize, PathBuf)> =
+                    places.iter().zip(&items).map(|(place, item)| (*place, item.file.path.clone())).collect();
+                balance(&mut items);
+                let mut left = items.iter().map(|item| &item.file.path).peekable();
+                places = before
+                    .into_iter()
+                    .filter(|(_, path)| left.peek().is_some_and(|next| *next == path) && left.next().is_some())
+                    .map(|(place, _)| place)
+                    .collect();
+            }
+            pictures.of.extend(places);
+            pictures.items.extend(items);
+        }
+        Ok(pictures)
+    }
+
+    /// The items, dataset by dataset.
+    pub fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// What was found on the way.
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// Findings that cost a picture or a caption.
+    pub fn lost(&self) -> impl Iterator<Item = &Finding> {
+        self.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost)
+    }
+
+    /// The settings of the datasets.
+    pub fn datasets(&self) -> impl Iterator<Item = &DatasetOptions> {
+        self.datasets.iter().map(|dataset| &dataset.options)
+    }
+
+    /// The settings of an item's dataset.
+    pub fn options(&self, index: usize) -> &DatasetOptions {
+        &self.datasets[self.of[index]].options
+    }
+
+    /// The number of an item's dataset.
+    pub fn dataset_of(&self, index: usize) -> usize {
+        self.of[index]
+    }
+
+    /// Whether any processor does something else at each visit.
+    pub fn is_random(&self) -> bool {
+        self.datasets.iter().flat_map(|dataset| &dataset.processors).any(|processor| processor.is_random())
+    }
+
+    /// Whether captions are the same at every visit that has one, in all datasets.
+    pub fn captions_are_fixed(&self) -> bool {
+        self.datasets.iter().all(|dataset| dataset.options.captions.is_fixed())
+    }
+
+    /// How an item is scaled and cut from the middle.
+    pub fn plan(&self, index: usize) -> CropPlan {
+        let item = &self.items[index];
+        // Those without a plan were left out when the datasets were opened.
+        self.options(index).framing.plan(item.size).unwrap_or_else(|| CropPlan::center(item.size, item.size))
+    }
+
+    /// The order of all items.
+    pub fn sampler(&self, seed: u64) -> EpochSampler {
+        let visits = |index: usize| Visits {
+            count: self.items[index].repeats,
+            bucket: self.plan(index).target,
+            batch_size: self.options(index).batch_size,
+        };
+        EpochSampler::new((0..self.items.len()).map(visits), seed)
+    }
+
+    /// Leaves items out that turned out unusable; the reason goes into the findings.
+    pub fn leave_out(&mut self, errors: Vec<(usize, Error)>) {
+        let mut gone = vec![false; self.items.len()];
+        for (index, error) in errors {
+            gone[index] = true;
+            let path = self.items[index].file.path.clone();
+            self.findings.push(Finding::new(path, FindingKind::Unreadable, error.reason()));
+        }
+        let mut keep = gone.iter().map(|gone| !gone);
+        self.items.retain(|_| keep.next().unwrap_or(true));
+        let mut keep = gone.iter().map(|gone| !gone);
+        self.of.retain(|_| keep.next().unwrap_or(true));
+    }
+
+    /// What training sees of an item: decoded and processed to the size of its bucket. `random` belongs to the visit.
+    pub fn load(&self, index: usize, random: &Stream) -> Result<Sample> {
+        let sample = self.decode(index, &self.items[index].file.read()?)?;
+        self.process(index, sample, random)
+    }
+
+    /// An item decoded from its bytes, with its mask.
+    pub fn decode(&self, index: usize, bytes: &[u8]) -> Result<Sample> {
+        let (item, options) = (&self.items[index], self.options(index));
+        let decoded = decode_bytes(&item.file.path, bytes, options.background)?;
+        let masks = &options.masks;
+        let mask = match &item.mask {
+            _ if !masks.enabled => None,
+            Some(mask) => Some(mask_of(&decode_bytes(&mask.path, &mask.read()?, [0; 3])?.picture, masks)?),
+            None if masks.alpha => decoded.alpha.map(|alpha| weighted(&alpha, masks)).transpose()?,
+            None => None,
+        };
+        Sample::new(decoded.picture, mask)
+    }
+
+    /// The processors of an item's dataset.
+    pub fn process(&self, index: usize, mut sample: Sample, random: &Stream) -> Result<Sample> {
+        let dataset = &self.datasets[self.of[index]];
+        let source = sample.size();
+        // A header and its pixels may differ in size only in damaged files.
+        let plan = dataset.options.framing.plan(source).ok_or_else(|| too_small(&self.items[index]))?;
+        let target = self.plan(index).target;
+        let plan = if plan.target == target { plan } else { CropPlan::center(source, target) };
+        for (number, (processor, name)) in dataset.processors.iter().zip(&dataset.options.processors).enumerate() {
+            let context = ProcessContext { source, plan, random: random.at("processor").with(number as u64) };
+            sample = processor.process(sample, &context)?;
+            sample.check(name)?;
+        }
+        if sample.size() != target {
+            let (found, path) = (sample.size(), &self.items[index].file.path);
+            return Err(Error::Option {
+                key: "processors",
+                value: path.display().to_string(),
+                reason: format!(
+                    "the last processor left {}×{} pixels, expected {}×{}",
+                    found.0, found.1, target.0, target.1
+                ),
+            });
+        }
+        Ok(sample)
+    }
+
+    /// Everything besides the file's bytes that an item's sample depends on.
+    pub fn settings(&self, index: usize, random: &Stream) -> String {
+        let dataset = &self.datasets[self.of[index]];
+        let processors: Vec<String> = dataset.processors.iter().map(|processor| processor.settings()).collect();
+        let random = dataset.processors.iter().any(|processor| processor.is_random()).then(|| random.key());
+        let DatasetOptions { background, masks, .. } = &dataset.options;
+        format!("{processors:?} {:?} {background:?} {masks:?} {random:?}", self.plan(index))
+    }
+}
+
+fn too_small(item: &Item) -> Error {
+    let reason = format!(
+        "{}×{} pixels are less than a bucket's step, and bucket_no_upscale forbids to enlarge them",
+        item.size.0, item.size.1
+    );
+    picture_error(item, reason)
+}
+
+fn picture_error(item: &Item, reason: String) -> Error {
+    Error::Picture { path: item.file.path.clone(), reason }
+}
+
+/// The red channel of a mask picture, as sd-scripts takes it.
+fn mask_of(picture: &picture::RgbPicture, options: &MaskOptions) -> Result<Mask> {
+    let data = picture.data().iter().step_by(3).copied().collect();
+    match Mask::new(picture.width(), picture.height(), data) {
+        Some(mask) => weighted(&mask, options),
+        None => {
+            Err(Error::Option { key: "mask_dir", value: format!("{picture:?}"), reason: "it has no pixels".into() })
+        }
+    }
+}
+
+fn weighted(mask: &Mask, options: &MaskOptions) -> Result<Mask> {
+    let least = (255.0 * options.unmasked_weight).round() as u8;
+    let weight = |&value: &u8| if options.inverted { 255 - value } else { value }.max(least);
+    let data = mask.data().iter().map(weight).collect();
+    Mask::new(mask.width(), mask.height(), data).ok_or_else(|| Error::Option {
+        key: "masked_loss",
+        value: format!("{mask:?}"),
+        reason: "it has no pixels".into(),
+    })
+}
