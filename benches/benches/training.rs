@@ -13,7 +13,7 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::device;
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::loss::denoising_loss;
+use lora_train::loss::{LossWeights, denoising_loss};
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 /// A U-Net with a LoRA, a batch, and everything a step takes.
@@ -45,8 +45,16 @@ impl Step {
         let noise = self.latents.randn_like();
         let timesteps = vec![500; self.latents.size()[0] as usize];
         let pass = Pass::default();
-        let loss =
-            denoising_loss(&self.unet, &self.schedule, &self.latents, &noise, &timesteps, &self.context, None, &pass);
+        let loss = denoising_loss(
+            &self.unet,
+            &self.schedule,
+            &self.latents,
+            &noise,
+            &timesteps,
+            &self.context,
+            &LossWeights::default(),
+            &pass,
+        );
         loss.expect("a step runs").backward();
         self.adapter.clip(1.0).expect("gradients are there");
         self.adapter

@@ -12,7 +12,7 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
-use lora_train::loss::denoising_loss;
+use lora_train::loss::{LossWeights, denoising_loss};
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -35,7 +35,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for _ in 0..steps {
         let start = Instant::now();
         let noise = latents.randn_like();
-        denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, None, &Pass::default())?.f_backward()?;
+        denoising_loss(
+            &unet,
+            &schedule,
+            &latents,
+            &noise,
+            &[500],
+            &context,
+            &LossWeights::default(),
+            &Pass::default(),
+        )?
+        .f_backward()?;
         adapter.clip(1.0)?;
         adapter.step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
         adapter.clear_gradients()?;

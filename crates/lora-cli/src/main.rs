@@ -4,6 +4,7 @@
 
 mod adapters;
 mod check;
+mod dataset;
 mod doctor;
 mod info;
 mod progress;
@@ -25,6 +26,8 @@ struct Arguments {
 enum Command {
     /// Train a LoRA from a configuration file.
     Train(train::Arguments),
+    /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
+    Dataset(dataset::Arguments),
     /// Merge adapters into a base model.
     Merge(adapters::MergeArguments),
     /// Write an adapter in another format.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         .init();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Dataset(arguments) => dataset::run(&arguments),
         Command::Merge(arguments) => adapters::merge(&arguments),
         Command::Convert(arguments) => adapters::convert(&arguments),
         Command::Combine(arguments) => adapters::combine(&arguments),

@@ -258,3 +258,70 @@ fn adapters_are_pruned_drawn_and_written_as_gguf() {
         .success()
         .stdout(contains("1 tensors changed"));
 }
+
+#[test]
+fn a_dataset_is_looked_at_before_training() {
+    let folder = workspace();
+    let data = folder.path().join("data");
+    let grain = |seed: u64, side: u32| {
+        let mut random = Stream::new(seed);
+        let spots: Vec<u32> = (0..64).map(|_| random.next_u32() % 256).collect();
+        image::RgbImage::from_fn(side, side, |x, y| {
+            let spot = spots[(8 * y / side * 8 + 8 * x / side) as usize];
+            image::Rgb([spot as u8, (spot / 2) as u8, 255 - spot as u8])
+        })
+    };
+    for (name, seed, side) in [("big", 1, 640), ("twin", 1, 600), ("other", 2, 640)] {
+        grain(seed, side).save(data.join(format!("{name}.png"))).unwrap();
+        std::fs::write(data.join(format!("{name}.txt")), format!("{name}, pattern")).unwrap();
+    }
+    std::fs::copy(data.join("other.png"), data.join("other2.png")).unwrap();
+    image::RgbImage::from_pixel(900, 90, image::Rgb([3, 3, 3])).save(data.join("strip.png")).unwrap();
+    image::imageops::blur(&grain(3, 640), 12.0).save(data.join("soft.png")).unwrap();
+    std::fs::write(data.join("long.txt"), "alone").unwrap();
+    std::fs::write(data.join("broken.jpg"), b"\xff\xd8\xff").unwrap();
+    std::fs::write(data.join("soft.txt"), "word ".repeat(100)).unwrap();
+    let page = folder.path().join("page.html");
+    let output = lora().arg("dataset").arg(&data).arg("--json").arg("--html").arg(&page).assert().success();
+    let json: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let found = |kind: &str| -> Vec<String> {
+        let findings = json["findings"].as_array().unwrap().iter().filter(|finding| finding["kind"] == kind);
+        findings.map(|finding| finding["path"].as_str().unwrap().rsplit('/').next().unwrap().to_owned()).collect()
+    };
+    assert_eq!(found("unreadable"), ["broken.jpg"]);
+    assert_eq!(found("orphan-caption"), ["long.txt"]);
+    assert_eq!(found("exact-duplicate"), ["other2.png"]);
+    assert_eq!(found("near-duplicate"), ["twin.png"]);
+    assert_eq!(found("extreme-aspect"), ["strip.png"]);
+    assert_eq!(found("dark"), ["strip.png"]);
+    assert_eq!(found("blurred"), ["soft.png"]);
+    assert_eq!(found("long-caption"), ["soft.png"]);
+    assert_eq!(found("missing-caption"), ["other2.png", "strip.png"]);
+    assert_eq!(found("low-resolution").len(), 5, "four of 64 pixels and the strip");
+    assert_eq!(json["buckets"]["512×512"], 10);
+    assert_eq!(json["captions"]["empty"], 2);
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("broken.jpg") && page.matches("data:image/jpeg;base64,").count() == 20);
+    assert!(!page.contains("src=\"http") && page.starts_with("<!doctype html>"));
+
+    lora().arg("dataset").arg(&data).assert().success().stdout(
+        contains("near-duplicate (warning): 1").and(contains("nearly the same as big.png")).and(contains("512×512")),
+    );
+    lora()
+        .arg("dataset")
+        .arg(&data)
+        .arg("--strict")
+        .assert()
+        .code(1)
+        .stderr(contains("2 file(s)").or(contains("1 file(s)")));
+    lora()
+        .current_dir(folder.path())
+        .args(["dataset", "--config", "config.toml", "--set", "enable_bucket=true", "min_bucket_reso=64"])
+        .assert()
+        .success()
+        .stdout(contains("64×64"));
+    lora().args(["dataset", "no/such/folder"]).assert().code(1).stderr(contains("no/such/folder"));
+    lora().arg("dataset").assert().code(2);
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    lora().arg("dataset").arg(folder.path().join("empty")).assert().code(1).stderr(contains("no pictures"));
+}

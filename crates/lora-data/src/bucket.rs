@@ -68,6 +68,11 @@ impl Buckets {
         Ok(Self { options, list })
     }
 
+    /// Their limits.
+    pub fn options(&self) -> &BucketOptions {
+        &self.options
+    }
+
     /// All buckets, sorted; empty without upscaling.
     pub fn list(&self) -> &[(usize, usize)] {
         &self.list

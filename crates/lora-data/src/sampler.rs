@@ -37,11 +37,14 @@ pub struct Visits {
     pub batch_size: usize,
 }
 
+/// Width and height, and batch size.
+type Bucket = ((usize, usize), usize);
+
 /// Visits items in shuffled batches of one size each, epoch after epoch, without end.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
     /// Items by the size that they are trained at and their batch size, each with its number of visits per epoch.
-    buckets: BTreeMap<((usize, usize), usize), Vec<(usize, usize)>>,
+    buckets: BTreeMap<Bucket, Vec<(usize, usize)>>,
     seed: u64,
     position: Position,
     order: Vec<Visit>,

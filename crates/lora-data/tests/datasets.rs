@@ -262,7 +262,7 @@ fn archives_are_read_in_place() {
     }
     // Cut in the middle of the last member: what came before it is used.
     let whole = std::fs::read(&path).unwrap();
-    std::fs::write(&path, &whole[..whole.len() * 2 / 3]).unwrap();
+    std::fs::write(&path, &whole[..5 * 1024 + 530]).unwrap();
     let cut = ImageDataset::scan(&path, &ScanOptions::default()).unwrap();
     assert!(!cut.items().is_empty() && kinds(&cut).contains(&"unreadable"));
     std::fs::rename(&path, folder.path().join("set.tar.gz")).unwrap();

@@ -86,6 +86,12 @@ pub struct TrainingRecord {
     pub velocity: bool,
     /// Per folder: repeats and pictures.
     pub folders: BTreeMap<String, (usize, usize)>,
+    /// Visits of regularisation pictures in an epoch.
+    pub regularisation_pictures: usize,
+    /// Per folder of regularisation pictures: repeats and pictures.
+    pub regularisation_folders: BTreeMap<String, (usize, usize)>,
+    /// How much regularisation pictures count in the loss.
+    pub prior_loss_weight: f64,
     /// Per folder: how often each comma-separated tag, in lower case, occurs.
     pub tag_frequency: BTreeMap<String, BTreeMap<String, usize>>,
     /// How captions were cleaned before tokenising, `ftfy` or `none`.
@@ -129,7 +135,7 @@ impl TrainingRecord {
         set("ss_unet_lr", optional(self.unet_lr.map(python_float)));
         set("ss_text_encoder_lr", optional(self.text_encoder_lr.map(python_float)));
         set("ss_num_train_images", self.pictures.to_string());
-        set("ss_num_reg_images", "0".into());
+        set("ss_num_reg_images", self.regularisation_pictures.to_string());
         set("ss_num_batches_per_epoch", self.batches_per_epoch.to_string());
         set("ss_num_epochs", self.epochs.to_string());
         set("ss_epoch", self.epoch.to_string());
@@ -174,14 +180,17 @@ impl TrainingRecord {
         if let Some(hash) = &self.base_sha256 {
             set("ss_new_sd_model_hash", hash.clone());
         }
-        let folders: BTreeMap<_, _> = self
-            .folders
-            .iter()
-            .map(|(folder, (repeats, pictures))| {
-                (folder, serde_json::json!({ "n_repeats": repeats, "img_count": pictures }))
-            })
-            .collect();
-        set("ss_dataset_dirs", json(&folders));
+        let folders = |folders: &BTreeMap<String, (usize, usize)>| {
+            let entry = |(folder, (repeats, pictures)): (&String, &(usize, usize))| {
+                (folder.clone(), serde_json::json!({ "n_repeats": repeats, "img_count": pictures }))
+            };
+            json(&folders.iter().map(entry).collect::<BTreeMap<_, _>>())
+        };
+        set("ss_dataset_dirs", folders(&self.folders));
+        if !self.regularisation_folders.is_empty() {
+            set("ss_reg_dataset_dirs", folders(&self.regularisation_folders));
+            set("ss_prior_loss_weight", python_float(self.prior_loss_weight));
+        }
         set("ss_tag_frequency", json(&self.tag_frequency));
         set("lora_text_cleaning", self.text_cleaning.clone());
         if let Some((name, hash)) = &self.init_from {

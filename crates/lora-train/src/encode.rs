@@ -4,13 +4,8 @@ use std::path::Path;
 
 use lora_core::DType;
 use lora_core::random::Stream;
-use lora_data::RgbPicture;
-use lora_data::bucket::Framing;
-use lora_data::crop::CropPlan;
-use lora_data::dataset::Item;
-use lora_data::picture;
-use lora_data::processor::{PictureProcessor, ProcessContext};
 use lora_data::tokenizer::ClipTokenizer;
+use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
@@ -31,6 +26,11 @@ impl Encoder {
     pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
         let kind = if device == Device::Cpu { Kind::Float } else { kind_of(precision) };
         Ok(Self { vae: load_vae(checkpoint, kind, device)?, device })
+    }
+
+    /// The number type that it computes in.
+    pub fn kind(&self) -> Kind {
+        self.vae.kind()
     }
 
     /// Factor between the autoencoder's latents and those that the U-Net sees.
@@ -89,81 +89,59 @@ impl Encoder {
     }
 }
 
-/// One sample of a picture's latent distribution, scaled: `[4, height, width]`.
-pub fn sample_latents(
-    encoder: &mut Encoder,
-    checkpoint: &Checkpoint,
-    path: &Path,
-    picture: &RgbPicture,
-    random: &Stream,
-) -> Result<Tensor> {
-    let distribution = encoder.encode(checkpoint, path, picture)?;
+/// One sample of a latent distribution, scaled: `[4, height, width]`.
+pub fn sample_latents(distribution: &LatentDistribution, scaling_factor: f64, random: &Stream) -> Result<Tensor> {
     let shape: Vec<usize> = distribution.mean.size().iter().map(|&side| side as usize).collect();
     let noise = from_f32(&random.clone().normals(shape.iter().product()), &shape, distribution.mean.device())?;
-    Ok(distribution.sample(&noise)?.f_mul_scalar(encoder.scaling_factor())?.f_squeeze_dim(0)?)
+    Ok(distribution.sample(&noise)?.f_mul_scalar(scaling_factor)?.f_squeeze_dim(0)?)
 }
 
-/// How a picture is scaled and cut; one that is too small for any bucket counts as unreadable.
-pub fn plan(framing: &Framing, item: &Item) -> Result<CropPlan, lora_data::Error> {
-    framing.plan(item.size).ok_or_else(|| lora_data::Error::Picture {
-        path: item.path.clone(),
-        reason: format!(
-            "{}×{} pixels are less than a bucket's step, and bucket_no_upscale forbids to enlarge them",
-            item.size.0, item.size.1
-        ),
-    })
+/// The weights of a mask's latents, `[1, height, width]` on the host.
+pub fn latent_mask(mask: &Mask, factor: usize) -> Result<Tensor> {
+    Ok(from_f32(&mask.reduced(factor), &[1, mask.height() / factor, mask.width() / factor], Device::Cpu)?)
 }
 
-/// A picture of the dataset, decoded and processed to the size that its framing gives it.
-pub fn load_picture(
-    item: &Item,
-    processors: &[std::sync::Arc<dyn PictureProcessor>],
-    framing: &Framing,
-    background: [u8; 3],
-    random: &Stream,
-) -> Result<RgbPicture, lora_data::Error> {
-    let mut picture = picture::decode(&item.path, background)?;
-    let source = (picture.width(), picture.height());
-    let plan = plan(framing, item)?;
-    let target = plan.target;
-    for (index, processor) in processors.iter().enumerate() {
-        let context = ProcessContext { source, plan, random: random.at("processor").with(index as u64) };
-        picture = processor.process(picture, &context)?;
+/// How captions become text states.
+#[derive(Debug, Clone, Copy)]
+pub struct TextEncoding {
+    /// Splits them into tokens.
+    pub tokenizer: ClipTokenizer,
+    /// Rows of 75 tokens a caption.
+    pub chunks: usize,
+    /// 2 leaves out the last layer.
+    pub clip_skip: usize,
+    /// Whether `(word:1.2)` weighs words.
+    pub weighted: bool,
+}
+
+impl TextEncoding {
+    /// States of captions, `[captions, chunks · 75 + 2, width]`, with gradients unless there is a guard.
+    ///
+    /// Weighted states are multiplied place by place and then brought back to their mean, as sd-scripts and diffusers'
+    /// long-prompt-weighting pipeline do.
+    pub fn states(&self, encoder: &ClipTextEncoder, captions: &[&str], device: Device, pass: &Pass) -> Result<Tensor> {
+        let coded: Vec<_> = captions
+            .iter()
+            .map(|caption| match self.weighted {
+                true => self.tokenizer.weighted_rows(caption, self.chunks),
+                false => (self.tokenizer.rows(caption, self.chunks), Vec::new()),
+            })
+            .collect();
+        let rows: Vec<i64> = coded.iter().flat_map(|(rows, _)| rows).flatten().map(|&token| i64::from(token)).collect();
+        let tokens = Tensor::from_slice(&rows).f_view([-1, 77])?.f_to_device(device)?;
+        let states = encoder.encode(&tokens, self.chunks, self.clip_skip, pass)?;
+        let weights: Vec<f32> = coded.into_iter().flat_map(|(_, weights)| weights).collect();
+        if weights.iter().all(|&weight| weight == 1.0) {
+            return Ok(states);
+        }
+        let places = weights.len() / captions.len();
+        let weights = from_f32(&weights, &[captions.len(), places, 1], device)?.f_to_kind(states.kind())?;
+        let mean = |states: &Tensor| states.f_mean_dim(&[-2i64, -1][..], true, Kind::Float);
+        let before = mean(&states)?;
+        let weighed = states.f_mul(&weights)?;
+        let factor = before.f_div(&mean(&weighed)?)?.f_to_kind(states.kind())?;
+        Ok(weighed.f_mul(&factor)?)
     }
-    if (picture.width(), picture.height()) != target {
-        return Err(lora_data::Error::Option {
-            key: "processors",
-            value: item.path.display().to_string(),
-            reason: format!(
-                "the last processor left {}×{} pixels, expected {}×{}",
-                picture.width(),
-                picture.height(),
-                target.0,
-                target.1
-            ),
-        });
-    }
-    Ok(picture)
-}
-
-/// Token rows of captions, `[captions · chunks, 77]` int64.
-pub fn tokens(tokenizer: &ClipTokenizer, captions: &[&str], chunks: usize, device: Device) -> Result<Tensor> {
-    let rows: Vec<i64> =
-        captions.iter().flat_map(|caption| tokenizer.rows(caption, chunks)).flatten().map(i64::from).collect();
-    Ok(Tensor::from_slice(&rows).f_view([-1, 77])?.f_to_device(device)?)
-}
-
-/// Text states of captions, without gradients.
-pub fn encode_captions(
-    encoder: &ClipTextEncoder,
-    tokenizer: &ClipTokenizer,
-    captions: &[&str],
-    chunks: usize,
-    clip_skip: usize,
-    device: Device,
-) -> Result<Tensor> {
-    let _guard = no_grad_guard();
-    Ok(encoder.encode(&tokens(tokenizer, captions, chunks, device)?, chunks, clip_skip, &Pass::default())?)
 }
 
 /// Whether all elements are finite; waits for the device.

@@ -137,3 +137,119 @@ fn the_written_reference_is_up_to_date() {
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), keys::reference(), "run the tests with UPDATE_DOCS=1");
 }
+
+/// What a dataset came to: folder, repeats, largest area, batch size.
+fn seen(config: &TrainConfig) -> Vec<(String, usize, (usize, usize), usize)> {
+    let target = |dataset: &lora_data::DatasetOptions| dataset.framing.plan((500, 500)).unwrap().target;
+    let row = |dataset: &lora_data::DatasetOptions| {
+        (dataset.path.display().to_string(), dataset.scan.repeats, target(dataset), dataset.batch_size)
+    };
+    config.datasets.iter().map(row).collect()
+}
+
+#[test]
+fn several_datasets_have_their_own_keys_and_inherit_the_others() {
+    let text = "base_model = \"b\"\noutput_dir = \"o\"\nrepeats = 2\nbatch_size = 3\nshuffle_caption = true\nprior_loss_weight = 0.5\n\
+                [[datasets]]\ntrain_data_dir = \"one\"\n\
+                [[datasets]]\ntrain_data_dir = \"two\"\nrepeats = 5\nmax_resolution = 768\nbatch_size = 1\nshuffle_caption = false\n\
+                [[datasets]]\ntrain_data_dir = \"reg\"\nis_reg = true\nloss_weight = 0.5\n";
+    let config = TrainConfig::from_text(text, Format::Toml, NONE).unwrap();
+    let expected = [("one", 2, (512, 512), 3), ("two", 5, (768, 768), 1), ("reg", 2, (512, 512), 3)];
+    assert_eq!(seen(&config), expected.map(|(path, repeats, size, batch)| (path.to_owned(), repeats, size, batch)));
+    let shuffled: Vec<bool> = config.datasets.iter().map(|dataset| dataset.captions.shuffle).collect();
+    assert_eq!(shuffled, [true, false, true]);
+    assert_eq!(config.datasets[2].loss_weight, 0.25);
+
+    let error = |text: &str| {
+        let text = format!("base_model = \"b\"\noutput_dir = \"o\"\n{text}");
+        TrainConfig::from_text(&text, Format::Toml, NONE).unwrap_err().to_string()
+    };
+    for (text, fragments) in [
+        ("", &["train_data_dir", "missing"] as &[&str]),
+        ("train_data_dir = \"a\"\n[[datasets]]\ntrain_data_dir = \"b\"", &["only one of them"]),
+        ("[[datasets]]\nrepeats = 2", &["datasets[0]", "train_data_dir", "missing"]),
+        ("[[datasets]]\ntrain_data_dir = \"a\"\nrepeat = 2", &["datasets[0]", "`repeat`", "did you mean `repeats`"]),
+        ("[[datasets]]\ntrain_data_dir = \"a\"\nlora_rank = 2", &["datasets[0]", "`lora_rank`", "whole run"]),
+        ("[[datasets]]\ntrain_data_dir = \"a\"\nrepeats = 0", &["datasets[0]", "`repeats`", "from 1"]),
+        ("datasets = \"a\"", &["`datasets`", "list of tables"]),
+        ("dataset_config = \"none.toml\"", &["none.toml", "cannot read"]),
+    ] {
+        let error = error(text);
+        for fragment in fragments {
+            assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
+        }
+    }
+}
+
+#[test]
+fn dataset_files_of_sd_scripts_are_read_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dataset.toml");
+    let config = |text: &str| {
+        std::fs::write(&path, text).unwrap();
+        let own = format!("base_model = \"b\"\noutput_dir = \"o\"\ndataset_config = {path:?}\n");
+        TrainConfig::from_text(&own, Format::Toml, NONE)
+    };
+    let text = r#"
+[general]
+shuffle_caption = true
+caption_extension = ".txt"
+keep_tokens = 1
+flip_aug = true
+token_warmup_step = 0
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "hoge"
+  class_tokens = "hoge girl"
+  num_repeats = 10
+
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = "reg"
+  class_tokens = "human"
+  keep_tokens = 3
+  flip_aug = false
+
+[[datasets]]
+resolution = [768, 768]
+batch_size = 2
+enable_bucket = true
+
+  [[datasets.subsets]]
+  image_dir = "piyo"
+  metadata_file = "piyo.json"
+  random_crop = true
+"#;
+    let read = config(text).unwrap();
+    let expected = [("hoge", 10, (512, 512), 4), ("reg", 1, (512, 512), 4), ("piyo", 1, (768, 768), 2)];
+    assert_eq!(seen(&read), expected.map(|(path, repeats, size, batch)| (path.to_owned(), repeats, size, batch)));
+    let [hoge, reg, piyo] = read.datasets.as_slice() else { panic!("{:?}", read.datasets) };
+    assert_eq!((hoge.captions.keep_tokens, reg.captions.keep_tokens, piyo.captions.keep_tokens), (2, 3, 1));
+    assert_eq!(hoge.processors, ["center_crop", "flip"]);
+    assert_eq!(
+        (reg.processors.as_slice(), piyo.processors.as_slice()),
+        (&["center_crop".to_owned()][..], &["random_crop".to_owned(), "flip".to_owned()][..])
+    );
+    assert_eq!((hoge.scan.class.as_str(), hoge.scan.caption_extension.as_deref()), ("hoge girl", Some(".txt")));
+    assert_eq!((hoge.group, reg.group, piyo.group), (0, 0, 1));
+    assert_eq!(piyo.scan.metadata_file.as_deref(), Some(std::path::Path::new("piyo.json")));
+    assert!(hoge.captions.shuffle && reg.scan.role == lora_data::dataset::Role::Regularisation);
+
+    for (text, fragment) in [
+        ("[general]\nx = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"", "unknown key `x`"),
+        ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "datasets[0].subsets[0]"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\ntoken_warmup_step = 9", "no counterpart"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\nnum_repeats = 0", "`repeats`"),
+        ("[general]\n", "no [[datasets.subsets]]"),
+        ("[other]\n", "unknown section `other`"),
+        ("[general\n", "line 1"),
+    ] {
+        let error = config(text).unwrap_err().to_string();
+        assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
+    }
+}

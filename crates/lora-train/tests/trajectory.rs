@@ -14,7 +14,7 @@ use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_host;
-use lora_train::loss::denoising_loss;
+use lora_train::loss::{LossWeights, denoising_loss};
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 const CPU: Device = Device::Cpu;
@@ -72,9 +72,17 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
         }
         let times: Vec<usize> = timesteps[2 * step..2 * step + 2].iter().map(|&t| t as usize).collect();
         let context = text.forward(&tokens, 1, &Pass::default()).unwrap();
-        let loss =
-            denoising_loss(&unet, &schedule, &latents, &noise, &times, &context, min_snr_gamma, &Pass::default())
-                .unwrap();
+        let loss = denoising_loss(
+            &unet,
+            &schedule,
+            &latents,
+            &noise,
+            &times,
+            &context,
+            &LossWeights { min_snr_gamma, ..LossWeights::default() },
+            &Pass::default(),
+        )
+        .unwrap();
         loss.backward();
         trained.clip(limit).unwrap();
         let numbers = AdamW { learning_rate: 1e-3, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 };

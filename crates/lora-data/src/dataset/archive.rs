@@ -26,6 +26,7 @@ struct Group {
 impl ImageDataset {
     pub(super) fn archive(&mut self, path: &Path, repeats: usize) -> Result<()> {
         let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let length = file.metadata().map_err(Error::io(path, "read"))?.len();
         let shared: Arc<Path> = path.into();
         let mut archive = tar::Archive::new(file);
         let mut groups: BTreeMap<PathBuf, Group> = BTreeMap::new();
@@ -50,6 +51,12 @@ impl ImageDataset {
             }
             let key = name.with_file_name(stem);
             let rest = base[stem.len()..].to_lowercase();
+            // Where members are skipped rather than read, only their place tells that the file is shorter.
+            if entry.raw_file_position().saturating_add(entry.size()) > length {
+                let error = Error::picture(path, "the archive ends in the middle of it");
+                self.problem(&path.join(&name), FindingKind::Unreadable, error)?;
+                break;
+            }
             let group = groups.entry(key).or_default();
             let stored = Stored::member(path.join(&name), Arc::clone(&shared), entry.raw_file_position(), entry.size());
             let rank = [".txt", ".caption", ".json"].iter().position(|extension| rest == *extension);

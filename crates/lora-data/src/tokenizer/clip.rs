@@ -11,6 +11,7 @@ use flate2::read::GzDecoder;
 use regex::Regex;
 
 use super::clean::TextCleaning;
+use crate::caption::weights;
 
 /// Begin of text.
 pub const BEGIN: u32 = 49406;
@@ -69,17 +70,34 @@ impl ClipTokenizer {
     /// (cut at the limit) between one begin and one end, padded with ends, then cut into chunks of 75, each between the
     /// first and the last number of the whole.
     pub fn rows(&self, text: &str, chunks: usize) -> Vec<[u32; ROW]> {
-        let mut tokens = self.encode(text);
-        tokens.truncate(chunks * CHUNK);
-        tokens.resize(chunks * CHUNK, END);
-        let row = |chunk: &[u32]| {
-            let mut row = [END; ROW];
-            row[0] = BEGIN;
-            row[1..=CHUNK].copy_from_slice(chunk);
-            row
-        };
-        tokens.chunks_exact(CHUNK).map(row).collect()
+        rows_of(self.encode(text), chunks)
     }
+
+    /// The same for a prompt with weights ([`weights::parse`]), each part split into tokens by itself, and the weight of every
+    /// place in the rows joined to one begin, `chunks` × 75 places and one end; 1 where there is no text.
+    pub fn weighted_rows(&self, prompt: &str, chunks: usize) -> (Vec<[u32; ROW]>, Vec<f32>) {
+        let mut tokens = Vec::new();
+        let mut places = vec![1.0];
+        for (text, weight) in weights::parse(prompt) {
+            tokens.extend(self.encode(&text));
+            places.resize(1 + tokens.len(), weight);
+        }
+        places.truncate(1 + chunks * CHUNK);
+        places.resize(chunks * CHUNK + 2, 1.0);
+        (rows_of(tokens, chunks), places)
+    }
+}
+
+fn rows_of(mut tokens: Vec<u32>, chunks: usize) -> Vec<[u32; ROW]> {
+    tokens.truncate(chunks * CHUNK);
+    tokens.resize(chunks * CHUNK, END);
+    let row = |chunk: &[u32]| {
+        let mut row = [END; ROW];
+        row[0] = BEGIN;
+        row[1..=CHUNK].copy_from_slice(chunk);
+        row
+    };
+    tokens.chunks_exact(CHUNK).map(row).collect()
 }
 
 fn encode_plain(text: &str, tokens: &mut Vec<u32>) {
@@ -172,5 +190,16 @@ mod tests {
         assert_eq!(rows[1][..8], [BEGIN, a, a, a, a, a, END, END]);
         assert_eq!(tokenizer.rows(&text, 1), [rows[0]]);
         assert_eq!(tokenizer.rows("", 1)[0][..3], [BEGIN, END, END]);
+    }
+
+    #[test]
+    fn every_place_has_its_weight() {
+        let tokenizer = ClipTokenizer::new(TextCleaning::Ftfy);
+        let (rows, places) = tokenizer.weighted_rows("a (red apple:1.5) [x]", 1);
+        assert_eq!(rows, tokenizer.rows("a red apple x", 1));
+        assert_eq!((places.len(), &places[..6]), (77, [1.0, 1.0, 1.5, 1.5, 1.0 / 1.1, 1.0].as_slice()));
+        let (rows, places) = tokenizer.weighted_rows(&format!("({}:2)", "a ".repeat(100)), 1);
+        assert_eq!((rows.len(), places.len(), places[75], places[76]), (1, 77, 2.0, 1.0));
+        assert_eq!(tokenizer.weighted_rows("", 2).1, vec![1.0; 152]);
     }
 }

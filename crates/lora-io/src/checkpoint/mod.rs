@@ -12,6 +12,8 @@ use std::fs;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
@@ -231,6 +233,17 @@ impl ComponentWeights {
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, "is missing"))?;
         Ok(self.files[place.file].get(&place.stored)?.with_shape(&place.shape))
+    }
+
+    /// SHA-256 of all weights with their names and shapes: what caches of this part's outputs are kept apart by.
+    pub fn sha256(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for name in self.names() {
+            let tensor = self.tensor(name)?;
+            hash.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()));
+            hash.update(tensor.bytes());
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Tells the kernel that a weight's pages are not needed any more.

@@ -1,8 +1,10 @@
 //! The configuration of a run: flat keys in TOML or YAML, checked in full before any model is loaded. The table of keys
 //! is in [`keys`]; nothing here touches files other than the configuration itself.
 
+mod datasets;
 pub mod keys;
 mod read;
+mod sd_scripts;
 mod steps;
 
 pub use read::{ConfigError, Format, Problem};
@@ -13,8 +15,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::DType;
 use lora_core::target::Targets;
-use lora_data::bucket::{BucketOptions, Buckets};
-use lora_data::caption::CaptionOptions;
+use lora_data::DatasetOptions;
 use lora_data::tokenizer::TextCleaning;
 use lora_models::stable_diffusion::SamplerKind;
 
@@ -67,7 +68,8 @@ pub struct SampleConfig {
 #[non_exhaustive]
 pub struct TrainConfig {
     pub base_model: PathBuf,
-    pub train_data_dir: PathBuf,
+    /// `train_data_dir`, `reg_data_dir`, `datasets` or `dataset_config`, with the keys of pictures and captions.
+    pub datasets: Vec<DatasetOptions>,
     pub output_dir: PathBuf,
     pub output_name: String,
     pub init_from: Option<PathBuf>,
@@ -99,23 +101,20 @@ pub struct TrainConfig {
     pub batch_size: usize,
     pub gradient_accumulation_steps: usize,
     pub length: RunLength,
-    pub repeats: usize,
     pub seed: u64,
     pub max_resolution: (usize, usize),
-    /// `enable_bucket` and the keys of its limits.
-    pub buckets: Option<BucketOptions>,
-    pub background: [u8; 3],
-    pub processors: Vec<String>,
     pub clip_skip: usize,
     pub max_token_length: usize,
     pub text_cleaning: TextCleaning,
-    /// `caption_*`, `shuffle_caption`, `trigger_word` and the other keys of captions.
-    pub captions: CaptionOptions,
+    pub weighted_captions: bool,
+    pub prior_loss_weight: f64,
+    pub masked_loss: bool,
     pub noise_offset: f64,
     pub min_snr_gamma: Option<f64>,
     pub precision: DType,
     pub device: String,
     pub cache_latents: bool,
+    pub cache_dir: Option<PathBuf>,
     pub save_every_n_steps: Option<usize>,
     pub save_every_n_epochs: Option<usize>,
     pub samples: SampleConfig,
@@ -125,7 +124,38 @@ pub struct TrainConfig {
 impl TrainConfig {
     /// Reads a `.toml`, `.yaml`, `.yml` or `.json` file; `overrides` are `key=value` and win over it.
     pub fn from_file<S: AsRef<str>>(path: impl AsRef<Path>, overrides: &[S]) -> Result<Self, ConfigError> {
-        let path = path.as_ref();
+        let mut reader = Self::reader_of(path.as_ref())?;
+        overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
+        let config = Self::read(&mut reader);
+        reader.finish(config)
+    }
+
+    /// From text.
+    pub fn from_text<S: AsRef<str>>(text: &str, format: Format, overrides: &[S]) -> Result<Self, ConfigError> {
+        Self::parse(text, format, overrides)
+    }
+
+    /// Only what a file says of datasets, for a look at them before there is a base model. `folder` takes the place of the
+    /// file's own.
+    pub fn datasets_of<S: AsRef<str>>(
+        path: Option<&Path>,
+        folder: Option<&Path>,
+        overrides: &[S],
+    ) -> Result<(Vec<DatasetOptions>, usize), ConfigError> {
+        let mut reader = match path {
+            Some(path) => Self::reader_of(path)?,
+            None => Reader::parse(None, "", Format::Toml)?,
+        };
+        overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
+        if let Some(folder) = folder {
+            reader.replace_folder(folder);
+        }
+        let datasets = datasets::read(&mut reader, true);
+        let tokens = reader.count("max_token_length", 1).unwrap_or(75);
+        reader.finish((datasets, tokens))
+    }
+
+    fn reader_of(path: &Path) -> Result<Reader, ConfigError> {
         let problem = |message: String| ConfigError {
             path: Some(path.to_owned()),
             problems: vec![Problem { line: None, key: None, message }],
@@ -137,21 +167,11 @@ impl TrainConfig {
         };
         let bytes = std::fs::read(path).map_err(|error| problem(format!("cannot read: {error}")))?;
         let text = String::from_utf8(bytes).map_err(|error| problem(format!("not UTF-8: {error}")))?;
-        Self::parse(Some(path.to_owned()), &text, format, overrides)
+        Reader::parse(Some(path.to_owned()), &text, format)
     }
 
-    /// From text.
-    pub fn from_text<S: AsRef<str>>(text: &str, format: Format, overrides: &[S]) -> Result<Self, ConfigError> {
-        Self::parse(None, text, format, overrides)
-    }
-
-    fn parse<S: AsRef<str>>(
-        path: Option<PathBuf>,
-        text: &str,
-        format: Format,
-        overrides: &[S],
-    ) -> Result<Self, ConfigError> {
-        let mut reader = Reader::parse(path, text, format)?;
+    fn parse<S: AsRef<str>>(text: &str, format: Format, overrides: &[S]) -> Result<Self, ConfigError> {
+        let mut reader = Reader::parse(None, text, format)?;
         overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
         let config = Self::read(&mut reader);
         reader.finish(config)
@@ -171,21 +191,7 @@ impl TrainConfig {
         let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
         let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(1e-4);
         let max_resolution = reader.size("max_resolution").unwrap_or((512, 512));
-        let enable_bucket = reader.boolean("enable_bucket", false);
-        let options = BucketOptions {
-            resolution: max_resolution,
-            min: reader.count("min_bucket_reso", 1).unwrap_or(256),
-            max: reader.count("max_bucket_reso", 1).unwrap_or(1024),
-            step: reader.count("bucket_reso_steps", 1).unwrap_or(64),
-            no_upscale: reader.boolean("bucket_no_upscale", false),
-        };
-        let buckets = enable_bucket.then_some(options);
-        match Buckets::new(options) {
-            Err(lora_data::Error::Option { key, value, reason }) if enable_bucket => {
-                reader.problem(Some(key), format!("{value}: {reason}"));
-            }
-            _ => {}
-        }
+        let datasets = datasets::read(reader, true);
         let seed = reader.count("seed", 0).unwrap_or(42) as u64;
 
         let length = match (reader.count("epochs", 1), reader.count("max_train_steps", 1)) {
@@ -224,13 +230,6 @@ impl TrainConfig {
             }
             steps => Warmup::Steps(steps.unwrap_or(0.0) as usize),
         };
-        let background = match reader.text("background") {
-            Some(color) => parse_color(&color).unwrap_or_else(|| {
-                reader.problem(Some("background"), format!("`{color}` is not white, black or #rrggbb"));
-                [255; 3]
-            }),
-            None => [255; 3],
-        };
         let output_name = reader.text("output_name").unwrap_or_else(|| "lora".into());
         if output_name.is_empty() || output_name.contains(['/', '\\', ':', '>', '<']) || output_name.starts_with('.') {
             reader.problem(
@@ -238,31 +237,6 @@ impl TrainConfig {
                 format!("`{output_name}` cannot name a file that prompts call (no / \\ : < >)"),
             );
         }
-        let processors = reader.texts("processors").unwrap_or_else(|| vec!["center_crop".into()]);
-        if processors.is_empty() {
-            reader.problem(
-                Some("processors"),
-                "at least one processor must bring pictures to size, for instance center_crop",
-            );
-        }
-        let share = |reader: &mut Reader, key: &str| {
-            reader.number(key, "a number from 0 to 1", |rate| (0.0..=1.0).contains(&rate)).unwrap_or(0.0)
-        };
-        let word = |reader: &mut Reader, key: &str| reader.text(key).unwrap_or_default();
-        let captions = CaptionOptions {
-            trigger_word: word(reader, "trigger_word"),
-            prefix: word(reader, "caption_prefix"),
-            suffix: word(reader, "caption_suffix"),
-            dropout: share(reader, "caption_dropout_rate"),
-            dropout_every_n_epochs: reader.count("caption_dropout_every_n_epochs", 0).unwrap_or(0) as u64,
-            wildcards: reader.boolean("enable_wildcard", false),
-            shuffle: reader.boolean("shuffle_caption", false),
-            tag_dropout: share(reader, "caption_tag_dropout_rate"),
-            keep_tokens: reader.count("keep_tokens", 0).unwrap_or(0),
-            keep_separator: word(reader, "keep_tokens_separator"),
-            separator: reader.text("caption_separator").unwrap_or_else(|| ",".into()),
-            secondary_separator: word(reader, "secondary_separator"),
-        };
         let samples = SampleConfig {
             prompts: reader.texts("sample_prompts").unwrap_or_default(),
             negative_prompt: reader.text("sample_negative_prompt").unwrap_or_default(),
@@ -299,7 +273,7 @@ impl TrainConfig {
         };
         Self {
             base_model: path(reader, "base_model"),
-            train_data_dir: path(reader, "train_data_dir"),
+            datasets,
             output_dir: path(reader, "output_dir"),
             output_name,
             init_from: reader.text("init_from").map(PathBuf::from),
@@ -343,23 +317,22 @@ impl TrainConfig {
             batch_size: reader.count("batch_size", 1).unwrap_or(1),
             gradient_accumulation_steps: reader.count("gradient_accumulation_steps", 1).unwrap_or(1),
             length,
-            repeats: reader.count("repeats", 1).unwrap_or(1),
             seed,
             max_resolution,
-            buckets,
-            background,
-            processors,
             clip_skip: reader.count("clip_skip", 1).unwrap_or(1),
             max_token_length,
             text_cleaning: reader
                 .choice("text_cleaning", &[("ftfy", TextCleaning::Ftfy), ("none", TextCleaning::None)])
                 .unwrap_or_default(),
-            captions,
+            weighted_captions: reader.boolean("weighted_captions", false),
+            prior_loss_weight: reader.number("prior_loss_weight", "a number from 0 on", not_negative).unwrap_or(1.0),
+            masked_loss: reader.boolean("masked_loss", false),
             noise_offset: reader.number("noise_offset", "a number from 0 on", not_negative).unwrap_or(0.0),
             min_snr_gamma: reader.number("min_snr_gamma", "a number above 0", positive),
             precision: reader.choice("precision", DTYPES).unwrap_or(DType::F16),
             device,
             cache_latents: reader.boolean("cache_latents", true),
+            cache_dir: reader.text("cache_dir").map(PathBuf::from),
             save_every_n_steps: reader.count("save_every_n_steps", 1),
             save_every_n_epochs: reader.count("save_every_n_epochs", 1),
             samples,
@@ -370,17 +343,5 @@ impl TrainConfig {
     /// Rows of 77 tokens that a caption takes.
     pub fn caption_chunks(&self) -> usize {
         self.max_token_length / 75
-    }
-}
-
-fn parse_color(text: &str) -> Option<[u8; 3]> {
-    match text {
-        "white" => Some([255; 3]),
-        "black" => Some([0; 3]),
-        _ => {
-            let digits = text.strip_prefix('#').filter(|digits| digits.len() == 6 && digits.is_ascii())?;
-            let channel = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).ok();
-            Some([channel(0)?, channel(2)?, channel(4)?])
-        }
     }
 }

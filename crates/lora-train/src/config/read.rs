@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -110,6 +110,14 @@ impl Reader {
             _ => {}
         }
         self.values.insert(key.to_owned(), typed.unwrap_or_else(|| Value::String(value.to_owned())));
+    }
+
+    /// Puts a folder in the place of all datasets that are named.
+    pub(super) fn replace_folder(&mut self, folder: &Path) {
+        for key in ["datasets", "dataset_config", "reg_data_dir", "metadata_file"] {
+            self.values.remove(key);
+        }
+        self.values.insert("train_data_dir".into(), Value::String(folder.to_string_lossy().into_owned()));
     }
 
     /// Notes a problem with a key, at its line.
@@ -252,6 +260,41 @@ impl Reader {
                     format!("`{word}` is not among {}{}", names.join(", "), near(&word, names.iter().copied()));
                 self.problem(Some(key), message);
                 None
+            }
+        }
+    }
+
+    /// A list of tables.
+    pub(super) fn tables(&mut self, key: &str) -> Vec<Map<String, Value>> {
+        let Some(value) = self.values.get(key).cloned() else { return Vec::new() };
+        let tables = value.as_array().map(|list| list.iter().map(|table| table.as_object().cloned()).collect());
+        match tables {
+            Some(Some(tables)) => tables,
+            _ => self.mismatch(key, "a list of tables, [[datasets]] in TOML", &value).unwrap_or_default(),
+        }
+    }
+
+    /// A reader of a table within this one: its own keys over this one's.
+    pub(super) fn nested(&self, own: &Map<String, Value>) -> Self {
+        let mut values = self.values.clone();
+        values.remove("train_data_dir");
+        values.extend(own.clone());
+        Self { path: self.path.clone(), text: String::new(), values, problems: Vec::new() }
+    }
+
+    /// Takes over the problems of a nested table; those with inherited keys are known already.
+    pub(super) fn absorb(&mut self, nested: Self, label: &str, own: &Map<String, Value>, allowed: &[&str]) {
+        for key in own.keys().filter(|key| !allowed.contains(&key.as_str())) {
+            let message = match keys::names().any(|known| known == key.as_str()) {
+                true => format!("{label}: `{key}` holds for the whole run; it stands outside of the datasets"),
+                false => format!("{label}: `{key}`: {}", advice(key)),
+            };
+            self.problem(None, message);
+        }
+        for problem in nested.problems {
+            let key = problem.key.unwrap_or_default();
+            if own.contains_key(&key) || key == "train_data_dir" {
+                self.problem(None, format!("{label}: `{key}`: {}", problem.message));
             }
         }
     }

@@ -3,6 +3,7 @@
 //! Each item's noise, timestep and dropout derive from (seed, epoch, item, repeat), never from the order of calls, so
 //! that micro-batch size, resuming and device do not change what is drawn.
 
+mod latents;
 mod prepare;
 mod sample;
 mod save;
@@ -19,11 +20,8 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
-use lora_data::bucket::Framing;
-use lora_data::dataset::ImageDataset;
-use lora_data::processor::PictureProcessor;
+use lora_data::Pictures;
 use lora_data::sampler::{EpochSampler, Visit};
-use lora_data::tokenizer::ClipTokenizer;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
@@ -34,11 +32,12 @@ use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
 
 use crate::config::{StepPlan, TrainConfig};
-use crate::encode::{self, Encoder};
-use crate::loss::denoising_loss;
+use crate::encode::{self, TextEncoding};
+use crate::loss::{LossWeights, denoising_loss};
 use crate::schedule::Schedule;
 use crate::trainable::TrainableAdapter;
 use crate::{Error, Result};
+use latents::LatentSource;
 
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
 const MAX_SKIPPED_IN_A_ROW: usize = 30;
@@ -50,24 +49,19 @@ pub struct Session {
     device: Device,
     precision: DType,
     checkpoint: Checkpoint,
-    dataset: ImageDataset,
-    processors: Vec<Arc<dyn PictureProcessor>>,
-    tokenizer: ClipTokenizer,
+    pictures: Arc<Pictures>,
+    text: TextEncoding,
     schedule: NoiseSchedule,
     unet: Unet,
     /// Present while it trains; a frozen one leaves the device once captions are encoded.
     text_encoder: Option<ClipTextEncoder>,
     text_states: BTreeMap<String, Tensor>,
-    /// Present where latents are not cached.
-    encoder: Option<Encoder>,
-    /// One sample per picture, scaled, on the host: `[4, height, width]`.
-    latents: Vec<Tensor>,
+    latents: LatentSource,
     adapter: TrainableAdapter,
     targets: Vec<TargetLayer>,
     candidates: usize,
     scaler: LossScaler,
     lr_schedule: Schedule,
-    framing: Framing,
     sampler: EpochSampler,
     plan: StepPlan,
     step: usize,
@@ -220,7 +214,7 @@ impl Session {
     /// The mean loss of a micro-batch, with its graph.
     fn batch_loss(&mut self, batch: &[Visit]) -> Result<Tensor> {
         let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
-        let latents = self.batch_latents(batch, &draws)?;
+        let (latents, mask) = self.batch_latents(batch, &draws)?;
         let (count, channels, height, width) = latents.size4()?;
         let elements = (channels * height * width) as usize;
         let mut noise = Vec::with_capacity(batch.len() * elements);
@@ -239,6 +233,7 @@ impl Session {
             draws.iter().map(|draw| draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
         let pass = Pass { dropout: self.dropout(&draws) };
         let context = self.batch_context(batch, &draws, &pass)?;
+        let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.options(visit.index).loss_weight).collect();
         denoising_loss(
             &self.unet,
             &self.schedule,
@@ -246,14 +241,13 @@ impl Session {
             &noise,
             &timesteps,
             &context,
-            self.config.min_snr_gamma,
+            &LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() },
             &pass,
         )
     }
 
-    /// Everything random about one visit of one picture.
     fn draws(&self, visit: &Visit) -> Stream {
-        Stream::new(self.config.seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
+        draws(self.config.seed, visit)
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -267,42 +261,39 @@ impl Session {
         })
     }
 
-    /// `[batch, 4, height, width]` f32 on the device, scaled.
-    fn batch_latents(&mut self, batch: &[Visit], draws: &[Stream]) -> Result<Tensor> {
+    /// `[batch, 4, height, width]` f32 on the device, scaled, and how much each place counts, `[batch, 1, height, width]`,
+    /// where any picture has a mask.
+    fn batch_latents(&mut self, batch: &[Visit], draws: &[Stream]) -> Result<(Tensor, Option<Tensor>)> {
         let mut latents = Vec::with_capacity(batch.len());
+        let mut masks = Vec::with_capacity(batch.len());
         for (visit, draw) in batch.iter().zip(draws) {
-            match &mut self.encoder {
-                None => latents.push(self.latents[visit.index].f_to_device(self.device)?),
-                Some(encoder) => {
-                    let item = &self.dataset.items()[visit.index];
-                    let picture =
-                        encode::load_picture(item, &self.processors, &self.framing, self.config.background, draw)?;
-                    latents.push(encode::sample_latents(
-                        encoder,
-                        &self.checkpoint,
-                        &item.path,
-                        &picture,
-                        &draw.at("latent"),
-                    )?);
-                }
-            }
+            let (own, mask) = self.latents.of(visit, draw, &self.checkpoint, &self.pictures)?;
+            latents.push(own.f_to_device(self.device)?);
+            masks.push(mask);
         }
-        Ok(Tensor::f_stack(&latents, 0)?)
+        let latents = Tensor::f_stack(&latents, 0)?;
+        if masks.iter().all(Option::is_none) {
+            return Ok((latents, None));
+        }
+        let (_, _, height, width) = latents.size4()?;
+        let full = Tensor::f_ones([1, height, width], (Kind::Float, Device::Cpu))?;
+        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
+        let masks = Tensor::f_stack(&masks, 0)?.f_to_device(self.device)?;
+        Ok((latents, Some(masks)))
     }
 
     /// Text states of a batch, made anew where the text encoder trains or captions change, with gradients where the text encoder trains.
     fn batch_context(&self, batch: &[Visit], draws: &[Stream], pass: &Pass) -> Result<Tensor> {
         let caption = |(visit, draw): (&Visit, &Stream)| {
-            self.config.captions.process(&self.dataset.items()[visit.index].lines(), visit.epoch, draw)
+            let lines = self.pictures.items()[visit.index].lines();
+            self.pictures.options(visit.index).captions.process(&lines, visit.epoch, draw)
         };
         let captions: Vec<String> = batch.iter().zip(draws).map(caption).collect();
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         match &self.text_encoder {
             Some(encoder) => {
                 let _guard = (!self.config.train_text_encoder).then(no_grad_guard);
-                let chunks = self.config.caption_chunks();
-                let tokens = encode::tokens(&self.tokenizer, &captions, chunks, self.device)?;
-                Ok(encoder.encode(&tokens, chunks, self.config.clip_skip, pass)?)
+                self.text.states(encoder, &captions, self.device, pass)
             }
             None => {
                 let states: Vec<&Tensor> = captions.iter().map(|caption| &self.text_states[*caption]).collect();
@@ -321,7 +312,7 @@ impl Session {
         }
         for batch in batches {
             let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
-            if !encode::is_finite(&self.batch_latents(batch, &draws)?)? {
+            if !encode::is_finite(&self.batch_latents(batch, &draws)?.0)? {
                 return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
             }
             if !encode::is_finite(&self.batch_context(batch, &draws, &Pass::default())?)? {
@@ -334,6 +325,11 @@ impl Session {
         }
         culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
     }
+}
+
+/// Everything random about one visit of one picture.
+fn draws(seed: u64, visit: &Visit) -> Stream {
+    Stream::new(seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
 }
 
 #[cfg(test)]

@@ -7,22 +7,23 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::{Adapter, DType};
-use lora_data::bucket::{Buckets, Framing};
-use lora_data::dataset::{ImageDataset, Item, ScanOptions};
-use lora_data::processor::PictureProcessor;
+use lora_data::Pictures;
+use lora_data::bucket::Framing;
+use lora_data::cache::DiskCache;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
 use lora_io::adapter;
-use lora_io::checkpoint::Checkpoint;
-use lora_models::layers::Adaptable;
+use lora_io::checkpoint::{Checkpoint, Part};
+use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
-use lora_torch::tch::{Device, Tensor};
+use lora_torch::tch::{Device, no_grad_guard};
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
 
 use super::Session;
+use super::latents::{self, LatentSource};
 use crate::config::{StepPlan, TrainConfig};
-use crate::encode::{self, Encoder};
+use crate::encode::{self, Encoder, TextEncoding};
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::trainable::{AdapterOptions, TrainableAdapter};
@@ -43,16 +44,14 @@ impl Session {
     /// Prepares a run: checks the output folder, scans the dataset, loads the base, encodes what is cached and hangs the
     /// adapter on its layers. `progress` is told how far it is.
     pub fn prepare(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
-        let processors = plugins.processors.chain(&config.processors)?;
+        for dataset in &config.datasets {
+            plugins.processors.chain(&dataset.processors)?;
+        }
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
         lora_io::atomic::check_writable(&config.output_dir)?;
-        let mut dataset =
-            ImageDataset::scan(&config.train_data_dir, ScanOptions { repeats: config.repeats, strict: config.strict })?;
-        let framing = match config.buckets {
-            None => Framing::Fixed(config.max_resolution),
-            Some(options) => Framing::Buckets(Buckets::new(options)?),
-        };
+        let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
+        let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
         let mut notes = Vec::new();
@@ -69,33 +68,36 @@ impl Session {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
         }
         let schedule = noise_schedule(&checkpoint)?;
-        let tokenizer = ClipTokenizer::new(config.text_cleaning);
+        let text = TextEncoding {
+            tokenizer: ClipTokenizer::new(config.text_cleaning),
+            chunks: config.caption_chunks(),
+            clip_skip: config.clip_skip,
+            weighted: config.weighted_captions,
+        };
 
         // The autoencoder comes and goes before anything else is on the device.
         progress(Preparing::Loading("autoencoder"));
         let mut encoder = Encoder::load(&checkpoint, precision, device)?;
-        let latents = match config.cache_latents {
-            true => cache_latents(
-                &config,
-                &framing,
-                &checkpoint,
-                &mut encoder,
-                &mut dataset,
-                &processors,
-                &mut notes,
-                progress,
-            )?,
-            false => {
-                check_pictures(&config, &framing, &mut dataset, &processors)?;
-                Vec::new()
+        let mut encoded = None;
+        if config.cache_latents {
+            let disk = disk.as_ref();
+            let (left, all) = latents::cache(&config, &checkpoint, &mut encoder, pictures, disk, device, progress)?;
+            (pictures, encoded) = (left, Some(all));
+            if pictures.is_random() {
+                let note =
+                    "latents are cached, so random processors act once; cache_latents = false lets them act anew";
+                notes.push(note.into());
             }
-        };
-        if config.cache_latents && processors.iter().any(|processor| processor.is_random()) {
-            notes.push(
-                "latents are cached, so random processors act once; cache_latents = false lets them act anew".into(),
-            );
+        } else {
+            pictures = latents::check(&config, pictures)?;
         }
-        let encoder = (!config.cache_latents).then_some(encoder);
+        notes.extend(enlarged_note(&pictures));
+        let pictures = Arc::new(pictures);
+        let sampler = pictures.sampler(config.seed);
+        let latents = match encoded {
+            Some(all) => LatentSource::Cached(all),
+            None => LatentSource::fresh(encoder, &pictures, &sampler, &config),
+        };
         memory::empty_cache(device)?;
 
         progress(Preparing::Loading("text encoder"));
@@ -108,20 +110,28 @@ impl Session {
             }
             .into());
         }
-        let chunks = config.caption_chunks();
         let mut text_states = BTreeMap::new();
-        let keep_encoder = config.train_text_encoder || !config.captions.is_fixed();
+        let keep_encoder = config.train_text_encoder || !pictures.captions_are_fixed();
         if !keep_encoder {
-            let fixed = |item: &Item| config.captions.kept(&item.lines(), &Stream::new(0));
-            let mut captions: Vec<String> = dataset.items().iter().map(fixed).collect();
+            let fixed = |(index, item): (usize, &lora_data::dataset::Item)| {
+                pictures.options(index).captions.kept(&item.lines(), &Stream::new(0))
+            };
+            let mut captions: Vec<String> = pictures.items().iter().enumerate().map(fixed).collect();
             captions.push(String::new());
             captions.push(config.samples.negative_prompt.clone());
             captions.extend(config.samples.prompts.iter().cloned());
             captions.sort();
             captions.dedup();
+            let _guard = no_grad_guard();
+            let identity = match disk {
+                Some(_) => format!("{} {kind:?} {device:?}", checkpoint.part(Part::TextEncoder).sha256()?),
+                None => String::new(),
+            };
+            let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
             for (index, caption) in captions.iter().enumerate() {
-                let states =
-                    encode::encode_captions(&text_encoder, &tokenizer, &[caption], chunks, config.clip_skip, device)?;
+                let states = latents::text_states(disk, caption, &text, || {
+                    text.states(&text_encoder, &[caption], device, &Pass::default())
+                })?;
                 if !encode::is_finite(&states)? {
                     return Err(Error::NotFinite {
                         stage: "the text encoder",
@@ -173,9 +183,7 @@ impl Session {
 
         adapter::kohya::check(&trained.export()?)?;
 
-        let visits = dataset.items().iter().map(|item| Ok((item.repeats, encode::plan(&framing, item)?.target)));
-        let sampler = EpochSampler::new(visits.collect::<Result<Vec<_>>>()?, config.batch_size, config.seed);
-        if config.buckets.is_some() {
+        if pictures.datasets().any(|dataset| matches!(dataset.framing, Framing::Buckets(_))) {
             notes.push(buckets_note(&sampler));
         }
         let plan = StepPlan::of_batches(
@@ -210,19 +218,16 @@ impl Session {
             device,
             precision,
             checkpoint,
-            dataset,
-            processors,
-            tokenizer,
+            pictures,
+            text,
             schedule,
             unet,
             text_states,
-            encoder,
             latents,
             adapter: trained,
             targets,
             scaler,
             lr_schedule,
-            framing,
             sampler,
             plan,
             step: 0,
@@ -234,42 +239,18 @@ impl Session {
     }
 }
 
-/// Encodes every picture once; unreadable ones are skipped, or end the run where the configuration is strict.
-#[allow(clippy::too_many_arguments, reason = "the parts of one call of `prepare`")]
-fn cache_latents(
-    config: &TrainConfig,
-    framing: &Framing,
-    checkpoint: &Checkpoint,
-    encoder: &mut Encoder,
-    dataset: &mut ImageDataset,
-    processors: &[Arc<dyn PictureProcessor>],
-    notes: &mut Vec<String>,
-    progress: &mut dyn FnMut(Preparing),
-) -> Result<Vec<Tensor>> {
-    let items = dataset.items().to_vec();
-    let (mut latents, mut enlarged) = (Vec::with_capacity(items.len()), 0);
-    for (index, item) in items.iter().enumerate() {
-        let random = Stream::new(config.seed).at("cache").with(index as u64);
-        match encode::load_picture(item, processors, framing, config.background, &random) {
-            Ok(picture) => {
-                enlarged += usize::from(encode::plan(framing, item)?.scale(item.size) > 1.0);
-                let sample = encode::sample_latents(encoder, checkpoint, &item.path, &picture, &random.at("latent"))?;
-                latents.push(sample.f_to_device(Device::Cpu)?);
-            }
-            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
-                dataset.skip(&item.path, error.to_string())
-            }
-            Err(error) => return Err(error.into()),
-        }
-        progress(Preparing::Latents(index + 1, items.len()));
-    }
-    if enlarged > 0 {
-        notes.push(format!(
-            "{enlarged} picture(s) are smaller than the size that they are trained at and were enlarged"
-        ));
-    }
-    any_left(dataset)?;
-    Ok(latents)
+/// How many pictures are enlarged, and which the most.
+fn enlarged_note(pictures: &Pictures) -> Option<String> {
+    let scale = |index: usize| pictures.plan(index).scale(pictures.items()[index].size);
+    let enlarged: Vec<usize> = (0..pictures.items().len()).filter(|&index| scale(index) > 1.0).collect();
+    let most = enlarged.iter().copied().max_by(|&a, &b| scale(a).total_cmp(&scale(b)))?;
+    let name = pictures.items()[most].file.path.file_name().map(|name| name.to_string_lossy().into_owned());
+    Some(format!(
+        "{} picture(s) are smaller than the size that they are trained at and were enlarged, {} the most, {:.1} times",
+        enlarged.len(),
+        name.unwrap_or_default(),
+        scale(most)
+    ))
 }
 
 /// Which buckets are in use.
@@ -277,37 +258,6 @@ fn buckets_note(sampler: &EpochSampler) -> String {
     let buckets = sampler.visits_by_bucket();
     let list: Vec<_> = buckets.iter().map(|((width, height), visits)| format!("{width}×{height}: {visits}")).collect();
     format!("{} bucket(s), visits an epoch: {}", buckets.len(), list.join(", "))
-}
-
-/// Decodes every picture once, so that a broken one is met now and not hours into the run.
-fn check_pictures(
-    config: &TrainConfig,
-    framing: &Framing,
-    dataset: &mut ImageDataset,
-    processors: &[Arc<dyn PictureProcessor>],
-) -> Result<()> {
-    for item in dataset.items().to_vec() {
-        let random = Stream::new(config.seed).at("check");
-        match encode::load_picture(&item, processors, framing, config.background, &random) {
-            Ok(_) => {}
-            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
-                dataset.skip(&item.path, error.to_string())
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    any_left(dataset)
-}
-
-/// An error where every picture had to be skipped.
-fn any_left(dataset: &ImageDataset) -> Result<()> {
-    match dataset.skipped().first() {
-        Some((path, reason)) if dataset.items().is_empty() => {
-            let reason = format!("no picture could be decoded; the first: {reason}");
-            Err(lora_data::Error::Picture { path: path.clone(), reason }.into())
-        }
-        _ => Ok(()),
-    }
 }
 
 /// The adapter to go on from, with its file name and hash: the same layers and rank as the configuration's.

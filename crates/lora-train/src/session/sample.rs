@@ -9,7 +9,7 @@ use lora_torch::tensor::{from_f32, kind_of};
 
 use super::Session;
 use crate::Result;
-use crate::encode::{self, Encoder};
+use crate::encode::Encoder;
 
 impl Session {
     /// Draws pictures with the adapter as it is now.
@@ -44,13 +44,13 @@ impl Session {
         if let Some(states) = self.text_states.get(caption) {
             return Ok(states.f_to_device(self.device)?);
         }
-        let (chunks, skip) = (self.config.caption_chunks(), self.config.clip_skip);
+        let pass = Pass::default();
         match &self.text_encoder {
-            Some(encoder) => encode::encode_captions(encoder, &self.tokenizer, &[caption], chunks, skip, self.device),
+            Some(encoder) => self.text.states(encoder, &[caption], self.device, &pass),
             // A frozen text encoder has left the device: it comes back for a caption that was not foreseen.
             None => {
                 let encoder = load_text_encoder(&self.checkpoint, kind_of(self.precision), self.device)?;
-                encode::encode_captions(&encoder, &self.tokenizer, &[caption], chunks, skip, self.device)
+                self.text.states(&encoder, &[caption], self.device, &pass)
             }
         }
     }

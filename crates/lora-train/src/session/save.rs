@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use lora_core::DType;
+use lora_data::bucket::Framing;
+use lora_data::dataset::{Role, tag_frequency};
 use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
 use lora_models::stable_diffusion::Prediction;
@@ -37,7 +39,6 @@ impl Session {
         record.learning_rate = config.learning_rate;
         record.unet_lr = config.train_unet.then_some(config.unet_lr);
         record.text_encoder_lr = config.train_text_encoder.then_some(config.text_encoder_lr);
-        record.pictures = self.plan.visits_per_epoch;
         record.batches_per_epoch = self.plan.batches_per_epoch;
         record.epochs = self.plan.epochs;
         record.epoch = self.step.div_ceil(self.plan.steps_per_epoch);
@@ -48,11 +49,14 @@ impl Session {
         record.mixed_precision = if self.precision == DType::F32 { "no".into() } else { self.precision.to_string() };
         record.seed = config.seed;
         record.resolution = config.max_resolution;
-        record.buckets = config.buckets.map(|options| BucketRecord {
-            min: options.min,
-            max: options.max,
-            no_upscale: options.no_upscale,
-            visits: self.sampler.visits_by_bucket(),
+        record.buckets = self.pictures.datasets().find_map(|dataset| match &dataset.framing {
+            Framing::Buckets(buckets) => Some(BucketRecord {
+                min: buckets.options().min,
+                max: buckets.options().max,
+                no_upscale: buckets.options().no_upscale,
+                visits: self.sampler.visits_by_bucket(),
+            }),
+            _ => None,
         });
         record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
         record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
@@ -65,21 +69,32 @@ impl Session {
         record.max_grad_norm = config.max_grad_norm;
         record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
         record.min_snr_gamma = config.min_snr_gamma;
-        record.caption_dropout_rate = config.captions.dropout;
-        record.caption_dropout_every_n_epochs = config.captions.dropout_every_n_epochs;
-        record.caption_tag_dropout_rate = config.captions.tag_dropout;
-        record.shuffle_caption = config.captions.shuffle;
-        record.keep_tokens = config.captions.keep_tokens;
+        // One place for them in the file: the first dataset's.
+        if let Some(dataset) = self.pictures.datasets().next() {
+            let captions = &dataset.captions;
+            record.caption_dropout_rate = captions.dropout;
+            record.caption_dropout_every_n_epochs = captions.dropout_every_n_epochs;
+            record.caption_tag_dropout_rate = captions.tag_dropout;
+            record.shuffle_caption = captions.shuffle;
+            record.keep_tokens = captions.keep_tokens;
+        }
         record.cache_latents = config.cache_latents;
         record.base_name =
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         record.base_legacy_hash = self.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());
         record.base_sha256 = self.base_hashes.as_ref().map(|(_, sha256)| sha256.clone());
         record.velocity = self.schedule.prediction() == Prediction::Velocity;
-        for item in self.dataset.items() {
-            record.folders.entry(item.folder.clone()).or_insert((item.repeats, 0)).1 += 1;
+        for item in self.pictures.items() {
+            let (folders, visits) = match item.role {
+                Role::Regularisation => (&mut record.regularisation_folders, item.repeats),
+                _ => (&mut record.folders, 0),
+            };
+            folders.entry(item.folder.to_string()).or_insert((item.repeats, 0)).1 += 1;
+            record.regularisation_pictures += visits;
         }
-        record.tag_frequency = self.dataset.tag_frequency();
+        record.pictures = self.plan.visits_per_epoch - record.regularisation_pictures;
+        record.prior_loss_weight = config.prior_loss_weight;
+        record.tag_frequency = tag_frequency(self.pictures.items());
         record.text_cleaning = config.text_cleaning.name().into();
         record.init_from = self.init_from.clone();
         record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();

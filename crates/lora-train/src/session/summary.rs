@@ -1,9 +1,13 @@
 //! What people get wrong most, told before the first step.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
 use lora_core::DType;
+use lora_core::random::Stream;
+use lora_data::dataset::{CaptionSource, Item};
+use lora_data::finding::FindingKind;
 use lora_torch::tch::Device;
 
 use super::Session;
@@ -38,35 +42,51 @@ impl Session {
     /// What to read before the first step.
     pub fn summary(&self) -> Summary {
         let limit = self.config.max_token_length;
-        let items = self.dataset.items();
+        let items = self.pictures.items();
         let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let mut notes = self.notes.clone();
-        if let Some((path, reason)) = self.dataset.skipped().first() {
-            notes.push(format!(
-                "skipped {} picture(s), the first {}: {reason}",
-                self.dataset.skipped().len(),
-                name(path)
-            ));
+        let skipped: Vec<_> = self.pictures.lost().collect();
+        if let Some(first) = skipped.first() {
+            let (path, reason) = (name(&first.path), &first.detail);
+            notes.push(format!("skipped {} picture(s), the first {path}: {reason}", skipped.len()));
         }
-        if self.dataset.multi_line_captions() > 0 {
-            notes.push(format!(
-                "{} caption file(s) have more than one line; the first is used",
-                self.dataset.multi_line_captions()
-            ));
+        let multi_line = items.iter().filter(|item| !item.more_lines.is_empty()).count();
+        if multi_line > 0 && !self.pictures.datasets().any(|dataset| dataset.captions.wildcards) {
+            notes.push(format!("{multi_line} caption file(s) have more than one line; the first is used"));
         }
-        if !self.dataset.ignored_folders().is_empty() {
-            notes.push(format!("folders that are not read: {}", self.dataset.ignored_folders().join(", ")));
+        let of_kind = |kind: FindingKind| -> Vec<String> {
+            let findings = self.pictures.findings().iter();
+            findings.filter(|finding| finding.kind == kind).map(|finding| name(&finding.path)).collect()
+        };
+        let ignored = of_kind(FindingKind::FolderIgnored);
+        if !ignored.is_empty() {
+            notes.push(format!("folders that are not read: {}", ignored.join(", ")));
         }
+        for (kind, what) in [
+            (FindingKind::OrphanCaption, "caption(s) without a picture"),
+            (FindingKind::DuplicateStem, "picture(s) that share their caption with another of the same name"),
+            (FindingKind::MissingMask, "picture(s) without a file in mask_dir"),
+        ] {
+            if let (count @ 1.., Some(first)) = (of_kind(kind).len(), of_kind(kind).first()) {
+                notes.push(format!("{count} {what}, the first {first}; `lora dataset` lists them"));
+            }
+        }
+        let masked = items.iter().filter(|item| item.mask.is_some()).count();
+        if masked > 0 && !self.config.masked_loss {
+            notes.push(format!("{masked} picture(s) have a mask, which is not used; masked_loss = true uses it"));
+        }
+        let mut captions: BTreeMap<CaptionSource, usize> = BTreeMap::new();
+        items.iter().for_each(|item| *captions.entry(item.caption_source).or_default() += 1);
+        // As each is read: with trigger word, prefix and suffix.
+        let tokens = |(index, item): (usize, &Item)| {
+            let text = self.pictures.options(index).captions.kept(&item.lines(), &Stream::new(0));
+            self.text.tokenizer.encode(&text).len()
+        };
         Summary {
-            pictures: (items.len(), self.dataset.skipped().len()),
-            captions: self
-                .dataset
-                .captions_by_source()
-                .into_iter()
-                .map(|(source, count)| (source.name(), count))
-                .collect(),
-            examples: items.iter().take(3).map(|item| (name(&item.path), item.caption.clone())).collect(),
-            cut_captions: items.iter().filter(|item| self.tokenizer.encode(&item.caption).len() > limit).count(),
+            pictures: (items.len(), skipped.len()),
+            captions: captions.into_iter().map(|(source, count)| (source.name(), count)).collect(),
+            examples: items.iter().take(3).map(|item| (name(&item.file.path), item.caption.clone())).collect(),
+            cut_captions: items.iter().enumerate().filter(|&item| tokens(item) > limit).count(),
             modules: (self.adapter.modules(), self.candidates),
             parameters: self.adapter.parameters(),
             precision: self.precision,
