@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn buckets_take_turns() {
-        let bucket = |index: usize| if index % 2 == 0 { (512, 512) } else { (640, 384) };
+        let bucket = |index: usize| if index.is_multiple_of(2) { (512, 512) } else { (640, 384) };
         let items = (0..40).map(|index| Visits { count: 1, bucket: bucket(index), batch_size: 4 });
         let mut mixed = EpochSampler::new(items, 1);
         let parities: Vec<usize> = (0..10).map(|_| mixed.next_batch()[0].index % 2).collect();
