@@ -50,18 +50,29 @@ impl CropPlan {
 
     /// Scales and cuts in one pass, with a Lanczos filter that widens when it shrinks (so it averages, as area filters do).
     pub fn apply(&self, picture: &RgbPicture) -> Result<RgbPicture> {
+        self.apply_within(picture, (picture.width() as f64, picture.height() as f64))
+    }
+
+    /// The same where the picture ends within its last row or column, as one decoded at a fraction of its size does.
+    pub(crate) fn apply_within(&self, picture: &RgbPicture, extent: (f64, f64)) -> Result<RgbPicture> {
         let size = (picture.width(), picture.height());
         if self.resized == size && self.target == size {
             return Ok(picture.clone());
         }
-        let data = self.cut(picture.data(), size, 3)?;
+        let data = self.cut(picture.data(), size, extent, 3)?;
         RgbPicture::new(self.target.0, self.target.1, data).ok_or_else(|| self.failed("the target has no pixels"))
     }
 
     /// The same for one or three interleaved bytes a pixel.
-    pub(crate) fn cut(&self, data: &[u8], size: (usize, usize), channels: usize) -> Result<Vec<u8>> {
+    pub(crate) fn cut(
+        &self,
+        data: &[u8],
+        size: (usize, usize),
+        extent: (f64, f64),
+        channels: usize,
+    ) -> Result<Vec<u8>> {
         // The crop box in the source's own pixels: the scaled picture is never made in full.
-        let (x, y) = (size.0 as f64 / self.resized.0 as f64, size.1 as f64 / self.resized.1 as f64);
+        let (x, y) = (extent.0 / self.resized.0 as f64, extent.1 / self.resized.1 as f64);
         // Rounding may carry a box to the edge a hair beyond it, which the resizer refuses.
         let (left, top) = (self.offset.0 as f64 * x, self.offset.1 as f64 * y);
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3)).crop(

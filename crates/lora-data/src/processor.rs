@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// What a processor knows besides the picture.
 #[derive(Debug, Clone)]
 pub struct ProcessContext {
-    /// Width and height of the picture as it was decoded.
+    /// Width and height of the picture as it was decoded, which may be at a fraction of the file's size.
     pub source: (usize, usize),
     /// How that is scaled and cut to the size that training wants.
     pub plan: CropPlan,
@@ -38,6 +38,12 @@ pub trait PictureProcessor: fmt::Debug + Send + Sync {
 
     /// Whether it does something else at each visit. Where latents are cached, it acts once.
     fn is_random(&self) -> bool {
+        false
+    }
+
+    /// Whether it does as well with a picture that was decoded at a fraction of its size (still more than half as large
+    /// again as what it becomes). Only the first processor is asked.
+    fn accepts_reduced(&self) -> bool {
         false
     }
 
@@ -83,6 +89,10 @@ impl PictureProcessor for Crop {
 
     fn is_random(&self) -> bool {
         *self == Crop::Random
+    }
+
+    fn accepts_reduced(&self) -> bool {
+        true
     }
 }
 

@@ -62,7 +62,8 @@ impl Mask {
     }
 
     fn cropped(&self, plan: &CropPlan) -> Result<Self> {
-        let data = plan.cut(&self.data, (self.width, self.height), 1)?;
+        let extent = (self.width as f64, self.height as f64);
+        let data = plan.cut(&self.data, (self.width, self.height), extent, 1)?;
         Ok(Self { width: plan.target.0, height: plan.target.1, data })
     }
 }
@@ -81,7 +82,7 @@ pub struct Frame {
 }
 
 /// A picture with what belongs to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     /// The pixels.
     pub picture: RgbPicture,
@@ -89,15 +90,26 @@ pub struct Sample {
     pub mask: Option<Mask>,
     /// The part of the file that it shows.
     pub frame: Frame,
+    /// Where the picture ends, where that is within its last row or column.
+    extent: Option<(f64, f64)>,
 }
 
 impl Sample {
     /// A whole picture. A mask of another size is scaled to the picture's.
     pub fn new(picture: RgbPicture, mask: Option<Mask>) -> Result<Self> {
         let size = (picture.width(), picture.height());
+        Self::of_source(picture, mask, size)
+    }
+
+    /// A whole picture of a file of the given size, at which it need not have been decoded.
+    pub(crate) fn of_source(picture: RgbPicture, mask: Option<Mask>, source: (usize, usize)) -> Result<Self> {
+        let size = (picture.width(), picture.height());
         let mask = mask.map(|mask| mask.resized(size.0, size.1)).transpose()?;
-        let frame = Frame { source: size, scaled: size, offset: (0, 0), mirrored: false };
-        Ok(Self { picture, mask, frame })
+        let frame = Frame { source, scaled: size, offset: (0, 0), mirrored: false };
+        // Decoded at 1/2, 1/4 or 1/8, sides were rounded up.
+        let factor = (source.0 as f64 / size.0 as f64).round();
+        let extent = (factor > 1.0).then_some((source.0 as f64 / factor, source.1 as f64 / factor));
+        Ok(Self { picture, mask, frame, extent })
     }
 
     /// Width and height.
@@ -109,7 +121,11 @@ impl Sample {
     pub fn crop(&self, plan: &CropPlan) -> Result<Self> {
         let frame = Frame { scaled: plan.resized, offset: plan.offset, ..self.frame };
         let mask = self.mask.as_ref().map(|mask| mask.cropped(plan)).transpose()?;
-        Ok(Self { picture: plan.apply(&self.picture)?, mask, frame })
+        let size = (self.picture.width(), self.picture.height());
+        // A processor may have put a picture of another size in the place of the decoded one.
+        let own = self.extent.filter(|extent| (extent.0.ceil() as usize, extent.1.ceil() as usize) == size);
+        let extent = own.unwrap_or((size.0 as f64, size.1 as f64));
+        Ok(Self { picture: plan.apply_within(&self.picture, extent)?, mask, frame, extent: None })
     }
 
     /// Mirrored left to right.

@@ -1,5 +1,7 @@
 //! Decoding: any picture file to upright 8-bit sRGB. Cutting and scaling live in [`crate::crop`].
 
+mod jpeg;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -118,7 +120,7 @@ pub(crate) struct Header {
 /// grey and 16-bit pictures brought to 8-bit RGB, transparency laid over `background`.
 pub fn decode(path: impl AsRef<Path>, background: [u8; 3]) -> Result<RgbPicture> {
     let path = path.as_ref();
-    Ok(decode_bytes(path, &read_file(path)?, background)?.picture)
+    Ok(decode_bytes(path, &read_file(path)?, background, None)?.picture)
 }
 
 /// The bytes of a picture file.
@@ -130,17 +132,38 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(Error::io(path, "read"))
 }
 
-/// Decodes bytes as [`decode`] does; `name` is for errors.
-pub(crate) fn decode_bytes(name: &Path, bytes: &[u8], background: [u8; 3]) -> Result<Decoded> {
+/// Decodes bytes as [`decode`] does; `name` is for errors. Where a smaller picture will do, of at least the sides `enough`,
+/// a JPEG is decoded at a half, a quarter or an eighth of its size.
+pub(crate) fn decode_bytes(
+    name: &Path,
+    bytes: &[u8],
+    background: [u8; 3],
+    enough: Option<(usize, usize)>,
+) -> Result<Decoded> {
     guarded(name, || {
         let failed = |error: image::ImageError| Error::picture(name, error.to_string());
-        let mut decoder = reader(name, Cursor::new(bytes))?.into_decoder().map_err(failed)?;
+        let reader = reader(name, Cursor::new(bytes))?;
+        let is_jpeg = reader.format() == Some(ImageFormat::Jpeg);
+        let mut decoder = reader.into_decoder().map_err(failed)?;
         let (width, height) = decoder.dimensions();
         let _turn = (u64::from(width) * u64::from(height) > LARGE)
             .then(|| ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let profile = decoder.icc_profile().unwrap_or_default();
-        let mut picture = DynamicImage::from_decoder(decoder).map_err(failed)?;
+        let reduced = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
+            // A quarter turn swaps the sides.
+            let (across, down) = if is_turned(orientation) { (down, across) } else { (across, down) };
+            let fits = |factor: &usize| width as usize / factor >= across && height as usize / factor >= down;
+            jpeg::decode(bytes, [8, 4, 2].into_iter().find(fits)?)
+        });
+        let reduced = reduced.and_then(|own| {
+            let (width, height) = (own.width as u32, own.height as u32);
+            image::RgbImage::from_raw(width, height, own.data).map(DynamicImage::ImageRgb8)
+        });
+        let mut picture = match reduced {
+            Some(picture) => picture,
+            None => DynamicImage::from_decoder(decoder).map_err(failed)?,
+        };
         picture.apply_orientation(orientation);
         let (width, height) = (picture.width() as usize, picture.height() as usize);
         let (data, alpha) = match picture.color().has_alpha() {
@@ -183,16 +206,16 @@ pub(crate) fn header(name: &Path, source: impl BufRead + Seek) -> Result<Header>
         let extensions = reader.format().map_or(&[] as &[&str], ImageFormat::extensions_str);
         let mut decoder = reader.into_decoder().map_err(|error| Error::picture(name, error.to_string()))?;
         let (width, height) = decoder.dimensions();
-        let turned = matches!(
-            decoder.orientation(),
-            Ok(Orientation::Rotate90
-                | Orientation::Rotate270
-                | Orientation::Rotate90FlipH
-                | Orientation::Rotate270FlipH)
-        );
+        let turned = decoder.orientation().is_ok_and(is_turned);
         let (width, height) = (width as usize, height as usize);
         Ok(Header { size: if turned { (height, width) } else { (width, height) }, extensions })
     })
+}
+
+/// Whether width and height are exchanged.
+fn is_turned(orientation: Orientation) -> bool {
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    matches!(orientation, Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH)
 }
 
 fn reader<R: BufRead + Seek>(name: &Path, mut source: R) -> Result<ImageReader<R>> {
