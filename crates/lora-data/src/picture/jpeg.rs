@@ -675,6 +675,8 @@ mod tests {
                 let (most, mean) = apart(&picture, &format!("{name}-{factor}.png"));
                 let limits = [(1, 3, 0.5), (2, 6, 1.0), (4, 12, 2.5), (8, 3, 0.8)];
                 let (_, highest, average) = limits[factor.ilog2() as usize];
+                // Of 4:2:2 libjpeg takes colours at half the width and interpolates them.
+                let (highest, average) = if name == "422" { (24, 4.0) } else { (highest, average) };
                 assert!(most <= highest && mean < average, "{name} at 1/{factor}: {most}, {mean:.3}");
             }
         }
