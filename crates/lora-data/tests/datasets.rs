@@ -163,9 +163,13 @@ fn masks_and_companions_are_told_apart_from_pictures() {
 
 #[test]
 fn what_people_have_lying_about_is_reported_by_name() {
-    let folder = folder(&["a.png", "a.jpg", "c.png"], &[("b.txt", b"no picture"), ("c.txt", b"\xff"), ("d.png", b"")]);
+    let folder = folder(
+        &["a.png", "a.jpg", "c.png"],
+        &[("b.txt", b"no picture"), ("c.txt", b"\xff"), ("d.png", b""), ("e.avif", b"x")],
+    );
     let options = ScanOptions { strictness: Strictness::Inspect, ..ScanOptions::default() };
-    let mut expected = vec!["caption-file", "duplicate-stem", "orphan-caption", "unreadable", "wrong-extension"];
+    let mut expected =
+        vec!["caption-file", "duplicate-stem", "orphan-caption", "unreadable", "unreadable", "wrong-extension"];
     #[cfg(unix)]
     {
         use std::os::unix::ffi::OsStrExt;

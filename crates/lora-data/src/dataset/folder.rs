@@ -19,6 +19,9 @@ const MASKS: &[&str] = &["-mask", "-masklabel"];
 /// Endings of pictures that belong to another one and are not trained on (OneTrainer).
 const COMPANIONS: &[&str] = &["-condlabel"];
 
+/// Pictures of formats that need a decoder in C.
+const UNKNOWN: &[&str] = &["avif", "heic", "heif", "jxl"];
+
 /// What is directly inside a folder, each kind sorted by name.
 #[derive(Default)]
 struct Listing {
@@ -134,6 +137,10 @@ impl ImageDataset {
                 listing.pictures.push(path);
             } else if has_extension(&path, &["tar", "parquet"]) {
                 listing.containers.push(path);
+            } else if has_extension(&path, UNKNOWN) {
+                let error =
+                    Error::picture(&path, "AVIF, HEIC and JPEG XL cannot be decoded; convert it to PNG or WebP");
+                self.problem(&path, FindingKind::Unreadable, error)?;
             } else {
                 listing.others.insert(entry.file_name());
             }

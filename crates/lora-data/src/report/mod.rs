@@ -58,7 +58,7 @@ impl Default for ReportOptions {
             tokens: None,
             aspect: 3.0,
             trimmed: 0.25,
-            sharpness: 0.02,
+            sharpness: 0.07,
             dark: 0.12,
             bright: 0.4,
             near: 6,
