@@ -22,6 +22,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .file("cpp/shim.cpp")
+        .file("cpp/checkpoint.cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())

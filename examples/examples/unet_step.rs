@@ -1,5 +1,5 @@
 //! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
-//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS]`.
+//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1]`.
 
 use std::time::Instant;
 
@@ -19,6 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let numbers = std::env::args().skip(1).map(|number| number.parse()).collect::<Result<Vec<i64>, _>>()?;
     let number = |index: usize, default| numbers.get(index).copied().unwrap_or(default);
     let (pixels, rank, steps) = (number(0, 256), number(1, 8) as usize, number(2, 5));
+    let pass = Pass { recompute: number(3, 0) != 0, ..Pass::default() };
 
     let device = device::resolve("auto")?;
     let weights = SyntheticWeights::new("unet");
@@ -35,23 +36,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for _ in 0..steps {
         let start = Instant::now();
         let noise = latents.randn_like();
-        denoising_loss(
-            &unet,
-            &schedule,
-            &latents,
-            &noise,
-            &[500],
-            &context,
-            &LossWeights::default(),
-            &Pass::default(),
-        )?
-        .f_backward()?;
+        denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?
+            .f_backward()?;
         adapter.clip(1.0)?;
         adapter.step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
         adapter.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }
     let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);
-    println!("ours {pixels} px rank {rank} on {device:?}: {} s a step; peak RSS {peak} MiB", times.join(", "));
+    let kept = if pass.recompute { ", checkpointed" } else { "" };
+    println!("ours {pixels} px rank {rank}{kept} on {device:?}: {} s a step; peak RSS {peak} MiB", times.join(", "));
     Ok(())
 }

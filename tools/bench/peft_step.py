@@ -1,6 +1,6 @@
 """Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's size: the peer of `benches/training.rs`.
 
-    python peft_step.py [PIXELS] [RANK] [STEPS]
+    python peft_step.py [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1]
 
 Random weights, float32, batch 1, LoRA on q, k, v, out of all attentions, AdamW. Versions as in ../golden/requirements.txt.
 """
@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 
-pixels, rank, steps = (int(value) for value in (sys.argv[1:] + ["256", "8", "5"][len(sys.argv) - 1:]))
+pixels, rank, steps, checkpointing = (int(value) for value in sys.argv[1:] + ["256", "8", "5", "0"][len(sys.argv) - 1 :])
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(device).requires_grad_(False)
@@ -23,6 +23,8 @@ optimiser = torch.optim.AdamW(trained, lr=1e-4)
 side = pixels // 8
 latents, context = torch.randn(1, 4, side, side, device=device), torch.randn(1, 77, 768, device=device)
 unet.train()
+if checkpointing:
+    unet.enable_gradient_checkpointing()
 times = []
 for _ in range(steps):
     start = time.perf_counter()

@@ -86,6 +86,8 @@ pub struct TrainingRecord {
     pub velocity: bool,
     /// Per folder: repeats and pictures.
     pub folders: BTreeMap<String, (usize, usize)>,
+    /// Whether activations were computed again in the backward pass.
+    pub gradient_checkpointing: bool,
     /// Visits of regularisation pictures in an epoch.
     pub regularisation_pictures: usize,
     /// Per folder of regularisation pictures: repeats and pictures.
@@ -144,7 +146,7 @@ impl TrainingRecord {
         set("ss_batch_size_per_device", self.batch_size.to_string());
         set("ss_total_batch_size", (self.batch_size * self.gradient_accumulation_steps).to_string());
         set("ss_gradient_accumulation_steps", self.gradient_accumulation_steps.to_string());
-        set("ss_gradient_checkpointing", python_bool(false));
+        set("ss_gradient_checkpointing", python_bool(self.gradient_checkpointing));
         set("ss_mixed_precision", self.mixed_precision.clone());
         set("ss_seed", self.seed.to_string());
         set("ss_resolution", format!("({}, {})", self.resolution.0, self.resolution.1));

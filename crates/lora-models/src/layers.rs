@@ -10,16 +10,50 @@ use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::TchBackend;
 use lora_torch::backend::apply_layer;
+use lora_torch::checkpoint::{Shared, checkpoint};
 use lora_torch::tch::{Device, Kind, Tensor};
 
-use crate::Result;
 use crate::weights::Weights;
+use crate::{Error, Result};
 
 /// What one pass through a network carries besides its inputs.
 #[derive(Debug, Clone, Default)]
 pub struct Pass {
     /// Dropout on adapters, with one stream per item of the batch for this step.
     pub dropout: Option<Dropout>,
+    /// Activations within blocks are not kept for the backward pass but computed again in it.
+    pub recompute: bool,
+}
+
+impl Pass {
+    /// The output of a block; where its activations are to be computed again, only its inputs are kept.
+    pub(crate) fn block<B: Send + 'static>(
+        &self,
+        block: &Shared<B>,
+        inputs: &[&Tensor],
+        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if !self.recompute {
+            let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
+            return run(block, &inputs, self);
+        }
+        let (block, pass) = (block.clone(), self.clone());
+        let run = move |inputs: &[Tensor]| {
+            run(&block, inputs, &pass).map_err(|error| match error {
+                Error::Torch(error) => error,
+                other => lora_torch::Error::Torch(other.to_string()),
+            })
+        };
+        Ok(checkpoint(inputs, run)?)
+    }
+}
+
+/// A block, to be changed.
+///
+/// # Panics
+/// While a graph that was made with it is alive: adapters come and go between steps.
+pub(crate) fn own<B: Send>(block: &mut Shared<B>) -> &mut B {
+    block.get_mut().expect("adapters come and go while no loss of the network is alive")
 }
 
 /// A variant with its parameters, hung on a layer.

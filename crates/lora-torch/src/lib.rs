@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod backend;
+pub mod checkpoint;
 pub mod device;
 mod error;
 pub mod gradients;

@@ -528,3 +528,43 @@ fn weighted_words_change_the_states() {
     }
     assert_eq!(loss(&[]), loss(&["weighted_captions=true"]));
 }
+
+#[test]
+fn checkpointing_gives_the_same_update() {
+    let folder = workspace();
+    // ε as above: without it AdamW blows rounding up.
+    let keys = [
+        "lora_dropout=0.2",
+        "rank_dropout=0.1",
+        "max_train_steps=3",
+        "batch_size=2",
+        "adam_eps=1",
+        "learning_rate=0.1",
+    ];
+    let run = |own: &str| trained(folder.path(), &[&keys[..], &[own]].concat());
+    let (plain, reports) = run("gradient_checkpointing=false");
+    let (again, others) = run("gradient_checkpointing=true");
+    for (a, b) in reports.iter().zip(&others) {
+        assert!((a.loss / b.loss - 1.0).abs() < 1e-6 && a.gradient_norm.is_some(), "{} {}", a.loss, b.loss);
+        let norms = (a.gradient_norm.unwrap(), b.gradient_norm.unwrap());
+        assert!((norms.0 / norms.1 - 1.0).abs() < 1e-5, "{norms:?}");
+    }
+    assert!(distance(&plain, &again) < 1e-4, "{}", distance(&plain, &again));
+    // A frozen text encoder, and a frozen U-Net.
+    for own in ["train_text_encoder=false", "train_unet=false"] {
+        let loss = |checkpointing: &str| {
+            let reports = trained(folder.path(), &[own, checkpointing, keys[4], keys[5]]).1;
+            (reports[1].loss, reports[1].gradient_norm.unwrap())
+        };
+        let (plain, again) = (loss("gradient_checkpointing=false"), loss("gradient_checkpointing=true"));
+        assert!(
+            (plain.0 / again.0 - 1.0).abs() < 1e-6 && (plain.1 / again.1 - 1.0).abs() < 1e-5,
+            "{own} {plain:?} {again:?}"
+        );
+    }
+    // No graph is left between steps.
+    let mut session = prepare(folder.path(), &["gradient_checkpointing=true"]);
+    session.step().unwrap();
+    session.sample(&["a".into()]).unwrap();
+    session.step().unwrap();
+}

@@ -1,9 +1,10 @@
 //! CLIP's text encoder (Radford et al., 2021), as transformers' `CLIPTextModel`. Tokens come from outside.
 
 use lora_core::Component;
+use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Kind, Tensor};
 
-use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention};
+use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention, own};
 use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
 
@@ -62,12 +63,14 @@ pub struct ClipTextEncoder {
     config: ClipConfig,
     token_embedding: Tensor,
     position_embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<Shared<Layer>>,
     final_layer_norm: LayerNorm,
 }
 
 #[derive(Debug)]
 struct Layer {
+    heads: usize,
+    exact_gelu: bool,
     layer_norm1: LayerNorm,
     q_proj: AdaptableLayer,
     k_proj: AdaptableLayer,
@@ -84,7 +87,8 @@ impl ClipTextEncoder {
         let weights = weights.at("text_model");
         let embeddings = weights.at("embeddings");
         let width = config.width;
-        let layers = (0..config.layers).map(|index| Layer::new(&weights.at("encoder.layers").at(index), &config));
+        let layers = (0..config.layers)
+            .map(|index| Layer::new(&weights.at("encoder.layers").at(index), &config).map(Shared::new));
         Ok(Self {
             config,
             token_embedding: embeddings.at("token_embedding").tensor("weight", &[config.vocabulary, width])?,
@@ -115,7 +119,8 @@ impl ClipTextEncoder {
         let embedded = Tensor::f_embedding(&self.token_embedding, tokens, -1, false, false)?;
         let mut hidden = embedded.f_add(&self.position_embedding)?;
         for layer in &self.layers[..layers] {
-            hidden = layer.forward(&hidden, &self.config, pass)?;
+            let inputs = [&hidden];
+            hidden = pass.block(layer, &inputs, |layer, inputs, pass| layer.forward(&inputs[0], pass))?;
         }
         self.final_layer_norm.forward(&hidden)
     }
@@ -146,6 +151,8 @@ impl Layer {
         let width = config.width;
         let square = |name: &str| AdaptableLayer::linear(&attention.at(name), width, width, true);
         Ok(Self {
+            heads: config.heads,
+            exact_gelu: config.exact_gelu,
             layer_norm1: LayerNorm::new(&weights.at("layer_norm1"), width)?,
             q_proj: square("q_proj")?,
             k_proj: square("k_proj")?,
@@ -157,16 +164,16 @@ impl Layer {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, config: &ClipConfig, pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
         let normed = self.layer_norm1.forward(hidden)?;
         let query = self.q_proj.forward(&normed, pass)?;
         let key = self.k_proj.forward(&normed, pass)?;
         let value = self.v_proj.forward(&normed, pass)?;
-        let mixed = attention(&query, &key, &value, config.heads, true)?;
+        let mixed = attention(&query, &key, &value, self.heads, true)?;
         let hidden = hidden.f_add(&self.out_proj.forward(&mixed, pass)?)?;
 
         let inner = self.fc1.forward(&self.layer_norm2.forward(&hidden)?, pass)?;
-        let inner = if config.exact_gelu {
+        let inner = if self.exact_gelu {
             inner.f_gelu("none")?
         } else {
             inner.f_mul(&inner.f_mul_scalar(1.702)?.f_sigmoid()?)?
@@ -182,7 +189,7 @@ impl Adaptable for ClipTextEncoder {
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
         for layer in &mut self.layers {
-            let Layer { q_proj, k_proj, v_proj, out_proj, fc1, fc2, .. } = layer;
+            let Layer { q_proj, k_proj, v_proj, out_proj, fc1, fc2, .. } = own(layer);
             [q_proj, k_proj, v_proj, out_proj, fc1, fc2].into_iter().for_each(&mut *visit);
         }
     }

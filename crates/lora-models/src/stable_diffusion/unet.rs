@@ -1,11 +1,12 @@
 //! The conditional U-Net of Stable Diffusion 1.x (diffusers' `UNet2DConditionModel`).
 
 use lora_core::Component;
+use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::transformer::{SpatialTransformer, TransformerSizes};
-use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass};
+use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass, own};
 use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
 
@@ -114,21 +115,47 @@ pub struct Unet {
     time_linear_1: AdaptableLayer,
     time_linear_2: AdaptableLayer,
     down: Vec<Level>,
-    mid_first: ResnetBlock,
-    mid_attention: SpatialTransformer,
-    mid_second: ResnetBlock,
+    mid_first: Shared<Stage>,
+    mid_second: Shared<Stage>,
     up: Vec<Level>,
     conv_norm_out: GroupNorm,
     conv_out: AdaptableLayer,
 }
 
-/// One level on the way down or up: residual blocks, each with its transformer where the level has them, and the layer
-/// that changes the resolution.
+/// One level on the way down or up, and the layer that changes the resolution.
 #[derive(Debug)]
 struct Level {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<SpatialTransformer>,
+    stages: Vec<Shared<Stage>>,
     resample: Option<AdaptableLayer>,
+}
+
+/// A residual block with its transformer, where it has one: what is computed again as a whole.
+#[derive(Debug)]
+struct Stage {
+    resnet: ResnetBlock,
+    attention: Option<SpatialTransformer>,
+}
+
+impl Stage {
+    /// Inputs are the hidden state, the time embedding and the text states.
+    fn forward(&self, inputs: &[Tensor], pass: &Pass) -> Result<Tensor> {
+        let [hidden, time, context] = inputs else {
+            let found = inputs.len().to_string();
+            return Err(Error::Input { what: "stage", expected: "3 inputs".into(), found });
+        };
+        let hidden = self.resnet.forward(hidden, Some(time), pass)?;
+        match &self.attention {
+            Some(attention) => attention.forward(&hidden, context, pass),
+            None => Ok(hidden),
+        }
+    }
+
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        self.resnet.visit(visit);
+        if let Some(attention) = &mut self.attention {
+            attention.visit(visit);
+        }
+    }
 }
 
 impl Unet {
@@ -140,6 +167,10 @@ impl Unet {
         let norm = Norm { groups: config.norm_groups, epsilon: 1e-5 };
         let resnet = |scope: Weights<'_>, inputs, outputs| ResnetBlock::new(&scope, inputs, outputs, Some(time), norm);
         let levels = channels.len();
+        let attention = |scope: Weights<'_>, level: usize| match config.attention[level] {
+            true => SpatialTransformer::new(&scope, config.transformer(level)).map(Some),
+            false => Ok(None),
+        };
 
         // The channels of every activation that the way up takes over from the way down, in order of creation.
         let mut skips = vec![first];
@@ -147,14 +178,12 @@ impl Unet {
         for level in 0..levels {
             let scope = weights.at("down_blocks").at(level);
             let mut inputs = if level == 0 { first } else { channels[level - 1] };
-            let mut built = Level { resnets: Vec::new(), attentions: Vec::new(), resample: None };
+            let mut built = Level { stages: Vec::new(), resample: None };
             for layer in 0..config.layers_per_block {
-                built.resnets.push(resnet(scope.at("resnets").at(layer), inputs, channels[level])?);
-                if config.attention[level] {
-                    built
-                        .attentions
-                        .push(SpatialTransformer::new(&scope.at("attentions").at(layer), config.transformer(level))?);
-                }
+                built.stages.push(Shared::new(Stage {
+                    resnet: resnet(scope.at("resnets").at(layer), inputs, channels[level])?,
+                    attention: attention(scope.at("attentions").at(layer), level)?,
+                }));
                 inputs = channels[level];
                 skips.push(inputs);
             }
@@ -170,15 +199,13 @@ impl Unet {
         let mut inputs = last;
         for (index, level) in (0..levels).rev().enumerate() {
             let scope = weights.at("up_blocks").at(index);
-            let mut built = Level { resnets: Vec::new(), attentions: Vec::new(), resample: None };
+            let mut built = Level { stages: Vec::new(), resample: None };
             for layer in 0..=config.layers_per_block {
                 let skip = skips.pop().expect("one skip for each block on the way up");
-                built.resnets.push(resnet(scope.at("resnets").at(layer), inputs + skip, channels[level])?);
-                if config.attention[level] {
-                    built
-                        .attentions
-                        .push(SpatialTransformer::new(&scope.at("attentions").at(layer), config.transformer(level))?);
-                }
+                built.stages.push(Shared::new(Stage {
+                    resnet: resnet(scope.at("resnets").at(layer), inputs + skip, channels[level])?,
+                    attention: attention(scope.at("attentions").at(layer), level)?,
+                }));
                 inputs = channels[level];
             }
             if level > 0 {
@@ -192,9 +219,11 @@ impl Unet {
             time_linear_1: AdaptableLayer::linear(&weights.at("time_embedding.linear_1"), first, time, true)?,
             time_linear_2: AdaptableLayer::linear(&weights.at("time_embedding.linear_2"), time, time, true)?,
             down,
-            mid_first: resnet(mid.at("resnets.0"), last, last)?,
-            mid_attention: SpatialTransformer::new(&mid.at("attentions.0"), config.transformer(levels - 1))?,
-            mid_second: resnet(mid.at("resnets.1"), last, last)?,
+            mid_first: Shared::new(Stage {
+                resnet: resnet(mid.at("resnets.0"), last, last)?,
+                attention: Some(SpatialTransformer::new(&mid.at("attentions.0"), config.transformer(levels - 1))?),
+            }),
+            mid_second: Shared::new(Stage { resnet: resnet(mid.at("resnets.1"), last, last)?, attention: None }),
             up,
             conv_norm_out: GroupNorm::new(&weights.at("conv_norm_out"), first, config.norm_groups, 1e-5)?,
             conv_out: AdaptableLayer::conv2d(&weights.at("conv_out"), first, config.latent_channels, 3, 1)?,
@@ -233,14 +262,15 @@ impl Unet {
         let time = self.time_embedding(timesteps, latents)?.f_to_kind(kind)?;
         let time = self.time_linear_2.forward(&self.time_linear_1.forward(&time, pass)?.f_silu()?, pass)?.f_silu()?;
 
+        let stage = |stage: &Shared<Stage>, hidden: &Tensor| {
+            pass.block(stage, &[hidden, &time, &context], |stage, inputs, pass| stage.forward(inputs, pass))
+        };
+
         let mut hidden = self.conv_in.forward(&latents.f_to_kind(kind)?, pass)?;
         let mut skips = vec![hidden.shallow_clone()];
         for level in &self.down {
-            for (index, resnet) in level.resnets.iter().enumerate() {
-                hidden = resnet.forward(&hidden, Some(&time), pass)?;
-                if let Some(attention) = level.attentions.get(index) {
-                    hidden = attention.forward(&hidden, &context, pass)?;
-                }
+            for own in &level.stages {
+                hidden = stage(own, &hidden)?;
                 skips.push(hidden.shallow_clone());
             }
             if let Some(downsample) = &level.resample {
@@ -249,17 +279,12 @@ impl Unet {
             }
         }
 
-        hidden = self.mid_first.forward(&hidden, Some(&time), pass)?;
-        hidden = self.mid_attention.forward(&hidden, &context, pass)?;
-        hidden = self.mid_second.forward(&hidden, Some(&time), pass)?;
+        hidden = stage(&self.mid_second, &stage(&self.mid_first, &hidden)?)?;
 
         for level in &self.up {
-            for (index, resnet) in level.resnets.iter().enumerate() {
+            for own in &level.stages {
                 let skip = skips.pop().expect("the constructor counted them");
-                hidden = resnet.forward(&Tensor::f_cat(&[hidden, skip], 1)?, Some(&time), pass)?;
-                if let Some(attention) = level.attentions.get(index) {
-                    hidden = attention.forward(&hidden, &context, pass)?;
-                }
+                hidden = stage(own, &Tensor::f_cat(&[hidden, skip], 1)?)?;
             }
             if let Some(conv) = &level.resample {
                 // To the next skip's size: twice this one, unless an odd size was rounded on the way down.
@@ -301,9 +326,8 @@ impl Adaptable for Unet {
         visit(&mut self.time_linear_1);
         visit(&mut self.time_linear_2);
         self.down.iter_mut().for_each(|level| level.visit(visit));
-        self.mid_first.visit(visit);
-        self.mid_attention.visit(visit);
-        self.mid_second.visit(visit);
+        own(&mut self.mid_first).visit(visit);
+        own(&mut self.mid_second).visit(visit);
         self.up.iter_mut().for_each(|level| level.visit(visit));
         visit(&mut self.conv_out);
     }
@@ -311,12 +335,7 @@ impl Adaptable for Unet {
 
 impl Level {
     fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
-        for (index, resnet) in self.resnets.iter_mut().enumerate() {
-            resnet.visit(visit);
-            if let Some(attention) = self.attentions.get_mut(index) {
-                attention.visit(visit);
-            }
-        }
+        self.stages.iter_mut().for_each(|stage| own(stage).visit(visit));
         self.resample.iter_mut().for_each(visit);
     }
 }

@@ -375,6 +375,13 @@ pub const KEYS: &[(&str, &[Key])] = &[
             ),
             key("device", "auto, cpu, cuda, cuda:N", "\"auto\"", "Where to train.", ""),
             key(
+                "gradient_checkpointing",
+                "true/false",
+                "false",
+                "Compute the activations within blocks again in the backward pass instead of keeping them; the result is the same.",
+                "Large: only what lies between blocks is kept. Costs about a third more time.",
+            ),
+            key(
                 "cache_latents",
                 "true/false",
                 "true",

@@ -79,6 +79,7 @@ impl Session {
             record.keep_tokens = captions.keep_tokens;
         }
         record.cache_latents = config.cache_latents;
+        record.gradient_checkpointing = config.gradient_checkpointing;
         record.base_name =
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         record.base_legacy_hash = self.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());

@@ -1,0 +1,99 @@
+// Gradient checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): a part of a network whose
+// activations are not kept but computed again in the backward pass. The part itself is a callback into Rust.
+
+#include <ATen/core/ivalue.h>
+#include <torch/custom_class.h>
+#include <torch/torch.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+// Computes the part: gives a new tensor, or null with a text that stays until this thread's next call.
+using Run = torch::Tensor *(*)(void *part, torch::Tensor **inputs, size_t count, const char **error);
+using Drop = void (*)(void *part);
+
+// Owns the Rust side of a part for as long as the graph may need it.
+struct Part : torch::CustomClassHolder {
+  Part(void *data, Run run, Drop drop) : data(data), run(run), drop(drop) {}
+  ~Part() override { drop(data); }
+
+  torch::Tensor operator()(std::vector<torch::Tensor> &inputs) const {
+    std::vector<torch::Tensor *> pointers;
+    pointers.reserve(inputs.size());
+    for (auto &input : inputs) pointers.push_back(&input);
+    const char *error = nullptr;
+    torch::Tensor *output = run(data, pointers.data(), pointers.size(), &error);
+    if (output == nullptr) throw std::runtime_error(error ? error : "a checkpointed part failed");
+    torch::Tensor result = *output;
+    delete output;
+    return result;
+  }
+
+  void *data;
+  Run run;
+  Drop drop;
+};
+
+struct Checkpoint : torch::autograd::Function<Checkpoint> {
+  // `anchor` requires a gradient and gets none: it puts the part into the graph even where only its parameters are trained.
+  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &anchor,
+                               at::TensorList inputs, c10::IValue part) {
+    (void)anchor;
+    context->saved_data["part"] = part;
+    std::vector<torch::Tensor> plain(inputs.begin(), inputs.end());
+    context->save_for_backward(plain);
+    return (*static_cast<Part *>(part.toCapsule().get()))(plain);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const auto part = context->saved_data["part"].toCapsule();
+    std::vector<torch::Tensor> inputs;
+    inputs.reserve(saved.size());
+    for (const auto &input : saved) inputs.push_back(input.detach().set_requires_grad(input.requires_grad()));
+    {
+      torch::AutoGradMode on(true);
+      torch::Tensor output = (*static_cast<Part *>(part.get()))(inputs);
+      // Parameters of the part get their gradients here, inputs below.
+      if (output.requires_grad()) torch::autograd::backward({output}, {gradients[0]});
+    }
+    torch::autograd::variable_list result;
+    result.push_back(torch::Tensor());
+    for (auto &input : inputs) result.push_back(input.requires_grad() ? input.grad() : torch::Tensor());
+    result.push_back(torch::Tensor());
+    return result;
+  }
+};
+
+thread_local std::string last_error;
+
+} // namespace
+
+extern "C" {
+
+const char *lora_checkpoint_last_error() { return last_error.c_str(); }
+
+// Takes over `part`, whatever happens. The output is a new tensor; null on failure.
+torch::Tensor *lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count) {
+  auto holder = c10::make_intrusive<Part>(part, run, drop);
+  try {
+    torch::autograd::variable_list list;
+    for (size_t i = 0; i < count; ++i) list.push_back(*inputs[i]);
+    torch::Tensor anchor = torch::empty({0}).set_requires_grad(true);
+    auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(holder));
+    return new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule));
+  } catch (const c10::Error &error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception &error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "unknown C++ exception";
+  }
+  return nullptr;
+}
+
+} // extern "C"
