@@ -547,7 +547,7 @@ fn checkpointing_gives_the_same_update() {
     for (a, b) in reports.iter().zip(&others) {
         assert!((a.loss / b.loss - 1.0).abs() < 1e-6 && a.gradient_norm.is_some(), "{} {}", a.loss, b.loss);
         let norms = (a.gradient_norm.unwrap(), b.gradient_norm.unwrap());
-        assert!((norms.0 / norms.1 - 1.0).abs() < 1e-5, "{norms:?}");
+        assert!((norms.0 / norms.1 - 1.0).abs() < 1e-4, "{norms:?}");
     }
     assert!(distance(&plain, &again) < 1e-4, "{}", distance(&plain, &again));
     // A frozen text encoder, and a frozen U-Net.
