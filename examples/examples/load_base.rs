@@ -16,9 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let checkpoint = Checkpoint::open(path)?;
     let parts = (
-        load_text_encoder(&checkpoint, kind, Device::Cpu)?,
+        load_text_encoder(&checkpoint, kind, Device::Cpu, None)?,
         load_vae(&checkpoint, kind, Device::Cpu)?,
-        load_unet(&checkpoint, kind, Device::Cpu)?,
+        load_unet(&checkpoint, kind, Device::Cpu, None)?,
     );
     let after = host_memory().ok_or("the kernel does not tell")?;
     println!(

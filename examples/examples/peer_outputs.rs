@@ -23,8 +23,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [base, lora, outputs] = arguments.as_slice() else { return Err("expected BASE LORA OUTPUTS".into()) };
     let checkpoint = Checkpoint::open(base)?;
-    let mut unet = load_unet(&checkpoint, Kind::Float, Device::Cpu)?;
-    let mut text = load_text_encoder(&checkpoint, Kind::Float, Device::Cpu)?;
+    let mut unet = load_unet(&checkpoint, Kind::Float, Device::Cpu, None)?;
+    let mut text = load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, None)?;
 
     let width = unet.config().context;
     let sample = HostTensor::from_f32([2, 4, 16, 16], Stream::new(1).at("sample").normals(2 * 4 * 16 * 16))?;

@@ -1,5 +1,6 @@
 //! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
-//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1]`.
+//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1] [STORAGE]`,
+//! storage 0 for fp32, 1 for fp16, 2 for fp8, 3 for int8.
 
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::frozen::Storage;
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
@@ -21,9 +23,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (pixels, rank, steps) = (number(0, 256), number(1, 8) as usize, number(2, 5));
     let pass = Pass { recompute: number(3, 0) != 0, ..Pass::default() };
 
+    let storage = [None, Some(Storage::Half), Some(Storage::Float8), Some(Storage::Int8)];
+    let storage = storage[number(4, 0).clamp(0, 3) as usize];
     let device = device::resolve("auto")?;
     let weights = SyntheticWeights::new("unet");
-    let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, device), SyntheticModel::full().unet)?;
+    let mut unet =
+        Unet::new(&Weights::new(&weights, Kind::Float, device).stored_as(storage), SyntheticModel::full().unet)?;
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank, rank as f64, 0);
@@ -45,6 +50,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);
     let kept = if pass.recompute { ", checkpointed" } else { "" };
-    println!("ours {pixels} px rank {rank}{kept} on {device:?}: {} s a step; peak RSS {peak} MiB", times.join(", "));
+    let stored = storage.map_or_else(String::new, |storage| format!(", stored as {storage:?}"));
+    println!(
+        "ours {pixels} px rank {rank}{kept}{stored} on {device:?}: {} s a step; peak RSS {peak} MiB",
+        times.join(", ")
+    );
     Ok(())
 }

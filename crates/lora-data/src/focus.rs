@@ -1,7 +1,7 @@
 //! Where the subject of a picture is, as far as pixels tell: the crop that holds the most salience.
 //!
 //! Salience of a pixel is the strength of its edges (the gradient of its brightness) plus how far its colour is from the
-//! mean colour of the picture's border, both on a copy of at most [`SIDE`] pixels a side. It knows nothing of faces or
+//! mean colour of the picture's border, both on a copy of at most 96 pixels a side. It knows nothing of faces or
 //! things: it finds what stands out from a plain or blurred background, and stays near the middle where nothing does.
 
 use crate::RgbPicture;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::TchBackend;
-use lora_torch::backend::apply_layer;
 use lora_torch::checkpoint::{Shared, checkpoint};
+use lora_torch::frozen::FrozenWeight;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::weights::Weights;
@@ -69,7 +69,7 @@ pub struct AttachedAdapter {
 #[derive(Debug)]
 pub struct AdaptableLayer {
     path: String,
-    weight: Tensor,
+    weight: FrozenWeight,
     bias: Option<Tensor>,
     geometry: LayerGeometry,
     adapter: Option<AttachedAdapter>,
@@ -90,7 +90,7 @@ impl AdaptableLayer {
     pub fn new(weights: &Weights<'_>, geometry: LayerGeometry, bias: bool) -> Result<Self> {
         Ok(Self {
             path: weights.prefix().to_owned(),
-            weight: weights.tensor("weight", &geometry.weight_shape())?,
+            weight: weights.frozen("weight", &geometry.weight_shape())?,
             bias: bias.then(|| weights.tensor("bias", &[geometry.outputs()])).transpose()?,
             geometry,
             adapter: None,
@@ -135,7 +135,7 @@ impl AdaptableLayer {
     /// The layer's output, with its adapter's update where it carries one.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let Some(adapter) = &self.adapter else {
-            return Ok(apply_layer(&self.geometry, input, &self.weight, self.bias.as_ref())?);
+            return Ok(self.weight.apply(&self.geometry, input, self.bias.as_ref())?);
         };
         let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
             items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
@@ -152,11 +152,11 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
     }
 
     fn forward(&self, input: &Tensor) -> lora_core::Result<Tensor> {
-        Ok(apply_layer(&self.geometry, input, &self.weight, self.bias.as_ref())?)
+        Ok(self.weight.apply(&self.geometry, input, self.bias.as_ref())?)
     }
 
     fn weight(&self) -> lora_core::Result<Tensor> {
-        Ok(self.weight.shallow_clone())
+        Ok(self.weight.whole()?)
     }
 
     fn bias(&self) -> Option<Tensor> {

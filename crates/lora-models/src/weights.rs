@@ -7,6 +7,7 @@ use std::cell::RefCell;
 
 use lora_core::HostTensor;
 use lora_core::random::{fnv1a64, philox4x32};
+use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
@@ -37,6 +38,9 @@ pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> R
     })
 }
 
+/// Weights of fewer elements are not worth storing otherwise.
+const SMALL: usize = 1024;
+
 /// A source, a prefix, and where weights go.
 #[derive(Clone)]
 pub struct Weights<'s> {
@@ -44,6 +48,7 @@ pub struct Weights<'s> {
     prefix: String,
     kind: Kind,
     device: Device,
+    storage: Option<Storage>,
 }
 
 impl std::fmt::Debug for Weights<'_> {
@@ -55,7 +60,22 @@ impl std::fmt::Debug for Weights<'_> {
 impl<'s> Weights<'s> {
     /// The root of a source; tensors will be of `kind` on `device`.
     pub fn new(source: &'s dyn WeightSource, kind: Kind, device: Device) -> Self {
-        Self { source, prefix: String::new(), kind, device }
+        Self { source, prefix: String::new(), kind, device, storage: None }
+    }
+
+    /// Weights of layers are stored in fewer bytes than they compute in.
+    #[must_use]
+    pub fn stored_as(self, storage: Option<Storage>) -> Self {
+        Self { storage, ..self }
+    }
+
+    /// The weight of a frozen layer, stored as was asked for; small ones stay as they are.
+    pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<FrozenWeight> {
+        let weight = self.tensor(name, shape)?;
+        match self.storage.filter(|_| shape.len() >= 2 && weight.numel() >= SMALL) {
+            Some(storage) => Ok(FrozenWeight::stored(&weight, storage)?),
+            None => Ok(FrozenWeight::plain(weight)),
+        }
     }
 
     /// The scope below this one.

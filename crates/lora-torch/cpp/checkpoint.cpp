@@ -45,7 +45,9 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     context->saved_data["part"] = part;
     std::vector<torch::Tensor> plain(inputs.begin(), inputs.end());
     context->save_for_backward(plain);
-    return (*static_cast<Part *>(part.toCapsule().get()))(plain);
+    const torch::Tensor output = (*static_cast<Part *>(part.toCapsule().get()))(plain);
+    // What leaves a function must not be a view, which in-place operations outside could not follow.
+    return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,

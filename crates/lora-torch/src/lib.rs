@@ -4,6 +4,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod device;
 mod error;
+pub mod frozen;
 pub mod gradients;
 pub mod memory;
 mod scaler;

@@ -2,23 +2,29 @@
 //! configs where there are any. Each part is loaded by itself, so that a trainer can let go of one before the next.
 
 use lora_io::checkpoint::{Checkpoint, Part};
+use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind};
 
 use super::{ClipConfig, ClipTextEncoder, NoiseSchedule, Prediction, Unet, UnetConfig, Vae, VaeConfig};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
-/// The text encoder.
-pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<ClipTextEncoder> {
+/// The text encoder; weights of its layers may be stored in fewer bytes.
+pub fn load_text_encoder(
+    checkpoint: &Checkpoint,
+    kind: Kind,
+    device: Device,
+    storage: Option<Storage>,
+) -> Result<ClipTextEncoder> {
     let part = checkpoint.part(Part::TextEncoder);
     let config = part.config();
     let heads = config.and_then(|config| config["num_attention_heads"].as_u64()).map(|heads| heads as usize);
     let act = config.and_then(|config| config["hidden_act"].as_str());
-    ClipTextEncoder::new(&Weights::new(part, kind, device), ClipConfig::detect(part, heads, act)?)
+    ClipTextEncoder::new(&Weights::new(part, kind, device).stored_as(storage), ClipConfig::detect(part, heads, act)?)
 }
 
-/// The U-Net.
-pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Unet> {
+/// The U-Net; weights of its layers may be stored in fewer bytes.
+pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, storage: Option<Storage>) -> Result<Unet> {
     let part = checkpoint.part(Part::Unet);
     let config = part.config();
     // Newer configs have the count under its right name; `attention_head_dim` means the count in SD 1.x all the same.
@@ -35,7 +41,7 @@ pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<
         }
     });
     let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
-    Unet::new(&Weights::new(part, kind, device), UnetConfig::detect(part, heads.as_deref(), groups)?)
+    Unet::new(&Weights::new(part, kind, device).stored_as(storage), UnetConfig::detect(part, heads.as_deref(), groups)?)
 }
 
 /// The autoencoder.

@@ -18,6 +18,7 @@ use lora_core::target::Targets;
 use lora_data::DatasetOptions;
 use lora_data::tokenizer::TextCleaning;
 use lora_models::stable_diffusion::SamplerKind;
+use lora_torch::frozen::Storage;
 
 use read::Reader;
 
@@ -113,6 +114,8 @@ pub struct TrainConfig {
     pub min_snr_gamma: Option<f64>,
     pub precision: DType,
     pub device: String,
+    /// `base_storage`; `None` where weights are stored as they compute.
+    pub base_storage: Option<Storage>,
     pub gradient_checkpointing: bool,
     pub cache_latents: bool,
     pub cache_dir: Option<PathBuf>,
@@ -332,6 +335,18 @@ impl TrainConfig {
             min_snr_gamma: reader.number("min_snr_gamma", "a number above 0", positive),
             precision: reader.choice("precision", DTYPES).unwrap_or(DType::F16),
             device,
+            base_storage: reader
+                .choice(
+                    "base_storage",
+                    &[
+                        ("precision", None),
+                        ("fp16", Some(Storage::Half)),
+                        ("bf16", Some(Storage::BFloat16)),
+                        ("fp8", Some(Storage::Float8)),
+                        ("int8", Some(Storage::Int8)),
+                    ],
+                )
+                .unwrap_or_default(),
             gradient_checkpointing: reader.boolean("gradient_checkpointing", false),
             cache_latents: reader.boolean("cache_latents", true),
             cache_dir: reader.text("cache_dir").map(PathBuf::from),

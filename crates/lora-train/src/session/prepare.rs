@@ -100,8 +100,9 @@ impl Session {
         };
         memory::empty_cache(device)?;
 
+        let storage = config.base_storage;
         progress(Preparing::Loading("text encoder"));
-        let text_encoder = load_text_encoder(&checkpoint, kind, device)?;
+        let text_encoder = load_text_encoder(&checkpoint, kind, device, storage)?;
         if config.clip_skip > text_encoder.config().layers {
             return Err(lora_models::Error::Input {
                 what: "clip_skip",
@@ -124,7 +125,7 @@ impl Session {
             captions.dedup();
             let _guard = no_grad_guard();
             let identity = match disk {
-                Some(_) => format!("{} {kind:?} {device:?}", checkpoint.part(Part::TextEncoder).sha256()?),
+                Some(_) => format!("{} {kind:?} {storage:?} {device:?}", checkpoint.part(Part::TextEncoder).sha256()?),
                 None => String::new(),
             };
             let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
@@ -149,7 +150,7 @@ impl Session {
         memory::empty_cache(device)?;
 
         progress(Preparing::Loading("U-Net"));
-        let mut unet = load_unet(&checkpoint, kind, device)?;
+        let mut unet = load_unet(&checkpoint, kind, device, storage)?;
         let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
         if config.train_unet {
             networks.push(&mut unet);

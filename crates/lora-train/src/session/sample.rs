@@ -49,7 +49,12 @@ impl Session {
             Some(encoder) => self.text.states(encoder, &[caption], self.device, &pass),
             // A frozen text encoder has left the device: it comes back for a caption that was not foreseen.
             None => {
-                let encoder = load_text_encoder(&self.checkpoint, kind_of(self.precision), self.device)?;
+                let encoder = load_text_encoder(
+                    &self.checkpoint,
+                    kind_of(self.precision),
+                    self.device,
+                    self.config.base_storage,
+                )?;
                 self.text.states(&encoder, &[caption], self.device, &pass)
             }
         }
