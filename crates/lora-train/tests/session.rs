@@ -532,7 +532,8 @@ fn weighted_words_change_the_states() {
 #[test]
 fn checkpointing_gives_the_same_update() {
     let folder = workspace();
-    // ε as above: without it AdamW blows rounding up.
+    // ε as above: without it AdamW blows rounding up. At 64 pixels the middle of the tiny network has groups of two numbers,
+    // whose normalisation is a sign that rounding may flip.
     let keys = [
         "lora_dropout=0.2",
         "rank_dropout=0.1",
@@ -540,6 +541,7 @@ fn checkpointing_gives_the_same_update() {
         "batch_size=2",
         "adam_eps=1",
         "learning_rate=0.01",
+        "max_resolution=128",
     ];
     let run = |own: &str| trained(folder.path(), &[&keys[..], &[own]].concat());
     let (plain, reports) = run("gradient_checkpointing=false");
@@ -553,7 +555,7 @@ fn checkpointing_gives_the_same_update() {
     // A frozen text encoder, and a frozen U-Net.
     for own in ["train_text_encoder=false", "train_unet=false"] {
         let loss = |checkpointing: &str| {
-            let reports = trained(folder.path(), &[own, checkpointing, keys[4], keys[5]]).1;
+            let reports = trained(folder.path(), &[own, checkpointing, keys[4], keys[5], keys[6]]).1;
             (reports[1].loss, reports[1].gradient_norm.unwrap())
         };
         let (plain, again) = (loss("gradient_checkpointing=false"), loss("gradient_checkpointing=true"));
@@ -573,17 +575,18 @@ fn checkpointing_gives_the_same_update() {
 fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
     let folder = workspace();
     let run = |keys: &[&str]| {
-        let report = trained(folder.path(), &[keys, &["batch_size=8"]].concat()).1[0].clone();
+        let report =
+            trained(folder.path(), &[keys, &["batch_size=4", "max_resolution=128", "max_train_steps=1"]].concat()).1[0]
+                .clone();
         (report.loss, report.gradient_norm.unwrap())
     };
     let whole = run(&[]);
-    // The layers themselves are held against the whole weights in lora-torch. Gradients of a tiny network of random weights
-    // answer to small changes far more than its loss does, so they only need to be of a size.
-    for (storage, tolerance) in [("fp16", 1e-5), ("bf16", 3e-3), ("fp8", 2e-2), ("int8", 1e-3)] {
+    // The layers themselves are held against the whole weights in lora-torch. (Resolution: see above.)
+    for (storage, tolerance) in [("fp16", 1e-5), ("bf16", 5e-3), ("fp8", 8e-2), ("int8", 3e-3)] {
         let storage = format!("base_storage={storage}");
         let (loss, norm) = run(&[&storage]);
-        let apart = (loss / whole.0 - 1.0).abs();
-        assert!(apart < tolerance && norm / whole.1 < 1.5 && whole.1 / norm < 1.5, "{storage}: {apart}, {norm}");
+        let apart = (loss / whole.0 - 1.0).abs().max((norm / whole.1 - 1.0).abs());
+        assert!(apart < tolerance, "{storage}: {apart}");
         let again = run(&[&storage, "gradient_checkpointing=true"]);
         assert!((loss / again.0 - 1.0).abs() < 1e-6 && (norm / again.1 - 1.0).abs() < 1e-5, "{storage}");
     }
