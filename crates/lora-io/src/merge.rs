@@ -1,5 +1,5 @@
 //! Merging adapters into a base checkpoint: streamed from the memory map into place, one tile of a tensor at a time, on all
-//! cores. The arithmetic is `lora-core`'s; which tensor a module means is [`targets`]'s business.
+//! cores. The arithmetic is `lora-core`'s; which tensor a module means is `targets`'s business.
 //!
 //! Tensors that no adapter changes are copied as they are. The others are added up in f32 and rounded once, to nearest
 //! even, to the base's type or another. The output appears whole or not at all, and is never one of the inputs.

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 /// Prefix of the metadata of other formats in the header.
 const METADATA: &str = "lora.metadata.";
 
-/// Notes an architecture in an adapter, for [`write`].
+/// Notes an architecture in an adapter, for [`write()`].
 pub fn set_architecture(adapter: &mut Adapter, architecture: &Architecture) {
     for (key, value) in architecture.values() {
         let value = match value {
