@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use lora_data::Pictures;
 use lora_data::dataset::Strictness;
+use lora_data::finding::Severity;
 use lora_data::report::{DatasetReport, ReportOptions, html, inspect};
 use lora_data::tokenizer::{ClipTokenizer, TextCleaning};
 use lora_train::Plugins;
@@ -76,7 +77,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     } else {
         print(&title, &report, arguments.findings);
     }
-    let lost = report.findings.iter().filter(|finding| finding.kind.severity().name() == "lost").count();
+    let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
     match (report.pictures.is_empty(), arguments.strict && lost > 0) {
         (true, _) => Err(Failure::Work(format!("{title}: there are no pictures that can be used"))),
         (_, true) => Err(Failure::Work(format!("{lost} file(s) or folder(s) cannot be used"))),

@@ -127,8 +127,8 @@ impl fmt::Display for Finding {
     }
 }
 
-// Both have serde's signatures.
-fn lossy<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+/// A path as JSON has it; serde's signature.
+pub(crate) fn lossy<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 

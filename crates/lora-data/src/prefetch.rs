@@ -30,13 +30,16 @@ impl<J, T> Shared<J, T> {
     }
 }
 
+type Work<J, T> = dyn Fn(<J as Iterator>::Item) -> T + Send + Sync;
+
 /// Results of jobs in their order, made ahead; see [`ahead`]. Dropping it ends the threads.
-pub struct Ahead<J, T> {
+pub struct Ahead<J: Iterator, T> {
     shared: Arc<Shared<J, T>>,
+    work: Arc<Work<J, T>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl<J, T> std::fmt::Debug for Ahead<J, T> {
+impl<J: Iterator, T> std::fmt::Debug for Ahead<J, T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Ahead").field("threads", &self.threads.len()).finish()
     }
@@ -61,9 +64,9 @@ where
 {
     let state = State { jobs, begun: 0, wanted: 0, done: BTreeMap::new(), exhausted: false, stopped: false };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-    let work: Arc<dyn Fn(J::Item) -> T + Send + Sync> = Arc::new(work);
+    let work: Arc<Work<J, T>> = Arc::new(work);
     let window = window.max(1) as u64;
-    let run = |shared: Arc<Shared<J, T>>, work: Arc<dyn Fn(J::Item) -> T + Send + Sync>| {
+    let run = |shared: Arc<Shared<J, T>>, work: Arc<Work<J, T>>| {
         move || {
             loop {
                 let mut state = shared.lock();
@@ -93,7 +96,7 @@ where
             std::thread::Builder::new().name("lora-prefetch".into()).spawn(run).ok()
         })
         .collect();
-    Ahead { shared, threads }
+    Ahead { shared, work, threads }
 }
 
 impl<J: Iterator, T> Iterator for Ahead<J, T> {
@@ -110,15 +113,21 @@ impl<J: Iterator, T> Iterator for Ahead<J, T> {
                 // A panic of the work is the caller's, as if it had been done here.
                 return Some(result.unwrap_or_else(|payload| resume_unwind(payload)));
             }
-            if state.exhausted && state.begun == wanted || self.threads.is_empty() {
+            if state.exhausted && state.begun == wanted {
                 return None;
+            }
+            if self.threads.is_empty() {
+                // No thread could be had: the work is done here.
+                let job = state.jobs.next()?;
+                drop(state);
+                return Some((self.work)(job));
             }
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
-impl<J, T> Drop for Ahead<J, T> {
+impl<J: Iterator, T> Drop for Ahead<J, T> {
     fn drop(&mut self) {
         self.shared.lock().stopped = true;
         self.shared.changed.notify_all();

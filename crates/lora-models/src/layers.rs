@@ -1,7 +1,8 @@
 //! The layers that networks are made of: frozen linear layers and convolutions that can carry an adapter, norms, and
 //! attention. Adapter formulas live in lora-core.
 //!
-//! Precision: weights are held in the compute dtype (fp32, bf16 or fp16) and inputs come in it. Norms and the softmax of
+//! Precision: inputs come in the compute dtype (fp32, bf16 or fp16); weights are held in it, or in fewer bytes and made
+//! whole while their layer computes. Norms and the softmax of
 //! attention accumulate in fp32 inside libtorch's kernels, whatever the dtype of their input.
 
 use std::sync::Arc;

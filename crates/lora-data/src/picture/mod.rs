@@ -153,7 +153,11 @@ pub(crate) fn decode_bytes(
         let reduced = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
             // A quarter turn swaps the sides.
             let (across, down) = if is_turned(orientation) { (down, across) } else { (across, down) };
-            let fits = |factor: &usize| width as usize / factor >= across && height as usize / factor >= down;
+            let bytes_at = |factor: usize| 6 * (width as u64 * height as u64) / (factor * factor) as u64;
+            let fits = |&factor: &usize| {
+                let large = width as usize / factor >= across && height as usize / factor >= down;
+                large && bytes_at(factor) <= MAX_DECODED_BYTES
+            };
             jpeg::decode(bytes, [8, 4, 2].into_iter().find(fits)?)
         });
         let reduced = reduced.and_then(|own| {

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::crop::CropPlan;
@@ -70,7 +70,7 @@ impl Default for ReportOptions {
 #[derive(Debug, Clone, Serialize)]
 pub struct PictureReport {
     /// The file.
-    #[serde(serialize_with = "lossy")]
+    #[serde(serialize_with = "crate::finding::lossy")]
     pub path: PathBuf,
     /// Number of its dataset.
     pub dataset: usize,
@@ -384,9 +384,4 @@ fn darkened(mut sample: Sample) -> Sample {
         }
     }
     sample
-}
-
-// serde's signature.
-fn lossy<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
 }

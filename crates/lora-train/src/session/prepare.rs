@@ -95,7 +95,11 @@ impl Session {
         let pictures = Arc::new(pictures);
         let sampler = pictures.sampler(config.seed);
         let latents = match encoded {
-            Some(all) => LatentSource::Cached(all),
+            Some(all) => {
+                // It must make room before anything else comes.
+                drop(encoder);
+                LatentSource::Cached(all)
+            }
             None => LatentSource::fresh(encoder, &pictures, &sampler, &config),
         };
         memory::empty_cache(device)?;
@@ -131,15 +135,16 @@ impl Session {
             let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
             for (index, caption) in captions.iter().enumerate() {
                 let states = latents::text_states(disk, caption, &text, || {
-                    text.states(&text_encoder, &[caption], device, &Pass::default())
+                    let states = text.states(&text_encoder, &[caption], device, &Pass::default())?;
+                    match encode::is_finite(&states)? {
+                        true => Ok(states),
+                        false => Err(Error::NotFinite {
+                            stage: "the text encoder",
+                            place: format!(" for the caption {caption:?}"),
+                            remedy: "use precision = \"bf16\" or \"fp32\"",
+                        }),
+                    }
                 })?;
-                if !encode::is_finite(&states)? {
-                    return Err(Error::NotFinite {
-                        stage: "the text encoder",
-                        place: format!(" for the caption {caption:?}"),
-                        remedy: "use precision = \"bf16\" or \"fp32\"",
-                    });
-                }
                 text_states.insert(caption.clone(), states.f_to_device(Device::Cpu)?);
                 progress(Preparing::Captions(index + 1, captions.len()));
             }
