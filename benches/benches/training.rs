@@ -14,6 +14,7 @@ use lora_torch::device;
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 /// A U-Net with a LoRA, a batch, and everything a step takes.
@@ -35,10 +36,13 @@ impl Step {
         let targets = Targets::parse(&["attention"]).and_then(|targets| targets.select(&layers)).expect("a preset");
         let options = AdapterOptions::lora(rank, rank as f64, 0);
         let mut adapter = TrainableAdapter::default();
-        adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None).expect("LoRA attaches");
+        let mut parameters = ParameterList::default();
+        adapter
+            .attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)
+            .expect("LoRA attaches");
         let latents = Tensor::randn([batch, 4, side, side], (Kind::Float, device));
         let context = Tensor::randn([batch, 77, model.unet.context as i64], (Kind::Float, device));
-        Self { unet, adapter, schedule: NoiseSchedule::new(Prediction::Epsilon), latents, context }
+        Self { unet, parameters, schedule: NoiseSchedule::new(Prediction::Epsilon), latents, context }
     }
 
     fn run(&mut self) {
@@ -56,11 +60,11 @@ impl Step {
             &pass,
         );
         loss.expect("a step runs").backward();
-        self.adapter.clip(1.0).expect("gradients are there");
-        self.adapter
+        self.parameters.clip(1.0).expect("gradients are there");
+        self.parameters
             .step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })
             .expect("AdamW steps");
-        self.adapter.clear_gradients().expect("gradients clear");
+        self.parameters.clear_gradients().expect("gradients clear");
     }
 }
 

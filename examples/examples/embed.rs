@@ -7,7 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let text = std::fs::read_to_string("examples/quickstart.toml")?;
     let config = TrainConfig::from_text(&text, Format::Toml, &["output_name=embedded"])?;
     let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {})?;
-    println!("{} numbers to train in {} modules", session.adapter().parameters(), session.adapter().modules());
+    println!("{} numbers to train in {} layers", session.parameters().elements(), session.targets().len());
 
     let mut best = f64::INFINITY;
     while let Some(report) = session.step()? {

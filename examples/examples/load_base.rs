@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use lora_io::checkpoint::Checkpoint;
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, load_vae};
+use lora_models::weights::Held;
 use lora_torch::memory::host_memory;
 use lora_torch::tch::{Device, Kind};
 
@@ -16,9 +17,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let checkpoint = Checkpoint::open(path)?;
     let parts = (
-        load_text_encoder(&checkpoint, kind, Device::Cpu, None)?,
-        load_vae(&checkpoint, kind, Device::Cpu)?,
-        load_unet(&checkpoint, kind, Device::Cpu, None)?,
+        load_text_encoder(&checkpoint, kind, Device::Cpu, Held::default())?,
+        load_vae(&checkpoint, kind, Device::Cpu, Held::default())?,
+        load_unet(&checkpoint, kind, Device::Cpu, Held::default())?,
     );
     let after = host_memory().ok_or("the kernel does not tell")?;
     println!(

@@ -13,8 +13,10 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::write;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{ClipTextEncoder, Unet, load_text_encoder, load_unet};
+use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_host, to_host};
+use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 type Answer = Result<Tensor, Box<dyn Error>>;
@@ -23,8 +25,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [base, lora, outputs] = arguments.as_slice() else { return Err("expected BASE LORA OUTPUTS".into()) };
     let checkpoint = Checkpoint::open(base)?;
-    let mut unet = load_unet(&checkpoint, Kind::Float, Device::Cpu, None)?;
-    let mut text = load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, None)?;
+    let mut unet = load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default())?;
+    let mut text = load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, Held::default())?;
 
     let width = unet.config().context;
     let sample = HostTensor::from_f32([2, 4, 16, 16], Stream::new(1).at("sample").normals(2 * 4 * 16 * 16))?;
@@ -57,7 +59,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         layers.into_iter().filter(|layer| adapter.modules.contains_key(&layer.path)).collect();
     let mut trained = TrainableAdapter::default();
     for network in [&mut unet as &mut dyn Adaptable, &mut text] {
-        trained.attach(network, &targets, &VariantRegistry::default(), &options, Some(&adapter))?;
+        trained.attach(
+            network,
+            &targets,
+            &VariantRegistry::default(),
+            &options,
+            Some(&adapter),
+            &mut ParameterList::default(),
+        )?;
     }
     made.extend([("output_lora", picture(&unet)?), ("text_lora", words(&text)?)]);
     let tensors: BTreeMap<String, HostTensor> = made

@@ -9,12 +9,13 @@ use lora_core::variant::VariantRegistry;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{SyntheticWeights, Weights};
+use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
 use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -27,12 +28,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let storage = storage[number(4, 0).clamp(0, 3) as usize];
     let device = device::resolve("auto")?;
     let weights = SyntheticWeights::new("unet");
-    let mut unet =
-        Unet::new(&Weights::new(&weights, Kind::Float, device).stored_as(storage), SyntheticModel::full().unet)?;
+    let mut unet = Unet::new(
+        &Weights::new(&weights, Kind::Float, device).held(Held::Frozen(storage)),
+        SyntheticModel::full().unet,
+    )?;
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank, rank as f64, 0);
-    adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None)?;
+    let mut parameters = ParameterList::default();
+    adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)?;
 
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
     let latents = Tensor::randn([1, 4, pixels / 8, pixels / 8], (Kind::Float, device));
@@ -43,9 +47,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let noise = latents.randn_like();
         denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?
             .f_backward()?;
-        adapter.clip(1.0)?;
-        adapter.step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })?;
-        adapter.clear_gradients()?;
+        parameters.clip(1.0)?;
+        parameters.step(|_, _| AdamW {
+            learning_rate: 1e-4,
+            betas: (0.9, 0.999),
+            weight_decay: 0.01,
+            epsilon: 1e-8,
+        })?;
+        parameters.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }
     let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);

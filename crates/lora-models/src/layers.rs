@@ -1,8 +1,7 @@
-//! The layers that networks are made of: frozen linear layers and convolutions that can carry an adapter, norms, and
-//! attention. Adapter formulas live in lora-core.
+//! The layers that networks are made of: linear layers and convolutions that can carry an adapter, norms, and attention. Adapter formulas live in lora-core.
 //!
-//! Precision: inputs come in the compute dtype (fp32, bf16 or fp16); weights are held in it, or in fewer bytes and made
-//! whole while their layer computes. Norms and the softmax of
+//! Precision: inputs come in the compute dtype (fp32, bf16 or fp16); frozen weights are held in it, or in fewer bytes
+//! and made whole while their layer computes; trained ones are f32 and cast to it. Norms and the softmax of
 //! attention accumulate in fp32 inside libtorch's kernels, whatever the dtype of their input.
 
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use std::sync::Arc;
 use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::TchBackend;
+use lora_torch::backend::apply_layer;
 use lora_torch::checkpoint::{Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -39,13 +39,16 @@ impl Pass {
             return run(block, &inputs, self);
         }
         let (block, pass) = (block.clone(), self.clone());
-        let run = move |inputs: &[Tensor]| {
-            run(&block, inputs, &pass).map_err(|error| match error {
-                Error::Torch(error) => error,
-                other => lora_torch::Error::Torch(other.to_string()),
-            })
-        };
+        let run = move |inputs: &[Tensor]| run(&block, inputs, &pass).map_err(torch);
         Ok(checkpoint(inputs, run)?)
+    }
+}
+
+/// An error as the crates below know it.
+fn torch(error: Error) -> lora_torch::Error {
+    match error {
+        Error::Torch(error) => error,
+        other => lora_torch::Error::Torch(other.to_string()),
     }
 }
 
@@ -66,11 +69,54 @@ pub struct AttachedAdapter {
     pub parameters: Parameters<TchBackend>,
 }
 
-/// A frozen linear layer or convolution that can carry an adapter.
+/// The weight of a layer.
+#[derive(Debug)]
+pub(crate) enum LayerWeight {
+    /// It does not change.
+    Frozen(FrozenWeight),
+    /// An f32 leaf that is cast to what the layer computes in.
+    Trained { leaf: Tensor, kind: Kind },
+}
+
+impl LayerWeight {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Frozen(weight) => weight.kind(),
+            Self::Trained { kind, .. } => *kind,
+        }
+    }
+
+    fn device(&self) -> Device {
+        match self {
+            Self::Frozen(weight) => weight.device(),
+            Self::Trained { leaf, .. } => leaf.device(),
+        }
+    }
+
+    /// In the compute dtype.
+    fn whole(&self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Frozen(weight) => weight.whole()?,
+            Self::Trained { leaf, kind } => leaf.f_to_kind(*kind)?,
+        })
+    }
+
+    fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match self {
+            Self::Frozen(weight) => Ok(weight.apply(geometry, input, bias)?),
+            Self::Trained { kind, .. } => {
+                let bias = bias.map(|bias| bias.f_to_kind(*kind)).transpose()?;
+                Ok(apply_layer(geometry, input, &self.whole()?, bias.as_ref())?)
+            }
+        }
+    }
+}
+
+/// A linear layer or convolution that can carry an adapter.
 #[derive(Debug)]
 pub struct AdaptableLayer {
     path: String,
-    weight: FrozenWeight,
+    weight: LayerWeight,
     bias: Option<Tensor>,
     geometry: LayerGeometry,
     adapter: Option<AttachedAdapter>,
@@ -91,7 +137,7 @@ impl AdaptableLayer {
     pub fn new(weights: &Weights<'_>, geometry: LayerGeometry, bias: bool) -> Result<Self> {
         Ok(Self {
             path: weights.prefix().to_owned(),
-            weight: weights.frozen("weight", &geometry.weight_shape())?,
+            weight: weights.layer("weight", &geometry.weight_shape())?,
             bias: bias.then(|| weights.tensor("bias", &[geometry.outputs()])).transpose()?,
             geometry,
             adapter: None,
@@ -136,7 +182,7 @@ impl AdaptableLayer {
     /// The layer's output, with its adapter's update where it carries one.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let Some(adapter) = &self.adapter else {
-            return Ok(self.weight.apply(&self.geometry, input, self.bias.as_ref())?);
+            return self.weight.apply(&self.geometry, input, self.bias.as_ref());
         };
         let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
             items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
@@ -153,11 +199,11 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
     }
 
     fn forward(&self, input: &Tensor) -> lora_core::Result<Tensor> {
-        Ok(self.weight.apply(&self.geometry, input, self.bias.as_ref())?)
+        Ok(self.weight.apply(&self.geometry, input, self.bias.as_ref()).map_err(torch)?)
     }
 
     fn weight(&self) -> lora_core::Result<Tensor> {
-        Ok(self.weight.whole()?)
+        Ok(self.weight.whole().map_err(torch)?)
     }
 
     fn bias(&self) -> Option<Tensor> {
@@ -203,7 +249,8 @@ impl GroupNorm {
     }
 
     pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(input.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.epsilon, true)?)
+        let (weight, bias) = (self.weight.f_to_kind(input.kind())?, self.bias.f_to_kind(input.kind())?);
+        Ok(input.f_group_norm(self.groups, Some(&weight), Some(&bias), self.epsilon, true)?)
     }
 }
 
@@ -222,7 +269,8 @@ impl LayerNorm {
     }
 
     pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(input.f_layer_norm([self.width], Some(&self.weight), Some(&self.bias), 1e-5, true)?)
+        let (weight, bias) = (self.weight.f_to_kind(input.kind())?, self.bias.f_to_kind(input.kind())?);
+        Ok(input.f_layer_norm([self.width], Some(&weight), Some(&bias), 1e-5, true)?)
     }
 }
 

@@ -1,13 +1,11 @@
 //! Whole checkpoints with made-up weights ([`SyntheticWeights`]): small models of the real architecture for tests,
 //! benches and demonstrations, or full-size ones to measure with.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lora_core::DType;
-use lora_io::checkpoint::{LdmNames, Part};
-use lora_io::safetensors::{Entry, TensorSource, write};
+use lora_core::{DType, HostTensor};
+use lora_io::checkpoint::{CheckpointSource, Part, write_single_file};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -72,18 +70,7 @@ impl SyntheticModel {
 
     /// Writes the single-file (LDM) layout in `dtype`; one tensor in memory at a time.
     pub fn write(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
-        let lists = self.weight_shapes()?;
-        let names = |part: Part| lists[&part].iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
-        let layout = LdmNames::of_diffusers(&names(Part::Unet), &names(Part::Vae));
-        let mut tensors = BTreeMap::new();
-        for (&part, list) in &lists {
-            for (name, shape) in list {
-                let original =
-                    layout.original(part, name).expect("every weight of the architecture has an original name");
-                tensors.insert(original, (part, name.clone(), shape.clone()));
-            }
-        }
-        write(path, &Source { tensors, dtype }, &BTreeMap::new())?;
+        write_single_file(path, &Source(self.weight_shapes()?), dtype, &BTreeMap::new())?;
         Ok(())
     }
 
@@ -123,25 +110,14 @@ impl WeightSource for Recorder {
     }
 }
 
-struct Source {
-    tensors: BTreeMap<String, (Part, String, Vec<usize>)>,
-    dtype: DType,
-}
+struct Source(BTreeMap<Part, Vec<NamedShape>>);
 
-impl TensorSource for Source {
-    fn entries(&self) -> Vec<Entry> {
-        let entry = |(name, (part, _, shape)): (&String, &(Part, String, Vec<usize>))| {
-            // The original keeps the autoencoder's attention as 1×1 convolutions.
-            let convolution = *part == Part::Vae && name.contains("mid.attn_1.") && shape.len() == 2;
-            let shape = if convolution { [shape.as_slice(), &[1, 1]].concat() } else { shape.clone() };
-            Entry { name: name.clone(), dtype: self.dtype.into(), shape }
-        };
-        self.tensors.iter().map(entry).collect()
+impl CheckpointSource for Source {
+    fn weights(&self, part: Part) -> Vec<NamedShape> {
+        self.0[&part].clone()
     }
 
-    fn bytes(&self, entry: &Entry) -> lora_io::Result<Cow<'_, [u8]>> {
-        let (part, name, shape) = &self.tensors[&entry.name];
-        let values = SyntheticWeights::new(part.folder()).values(name, shape).to_dtype(self.dtype);
-        Ok(Cow::Owned(values.bytes().to_vec()))
+    fn values(&self, part: Part, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
+        Ok(SyntheticWeights::new(part.folder()).values(name, shape))
     }
 }

@@ -4,12 +4,14 @@
 //! alone, the same in every run and in the Python scripts that make the golden files; nothing needs to be stored.
 
 use std::cell::RefCell;
+use std::sync::{Arc, Mutex};
 
 use lora_core::HostTensor;
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::tch::{Device, Kind, Tensor};
 
+use crate::layers::LayerWeight;
 use crate::{Error, Result};
 
 /// A named collection of weights.
@@ -41,6 +43,37 @@ pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> R
 /// Weights of fewer elements are not worth storing otherwise.
 const SMALL: usize = 1024;
 
+/// How a network holds its weights.
+#[derive(Debug, Clone)]
+pub enum Held {
+    /// They do not change: in the compute dtype, or those of layers stored in fewer bytes.
+    Frozen(Option<Storage>),
+    /// They are trained: f32 leaves that require gradients, cast to the compute dtype where they are used.
+    Trained(TrainedWeights),
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self::Frozen(None)
+    }
+}
+
+/// The trained weights of a network, collected while it is built: names as the source has them, in the constructor's order.
+#[derive(Debug, Clone, Default)]
+pub struct TrainedWeights(Arc<Mutex<Vec<(String, Tensor)>>>);
+
+impl TrainedWeights {
+    /// All of them; the tensors are the network's own.
+    pub fn all(&self) -> Vec<(String, Tensor)> {
+        let list = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        list.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    fn add(&self, name: String, tensor: &Tensor) {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((name, tensor.shallow_clone()));
+    }
+}
+
 /// A source, a prefix, and where weights go.
 #[derive(Clone)]
 pub struct Weights<'s> {
@@ -48,7 +81,7 @@ pub struct Weights<'s> {
     prefix: String,
     kind: Kind,
     device: Device,
-    storage: Option<Storage>,
+    held: Held,
 }
 
 impl std::fmt::Debug for Weights<'_> {
@@ -60,22 +93,30 @@ impl std::fmt::Debug for Weights<'_> {
 impl<'s> Weights<'s> {
     /// The root of a source; tensors will be of `kind` on `device`.
     pub fn new(source: &'s dyn WeightSource, kind: Kind, device: Device) -> Self {
-        Self { source, prefix: String::new(), kind, device, storage: None }
+        Self { source, prefix: String::new(), kind, device, held: Held::default() }
     }
 
-    /// Weights of layers are stored in fewer bytes than they compute in.
+    /// Weights are held in this way.
     #[must_use]
-    pub fn stored_as(self, storage: Option<Storage>) -> Self {
-        Self { storage, ..self }
+    pub fn held(self, held: Held) -> Self {
+        Self { held, ..self }
     }
 
-    /// The weight of a frozen layer, stored as was asked for; small ones stay as they are.
-    pub(crate) fn frozen(&self, name: &str, shape: &[usize]) -> Result<FrozenWeight> {
+    /// The weight of a layer, held as was asked for; small ones are not stored in fewer bytes.
+    pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
         let weight = self.tensor(name, shape)?;
-        match self.storage.filter(|_| shape.len() >= 2 && weight.numel() >= SMALL) {
-            Some(storage) => Ok(FrozenWeight::stored(&weight, storage)?),
-            None => Ok(FrozenWeight::plain(weight)),
-        }
+        Ok(match self.held {
+            Held::Frozen(Some(storage)) if shape.len() >= 2 && weight.numel() >= SMALL => {
+                LayerWeight::Frozen(FrozenWeight::stored(&weight, storage)?)
+            }
+            Held::Frozen(_) => LayerWeight::Frozen(FrozenWeight::plain(weight)),
+            Held::Trained(_) => LayerWeight::Trained { leaf: weight, kind: self.kind },
+        })
+    }
+
+    /// What the network computes in.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The scope below this one.
@@ -89,7 +130,7 @@ impl<'s> Weights<'s> {
         &self.prefix
     }
 
-    /// A weight of this scope, with the shape that its place needs.
+    /// A weight of this scope, with the shape that its place needs: in the compute dtype, or a trained leaf in f32.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let path = self.path(name);
         if !self.source.contains(&path) {
@@ -105,7 +146,10 @@ impl<'s> Weights<'s> {
                 found,
             });
         }
-        self.source.load(&path, shape, self.kind, self.device)
+        let Held::Trained(list) = &self.held else { return self.source.load(&path, shape, self.kind, self.device) };
+        let leaf = self.source.load(&path, shape, Kind::Float, self.device)?.f_set_requires_grad(true)?;
+        list.add(path, &leaf);
+        Ok(leaf)
     }
 
     fn path(&self, name: impl std::fmt::Display) -> String {

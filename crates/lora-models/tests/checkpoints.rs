@@ -5,7 +5,7 @@ use lora_io::checkpoint::{Checkpoint, Part};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{Unet, load_text_encoder, load_unet, load_vae};
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{SyntheticWeights, Weights};
+use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 
 #[test]
@@ -17,10 +17,13 @@ fn a_single_file_is_the_network_it_was_written_from() {
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert!(checkpoint.unused().is_empty());
 
-    let loaded = load_unet(&checkpoint, Kind::Float, Device::Cpu, None).unwrap();
+    let loaded = load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap();
     assert_eq!(*loaded.config(), model.unet);
-    assert_eq!(*load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, None).unwrap().config(), model.text_encoder);
-    assert_eq!(*load_vae(&checkpoint, Kind::Float, Device::Cpu).unwrap().config(), model.vae);
+    assert_eq!(
+        *load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config(),
+        model.text_encoder
+    );
+    assert_eq!(*load_vae(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config(), model.vae);
 
     let weights = SyntheticWeights::new("unet");
     let built = Unet::new(&Weights::new(&weights, Kind::Float, Device::Cpu), model.unet).unwrap();
@@ -121,15 +124,15 @@ fn a_diffusers_folder_is_read_with_its_configs() {
     std::fs::write(scheduler.join("scheduler_config.json"), r#"{"prediction_type": "v_prediction"}"#).unwrap();
 
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!(load_unet(&checkpoint, Kind::Float, Device::Cpu, None).unwrap().config().heads, [8, 8, 4, 8]);
-    assert_eq!(load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, None).unwrap().config().heads, 4);
-    assert_eq!(load_vae(&checkpoint, Kind::Float, Device::Cpu).unwrap().config().scaling_factor, 0.25);
+    assert_eq!(load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, [8, 8, 4, 8]);
+    assert_eq!(load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, 4);
+    assert_eq!(load_vae(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().scaling_factor, 0.25);
     let schedule = lora_models::stable_diffusion::noise_schedule(&checkpoint).unwrap();
     assert_eq!(schedule.prediction(), lora_models::stable_diffusion::Prediction::Velocity);
 
     // What is wrong is named with its file.
     let error = |checkpoint: lora_io::Result<Checkpoint>| match checkpoint {
-        Ok(checkpoint) => load_unet(&checkpoint, Kind::Float, Device::Cpu, None).unwrap_err().to_string(),
+        Ok(checkpoint) => load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap_err().to_string(),
         Err(error) => error.to_string(),
     };
     let unet = folder.path().join("unet/config.json");
@@ -179,7 +182,9 @@ fn other_models_are_named_and_damaged_ones_too() {
     let damaged = folder.path().join("damaged.safetensors");
     let load = |tensors: &std::collections::BTreeMap<_, _>| {
         lora_io::safetensors::write(&damaged, tensors, &Default::default()).unwrap();
-        load_unet(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu, None).unwrap_err().to_string()
+        load_unet(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu, Held::default())
+            .unwrap_err()
+            .to_string()
     };
     let error = load(&tensors);
     assert!(error.contains("mid_block.attentions.0.norm.weight") && error.contains("damaged.safetensors"), "{error}");
@@ -192,6 +197,7 @@ fn other_models_are_named_and_damaged_ones_too() {
     let vocabulary = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight";
     tensors.insert(vocabulary.into(), lora_core::HostTensor::zeros([10, 128]));
     lora_io::safetensors::write(&damaged, &tensors, &Default::default()).unwrap();
-    let error = load_text_encoder(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu, None).unwrap_err();
+    let error =
+        load_text_encoder(&Checkpoint::open(&damaged).unwrap(), Kind::Float, Device::Cpu, Held::default()).unwrap_err();
     assert!(error.to_string().contains("10 tokens"));
 }

@@ -4,6 +4,7 @@
 
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
+#include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -109,6 +110,15 @@ int lora_shim_clip_gradients(torch::Tensor **gradients, size_t count, double lim
     // The small number is PyTorch's own.
     const double factor = limit / (*norm + 1e-6);
     if (limit > 0 && factor < 1) at::_foreach_mul_(list, at::Scalar(factor));
+  });
+}
+
+// averages += weight * (values - averages), in place.
+int lora_shim_lerp(torch::Tensor **averages, torch::Tensor **values, size_t count, double weight) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> first = list_of(averages, count), second = list_of(values, count);
+    at::_foreach_lerp_(first, second, at::Scalar(weight));
   });
 }
 

@@ -17,6 +17,11 @@ pub fn clear(parameters: &mut [Tensor]) -> Result<()> {
     shim::clear_gradients(parameters)
 }
 
+/// Moves running averages towards values, in place: `average += weight · (value − average)`. The lists are equally long.
+pub fn lerp(averages: &mut [Tensor], values: &mut [Tensor], weight: f64) -> Result<()> {
+    shim::lerp(averages, values, weight)
+}
+
 /// Numbers of an AdamW step (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {

@@ -22,6 +22,7 @@ unsafe extern "C" {
         inverse_scale: *mut RawTensor,
     ) -> c_int;
     fn lora_shim_clip_gradients(gradients: *mut *mut RawTensor, count: usize, limit: f64, norm: *mut f64) -> c_int;
+    fn lora_shim_lerp(averages: *mut *mut RawTensor, values: *mut *mut RawTensor, count: usize, weight: f64) -> c_int;
     fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
@@ -95,6 +96,14 @@ pub(crate) fn clip_gradients(gradients: &mut [Tensor], limit: f64) -> Result<f64
     // SAFETY: live `torch::Tensor*` for the length of the call, and a local to write to.
     checked(unsafe { lora_shim_clip_gradients(pointers.as_mut_ptr(), pointers.len(), limit, &mut norm) })?;
     Ok(norm)
+}
+
+/// Moves averages towards values; both lists must be equally long.
+pub(crate) fn lerp(averages: &mut [Tensor], values: &mut [Tensor], weight: f64) -> Result<()> {
+    assert_eq!(averages.len(), values.len());
+    let (mut averages, mut values) = (raw(averages), raw(values));
+    // SAFETY: two arrays of equally many live `torch::Tensor*`.
+    checked(unsafe { lora_shim_lerp(averages.as_mut_ptr(), values.as_mut_ptr(), averages.len(), weight) })
 }
 
 /// Forgets the gradients of parameters.

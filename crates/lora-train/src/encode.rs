@@ -9,6 +9,7 @@ use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
+use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -25,7 +26,7 @@ impl Encoder {
     /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
     pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
         let kind = if device == Device::Cpu { Kind::Float } else { kind_of(precision) };
-        Ok(Self { vae: load_vae(checkpoint, kind, device)?, device })
+        Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device })
     }
 
     /// The number type that it computes in.
@@ -59,7 +60,7 @@ impl Encoder {
         }
         if self.vae.kind() != Kind::Float {
             tracing::warn!("the autoencoder overflows in half precision ({}); it goes on in fp32", path.display());
-            self.vae = load_vae(checkpoint, Kind::Float, self.device)?;
+            self.vae = load_vae(checkpoint, Kind::Float, self.device, Held::default())?;
             return self.encode(checkpoint, path, picture);
         }
         Err(Error::NotFinite {
@@ -74,7 +75,7 @@ impl Encoder {
         let _guard = no_grad_guard();
         let pixels = self.vae.decode(&latents.f_div_scalar(self.scaling_factor())?)?;
         if !is_finite(&pixels)? && self.vae.kind() != Kind::Float {
-            self.vae = load_vae(checkpoint, Kind::Float, self.device)?;
+            self.vae = load_vae(checkpoint, Kind::Float, self.device, Held::default())?;
             return self.decode(checkpoint, latents);
         }
         let (batch, _, height, width) = pixels.size4()?;
@@ -175,7 +176,10 @@ mod tests {
         write(&large, &tensors, &BTreeMap::new()).unwrap();
 
         let checkpoint = Checkpoint::open(&large).unwrap();
-        let mut encoder = Encoder { vae: load_vae(&checkpoint, Kind::Half, Device::Cpu).unwrap(), device: Device::Cpu };
+        let mut encoder = Encoder {
+            vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
+            device: Device::Cpu,
+        };
         let picture = RgbPicture::new(16, 16, (0..=255).cycle().take(768).collect()).unwrap();
         let latents = encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
         assert_eq!(encoder.vae.kind(), Kind::Float);
@@ -183,7 +187,10 @@ mod tests {
 
         // One that does not overflow stays in fp16.
         let checkpoint = Checkpoint::open(&path).unwrap();
-        let mut encoder = Encoder { vae: load_vae(&checkpoint, Kind::Half, Device::Cpu).unwrap(), device: Device::Cpu };
+        let mut encoder = Encoder {
+            vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
+            device: Device::Cpu,
+        };
         encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
         assert_eq!(encoder.vae.kind(), Kind::Half);
     }

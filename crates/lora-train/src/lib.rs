@@ -7,12 +7,14 @@ pub mod config;
 pub mod encode;
 mod error;
 pub mod loss;
+pub mod parameters;
 mod plugins;
 pub mod report;
 mod run;
 mod schedule;
 pub mod session;
 pub mod trainable;
+pub mod whole;
 
 pub use error::{Error, Result};
 pub use plugins::Plugins;

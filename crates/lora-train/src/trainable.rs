@@ -1,4 +1,5 @@
-//! The trained adapter: hung on the networks' layers, known to the optimiser, exported as a canonical adapter.
+//! The trained adapter: hung on the networks' layers, exported as a canonical adapter. What the optimiser does with its
+//! tensors is `parameters`' business.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,14 +7,14 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
-use lora_core::{Adapter, AdapterModule, Component, HostTensor, ModulePath};
-use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
+use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
+use lora_models::layers::{Adaptable, AttachedAdapter};
 use lora_torch::TchBackend;
-use lora_torch::gradients::{self, AdamW, AdamWEntry};
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::{from_host, to_host};
 
 use crate::Result;
+use crate::parameters::ParameterList;
 
 /// Shape of a new adapter.
 #[derive(Debug, Clone, Default)]
@@ -51,35 +52,25 @@ impl AdapterOptions {
     }
 }
 
-/// One trained tensor with its optimiser state.
-#[derive(Debug)]
-struct Trained {
-    module: ModulePath,
-    name: String,
-    parameter: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    steps: Tensor,
-}
-
-/// What a module is besides its trained tensors.
+/// One adapted layer.
 #[derive(Debug)]
 struct Attached {
     variant: Arc<dyn Variant<TchBackend>>,
     rank: usize,
     alpha: f64,
+    trained: BTreeMap<String, Tensor>,
     frozen: BTreeMap<String, HostTensor>,
 }
 
-/// All trained tensors of a run, in f32.
+/// An adapter that is trained.
 #[derive(Debug, Default)]
 pub struct TrainableAdapter {
-    tensors: Vec<Trained>,
     modules: BTreeMap<ModulePath, Attached>,
 }
 
 impl TrainableAdapter {
-    /// Hangs an adapter on the targeted layers of a network, new or with the values of `from`.
+    /// Hangs an adapter on the targeted layers of a network, new or with the values of `from`, and takes its trained tensors
+    /// into `list`.
     pub fn attach(
         &mut self,
         network: &mut dyn Adaptable,
@@ -87,6 +78,7 @@ impl TrainableAdapter {
         variants: &VariantRegistry<TchBackend>,
         options: &AdapterOptions,
         from: Option<&Adapter>,
+        list: &mut ParameterList,
     ) -> Result<()> {
         let component = network.component();
         let variant = variants.get(&options.variant)?;
@@ -118,44 +110,26 @@ impl TrainableAdapter {
                         (variant.clone(), variant.initialise(&TchBackend, layer, &request, &stream)?, rank, alpha)
                     }
                 };
-                let leaves = self.register(&module, &tensors, layer, &*variant)?;
+                let (mut leaves, mut trained, mut frozen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+                for (name, host) in tensors {
+                    let mut leaf = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
+                    if variant.is_trained(&name) {
+                        leaf = leaf.f_set_requires_grad(true)?;
+                        let is_up = matches!(name.as_str(), "up" | "embedding_up");
+                        list.add(component, format!("{module}.{name}"), is_up, &leaf)?;
+                        trained.insert(name.clone(), leaf.shallow_clone());
+                    } else {
+                        frozen.insert(name.clone(), host);
+                    }
+                    leaves.insert(name, leaf);
+                }
                 let parameters = Parameters { tensors: leaves, scale: alpha / rank.max(1) as f64 };
                 layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
-                let frozen = tensors.into_iter().filter(|(name, _)| !variant.is_trained(name)).collect();
-                self.modules.insert(module, Attached { variant, rank, alpha, frozen });
+                self.modules.insert(module, Attached { variant, rank, alpha, trained, frozen });
                 Ok(())
             })();
         });
         result
-    }
-
-    fn register(
-        &mut self,
-        module: &ModulePath,
-        tensors: &BTreeMap<String, HostTensor>,
-        layer: &AdaptableLayer,
-        variant: &dyn Variant<TchBackend>,
-    ) -> Result<BTreeMap<String, Tensor>> {
-        let device = layer.device();
-        let mut leaves = BTreeMap::new();
-        for (name, host) in tensors {
-            let leaf = from_host(host, device)?.f_to_kind(Kind::Float)?;
-            if !variant.is_trained(name) {
-                leaves.insert(name.clone(), leaf);
-                continue;
-            }
-            let leaf = leaf.f_set_requires_grad(true)?;
-            self.tensors.push(Trained {
-                module: module.clone(),
-                name: name.clone(),
-                mean: leaf.detach().f_zeros_like()?,
-                square: leaf.detach().f_zeros_like()?,
-                steps: Tensor::f_zeros([0i64; 0], (Kind::Float, device))?,
-                parameter: leaf.shallow_clone(),
-            });
-            leaves.insert(name.clone(), leaf);
-        }
-        Ok(leaves)
     }
 
     /// Number of adapted layers.
@@ -163,79 +137,14 @@ impl TrainableAdapter {
         self.modules.len()
     }
 
-    /// Number of trained numbers.
-    pub fn parameters(&self) -> usize {
-        self.tensors.iter().map(|trained| trained.parameter.numel()).sum()
-    }
-
-    /// The gradients that the last backward passes left, of those tensors that got one.
-    pub fn gradients(&self) -> Vec<Tensor> {
-        self.tensors.iter().map(|trained| trained.parameter.grad()).filter(Tensor::defined).collect()
-    }
-
-    /// Takes one AdamW step with the gradients as they are, by each component's own numbers and, where the flag is set,
-    /// those of up-projections (LoRA+). A tensor without a gradient is left alone: no decay either.
-    pub fn step(&mut self, numbers: impl Fn(Component, bool) -> AdamW) -> Result<()> {
-        let mut groups: BTreeMap<(Component, bool), Vec<AdamWEntry>> = BTreeMap::new();
-        for trained in &self.tensors {
-            let gradient = trained.parameter.grad();
-            if gradient.defined() {
-                let is_up = matches!(trained.name.as_str(), "up" | "embedding_up");
-                groups.entry((trained.module.component, is_up)).or_default().push(AdamWEntry {
-                    parameter: trained.parameter.detach(),
-                    gradient,
-                    mean: trained.mean.shallow_clone(),
-                    square: trained.square.shallow_clone(),
-                    steps: trained.steps.shallow_clone(),
-                });
-            }
-        }
-        for ((component, is_up), entries) in groups {
-            numbers(component, is_up).step(entries)?;
-        }
-        Ok(())
-    }
-
-    /// Forgets all gradients.
-    pub fn clear_gradients(&mut self) -> Result<()> {
-        let mut parameters: Vec<Tensor> =
-            self.tensors.iter().map(|trained| trained.parameter.shallow_clone()).collect();
-        Ok(gradients::clear(&mut parameters)?)
-    }
-
-    /// Limits the gradients' common norm and returns it (see [`gradients::clip`]).
-    pub fn clip(&mut self, limit: f64) -> Result<f64> {
-        Ok(gradients::clip(&mut self.gradients(), limit)?)
-    }
-
-    /// Whether every trained number is finite.
-    pub fn is_finite(&self) -> Result<bool> {
-        for trained in &self.tensors {
-            if f64::try_from(trained.parameter.detach().f_isfinite()?.f_all()?.f_to_kind(Kind::Double)?)? == 0.0 {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// L2 norm of each trained tensor, by module and name.
-    pub fn norms(&self) -> Result<BTreeMap<(ModulePath, String), f64>> {
-        let norm = |trained: &Trained| {
-            Ok(((trained.module.clone(), trained.name.clone()), f64::try_from(trained.parameter.detach().f_norm()?)?))
-        };
-        self.tensors.iter().map(norm).collect()
-    }
-
     /// A copy in host memory, as files hold it (see [`Variant::export`]).
     pub fn export(&self) -> Result<Adapter> {
-        let mut tensors: BTreeMap<&ModulePath, BTreeMap<String, HostTensor>> = BTreeMap::new();
-        for trained in &self.tensors {
-            tensors.entry(&trained.module).or_default().insert(trained.name.clone(), to_host(&trained.parameter)?);
-        }
         let mut adapter = Adapter::default();
-        for (path, Attached { variant, rank, alpha, frozen }) in &self.modules {
-            let mut tensors = tensors.remove(path).unwrap_or_default();
-            tensors.extend(frozen.clone());
+        for (path, Attached { variant, rank, alpha, trained, frozen }) in &self.modules {
+            let mut tensors = frozen.clone();
+            for (name, leaf) in trained {
+                tensors.insert(name.clone(), to_host(leaf)?);
+            }
             let module = AdapterModule { variant: variant.name().to_owned(), tensors, rank: *rank, alpha: *alpha };
             adapter.modules.insert(path.clone(), variant.export(module)?);
         }

@@ -3,9 +3,11 @@
 
 mod family;
 mod ldm;
+mod single_file;
 
 pub use family::Family;
 pub use ldm::LdmNames;
+pub use single_file::{CheckpointSource, Replaced, write_single_file};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

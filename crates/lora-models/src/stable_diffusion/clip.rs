@@ -61,6 +61,7 @@ impl ClipConfig {
 #[derive(Debug)]
 pub struct ClipTextEncoder {
     config: ClipConfig,
+    kind: Kind,
     token_embedding: Tensor,
     position_embedding: Tensor,
     layers: Vec<Shared<Layer>>,
@@ -91,6 +92,7 @@ impl ClipTextEncoder {
             .map(|index| Layer::new(&weights.at("encoder.layers").at(index), &config).map(Shared::new));
         Ok(Self {
             config,
+            kind: weights.kind(),
             token_embedding: embeddings.at("token_embedding").tensor("weight", &[config.vocabulary, width])?,
             position_embedding: embeddings.at("position_embedding").tensor("weight", &[ROW as usize, width])?,
             layers: layers.collect::<Result<_>>()?,
@@ -117,7 +119,7 @@ impl ClipTextEncoder {
             });
         };
         let embedded = Tensor::f_embedding(&self.token_embedding, tokens, -1, false, false)?;
-        let mut hidden = embedded.f_add(&self.position_embedding)?;
+        let mut hidden = embedded.f_add(&self.position_embedding)?.f_to_kind(self.kind)?;
         for layer in &self.layers[..layers] {
             let inputs = [&hidden];
             hidden = pass.block(layer, &inputs, |layer, inputs, pass| layer.forward(&inputs[0], pass))?;
@@ -141,7 +143,7 @@ impl ClipTextEncoder {
 
     /// The dtype it computes in.
     pub fn kind(&self) -> Kind {
-        self.token_embedding.kind()
+        self.kind
     }
 }
 

@@ -2,29 +2,23 @@
 //! configs where there are any. Each part is loaded by itself, so that a trainer can let go of one before the next.
 
 use lora_io::checkpoint::{Checkpoint, Part};
-use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind};
 
 use super::{ClipConfig, ClipTextEncoder, NoiseSchedule, Prediction, Unet, UnetConfig, Vae, VaeConfig};
-use crate::weights::Weights;
+use crate::weights::{Held, Weights};
 use crate::{Error, Result};
 
-/// The text encoder; weights of its layers may be stored in fewer bytes.
-pub fn load_text_encoder(
-    checkpoint: &Checkpoint,
-    kind: Kind,
-    device: Device,
-    storage: Option<Storage>,
-) -> Result<ClipTextEncoder> {
+/// The text encoder.
+pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ClipTextEncoder> {
     let part = checkpoint.part(Part::TextEncoder);
     let config = part.config();
     let heads = config.and_then(|config| config["num_attention_heads"].as_u64()).map(|heads| heads as usize);
     let act = config.and_then(|config| config["hidden_act"].as_str());
-    ClipTextEncoder::new(&Weights::new(part, kind, device).stored_as(storage), ClipConfig::detect(part, heads, act)?)
+    ClipTextEncoder::new(&Weights::new(part, kind, device).held(held), ClipConfig::detect(part, heads, act)?)
 }
 
-/// The U-Net; weights of its layers may be stored in fewer bytes.
-pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, storage: Option<Storage>) -> Result<Unet> {
+/// The U-Net.
+pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Unet> {
     let part = checkpoint.part(Part::Unet);
     let config = part.config();
     // Newer configs have the count under its right name; `attention_head_dim` means the count in SD 1.x all the same.
@@ -41,16 +35,16 @@ pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, storage: O
         }
     });
     let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
-    Unet::new(&Weights::new(part, kind, device).stored_as(storage), UnetConfig::detect(part, heads.as_deref(), groups)?)
+    Unet::new(&Weights::new(part, kind, device).held(held), UnetConfig::detect(part, heads.as_deref(), groups)?)
 }
 
 /// The autoencoder.
-pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Vae> {
+pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
     let part = checkpoint.part(Part::Vae);
     let config = part.config();
     let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
     let scaling = config.and_then(|config| config["scaling_factor"].as_f64());
-    Vae::new(&Weights::new(part, kind, device), VaeConfig::detect(part, groups, scaling)?)
+    Vae::new(&Weights::new(part, kind, device).held(held), VaeConfig::detect(part, groups, scaling)?)
 }
 
 /// The noise schedule: SD 1.x's, with the prediction that a diffusers folder's scheduler names (ε in a single file).

@@ -44,13 +44,13 @@ impl Callback for HealthCheck {
 
     fn on_end(&mut self, session: &mut Session) -> Result<()> {
         // An up-projection that is still zero never got a gradient that mattered.
-        let norms = session.adapter().norms()?;
-        let dead = norms.iter().filter(|((_, name), norm)| name == "up" && **norm == 0.0).count();
+        let (mut all, mut dead) = (0, 0);
+        for up in session.parameters().iter().filter(|parameter| parameter.is_up) {
+            all += 1;
+            dead += usize::from(up.norm()? == 0.0);
+        }
         if dead > 0 && session.steps_done() > 0 {
-            tracing::warn!(
-                "{dead} of {} modules have learnt nothing (their update is still zero)",
-                session.adapter().modules()
-            );
+            tracing::warn!("{dead} of {all} modules have learnt nothing (their update is still zero)");
         }
         Ok(())
     }

@@ -122,6 +122,13 @@ pub const KEYS: &[(&str, &[Key])] = &[
         "Adapter",
         &[
             key(
+                "train",
+                "lora, full",
+                "\"lora\"",
+                "`lora` trains an adapter; `full` trains all weights of the networks and writes a whole checkpoint (one file in the original layout), where the other keys of this group mean nothing but `train_unet`, `train_text_encoder` and `save_precision`.",
+                "`full` holds 16 bytes for each weight: value, gradient and two averages in fp32.",
+            ),
+            key(
                 "lora_rank",
                 "1 …",
                 "16",
@@ -227,6 +234,13 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "0",
                 "Steps over which the learning rate rises from 0.",
                 "",
+            ),
+            key(
+                "ema_decay",
+                "0 … below 1",
+                "0",
+                "Decay of a running average of the trained numbers, which is then what is saved and drawn; 0 for none. 0.999 is usual.",
+                "4 bytes per trained number.",
             ),
             key("max_grad_norm", "0 …", "1.0", "Limit of the gradient's norm; 0 for none.", ""),
             key("batch_size", "1 …", "1", "Pictures at once.", "The largest lever: activations grow with it."),

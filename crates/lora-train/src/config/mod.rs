@@ -63,6 +63,33 @@ pub struct SampleConfig {
     pub resolution: (usize, usize),
 }
 
+/// What a run trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrainMode {
+    /// An adapter on the frozen base.
+    #[default]
+    Adapter,
+    /// All weights of the networks; the result is a whole checkpoint.
+    Full,
+}
+
+/// Keys that say something of an adapter only.
+const ADAPTER_KEYS: [&str; 13] = [
+    "lora_rank",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "rank_dropout",
+    "module_dropout",
+    "variant",
+    "variant_options",
+    "target_modules",
+    "init_from",
+    "loraplus_lr_ratio",
+];
+
 /// A checked configuration; the fields are the keys of `docs/config.md`, defaults filled in.
 #[derive(Debug, Clone)]
 #[allow(missing_docs, reason = "each field is the key of its name in the table of keys")]
@@ -75,6 +102,8 @@ pub struct TrainConfig {
     pub output_name: String,
     pub init_from: Option<PathBuf>,
     pub strict: bool,
+    pub train: TrainMode,
+    pub ema_decay: f64,
     pub lora_rank: usize,
     pub lora_alpha: f64,
     pub use_rslora: bool,
@@ -192,6 +221,15 @@ impl TrainConfig {
         let not_negative = |value: f64| value >= 0.0;
         let positive = |value: f64| value > 0.0;
 
+        let train =
+            reader.choice("train", &[("lora", TrainMode::Adapter), ("full", TrainMode::Full)]).unwrap_or_default();
+        if train == TrainMode::Full {
+            for key in ADAPTER_KEYS.into_iter().chain(["base_storage"]) {
+                if reader.has(key) {
+                    reader.problem(Some(key), "means nothing with train = full; take it out, or train = lora");
+                }
+            }
+        }
         let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
         let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(1e-4);
         let max_resolution = reader.size("max_resolution").unwrap_or((512, 512));
@@ -282,6 +320,8 @@ impl TrainConfig {
             output_name,
             init_from: reader.text("init_from").map(PathBuf::from),
             strict: reader.boolean("strict", false),
+            train,
+            ema_decay: probability(reader, "ema_decay"),
             lora_rank,
             lora_alpha: reader.number("lora_alpha", "a number above 0", positive).unwrap_or(lora_rank as f64),
             use_rslora: reader.boolean("use_rslora", false),

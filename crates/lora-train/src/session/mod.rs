@@ -34,8 +34,10 @@ use lora_torch::tensor::from_f32;
 use crate::config::{StepPlan, TrainConfig};
 use crate::encode::{self, TextEncoding};
 use crate::loss::{LossWeights, denoising_loss};
+use crate::parameters::ParameterList;
 use crate::schedule::Schedule;
 use crate::trainable::TrainableAdapter;
+use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 use latents::LatentSource;
 
@@ -57,9 +59,8 @@ pub struct Session {
     text_encoder: Option<ClipTextEncoder>,
     text_states: BTreeMap<String, Tensor>,
     latents: LatentSource,
-    adapter: TrainableAdapter,
-    targets: Vec<TargetLayer>,
-    candidates: usize,
+    trained: Trained,
+    parameters: ParameterList,
     scaler: LossScaler,
     lr_schedule: Schedule,
     sampler: EpochSampler,
@@ -70,6 +71,21 @@ pub struct Session {
     notes: Vec<String>,
     base_hashes: Option<(String, String)>,
     init_from: Option<(String, String)>,
+}
+
+/// What the trained numbers are.
+#[derive(Debug)]
+enum Trained {
+    Adapter(TrainedAdapter),
+    Whole(WholeNetworks),
+}
+
+/// An adapter with the layers that it is on, and how many there are in all.
+#[derive(Debug)]
+struct TrainedAdapter {
+    adapter: TrainableAdapter,
+    targets: Vec<TargetLayer>,
+    candidates: usize,
 }
 
 /// What a step came to.
@@ -83,7 +99,7 @@ pub struct StepReport {
     pub epoch: u64,
     /// Mean loss of the step's pictures.
     pub loss: f64,
-    /// Learning rate of the U-Net's adapter (of the text encoder's where that alone trains).
+    /// Learning rate of the U-Net's part (of the text encoder's where that alone trains).
     pub learning_rate: f64,
     /// L2 norm of all gradients before clipping; `None` where the step was skipped.
     pub gradient_norm: Option<f64>,
@@ -117,14 +133,25 @@ impl Session {
         self.step
     }
 
-    /// The trained adapter.
-    pub fn adapter(&self) -> &TrainableAdapter {
-        &self.adapter
+    /// The trained adapter; `None` where whole networks are trained.
+    pub fn adapter(&self) -> Option<&TrainableAdapter> {
+        match &self.trained {
+            Trained::Adapter(trained) => Some(&trained.adapter),
+            Trained::Whole(_) => None,
+        }
     }
 
-    /// The adapted layers.
+    /// The adapted layers; none where whole networks are trained.
     pub fn targets(&self) -> &[TargetLayer] {
-        &self.targets
+        match &self.trained {
+            Trained::Adapter(trained) => &trained.targets,
+            Trained::Whole(_) => &[],
+        }
+    }
+
+    /// The trained numbers.
+    pub fn parameters(&self) -> &ParameterList {
+        &self.parameters
     }
 
     /// Memory of the device; `None` on the CPU.
@@ -161,14 +188,14 @@ impl Session {
         }
 
         let factor = self.lr_schedule.factor(self.step);
-        let finite = self.scaler.unscale(&mut self.adapter.gradients())? && total.is_finite();
+        let finite = self.scaler.unscale(&mut self.parameters.gradients())? && total.is_finite();
         let gradient_norm = match finite {
-            true => Some(self.adapter.clip(self.config.max_grad_norm)?),
+            true => Some(self.parameters.clip(self.config.max_grad_norm)?),
             false => None,
         };
         if finite {
             let config = &self.config;
-            self.adapter.step(|component, is_up| AdamW {
+            self.parameters.step(|component, is_up| AdamW {
                 learning_rate: factor
                     * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
                     * if is_up { config.loraplus_lr_ratio } else { 1.0 },
@@ -188,7 +215,7 @@ impl Session {
                 });
             }
         }
-        self.adapter.clear_gradients()?;
+        self.parameters.clear_gradients()?;
         self.step += 1;
         let memory = match self.device_memory()? {
             Some(device) => device.reserved_peak,
@@ -307,8 +334,8 @@ impl Session {
         let _guard = no_grad_guard();
         let place = format!(" at step {}", self.step + 1);
         let culprit = |stage, remedy| Err(Error::NotFinite { stage, place: place.clone(), remedy });
-        if !self.adapter.is_finite()? {
-            return culprit("the LoRA's weights", "use a lower learning_rate, or max_grad_norm = 1.0");
+        if !self.parameters.is_finite()? {
+            return culprit("the trained weights", "use a lower learning_rate, or max_grad_norm = 1.0");
         }
         for batch in batches {
             let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();

@@ -16,17 +16,20 @@ use lora_io::adapter;
 use lora_io::checkpoint::{Checkpoint, Part};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
+use lora_models::weights::{Held, TrainedWeights};
 use lora_torch::tch::{Device, no_grad_guard};
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
 
-use super::Session;
 use super::latents::{self, LatentSource};
-use crate::config::{StepPlan, TrainConfig};
+use super::{Session, Trained, TrainedAdapter};
+use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
+use crate::parameters::ParameterList;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::trainable::{AdapterOptions, TrainableAdapter};
+use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 
 /// How far preparing has come.
@@ -105,8 +108,15 @@ impl Session {
         memory::empty_cache(device)?;
 
         let storage = config.base_storage;
+        let full = config.train == TrainMode::Full;
+        let (unet_weights, text_weights) = (TrainedWeights::default(), TrainedWeights::default());
+        let held = |trains: bool, weights: &TrainedWeights| match full && trains {
+            true => Held::Trained(weights.clone()),
+            false => Held::Frozen(storage),
+        };
         progress(Preparing::Loading("text encoder"));
-        let text_encoder = load_text_encoder(&checkpoint, kind, device, storage)?;
+        let text_encoder =
+            load_text_encoder(&checkpoint, kind, device, held(config.train_text_encoder, &text_weights))?;
         if config.clip_skip > text_encoder.config().layers {
             return Err(lora_models::Error::Input {
                 what: "clip_skip",
@@ -155,7 +165,8 @@ impl Session {
         memory::empty_cache(device)?;
 
         progress(Preparing::Loading("U-Net"));
-        let mut unet = load_unet(&checkpoint, kind, device, storage)?;
+        let mut unet = load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights))?;
+        let mut init_from = None;
         let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
         if config.train_unet {
             networks.push(&mut unet);
@@ -163,31 +174,18 @@ impl Session {
         if let Some(text_encoder) = text_encoder.as_mut().filter(|_| config.train_text_encoder) {
             networks.push(text_encoder);
         }
-        let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
-        let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
-        let from = config.init_from.as_ref().map(|path| load_initial(path, &config, &layers, &targets)).transpose()?;
-        let options = AdapterOptions {
-            variant: config.variant.clone(),
-            rank: config.lora_rank,
-            alpha: config.lora_alpha,
-            options: config.variant_options.clone(),
-            rank_stabilised: config.use_rslora,
-            ranks: Patterns::parse(&config.rank_pattern, &targets)?,
-            alphas: Patterns::parse(&config.alpha_pattern, &targets)?,
-            seed: config.seed,
+        let mut parameters = ParameterList::new(config.ema_decay);
+        let trained = if full {
+            let mut whole = WholeNetworks::default();
+            whole.add(Part::Unet, &unet_weights, &mut parameters)?;
+            whole.add(Part::TextEncoder, &text_weights, &mut parameters)?;
+            Trained::Whole(whole)
+        } else {
+            let (adapter, from) = attach(networks, &config, plugins, &mut parameters)?;
+            adapter::kohya::check(&adapter.adapter.export()?)?;
+            init_from = from;
+            Trained::Adapter(adapter)
         };
-        let mut trained = TrainableAdapter::default();
-        for network in networks {
-            trained.attach(
-                network,
-                &targets,
-                &plugins.variants,
-                &options,
-                from.as_ref().map(|(adapter, _)| adapter),
-            )?;
-        }
-
-        adapter::kohya::check(&trained.export()?)?;
 
         if pictures.datasets().any(|dataset| matches!(dataset.framing, Framing::Buckets(_))) {
             notes.push(buckets_note(&sampler));
@@ -218,8 +216,7 @@ impl Session {
         memory::reset_peak(device)?;
         Ok(Self {
             text_encoder,
-            init_from: from.map(|(_, provenance)| provenance),
-            candidates: layers.len(),
+            init_from,
             config,
             device,
             precision,
@@ -230,8 +227,8 @@ impl Session {
             unet,
             text_states,
             latents,
-            adapter: trained,
-            targets,
+            trained,
+            parameters,
             scaler,
             lr_schedule,
             sampler,
@@ -243,6 +240,34 @@ impl Session {
             base_hashes,
         })
     }
+}
+
+/// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from.
+fn attach(
+    mut networks: Vec<&mut dyn Adaptable>,
+    config: &TrainConfig,
+    plugins: &Plugins,
+    parameters: &mut ParameterList,
+) -> Result<(TrainedAdapter, Option<(String, String)>)> {
+    let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
+    let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
+    let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
+    let options = AdapterOptions {
+        variant: config.variant.clone(),
+        rank: config.lora_rank,
+        alpha: config.lora_alpha,
+        options: config.variant_options.clone(),
+        rank_stabilised: config.use_rslora,
+        ranks: Patterns::parse(&config.rank_pattern, &targets)?,
+        alphas: Patterns::parse(&config.alpha_pattern, &targets)?,
+        seed: config.seed,
+    };
+    let mut adapter = TrainableAdapter::default();
+    let initial = from.as_ref().map(|(adapter, _)| adapter);
+    for network in networks {
+        adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
+    }
+    Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
 }
 
 /// How many pictures are enlarged, and which the most.

@@ -1,9 +1,10 @@
-//! Drawing pictures with the adapter as it is.
+//! Drawing pictures with what is trained as it is.
 
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{Sampler, load_text_encoder};
+use lora_models::weights::Held;
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -12,8 +13,12 @@ use crate::Result;
 use crate::encode::Encoder;
 
 impl Session {
-    /// Draws pictures with the adapter as it is now.
+    /// Draws pictures with what is trained as it is now; with its running average, where there is one.
     pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
+        self.with_averages(|session| session.draw(prompts))
+    }
+
+    fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let samples = self.config.samples.clone();
         let mut decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
@@ -53,7 +58,7 @@ impl Session {
                     &self.checkpoint,
                     kind_of(self.precision),
                     self.device,
-                    self.config.base_storage,
+                    Held::Frozen(self.config.base_storage),
                 )?;
                 self.text.states(&encoder, &[caption], self.device, &pass)
             }

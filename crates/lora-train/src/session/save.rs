@@ -1,5 +1,6 @@
-//! Writing the LoRA, with what its file says of the run.
+//! Writing what is trained, with what its file says of the run.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_core::DType;
@@ -9,24 +10,46 @@ use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
 use lora_models::stable_diffusion::Prediction;
 
-use super::Session;
+use super::{Session, Trained};
 use crate::{Error, Result};
 
 impl Session {
-    /// Writes the LoRA as it is now into the output folder under `name` (no extension), reads it back and checks it.
+    /// Writes what is trained, as it is now, into the output folder under `name` (no extension): the LoRA, read back and
+    /// checked, or a whole checkpoint where whole networks are trained.
     pub fn save(&mut self, name: &str) -> Result<PathBuf> {
-        if !self.adapter.is_finite()? {
+        if !self.parameters.is_finite()? {
             return Err(Error::NotFinite {
-                stage: "the LoRA's weights",
+                stage: "the trained weights",
                 place: format!(" at step {}", self.step),
                 remedy: "use a lower learning_rate; nothing was written",
             });
         }
-        let mut adapter = self.adapter.export()?;
-        adapter.metadata = self.record(name).to_metadata();
         let path = self.config.output_dir.join(format!("{name}.safetensors"));
-        kohya::write(&path, &adapter, self.config.save_precision)?;
-        Ok(path)
+        self.with_averages(|session| {
+            match &session.trained {
+                Trained::Adapter(trained) => {
+                    let mut adapter = trained.adapter.export()?;
+                    adapter.metadata = session.record(name).to_metadata();
+                    kohya::write(&path, &adapter, session.config.save_precision)?;
+                }
+                Trained::Whole(whole) => {
+                    let metadata = BTreeMap::from([
+                        ("modelspec.architecture".to_owned(), "stable-diffusion-v1".to_owned()),
+                        ("modelspec.title".to_owned(), name.to_owned()),
+                    ]);
+                    whole.write(&path, &session.checkpoint, session.config.save_precision, &metadata)?;
+                }
+            }
+            Ok(path.clone())
+        })
+    }
+
+    /// Does something with the running averages in place of the trained values, where there are any.
+    pub(super) fn with_averages<T>(&mut self, action: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.parameters.exchange_averages()?;
+        let result = action(self);
+        self.parameters.exchange_averages()?;
+        result
     }
 
     fn record(&self, name: &str) -> TrainingRecord {

@@ -10,7 +10,7 @@ use lora_data::dataset::{CaptionSource, Item};
 use lora_data::finding::FindingKind;
 use lora_torch::tch::Device;
 
-use super::Session;
+use super::{Session, Trained};
 use crate::config::StepPlan;
 
 /// What people get wrong most, to be read before the first step.
@@ -24,8 +24,8 @@ pub struct Summary {
     pub examples: Vec<(String, String)>,
     /// Captions longer than the limit.
     pub cut_captions: usize,
-    /// Adapted layers, and all that could carry an adapter.
-    pub modules: (usize, usize),
+    /// Adapted layers, and all that could carry an adapter; `None` where whole networks are trained.
+    pub modules: Option<(usize, usize)>,
     /// Numbers to train.
     pub parameters: usize,
     /// Number type of the base and of activations.
@@ -87,8 +87,11 @@ impl Session {
             captions: captions.into_iter().map(|(source, count)| (source.name(), count)).collect(),
             examples: items.iter().take(3).map(|item| (name(&item.file.path), item.caption.clone())).collect(),
             cut_captions: items.iter().enumerate().filter(|&item| tokens(item) > limit).count(),
-            modules: (self.adapter.modules(), self.candidates),
-            parameters: self.adapter.parameters(),
+            modules: match &self.trained {
+                Trained::Adapter(trained) => Some((trained.adapter.modules(), trained.candidates)),
+                Trained::Whole(_) => None,
+            },
+            parameters: self.parameters.elements(),
             precision: self.precision,
             device: match self.device {
                 Device::Cuda(index) => format!("cuda:{index}"),
@@ -113,8 +116,12 @@ impl fmt::Display for Summary {
         if self.cut_captions > 0 {
             writeln!(f, "           {} caption(s) are longer than max_token_length and are cut", self.cut_captions)?;
         }
-        let (modules, candidates) = self.modules;
-        writeln!(f, "adapter:   {modules} of {candidates} layers, {} numbers to train", self.parameters)?;
+        match self.modules {
+            Some((modules, candidates)) => {
+                writeln!(f, "adapter:   {modules} of {candidates} layers, {} numbers to train", self.parameters)?;
+            }
+            None => writeln!(f, "training:  whole networks, {} numbers to train", self.parameters)?,
+        }
         writeln!(f, "device:    {} in {}", self.device, self.precision)?;
         write!(f, "steps:     {}", self.plan)?;
         for note in &self.notes {
