@@ -593,3 +593,55 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
     // Variants that need the whole weight get it.
     assert!(run(&["base_storage=int8", "variant=dora"]).0.is_finite());
 }
+
+#[test]
+fn whole_networks_train_into_a_checkpoint() {
+    let folder = workspace();
+    let text = |name: &str| folder.path().join(name).display().to_string();
+    let own = format!(
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 64\ndevice: {}\nprecision: fp32\n\
+         train: full\nlearning_rate: 1e-3\nmax_train_steps: 3\nsave_precision: fp32\nbatch_size: 4\n",
+        text("base.safetensors"),
+        text("data"),
+        text("out"),
+        std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+    );
+    let run = |keys: &[&str]| {
+        let config = TrainConfig::from_text(&own, Format::Yaml, keys).unwrap();
+        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        assert!(session.adapter().is_none() && session.targets().is_empty());
+        let mut losses = Vec::new();
+        while let Some(report) = session.step().unwrap() {
+            losses.push(report.loss);
+        }
+        (losses, session.save("whole").unwrap())
+    };
+    let read = |path: &Path| -> std::collections::BTreeMap<String, Vec<f32>> {
+        let file = SafetensorsFile::open(path).unwrap();
+        let values = |name: &str| file.get(name).unwrap().to_host().unwrap().to_f32().into_owned();
+        file.names().map(|name| (name.to_owned(), values(name))).collect()
+    };
+    let base = read(&folder.path().join("base.safetensors"));
+    let (losses, path) = run(&[]);
+    let trained = read(&path);
+    assert_eq!(trained.keys().collect::<Vec<_>>(), base.keys().collect::<Vec<_>>());
+    for (name, values) in &trained {
+        // The autoencoder has no part in it, and words that no caption has stay as they are.
+        let changes = !name.starts_with("first_stage_model.");
+        assert_eq!(values != &base[name], changes, "{name}");
+    }
+    let changed = |other: &std::collections::BTreeMap<String, Vec<f32>>| -> f32 {
+        let apart = |name: &String| trained[name].iter().zip(&other[name]).map(|(a, b)| (a - b).abs()).sum::<f32>();
+        trained.keys().map(apart).sum()
+    };
+    // An average that hardly moves is nearer to the base than what is trained; the run itself is the same.
+    let (same, path) = run(&["ema_decay=0.999"]);
+    assert_eq!(losses, same);
+    let averaged = read(&path);
+    assert!(changed(&averaged) > 0.1 * changed(&base) && changed(&averaged) < changed(&base));
+    // It is a base like any other.
+    let whole = prepare(folder.path(), &[&format!("base_model={}", path.display()), "train_text_encoder=false"]).step();
+    assert!(whole.unwrap().unwrap().loss.is_finite());
+    let error = TrainConfig::from_text(&own, Format::Yaml, &["lora_rank=4"]).unwrap_err().to_string();
+    assert!(error.contains("lora_rank") && error.contains("train = lora"), "{error}");
+}
