@@ -1,123 +1,54 @@
 #!/usr/bin/env python3
-"""Makes assets/quickstart: captioned pictures of one style, from the npm package emoji-datasource-google.
+"""Prepares emoji art from pinned npm packages: captioned pictures of 64 x 64 pixels in several styles.
 
-    python3 tools/assets/prepare_emoji.py [--package FILE.tgz] [--output FOLDER]
+    pip install -r tools/assets/requirements.txt
+    python3 tools/assets/prepare_emoji.py base FOLDER     what the small base model is trained on: four styles
+    python3 tools/assets/prepare_emoji.py quickstart      assets/quickstart: a fifth style, which the base never sees
 
-Without --package it fetches the pinned version with `npm pack`. The pictures are the package's own files, unchanged;
-captions are made from the names below and the package's own categories. The same package gives the same bytes.
-Needs Python 3.9 or later, nothing else.
+`base` writes FOLDER/train/STYLE and FOLDER/held_out/STYLE (about one picture in thirty, whose subject the base sees in the
+other styles only). Captions are the emoji's official English name, a word for its kind and, for the base, its style:
+`red apple, fruit, noto`. Packages are fetched with `npm pack`, or taken from --packages. The same versions give the same
+bytes.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
 
-PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
-SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+import resvg_py
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = "package/img/google/64"
+SIDE = 64
 
-# The package's short name: what a person would call it. The file is named after it, without its article.
-TRAINING = {
-    # animals
-    "dog": "the face of a dog",
-    "cat": "the face of a cat",
-    "fox_face": "the face of a fox",
-    "lion_face": "the face of a lion",
-    "tiger": "the face of a tiger",
-    "panda_face": "the face of a panda",
-    "koala": "the face of a koala",
-    "rabbit": "the face of a rabbit",
-    "frog": "the face of a frog",
-    "pig": "the face of a pig",
-    "monkey_face": "the face of a monkey",
-    "elephant": "an elephant",
-    "penguin": "a penguin",
-    "owl": "an owl",
-    "octopus": "an octopus",
-    "tropical_fish": "a tropical fish",
-    "whale": "a spouting whale",
-    "crab": "a crab",
-    "turtle": "a turtle",
-    "butterfly": "a butterfly",
-    "bee": "a honeybee",
-    "ladybug": "a ladybug",
-    # plants
-    "cactus": "a cactus",
-    "sunflower": "a sunflower",
-    "tulip": "a tulip",
-    "evergreen_tree": "an evergreen tree",
-    "mushroom": "a mushroom",
-    # food
-    "apple": "a red apple",
-    "pear": "a pear",
-    "banana": "a banana",
-    "strawberry": "a strawberry",
-    "watermelon": "a slice of watermelon",
-    "pineapple": "a pineapple",
-    "cherries": "two cherries",
-    "carrot": "a carrot",
-    "avocado": "an avocado",
-    "pizza": "a slice of pizza",
-    "hamburger": "a hamburger",
-    "doughnut": "a doughnut",
-    "cupcake": "a cupcake",
-    "icecream": "a soft ice cream",
-    "bread": "a loaf of bread",
-    "coffee": "a hot cup of coffee",
-    # vehicles
-    "car": "a red car",
-    "bus": "a bus",
-    "fire_engine": "a fire engine",
-    "tractor": "a tractor",
-    "bike": "a bicycle",
-    "airplane": "an airplane",
-    "helicopter": "a helicopter",
-    "boat": "a sailboat",
-    "rocket": "a rocket",
-    # objects
-    "guitar": "a guitar",
-    "umbrella_with_rain_drops": "an umbrella in the rain",
-    "bulb": "a light bulb",
-    "camera": "a camera",
-    "crown": "a golden crown",
-    "gift": "a wrapped gift",
-    "soccer": "a soccer ball",
-    "alarm_clock": "an alarm clock",
-}
-HELD_OUT = {
-    "wolf": "the face of a wolf",
-    "bear": "the face of a bear",
-    "cow": "the face of a cow",
-    "hedgehog": "a hedgehog",
-    "dolphin": "a dolphin",
-    "snail": "a snail",
-    "parrot": "a parrot",
-    "cherry_blossom": "a cherry blossom",
-    "four_leaf_clover": "a four leaf clover",
-    "green_apple": "a green apple",
-    "lemon": "a lemon",
-    "grapes": "a bunch of grapes",
-    "pretzel": "a pretzel",
-    "cookie": "a cookie",
-    "taxi": "a yellow taxi",
-    "truck": "a delivery truck",
-    "trumpet": "a trumpet",
-    "basketball": "a basketball",
-    "key": "a golden key",
-    "balloon": "a red balloon",
+# npm package -> version, SHA-256 of its archive.
+PACKAGES = {
+    "emoji-datasource-google": ("16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "fluentui-emoji": ("1.3.0", "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5"),
+    "unicode-emoji-json": ("0.9.0", "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401"),
 }
 
-# The package's subcategory, as a word for the caption.
+# Style -> package and folder of its pictures.
+BASE_STYLES = {
+    "noto": ("emoji-datasource-google", "package/img/google/64"),
+    "twemoji": ("emoji-datasource-twitter", "package/img/twitter/64"),
+    "fluent": ("fluentui-emoji", "package/icons/flat"),
+    "gradient": ("fluentui-emoji", "package/icons/modern"),
+}
+NEW_STYLE = ("fluentui-emoji", "package/icons/high-contrast")
+
+# Subcategory of Unicode's list -> the word in captions. Others (faces, people, flags, signs, letters) are left out.
 KINDS = {
     "animal-mammal": "animal",
     "animal-bird": "bird",
     "animal-amphibian": "animal",
-    "animal-reptile": "animal",
+    "animal-reptile": "reptile",
     "animal-marine": "sea animal",
     "animal-bug": "small animal",
     "monkey-face": "animal",
@@ -126,98 +57,181 @@ KINDS = {
     "food-fruit": "fruit",
     "food-vegetable": "vegetable",
     "food-prepared": "food",
+    "food-asian": "food",
     "food-sweet": "sweet food",
     "drink": "drink",
+    "dishware": "dishware",
     "transport-ground": "vehicle",
     "transport-air": "aircraft",
     "transport-water": "boat",
-    "musical-instrument": "musical instrument",
+    "place-building": "building",
+    "place-geographic": "landscape",
     "sky & weather": "weather",
-    "light & video": "object",
-    "clothing": "object",
-    "event": "party object",
+    "musical-instrument": "musical instrument",
     "sport": "sport",
-    "time": "object",
-    "lock": "object",
+    "game": "game",
+    "event": "party object",
+    "award-medal": "award",
+    "arts & crafts": "craft",
+    "clothing": "clothing",
+    "household": "household object",
+    "light & video": "device",
+    "computer": "device",
+    "phone": "device",
+    "office": "office object",
+    "writing": "office object",
+    "tool": "tool",
+    "science": "science",
+    "medical": "medicine",
+    "lock": "lock",
+    "money": "money",
+    "hotel": "object",
+    "time": "clock",
 }
+# Dials that differ by a hand.
+LEFT_OUT = {f"clock{hour}{half}" for hour in range(1, 13) for half in ("", "30")}
+
+QUICKSTART = """
+dog face, cat face, fox, lion, tiger face, panda, koala, rabbit face, frog, pig face, monkey face, elephant, penguin, owl,
+octopus, tropical fish, spouting whale, crab, turtle, butterfly, honeybee, lady beetle, cactus, sunflower, tulip,
+evergreen tree, mushroom, red apple, pear, banana, strawberry, watermelon, pineapple, cherries, carrot, avocado, pizza,
+hamburger, doughnut, cupcake, soft ice cream, bread, hot beverage, automobile, bus, fire engine, tractor, bicycle, airplane,
+helicopter, sailboat, rocket, guitar, umbrella with rain drops, light bulb, camera, crown, wrapped gift, soccer ball,
+alarm clock
+"""
+QUICKSTART_HELD_OUT = """
+wolf, bear, cow face, hedgehog, dolphin, snail, parrot, cherry blossom, four leaf clover, green apple, lemon, grapes, pretzel,
+cookie, taxi, delivery truck, trumpet, basketball, key, balloon
+"""
 
 README = """# Pictures for the quickstart
 
 60 small pictures of one style with captions, to train a first LoRA on, and 20 more in `held_out/` to compare with:
-animals, plants, food, vehicles and objects from Noto Emoji, 64 x 64 PNG with an alpha channel. Each `name.txt` is the
-caption of `name.png`.
+animals, plants, food, vehicles and objects in black ink, 64 x 64 PNG. Each `name.txt` is the caption of `name.png`. The base
+model in `assets/emoji-64` has seen these subjects in colour and never this style.
 
-Made by `python3 tools/assets/prepare_emoji.py` from the npm package {package} {version}; run it again to get the same
-bytes. Where the pictures come from and under which terms: [ATTRIBUTION.md](ATTRIBUTION.md), [LICENSE](LICENSE).
+Made by `python3 tools/assets/prepare_emoji.py quickstart` from the npm package {package} {version}; run it again to get the
+same bytes. Where the pictures come from and under which terms: [ATTRIBUTION.md](ATTRIBUTION.md).
 """
 
 ATTRIBUTION = """# Attribution
 
-The pictures (`*.png`, here and in `held_out/`) are from **Noto Emoji**, copyright Google LLC,
-<https://github.com/googlefonts/noto-emoji>, licensed under the Apache License, Version 2.0 (the file `LICENSE` beside).
-They are unmodified copies of the files in `img/google/64` of the npm package `{package}` {version} by Cal Henderson
-(<https://github.com/iamcal/emoji-data>), renamed. That package's README says of them: "Android/Google/Noto images, are
-available under the Apache License 2.0".
+The pictures (`*.png`, here and in `held_out/`) are the high-contrast style of **Fluent Emoji**, copyright Microsoft
+Corporation, <https://github.com/microsoft/fluentui-emoji>, licensed under the MIT License. They were drawn at 64 x 64 pixels
+from the SVG files in `icons/high-contrast` of the npm package `{package}` {version}, whose own licence is:
 
-Captions use that package's categories. Its own licence, for the data:
-
-{licence}"""
+{licence}
+Captions are the emoji's official English names (Unicode CLDR) and words of our own.
+"""
 
 
-def fetch(folder):
-    """The package's archive through npm."""
-    subprocess.run(["npm", "pack", "--silent", f"{PACKAGE}@{VERSION}"], cwd=folder, check=True)
-    return Path(folder) / f"{PACKAGE}-{VERSION}.tgz"
+def listed(text):
+    return [name.strip() for name in text.replace("\n", " ").split(",")]
 
 
-def caption(phrase, entry):
-    kind = KINDS[entry["subcategory"]]
-    return f"an emoji of {phrase}, {kind}, flat style, simple shapes, plain background\n"
+class Packages:
+    """The pinned packages' archives."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.open = {}
+
+    def read(self, package, name):
+        """A file of a package; None where it has no such file."""
+        if package not in self.open:
+            version, expected = PACKAGES[package]
+            path = self.folder / f"{package}-{version}.tgz"
+            if not path.exists():
+                subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=self.folder, check=True)
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != expected:
+                raise SystemExit(f"{path}: SHA-256 is {found}, expected {expected}")
+            archive = tarfile.open(path)
+            self.open[package] = (archive, {member.name: member for member in archive.getmembers()})
+        archive, members = self.open[package]
+        return archive.extractfile(members[name]).read() if name in members else None
+
+    def picture(self, place, emoji):
+        """An emoji in a style, RGBA of SIDE x SIDE; None where the style lacks it."""
+        package, folder = place
+        if package == "fluentui-emoji":
+            svg = self.read(package, f"{folder}/{emoji['slug']}.svg")
+            if svg is None:
+                return None
+            # Larger and then reduced: clipped gradients are drawn with hard edges.
+            drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), width=4 * SIDE, height=4 * SIDE))
+            return Image.open(io.BytesIO(drawn)).convert("RGBa").resize((SIDE, SIDE), Image.BOX).convert("RGBA")
+        png = self.read(package, f"{folder}/{emoji['image']}")
+        return png and Image.open(io.BytesIO(png)).convert("RGBA").resize((SIDE, SIDE), Image.LANCZOS)
+
+    def emoji(self):
+        """The emoji that captions can name, in Unicode's order."""
+        names = json.loads(self.read("unicode-emoji-json", "package/data-by-emoji.json"))
+        bare = lambda text: text.replace("\ufe0f", "")
+        names = {bare(emoji): entry for emoji, entry in names.items()}
+        found = []
+        for entry in json.loads(self.read("emoji-datasource-google", "package/emoji.json")):
+            kind = KINDS.get(entry["subcategory"])
+            emoji = bare("".join(chr(int(code, 16)) for code in entry["unified"].split("-")))
+            if kind is None or emoji not in names or entry["short_name"] in LEFT_OUT:
+                continue
+            slug = names[emoji]["slug"].replace("_", "-")
+            name = names[emoji]["name"]
+            found.append({"name": name, "slug": slug, "kind": kind, "image": entry["image"], "order": entry["sort_order"]})
+        return sorted(found, key=lambda emoji: emoji["order"])
 
 
-def stem(phrase):
-    for article in ("the face of a ", "an ", "a ", "the "):
-        if phrase.startswith(article):
-            phrase = phrase[len(article):] + ("_face" if "face" in article else "")
-            break
-    return phrase.replace(" ", "_")
+def save(folder, emoji, picture, *style):
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{emoji['slug']}.png", optimize=True)
+    (folder / f"{emoji['slug']}.txt").write_text(", ".join([emoji["name"], emoji["kind"], *style]) + "\n")
+
+
+def base(packages, output):
+    counts = {"train": 0, "held_out": 0}
+    for emoji in packages.emoji():
+        pictures = {style: packages.picture(place, emoji) for style, place in BASE_STYLES.items()}
+        pictures = {style: picture for style, picture in pictures.items() if picture}
+        # By the name's hash: one in seven subjects is held out in one of its styles.
+        draw = int.from_bytes(hashlib.sha256(emoji["slug"].encode()).digest()[:4], "big")
+        held_out = sorted(pictures)[draw // 7 % len(pictures)] if draw % 7 == 0 and len(pictures) > 2 else None
+        for style, picture in pictures.items():
+            part = "held_out" if style == held_out else "train"
+            save(output / part / style, emoji, picture, style)
+            counts[part] += 1
+    print(f"{output}: {counts['train']} pictures, {counts['held_out']} held out")
+
+
+def quickstart(packages, output):
+    by_name = {emoji["name"]: emoji for emoji in packages.emoji()}
+    for target, names in ((output, listed(QUICKSTART)), (output / "held_out", listed(QUICKSTART_HELD_OUT))):
+        target.mkdir(parents=True, exist_ok=True)
+        for old in [*target.glob("*.png"), *target.glob("*.txt")]:
+            old.unlink()
+        for name in names:
+            picture = packages.picture(NEW_STYLE, by_name[name])
+            paper = Image.new("RGBA", picture.size, "white")
+            save(target, by_name[name], Image.alpha_composite(paper, picture).convert("L"))
+    licence = packages.read("fluentui-emoji", "package/LICENSE").decode().replace("\r\n", "\n")
+    terms = {"package": "fluentui-emoji", "version": PACKAGES["fluentui-emoji"][0]}
+    (output / "README.md").write_text(README.format(**terms))
+    quoted = "".join(f"> {line}".rstrip() + "\n" for line in licence.splitlines())
+    (output / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**terms, licence=quoted))
+    print(f"{output}: {len(listed(QUICKSTART))} pictures, {len(listed(QUICKSTART_HELD_OUT))} held out")
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--package", type=Path, help="the package's .tgz, instead of fetching it")
-    arguments.add_argument("--output", type=Path, default=ROOT / "assets" / "quickstart")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--packages", type=Path, help="folder of the packages' archives, kept there when fetched")
+    commands = arguments.add_subparsers(dest="command", required=True)
+    commands.add_parser("base").add_argument("output", type=Path)
+    commands.add_parser("quickstart").add_argument("output", type=Path, nargs="?", default=ROOT / "assets" / "quickstart")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        archive = options.package or fetch(folder)
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != SHA256:
-            raise SystemExit(f"{archive}: SHA-256 is {found}, expected {SHA256} ({PACKAGE} {VERSION})")
-        with tarfile.open(archive) as package:
-            read = lambda name: package.extractfile(name).read()
-            entries = {entry["short_name"]: entry for entry in json.loads(read("package/emoji.json"))}
-            wanted = [(options.output, TRAINING), (options.output / "held_out", HELD_OUT)]
-            size = 0
-            for target, names in wanted:
-                target.mkdir(parents=True, exist_ok=True)
-                for old in [*target.glob("*.png"), *target.glob("*.txt")]:
-                    old.unlink()
-                assert len({stem(phrase) for phrase in names.values()}) == len(names)
-                for short_name, phrase in names.items():
-                    entry = entries[short_name]
-                    assert entry["has_img_google"], short_name
-                    picture = read(f"{PICTURES}/{entry['image']}")
-                    (target / f"{stem(phrase)}.png").write_bytes(picture)
-                    (target / f"{stem(phrase)}.txt").write_text(caption(phrase, entry))
-                    size += len(picture)
-            licence = read("package/LICENSE").decode().replace("\r\n", "\n")
-    terms = {"package": PACKAGE, "version": VERSION}
-    (options.output / "README.md").write_text(README.format(**terms))
-    quoted = "".join(f"> {line}".rstrip() + "\n" for line in licence.splitlines())
-    (options.output / "ATTRIBUTION.md").write_text(ATTRIBUTION.format(**terms, licence=quoted))
-    # The project's own licence has the same text.
-    (options.output / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
-    print(f"{options.output}: {len(TRAINING)} pictures, {len(HELD_OUT)} held out, {size} bytes")
+        if options.packages:
+            options.packages.mkdir(parents=True, exist_ok=True)
+        make = {"base": base, "quickstart": quickstart}[options.command]
+        make(Packages(options.packages or folder), options.output)
 
 
 if __name__ == "__main__":

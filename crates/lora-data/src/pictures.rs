@@ -79,10 +79,28 @@ pub struct Pictures {
 impl Pictures {
     /// Scans the datasets. Pictures too small for any bucket count as unreadable.
     pub fn open(options: Vec<DatasetOptions>, registry: &ProcessorRegistry) -> Result<Self> {
+        let with_chain = |options: DatasetOptions| {
+            let processors = registry.chain(&options.processors)?;
+            Ok(Dataset { options, processors })
+        };
+        Self::scan(options.into_iter().map(with_chain).collect::<Result<_>>()?)
+    }
+
+    /// The pictures of another place, treated as the first dataset's are: for validation.
+    pub fn of_another(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        let Some(Dataset { options, processors }) = self.datasets.first() else { return Self::scan(Vec::new()) };
+        let mut options = options.clone();
+        options.path = path.into();
+        options.scan.role = Role::Training;
+        options.scan.metadata_file = None;
+        Self::scan(vec![Dataset { options, processors: processors.clone() }])
+    }
+
+    fn scan(datasets: Vec<Dataset>) -> Result<Self> {
         let mut pictures = Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new() };
         let mut groups: Vec<(usize, Vec<(usize, Item)>)> = Vec::new();
-        for options in options {
-            let processors = registry.chain(&options.processors)?;
+        for dataset in datasets {
+            let options = &dataset.options;
             let (items, mut findings) = ImageDataset::scan(&options.path, &options.scan)?.into_parts();
             let place = pictures.datasets.len();
             let mut kept = Vec::with_capacity(items.len());
@@ -103,7 +121,7 @@ impl Pictures {
                 Some((_, own)) => own.extend(kept),
                 None => groups.push((options.group, kept)),
             }
-            pictures.datasets.push(Dataset { options, processors });
+            pictures.datasets.push(dataset);
         }
         for (_, own) in groups {
             let (mut places, mut items): (Vec<usize>, Vec<Item>) = own.into_iter().unzip();

@@ -424,6 +424,14 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key("save_every_n_steps", "1 …", "none", "Also save the LoRA every so many steps.", ""),
             key("save_every_n_epochs", "1 …", "none", "Also save the LoRA every so many epochs.", ""),
             key(
+                "validation_data_dir",
+                "path",
+                "none",
+                "Pictures that are not trained on: their loss, with the same noise at each look, is told before and after training and written to `validation.jsonl`.",
+                "The autoencoder again, for a moment.",
+            ),
+            key("validate_every_n_steps", "1 …", "none", "Also tell it every so many steps.", ""),
+            key(
                 "sample_prompts",
                 "list of texts",
                 "[]",

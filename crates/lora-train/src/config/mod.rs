@@ -150,6 +150,8 @@ pub struct TrainConfig {
     pub cache_dir: Option<PathBuf>,
     pub save_every_n_steps: Option<usize>,
     pub save_every_n_epochs: Option<usize>,
+    pub validation_data_dir: Option<PathBuf>,
+    pub validate_every_n_steps: Option<usize>,
     pub samples: SampleConfig,
     pub callbacks: Vec<String>,
 }
@@ -392,6 +394,8 @@ impl TrainConfig {
             cache_dir: reader.text("cache_dir").map(PathBuf::from),
             save_every_n_steps: reader.count("save_every_n_steps", 1),
             save_every_n_epochs: reader.count("save_every_n_epochs", 1),
+            validation_data_dir: reader.text("validation_data_dir").map(PathBuf::from),
+            validate_every_n_steps: reader.count("validate_every_n_steps", 1),
             samples,
             callbacks: if reader.has("callbacks") { reader.texts("callbacks").unwrap_or_default() } else { Vec::new() },
         }

@@ -8,9 +8,11 @@ mod prepare;
 mod sample;
 mod save;
 mod summary;
+mod validation;
 
 pub use prepare::Preparing;
 pub use summary::Summary;
+pub use validation::Validation;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -45,7 +45,7 @@ impl Session {
         Ok(pictures)
     }
 
-    fn states_of(&self, caption: &str) -> Result<Tensor> {
+    pub(super) fn states_of(&self, caption: &str) -> Result<Tensor> {
         if let Some(states) = self.text_states.get(caption) {
             return Ok(states.f_to_device(self.device)?);
         }
