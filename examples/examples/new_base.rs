@@ -13,8 +13,7 @@ use std::time::Instant;
 
 use lora_core::random::Stream;
 use lora_core::{Component, DType, HostTensor};
-use lora_data::Pictures;
-use lora_data::processor::ProcessorRegistry;
+use lora_examples::{Answer, decibels, load_pictures, psnr, scaled};
 use lora_io::checkpoint::{Checkpoint, CheckpointSource, Part, write_single_file};
 use lora_models::stable_diffusion::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
@@ -22,10 +21,7 @@ use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource,
 use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_f32, from_host, to_host};
-use lora_train::config::TrainConfig;
 use lora_train::parameters::ParameterList;
-
-type Answer<T> = Result<T, Box<dyn std::error::Error>>;
 
 const BATCH: usize = 8;
 const LEARNING_RATE: f64 = 1e-3;
@@ -74,8 +70,8 @@ fn main() -> Answer<()> {
     let steps: usize = rest.iter().find_map(|text| text.parse().ok()).unwrap_or(3000);
     let kind = if rest.iter().any(|text| text == "bf16") { Kind::BFloat16 } else { Kind::Float };
     let (pictures, output) = (Path::new(pictures), Path::new(output));
-    let training = load(&pictures.join("train"))?;
-    let held_out = load(&pictures.join("held_out"))?;
+    let training = load_pictures(&pictures.join("train"))?;
+    let held_out = load_pictures(&pictures.join("held_out"))?;
     println!("{} pictures, {} held out", training.size()[0], held_out.size()[0]);
 
     let model = sizes();
@@ -105,25 +101,6 @@ fn main() -> Answer<()> {
     let vae = load_vae(&Checkpoint::open(output)?, Kind::Float, Device::Cpu, Held::default())?;
     println!("held out: {:.2} dB; saved {}", no_grad(|| psnr(&vae, &held_out))?, output.display());
     Ok(())
-}
-
-/// All pictures below a folder, `[count, 3, height, width]` in bytes.
-fn load(folder: &Path) -> Answer<Tensor> {
-    let (options, _) = TrainConfig::datasets_of::<&str>(None, Some(folder), &["max_resolution=64", "recursive=true"])?;
-    let pictures = Pictures::open(options, &ProcessorRegistry::default())?;
-    let mut all = Vec::new();
-    for index in 0..pictures.items().len() {
-        let picture = pictures.load(index, &Stream::new(0))?.picture;
-        let (width, height) = (picture.width() as i64, picture.height() as i64);
-        let pixels = Tensor::from_slice(picture.data()).f_view([height, width, 3])?;
-        all.push(pixels.f_permute([2, 0, 1])?.f_contiguous()?);
-    }
-    Ok(Tensor::f_stack(&all, 0)?)
-}
-
-/// Bytes as the autoencoder sees them.
-fn scaled(bytes: &Tensor) -> Answer<Tensor> {
-    Ok(bytes.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
 }
 
 fn train(vae: &Vae, parameters: &mut ParameterList, training: &Tensor, steps: usize) -> Answer<()> {
@@ -220,23 +197,6 @@ fn standardise(vae: &Vae, weights: &BTreeMap<String, Tensor>, training: &Tensor)
     let _ = bias.f_add_(&kernel.f_view([channels, channels])?.f_mv(&mean)?)?;
     let _ = kernel.shallow_clone().f_div_(&factor.f_view([1, -1, 1, 1])?)?;
     Ok(())
-}
-
-/// Peak signal-to-noise ratio of reconstructions from the latents' means, over all pictures.
-fn psnr(vae: &Vae, pictures: &Tensor) -> Answer<f64> {
-    let mut errors = Vec::new();
-    for chunk in pictures.f_split(32, 0)? {
-        let pixels = scaled(&chunk)?;
-        let made = vae.decode(&vae.encode(&pixels)?.mean)?.f_clamp(-1.0, 1.0)?;
-        errors.push((made - pixels).f_square()?.f_flatten(1, -1)?.f_mean_dim(1, false, Kind::Float)?);
-    }
-    let each: Vec<f32> = Vec::try_from(Tensor::f_cat(&errors, 0)?)?;
-    Ok(each.iter().map(|&error| decibels(f64::from(error))).sum::<f64>() / each.len() as f64)
-}
-
-/// Of a mean squared error where values span 2.
-fn decibels(error: f64) -> f64 {
-    10.0 * (4.0 / error).log10()
 }
 
 /// First values: uniform with the variance 1 / inputs; the last layer of each residual part is zero, so that the network
