@@ -4,7 +4,7 @@
 //!
 //! `cargo run --release --example new_base -- PICTURES OUT.safetensors [STEPS] [bf16]`
 //!
-//! PICTURES has folders `train` and `held_out` of 64 × 64 pictures (`tools/assets/prepare_emoji.py base PICTURES`). Where OUT
+//! PICTURES has folders `train`, `more` and `held_out` of 64 × 64 pictures (`tools/assets/prepare_emoji.py base PICTURES`). Where OUT
 //! is there already, its autoencoder is trained further.
 
 use std::collections::BTreeMap;
@@ -70,7 +70,7 @@ fn main() -> Answer<()> {
     let steps: usize = rest.iter().find_map(|text| text.parse().ok()).unwrap_or(3000);
     let kind = if rest.iter().any(|text| text == "bf16") { Kind::BFloat16 } else { Kind::Float };
     let (pictures, output) = (Path::new(pictures), Path::new(output));
-    let training = load_pictures(&pictures.join("train"))?;
+    let training = Tensor::f_cat(&[load_pictures(&pictures.join("train"))?, load_pictures(&pictures.join("more"))?], 0)?;
     let held_out = load_pictures(&pictures.join("held_out"))?;
     println!("{} pictures, {} held out", training.size()[0], held_out.size()[0]);
 
@@ -200,21 +200,28 @@ fn standardise(vae: &Vae, weights: &BTreeMap<String, Tensor>, training: &Tensor)
 }
 
 /// First values: uniform with the variance 1 / inputs; the last layer of each residual part is zero, so that the network
-/// begins as the identity; norms are 1, biases 0, token embeddings small.
+/// begins as the identity; norms are 1, biases 0. Positions and the tokens that begin and end a caption are zero: what the
+/// text encoder gives for the seventy places that no word fills is then the caption's words from the first step on. (Else
+/// these places drown the few words, and the U-Net learns for thousands of steps to leave the text alone.)
 struct Untrained(Part);
 
 impl Untrained {
     fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let zero = name.ends_with(".bias")
+            || name.ends_with("position_embedding.weight")
             || self.0 == Part::Unet
                 && [".conv2.weight", ".proj_out.weight", "conv_out.weight"].iter().any(|end| name.ends_with(end));
         let made = SyntheticWeights::new(self.0.folder()).values(name, shape).to_f32().into_owned();
-        let values = match shape.len() {
+        let mut values = match shape.len() {
             _ if zero => vec![0.0; made.len()],
             1 => vec![1.0; made.len()],
-            _ if name.contains("embedding.weight") => made.into_iter().map(|value| 0.2 * value).collect(),
             _ => made,
         };
+        if name.ends_with("token_embedding.weight") {
+            // The last two of CLIP's vocabulary.
+            let words = (shape[0] - 2) * shape[1];
+            values[words..].fill(0.0);
+        }
         HostTensor::from_f32(shape, values).expect("as many values as the shape has")
     }
 }

@@ -5,8 +5,9 @@
     python3 tools/assets/prepare_emoji.py base FOLDER     what the small base model is trained on: four styles
     python3 tools/assets/prepare_emoji.py quickstart      assets/quickstart: a fifth style, which the base never sees
 
-`base` writes FOLDER/train/STYLE and FOLDER/held_out/STYLE (about one picture in thirty, whose subject the base sees in the
-other styles only). Captions are the emoji's official English name, a word for its kind and, for the base, its style:
+`base` writes FOLDER/train/STYLE (the quickstart's subjects and three in ten of the others), FOLDER/held_out/STYLE (one
+subject in seven of those, in one style: the base sees it in the other styles only) and FOLDER/more/STYLE (the other subjects,
+for the autoencoder). Captions are the emoji's official English name, a word for its kind and, for the base, its style:
 `red apple, fruit, noto`. Packages are fetched with `npm pack`, or taken from --packages. The same versions give the same
 bytes.
 """
@@ -187,19 +188,25 @@ def save(folder, emoji, picture, *style):
     (folder / f"{emoji['slug']}.txt").write_text(", ".join([emoji["name"], emoji["kind"], *style]) + "\n")
 
 
+def parts(slug, styles, chosen):
+    """Where each style's picture of a subject belongs; by the hash of its name."""
+    draw = int.from_bytes(hashlib.sha256(slug.encode()).digest()[:4], "big")
+    if slug not in chosen and draw // 49 % 10 >= 3:
+        return {style: "more" for style in styles}
+    held_out = sorted(styles)[draw // 7 % len(styles)] if draw % 7 == 0 and len(styles) > 2 else None
+    return {style: "held_out" if style == held_out else "train" for style in styles}
+
+
 def base(packages, output):
-    counts = {"train": 0, "held_out": 0}
+    chosen = {name.replace(" ", "-") for name in listed(QUICKSTART) + listed(QUICKSTART_HELD_OUT)}
+    counts = {"train": 0, "held_out": 0, "more": 0}
     for emoji in packages.emoji():
         pictures = {style: packages.picture(place, emoji) for style, place in BASE_STYLES.items()}
         pictures = {style: picture for style, picture in pictures.items() if picture}
-        # By the name's hash: one in seven subjects is held out in one of its styles.
-        draw = int.from_bytes(hashlib.sha256(emoji["slug"].encode()).digest()[:4], "big")
-        held_out = sorted(pictures)[draw // 7 % len(pictures)] if draw % 7 == 0 and len(pictures) > 2 else None
-        for style, picture in pictures.items():
-            part = "held_out" if style == held_out else "train"
-            save(output / part / style, emoji, picture, style)
+        for style, part in parts(emoji["slug"], pictures, chosen).items():
+            save(output / part / style, emoji, pictures[style], style)
             counts[part] += 1
-    print(f"{output}: {counts['train']} pictures, {counts['held_out']} held out")
+    print(f"{output}: {counts['train']} pictures, {counts['held_out']} held out, {counts['more']} more")
 
 
 def quickstart(packages, output):

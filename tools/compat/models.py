@@ -53,6 +53,12 @@ def write_configs(folder, shapes):
     if f"{text}final_layer_norm.weight" not in shapes:
         raise SystemExit(f"no {text}… in the file: not a complete Stable Diffusion 1.x checkpoint")
     width = shapes[f"{text}final_layer_norm.weight"][0]
+    # The original numbers a level's blocks and what halves it in one row.
+    stride = min(int(m[1]) for name in shapes if (m := re.match(re.escape(unet) + r"input_blocks\.(\d+)\.0\.op\.", name)))
+    vae_levels = {int(m[1]) for name in shapes if (m := re.match(r"first_stage_model\.encoder\.down\.(\d+)\.", name))}
+    vae_blocks = {
+        int(m[1]) for name in shapes if (m := re.match(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\.", name))
+    }
     layers = {int(m[1]) for name in shapes if (m := re.match(re.escape(text) + r"encoder\.layers\.(\d+)\.", name))}
     configs = {
         "model_index.json": {
@@ -70,17 +76,19 @@ def write_configs(folder, shapes):
             "sample_size": 64,
             "in_channels": shapes[f"{unet}input_blocks.0.0.weight"][1],
             "out_channels": shapes[f"{unet}out.2.weight"][0],
-            "block_out_channels": [shapes[f"{unet}input_blocks.{1 + 3 * i}.0.out_layers.3.weight"][0] for i in range(4)],
-            "layers_per_block": 2,
+            "block_out_channels": [shapes[f"{unet}input_blocks.{1 + stride * i}.0.out_layers.3.weight"][0] for i in range(4)],
+            "layers_per_block": stride - 1,
             "cross_attention_dim": shapes[f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"][1],
             "attention_head_dim": 8,
         },
         "vae/config.json": {
             "_class_name": "AutoencoderKL",
-            "block_out_channels": [shapes[f"first_stage_model.encoder.down.{i}.block.0.conv2.weight"][0] for i in range(4)],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "layers_per_block": 2,
+            "block_out_channels": [
+                shapes[f"first_stage_model.encoder.down.{i}.block.0.conv2.weight"][0] for i in sorted(vae_levels)
+            ],
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae_levels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae_levels),
+            "layers_per_block": len(vae_blocks),
             "latent_channels": 4,
             "sample_size": 512,
         },
