@@ -70,7 +70,8 @@ fn main() -> Answer<()> {
     let steps: usize = rest.iter().find_map(|text| text.parse().ok()).unwrap_or(3000);
     let kind = if rest.iter().any(|text| text == "bf16") { Kind::BFloat16 } else { Kind::Float };
     let (pictures, output) = (Path::new(pictures), Path::new(output));
-    let training = Tensor::f_cat(&[load_pictures(&pictures.join("train"))?, load_pictures(&pictures.join("more"))?], 0)?;
+    let training =
+        Tensor::f_cat(&[load_pictures(&pictures.join("train"))?, load_pictures(&pictures.join("more"))?], 0)?;
     let held_out = load_pictures(&pictures.join("held_out"))?;
     println!("{} pictures, {} held out", training.size()[0], held_out.size()[0]);
 
