@@ -23,6 +23,7 @@ fn main() {
         .std("c++17")
         .file("cpp/shim.cpp")
         .file("cpp/checkpoint.cpp")
+        .file("cpp/fault.cpp")
         .file("cpp/frozen.cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))

@@ -25,7 +25,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if arguments.json {
         let json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "libtorch": { "version": "2.11.0", "folder": folder },
+            "libtorch": { "version": lora_torch::LIBTORCH, "folder": folder },
             "cuda": cuda.to_string(),
             "precisions": precisions.iter().map(|(name, list)| ((*name).to_owned(), serde_json::json!(list))).collect::<serde_json::Map<_, _>>(),
             "threads": lora_torch::tch::get_num_threads(),
@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("{json:#}");
         return Ok(());
     }
-    println!("lora {} on libtorch 2.11.0", env!("CARGO_PKG_VERSION"));
+    println!("lora {} on libtorch {}", env!("CARGO_PKG_VERSION"), lora_torch::LIBTORCH);
     println!("libtorch:  {}", folder.display());
     println!("cuda:      {cuda}");
     for (name, list) in &precisions {

@@ -58,6 +58,11 @@ impl Error {
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, Error::Torch(error) if error.is_out_of_memory())
     }
+
+    /// Whether the device is gone for this process, with everything that was on it.
+    pub fn is_device_lost(&self) -> bool {
+        matches!(self, Error::Torch(error) if error.is_device_lost())
+    }
 }
 
 impl From<lora_torch::tch::TchError> for Error {

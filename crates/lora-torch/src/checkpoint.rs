@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
+use crate::error::panic_message;
 use crate::shim::RawTensor;
 use crate::{Error, Result};
 
@@ -107,7 +108,11 @@ unsafe extern "C" fn compute(
     let message = match result {
         Ok(Ok(output)) => return into_raw(output),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => "a part of the network panicked".into(),
+        // Among them what `caught` tells of: the words say whether memory ran out.
+        Err(payload) => format!(
+            "a part of the network panicked: {}",
+            panic_message(&*payload).and_then(|words| words.lines().next()).unwrap_or_default()
+        ),
     };
     FAILURE.with_borrow_mut(|text| {
         *text = CString::new(message.replace('\0', " ")).unwrap_or_default();

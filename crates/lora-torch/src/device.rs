@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
@@ -119,6 +119,83 @@ pub fn resolve(requested: &str) -> Result<Device> {
     }
 }
 
+/// Makes sure that a device computes in a number type: a product and a convolution are tried. A GPU that only imitates
+/// bf16 is told of, as that costs more than it saves.
+pub fn check_kind(device: Device, kind: Kind) -> Result<()> {
+    let tried = || -> Result<()> {
+        let square = Tensor::f_ones([16, 16], (kind, device))?;
+        let product = square.f_matmul(&square)?;
+        let (picture, kernel) = (product.f_view([1i64, 4, 8, 8])?, square.f_view([4i64, 4, 4, 4])?);
+        let sum = picture.f_conv2d(&kernel, None::<&Tensor>, 1, 0, 1, 1)?.f_sum(Kind::Float)?;
+        // The device answers only when it is waited for.
+        f64::try_from(sum)?;
+        Ok(())
+    };
+    match tried() {
+        Err(error @ (Error::OutOfMemory(_) | Error::DeviceLost(_))) => return Err(error),
+        Err(error) => {
+            return Err(Error::Precision {
+                device: name(device),
+                precision: precision(kind),
+                reason: error.to_string(),
+            });
+        }
+        Ok(()) => {}
+    }
+    if let Device::Cuda(index) = device
+        && let Some((major, minor)) = compute_capability(index)
+        && let Some(advice) = imitation(kind, major)
+    {
+        tracing::warn!("{} has compute capability {major}.{minor}: {advice}", name(device));
+    }
+    Ok(())
+}
+
+/// What to do where a GPU of a generation has no units of its own for a number type.
+fn imitation(kind: Kind, major: i32) -> Option<&'static str> {
+    match kind {
+        Kind::BFloat16 if major < 8 => {
+            Some("bf16 is imitated there (units for it come with Ampere, 8.0) and is slow; use precision = \"fp16\"")
+        }
+        Kind::Half if major < 6 => Some("fp16 is slow there; use precision = \"fp32\""),
+        _ => None,
+    }
+}
+
+/// The compute capability of a device, as the driver tells it; `None` where it does not.
+fn compute_capability(index: usize) -> Option<(i32, i32)> {
+    type Get = unsafe extern "C" fn(*mut i32, i32, i32) -> i32;
+    // Numbers of CUdevice_attribute in the driver's interface.
+    const MAJOR: i32 = 75;
+    const MINOR: i32 = 76;
+    // SAFETY: the driver is loaded already (`load_cuda`) and stays so; this only counts a reference.
+    let driver = unsafe { Library::open(Some("libcuda.so.1"), RTLD_NOW) }.ok()?;
+    // SAFETY: the signature is that of cuDeviceGetAttribute(int *, CUdevice_attribute, CUdevice), where an attribute and a
+    // device are C ints; a device's handle is its number.
+    let get = unsafe { driver.get::<Get>(b"cuDeviceGetAttribute\0") }.ok()?;
+    let attribute = |number: i32| {
+        let mut value = 0;
+        // SAFETY: a local to write to; libtorch has initialised the driver.
+        (unsafe { get(&mut value, number, i32::try_from(index).ok()?) } == 0).then_some(value)
+    };
+    Some((attribute(MAJOR)?, attribute(MINOR)?))
+}
+
+fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".into(),
+    }
+}
+
+fn precision(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Half => "fp16",
+        Kind::BFloat16 => "bf16",
+        _ => "fp32",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +208,26 @@ mod tests {
             assert!(resolve(bad).unwrap_err().to_string().contains("expected auto"), "{bad}");
         }
         assert!(resolve("cuda:99").is_err());
+    }
+
+    #[test]
+    fn what_a_device_lacks_is_said() {
+        check_kind(Device::Cpu, Kind::Float).unwrap();
+        check_kind(Device::Cpu, Kind::BFloat16).unwrap();
+        // No device convolves booleans: what a missing number type looks like.
+        let error = check_kind(Device::Cpu, Kind::Bool).unwrap_err();
+        assert!(
+            matches!(error, Error::Precision { .. }) && error.to_string().contains("precision = \"fp32\""),
+            "{error}"
+        );
+        assert!(imitation(Kind::BFloat16, 7).unwrap().contains("fp16"));
+        assert_eq!(
+            (imitation(Kind::BFloat16, 8), imitation(Kind::Half, 7), imitation(Kind::Float, 3)),
+            (None, None, None)
+        );
+        let fault = crate::fault::Fault::of_allocation(0);
+        assert!(check_kind(Device::Cpu, Kind::Float).unwrap_err().is_out_of_memory());
+        drop(fault);
     }
 
     #[test]

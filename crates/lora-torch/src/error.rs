@@ -1,5 +1,8 @@
 //! The crate's error type: what libtorch reports, told apart where a caller acts differently.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use lora_core::Error as CoreError;
 use tch::TchError;
 
@@ -10,6 +13,11 @@ pub enum Error {
     /// The device (or the host) has no memory left; the operation had no effect.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
+    /// The device does not answer any more, or a kernel left it in a state that only a new process ends.
+    #[error(
+        "the GPU cannot be used any more: {0}; `nvidia-smi` and the system's log (Xid) tell whether it fell off the bus, overheated or was reset, and only a new process can use it again"
+    )]
+    DeviceLost(String),
     /// Any other failure inside libtorch.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -19,6 +27,18 @@ pub enum Error {
         /// The device as written.
         requested: String,
         /// Why not, and what to do.
+        reason: String,
+    },
+    /// A device that does not compute in a number type.
+    #[error(
+        "device `{device}` does not compute in {precision} ({reason}); use precision = \"fp32\", or \"fp16\" on a GPU"
+    )]
+    Precision {
+        /// The device.
+        device: String,
+        /// The number type.
+        precision: &'static str,
+        /// libtorch's words.
         reason: String,
     },
     /// Bytes that do not fill the shape they claim.
@@ -43,12 +63,29 @@ impl Error {
     pub(crate) fn from_message(message: &str) -> Self {
         // libtorch appends its C++ stack to the first line.
         let first = message.lines().next().unwrap_or_default().trim().to_owned();
-        if reports_out_of_memory(message) { Error::OutOfMemory(first) } else { Error::Torch(first) }
+        match message {
+            _ if reports_out_of_memory(message) => Error::OutOfMemory(first),
+            _ if reports_lost_device(&first) => Error::DeviceLost(first),
+            _ => Error::Torch(first),
+        }
     }
 
     /// Whether memory ran out: the caller may free some and try again.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, Error::OutOfMemory(_))
+    }
+
+    /// Memory ran out, whatever the first line says.
+    fn into_memory(self) -> Self {
+        match self {
+            Error::Torch(text) | Error::DeviceLost(text) => Error::OutOfMemory(text),
+            other => other,
+        }
+    }
+
+    /// Whether the device is gone for this process, with everything that was on it.
+    pub fn is_device_lost(&self) -> bool {
+        matches!(self, Error::DeviceLost(_))
     }
 }
 
@@ -67,7 +104,7 @@ impl From<CoreError> for Error {
             // Our own backend failed inside a formula: give its error back as it was.
             CoreError::Backend(source) => match source.downcast::<Error>() {
                 Ok(own) => *own,
-                Err(source) => Error::Torch(source.to_string()),
+                Err(source) => Error::from_message(&source.to_string()),
             },
             other => Error::Adapter(other),
         }
@@ -78,6 +115,26 @@ impl From<Error> for CoreError {
     fn from(error: Error) -> Self {
         CoreError::Backend(Box::new(error))
     }
+}
+
+/// Does some work whose failure for want of memory may come as a panic, and makes an error of it: tch 0.24 panics instead of
+/// returning where an operation that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before
+/// the failure is read. Other panics go on.
+pub fn caught<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<T, E> {
+    // What the work leaves half done is the caller's to take back, as after any error.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match panic_message(&*payload) {
+        Some(message) if reports_out_of_memory(message) => {
+            // `unwrap` shows the failure as Rust writes it.
+            let words = message.split_once("Torch(\"").map_or(message, |(_, words)| words);
+            Err(Error::from_message(words.split("\\n").next().unwrap_or(words)).into_memory().into())
+        }
+        _ => resume_unwind(payload),
+    })
+}
+
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> Option<&str> {
+    payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied())
 }
 
 /// Only the caching allocator throws a class of its own; the driver, cuBLAS, cuDNN and the host allocator say it in words.
@@ -93,9 +150,49 @@ fn reports_out_of_memory(message: &str) -> bool {
     .any(|text| message.contains(text))
 }
 
+/// Errors of the CUDA runtime after which every further call fails too, by the texts of `cudaGetErrorString`. An error of
+/// one call only ("invalid configuration argument") is not among them.
+fn reports_lost_device(message: &str) -> bool {
+    let sticky = [
+        "unspecified launch failure",
+        "illegal memory access",
+        "misaligned address",
+        "an illegal instruction",
+        "device-side assert",
+        "launch timed out",
+        "uncorrectable",
+        "hardware stack error",
+        "device is lost",
+        "GPU is lost",
+        "no CUDA-capable device",
+        "device(s) is/are busy or unavailable",
+        "driver shutting down",
+        "unknown error",
+    ];
+    message.contains("CUDA") && sticky.iter().any(|text| message.contains(text))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lost_device_is_told_from_a_failed_call() {
+        for text in [
+            "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported",
+            "CUDA error: an illegal memory access was encountered",
+            "CUDA error: uncorrectable ECC error encountered",
+            "No CUDA GPUs are available: CUDA error: no CUDA-capable device is detected",
+            "CUDA error: all CUDA-capable devices are busy: CUDA-capable device(s) is/are busy or unavailable",
+        ] {
+            let error = Error::from(TchError::Torch(text.into()));
+            assert!(error.is_device_lost() && !error.is_out_of_memory(), "{text}");
+            assert!(error.to_string().contains("nvidia-smi") && error.to_string().contains("CUDA error"), "{error}");
+        }
+        for text in ["CUDA error: invalid configuration argument", "CUDA error: out of memory", "unknown error"] {
+            assert!(!Error::from(TchError::Torch(text.into())).is_device_lost(), "{text}");
+        }
+    }
 
     #[test]
     fn memory_errors_are_told_apart_by_every_wording() {
@@ -123,5 +220,8 @@ mod tests {
     fn errors_pass_through_adapter_formulas_unchanged() {
         let there = CoreError::from(Error::OutOfMemory("x".into()));
         assert!(Error::from(there).is_out_of_memory());
+        // An outsider's backend that hands on libtorch's own words.
+        let words = TchError::Torch("CUDA out of memory. Tried to allocate 2 GiB".into());
+        assert!(Error::from(CoreError::Backend(Box::new(words))).is_out_of_memory());
     }
 }

@@ -4,6 +4,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod device;
 mod error;
+pub mod fault;
 pub mod frozen;
 pub mod gradients;
 pub mod memory;
@@ -12,7 +13,10 @@ mod shim;
 pub mod tensor;
 
 pub use backend::TchBackend;
-pub use error::{Error, Result};
+pub use error::{Error, Result, caught};
 pub use scaler::LossScaler;
 /// The version of tch that the workspace is built on; use this one, not your own.
 pub use tch;
+
+/// The version of libtorch that the workspace is built on.
+pub const LIBTORCH: &str = "2.11.0";

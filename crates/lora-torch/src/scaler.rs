@@ -36,6 +36,18 @@ impl LossScaler {
         self.scale
     }
 
+    /// The scale and the steps without overflow since it last changed: what a run that goes on needs.
+    pub fn state(&self) -> (f64, u32) {
+        (self.scale, self.good_steps)
+    }
+
+    /// Goes on from a state; a fixed scale stays what it is.
+    pub fn restore(&mut self, (scale, good_steps): (f64, u32)) {
+        if self.growth_interval.is_some() {
+            (self.scale, self.good_steps) = (scale, good_steps);
+        }
+    }
+
     /// Divides gradients by the scale, in place, and adapts the scale. `false`: an element was not finite, and the step
     /// must be skipped. One kernel over the whole list, one wait for the device.
     pub fn unscale(&mut self, gradients: &mut [Tensor]) -> Result<bool> {
@@ -89,8 +101,16 @@ mod tests {
         scaler.update(false);
         (0..3).for_each(|_| scaler.update(true));
         assert_eq!(scaler.scale(), 1024.0);
+        (0..2).for_each(|_| scaler.update(true));
+        let mut again = LossScaler::dynamic_from(1.0, 3);
+        again.restore(scaler.state());
+        again.update(true);
+        assert_eq!(again.state(), (2048.0, 0));
         (0..100).for_each(|_| scaler.update(false));
         assert!(scaler.scale() > 0.0);
+        let mut fixed = LossScaler::fixed();
+        fixed.restore(scaler.state());
+        assert_eq!(fixed, LossScaler::fixed());
     }
 
     #[test]

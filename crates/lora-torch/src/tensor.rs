@@ -77,6 +77,18 @@ pub fn to_host(tensor: &Tensor) -> Result<HostTensor> {
     Ok(HostTensor::new(shape, data)?)
 }
 
+/// The bytes of a tensor of any kind, row-major and little-endian as files hold them, copied to host memory as they are.
+pub fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let local = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let bytes = local.numel() * local.f_kind()?.elt_size_in_bytes();
+    let mut copy = vec![0u8; bytes];
+    if bytes > 0 {
+        // SAFETY: a contiguous tensor on the CPU with this many bytes, and a buffer of as many.
+        unsafe { std::ptr::copy_nonoverlapping(local.data_ptr().cast::<u8>(), copy.as_mut_ptr(), bytes) };
+    }
+    Ok(copy)
+}
+
 /// Copies `count` elements out of a contiguous CPU tensor whose kind is `T`.
 fn elements<T: Copy + Default>(tensor: &Tensor, count: usize) -> Vec<T> {
     let mut values = vec![T::default(); count];
@@ -106,6 +118,19 @@ mod tests {
         }
         let scalar = HostTensor::from_f32([], vec![4.0]).unwrap();
         assert_eq!(to_host(&from_host(&scalar, Device::Cpu).unwrap()).unwrap(), scalar);
+    }
+
+    #[test]
+    fn bytes_of_any_kind_come_back() {
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double, Kind::Uint8, Kind::Int8, Kind::Int64] {
+            // Transposed: what is written is what it means, not how it lies.
+            let tensor = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([3, 2]).to_kind(kind).tr();
+            let bytes = to_bytes(&tensor).unwrap();
+            let again = from_bytes("x", &bytes, kind, &[2, 3], kind, Device::Cpu).unwrap();
+            assert!(again.equal(&tensor) && again.kind() == kind, "{kind:?}");
+        }
+        assert_eq!(to_bytes(&Tensor::zeros([0], (Kind::Float, Device::Cpu))).unwrap(), Vec::<u8>::new());
+        assert_eq!(to_bytes(&Tensor::from(2.0f32)).unwrap(), 2.0f32.to_le_bytes());
     }
 
     #[test]
