@@ -1,11 +1,17 @@
 //! Files that appear whole or not at all: written beside their place, synced, renamed. A full disk or a kill leaves what
-//! was there before.
+//! was there before; what a killed program had begun beside it is cleared away by the next one.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use crate::{Error, Result};
+
+/// How files that are being written are called.
+const PARTIAL: &str = ".lora-partial-";
+/// Files younger than this may be another program's that has not locked them yet.
+const YOUNG: Duration = Duration::from_secs(60);
 
 /// Writes `path` through `fill`; the file is there, complete and synced, when this returns `Ok`, and untouched otherwise.
 pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
@@ -15,7 +21,7 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> 
         _ => Path::new("."),
     };
     let mut beside = tempfile::Builder::new();
-    beside.prefix(".lora-partial-");
+    beside.prefix(PARTIAL);
     #[cfg(unix)]
     {
         // As any program's new file: the umask decides. The default would be readable by the owner alone.
@@ -23,6 +29,8 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> 
         beside.permissions(fs::Permissions::from_mode(0o666));
     }
     let partial = beside.tempfile_in(folder).map_err(Error::io(folder, "create a file in it"))?;
+    // The lock ends with the process, so that what a killed one leaves can be told. A file system without locks goes without.
+    let _ = partial.as_file().try_lock();
     let mut writer =
         BufWriter::with_capacity(1 << 20, partial.as_file().try_clone().map_err(Error::io(path, "write"))?);
     fill(&mut writer).map_err(Error::io(path, "write"))?;
@@ -34,12 +42,25 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> 
     Ok(())
 }
 
+/// Removes what killed programs left half-written in a folder. Files that are being written are locked and stay; so does
+/// whatever cannot be looked at or removed, as it does no harm.
+pub fn clear_partial(folder: impl AsRef<Path>) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTIAL)) {
+        let Ok(file) = File::open(entry.path()) else { continue };
+        let age = file.metadata().and_then(|data| data.modified()).map(|time| SystemTime::now().duration_since(time));
+        if matches!(age, Ok(Ok(age)) if age >= YOUNG) && file.try_lock().is_ok() {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Makes sure that a folder exists and takes files, before hours of work depend on it.
 pub fn check_writable(folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
     tempfile::Builder::new()
-        .prefix(".lora-partial-")
+        .prefix(PARTIAL)
         .tempfile_in(folder)
         .and_then(|mut file| file.write_all(&[0; 4096]))
         .map_err(Error::io(folder, "write into it"))
@@ -61,6 +82,35 @@ mod tests {
         assert!(error.unwrap_err().to_string().contains("no space left"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_program_left_is_cleared_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - 2 * YOUNG).unwrap();
+            file
+        };
+        let written = file(".lora-partial-written");
+        written.try_lock().unwrap();
+        ["mine.safetensors", ".lora-partial-left"].map(|name| drop(file(name)));
+        file(".lora-partial-new").set_modified(SystemTime::now()).unwrap();
+        clear_partial(folder.path());
+        let mut names: Vec<_> = fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, [".lora-partial-new", ".lora-partial-written", "mine.safetensors"]);
+        // A file that `write` is at work on is locked.
+        write(folder.path().join("a"), |_| {
+            let own = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+            let own = own.filter(|path| path.to_string_lossy().contains(PARTIAL));
+            assert_eq!(own.filter(|path| File::open(path).unwrap().try_lock().is_err()).count(), 2);
+            Ok(())
+        })
+        .unwrap();
     }
 
     #[test]
