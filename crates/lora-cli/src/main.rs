@@ -61,7 +61,9 @@ enum Failure {
 impl From<lora_train::Error> for Failure {
     fn from(error: lora_train::Error) -> Self {
         let usage = error.is_usage();
-        let message = if error.is_out_of_memory() {
+        // Where more is known, the error says it itself.
+        let advised = matches!(error, lora_train::Error::OutOfMemory { .. });
+        let message = if error.is_out_of_memory() && !advised {
             format!(
                 "{error}\nremedies: batch_size = 1 with more gradient_accumulation_steps, precision = \"bf16\", a lower max_resolution, train_text_encoder = false"
             )

@@ -34,6 +34,11 @@ impl Encoder {
         self.vae.kind()
     }
 
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// Factor between the autoencoder's latents and those that the U-Net sees.
     pub fn scaling_factor(&self) -> f64 {
         self.vae.config().scaling_factor
@@ -52,6 +57,31 @@ impl Encoder {
     /// The latent distribution of one picture, `[1, 4, height, width]` f32, on the device. Where fp16 overflows, the
     /// autoencoder is loaded again in f32, once.
     pub fn encode(&mut self, checkpoint: &Checkpoint, path: &Path, picture: &RgbPicture) -> Result<LatentDistribution> {
+        match lora_torch::caught(|| self.encode_here(checkpoint, path, picture)) {
+            Err(error) if error.is_out_of_memory() && self.moves_to_host(checkpoint, &error)? => {
+                self.encode_here(checkpoint, path, picture)
+            }
+            result => result,
+        }
+    }
+
+    /// Where the device has too little memory, the autoencoder goes on in host memory, in f32: slower, and nothing else
+    /// changes. `false`: it is there already.
+    fn moves_to_host(&mut self, checkpoint: &Checkpoint, error: &Error) -> Result<bool> {
+        if self.device == Device::Cpu {
+            return Ok(false);
+        }
+        tracing::warn!("{error}: the autoencoder goes on on the CPU, which takes longer");
+        (self.vae, self.device) = (load_vae(checkpoint, Kind::Float, Device::Cpu, Held::default())?, Device::Cpu);
+        Ok(true)
+    }
+
+    fn encode_here(
+        &mut self,
+        checkpoint: &Checkpoint,
+        path: &Path,
+        picture: &RgbPicture,
+    ) -> Result<LatentDistribution> {
         let _guard = no_grad_guard();
         let pixels = from_f32(&picture.to_planar(), &[1, 3, picture.height(), picture.width()], self.device)?;
         let latents = self.vae.encode(&pixels)?;
@@ -61,7 +91,7 @@ impl Encoder {
         if self.vae.kind() != Kind::Float {
             tracing::warn!("the autoencoder overflows in half precision ({}); it goes on in fp32", path.display());
             self.vae = load_vae(checkpoint, Kind::Float, self.device, Held::default())?;
-            return self.encode(checkpoint, path, picture);
+            return self.encode_here(checkpoint, path, picture);
         }
         Err(Error::NotFinite {
             stage: "the VAE",
@@ -72,11 +102,21 @@ impl Encoder {
 
     /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them.
     pub fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
+        match lora_torch::caught(|| self.decode_here(checkpoint, latents)) {
+            Err(error) if error.is_out_of_memory() && self.moves_to_host(checkpoint, &error)? => {
+                self.decode_here(checkpoint, latents)
+            }
+            result => result,
+        }
+    }
+
+    fn decode_here(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
+        let latents = latents.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
         let pixels = self.vae.decode(&latents.f_div_scalar(self.scaling_factor())?)?;
         if !is_finite(&pixels)? && self.vae.kind() != Kind::Float {
             self.vae = load_vae(checkpoint, Kind::Float, self.device, Held::default())?;
-            return self.decode(checkpoint, latents);
+            return self.decode_here(checkpoint, &latents);
         }
         let (batch, _, height, width) = pixels.size4()?;
         let pixels = pixels.f_to_device(Device::Cpu)?.f_contiguous()?;

@@ -37,6 +37,79 @@ pub enum Error {
         /// What differs, and the remedy.
         reason: String,
     },
+    /// A state cannot be read.
+    #[error(
+        "{path}: cannot go on from this state: {reason}. Remove the file or set resume = false to begin anew; init_from = the last saved LoRA keeps what was learnt", path = path.display()
+    )]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A state cannot be written.
+    #[error(
+        "the state of step {step} ({:.1} MB) cannot be written: {source}; {}. Make room there or set another output_dir",
+        megabytes(.bytes), before(.kept)
+    )]
+    StateNotWritten {
+        /// Steps done.
+        step: usize,
+        /// Bytes that it takes.
+        bytes: u64,
+        /// Whether an older one is there.
+        kept: bool,
+        /// The disk's words.
+        source: lora_io::Error,
+    },
+    /// A state that no run could go on from, and that was therefore not written.
+    #[error("the state of step {step} is not written: {reason}")]
+    StateUnusable {
+        /// Steps done.
+        step: usize,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// There is no state to go on from.
+    #[error(
+        "resume: there is no state {path}; resume = \"auto\" begins anew where there is none, and save_state = true leaves one", path = path.display()
+    )]
+    NoState {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// A state is another run's.
+    #[error(
+        "{path}: this state belongs to another run: {list}. Set it back to go on exactly where the run stood; or begin a new run from what was learnt with resume = false and init_from = its saved LoRA", path = path.display()
+    )]
+    OtherRun {
+        /// The state.
+        path: PathBuf,
+        /// The settings that differ, with their values then and now.
+        list: String,
+    },
+    /// A tensor of a state does not fit the run.
+    #[error("tensor `{name}`: expected {expected}, found {found}")]
+    StateTensor {
+        /// The tensor.
+        name: String,
+        /// What the run has in its place.
+        expected: String,
+        /// What the state holds.
+        found: String,
+    },
+    /// Memory ran out and nothing is left that would help and leave the run what it is.
+    #[error("out of memory {place}: {reason}{}\n{remedies}", table(.tried))]
+    OutOfMemory {
+        /// The step or stage.
+        place: String,
+        /// The allocator's words.
+        reason: String,
+        /// What was done before, in order.
+        tried: Vec<String>,
+        /// What would change the run, and help.
+        remedies: &'static str,
+    },
     /// NaN or infinity, by the stage that made it first.
     #[error("NaN or infinity in {stage}{place}; {remedy}")]
     NotFinite {
@@ -65,13 +138,43 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Error::Config(_) | Error::UnknownCallback { .. } | Error::Adapter(lora_core::Error::NoMatch { .. })
+            Error::Config(_)
+                | Error::UnknownCallback { .. }
+                | Error::NoState { .. }
+                | Error::OtherRun { .. }
+                | Error::Adapter(lora_core::Error::NoMatch { .. })
         )
     }
 
     /// Whether memory ran out.
     pub fn is_out_of_memory(&self) -> bool {
-        matches!(self, Error::Model(error) if error.is_out_of_memory())
+        match self {
+            Error::OutOfMemory { .. } => true,
+            Error::Model(error) => error.is_out_of_memory(),
+            _ => false,
+        }
+    }
+
+    /// Whether the device is gone for this process, with everything that was on it.
+    pub fn is_device_lost(&self) -> bool {
+        matches!(self, Error::Model(error) if error.is_device_lost())
+    }
+}
+
+fn megabytes(bytes: &u64) -> f64 {
+    *bytes as f64 / 1e6
+}
+
+fn before(kept: &bool) -> &'static str {
+    if *kept { "the one before it is whole and stays" } else { "there is none before it" }
+}
+
+/// What was tried, a line each.
+fn table(tried: &[String]) -> String {
+    let lines: Vec<_> = tried.iter().enumerate().map(|(index, line)| format!("\n  {}. {line}", index + 1)).collect();
+    match lines.is_empty() {
+        true => String::new(),
+        false => format!("\ntried before:{}", lines.concat()),
     }
 }
 

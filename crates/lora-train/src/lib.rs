@@ -13,6 +13,7 @@ pub mod report;
 mod run;
 mod schedule;
 pub mod session;
+pub mod state;
 pub mod trainable;
 pub mod whole;
 

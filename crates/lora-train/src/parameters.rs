@@ -2,11 +2,13 @@
 //! where asked for, a running average. What they are for, an adapter's factors or a network's own weights, is said by
 //! `trainable` and `whole`.
 
+use std::collections::BTreeMap;
+
 use lora_core::Component;
 use lora_torch::gradients::{self, AdamW, AdamWEntry};
-use lora_torch::tch::{Kind, Tensor, no_grad_guard};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// One trained tensor.
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl ParameterList {
     /// Takes one AdamW step with the gradients as they are, by each component's own numbers and, where the flag is set,
     /// those of up-projections (LoRA+). A tensor without a gradient is left alone: no decay either.
     pub fn step(&mut self, numbers: impl Fn(Component, bool) -> AdamW) -> Result<()> {
-        let mut groups: std::collections::BTreeMap<(Component, bool), Vec<AdamWEntry>> = Default::default();
+        let mut groups: BTreeMap<(Component, bool), Vec<AdamWEntry>> = Default::default();
         for parameter in &self.list {
             let gradient = parameter.leaf.grad();
             if gradient.defined() {
@@ -115,15 +117,95 @@ impl ParameterList {
     }
 
     /// Exchanges the trained values with their running averages, if there are any; a second call puts them back. What is
-    /// saved and drawn is the average.
+    /// saved and drawn is the average. Bit by bit, in place: it needs no memory, so that it cannot fail half-way.
     pub fn exchange_averages(&mut self) -> Result<()> {
         let _guard = no_grad_guard();
-        for parameter in &mut self.list {
-            if let Some(average) = &mut parameter.average {
-                let now = parameter.leaf.f_detach_copy()?;
-                parameter.leaf.detach().f_copy_(average)?;
-                average.f_copy_(&now.detach())?;
+        for parameter in &self.list {
+            if let Some(average) = &parameter.average {
+                let (mut now, mut average) =
+                    (parameter.leaf.detach().f_view_dtype(Kind::Int)?, average.f_view_dtype(Kind::Int)?);
+                let _ = now.f_bitwise_xor_tensor_(&average)?;
+                let _ = average.f_bitwise_xor_tensor_(&now)?;
+                let _ = now.f_bitwise_xor_tensor_(&average)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Everything that a later run needs to go on, by stable names: `trained.…`, `average.…`, and `optimiser.…` for what the
+    /// optimiser keeps. The tensors are the list's own: write or copy them before the next step.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = BTreeMap::new();
+        for parameter in &self.list {
+            state.insert(format!("trained.{}", parameter.name), parameter.leaf.detach());
+            if let Some(average) = &parameter.average {
+                state.insert(format!("average.{}", parameter.name), average.shallow_clone());
+            }
+        }
+        if self.decay > 0.0 {
+            let steps = Tensor::f_full([0i64; 0], i64::from(self.averaged_steps), (Kind::Int64, Device::Cpu))?;
+            state.insert("average_steps".into(), steps);
+        }
+        state.extend(self.optimiser_state()?.into_iter().map(|(name, tensor)| (format!("optimiser.{name}"), tensor)));
+        Ok(state)
+    }
+
+    /// Puts back what [`ParameterList::state`] gave: all of it, or nothing where something does not fit.
+    pub fn load_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
+        let (mut copies, mut averaged_steps) = (Vec::new(), self.averaged_steps);
+        for parameter in &self.list {
+            let name = format!("trained.{}", parameter.name);
+            copies.push((parameter.leaf.detach(), take(&mut state, &name, &parameter.leaf)?));
+            if let Some(average) = &parameter.average {
+                let name = format!("average.{}", parameter.name);
+                copies.push((average.shallow_clone(), take(&mut state, &name, average)?));
+            }
+        }
+        if self.decay > 0.0 {
+            let number = Tensor::f_zeros([0i64; 0], (Kind::Int64, Device::Cpu))?;
+            averaged_steps = i64::try_from(take(&mut state, "average_steps", &number)?)? as i32;
+        }
+        let (optimiser, other): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            state.into_iter().partition(|(name, _)| name.starts_with("optimiser."));
+        if let Some((name, tensor)) = other.first_key_value() {
+            return Err(mismatch(name, "no such tensor".into(), shape(tensor)));
+        }
+        let own = optimiser.into_iter().map(|(name, tensor)| (name["optimiser.".len()..].to_owned(), tensor));
+        self.load_optimiser_state(own.collect())?;
+        let _guard = no_grad_guard();
+        for (mut own, found) in copies {
+            own.f_copy_(&found)?;
+        }
+        self.averaged_steps = averaged_steps;
+        Ok(())
+    }
+
+    /// What the optimiser keeps, by names that hold for its kind.
+    fn optimiser_state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = BTreeMap::new();
+        for Parameter { name, mean, square, steps, .. } in &self.list {
+            for (part, tensor) in [("mean", mean), ("square", square), ("steps", steps)] {
+                state.insert(format!("{name}.{part}"), tensor.shallow_clone());
+            }
+        }
+        Ok(state)
+    }
+
+    /// Puts back what the optimiser kept: all of it, or nothing where something does not fit.
+    fn load_optimiser_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
+        let mut copies = Vec::new();
+        for Parameter { name, mean, square, steps, .. } in &self.list {
+            for (part, tensor) in [("mean", mean), ("square", square), ("steps", steps)] {
+                let found = take(&mut state, &format!("{name}.{part}"), tensor)?;
+                copies.push((tensor.shallow_clone(), found));
+            }
+        }
+        if let Some((name, tensor)) = state.first_key_value() {
+            return Err(mismatch(&format!("optimiser.{name}"), "no such tensor".into(), shape(tensor)));
+        }
+        let _guard = no_grad_guard();
+        for (mut own, found) in copies {
+            own.f_copy_(&found)?;
         }
         Ok(())
     }
@@ -148,4 +230,21 @@ impl ParameterList {
         }
         Ok(true)
     }
+}
+
+/// The tensor of a name, of the same shape and number type as what it is to take the place of.
+fn take(state: &mut BTreeMap<String, Tensor>, name: &str, own: &Tensor) -> Result<Tensor> {
+    let found = state.remove(name).ok_or_else(|| mismatch(name, shape(own), "nothing".into()))?;
+    if found.size() != own.size() || found.f_kind()? != own.f_kind()? {
+        return Err(mismatch(name, shape(own), shape(&found)));
+    }
+    Ok(found)
+}
+
+fn mismatch(name: &str, expected: String, found: String) -> Error {
+    Error::StateTensor { name: name.to_owned(), expected, found }
+}
+
+fn shape(tensor: &Tensor) -> String {
+    format!("{:?} {:?}", tensor.kind(), tensor.size())
 }

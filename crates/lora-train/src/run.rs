@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::{HealthCheck, Metrics, SampleGrid, SaveCheckpoints, ValidationLoss};
+use crate::callbacks::{HealthCheck, Metrics, SampleGrid, SaveCheckpoints, SaveStates, ValidationLoss};
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
@@ -39,6 +39,7 @@ pub fn train(
         Box::new(ValidationLoss::new(&config)),
         Box::new(SampleGrid::new(&config)),
         Box::new(SaveCheckpoints::new(&config)),
+        Box::new(SaveStates::new(&config)),
     ];
     callbacks.extend(plugins.callbacks(&config.callbacks)?);
     callbacks.append(&mut extra);
@@ -47,16 +48,22 @@ pub fn train(
     let stopped = match drive(&mut session, &mut callbacks, stop) {
         Ok(stopped) => stopped,
         Err(error) => {
-            rescue(&mut session);
+            match error.is_device_lost() {
+                true => tell_what_is_saved(&session),
+                false => rescue(&mut session),
+            }
             return Err(error);
         }
     };
     // The LoRA first: nothing that follows may cost it.
     let name = session.config().output_name.clone();
     let lora = session.save(&name)?;
+    // Told after everything else is done: the LoRA is whole whatever becomes of the state.
+    let state = if session.config().save_state { session.save_state().map(|_| ()) } else { Ok(()) };
     for callback in &mut callbacks {
         callback.on_end(&mut session)?;
     }
+    state?;
     Ok(RunResult { lora, steps: session.steps_done(), stopped })
 }
 
@@ -83,10 +90,33 @@ fn rescue(session: &mut Session) {
     if session.steps_done() == 0 {
         return;
     }
+    rescue_state(session);
     let name = format!("{}-rescued", session.config().output_name);
     match session.save(&name) {
         Ok(path) => tracing::warn!("the LoRA of the {} steps done is in {}", session.steps_done(), path.display()),
         Err(error) => tracing::warn!("the LoRA of the steps done cannot be saved: {error}"),
+    }
+}
+
+/// Saves the state after an error, if that is wished; the one before stays where it cannot be.
+fn rescue_state(session: &mut Session) {
+    if !session.config().save_state {
+        return;
+    }
+    match session.save_state() {
+        Ok(path) => tracing::warn!("the state is in {}; resume = true goes on from it", path.display()),
+        Err(error) => tracing::warn!("the state cannot be saved: {error}"),
+    }
+}
+
+/// What was on a device that is gone cannot be saved: says what is on disk.
+fn tell_what_is_saved(session: &Session) {
+    let path = session.state_path();
+    match path.exists() {
+        true => tracing::warn!("resume = true goes on from the last state, {}", path.display()),
+        false => tracing::warn!(
+            "the steps since the last save are lost; save_state_every_n_steps limits that for the next run"
+        ),
     }
 }
 

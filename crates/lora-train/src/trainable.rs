@@ -8,6 +8,7 @@ use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
+use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AttachedAdapter};
 use lora_torch::TchBackend;
 use lora_torch::tch::{Kind, Tensor};
@@ -135,6 +136,17 @@ impl TrainableAdapter {
     /// Number of adapted layers.
     pub fn modules(&self) -> usize {
         self.modules.len()
+    }
+
+    /// A digest of the tensors that are not trained, where the variant has any.
+    pub fn frozen_digest(&self) -> Option<String> {
+        let mut text = String::new();
+        for (path, Attached { frozen, .. }) in &self.modules {
+            for (name, tensor) in frozen {
+                text.push_str(&format!("{path}.{name} {}\n", sha256(tensor.bytes())));
+            }
+        }
+        (!text.is_empty()).then(|| sha256(text.as_bytes()))
     }
 
     /// A copy in host memory, as files hold it (see [`Variant::export`]).

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::Result;
 use crate::callback::{Callback, Control};
+use crate::callbacks::earlier::{self, Line, METRICS};
 use crate::config::TrainConfig;
 use crate::report::loss_curve::{self, Point};
 use crate::session::{Session, StepReport};
@@ -29,10 +30,17 @@ impl Metrics {
 }
 
 impl Callback for Metrics {
-    fn on_start(&mut self, _session: &mut Session) -> Result<Control> {
-        let path = self.folder.join("metrics.jsonl");
-        self.file =
-            Some(File::create(&path).map_err(|source| lora_io::Error::Io { path, action: "create", source })?);
+    fn on_start(&mut self, session: &mut Session) -> Result<Control> {
+        self.file = Some(match session.resumed() {
+            Some(resumed) => {
+                // What was done after the state was saved is done again.
+                let belongs = |line: &Line| line.step <= resumed.step;
+                let (file, lines) = earlier::go_on(&self.folder, METRICS, resumed, belongs)?;
+                self.points = lines.iter().map(point).collect();
+                file
+            }
+            None => earlier::begin(&self.folder, METRICS)?,
+        });
         Ok(Control::Continue)
     }
 
@@ -58,4 +66,9 @@ impl Callback for Metrics {
         })?;
         Ok(())
     }
+}
+
+fn point(line: &Line) -> Point {
+    let loss = line.loss.unwrap_or(f64::NAN);
+    Point { step: line.step as u64, loss, learning_rate: line.learning_rate }
 }

@@ -1,5 +1,7 @@
-//! The callbacks that come with every run: metrics and loss curve, health, validation, samples, intermediate saves.
+//! The callbacks that come with every run: metrics and loss curve, health, validation, samples, intermediate saves
+//! of the LoRA and of the run's state.
 
+mod earlier;
 mod health;
 mod metrics;
 mod samples;
@@ -9,5 +11,5 @@ mod validation;
 pub use health::HealthCheck;
 pub use metrics::Metrics;
 pub use samples::SampleGrid;
-pub use save::SaveCheckpoints;
+pub use save::{SaveCheckpoints, SaveStates};
 pub use validation::ValidationLoss;

@@ -28,7 +28,17 @@ impl SampleGrid {
         if self.prompts.is_empty() {
             return Ok(());
         }
-        let pictures = session.sample(&self.prompts)?;
+        let pictures = match session.sample(&self.prompts) {
+            // Samples are worth less than the run.
+            Err(error) if error.is_out_of_memory() => {
+                session.empty_cache()?;
+                tracing::warn!(
+                    "no samples are drawn for \"{label}\": {error}; a lower sample_resolution takes less memory"
+                );
+                return Ok(());
+            }
+            pictures => pictures?,
+        };
         let pictures = pictures.into_iter().map(|picture| GridPicture {
             width: picture.width(),
             height: picture.height(),
@@ -45,7 +55,22 @@ impl SampleGrid {
 
 impl Callback for SampleGrid {
     fn on_start(&mut self, session: &mut Session) -> Result<Control> {
-        self.draw(session, "before".into())?;
+        let label = match session.resumed() {
+            // The grid that was there belongs to the steps before.
+            Some(resumed) => {
+                let kept = self.path.with_file_name(format!("samples-to-step{:06}.png", resumed.step));
+                if self.path.exists() && !kept.exists() && !self.prompts.is_empty() {
+                    std::fs::rename(&self.path, &kept).map_err(|source| lora_io::Error::Io {
+                        path: kept,
+                        action: "move the samples to",
+                        source,
+                    })?;
+                }
+                format!("step {}", resumed.step)
+            }
+            None => "before".into(),
+        };
+        self.draw(session, label)?;
         Ok(Control::Continue)
     }
 

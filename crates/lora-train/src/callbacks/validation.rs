@@ -6,8 +6,18 @@ use std::path::PathBuf;
 
 use crate::Result;
 use crate::callback::{Callback, Control};
+use crate::callbacks::earlier;
 use crate::config::TrainConfig;
 use crate::session::{Session, StepReport, Validation};
+
+const FILE: &str = "validation.jsonl";
+
+/// A line of the file.
+#[derive(Debug, serde::Deserialize)]
+struct Line {
+    step: usize,
+    loss: f64,
+}
 
 /// Looks at `validation_data_dir`; without one it does nothing.
 #[derive(Debug)]
@@ -27,7 +37,16 @@ impl ValidationLoss {
 
     fn look(&mut self, session: &mut Session) -> Result<()> {
         let Some((validation, file)) = &mut self.loaded else { return Ok(()) };
-        let (step, loss) = (session.steps_done(), session.validation_loss(validation)?);
+        let step = session.steps_done();
+        let loss = match session.validation_loss(validation) {
+            // A look is worth less than the run.
+            Err(error) if error.is_out_of_memory() => {
+                session.empty_cache()?;
+                tracing::warn!("no validation loss at step {step}: {error}");
+                return Ok(());
+            }
+            loss => loss?,
+        };
         let first = *self.first.get_or_insert(loss);
         tracing::info!("validation loss at step {step}: {loss:.4} ({:+.1} %)", 100.0 * (loss / first - 1.0));
         if let Err(error) = writeln!(file, "{}", serde_json::json!({ "step": step, "loss": loss })) {
@@ -40,8 +59,17 @@ impl ValidationLoss {
 impl Callback for ValidationLoss {
     fn on_start(&mut self, session: &mut Session) -> Result<Control> {
         if let Some(folder) = &self.folder {
-            let path = session.config().output_dir.join("validation.jsonl");
-            let file = File::create(&path).map_err(|source| lora_io::Error::Io { path, action: "create", source })?;
+            let own = &session.config().output_dir;
+            let file = match session.resumed() {
+                Some(resumed) => {
+                    // The state's own step is looked at again, now.
+                    let belongs = |line: &Line| line.step < resumed.step;
+                    let (file, lines) = earlier::go_on(own, FILE, resumed, belongs)?;
+                    self.first = lines.first().map(|line| line.loss);
+                    file
+                }
+                None => earlier::begin(own, FILE)?,
+            };
             self.loaded = Some((session.load_validation(folder)?, file));
             self.look(session)?;
         }

@@ -432,6 +432,27 @@ pub const KEYS: &[(&str, &[Key])] = &[
             ),
             key("validate_every_n_steps", "1 …", "none", "Also tell it every so many steps.", ""),
             key(
+                "save_state_every_n_steps",
+                "1 …",
+                "none",
+                "Write the whole state of the run every so many steps, in the place of the one before: `<output_name>-state.safetensors`. Whatever happens, no more than the steps since then are lost.",
+                "",
+            ),
+            key(
+                "save_state",
+                "true/false",
+                "true with save_state_every_n_steps",
+                "Write the state when the run ends, is interrupted or fails. It holds 12 bytes for each trained number.",
+                "",
+            ),
+            key(
+                "resume",
+                "true, false, auto, path",
+                "false",
+                "Go on from a state, exactly as if the run had never stopped: `true` from this `output_dir`'s, `auto` where there is one, or from a file or folder. The run may be made longer; what would make it another run is refused.",
+                "",
+            ),
+            key(
                 "sample_prompts",
                 "list of texts",
                 "[]",
@@ -495,6 +516,9 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("network_train_text_encoder_only", "train_unet"),
     ("validation_prompt", "sample_prompts"),
     ("checkpointing_steps", "save_every_n_steps"),
+    ("resume_from_checkpoint", "resume"),
+    ("save_state_on_train_end", "save_state"),
+    ("save_n_steps", "save_every_n_steps"),
 ];
 
 /// Names of all keys.

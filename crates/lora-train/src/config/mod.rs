@@ -90,6 +90,20 @@ const ADAPTER_KEYS: [&str; 13] = [
     "loraplus_lr_ratio",
 ];
 
+/// Whether to go on from the state of an earlier run.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Resume {
+    /// Begin anew.
+    #[default]
+    No,
+    /// Go on where there is a state, begin anew where there is none.
+    Auto,
+    /// Go on; without a state it is an error.
+    Yes,
+    /// Go on from this file, or from the state in this folder.
+    From(PathBuf),
+}
+
 /// A checked configuration; the fields are the keys of `docs/config.md`, defaults filled in.
 #[derive(Debug, Clone)]
 #[allow(missing_docs, reason = "each field is the key of its name in the table of keys")]
@@ -152,6 +166,9 @@ pub struct TrainConfig {
     pub save_every_n_epochs: Option<usize>,
     pub validation_data_dir: Option<PathBuf>,
     pub validate_every_n_steps: Option<usize>,
+    pub save_state: bool,
+    pub save_state_every_n_steps: Option<usize>,
+    pub resume: Resume,
     pub samples: SampleConfig,
     pub callbacks: Vec<String>,
 }
@@ -311,6 +328,7 @@ impl TrainConfig {
             reader.problem(Some("device"), format!("expected auto, cpu, cuda or cuda:N, found `{device}`"));
         }
 
+        let save_state_every_n_steps = reader.count("save_state_every_n_steps", 1);
         let path = |reader: &mut Reader, key: &str| PathBuf::from(reader.required_text(key));
         let probability = |reader: &mut Reader, key: &str| {
             reader.number(key, "a number from 0 to below 1", |p| (0.0..1.0).contains(&p)).unwrap_or(0.0)
@@ -396,6 +414,18 @@ impl TrainConfig {
             save_every_n_epochs: reader.count("save_every_n_epochs", 1),
             validation_data_dir: reader.text("validation_data_dir").map(PathBuf::from),
             validate_every_n_steps: reader.count("validate_every_n_steps", 1),
+            save_state: reader.boolean("save_state", save_state_every_n_steps.is_some()),
+            save_state_every_n_steps,
+            resume: match reader.word("resume").as_deref() {
+                None | Some("false") => Resume::No,
+                Some("true") => Resume::Yes,
+                Some("auto") => Resume::Auto,
+                Some("") => {
+                    reader.problem(Some("resume"), "expected true, false, auto or a path");
+                    Resume::No
+                }
+                Some(path) => Resume::From(path.into()),
+            },
             samples,
             callbacks: if reader.has("callbacks") { reader.texts("callbacks").unwrap_or_default() } else { Vec::new() },
         }

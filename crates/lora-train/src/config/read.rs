@@ -150,6 +150,14 @@ impl Reader {
         }
     }
 
+    /// Text, or a switch as the word for it.
+    pub(super) fn word(&mut self, key: &str) -> Option<String> {
+        match self.values.get(key)? {
+            Value::Bool(on) => Some(on.to_string()),
+            _ => self.text(key),
+        }
+    }
+
     pub(super) fn required_text(&mut self, key: &str) -> String {
         match self.text(key) {
             Some(text) if !text.trim().is_empty() => text,

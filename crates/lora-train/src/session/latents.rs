@@ -5,8 +5,8 @@ use std::fmt;
 use std::iter::Peekable;
 use std::sync::Arc;
 
-use lora_core::HostTensor;
 use lora_core::random::Stream;
+use lora_core::{DType, HostTensor};
 use lora_data::cache::{DiskCache, Key, Tensors};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
@@ -38,7 +38,10 @@ pub(super) enum LatentSource {
 
 /// What encoding at each visit needs.
 pub(super) struct Fresh {
-    encoder: Encoder,
+    /// Gone where it has to make room; it comes back for the next picture.
+    encoder: Option<Encoder>,
+    precision: DType,
+    device: Device,
     /// Samples in the order of the visits to come.
     decoded: Peekable<Box<dyn Iterator<Item = Decoded> + Send>>,
 }
@@ -53,10 +56,12 @@ impl LatentSource {
     /// Latents made at each visit; pictures of the visits to come are decoded meanwhile.
     pub(super) fn fresh(
         encoder: Encoder,
+        precision: DType,
         pictures: &Arc<Pictures>,
         sampler: &EpochSampler,
         config: &TrainConfig,
     ) -> Self {
+        let device = encoder.device();
         let (pictures, seed) = (Arc::clone(pictures), config.seed);
         let mut order = sampler.clone();
         let visits = std::iter::from_fn(move || Some(order.next_batch())).flatten();
@@ -64,7 +69,19 @@ impl LatentSource {
         let window = 2 * config.batch_size.max(cores());
         let load = move |visit: Visit| (visit, pictures.load(visit.index, &draws(seed, &visit)));
         let decoded: Box<dyn Iterator<Item = Decoded> + Send> = Box::new(ahead(visits, cores(), window, load));
-        Self::Fresh(Box::new(Fresh { encoder, decoded: decoded.peekable() }))
+        Self::Fresh(Box::new(Fresh { encoder: Some(encoder), precision, device, decoded: decoded.peekable() }))
+    }
+
+    /// Whether an autoencoder is on the device between steps.
+    pub(super) fn has_encoder(&self) -> bool {
+        matches!(self, Self::Fresh(_))
+    }
+
+    /// Takes the autoencoder off the device until the next picture.
+    pub(super) fn encoder_leaves(&mut self) {
+        if let Self::Fresh(fresh) = self {
+            fresh.encoder = None;
+        }
     }
 
     /// The latents of a visit.
@@ -88,9 +105,13 @@ impl LatentSource {
             None => pictures.load(visit.index, draw),
         }?;
         let path = &pictures.items()[visit.index].file.path;
-        let distribution = fresh.encoder.encode(checkpoint, path, &sample.picture)?;
-        let latents = sample_latents(&distribution, fresh.encoder.scaling_factor(), &draw.at("latent"))?;
-        let mask = sample.mask.map(|mask| latent_mask(&mask, fresh.encoder.factor())).transpose()?;
+        let encoder = match &mut fresh.encoder {
+            Some(encoder) => encoder,
+            gone => gone.insert(Encoder::load(checkpoint, fresh.precision, fresh.device)?),
+        };
+        let distribution = encoder.encode(checkpoint, path, &sample.picture)?;
+        let latents = sample_latents(&distribution, encoder.scaling_factor(), &draw.at("latent"))?;
+        let mask = sample.mask.map(|mask| latent_mask(&mask, encoder.factor())).transpose()?;
         Ok((latents, mask))
     }
 }

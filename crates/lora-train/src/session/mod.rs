@@ -5,12 +5,15 @@
 
 mod latents;
 mod prepare;
+mod resume;
 mod sample;
 mod save;
 mod summary;
+mod survive;
 mod validation;
 
 pub use prepare::Preparing;
+pub use resume::Resumed;
 pub use summary::Summary;
 pub use validation::Validation;
 
@@ -38,6 +41,7 @@ use crate::encode::{self, TextEncoding};
 use crate::loss::{LossWeights, denoising_loss};
 use crate::parameters::ParameterList;
 use crate::schedule::Schedule;
+use crate::state::{Economy, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
@@ -70,6 +74,13 @@ pub struct Session {
     step: usize,
     skipped: usize,
     skipped_in_a_row: usize,
+    settings: Settings,
+    resumed: Option<Resumed>,
+    economy: Economy,
+    /// What was done when memory ran out, in order.
+    tried: Vec<String>,
+    /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
+    torn: bool,
     notes: Vec<String>,
     base_hashes: Option<(String, String)>,
     init_from: Option<(String, String)>,
@@ -88,6 +99,14 @@ struct TrainedAdapter {
     adapter: TrainableAdapter,
     targets: Vec<TargetLayer>,
     candidates: usize,
+}
+
+/// What the forward and backward passes of a step gave.
+#[derive(Debug, Clone, Copy)]
+struct StepGradients {
+    loss: f64,
+    /// `None` where one was not finite.
+    gradient_norm: Option<f64>,
 }
 
 /// What a step came to.
@@ -113,6 +132,8 @@ pub struct StepReport {
     pub loss_scale: f64,
     /// Pictures of the step.
     pub pictures: usize,
+    /// Most pictures at once: less than asked for where memory ran out.
+    pub micro_batch: usize,
     /// Seconds that the step took.
     pub seconds: f64,
     /// Bytes of device memory at the peak so far; resident host memory on the CPU.
@@ -161,64 +182,66 @@ impl Session {
         Ok(memory::device_memory(self.device)?)
     }
 
+    /// Gives the device's cached memory back.
+    pub fn empty_cache(&self) -> Result<()> {
+        Ok(memory::empty_cache(self.device)?)
+    }
+
     /// Trains one step; `None` once the run is complete.
     pub fn step(&mut self) -> Result<Option<StepReport>> {
         if self.step >= self.plan.steps {
             return Ok(None);
         }
-        let start = Instant::now();
-        // A step's micro-batches are drawn first: the loss of each is weighted by its share of all their pictures, so
-        // that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
-        let mut batches: Vec<Vec<Visit>> = Vec::new();
-        for _ in 0..self.config.gradient_accumulation_steps {
-            if !batches.is_empty() && self.sampler.position().item >= self.sampler.epoch_length() {
-                break;
+        let (start, position) = (Instant::now(), self.sampler.position());
+        let batches = self.next_batches();
+        let gradients = match self.survive(&batches) {
+            Ok(gradients) => gradients,
+            Err(error) => {
+                // As if the step had not begun: a state that is saved now is that of the step before.
+                self.sampler.restore(position);
+                if !error.is_device_lost() {
+                    self.parameters.clear_gradients()?;
+                }
+                return Err(error);
             }
-            batches.push(self.sampler.next_batch());
-        }
+        };
+        let StepGradients { loss: total, gradient_norm } = gradients;
+        let finite = gradient_norm.is_some();
         let pictures: usize = batches.iter().map(Vec::len).sum();
-        let mut losses = Vec::with_capacity(batches.len());
-        for batch in &batches {
-            let loss = self.batch_loss(batch)?.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
-            loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
-            losses.push(loss.detach());
-        }
-        // Read once a step: every look at a number waits for the device.
-        let total = f64::try_from(Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?)?;
-        if !total.is_finite() {
-            self.name_the_culprit(&batches)?;
-        }
 
         let factor = self.lr_schedule.factor(self.step);
-        let finite = self.scaler.unscale(&mut self.parameters.gradients())? && total.is_finite();
-        let gradient_norm = match finite {
-            true => Some(self.parameters.clip(self.config.max_grad_norm)?),
-            false => None,
-        };
         if finite {
             let config = &self.config;
-            self.parameters.step(|component, is_up| AdamW {
-                learning_rate: factor
-                    * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
-                    * if is_up { config.loraplus_lr_ratio } else { 1.0 },
-                betas: config.adam_betas,
-                weight_decay: config.weight_decay,
-                epsilon: config.adam_eps,
-            })?;
+            let step = lora_torch::caught(|| {
+                self.parameters.step(|component, is_up| AdamW {
+                    learning_rate: factor
+                        * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
+                        * if is_up { config.loraplus_lr_ratio } else { 1.0 },
+                    betas: config.adam_betas,
+                    weight_decay: config.weight_decay,
+                    epsilon: config.adam_eps,
+                })
+            });
+            if let Err(error) = step {
+                // What it had begun cannot be taken back.
+                self.torn = true;
+                let place = format!("in the optimiser at step {}", self.step + 1);
+                return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+            }
             self.skipped_in_a_row = 0;
         } else {
             self.skipped += 1;
             self.skipped_in_a_row += 1;
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
-                return Err(Error::NotFinite {
-                    stage: "the gradients",
-                    place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.step + 1),
-                    remedy: "use precision = \"bf16\", or a lower learning_rate",
-                });
-            }
         }
         self.parameters.clear_gradients()?;
         self.step += 1;
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+            return Err(Error::NotFinite {
+                stage: "the gradients",
+                place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.step),
+                remedy: "use precision = \"bf16\", or a lower learning_rate",
+            });
+        }
         let memory = match self.device_memory()? {
             Some(device) => device.reserved_peak,
             None => memory::host_memory().map_or(0, |host| host.resident),
@@ -235,9 +258,46 @@ impl Session {
             skipped_steps: self.skipped,
             loss_scale: self.scaler.scale(),
             pictures,
+            micro_batch: self.micro_batch(&batches),
             seconds: start.elapsed().as_secs_f64(),
             memory,
         }))
+    }
+
+    /// The micro-batches of the next step: drawn before any of them is computed, as the loss of each is weighted by its share
+    /// of all their pictures, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
+    fn next_batches(&mut self) -> Vec<Vec<Visit>> {
+        let mut batches: Vec<Vec<Visit>> = Vec::new();
+        for _ in 0..self.config.gradient_accumulation_steps {
+            if !batches.is_empty() && self.sampler.position().item >= self.sampler.epoch_length() {
+                break;
+            }
+            batches.push(self.sampler.next_batch());
+        }
+        batches
+    }
+
+    /// The gradients of a step, unscaled and clipped, in the parameters.
+    fn gradients(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
+        let pictures: usize = batches.iter().map(Vec::len).sum();
+        let most = self.economy.micro_batch.unwrap_or(usize::MAX);
+        let mut losses = Vec::with_capacity(batches.len());
+        for batch in batches.iter().flat_map(|batch| batch.chunks(most)) {
+            let loss = self.batch_loss(batch)?.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
+            loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
+            losses.push(loss.detach());
+        }
+        // Read once a step: every look at a number waits for the device.
+        let loss = f64::try_from(Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?)?;
+        if !loss.is_finite() {
+            self.name_the_culprit(batches)?;
+        }
+        let finite = self.scaler.unscale(&mut self.parameters.gradients())? && loss.is_finite();
+        let gradient_norm = match finite {
+            true => Some(self.parameters.clip(self.config.max_grad_norm)?),
+            false => None,
+        };
+        Ok(StepGradients { loss, gradient_norm })
     }
 
     /// The mean loss of a micro-batch, with its graph.
@@ -260,7 +320,7 @@ impl Session {
         let noise = from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?;
         let timesteps: Vec<usize> =
             draws.iter().map(|draw| draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
-        let pass = Pass { dropout: self.dropout(&draws), recompute: self.config.gradient_checkpointing };
+        let pass = Pass { dropout: self.dropout(&draws), recompute: self.recomputes() };
         let context = self.batch_context(batch, &draws, &pass)?;
         let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.options(visit.index).loss_weight).collect();
         denoising_loss(
@@ -299,6 +359,10 @@ impl Session {
             let (own, mask) = self.latents.of(visit, draw, &self.checkpoint, &self.pictures)?;
             latents.push(own.f_to_device(self.device)?);
             masks.push(mask);
+        }
+        if self.economy.encoder_leaves {
+            self.latents.encoder_leaves();
+            memory::empty_cache(self.device)?;
         }
         let latents = Tensor::f_stack(&latents, 0)?;
         if masks.iter().all(Option::is_none) {

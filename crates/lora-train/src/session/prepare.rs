@@ -1,6 +1,7 @@
 //! Preparing a run: everything that can go wrong before the first step goes wrong here.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,12 +23,14 @@ use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
 
 use super::latents::{self, LatentSource};
-use super::{Session, Trained, TrainedAdapter};
+use super::survive::REMEDIES;
+use super::{Session, Trained, TrainedAdapter, resume};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
 use crate::parameters::ParameterList;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
+use crate::state::{Economy, Settings};
 use crate::trainable::{AdapterOptions, TrainableAdapter};
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
@@ -43,16 +46,45 @@ pub enum Preparing {
     Captions(usize, usize),
 }
 
+impl fmt::Display for Preparing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Preparing::Loading(part) => write!(f, "while loading the {part}"),
+            Preparing::Latents(done, of) => write!(f, "while encoding pictures ({done} of {of} done)"),
+            Preparing::Captions(done, of) => write!(f, "while encoding captions ({done} of {of} done)"),
+        }
+    }
+}
+
 impl Session {
     /// Prepares a run: checks the output folder, scans the dataset, loads the base, encodes what is cached and hangs the
     /// adapter on its layers. `progress` is told how far it is.
     pub fn prepare(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
+        let mut stage = None;
+        let mut watched = |now: Preparing| {
+            stage = Some(now);
+            progress(now);
+        };
+        let result = lora_torch::caught(|| Self::prepare_all(config, plugins, &mut watched));
+        result.map_err(|error| match stage {
+            Some(stage) if error.is_out_of_memory() => Error::OutOfMemory {
+                place: stage.to_string(),
+                reason: error.to_string(),
+                tried: Vec::new(),
+                remedies: REMEDIES,
+            },
+            _ => error,
+        })
+    }
+
+    fn prepare_all(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
         for dataset in &config.datasets {
             plugins.processors.chain(&dataset.processors)?;
         }
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
         lora_io::atomic::check_writable(&config.output_dir)?;
+        lora_io::atomic::clear_partial(&config.output_dir);
         let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
@@ -66,6 +98,12 @@ impl Session {
             (precision, _) => precision,
         };
         let kind = kind_of(precision);
+        device::check_kind(device, kind)?;
+        // A state that is another run's is refused before anything takes time.
+        let state = resume::open(&config)?;
+        if let Some(state) = &state {
+            resume::agree(state, &Settings::new(&config, &pictures, precision), false)?;
+        }
         if !checkpoint.unused().is_empty() {
             let example = &checkpoint.unused()[0];
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
@@ -96,14 +134,27 @@ impl Session {
         }
         notes.extend(enlarged_note(&pictures));
         let pictures = Arc::new(pictures);
-        let sampler = pictures.sampler(config.seed);
+        let mut sampler = pictures.sampler(config.seed);
+        // Reading a file of gigabytes twice is worth it only for a single file: folders have no such hash.
+        let base_hashes = match config.base_model.is_file() {
+            true => {
+                Some((lora_io::hash::auto_v1(&config.base_model)?, lora_io::hash::file_sha256(&config.base_model)?))
+            }
+            false => None,
+        };
+        let mut settings = Settings::new(&config, &pictures, precision);
+        if let Some(state) = &state {
+            settings.set_base(resume::base_identity(base_hashes.as_ref(), &checkpoint)?);
+            resume::agree(state, &settings, true)?;
+            sampler.restore(state.header().position);
+        }
         let latents = match encoded {
             Some(all) => {
                 // It must make room before anything else comes.
                 drop(encoder);
                 LatentSource::Cached(all)
             }
-            None => LatentSource::fresh(encoder, &pictures, &sampler, &config),
+            None => LatentSource::fresh(encoder, precision, &pictures, &sampler, &config),
         };
         memory::empty_cache(device)?;
 
@@ -205,16 +256,9 @@ impl Session {
                 plan.steps
             ));
         }
-        // Reading a file of gigabytes twice is worth it only for a single file: folders have no such hash.
-        let base_hashes = match config.base_model.is_file() {
-            true => {
-                Some((lora_io::hash::auto_v1(&config.base_model)?, lora_io::hash::file_sha256(&config.base_model)?))
-            }
-            false => None,
-        };
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
-        Ok(Self {
+        let mut session = Self {
             text_encoder,
             init_from,
             config,
@@ -236,9 +280,18 @@ impl Session {
             step: 0,
             skipped: 0,
             skipped_in_a_row: 0,
+            settings,
+            resumed: None,
+            economy: Economy::default(),
+            tried: Vec::new(),
+            torn: false,
             notes,
             base_hashes,
-        })
+        };
+        if let Some(state) = &state {
+            session.take_up(state)?;
+        }
+        Ok(session)
     }
 }
 

@@ -57,30 +57,33 @@ impl Session {
     ) -> Result<Vec<f64>> {
         let _guard = no_grad_guard();
         self.with_averages(|session| {
-            let mut losses = Vec::with_capacity(validation.items.len());
-            for (index, (latents, own)) in validation.items.iter().enumerate() {
-                let random = Stream::new(session.config.seed).at("validation").with(index as u64);
-                let count = TIMESTEPS as i64;
-                let (channels, height, width) = latents.size3()?;
-                let many = latents.f_to_device(session.device)?.f_unsqueeze(0)?.f_repeat([count, 1, 1, 1])?;
-                let shape = [TIMESTEPS, channels as usize, height as usize, width as usize];
-                let noise = from_f32(&random.at("noise").normals(shape.iter().product()), &shape, session.device)?;
-                let times: Vec<usize> =
-                    (0..TIMESTEPS).map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * TIMESTEPS)).collect();
-                let context = session.states_of(&caption(index, own))?.f_repeat([count, 1, 1])?;
-                let loss = denoising_loss(
-                    &session.unet,
-                    &session.schedule,
-                    &many,
-                    &noise,
-                    &times,
-                    &context,
-                    &LossWeights::default(),
-                    &Pass::default(),
-                )?;
-                losses.push(f64::try_from(loss)?);
-            }
-            Ok(losses)
+            lora_torch::caught(|| {
+                let mut losses = Vec::with_capacity(validation.items.len());
+                for (index, (latents, own)) in validation.items.iter().enumerate() {
+                    let random = Stream::new(session.config.seed).at("validation").with(index as u64);
+                    let count = TIMESTEPS as i64;
+                    let (channels, height, width) = latents.size3()?;
+                    let many = latents.f_to_device(session.device)?.f_unsqueeze(0)?.f_repeat([count, 1, 1, 1])?;
+                    let shape = [TIMESTEPS, channels as usize, height as usize, width as usize];
+                    let noise = from_f32(&random.at("noise").normals(shape.iter().product()), &shape, session.device)?;
+                    let times: Vec<usize> = (0..TIMESTEPS)
+                        .map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * TIMESTEPS))
+                        .collect();
+                    let context = session.states_of(&caption(index, own))?.f_repeat([count, 1, 1])?;
+                    let loss = denoising_loss(
+                        &session.unet,
+                        &session.schedule,
+                        &many,
+                        &noise,
+                        &times,
+                        &context,
+                        &LossWeights::default(),
+                        &Pass::default(),
+                    )?;
+                    losses.push(f64::try_from(loss)?);
+                }
+                Ok(losses)
+            })
         })
     }
 

@@ -1,0 +1,98 @@
+//! Out of memory in the middle of a step: what was computed is dropped, the next remedy applied and the same step run again
+//! with the same draws, as those belong to the pictures. All remedies here leave the update what it is; others are named
+//! when nothing is left.
+
+use lora_data::sampler::Visit;
+use lora_torch::memory;
+
+use super::{Session, StepGradients};
+use crate::{Error, Result};
+
+/// What helps and makes another run of it.
+pub(super) const REMEDIES: &str = "what helps beyond that changes the run: base_storage = \"int8\" or \"fp8\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
+
+impl Session {
+    /// The gradients of a step, whatever it takes.
+    pub(super) fn survive(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
+        let scaler = self.scaler;
+        loop {
+            match lora_torch::caught(|| self.gradients(batches)) {
+                Err(error) if error.is_out_of_memory() => {
+                    self.scaler = scaler;
+                    self.parameters.clear_gradients()?;
+                    // Before the cache is emptied: this is what it looked like when it ran out.
+                    let in_use = self.memory_in_use();
+                    memory::empty_cache(self.device)?;
+                    self.relieve(batches, &error, &in_use)?;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Most pictures at once.
+    pub(super) fn micro_batch(&self, batches: &[Vec<Visit>]) -> usize {
+        let largest = batches.iter().map(Vec::len).max().unwrap_or(0);
+        self.economy.micro_batch.map_or(largest, |most| most.min(largest))
+    }
+
+    /// Whether activations within blocks are computed again.
+    pub(super) fn recomputes(&self) -> bool {
+        self.config.gradient_checkpointing || self.economy.recompute
+    }
+
+    /// Applies the next remedy.
+    fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
+        let pictures = self.micro_batch(batches);
+        let (remedy, permanent) = if pictures > 1 {
+            let fewer = pictures.div_ceil(2);
+            self.economy.micro_batch = Some(fewer);
+            let all: usize = batches.iter().map(Vec::len).sum();
+            (
+                format!("{fewer} picture(s) at once instead of {pictures}, accumulated to the same {all} a step"),
+                format!("batch_size = {fewer} with gradient_accumulation_steps = {}", all.div_ceil(fewer)),
+            )
+        } else if !self.recomputes() {
+            self.economy.recompute = true;
+            ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())
+        } else if !self.economy.encoder_leaves && self.latents.has_encoder() {
+            self.economy.encoder_leaves = true;
+            self.latents.encoder_leaves();
+            ("the autoencoder leaves the device between pictures".into(), "cache_latents = true".to_owned())
+        } else {
+            return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));
+        };
+        let step = self.step + 1;
+        tracing::warn!(
+            "step {step}: {error}{in_use}. Step {step} is run again with the same draws and from now on: {remedy}. The update stays the same; {permanent} does so from the start"
+        );
+        self.tried.push(format!("step {step}{in_use}: {remedy}"));
+        Ok(())
+    }
+
+    /// Nothing is left: what was tried, and what would help.
+    pub(super) fn exhausted(&mut self, place: String, error: &Error) -> Error {
+        Error::OutOfMemory {
+            place,
+            reason: error.to_string(),
+            tried: std::mem::take(&mut self.tried),
+            remedies: REMEDIES,
+        }
+    }
+
+    /// How much is in use, for people; empty where it cannot be told.
+    fn memory_in_use(&self) -> String {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        match self.device_memory() {
+            Ok(Some(own)) => format!(
+                " ({:.2} GiB in tensors, {:.2} GiB reserved, {:.2} GiB free of {:.2})",
+                gib(own.allocated),
+                gib(own.reserved),
+                gib(own.free),
+                gib(own.total)
+            ),
+            _ => memory::host_memory()
+                .map_or_else(String::new, |own| format!(" ({:.2} GiB resident)", gib(own.resident))),
+        }
+    }
+}

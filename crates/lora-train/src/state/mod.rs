@@ -1,0 +1,245 @@
+//! The state of a run on disk: everything that it takes to go on exactly where it stood. One safetensors file, trained
+//! tensors and the optimiser's by name, numbers as JSON in its header. It appears whole or not at all, in the place of the
+//! one before. What a run must have in common with it is in [`settings`]; when it is written is the session's business.
+
+mod settings;
+
+pub use settings::{Difference, Settings};
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lora_data::sampler::Position;
+use lora_io::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, write};
+use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::tensor::{from_bytes, to_bytes};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// The key of the header.
+const KEY: &str = "lora_state";
+/// The layout of the file; a later one is refused.
+const FORMAT: u32 = 1;
+
+/// The numbers of a state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StateHeader {
+    /// Layout of the file.
+    pub format: u32,
+    /// Program that wrote it.
+    pub program: String,
+    /// libtorch that it ran on.
+    pub libtorch: String,
+    /// Steps done.
+    pub step: usize,
+    /// Steps skipped among them.
+    pub skipped: usize,
+    /// Those of them that came last in a row.
+    pub skipped_in_a_row: usize,
+    /// Loss scale and steps since it last changed.
+    pub scaler: (f64, u32),
+    /// Where it stands in its data.
+    pub position: Position,
+    /// What was done when memory ran out.
+    pub economy: Economy,
+    /// A digest of what an adapter holds besides its trained tensors.
+    pub frozen: Option<String>,
+    /// What the run is.
+    pub settings: Settings,
+}
+
+/// What a run does to make do with less memory than its configuration takes; the update stays the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Economy {
+    /// Most pictures of a micro-batch, where that is less than the configuration's.
+    pub micro_batch: Option<usize>,
+    /// Activations are computed again, whatever the configuration says.
+    pub recompute: bool,
+    /// The autoencoder leaves the device after each micro-batch's pictures.
+    pub encoder_leaves: bool,
+}
+
+impl StateHeader {
+    /// Of the program and libtorch that run now.
+    pub fn new(step: usize, position: Position, settings: Settings) -> Self {
+        Self {
+            format: FORMAT,
+            program: concat!("lora/", env!("CARGO_PKG_VERSION")).into(),
+            libtorch: lora_torch::LIBTORCH.into(),
+            step,
+            skipped: 0,
+            skipped_in_a_row: 0,
+            scaler: (1.0, 0),
+            position,
+            economy: Economy::default(),
+            frozen: None,
+            settings,
+        }
+    }
+}
+
+/// A state that is open for reading.
+#[derive(Debug)]
+pub struct StateFile {
+    file: SafetensorsFile,
+    header: StateHeader,
+}
+
+impl StateFile {
+    /// Opens a file and reads its numbers.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = SafetensorsFile::open(path).map_err(|error| damaged(path, &error.to_string()))?;
+        let Some(text) = file.metadata().get(KEY) else {
+            return Err(damaged(path, "it holds no state of a run; a LoRA to begin from goes into init_from"));
+        };
+        let format = serde_json::from_str::<serde_json::Value>(text).ok().and_then(|json| json["format"].as_u64());
+        if format.is_some_and(|format| format != u64::from(FORMAT)) {
+            let reason = format!(
+                "it has layout {}, expected {FORMAT}; go on with the version of the program that wrote it",
+                format.unwrap_or_default()
+            );
+            return Err(damaged(path, &reason));
+        }
+        let header = serde_json::from_str(text).map_err(|error| damaged(path, &format!("its numbers: {error}")))?;
+        Ok(Self { file, header })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Its numbers.
+    pub fn header(&self) -> &StateHeader {
+        &self.header
+    }
+
+    /// Its tensors, in host memory.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = BTreeMap::new();
+        for name in self.file.names() {
+            let view = self.file.get(name)?;
+            let kind =
+                KINDS.iter().find(|(_, stored)| *stored == view.dtype()).map(|(kind, _)| *kind).ok_or_else(|| {
+                    damaged(self.path(), &format!("tensor `{name}` is stored as {}, which no state is", view.dtype()))
+                })?;
+            tensors.insert(name.to_owned(), from_bytes(name, view.bytes(), kind, view.shape(), kind, Device::Cpu)?);
+        }
+        Ok(tensors)
+    }
+}
+
+/// Writes a state in the place of the one before; its size in bytes.
+pub fn write_state(path: &Path, header: &StateHeader, tensors: &BTreeMap<String, Tensor>) -> Result<u64> {
+    let text = serde_json::to_string(header).map_err(|error| damaged(path, &error.to_string()))?;
+    let entries = tensors.iter().map(|(name, tensor)| entry(path, name, tensor)).collect::<Result<_>>()?;
+    let source = Source { path, tensors, entries };
+    Ok(write(path, &source, &BTreeMap::from([(KEY.to_owned(), text)]))?)
+}
+
+const KINDS: [(Kind, StoredDType); 11] = [
+    (Kind::Float, StoredDType::F32),
+    (Kind::Double, StoredDType::F64),
+    (Kind::Half, StoredDType::F16),
+    (Kind::BFloat16, StoredDType::BF16),
+    (Kind::Int64, StoredDType::I64),
+    (Kind::Int, StoredDType::I32),
+    (Kind::Int16, StoredDType::I16),
+    (Kind::Int8, StoredDType::I8),
+    (Kind::Uint8, StoredDType::U8),
+    (Kind::Bool, StoredDType::Bool),
+    (Kind::Float8e4m3fn, StoredDType::F8E4M3),
+];
+
+fn entry(path: &Path, name: &str, tensor: &Tensor) -> Result<Entry> {
+    let kind = tensor.f_kind()?;
+    let dtype = KINDS
+        .iter()
+        .find(|(own, _)| *own == kind)
+        .map(|(_, stored)| *stored)
+        .ok_or_else(|| damaged(path, &format!("tensor `{name}` of kind {kind:?} has no place in a file")))?;
+    Ok(Entry { name: name.to_owned(), dtype, shape: tensor.size().iter().map(|&side| side as usize).collect() })
+}
+
+struct Source<'a> {
+    path: &'a Path,
+    tensors: &'a BTreeMap<String, Tensor>,
+    entries: Vec<Entry>,
+}
+
+impl TensorSource for Source<'_> {
+    fn entries(&self) -> Vec<Entry> {
+        self.entries.clone()
+    }
+
+    fn bytes(&self, entry: &Entry) -> lora_io::Result<Cow<'_, [u8]>> {
+        // One at a time, so that a state on a device needs little memory of the host.
+        to_bytes(&self.tensors[&entry.name]).map(Cow::Owned).map_err(|error| lora_io::Error::Tensor {
+            path: self.path.to_owned(),
+            tensor: entry.name.clone(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+fn damaged(path: &Path, reason: &str) -> Error {
+    Error::State { path: path.to_owned(), reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> StateHeader {
+        StateHeader::new(7, Position { epoch: 1, item: 3 }, Settings::default())
+    }
+
+    #[test]
+    fn tensors_of_every_kind_come_back_as_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (kind, dtype) in KINDS {
+            let values = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
+            tensors.insert(dtype.to_string(), values.to_kind(kind));
+        }
+        tensors.insert("number".into(), Tensor::from(0.1f64));
+        let mut before = header();
+        before.scaler = (f64::powi(2.0, -14), 1999);
+        write_state(&path, &before, &tensors).unwrap();
+        let state = StateFile::open(&path).unwrap();
+        assert_eq!(*state.header(), before);
+        for (name, tensor) in state.tensors().unwrap() {
+            assert_eq!((tensor.kind(), tensor.size()), (tensors[&name].kind(), tensors[&name].size()), "{name}");
+            assert_eq!(to_bytes(&tensor).unwrap(), to_bytes(&tensors[&name]).unwrap(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_state_is_refused_with_a_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write_state(&path, &header(), &BTreeMap::from([("a".to_owned(), Tensor::from_slice(&[1.0f32; 64]))])).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let error = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            StateFile::open(&path).unwrap_err().to_string()
+        };
+        for cut in [0, 5, 100, whole.len() - 1] {
+            let error = error(&whole[..cut]);
+            assert!(error.contains("a.safetensors") && error.contains("resume = false"), "{cut}: {error}");
+        }
+        let edited = |from: &str, to: &str| {
+            let at = whole.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+            let mut bytes = whole.clone();
+            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+            bytes
+        };
+        let later = edited("\\\"format\\\":1", "\\\"format\\\":2");
+        assert!(error(&later).contains("layout 2, expected 1"));
+        let other = edited("lora_state", "lora_other");
+        assert!(error(&other).contains("init_from"));
+    }
+}

@@ -1,0 +1,57 @@
+//! A tiny base, eight coloured pictures with captions, and configurations of runs on them.
+
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::path::Path;
+
+use lora_core::{Adapter, DType};
+use lora_models::synthetic::SyntheticModel;
+use lora_train::config::{Format, TrainConfig};
+use lora_train::{Plugins, Session};
+
+/// The base and the pictures.
+pub(crate) fn workspace() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    for index in 0..8u8 {
+        let picture = image::RgbImage::from_fn(70, 64, |x, y| image::Rgb([index * 30, x as u8, y as u8]));
+        picture.save(data.join(format!("{index}.png"))).unwrap();
+        std::fs::write(data.join(format!("{index}.txt")), format!("picture number {index}")).unwrap();
+    }
+    folder
+}
+
+/// A configuration, with further keys as `key=value`; `adapter` is off where whole networks train.
+pub(crate) fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let adapter = match keys.contains(&"train=full") {
+        true => "",
+        false => "lora_rank: 4\ntarget_modules: attention\n",
+    };
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 64\ndevice: {}\nprecision: fp32\n\
+         {adapter}learning_rate: 1e-3\nmax_train_steps: 2\n",
+        path("base.safetensors"),
+        path("data"),
+        path("out"),
+        std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+    );
+    TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
+}
+
+/// A prepared run.
+pub(crate) fn prepare(folder: &Path, keys: &[&str]) -> Session {
+    Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap()
+}
+
+/// What a run that cannot be prepared says.
+pub(crate) fn refusal(folder: &Path, keys: &[&str]) -> String {
+    Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap_err().to_string()
+}
+
+/// The adapter of a run.
+pub(crate) fn adapter(session: &Session) -> Adapter {
+    session.adapter().unwrap().export().unwrap()
+}
