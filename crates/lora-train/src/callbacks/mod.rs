@@ -8,7 +8,7 @@ mod samples;
 mod save;
 mod validation;
 
-pub use health::HealthCheck;
+pub use health::{Finding, HealthCheck, LossHealth};
 pub use metrics::Metrics;
 pub use samples::SampleGrid;
 pub use save::{SaveCheckpoints, SaveStates};
