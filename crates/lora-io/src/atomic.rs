@@ -94,7 +94,7 @@ mod tests {
         };
         let written = file(".lora-partial-written");
         written.try_lock().unwrap();
-        ["mine.safetensors", ".lora-partial-left"].map(|name| drop(file(name)));
+        drop((file("mine.safetensors"), file(".lora-partial-left")));
         file(".lora-partial-new").set_modified(SystemTime::now()).unwrap();
         clear_partial(folder.path());
         let mut names: Vec<_> = fs::read_dir(folder.path())
