@@ -11,16 +11,16 @@ use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::device;
-use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
 /// A U-Net with a LoRA, a batch, and everything a step takes.
 struct Step {
     unet: Unet,
-    adapter: TrainableAdapter,
+    parameters: ParameterList,
     schedule: NoiseSchedule,
     latents: Tensor,
     context: Tensor,
@@ -36,7 +36,7 @@ impl Step {
         let targets = Targets::parse(&["attention"]).and_then(|targets| targets.select(&layers)).expect("a preset");
         let options = AdapterOptions::lora(rank, rank as f64, 0);
         let mut adapter = TrainableAdapter::default();
-        let mut parameters = ParameterList::default();
+        let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
         adapter
             .attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)
             .expect("LoRA attaches");
@@ -61,9 +61,7 @@ impl Step {
         );
         loss.expect("a step runs").backward();
         self.parameters.clip(1.0).expect("gradients are there");
-        self.parameters
-            .step(|_, _| AdamW { learning_rate: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 })
-            .expect("AdamW steps");
+        self.parameters.step(|_, _| 1e-4).expect("AdamW steps");
         self.parameters.clear_gradients().expect("gradients clear");
     }
 }

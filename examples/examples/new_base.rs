@@ -18,9 +18,9 @@ use lora_io::checkpoint::{Checkpoint, CheckpointSource, Part, write_single_file}
 use lora_models::stable_diffusion::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource, Weights};
-use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_f32, from_host, to_host};
+use lora_train::optimiser::{Arguments, OptimiserRegistry, OptimiserState};
 use lora_train::parameters::ParameterList;
 
 const BATCH: usize = 8;
@@ -87,7 +87,9 @@ fn main() -> Answer<()> {
         true => load_vae(&Checkpoint::open(output)?, kind, Device::Cpu, held)?,
         false => Vae::new(&Weights::new(&Untrained(Part::Vae), kind, Device::Cpu).held(held), model.vae.clone())?,
     };
-    let mut parameters = ParameterList::new(0.995);
+    let numbers = Arguments::from([("betas".into(), vec![0.9, 0.99]), ("weight_decay".into(), vec![0.0])]);
+    let optimiser = OptimiserState::new(OptimiserRegistry::default().make("adamw", LEARNING_RATE, &numbers)?);
+    let mut parameters = ParameterList::new(optimiser, 0.995);
     for (name, leaf) in trained.all() {
         parameters.add(Component::Unet, name, false, &leaf)?;
     }
@@ -127,12 +129,7 @@ fn train(vae: &Vae, parameters: &mut ParameterList, training: &Tensor, steps: us
         parameters.clip(1.0)?;
         let warm = ((step + 1) as f64 / 50.0).min(1.0);
         let factor = warm * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-        parameters.step(|_, _| AdamW {
-            learning_rate: LEARNING_RATE * factor,
-            betas: (0.9, 0.99),
-            weight_decay: 0.0,
-            epsilon: 1e-8,
-        })?;
+        parameters.step(|_, _| LEARNING_RATE * factor)?;
         parameters.clear_gradients()?;
         // Read every hundred steps only.
         if step % 100 == 99 {

@@ -16,6 +16,7 @@ use lora_models::stable_diffusion::{ClipTextEncoder, Unet, load_text_encoder, lo
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_host, to_host};
+use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
@@ -65,7 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             &VariantRegistry::default(),
             &options,
             Some(&adapter),
-            &mut ParameterList::default(),
+            &mut ParameterList::new(OptimiserState::adamw(), 0.0),
         )?;
     }
     made.extend([("output_lora", picture(&unet)?), ("text_lora", words(&text)?)]);

@@ -11,10 +11,10 @@ use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
-use lora_torch::gradients::AdamW;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
 use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank, rank as f64, 0);
-    let mut parameters = ParameterList::default();
+    let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
     adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)?;
 
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
@@ -48,12 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?
             .f_backward()?;
         parameters.clip(1.0)?;
-        parameters.step(|_, _| AdamW {
-            learning_rate: 1e-4,
-            betas: (0.9, 0.999),
-            weight_decay: 0.01,
-            epsilon: 1e-8,
-        })?;
+        parameters.step(|_, _| 1e-4)?;
         parameters.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }

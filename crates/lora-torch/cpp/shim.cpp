@@ -4,9 +4,16 @@
 
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_addcdiv.h>
+#include <ATen/ops/_foreach_addcmul.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_sign.h>
+#include <ATen/ops/_foreach_sqrt.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/util/Exception.h>
 #include <torch/torch.h>
@@ -113,15 +120,6 @@ int lora_shim_clip_gradients(torch::Tensor **gradients, size_t count, double lim
   });
 }
 
-// averages += weight * (values - averages), in place.
-int lora_shim_lerp(torch::Tensor **averages, torch::Tensor **values, size_t count, double weight) {
-  return guarded([&] {
-    torch::NoGradGuard no_grad;
-    std::vector<at::Tensor> first = list_of(averages, count), second = list_of(values, count);
-    at::_foreach_lerp_(first, second, at::Scalar(weight));
-  });
-}
-
 // Forgets the gradients of parameters, so that one without a gradient in the next step can be told.
 int lora_shim_clear_gradients(torch::Tensor **parameters, size_t count) {
   return guarded([&] {
@@ -129,16 +127,61 @@ int lora_shim_clear_gradients(torch::Tensor **parameters, size_t count) {
   });
 }
 
-// One AdamW step over a list, in place, by one kernel; `steps` holds each parameter's count as f32 scalars.
+// One AdamW step over a list, in place, by one kernel; `taken` counts the steps of all of them, this one included.
 int lora_shim_adamw(torch::Tensor **parameters, torch::Tensor **gradients, torch::Tensor **means, torch::Tensor **squares,
-                    torch::Tensor **steps, size_t count, double lr, double beta1, double beta2, double decay, double epsilon) {
+                    size_t count, double taken, double lr, double beta1, double beta2, double decay, double epsilon) {
   return guarded([&] {
     torch::NoGradGuard no_grad;
     std::vector<at::Tensor> values = list_of(parameters, count), slopes = list_of(gradients, count);
-    std::vector<at::Tensor> first = list_of(means, count), second = list_of(squares, count), counts = list_of(steps, count);
-    for (at::Tensor &taken : counts) taken.add_(1);
+    std::vector<at::Tensor> first = list_of(means, count), second = list_of(squares, count);
+    // The kernel only reads the counts, so one scalar serves them all.
+    std::vector<at::Tensor> counts(count, at::full({}, taken, values.front().options()));
     at::_fused_adamw_(values, slopes, first, second, {}, counts, lr, beta1, beta2, decay, epsilon, /*amsgrad=*/false,
                       /*maximize=*/false);
+  });
+}
+
+// An elementwise operation over lists, in place on the first; `foreach.rs` has the same numbers. Lists that an operation
+// does not take are null.
+int lora_shim_foreach(int operation, torch::Tensor **targets, torch::Tensor **others, torch::Tensor **thirds, size_t count,
+                      double value) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> a = list_of(targets, count), b, c;
+    if (others != nullptr) b = list_of(others, count);
+    if (thirds != nullptr) c = list_of(thirds, count);
+    const at::Scalar number(value);
+    switch (operation) {
+    case 0: return at::_foreach_mul_(a, number);
+    case 1: return at::_foreach_add_(a, number);
+    case 2: return at::_foreach_add_(a, b, number);
+    case 3: return at::_foreach_mul_(a, b);
+    case 4: return at::_foreach_div_(a, b);
+    case 5: return at::_foreach_addcmul_(a, b, c, number);
+    case 6: return at::_foreach_addcdiv_(a, b, c, number);
+    case 7: return at::_foreach_lerp_(a, b, number);
+    case 8: return at::_foreach_copy_(a, b);
+    case 9: return at::_foreach_sqrt_(a);
+    case 10: return at::_foreach_sign_(a);
+    default: TORCH_CHECK(false, "no operation ", operation);
+    }
+  });
+}
+
+// out[i] = a new tensor, factor times the i-th.
+int lora_shim_foreach_scaled(torch::Tensor **tensors, size_t count, double factor, torch::Tensor **out) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> scaled = at::_foreach_mul(list_of(tensors, count), at::Scalar(factor));
+    for (size_t i = 0; i < count; ++i) out[i] = new torch::Tensor(std::move(scaled[i]));
+  });
+}
+
+// *out = a new tensor, [count]: the norm of each, of the first or second order.
+int lora_shim_foreach_norms(torch::Tensor **tensors, size_t count, double order, torch::Tensor **out) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    *out = new torch::Tensor(at::stack(at::_foreach_norm(list_of(tensors, count), at::Scalar(order))));
   });
 }
 

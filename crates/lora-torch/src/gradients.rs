@@ -1,6 +1,8 @@
 //! What an optimiser does to whole lists of tensors, by one kernel each instead of a dozen small ones per tensor.
 //! Optimisers themselves (state, schedules, groups) live above.
 
+use std::borrow::Borrow;
+
 use tch::Tensor;
 
 use crate::{Result, shim};
@@ -17,11 +19,6 @@ pub fn clear(parameters: &mut [Tensor]) -> Result<()> {
     shim::clear_gradients(parameters)
 }
 
-/// Moves running averages towards values, in place: `average += weight · (value − average)`. The lists are equally long.
-pub fn lerp(averages: &mut [Tensor], values: &mut [Tensor], weight: f64) -> Result<()> {
-    shim::lerp(averages, values, weight)
-}
-
 /// Numbers of an AdamW step (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
@@ -35,35 +32,22 @@ pub struct AdamW {
     pub epsilon: f64,
 }
 
-/// A parameter with its AdamW state; all f32 on one device, `steps` a scalar.
-#[derive(Debug)]
-pub struct AdamWEntry {
-    /// The parameter, changed in place.
-    pub parameter: Tensor,
-    /// Its gradient.
-    pub gradient: Tensor,
-    /// Running mean of gradients.
-    pub mean: Tensor,
-    /// Running mean of squared gradients.
-    pub square: Tensor,
-    /// Steps taken so far.
-    pub steps: Tensor,
-}
-
 impl AdamW {
-    /// Takes one step with every entry.
-    pub fn step(&self, entries: Vec<AdamWEntry>) -> Result<()> {
-        let mut lists: [Vec<Tensor>; 5] = Default::default();
-        for entry in entries {
-            let parts = [entry.parameter, entry.gradient, entry.mean, entry.square, entry.steps];
-            lists.iter_mut().zip(parts).for_each(|(list, part)| list.push(part));
-        }
-        let [parameters, gradients, means, squares, steps] = &mut lists;
+    /// Takes a step with each parameter, in place, by its gradient, the running mean of its gradients and of their squares:
+    /// all f32, on one device, in lists of one length. `taken` counts the steps of all of them, this one included.
+    pub fn step<T: Borrow<Tensor>>(
+        &self,
+        parameters: &[T],
+        gradients: &[T],
+        means: &[T],
+        squares: &[T],
+        taken: u64,
+    ) -> Result<()> {
         if parameters.is_empty() {
             return Ok(());
         }
         let Self { learning_rate, betas, weight_decay, epsilon } = *self;
-        shim::adamw(parameters, gradients, means, squares, steps, learning_rate, betas, weight_decay, epsilon)
+        shim::adamw(parameters, gradients, means, squares, taken, learning_rate, betas, weight_decay, epsilon)
     }
 }
 
@@ -100,25 +84,16 @@ mod tests {
         let numbers = AdamW { learning_rate: 0.1, betas: (0.9, 0.999), weight_decay: 0.01, epsilon: 1e-8 };
         let zeros = || Tensor::zeros([1], (Kind::Float, Device::Cpu));
         let (parameter, mean, square) = (Tensor::from_slice(&[1.0f32]), zeros(), zeros());
-        let steps = Tensor::zeros([], (Kind::Float, Device::Cpu));
         let (mut p, mut m, mut v) = (1.0f64, 0.0f64, 0.0f64);
         for t in 1..=3 {
             let g = 0.5 / f64::from(t);
-            numbers
-                .step(vec![AdamWEntry {
-                    parameter: parameter.shallow_clone(),
-                    gradient: Tensor::from_slice(&[g as f32]),
-                    mean: mean.shallow_clone(),
-                    square: square.shallow_clone(),
-                    steps: steps.shallow_clone(),
-                }])
-                .unwrap();
+            let gradient = Tensor::from_slice(&[g as f32]);
+            numbers.step(&[&parameter], &[&gradient], &[&mean], &[&square], t as u64).unwrap();
             p -= 0.1 * 0.01 * p;
             m = 0.9 * m + 0.1 * g;
             v = 0.999 * v + 0.001 * g * g;
             p -= 0.1 * (m / (1.0 - 0.9f64.powi(t))) / ((v / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
         }
         assert!((parameter.double_value(&[0]) - p).abs() < 1e-6, "{} {p}", parameter.double_value(&[0]));
-        assert_eq!(steps.double_value(&[]), 3.0);
     }
 }

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod device;
 mod error;
 pub mod fault;
+pub mod foreach;
 pub mod frozen;
 pub mod gradients;
 pub mod memory;

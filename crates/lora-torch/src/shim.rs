@@ -1,5 +1,6 @@
 //! The C interface of `cpp/shim.cpp`. Private: the modules beside it wrap it safely.
 
+use std::borrow::Borrow;
 use std::ffi::{CStr, c_char, c_int};
 
 use tch::Tensor;
@@ -22,20 +23,39 @@ unsafe extern "C" {
         inverse_scale: *mut RawTensor,
     ) -> c_int;
     fn lora_shim_clip_gradients(gradients: *mut *mut RawTensor, count: usize, limit: f64, norm: *mut f64) -> c_int;
-    fn lora_shim_lerp(averages: *mut *mut RawTensor, values: *mut *mut RawTensor, count: usize, weight: f64) -> c_int;
     fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
         gradients: *mut *mut RawTensor,
         means: *mut *mut RawTensor,
         squares: *mut *mut RawTensor,
-        steps: *mut *mut RawTensor,
         count: usize,
+        taken: f64,
         lr: f64,
         beta1: f64,
         beta2: f64,
         decay: f64,
         epsilon: f64,
+    ) -> c_int;
+    fn lora_shim_foreach(
+        operation: c_int,
+        targets: *mut *mut RawTensor,
+        others: *mut *mut RawTensor,
+        thirds: *mut *mut RawTensor,
+        count: usize,
+        value: f64,
+    ) -> c_int;
+    fn lora_shim_foreach_scaled(
+        tensors: *mut *mut RawTensor,
+        count: usize,
+        factor: f64,
+        out: *mut *mut RawTensor,
+    ) -> c_int;
+    fn lora_shim_foreach_norms(
+        tensors: *mut *mut RawTensor,
+        count: usize,
+        order: f64,
+        out: *mut *mut RawTensor,
     ) -> c_int;
 }
 
@@ -98,14 +118,6 @@ pub(crate) fn clip_gradients(gradients: &mut [Tensor], limit: f64) -> Result<f64
     Ok(norm)
 }
 
-/// Moves averages towards values; both lists must be equally long.
-pub(crate) fn lerp(averages: &mut [Tensor], values: &mut [Tensor], weight: f64) -> Result<()> {
-    assert_eq!(averages.len(), values.len());
-    let (mut averages, mut values) = (raw(averages), raw(values));
-    // SAFETY: two arrays of equally many live `torch::Tensor*`.
-    checked(unsafe { lora_shim_lerp(averages.as_mut_ptr(), values.as_mut_ptr(), averages.len(), weight) })
-}
-
 /// Forgets the gradients of parameters.
 pub(crate) fn clear_gradients(parameters: &mut [Tensor]) -> Result<()> {
     let mut pointers = raw(parameters);
@@ -113,32 +125,32 @@ pub(crate) fn clear_gradients(parameters: &mut [Tensor]) -> Result<()> {
     checked(unsafe { lora_shim_clear_gradients(pointers.as_mut_ptr(), pointers.len()) })
 }
 
-/// One AdamW step; the five lists must be equally long.
+/// One AdamW step; the four lists must be equally long and not empty.
 #[allow(clippy::too_many_arguments, reason = "the formula's own")]
-pub(crate) fn adamw(
-    parameters: &mut [Tensor],
-    gradients: &mut [Tensor],
-    means: &mut [Tensor],
-    squares: &mut [Tensor],
-    steps: &mut [Tensor],
+pub(crate) fn adamw<T: Borrow<Tensor>>(
+    parameters: &[T],
+    gradients: &[T],
+    means: &[T],
+    squares: &[T],
+    taken: u64,
     lr: f64,
     betas: (f64, f64),
     decay: f64,
     epsilon: f64,
 ) -> Result<()> {
     let count = parameters.len();
-    assert!([gradients.len(), means.len(), squares.len(), steps.len()].iter().all(|&length| length == count));
-    let (mut parameters, mut gradients) = (raw(parameters), raw(gradients));
-    let (mut means, mut squares, mut steps) = (raw(means), raw(squares), raw(steps));
-    // SAFETY: five arrays of `count` live `torch::Tensor*`.
+    assert!(count > 0 && [gradients.len(), means.len(), squares.len()].iter().all(|&length| length == count));
+    let (mut parameters, mut gradients) = (pointers(parameters), pointers(gradients));
+    let (mut means, mut squares) = (pointers(means), pointers(squares));
+    // SAFETY: four arrays of `count` live `torch::Tensor*`.
     checked(unsafe {
         lora_shim_adamw(
             parameters.as_mut_ptr(),
             gradients.as_mut_ptr(),
             means.as_mut_ptr(),
             squares.as_mut_ptr(),
-            steps.as_mut_ptr(),
             count,
+            taken as f64,
             lr,
             betas.0,
             betas.1,
@@ -146,6 +158,48 @@ pub(crate) fn adamw(
             epsilon,
         )
     })
+}
+
+/// An elementwise operation over lists, in place on the first; lists must be equally long.
+pub(crate) fn foreach<A: Borrow<Tensor>, B: Borrow<Tensor>, C: Borrow<Tensor>>(
+    operation: c_int,
+    targets: &[A],
+    others: Option<&[B]>,
+    thirds: Option<&[C]>,
+    value: f64,
+) -> Result<()> {
+    let count = targets.len();
+    assert!(others.is_none_or(|list| list.len() == count) && thirds.is_none_or(|list| list.len() == count));
+    let (mut targets, mut others, mut thirds) = (pointers(targets), others.map(pointers), thirds.map(pointers));
+    let list = |list: &mut Option<Vec<*mut RawTensor>>| list.as_mut().map_or(std::ptr::null_mut(), Vec::as_mut_ptr);
+    // SAFETY: each array is null or holds `count` live `torch::Tensor*`.
+    checked(unsafe {
+        lora_shim_foreach(operation, targets.as_mut_ptr(), list(&mut others), list(&mut thirds), count, value)
+    })
+}
+
+/// New tensors, `factor` times those given.
+pub(crate) fn foreach_scaled<T: Borrow<Tensor>>(tensors: &[T], factor: f64) -> Result<Vec<Tensor>> {
+    let mut pointers = pointers(tensors);
+    let mut out = vec![std::ptr::null_mut(); pointers.len()];
+    // SAFETY: both arrays have `count` elements; the shim fills all of the second or fails before the first.
+    checked(unsafe { lora_shim_foreach_scaled(pointers.as_mut_ptr(), pointers.len(), factor, out.as_mut_ptr()) })?;
+    // SAFETY: each is a new `torch::Tensor*` that is ours alone.
+    Ok(out.into_iter().map(|pointer| unsafe { Tensor::from_ptr(pointer) }).collect())
+}
+
+/// `[count]`: the norm of each, of an order.
+pub(crate) fn foreach_norms<T: Borrow<Tensor>>(tensors: &[T], order: f64) -> Result<Tensor> {
+    let mut pointers = pointers(tensors);
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live `torch::Tensor*` for the length of the call, and a local to write to.
+    checked(unsafe { lora_shim_foreach_norms(pointers.as_mut_ptr(), pointers.len(), order, &mut out) })?;
+    // SAFETY: a new `torch::Tensor*` that is ours alone.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+fn pointers<T: Borrow<Tensor>>(tensors: &[T]) -> Vec<*mut RawTensor> {
+    tensors.iter().map(|tensor| tensor.borrow().as_ptr().cast_mut()).collect()
 }
 
 fn raw(tensors: &mut [Tensor]) -> Vec<*mut RawTensor> {

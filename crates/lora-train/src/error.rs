@@ -29,6 +29,32 @@ pub enum Error {
         /// The registered names.
         known: String,
     },
+    /// An optimiser name from the configuration is not registered.
+    #[error("optimizer: no optimiser is called `{name}`; registered are {known}{near}")]
+    UnknownOptimiser {
+        /// The name in the configuration.
+        name: String,
+        /// The registered names.
+        known: String,
+        /// The nearest of them, as advice.
+        near: String,
+    },
+    /// Two optimisers of one name.
+    #[error("an optimiser called `{name}` is registered already; choose another name")]
+    DuplicateOptimiser {
+        /// The name.
+        name: String,
+    },
+    /// An optimiser does not take a number of the configuration.
+    #[error("optimizer `{optimiser}`: `{argument}`: {reason}")]
+    OptimiserArgument {
+        /// The optimiser.
+        optimiser: String,
+        /// The number's name.
+        argument: String,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
     /// The adapter to go on from does not fit the configuration.
     #[error("{path}: cannot go on from this LoRA: {reason}", path = path.display())]
     InitFrom {
@@ -142,6 +168,8 @@ impl Error {
                 | Error::UnknownCallback { .. }
                 | Error::NoState { .. }
                 | Error::OtherRun { .. }
+                | Error::UnknownOptimiser { .. }
+                | Error::OptimiserArgument { .. }
                 | Error::Adapter(lora_core::Error::NoMatch { .. })
         )
     }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod encode;
 mod error;
 pub mod loss;
+pub mod optimiser;
 pub mod parameters;
 mod plugins;
 pub mod report;

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 
 use lora_core::Component;
-use lora_torch::gradients::{self, AdamW, AdamWEntry};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
+use lora_torch::{foreach, gradients};
 
+use crate::optimiser::{OptimiserState, Slope};
 use crate::{Error, Result};
 
 /// One trained tensor.
@@ -20,9 +21,7 @@ pub struct Parameter {
     /// Whether it is an adapter's up-projection (LoRA+ trains those faster).
     pub is_up: bool,
     leaf: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    steps: Tensor,
+    /// The running average; for an optimiser that saves others than it trains, what the leaf is exchanged with, while it is.
     average: Option<Tensor>,
 }
 
@@ -33,35 +32,33 @@ impl Parameter {
     }
 }
 
-/// All trained tensors of a run, in f32.
-#[derive(Debug, Default)]
+/// All trained tensors of a run, in f32, with their optimiser.
+#[derive(Debug)]
 pub struct ParameterList {
     list: Vec<Parameter>,
+    optimiser: OptimiserState,
     /// Decay of the running average; 0 where there is none.
     decay: f64,
     averaged_steps: i32,
 }
 
 impl ParameterList {
-    /// An empty list whose tensors' running average decays by `ema_decay` a step; 0 for none.
-    pub fn new(ema_decay: f64) -> Self {
-        Self { decay: ema_decay, ..Self::default() }
+    /// An empty list. The tensors' running average decays by `ema_decay` a step; 0 for none.
+    pub fn new(optimiser: OptimiserState, ema_decay: f64) -> Self {
+        Self { list: Vec::new(), optimiser, decay: ema_decay, averaged_steps: 0 }
     }
 
     /// Adds a leaf that requires gradients.
     pub fn add(&mut self, component: Component, name: String, is_up: bool, leaf: &Tensor) -> Result<()> {
-        let still = leaf.detach();
-        self.list.push(Parameter {
-            component,
-            name,
-            is_up,
-            mean: still.f_zeros_like()?,
-            square: still.f_zeros_like()?,
-            steps: Tensor::f_zeros([0i64; 0], (Kind::Float, leaf.device()))?,
-            average: (self.decay > 0.0).then(|| still.f_detach_copy()).transpose()?,
-            leaf: leaf.shallow_clone(),
-        });
+        self.optimiser.register(&[(&name, leaf)])?;
+        let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
+        self.list.push(Parameter { component, name, is_up, leaf: leaf.shallow_clone(), average });
         Ok(())
+    }
+
+    /// The optimiser and what it keeps.
+    pub fn optimiser(&self) -> &OptimiserState {
+        &self.optimiser
     }
 
     /// The tensors, in the order in which they were added.
@@ -79,25 +76,22 @@ impl ParameterList {
         self.list.iter().map(|parameter| parameter.leaf.grad()).filter(Tensor::defined).collect()
     }
 
-    /// Takes one AdamW step with the gradients as they are, by each component's own numbers and, where the flag is set,
-    /// those of up-projections (LoRA+). A tensor without a gradient is left alone: no decay either.
-    pub fn step(&mut self, numbers: impl Fn(Component, bool) -> AdamW) -> Result<()> {
-        let mut groups: BTreeMap<(Component, bool), Vec<AdamWEntry>> = Default::default();
-        for parameter in &self.list {
-            let gradient = parameter.leaf.grad();
-            if gradient.defined() {
-                groups.entry((parameter.component, parameter.is_up)).or_default().push(AdamWEntry {
-                    parameter: parameter.leaf.detach(),
-                    gradient,
-                    mean: parameter.mean.shallow_clone(),
-                    square: parameter.square.shallow_clone(),
-                    steps: parameter.steps.shallow_clone(),
-                });
-            }
-        }
-        for ((component, is_up), entries) in groups {
-            numbers(component, is_up).step(entries)?;
-        }
+    /// Takes a step of the optimiser with the gradients as they are, which may change them. `learning_rate` is told the
+    /// component and whether it is an up-projection (LoRA+). A tensor without a gradient is left alone: no decay either.
+    pub fn step(&mut self, learning_rate: impl Fn(Component, bool) -> f64) -> Result<()> {
+        let slopes: Vec<Slope<'_>> = self
+            .list
+            .iter()
+            .map(|parameter| (parameter, parameter.leaf.grad()))
+            .filter(|(_, gradient)| gradient.defined())
+            .map(|(parameter, gradient)| Slope {
+                name: &parameter.name,
+                parameter: parameter.leaf.detach(),
+                gradient,
+                learning_rate: learning_rate(parameter.component, parameter.is_up),
+            })
+            .collect();
+        self.optimiser.step(&slopes)?;
         self.average()
     }
 
@@ -107,26 +101,36 @@ impl ParameterList {
         self.averaged_steps += 1;
         let steps = f64::from(self.averaged_steps);
         let decay = self.decay.min((1.0 + steps) / (10.0 + steps));
-        let mut averages: Vec<_> =
-            self.list.iter().filter_map(|parameter| parameter.average.as_ref().map(Tensor::shallow_clone)).collect();
-        if averages.is_empty() {
-            return Ok(());
-        }
-        let mut now: Vec<_> = self.list.iter().map(|parameter| parameter.leaf.detach()).collect();
-        Ok(gradients::lerp(&mut averages, &mut now, 1.0 - decay)?)
+        let (averages, now): (Vec<&Tensor>, Vec<Tensor>) = self
+            .list
+            .iter()
+            .filter_map(|parameter| Some((parameter.average.as_ref()?, parameter.leaf.detach())))
+            .unzip();
+        Ok(foreach::lerp(&averages, &now, 1.0 - decay)?)
     }
 
-    /// Exchanges the trained values with their running averages, if there are any; a second call puts them back. What is
-    /// saved and drawn is the average. Bit by bit, in place: it needs no memory, so that it cannot fail half-way.
+    /// Exchanges the trained values with those to save and to draw with, where they are others: the running averages, or
+    /// what the optimiser says (schedule-free). A second call puts them back, to the last bit. The exchange itself is in
+    /// place and cannot fail half-way for want of memory.
     pub fn exchange_averages(&mut self) -> Result<()> {
         let _guard = no_grad_guard();
-        for parameter in &self.list {
+        let own = self.optimiser.optimiser().evaluates_elsewhere();
+        let away = own && self.list.iter().any(|parameter| parameter.average.is_some());
+        if own && !away {
+            let values = |parameter: &Parameter| self.optimiser.evaluation(&parameter.name, &parameter.leaf);
+            let values = self.list.iter().map(values).collect::<Result<Vec<_>>>()?;
+            self.list.iter_mut().zip(values).for_each(|(parameter, value)| parameter.average = value);
+        }
+        for parameter in &mut self.list {
             if let Some(average) = &parameter.average {
                 let (mut now, mut average) =
                     (parameter.leaf.detach().f_view_dtype(Kind::Int)?, average.f_view_dtype(Kind::Int)?);
                 let _ = now.f_bitwise_xor_tensor_(&average)?;
                 let _ = average.f_bitwise_xor_tensor_(&now)?;
                 let _ = now.f_bitwise_xor_tensor_(&average)?;
+            }
+            if away {
+                parameter.average = None;
             }
         }
         Ok(())
@@ -146,7 +150,7 @@ impl ParameterList {
             let steps = Tensor::f_full([0i64; 0], i64::from(self.averaged_steps), (Kind::Int64, Device::Cpu))?;
             state.insert("average_steps".into(), steps);
         }
-        state.extend(self.optimiser_state()?.into_iter().map(|(name, tensor)| (format!("optimiser.{name}"), tensor)));
+        state.extend(self.optimiser.state()?.into_iter().map(|(name, tensor)| (format!("optimiser.{name}"), tensor)));
         Ok(state)
     }
 
@@ -171,42 +175,12 @@ impl ParameterList {
             return Err(mismatch(name, "no such tensor".into(), shape(tensor)));
         }
         let own = optimiser.into_iter().map(|(name, tensor)| (name["optimiser.".len()..].to_owned(), tensor));
-        self.load_optimiser_state(own.collect())?;
+        self.optimiser.load_state(&own.collect())?;
         let _guard = no_grad_guard();
         for (mut own, found) in copies {
             own.f_copy_(&found)?;
         }
         self.averaged_steps = averaged_steps;
-        Ok(())
-    }
-
-    /// What the optimiser keeps, by names that hold for its kind.
-    fn optimiser_state(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut state = BTreeMap::new();
-        for Parameter { name, mean, square, steps, .. } in &self.list {
-            for (part, tensor) in [("mean", mean), ("square", square), ("steps", steps)] {
-                state.insert(format!("{name}.{part}"), tensor.shallow_clone());
-            }
-        }
-        Ok(state)
-    }
-
-    /// Puts back what the optimiser kept: all of it, or nothing where something does not fit.
-    fn load_optimiser_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
-        let mut copies = Vec::new();
-        for Parameter { name, mean, square, steps, .. } in &self.list {
-            for (part, tensor) in [("mean", mean), ("square", square), ("steps", steps)] {
-                let found = take(&mut state, &format!("{name}.{part}"), tensor)?;
-                copies.push((tensor.shallow_clone(), found));
-            }
-        }
-        if let Some((name, tensor)) = state.first_key_value() {
-            return Err(mismatch(&format!("optimiser.{name}"), "no such tensor".into(), shape(tensor)));
-        }
-        let _guard = no_grad_guard();
-        for (mut own, found) in copies {
-            own.f_copy_(&found)?;
-        }
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! What a user's own crate adds without touching ours: adapter variants, picture processors and callbacks, by name.
+//! What a user's own crate adds without touching ours: adapter variants, picture processors, optimisers and callbacks, by
+//! name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,6 +9,7 @@ use lora_data::processor::ProcessorRegistry;
 use lora_torch::TchBackend;
 
 use crate::callback::Callback;
+use crate::optimiser::OptimiserRegistry;
 use crate::{Error, Result};
 
 type Factory = Box<dyn Fn() -> Box<dyn Callback> + Send + Sync>;
@@ -19,6 +21,8 @@ pub struct Plugins {
     pub variants: VariantRegistry<TchBackend>,
     /// Picture processors, for the key `processors`.
     pub processors: ProcessorRegistry,
+    /// Optimisers, for the key `optimizer`.
+    pub optimisers: OptimiserRegistry,
     callbacks: BTreeMap<String, Factory>,
 }
 
@@ -53,6 +57,7 @@ impl fmt::Debug for Plugins {
         f.debug_struct("Plugins")
             .field("variants", &self.variants)
             .field("processors", &self.processors)
+            .field("optimisers", &self.optimisers)
             .field("callbacks", &self.callbacks.keys())
             .finish()
     }

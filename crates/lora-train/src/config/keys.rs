@@ -195,7 +195,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
     (
         "Optimisation",
         &[
-            key("learning_rate", "above 0", "1e-4", "Learning rate.", ""),
+            key("learning_rate", "above 0", "1e-4; lion 3e-5, prodigy 1", "Learning rate.", ""),
             key("unet_lr", "0 …", "learning_rate", "Learning rate of the U-Net's adapter.", ""),
             key(
                 "text_encoder_lr",
@@ -206,13 +206,26 @@ pub const KEYS: &[(&str, &[Key])] = &[
             ),
             key(
                 "optimizer",
-                "adamw",
+                "adamw, adamw8bit, adafactor, lion, prodigy, adamw_schedulefree, or one that your program registers",
                 "\"adamw\"",
-                "Optimiser (Loshchilov & Hutter, 2019).",
-                "8 bytes per trained number.",
+                "Optimiser; what each is for and what it takes: docs/optimisers.md.",
+                "Bytes per trained number: adamw and adamw_schedulefree 8, adamw8bit 2, lion 4, adafactor near 0, prodigy 12 to 16.",
             ),
-            key("adam_betas", "two numbers", "[0.9, 0.999]", "AdamW's averaging of gradients and their squares.", ""),
-            key("adam_eps", "above 0", "1e-8", "AdamW's ε.", ""),
+            key(
+                "optimizer_args",
+                "table of numbers by name, or list of texts \"name=value\"",
+                "the optimiser's own",
+                "Numbers of the optimiser, named as elsewhere: `{ d_coef = 2.0, weight_decay = 0.01 }`.",
+                "",
+            ),
+            key(
+                "adam_betas",
+                "two numbers",
+                "the optimiser's own; adamw: [0.9, 0.999]",
+                "Short for `betas` of `optimizer_args`: averaging of gradients and their squares.",
+                "",
+            ),
+            key("adam_eps", "above 0", "the optimiser's own; adamw: 1e-8", "Short for `eps` of `optimizer_args`.", ""),
             key(
                 "loraplus_lr_ratio",
                 "above 0",
@@ -220,7 +233,13 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "Learning rate of the up-projections relative to the rest (LoRA+; 16 is usual).",
                 "",
             ),
-            key("weight_decay", "0 …", "0.01", "Decoupled weight decay.", ""),
+            key(
+                "weight_decay",
+                "0 …",
+                "the optimiser's own; adamw: 0.01",
+                "Short for `weight_decay` of `optimizer_args`: decoupled weight decay.",
+                "",
+            ),
             key(
                 "lr_scheduler",
                 "constant, constant_with_warmup, linear, cosine",

@@ -3,6 +3,7 @@
 
 mod datasets;
 pub mod keys;
+mod optimizer;
 mod read;
 mod sd_scripts;
 mod steps;
@@ -20,6 +21,7 @@ use lora_data::tokenizer::TextCleaning;
 use lora_models::stable_diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
+use crate::optimiser::{Arguments, OptimiserRegistry};
 use read::Reader;
 
 /// How the learning rate goes.
@@ -136,9 +138,10 @@ pub struct TrainConfig {
     pub learning_rate: f64,
     pub unet_lr: f64,
     pub text_encoder_lr: f64,
-    pub adam_betas: (f64, f64),
-    pub adam_eps: f64,
-    pub weight_decay: f64,
+    /// As it is written: whether there is such an optimiser is known to [`crate::Plugins`].
+    pub optimizer: String,
+    /// `optimizer_args`, with `adam_betas`, `adam_eps` and `weight_decay` under their names there.
+    pub optimizer_args: Arguments,
     pub lr_scheduler: LrScheduler,
     pub lr_warmup: Warmup,
     pub max_grad_norm: f64,
@@ -250,7 +253,9 @@ impl TrainConfig {
             }
         }
         let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
-        let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(1e-4);
+        let (optimizer, optimizer_args) = optimizer::read(reader);
+        let usual = OptimiserRegistry::default().usual_learning_rate(&optimizer);
+        let learning_rate = reader.number("learning_rate", "a number above 0", positive).unwrap_or(usual);
         let max_resolution = reader.size("max_resolution").unwrap_or((512, 512));
         let datasets = datasets::read(reader, true);
         let seed = reader.count("seed", 0).unwrap_or(42) as u64;
@@ -271,14 +276,9 @@ impl TrainConfig {
                 "train_unet and train_text_encoder are both off; there is nothing to train",
             );
         }
-        reader.choice("optimizer", &[("adamw", ())]);
         let target_modules = reader.texts("target_modules").unwrap_or_else(|| vec!["attention-mlp".into()]);
         if let Err(error) = Targets::parse(&target_modules) {
             reader.problem(Some("target_modules"), error.to_string());
-        }
-        let adam_betas = reader.pair("adam_betas").unwrap_or((0.9, 0.999));
-        if !(0.0..1.0).contains(&adam_betas.0) || !(0.0..1.0).contains(&adam_betas.1) {
-            reader.problem(Some("adam_betas"), "expected two numbers from 0 to below 1");
         }
         let lr_warmup = match reader.number("lr_warmup_steps", "a number of steps, or a share below 1", not_negative) {
             Some(share) if share > 0.0 && share < 1.0 => Warmup::Share(share),
@@ -362,9 +362,8 @@ impl TrainConfig {
             text_encoder_lr: reader
                 .number("text_encoder_lr", "a number from 0 on", not_negative)
                 .unwrap_or(learning_rate / 2.0),
-            adam_betas,
-            adam_eps: reader.number("adam_eps", "a number above 0", positive).unwrap_or(1e-8),
-            weight_decay: reader.number("weight_decay", "a number from 0 on", not_negative).unwrap_or(0.01),
+            optimizer,
+            optimizer_args,
             lr_scheduler: reader
                 .choice(
                     "lr_scheduler",

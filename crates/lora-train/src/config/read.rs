@@ -209,6 +209,37 @@ impl Reader {
         }
     }
 
+    /// A table of numbers or lists of numbers by name, or a list of texts `name=value`, as sd-scripts has them.
+    pub(super) fn number_lists(&mut self, key: &str) -> BTreeMap<String, Vec<f64>> {
+        let Some(value) = self.values.get(key).cloned() else { return BTreeMap::new() };
+        let number = |value: &Value| match value {
+            Value::Bool(on) => Some(f64::from(u8::from(*on))),
+            value => value.as_f64().filter(|number| number.is_finite()),
+        };
+        let numbers = |value: &Value| match value {
+            Value::Array(items) => items.iter().map(number).collect::<Option<Vec<_>>>(),
+            value => Some(vec![number(value)?]),
+        };
+        let written = |text: &str| {
+            let (name, values) = text.split_once('=')?;
+            let values = values.trim().trim_matches(['(', ')', '[', ']']).trim_end_matches(',');
+            let number = |word: &str| match word.trim() {
+                "True" | "true" => Some(1.0),
+                "False" | "false" => Some(0.0),
+                word => word.parse::<f64>().ok().filter(|number| number.is_finite()),
+            };
+            Some((name.trim().to_owned(), values.split(',').map(number).collect::<Option<Vec<_>>>()?))
+        };
+        let table: Option<BTreeMap<_, _>> = match &value {
+            Value::Object(table) => table.iter().map(|(name, value)| Some((name.clone(), numbers(value)?))).collect(),
+            Value::Array(items) => items.iter().map(|item| written(item.as_str()?)).collect(),
+            Value::String(text) => text.split_whitespace().map(written).collect(),
+            _ => None,
+        };
+        let expected = "a table of numbers, or of lists of them, by name, or a list of texts \"name=value\"";
+        table.unwrap_or_else(|| self.mismatch(key, expected, &value).unwrap_or_default())
+    }
+
     /// One text or a list of texts.
     pub(super) fn texts(&mut self, key: &str) -> Option<Vec<String>> {
         match self.values.get(key)?.clone() {

@@ -31,7 +31,6 @@ use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
 use lora_torch::LossScaler;
-use lora_torch::gradients::AdamW;
 use lora_torch::memory::{self, DeviceMemory};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
@@ -213,13 +212,10 @@ impl Session {
         if finite {
             let config = &self.config;
             let step = lora_torch::caught(|| {
-                self.parameters.step(|component, is_up| AdamW {
-                    learning_rate: factor
+                self.parameters.step(|component, is_up| {
+                    factor
                         * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
-                        * if is_up { config.loraplus_lr_ratio } else { 1.0 },
-                    betas: config.adam_betas,
-                    weight_decay: config.weight_decay,
-                    epsilon: config.adam_eps,
+                        * if is_up { config.loraplus_lr_ratio } else { 1.0 }
                 })
             });
             if let Err(error) = step {
@@ -252,6 +248,7 @@ impl Session {
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
             learning_rate: factor
+                * self.parameters.optimiser().optimiser().rate_factor()
                 * if self.config.train_unet { self.config.unet_lr } else { self.config.text_encoder_lr },
             gradient_norm,
             skipped: !finite,

@@ -25,8 +25,9 @@ use lora_torch::{LossScaler, device, memory};
 use super::latents::{self, LatentSource};
 use super::survive::REMEDIES;
 use super::{Session, Trained, TrainedAdapter, resume};
-use crate::config::{StepPlan, TrainConfig, TrainMode};
+use crate::config::{LrScheduler, StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
+use crate::optimiser::OptimiserState;
 use crate::parameters::ParameterList;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
@@ -83,13 +84,13 @@ impl Session {
         }
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
+        let (optimiser, mut notes) = optimiser(&config, plugins)?;
         lora_io::atomic::check_writable(&config.output_dir)?;
         lora_io::atomic::clear_partial(&config.output_dir);
         let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
-        let mut notes = Vec::new();
         let precision = match (config.precision, device) {
             (DType::F16, Device::Cpu) => {
                 notes.push("precision fp16 is for GPUs; on the CPU this run trains in fp32".into());
@@ -225,7 +226,7 @@ impl Session {
         if let Some(text_encoder) = text_encoder.as_mut().filter(|_| config.train_text_encoder) {
             networks.push(text_encoder);
         }
-        let mut parameters = ParameterList::new(config.ema_decay);
+        let mut parameters = ParameterList::new(optimiser, config.ema_decay);
         let trained = if full {
             let mut whole = WholeNetworks::default();
             whole.add(Part::Unet, &unet_weights, &mut parameters)?;
@@ -293,6 +294,28 @@ impl Session {
         }
         Ok(session)
     }
+}
+
+/// The optimiser of a configuration, and what to know of it.
+fn optimiser(config: &TrainConfig, plugins: &Plugins) -> Result<(OptimiserState, Vec<String>)> {
+    let chosen = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?;
+    let mut notes = chosen.optimiser.notes(config.learning_rate);
+    if chosen.optimiser.evaluates_elsewhere() {
+        if config.ema_decay > 0.0 {
+            return Err(Error::OptimiserArgument {
+                optimiser: config.optimizer.clone(),
+                argument: "ema_decay".into(),
+                reason: "it averages the weights itself; take ema_decay out".into(),
+            });
+        }
+        if config.lr_scheduler != LrScheduler::Constant {
+            notes.push(format!(
+                "{} needs no schedule of the learning rate and learns best with lr_scheduler = \"constant\"",
+                config.optimizer
+            ));
+        }
+    }
+    Ok((OptimiserState::new(chosen), notes))
 }
 
 /// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from.

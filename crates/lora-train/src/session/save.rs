@@ -85,10 +85,7 @@ impl Session {
         record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
         record.lr_scheduler = format!("{:?}", config.lr_scheduler).to_lowercase();
         record.lr_warmup_steps = self.lr_schedule.warmup();
-        record.optimizer = format!(
-            "AdamW(betas=({:?}, {:?}),eps={:?},weight_decay={:?})",
-            config.adam_betas.0, config.adam_betas.1, config.adam_eps, config.weight_decay
-        );
+        record.optimizer = self.parameters.optimiser().record().to_owned();
         record.max_grad_norm = config.max_grad_norm;
         record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
         record.min_snr_gamma = config.min_snr_gamma;

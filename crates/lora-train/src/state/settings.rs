@@ -74,9 +74,8 @@ impl Settings {
             learning_rate,
             unet_lr,
             text_encoder_lr,
-            adam_betas,
-            adam_eps,
-            weight_decay,
+            optimizer,
+            optimizer_args,
             lr_scheduler,
             lr_warmup,
             max_grad_norm,
@@ -113,6 +112,7 @@ impl Settings {
         let mut fixed = |key: &str, value: &dyn Debug| settings.fixed.insert(key.to_owned(), shown(value));
         fixed("train", train);
         fixed("ema_decay", ema_decay);
+        fixed("optimizer", &Plain(optimizer));
         fixed("lora_rank", lora_rank);
         fixed("lora_alpha", lora_alpha);
         fixed("use_rslora", use_rslora);
@@ -163,9 +163,7 @@ impl Settings {
         free("unet_lr", unet_lr);
         free("text_encoder_lr", text_encoder_lr);
         free("loraplus_lr_ratio", loraplus_lr_ratio);
-        free("adam_betas", adam_betas);
-        free("adam_eps", adam_eps);
-        free("weight_decay", weight_decay);
+        free("optimizer_args", optimizer_args);
         free("lr_scheduler", lr_scheduler);
         free("lr_warmup_steps", lr_warmup);
         free("max_grad_norm", max_grad_norm);
