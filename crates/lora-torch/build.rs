@@ -21,6 +21,7 @@ fn main() {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
+        .file("cpp/allocations.cpp")
         .file("cpp/shim.cpp")
         .file("cpp/checkpoint.cpp")
         .file("cpp/fault.cpp")

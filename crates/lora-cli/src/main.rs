@@ -7,6 +7,7 @@ mod check;
 mod dataset;
 mod doctor;
 mod info;
+mod plan;
 mod progress;
 mod train;
 
@@ -26,6 +27,8 @@ struct Arguments {
 enum Command {
     /// Train a LoRA from a configuration file.
     Train(train::Arguments),
+    /// Predict the memory of a run by part, without running it, and what would make it fit.
+    Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
     /// Merge adapters into a base model.
@@ -90,6 +93,7 @@ fn main() -> ExitCode {
         .init();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
         Command::Merge(arguments) => adapters::merge(&arguments),
         Command::Convert(arguments) => adapters::convert(&arguments),

@@ -6,14 +6,12 @@ use std::path::Path;
 
 use lora_core::{DType, HostTensor};
 use lora_io::checkpoint::{CheckpointSource, Part, write_single_file};
-use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
 use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
-use crate::weights::{SyntheticWeights, WeightSource, Weights};
-
-/// A weight's name and shape.
-pub type NamedShape = (String, Vec<usize>);
+pub use crate::weights::NamedShape;
+use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
 
 /// The sizes of a checkpoint.
 #[derive(Debug, Clone)]
@@ -78,35 +76,17 @@ impl SyntheticModel {
     pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
         for part in Part::ALL {
-            let recorder = Recorder(SyntheticWeights::new(part.folder()));
-            let weights = Weights::new(&recorder, Kind::Float, Device::Cpu);
+            let synthetic = SyntheticWeights::new(part.folder());
+            let shapes = ShapesOnly::new(&synthetic);
+            let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
             match part {
                 Part::TextEncoder => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
                 Part::Unet => drop(Unet::new(&weights, self.unet.clone())?),
                 Part::Vae => drop(Vae::new(&weights, self.vae.clone())?),
             }
-            lists.insert(part, recorder.0.made());
+            lists.insert(part, shapes.asked());
         }
         Ok(lists)
-    }
-}
-
-/// Records what a constructor asks for, and gives it tensors without elements to hold on to.
-struct Recorder(SyntheticWeights);
-
-impl WeightSource for Recorder {
-    fn name(&self) -> String {
-        self.0.name()
-    }
-    fn contains(&self, name: &str) -> bool {
-        self.0.contains(name)
-    }
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        WeightSource::shape(&self.0, name)
-    }
-    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
-        self.0.record(name, shape);
-        Ok(Tensor::f_empty([0], (kind, device))?)
     }
 }
 

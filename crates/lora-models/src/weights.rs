@@ -40,8 +40,8 @@ pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> R
     })
 }
 
-/// Weights of fewer elements are not worth storing otherwise.
-const SMALL: usize = 1024;
+/// Layers' weights of fewer elements are not worth storing otherwise.
+pub const SMALL: usize = 1024;
 
 /// How a network holds its weights.
 #[derive(Debug, Clone)]
@@ -157,6 +157,53 @@ impl<'s> Weights<'s> {
     }
 }
 
+/// A weight's name and shape.
+pub type NamedShape = (String, Vec<usize>);
+
+/// A source that gives tensors without elements: a network built from it has every layer in its place and weighs nothing,
+/// and shapes are checked as ever. It keeps a list of what was asked for.
+pub struct ShapesOnly<'s> {
+    source: &'s dyn WeightSource,
+    asked: RefCell<Vec<NamedShape>>,
+}
+
+impl std::fmt::Debug for ShapesOnly<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ShapesOnly({})", self.source.name())
+    }
+}
+
+impl<'s> ShapesOnly<'s> {
+    /// The shapes of another source.
+    pub fn new(source: &'s dyn WeightSource) -> Self {
+        Self { source, asked: RefCell::default() }
+    }
+
+    /// Names and shapes of all weights asked for so far: the architecture's complete list once a network is built.
+    pub fn asked(&self) -> Vec<NamedShape> {
+        self.asked.borrow().clone()
+    }
+}
+
+impl WeightSource for ShapesOnly<'_> {
+    fn name(&self) -> String {
+        self.source.name()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.shape(name)
+    }
+
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        self.asked.borrow_mut().push((name.to_owned(), shape.to_vec()));
+        Ok(Tensor::f_empty([0], (kind, device))?)
+    }
+}
+
 impl WeightSource for lora_io::checkpoint::ComponentWeights {
     fn name(&self) -> String {
         self.path().display().to_string()
@@ -211,10 +258,6 @@ impl SyntheticWeights {
         self.made.borrow().clone()
     }
 
-    pub(crate) fn record(&self, name: &str, shape: &[usize]) {
-        self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
-    }
-
     /// The values of one weight.
     pub fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let full = format!("{}.{name}", self.component);
@@ -256,7 +299,7 @@ impl WeightSource for SyntheticWeights {
     }
 
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
-        self.record(name, shape);
+        self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
         let host = self.values(name, shape);
         Ok(lora_torch::tensor::from_host(&host, device)?.f_to_kind(kind)?)
     }

@@ -1,8 +1,12 @@
-//! How much memory is in use: on the device as libtorch's allocator counts it, in the host as the kernel counts it.
+//! How much memory is in use: on the device as libtorch's allocator counts it, in the host as the kernel counts it and, on
+//! request, as libtorch asks for it.
+
+use std::ffi::c_int;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::Device;
 
-use crate::{Result, shim};
+use crate::{Error, Result, shim};
 
 /// Device memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +67,63 @@ pub fn host_memory() -> Option<HostMemory> {
         Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
     };
     Some(HostMemory { resident: field("VmRSS:")?, peak: field("VmHWM:")? })
+}
+
+/// Host memory in bytes that new allocations can have without swapping, as the kernel estimates it; `None` where it does not
+/// tell. Limits of a container are not looked at.
+pub fn host_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Host memory of libtorch's tensors in bytes, exact to the byte; what was allocated before counting began is left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostAllocations {
+    /// Held now.
+    pub live: u64,
+    /// The most held since counting began or [`reset_host_peak`].
+    pub peak: u64,
+}
+
+unsafe extern "C" {
+    fn lora_allocations_count() -> c_int;
+    fn lora_allocations_read(now: *mut i64, most: *mut i64);
+    fn lora_allocations_reset_peak();
+}
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+
+/// Begins to count libtorch's host allocations in this process, for good: every tensor, and every buffer that its kernels
+/// take, of all threads together. Costs two atomic additions an allocation. Call it before other threads use libtorch: the
+/// allocator is exchanged without a lock.
+pub fn count_host_allocations() -> Result<()> {
+    // SAFETY: takes no pointers; it guards itself against a second call.
+    if unsafe { lora_allocations_count() } == 0 {
+        return Err(Error::Torch(
+            "host allocations cannot be counted: another allocator has taken the place of libtorch's own".into(),
+        ));
+    }
+    COUNTING.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
+/// What libtorch holds in the host; `None` unless [`count_host_allocations`] was called.
+pub fn host_allocations() -> Option<HostAllocations> {
+    if !COUNTING.load(Ordering::Relaxed) {
+        return None;
+    }
+    let (mut live, mut peak) = (0, 0);
+    // SAFETY: both pointers are to locals of the type that is written.
+    unsafe { lora_allocations_read(&mut live, &mut peak) };
+    // A tensor from before counting began is freed by its own allocator, so neither falls below 0.
+    Some(HostAllocations { live: live.max(0) as u64, peak: peak.max(0) as u64 })
+}
+
+/// Starts the peak of [`host_allocations`] anew from what is held now.
+pub fn reset_host_peak() {
+    // SAFETY: takes no pointers.
+    unsafe { lora_allocations_reset_peak() };
 }
 
 #[cfg(test)]

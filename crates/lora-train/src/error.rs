@@ -146,6 +146,18 @@ pub enum Error {
         /// What helps.
         remedy: &'static str,
     },
+    /// No remedy makes the run fit into the memory that it may use.
+    #[error(
+        "vram_budget: {budget} is too little for this run: it needs at least {smallest}, {with}; give it more memory, train fewer layers (target_modules, train_text_encoder = false) or smaller pictures (max_resolution, allow_lower_resolution)"
+    )]
+    Budget {
+        /// The budget.
+        budget: String,
+        /// The smallest possible peak.
+        smallest: String,
+        /// What would have to be set for it.
+        with: String,
+    },
     /// A callback of the user's gave up.
     #[error("callback `{name}`: {reason}")]
     Callback {
@@ -165,6 +177,7 @@ impl Error {
         matches!(
             self,
             Error::Config(_)
+                | Error::Budget { .. }
                 | Error::UnknownCallback { .. }
                 | Error::NoState { .. }
                 | Error::OtherRun { .. }

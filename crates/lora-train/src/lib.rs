@@ -9,6 +9,7 @@ mod error;
 pub mod loss;
 pub mod optimiser;
 pub mod parameters;
+pub mod plan;
 mod plugins;
 pub mod report;
 mod run;

@@ -15,6 +15,7 @@ use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::{from_host, to_host};
 
 use crate::Result;
+use crate::config::TrainConfig;
 use crate::parameters::ParameterList;
 
 /// Shape of a new adapter.
@@ -44,8 +45,22 @@ impl AdapterOptions {
         Self { variant: "lora".into(), rank, alpha, seed, ..Self::default() }
     }
 
+    /// As a configuration asks for, on the layers that it targets.
+    pub(crate) fn of(config: &TrainConfig, targets: &[TargetLayer]) -> Result<Self> {
+        Ok(Self {
+            variant: config.variant.clone(),
+            rank: config.lora_rank,
+            alpha: config.lora_alpha,
+            options: config.variant_options.clone(),
+            rank_stabilised: config.use_rslora,
+            ranks: Patterns::parse(&config.rank_pattern, targets)?,
+            alphas: Patterns::parse(&config.alpha_pattern, targets)?,
+            seed: config.seed,
+        })
+    }
+
     /// What one layer gets: the request, and the alpha to record.
-    fn for_layer(&self, layer: &TargetLayer) -> (Request, f64) {
+    pub(crate) fn for_layer(&self, layer: &TargetLayer) -> (Request, f64) {
         let rank = self.ranks.get(layer).map_or(self.rank, |rank| rank as usize);
         let alpha = self.alphas.get(layer).unwrap_or(self.alpha);
         let alpha = if self.rank_stabilised { alpha * (rank as f64).sqrt() } else { alpha };

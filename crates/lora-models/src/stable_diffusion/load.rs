@@ -8,17 +8,23 @@ use super::{ClipConfig, ClipTextEncoder, NoiseSchedule, Prediction, Unet, UnetCo
 use crate::weights::{Held, Weights};
 use crate::{Error, Result};
 
-/// The text encoder.
-pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ClipTextEncoder> {
+/// The text encoder's sizes.
+pub fn text_encoder_config(checkpoint: &Checkpoint) -> Result<ClipConfig> {
     let part = checkpoint.part(Part::TextEncoder);
     let config = part.config();
     let heads = config.and_then(|config| config["num_attention_heads"].as_u64()).map(|heads| heads as usize);
     let act = config.and_then(|config| config["hidden_act"].as_str());
-    ClipTextEncoder::new(&Weights::new(part, kind, device).held(held), ClipConfig::detect(part, heads, act)?)
+    ClipConfig::detect(part, heads, act)
 }
 
-/// The U-Net.
-pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Unet> {
+/// The text encoder.
+pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ClipTextEncoder> {
+    let weights = Weights::new(checkpoint.part(Part::TextEncoder), kind, device).held(held);
+    ClipTextEncoder::new(&weights, text_encoder_config(checkpoint)?)
+}
+
+/// The U-Net's sizes.
+pub fn unet_config(checkpoint: &Checkpoint) -> Result<UnetConfig> {
     let part = checkpoint.part(Part::Unet);
     let config = part.config();
     // Newer configs have the count under its right name; `attention_head_dim` means the count in SD 1.x all the same.
@@ -35,16 +41,27 @@ pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held
         }
     });
     let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
-    Unet::new(&Weights::new(part, kind, device).held(held), UnetConfig::detect(part, heads.as_deref(), groups)?)
+    UnetConfig::detect(part, heads.as_deref(), groups)
 }
 
-/// The autoencoder.
-pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
+/// The U-Net.
+pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Unet> {
+    let weights = Weights::new(checkpoint.part(Part::Unet), kind, device).held(held);
+    Unet::new(&weights, unet_config(checkpoint)?)
+}
+
+/// The autoencoder's sizes.
+pub fn vae_config(checkpoint: &Checkpoint) -> Result<VaeConfig> {
     let part = checkpoint.part(Part::Vae);
     let config = part.config();
     let groups = config.and_then(|config| config["norm_num_groups"].as_u64()).map(|groups| groups as usize);
     let scaling = config.and_then(|config| config["scaling_factor"].as_f64());
-    Vae::new(&Weights::new(part, kind, device).held(held), VaeConfig::detect(part, groups, scaling)?)
+    VaeConfig::detect(part, groups, scaling)
+}
+
+/// The autoencoder.
+pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
+    Vae::new(&Weights::new(checkpoint.part(Part::Vae), kind, device).held(held), vae_config(checkpoint)?)
 }
 
 /// The noise schedule: SD 1.x's, with the prediction that a diffusers folder's scheduler names (ε in a single file).

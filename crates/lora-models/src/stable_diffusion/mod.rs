@@ -12,7 +12,7 @@ mod unet;
 mod vae;
 
 pub use clip::{ClipConfig, ClipTextEncoder};
-pub use load::{load_text_encoder, load_unet, load_vae, noise_schedule};
+pub use load::{load_text_encoder, load_unet, load_vae, noise_schedule, text_encoder_config, unet_config, vae_config};
 pub use sampler::{Sampler, SamplerKind};
 pub use schedule::{NoiseSchedule, Prediction};
 pub use unet::{Unet, UnetConfig};

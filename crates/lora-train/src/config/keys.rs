@@ -429,6 +429,27 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "On saves the autoencoder's weights and its encoding of each step.",
             ),
             key(
+                "vram_budget",
+                "\"8GiB\", \"7.5GiB\", \"8192MiB\"",
+                "none",
+                "Memory that the run may use. Before training it is planned (`lora plan`), and what makes it fit is applied at an equal effective batch: smaller micro-batches, `gradient_checkpointing`, `cache_latents`, half precision, `base_storage`, 8-bit AdamW. On the CPU it is host memory.",
+                "The run keeps to it, or ends at once with the least that it needs.",
+            ),
+            key(
+                "auto",
+                "true/false",
+                "false",
+                "The budget is what is free on the device when the run begins, less 5%; `vram_budget` wins over it.",
+                "As `vram_budget`.",
+            ),
+            key(
+                "allow_lower_resolution",
+                "true/false",
+                "false",
+                "A plan may lower `max_resolution` by one or two eighths (512 to 448 or 384).",
+                "Activations shrink with the area.",
+            ),
+            key(
                 "cache_dir",
                 "path",
                 "none",

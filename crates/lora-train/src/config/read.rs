@@ -196,6 +196,18 @@ impl Reader {
         }
     }
 
+    /// A size of memory, `"8GiB"`.
+    pub(super) fn bytes(&mut self, key: &str) -> Option<u64> {
+        let text = self.text(key)?;
+        match crate::plan::bytes::parse(&text) {
+            Ok(bytes) => Some(bytes),
+            Err(message) => {
+                self.problem(Some(key), message);
+                None
+            }
+        }
+    }
+
     /// A table of numbers by name; switches count as 0 and 1.
     pub(super) fn numbers(&mut self, key: &str) -> BTreeMap<String, f64> {
         let Some(value) = self.values.get(key).cloned() else { return BTreeMap::new() };

@@ -34,7 +34,7 @@ use lora_torch::tch::{Kind, Tensor};
 use crate::Result;
 
 /// Most elements that a step holds temporary copies of at once, so that they stay small beside the state.
-const WORKING_SET: usize = 1 << 22;
+const WORKING_SET: usize = 1 << 20;
 
 /// One formula. Trained tensors, gradients and what is kept are f32 unless a [`Part`] says otherwise.
 pub trait Optimiser: fmt::Debug {
@@ -74,6 +74,12 @@ pub trait Optimiser: fmt::Debug {
     fn notes(&self, learning_rate: f64) -> Vec<String> {
         let _ = learning_rate;
         Vec::new()
+    }
+
+    /// Bytes that a step of so many numbers, the `largest` tensor among them, holds for a while: what a memory plan counts.
+    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
+        let _ = (numbers, largest);
+        0
     }
 
     /// Bytes kept for a tensor of a shape, at most: a part that turns out to be all zeros may take none.
@@ -158,6 +164,11 @@ fn batches_by<'e, 'a, K: Ord>(
         }
     }
     groups.into_values().flatten().map(|(_, entries)| Batch { entries }).collect()
+}
+
+/// Numbers that a step by [`batches`] works on at once.
+fn at_once(numbers: usize, largest: usize) -> usize {
+    numbers.min(WORKING_SET).max(largest)
 }
 
 /// Entries that take the same step.

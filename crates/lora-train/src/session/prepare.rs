@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::target::{Patterns, TargetLayer, Targets};
+use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, DType};
 use lora_data::Pictures;
 use lora_data::bucket::Framing;
@@ -29,6 +29,7 @@ use crate::config::{LrScheduler, StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
 use crate::optimiser::OptimiserState;
 use crate::parameters::ParameterList;
+use crate::plan;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Settings};
@@ -87,6 +88,8 @@ impl Session {
         let (optimiser, mut notes) = optimiser(&config, plugins)?;
         lora_io::atomic::check_writable(&config.output_dir)?;
         lora_io::atomic::clear_partial(&config.output_dir);
+        let (config, planned) = plan::applied(config, plugins)?;
+        notes.extend(planned);
         let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
@@ -328,16 +331,7 @@ fn attach(
     let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
     let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
-    let options = AdapterOptions {
-        variant: config.variant.clone(),
-        rank: config.lora_rank,
-        alpha: config.lora_alpha,
-        options: config.variant_options.clone(),
-        rank_stabilised: config.use_rslora,
-        ranks: Patterns::parse(&config.rank_pattern, &targets)?,
-        alphas: Patterns::parse(&config.alpha_pattern, &targets)?,
-        seed: config.seed,
-    };
+    let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
     let initial = from.as_ref().map(|(adapter, _)| adapter);
     for network in networks {

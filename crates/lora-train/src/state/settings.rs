@@ -97,6 +97,10 @@ impl Settings {
             base_storage,
             gradient_checkpointing,
             cache_latents,
+            // What a plan changed is in the keys that it set.
+            vram_budget: _,
+            auto: _,
+            allow_lower_resolution: _,
             cache_dir: _,
             save_every_n_steps: _,
             save_every_n_epochs: _,

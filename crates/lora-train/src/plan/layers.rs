@@ -1,0 +1,208 @@
+//! Layers that can carry an adapter, as the tape sees them: `lora_models::layers` and the forward passes of `lora-core`'s
+//! variants, line by line, so that values live as long as the tensors do.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use lora_core::LayerGeometry;
+use lora_torch::tch::Kind;
+
+use super::meter::Part;
+use super::ops::Weight;
+use super::tape::{Leaf, Tape, Value};
+
+/// Dropout between an adapter's factors, as far as it needs memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct DropoutMasks {
+    pub(super) activations: bool,
+    pub(super) ranks: bool,
+    pub(super) modules: bool,
+}
+
+/// An adapter on one layer.
+#[derive(Debug)]
+pub(super) enum LayerAdapter {
+    /// Its update is computed through thin products: one for LoRA, two for variants that subtract their first values.
+    Thin(Vec<Factors>),
+    /// A whole weight is formed of these trained tensors.
+    Whole(Vec<Value>),
+}
+
+/// Factors of a thin product.
+#[derive(Debug)]
+pub(super) struct Factors {
+    pub(super) rank: usize,
+    pub(super) down: Value,
+    /// The core between two pointwise projections.
+    pub(super) mid: Option<Value>,
+    pub(super) up: Value,
+    /// Whether the rank's activations are multiplied by a number other than 1.
+    pub(super) scaled: bool,
+}
+
+/// A trained tensor.
+#[derive(Debug)]
+pub(super) struct Trained {
+    pub(super) value: Value,
+    pub(super) leaf: Rc<Leaf>,
+}
+
+impl Trained {
+    /// A tensor in fp32 that collects its gradient.
+    pub(super) fn new(tape: &Tape, shape: &[usize]) -> Self {
+        let (value, leaf) = tape.leaf(&tape.value(shape, Kind::Float).count_as(Part::Adapter), Part::Gradients);
+        Self { value, leaf }
+    }
+}
+
+/// What a network's layers need to know.
+#[derive(Debug)]
+pub(super) struct Layers {
+    pub(super) tape: Tape,
+    /// The number type of arithmetic.
+    pub(super) kind: Kind,
+    /// Layers whose weights are stored in fewer bytes.
+    pub(super) stored: BTreeSet<String>,
+    pub(super) adapters: BTreeMap<String, LayerAdapter>,
+    /// Layers whose own weights are trained, in fp32.
+    pub(super) trained: BTreeMap<String, Value>,
+    pub(super) dropout: DropoutMasks,
+    /// Blocks are computed again in the backward pass.
+    pub(super) recompute: bool,
+    /// Names of all layers that were passed.
+    pub(super) passed: RefCell<BTreeSet<String>>,
+}
+
+impl Layers {
+    /// A layer `y = W x + b` with its adapter.
+    pub(super) fn linear(&self, path: &str, input: &Value, outputs: usize, bias: bool) -> Value {
+        let inputs = input.shape().last().copied().unwrap_or(1);
+        self.layer(path, input, &LayerGeometry::linear(inputs, outputs), bias)
+    }
+
+    /// A convolution with bias, padded so that a stride of 1 keeps the size.
+    pub(super) fn conv2d(&self, path: &str, input: &Value, outputs: usize, kernel: usize, stride: usize) -> Value {
+        let geometry = LayerGeometry::conv2d(input.shape()[1], outputs, kernel, stride, kernel / 2);
+        self.layer(path, input, &geometry, true)
+    }
+
+    /// A layer of any geometry.
+    pub(super) fn layer(&self, path: &str, input: &Value, geometry: &LayerGeometry, bias: bool) -> Value {
+        self.passed.borrow_mut().insert(path.to_owned());
+        let stored = self.stored.contains(path);
+        let weight = match self.trained.get(path) {
+            Some(trained) => Weight::Trained(self.tape.cast(trained, self.kind)),
+            None if stored => Weight::Stored,
+            None => Weight::Frozen,
+        };
+        let base = || self.tape.layer(input, geometry, &weight);
+        let products = match self.adapters.get(path) {
+            None => return base(),
+            Some(LayerAdapter::Whole(trained)) => return self.whole_update(input, geometry, trained, stored),
+            Some(LayerAdapter::Thin(products)) => products,
+        };
+        let updates: Vec<_> = products.iter().map(|factors| self.low_rank(input, geometry, factors)).collect();
+        // With a bias, three axes and a plain weight, a linear layer ends in a view.
+        let view = bias && !stored && input.shape().len() == 3 && !input.is_permuted();
+        updates.iter().fold(base(), |sum, update| self.tape.add_in_place(&sum, update, view))
+    }
+
+    /// `scale · up([mid](down(x)))`. The factors are cast, which the products keep.
+    fn low_rank(&self, input: &Value, geometry: &LayerGeometry, factors: &Factors) -> Value {
+        let tape = &self.tape;
+        let cast = |factor: &Value| match factor.needs_gradient() {
+            true => Weight::Trained(tape.cast(factor, input.kind())),
+            false => Weight::Frozen,
+        };
+        let (down, up) = (cast(&factors.down), cast(&factors.up));
+        let mut hidden = match (&factors.mid, *geometry) {
+            (Some(mid), LayerGeometry::Conv2d { kernel, stride, padding, .. }) => {
+                let inner = factors.down.shape()[0];
+                let pointwise = LayerGeometry::conv2d(geometry.inputs(), inner, 1, 1, 0);
+                let hidden = tape.layer(input, &pointwise, &down);
+                let core = LayerGeometry::conv2d(inner, factors.rank, kernel, stride, padding);
+                tape.layer(&hidden, &core, &cast(mid))
+            }
+            _ => tape.layer(input, &geometry.with_outputs(factors.rank), &down),
+        };
+        let DropoutMasks { activations, ranks, modules } = self.dropout;
+        let batch = hidden.shape()[0];
+        let masks = [
+            activations.then(|| tape.value(hidden.shape(), input.kind())),
+            ranks.then(|| tape.value(&[batch, factors.rank], input.kind())),
+            modules.then(|| tape.value(&[batch], input.kind())),
+        ];
+        for mask in masks.into_iter().flatten() {
+            hidden = tape.multiply(&hidden, &mask.view(hidden.shape()));
+        }
+        if factors.scaled {
+            hidden = tape.scale(&hidden);
+        }
+        tape.layer(&hidden, &geometry.pointwise_from(factors.rank), &up)
+    }
+
+    /// `W + ΔW`, formed in fp32 of two factors of its size: an estimate for the variants that form it, each in its own way.
+    fn whole_update(&self, input: &Value, geometry: &LayerGeometry, trained: &[Value], stored: bool) -> Value {
+        let tape = &self.tape;
+        let shape = geometry.weight_shape();
+        let whole = stored.then(|| tape.value(&shape, input.kind()));
+        let mut factors = [tape.value(&shape, Kind::Float), tape.value(&shape, Kind::Float)];
+        let inputs: Vec<&Value> = trained.iter().collect();
+        let shapes: Vec<Vec<usize>> = inputs.iter().map(|input| input.shape().to_vec()).collect();
+        let [first, second] = &mut factors;
+        tape.record(&inputs, &mut [first, second], &[], move |tape, _given| {
+            shapes.iter().map(|shape| Some(tape.value(shape, Kind::Float))).collect()
+        });
+        let delta = tape.multiply(&factors[0], &factors[1]);
+        let effective = tape.cast(&delta, input.kind());
+        drop((delta, factors));
+        let output = tape.layer(input, geometry, &Weight::Trained(effective));
+        drop(whole);
+        output
+    }
+
+    /// A block's output. Where blocks are computed again, only its inputs are kept, and the block runs once more in the
+    /// backward pass.
+    pub(super) fn block(
+        self: &Rc<Self>,
+        inputs: &[&Value],
+        run: impl Fn(&Rc<Self>, &[Value]) -> Value + 'static,
+    ) -> Value {
+        let own: Vec<Value> = inputs.iter().map(|&input| input.clone()).collect();
+        if !self.recompute {
+            return run(self, &own);
+        }
+        let tape = &self.tape;
+        let mut output = tape.recording(false, || run(self, &own)).detach();
+        if !tape.is_recording() {
+            return output;
+        }
+        let layers = Rc::clone(self);
+        let kept: Vec<Value> = own.iter().map(Value::detach).collect();
+        let wanted: Vec<bool> = own.iter().map(Value::needs_gradient).collect();
+        // What the closure knows of its inputs is what the graph saved: it must not keep them alive longer.
+        let saved: Vec<&Value> = kept.iter().collect();
+        let held = RefCell::new(Some(kept.clone()));
+        tape.insert(
+            inputs,
+            &mut [&mut output],
+            &saved,
+            Box::new(move |tape, given| {
+                let kept = held.take().unwrap_or_default();
+                let leaves: Vec<_> = kept.iter().map(|value| tape.leaf(value, Part::Working)).collect();
+                let again: Vec<Value> = leaves
+                    .iter()
+                    .zip(&wanted)
+                    .map(|((value, _), &wanted)| if wanted { value.clone() } else { value.detach() })
+                    .collect();
+                let output = tape.recording(true, || run(&layers, &again));
+                if let Some(Some(gradient)) = given.first() {
+                    tape.backward(&output, gradient.clone());
+                }
+                leaves.iter().map(|(_, leaf)| leaf.take()).collect()
+            }),
+        );
+        output
+    }
+}

@@ -1,0 +1,517 @@
+//! From a configuration and a base's header to the peak of each phase of a run. The run's own order is followed: what
+//! [`crate::session`] loads, keeps and drops is loaded, kept and dropped here, on a tape without elements.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use lora_core::target::{TargetLayer, Targets};
+use lora_core::variant::Variant;
+use lora_core::{Component, DType};
+use lora_data::bucket::Framing;
+use lora_models::weights::SMALL;
+use lora_torch::TchBackend;
+use lora_torch::frozen::Storage;
+use lora_torch::tch::Kind;
+use lora_torch::tensor::kind_of;
+
+use super::base::{Base, Shapes};
+use super::layers::{DropoutMasks, Factors, LayerAdapter, Layers, Trained};
+use super::meter::{Block, Part, Usage};
+use super::tape::{Leaf, Platform, Tape, Value};
+use super::{text, unet, vae};
+use crate::Result;
+use crate::config::{TrainConfig, TrainMode};
+use crate::optimiser::Optimiser;
+use crate::plugins::Plugins;
+use crate::trainable::AdapterOptions;
+
+/// Timesteps that validation looks at in one batch.
+const VALIDATION_BATCH: usize = 16;
+
+/// Workspace that libtorch gives to each of cuBLAS's handles, of which the backward pass has its own.
+const CUBLAS_WORKSPACE: u64 = 2 * (4096 << 10) + 8 * (16 << 10);
+
+/// A part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The autoencoder is loaded; pictures are encoded, where that is done before training.
+    Pictures,
+    /// The text encoder is loaded; captions are encoded, where they do not change.
+    Captions,
+    /// The U-Net is loaded.
+    Loading,
+    /// Steps.
+    Training,
+    /// Pictures are drawn.
+    Samples,
+    /// The loss on other pictures.
+    Validation,
+}
+
+impl Phase {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Pictures => "encode pictures",
+            Phase::Captions => "encode captions",
+            Phase::Loading => "load the U-Net",
+            Phase::Training => "train",
+            Phase::Samples => "draw samples",
+            Phase::Validation => "validate",
+        }
+    }
+}
+
+/// The peak of one phase.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct PhasePeak {
+    /// The phase.
+    pub phase: Phase,
+    /// Bytes by part at the moment when most were held.
+    pub parts: Usage,
+    /// Bytes beside tensors: what the allocator holds without using it, the driver's context or the process itself.
+    pub overhead: u64,
+}
+
+impl PhasePeak {
+    /// All bytes.
+    pub fn total(&self) -> u64 {
+        self.parts.total() + self.overhead
+    }
+}
+
+/// The peaks of a run.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Prediction {
+    /// Phases in their order.
+    pub phases: Vec<PhasePeak>,
+}
+
+impl Prediction {
+    /// Bytes at the highest of all peaks.
+    pub fn peak(&self) -> u64 {
+        self.phases.iter().map(PhasePeak::total).max().unwrap_or(0)
+    }
+
+    /// The phase that needs most.
+    pub fn highest(&self) -> Option<&PhasePeak> {
+        self.phases.iter().max_by_key(|phase| phase.total())
+    }
+}
+
+/// Where a run happens.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Machine {
+    pub(super) platform: Platform,
+    /// Bytes beside tensors, whatever they are.
+    pub(super) fixed: u64,
+    /// The allocator's own share of what tensors take.
+    pub(super) share: f64,
+}
+
+impl Machine {
+    /// What arithmetic is done in for a configured precision: fp16 is for GPUs.
+    pub(super) fn precision(&self, configured: DType) -> DType {
+        match (configured, self.platform) {
+            (DType::F16, Platform::Cpu { .. }) => DType::F32,
+            _ => configured,
+        }
+    }
+}
+
+/// The peaks of a run.
+pub(super) fn predict(config: &TrainConfig, base: &Base, machine: &Machine, plugins: &Plugins) -> Result<Prediction> {
+    let optimiser = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?.optimiser;
+    let tape = Tape::new(machine.platform);
+    let kind = kind_of(machine.precision(config.precision));
+    let mut run = Run { config, base, optimiser: &*optimiser, tape, kind, vae_kind: kind, machine, phases: Vec::new() };
+    if matches!(machine.platform, Platform::Cpu { .. }) {
+        run.vae_kind = Kind::Float;
+    }
+    let variant = plugins.variants.get(&config.variant)?;
+    run.all(&*variant)?;
+    Ok(Prediction { phases: run.phases })
+}
+
+struct Run<'p> {
+    config: &'p TrainConfig,
+    base: &'p Base,
+    optimiser: &'p dyn Optimiser,
+    tape: Tape,
+    kind: Kind,
+    vae_kind: Kind,
+    machine: &'p Machine,
+    phases: Vec<PhasePeak>,
+}
+
+/// Everything that is trained.
+#[derive(Default)]
+struct Parameters {
+    adapters: BTreeMap<Component, BTreeMap<String, LayerAdapter>>,
+    /// Weights of layers that are trained themselves.
+    whole: BTreeMap<Component, BTreeMap<String, Value>>,
+    /// Trained numbers that are not a layer's weight: their gradients are as large as they are.
+    other: Vec<(Component, Rc<Block>)>,
+    leaves: Vec<Rc<Leaf>>,
+    optimiser: Vec<Rc<Block>>,
+    /// How many numbers are trained, and those of the largest tensor.
+    numbers: usize,
+    largest: usize,
+}
+
+impl Run<'_> {
+    fn all(&mut self, variant: &dyn Variant<TchBackend>) -> Result<()> {
+        let config = self.config;
+        let _workspaces = (self.machine.platform == Platform::Cuda)
+            .then(|| [CUBLAS_WORKSPACE; 2].map(|bytes| self.tape.scratch(bytes)));
+        let sizes = self.sizes();
+
+        let mut autoencoder = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+        if config.cache_latents {
+            sizes.iter().for_each(|&(_, width, height)| self.encode_picture(width, height));
+            autoencoder.clear();
+        }
+        self.note(Phase::Pictures);
+
+        let full = config.train == TrainMode::Full;
+        let captions_change = !config.datasets.iter().all(|dataset| dataset.captions.is_fixed());
+        let keep_encoder = config.train_text_encoder || captions_change;
+        let mut text_weights = match full && config.train_text_encoder {
+            true => Vec::new(),
+            false => self.load(&self.base.text_shapes, Part::TextEncoder, self.kind, config.base_storage),
+        };
+        let mut parameters = Parameters::default();
+        if full && config.train_text_encoder {
+            self.train_whole(Component::TextEncoder, &mut parameters);
+        }
+        if !keep_encoder {
+            let layers = self.layers(Component::TextEncoder, &mut Parameters::default());
+            self.tape.recording(false, || drop(self.states(&layers, 1)));
+            text_weights.clear();
+        }
+        self.note(Phase::Captions);
+
+        let unet_weights = match full && config.train_unet {
+            true => Vec::new(),
+            false => self.load(&self.base.unet_shapes, Part::Unet, self.kind, config.base_storage),
+        };
+        let trains = [(Component::Unet, config.train_unet), (Component::TextEncoder, config.train_text_encoder)];
+        match full {
+            true if config.train_unet => self.train_whole(Component::Unet, &mut parameters),
+            true => {}
+            false => self.attach(&trains, variant, &mut parameters)?,
+        }
+        self.note(Phase::Loading);
+
+        let unet_layers = self.layers(Component::Unet, &mut parameters);
+        let text_layers = keep_encoder.then(|| self.layers(Component::TextEncoder, &mut parameters));
+        if !config.samples.prompts.is_empty() {
+            self.draw(&unet_layers, text_layers.as_ref());
+            self.note(Phase::Samples);
+        }
+        if config.validation_data_dir.is_some() {
+            self.validate(&unet_layers, sizes.first().copied());
+            self.note(Phase::Validation);
+        }
+        // From the second micro-batch on the gradients of the first are there from the beginning.
+        let micro_batches = config.gradient_accumulation_steps.min(2);
+        for &size in &sizes {
+            let gradients: Vec<Vec<Rc<Block>>> = (0..micro_batches)
+                .map(|index| self.micro_batch(&unet_layers, text_layers.as_ref(), size, &parameters, index))
+                .collect();
+            // The optimiser's step, with all gradients there and nothing else.
+            drop(self.tape.scratch(self.optimiser.working_bytes(parameters.numbers, parameters.largest) as u64));
+            drop(gradients);
+            parameters.leaves.iter().for_each(|leaf| drop(leaf.take()));
+        }
+        self.note(Phase::Training);
+        drop((autoencoder, text_weights, unet_weights));
+        Ok(())
+    }
+
+    /// Notes the peak since the last call.
+    fn note(&mut self, phase: Phase) {
+        let parts = self.tape.meter().peak();
+        let overhead = self.machine.fixed + (parts.total() as f64 * self.machine.share) as u64;
+        self.phases.push(PhasePeak { phase, parts, overhead });
+        self.tape.meter().reset_peak();
+    }
+
+    /// Micro-batches that differ: pictures at once, width and height.
+    fn sizes(&self) -> Vec<(usize, usize, usize)> {
+        let mut all: Vec<_> = self
+            .config
+            .datasets
+            .iter()
+            .map(|dataset| {
+                let (width, height) = match &dataset.framing {
+                    Framing::Fixed(size) => *size,
+                    // All have about the area of the resolution.
+                    Framing::Buckets(buckets) => buckets.options().resolution,
+                };
+                (dataset.batch_size, width, height)
+            })
+            .collect();
+        all.dedup();
+        all
+    }
+
+    /// Weights of a network that does not train, with what comes and goes while those of layers are stored in fewer bytes.
+    fn load(&self, shapes: &Shapes, part: Part, kind: Kind, storage: Option<Storage>) -> Vec<Rc<Block>> {
+        let stored = self.stored(shapes, kind, storage);
+        let meter = self.tape.meter();
+        let mut blocks = Vec::new();
+        for (name, shape) in &shapes.weights {
+            let elements = shape.iter().product::<usize>() as u64;
+            let whole = elements * kind.elt_size_in_bytes() as u64;
+            let layer = name.strip_suffix(".weight").filter(|layer| stored.contains(*layer));
+            let Some(storage) = storage.filter(|_| layer.is_some()) else {
+                blocks.push(meter.block(whole, part));
+                continue;
+            };
+            let _whole = self.tape.scratch(whole);
+            let (Storage::Float8 | Storage::Int8) = storage else {
+                blocks.push(meter.block(2 * elements, part));
+                continue;
+            };
+            let _single = (kind != Kind::Float).then(|| self.tape.scratch(4 * elements));
+            let _scaled = self.tape.scratch(4 * elements);
+            let _rounded = (storage == Storage::Int8).then(|| {
+                let _unclamped = self.tape.scratch(4 * elements);
+                self.tape.scratch(4 * elements)
+            });
+            blocks.push(meter.block(elements, part));
+            blocks.push(meter.block(4 * shape[0] as u64, part));
+        }
+        blocks
+    }
+
+    /// Layers whose weights are stored in another form than they compute in.
+    fn stored(&self, shapes: &Shapes, kind: Kind, storage: Option<Storage>) -> BTreeSet<String> {
+        let same =
+            matches!((storage, kind), (Some(Storage::Half), Kind::Half) | (Some(Storage::BFloat16), Kind::BFloat16));
+        if storage.is_none() || same {
+            return BTreeSet::new();
+        }
+        let large = |layer: &&TargetLayer| layer.geometry.weight_shape().iter().product::<usize>() >= SMALL;
+        shapes.layers.iter().filter(large).map(|layer| layer.path.path.clone()).collect()
+    }
+
+    /// A network's layers with what is trained of them.
+    fn layers(&self, component: Component, parameters: &mut Parameters) -> Rc<Layers> {
+        let config = self.config;
+        let whole = parameters.whole.remove(&component).unwrap_or_default();
+        let stored = match whole.is_empty() {
+            true => self.stored(self.base.shapes(component), self.kind, config.base_storage),
+            false => BTreeSet::new(),
+        };
+        Rc::new(Layers {
+            tape: self.tape.clone(),
+            kind: self.kind,
+            stored,
+            adapters: parameters.adapters.remove(&component).unwrap_or_default(),
+            trained: whole,
+            dropout: DropoutMasks {
+                activations: config.lora_dropout > 0.0,
+                ranks: config.rank_dropout > 0.0,
+                modules: config.module_dropout > 0.0,
+            },
+            recompute: config.gradient_checkpointing,
+            passed: Default::default(),
+        })
+    }
+
+    /// What is kept for a trained tensor: the optimiser's own, and the running average.
+    fn optimise(&self, shape: &[usize], parameters: &mut Parameters) {
+        let numbers = shape.iter().product::<usize>();
+        parameters.numbers += numbers;
+        parameters.largest = parameters.largest.max(numbers);
+        let bytes = 4 * numbers as u64;
+        let state = |bytes| self.tape.meter().block(bytes, Part::Optimiser);
+        let axes: Vec<i64> = shape.iter().map(|&axis| axis as i64).collect();
+        parameters.optimiser.extend(self.optimiser.parts(&axes).iter().map(|part| state(part.bytes() as u64)));
+        if self.config.ema_decay > 0.0 {
+            parameters.optimiser.push(state(bytes));
+        }
+    }
+
+    /// All weights of a network as trained ones.
+    fn train_whole(&self, component: Component, parameters: &mut Parameters) {
+        let part = if component == Component::Unet { Part::Unet } else { Part::TextEncoder };
+        let shapes = self.base.shapes(component);
+        let layers: BTreeSet<&str> = shapes.layers.iter().map(|layer| layer.path.path.as_str()).collect();
+        for (name, shape) in &shapes.weights {
+            match name.strip_suffix(".weight").filter(|layer| layers.contains(layer)) {
+                Some(layer) => {
+                    let Trained { value, leaf } = Trained::new(&self.tape, shape);
+                    let own = parameters.whole.entry(component).or_default();
+                    own.insert(layer.to_owned(), value.count_as(part));
+                    parameters.leaves.push(leaf);
+                }
+                None => {
+                    let bytes = 4 * shape.iter().product::<usize>() as u64;
+                    parameters.other.push((component, self.tape.meter().block(bytes, part)));
+                }
+            }
+        }
+        for (_, shape) in &shapes.weights {
+            self.optimise(shape, parameters);
+        }
+    }
+
+    /// An adapter on the targeted layers.
+    fn attach(
+        &self,
+        trains: &[(Component, bool)],
+        variant: &dyn Variant<TchBackend>,
+        parameters: &mut Parameters,
+    ) -> Result<()> {
+        let networks = trains.iter().filter(|(_, trains)| *trains).map(|&(component, _)| component);
+        let layers: Vec<_> =
+            networks.flat_map(|component| self.base.shapes(component).layers.iter().cloned()).collect();
+        let targets = Targets::parse(&self.config.target_modules)?.select(&layers)?;
+        let options = AdapterOptions::of(self.config, &targets)?;
+        for target in &targets {
+            let (request, alpha) = options.for_layer(target);
+            let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
+            let mut values = BTreeMap::new();
+            for (name, shape) in variant.shapes(&target.geometry, &request)? {
+                let value = match variant.is_trained(&name) {
+                    true => {
+                        let Trained { value, leaf } = Trained::new(&self.tape, &shape);
+                        parameters.leaves.push(leaf);
+                        self.optimise(&shape, parameters);
+                        value
+                    }
+                    false => self.tape.value(&shape, Kind::Float).count_as(Part::Adapter),
+                };
+                values.insert(name, value);
+            }
+            let factors = |prefix: &str, scaled: bool| {
+                let value = |name: &str| values.get(&format!("{prefix}{name}")).cloned();
+                Some(Factors { rank, down: value("down")?, mid: value("mid"), up: value("up")?, scaled })
+            };
+            let products: Vec<Factors> = match variant.name() {
+                "lora" => factors("", alpha != rank as f64).into_iter().collect(),
+                "pissa" | "pissa-fast" | "olora" => {
+                    factors("", alpha != rank as f64).into_iter().chain(factors("initial_", true)).collect()
+                }
+                _ => Vec::new(),
+            };
+            let adapter = match products.is_empty() {
+                true => LayerAdapter::Whole(values.into_values().collect()),
+                false => LayerAdapter::Thin(products),
+            };
+            let own = parameters.adapters.entry(target.path.component).or_default();
+            own.insert(target.path.path.clone(), adapter);
+        }
+        Ok(())
+    }
+
+    /// Text states of some captions.
+    fn states(&self, layers: &Rc<Layers>, captions: usize) -> Value {
+        text::encode(layers, &self.base.text, captions, self.config.caption_chunks(), self.config.clip_skip)
+    }
+
+    /// Text states as they come from host memory.
+    fn kept_states(&self, captions: usize) -> Value {
+        let places = self.config.caption_chunks() * 75 + 2;
+        self.tape.value(&[captions, places, self.base.text.width], self.kind)
+    }
+
+    fn latents(&self, pictures: usize, width: usize, height: usize) -> Value {
+        let factor = self.base.vae.factor();
+        self.tape.value(&[pictures, self.base.vae.latent_channels, height / factor, width / factor], Kind::Float)
+    }
+
+    fn vae_layers(&self) -> Rc<Layers> {
+        Rc::new(Layers {
+            tape: self.tape.clone(),
+            kind: self.vae_kind,
+            stored: BTreeSet::new(),
+            adapters: BTreeMap::new(),
+            trained: BTreeMap::new(),
+            dropout: DropoutMasks::default(),
+            recompute: false,
+            passed: Default::default(),
+        })
+    }
+
+    /// One picture through the autoencoder.
+    fn encode_picture(&self, width: usize, height: usize) {
+        self.tape.recording(false, || {
+            let picture = self.tape.value(&[1, 3, height, width], Kind::Float);
+            drop(vae::encode(&self.vae_layers(), &self.base.vae, &picture));
+        });
+    }
+
+    /// Forward and backward of a micro-batch; the gradients of what is not a layer's weight, from the first.
+    fn micro_batch(
+        &self,
+        unet_layers: &Rc<Layers>,
+        text_layers: Option<&Rc<Layers>>,
+        (pictures, width, height): (usize, usize, usize),
+        parameters: &Parameters,
+        index: usize,
+    ) -> Vec<Rc<Block>> {
+        let tape = &self.tape;
+        if !self.config.cache_latents {
+            self.encode_picture(width, height);
+        }
+        let squares = {
+            let (latents, _noise) = (self.latents(pictures, width, height), self.latents(pictures, width, height));
+            let context = match text_layers {
+                Some(layers) => tape.recording(self.config.train_text_encoder, || self.states(layers, pictures)),
+                None => self.kept_states(pictures),
+            };
+            let (noised, target) = (tape.like(&latents), tape.like(&latents));
+            let answer = unet::forward(unet_layers, &self.base.unet, &noised, &context);
+            tape.activation(&tape.add(&answer, &target))
+        };
+        // Few numbers in the U-Net; in the text encoder a whole vocabulary, whose gradient comes last.
+        let mut others = Vec::new();
+        let mut gradients_of = |component| {
+            let own = parameters.other.iter().filter(|(of, _)| index == 0 && *of == component);
+            others.extend(own.map(|(_, block)| tape.meter().block(block.bytes(), Part::Gradients)));
+        };
+        gradients_of(Component::Unet);
+        tape.backward(&squares, tape.like(&squares));
+        gradients_of(Component::TextEncoder);
+        others
+    }
+
+    /// Two passes at once for guidance, then the autoencoder's decoder, for one prompt.
+    fn draw(&self, unet_layers: &Rc<Layers>, text_layers: Option<&Rc<Layers>>) {
+        let tape = &self.tape;
+        let (width, height) = self.config.samples.resolution;
+        let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+        tape.recording(false, || {
+            let latents = self.latents(1, width, height);
+            {
+                if let Some(layers) = text_layers {
+                    drop(self.states(layers, 1));
+                }
+                let context = self.kept_states(2);
+                let both = self.latents(2, width, height);
+                drop(unet::forward(unet_layers, &self.base.unet, &both, &context));
+            }
+            drop(vae::decode(&self.vae_layers(), &self.base.vae, &latents));
+        });
+    }
+
+    /// One picture at all timesteps at once.
+    fn validate(&self, unet_layers: &Rc<Layers>, size: Option<(usize, usize, usize)>) {
+        let Some((_, width, height)) = size else { return };
+        {
+            let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+            self.encode_picture(width, height);
+        }
+        self.tape.recording(false, || {
+            let [many, _noise, noised, _target] = [0; 4].map(|_| self.latents(VALIDATION_BATCH, width, height));
+            let context = self.kept_states(VALIDATION_BATCH);
+            drop(unet::forward(unet_layers, &self.base.unet, &noised, &context));
+            drop(many);
+        });
+    }
+}

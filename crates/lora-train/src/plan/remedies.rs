@@ -1,0 +1,214 @@
+//! What can be changed about a run so that it needs less memory, or makes use of more, and what each change costs.
+
+use lora_core::DType;
+use lora_data::bucket::{BucketOptions, Buckets, Framing};
+use lora_torch::frozen::Storage;
+
+use super::predict::Machine;
+use super::tape::Platform;
+use crate::config::{TrainConfig, TrainMode};
+
+/// One change of a configuration.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Change {
+    /// Micro-batches smaller by this factor, and so many times more of them.
+    SmallerBatch(usize),
+    /// Blocks are computed again in the backward pass.
+    Recompute,
+    /// Pictures are encoded before training.
+    CacheLatents,
+    /// Another number type.
+    Precision(DType),
+    /// So many eighths of each side of pictures.
+    Resolution(usize),
+    /// Frozen weights in fewer bytes.
+    Storage(Storage),
+    /// The optimiser's averages in 8 bits.
+    Optimiser8bit,
+    /// Blocks keep their activations.
+    Keep,
+    /// Micro-batches larger by this factor, and so many times fewer of them.
+    LargerBatch(usize),
+    /// More pictures a step.
+    MorePictures(usize),
+    /// A rank larger by this factor, at an equal scale.
+    Rank(usize),
+}
+
+/// Kinds of remedies, the first to be tried first, each mildest first. A kind that does not apply is empty.
+pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>> {
+    let full = config.train == TrainMode::Full;
+    let divisors = (2..=config.batch_size)
+        .filter(|&by| config.datasets.iter().map(|dataset| dataset.batch_size).all(|size| size.is_multiple_of(by)))
+        .filter(|&by| config.batch_size.is_multiple_of(by));
+    let arithmetic = machine.precision(config.precision);
+    let half = match machine.platform {
+        Platform::Cuda => DType::F16,
+        Platform::Cpu { .. } => DType::BF16,
+    };
+    let storages = match (config.base_storage, arithmetic) {
+        _ if full => vec![],
+        (Some(Storage::Int8 | Storage::Float8), _) => vec![],
+        (None, DType::F32) => vec![Storage::Half, Storage::Int8],
+        _ => vec![Storage::Int8],
+    };
+    let resolutions = if config.allow_lower_resolution { vec![7, 6] } else { vec![] };
+    vec![
+        divisors.map(Change::SmallerBatch).collect(),
+        (!config.gradient_checkpointing).then_some(Change::Recompute).into_iter().collect(),
+        (!config.cache_latents).then_some(Change::CacheLatents).into_iter().collect(),
+        (arithmetic == DType::F32).then_some(Change::Precision(half)).into_iter().collect(),
+        resolutions.into_iter().map(Change::Resolution).collect(),
+        storages.into_iter().map(Change::Storage).collect(),
+        (config.optimizer == "adamw").then_some(Change::Optimiser8bit).into_iter().collect(),
+    ]
+}
+
+/// What memory that is left over can be spent on, each alone; of changes of one kind, the largest first.
+pub(super) fn wishes(config: &TrainConfig) -> Vec<Vec<Change>> {
+    let accumulation = config.gradient_accumulation_steps;
+    let factors = (2..=accumulation).rev().filter(|&by| accumulation.is_multiple_of(by)).map(Change::LargerBatch);
+    let has_rank = config.train == TrainMode::Adapter && config.init_from.is_none() && config.lora_rank < 128;
+    vec![
+        config.gradient_checkpointing.then_some(Change::Keep).into_iter().collect(),
+        match accumulation {
+            1 => vec![Change::MorePictures(2)],
+            _ => factors.collect(),
+        },
+        has_rank.then_some(Change::Rank(2)).into_iter().collect(),
+    ]
+}
+
+impl Change {
+    /// The configuration with the change; `None` where it cannot have it.
+    pub(super) fn applied(self, config: &TrainConfig) -> Option<TrainConfig> {
+        let mut config = config.clone();
+        let batches = |config: &mut TrainConfig, change: &dyn Fn(usize) -> usize| {
+            config.batch_size = change(config.batch_size);
+            config.datasets.iter_mut().for_each(|dataset| dataset.batch_size = change(dataset.batch_size));
+        };
+        match self {
+            Change::SmallerBatch(by) => {
+                batches(&mut config, &|size| size / by);
+                config.gradient_accumulation_steps *= by;
+            }
+            Change::LargerBatch(by) => {
+                batches(&mut config, &|size| size * by);
+                config.gradient_accumulation_steps /= by;
+            }
+            Change::MorePictures(by) => batches(&mut config, &|size| size * by),
+            Change::Recompute => config.gradient_checkpointing = true,
+            Change::Keep => config.gradient_checkpointing = false,
+            Change::CacheLatents => config.cache_latents = true,
+            Change::Precision(precision) => config.precision = precision,
+            Change::Storage(storage) => config.base_storage = Some(storage),
+            Change::Optimiser8bit => config.optimizer = "adamw8bit".into(),
+            Change::Rank(by) => {
+                config.lora_rank *= by;
+                config.lora_alpha *= by as f64;
+            }
+            Change::Resolution(eighths) => {
+                let smaller = |(width, height): (usize, usize)| (side(width, eighths), side(height, eighths));
+                config.max_resolution = smaller(config.max_resolution);
+                config.samples.resolution = smaller(config.samples.resolution);
+                for dataset in &mut config.datasets {
+                    dataset.framing = match &dataset.framing {
+                        Framing::Fixed(size) => Framing::Fixed(smaller(*size)),
+                        Framing::Buckets(buckets) => {
+                            let own = *buckets.options();
+                            let resolution = smaller(own.resolution);
+                            let min = own.min.min(resolution.0).min(resolution.1);
+                            Framing::Buckets(Buckets::new(BucketOptions { resolution, min, ..own }).ok()?)
+                        }
+                    };
+                }
+            }
+        }
+        Some(config)
+    }
+
+    /// What it costs, or brings where memory is spent.
+    pub(super) fn cost(self, machine: &Machine) -> String {
+        match self {
+            Change::SmallerBatch(by) => {
+                format!(
+                    "same update; {by} times as many passes a step, slower where small batches leave the device idle"
+                )
+            }
+            Change::Recompute => "same update; about a third more time a step".into(),
+            Change::CacheLatents => {
+                "none, and steps become faster; random processors act once, not at each visit".into()
+            }
+            Change::Precision(_) => match machine.platform {
+                Platform::Cuda => "half precision's rounding, with loss scaling; steps become faster".into(),
+                Platform::Cpu { .. } => {
+                    "half precision's rounding; slower on processors without bf16 instructions".into()
+                }
+            },
+            Change::Resolution(_) => "less detail is learnt; steps become faster".into(),
+            Change::Storage(Storage::Half | Storage::BFloat16) => {
+                "frozen weights are rounded to half precision, as most files hold them; each is converted twice a step"
+                    .into()
+            }
+            Change::Storage(_) => "frozen weights are rounded to 8 bits; each is converted twice a step".into(),
+            Change::Optimiser8bit => "averages are rounded to 8 bits in blocks of 256; curves stay alike".into(),
+            Change::Keep => "same update; about a quarter less time a step".into(),
+            Change::LargerBatch(by) => format!("same update; {by} times fewer passes a step"),
+            Change::MorePictures(by) => {
+                format!("{by} times as many pictures a step: steadier gradients, fewer steps an epoch")
+            }
+            Change::Rank(_) => "the adapter can learn more; a larger file, a little more time".into(),
+        }
+    }
+}
+
+/// A side of pictures, made smaller: a multiple of 64 where it was that large, of 8 otherwise.
+fn side(side: usize, eighths: usize) -> usize {
+    let unit = if side >= 256 { 64 } else { 8 };
+    (side * eighths / 8 / unit * unit).max(64)
+}
+
+/// A key that a change sets.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Setting {
+    /// The key.
+    pub key: &'static str,
+    /// Its value before.
+    pub from: String,
+    /// Its value after.
+    pub to: String,
+}
+
+/// What differs between two configurations, among the keys that changes set.
+pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting> {
+    let size = |(width, height): (usize, usize)| format!("\"{width},{height}\"");
+    let precision = |precision: DType| match precision {
+        DType::F32 => "\"fp32\"",
+        DType::F16 => "\"fp16\"",
+        _ => "\"bf16\"",
+    };
+    let storage = |storage: Option<Storage>| match storage {
+        None => "\"precision\"",
+        Some(Storage::Half) => "\"fp16\"",
+        Some(Storage::BFloat16) => "\"bf16\"",
+        Some(Storage::Float8) => "\"fp8\"",
+        Some(Storage::Int8) => "\"int8\"",
+    };
+    let values = |config: &TrainConfig| {
+        [
+            ("batch_size", config.batch_size.to_string()),
+            ("gradient_accumulation_steps", config.gradient_accumulation_steps.to_string()),
+            ("gradient_checkpointing", config.gradient_checkpointing.to_string()),
+            ("cache_latents", config.cache_latents.to_string()),
+            ("precision", precision(config.precision).to_owned()),
+            ("max_resolution", size(config.max_resolution)),
+            ("sample_resolution", size(config.samples.resolution)),
+            ("base_storage", storage(config.base_storage).to_owned()),
+            ("optimizer", format!("\"{}\"", config.optimizer)),
+            ("lora_rank", config.lora_rank.to_string()),
+            ("lora_alpha", config.lora_alpha.to_string()),
+        ]
+    };
+    let pairs = values(before).into_iter().zip(values(after));
+    pairs.filter(|((_, from), (_, to))| from != to).map(|((key, from), (_, to))| Setting { key, from, to }).collect()
+}

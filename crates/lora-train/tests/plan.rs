@@ -1,0 +1,244 @@
+//! Plans of Stable Diffusion 1.5's own sizes, from headers alone: what fits, in which order, and what cannot. Whether the
+//! numbers are true is `plan_memory`'s to say.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use lora_core::DType;
+use lora_io::checkpoint::Part;
+use lora_models::synthetic::SyntheticModel;
+use lora_train::config::{Format, TrainConfig};
+use lora_train::plan::{Part as Memory, Phase, Plan, plan};
+use lora_train::{Error, Plugins, Session};
+
+const GIB: u64 = 1 << 30;
+
+/// A diffusers folder of SD 1.5's sizes whose files have a header and nothing in them: sparse files of zeros.
+fn base() -> &'static Path {
+    static BASE: OnceLock<tempfile::TempDir> = OnceLock::new();
+    BASE.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        for (part, weights) in SyntheticModel::full().weight_shapes().unwrap() {
+            let own = folder.path().join(part.folder());
+            std::fs::create_dir(&own).unwrap();
+            let (mut header, mut end) = (BTreeMap::new(), 0);
+            for (name, shape) in weights {
+                let begin = end;
+                end += 2 * shape.iter().product::<usize>();
+                let entry = serde_json::json!({ "dtype": "F16", "shape": shape, "data_offsets": [begin, end] });
+                header.insert(name, entry);
+            }
+            let mut header = serde_json::to_vec(&header).unwrap();
+            header.resize(header.len().next_multiple_of(8), b' ');
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header);
+            let name =
+                if part == Part::TextEncoder { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+            std::fs::write(own.join(name), &bytes).unwrap();
+            let file = std::fs::OpenOptions::new().write(true).open(own.join(name)).unwrap();
+            file.set_len((bytes.len() + end) as u64).unwrap();
+            let config = if part == Part::TextEncoder { r#"{"num_attention_heads": 12}"# } else { "{}" };
+            std::fs::write(own.join("config.json"), config).unwrap();
+        }
+        folder
+    })
+    .path()
+}
+
+fn config(keys: &[&str]) -> TrainConfig {
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: none\noutput_dir: none\ndevice: cuda\nprecision: fp16\nlora_rank: 8\n",
+        base().display()
+    );
+    TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
+}
+
+fn planned(keys: &[&str]) -> Plan {
+    plan(&config(keys), &Plugins::default()).unwrap()
+}
+
+fn changed(plan: &Plan) -> Vec<&'static str> {
+    plan.remedies.iter().flat_map(|remedy| remedy.settings.iter().map(|setting| setting.key)).collect()
+}
+
+#[test]
+fn without_a_budget_there_is_a_prediction_and_what_each_remedy_would_save() {
+    let plan = planned(&["precision=fp32", "batch_size=4", "cache_latents=false"]);
+    assert!(plan.budget.is_none() && plan.remedies.is_empty() && plan.spend.is_empty());
+    // 859,520,964 weights of the U-Net, 4 bytes each, each tensor in units of 512 bytes.
+    let training = plan.as_configured.phases.iter().find(|phase| phase.phase == Phase::Training).unwrap();
+    let unet = training.parts.of(Memory::Unet);
+    assert!((4 * 859_520_964..4 * 859_520_964 + 700 * 512).contains(&unet), "{unet}");
+    let keys: Vec<&str> = plan.alternatives.iter().map(|remedy| remedy.settings[0].key).collect();
+    for key in ["batch_size", "gradient_checkpointing", "cache_latents", "precision", "base_storage"] {
+        assert!(keys.contains(&key), "{key}: {keys:?}");
+    }
+    assert!(!keys.contains(&"max_resolution"), "not allowed");
+    assert!(plan.alternatives.iter().all(|remedy| remedy.peak_after < remedy.peak_before && !remedy.cost.is_empty()));
+    let text = plan.to_string();
+    assert!(text.contains("saved activations") && text.contains("each alone"), "{text}");
+    let json = serde_json::to_value(&plan).unwrap();
+    assert_eq!(json["as_configured"]["phases"].as_array().unwrap().len(), plan.as_configured.phases.len());
+}
+
+#[test]
+fn the_mildest_remedies_that_suffice_are_taken() {
+    let wanted = config(&["precision=fp32", "batch_size=4"]);
+    let mut peaks = Vec::new();
+    for budget in ["30GiB", "9GiB", "7GiB", "5.5GiB", "3GiB", "2.2GiB"] {
+        let own = planned(&["precision=fp32", "batch_size=4", &format!("vram_budget={budget}")]);
+        assert!(own.planned.peak() <= own.budget.unwrap(), "{budget}: {own}");
+        let now = own.config();
+        assert_eq!(now.batch_size * now.gradient_accumulation_steps, 4, "the effective batch is kept");
+        assert_eq!(now.datasets[0].batch_size, now.batch_size);
+        assert_eq!(now.max_resolution, wanted.max_resolution);
+        // Without any one of them it does not fit.
+        for left_out in 0..own.remedies.len() {
+            let mut keys = vec!["precision=fp32".to_owned(), "batch_size=4".to_owned()];
+            for (index, remedy) in own.remedies.iter().enumerate() {
+                if index != left_out {
+                    keys.extend(remedy.settings.iter().map(|setting| format!("{}={}", setting.key, setting.to)));
+                }
+            }
+            let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+            assert!(planned(&keys).as_configured.peak() > own.budget.unwrap(), "{budget}: {left_out} of {own}");
+        }
+        // What a plan predicts is what its configuration predicts.
+        assert_eq!(plan(now, &Plugins::default()).unwrap().as_configured.peak(), own.planned.peak());
+        peaks.push((budget, changed(&own)));
+    }
+    assert!(peaks[0].1.is_empty(), "{peaks:?}");
+    assert_eq!(peaks[1].1, ["batch_size", "gradient_accumulation_steps"], "{peaks:?}");
+    assert!(peaks[4].1.contains(&"precision") && !peaks[4].1.contains(&"base_storage"), "{peaks:?}");
+    assert!(peaks[5].1.contains(&"base_storage"), "{peaks:?}");
+}
+
+#[test]
+fn resolution_falls_only_where_it_may() {
+    let keys = ["batch_size=1", "gradient_checkpointing=true", "train_text_encoder=false", "base_storage=int8"];
+    let least = match plan(&config(&[&keys[..], &["vram_budget=600MiB"]].concat()), &Plugins::default()) {
+        Err(error @ Error::Budget { .. }) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert!(
+        least.contains("600.0 MiB is too little") && least.contains("at least") && least.contains("as it is"),
+        "{least}"
+    );
+    let keys = ["gradient_checkpointing=true", "train_text_encoder=false"];
+    let budget = format!("vram_budget={}", planned(&keys).as_configured.peak() - 1);
+    let own = planned(&[&keys[..], &[&budget]].concat());
+    assert_eq!(changed(&own), ["base_storage"], "{own}");
+    let own = planned(&[&keys[..], &[&budget, "allow_lower_resolution=true"]].concat());
+    assert_eq!(changed(&own), ["max_resolution", "sample_resolution"], "{own}");
+    assert_eq!(own.config().max_resolution, (448, 448));
+}
+
+#[test]
+fn memory_that_is_left_is_offered() {
+    let keys = ["gradient_checkpointing=true", "gradient_accumulation_steps=4", "vram_budget=24GiB"];
+    let own = planned(&keys);
+    assert!(own.remedies.is_empty());
+    let text = own.to_string();
+    for key in ["gradient_checkpointing = false", "batch_size = 4", "lora_rank = 16"] {
+        assert!(text.contains(key), "{key}: {text}");
+    }
+    assert!(own.spend.iter().all(|wish| wish.peak_after <= own.budget.unwrap()));
+}
+
+#[test]
+fn bad_budgets_are_refused() {
+    for (budget, part) in [("8", "unit"), ("much", "8GiB"), ("true", "text"), ("-1GiB", "8GiB")] {
+        let text = format!("base_model: a\ntrain_data_dir: b\noutput_dir: c\nvram_budget: {budget}\n");
+        let error = TrainConfig::from_text(&text, Format::Yaml, &[] as &[&str]).unwrap_err().to_string();
+        assert!(error.contains("vram_budget") && error.contains(part), "{error}");
+    }
+}
+
+/// A run takes its plan over before it loads anything, and says so.
+#[test]
+fn a_run_applies_its_plan() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    SyntheticModel::tiny().write(path("base.safetensors"), DType::F16).unwrap();
+    std::fs::create_dir(path("data")).unwrap();
+    for index in 0..4 {
+        image::RgbImage::new(128, 128).save(folder.path().join("data").join(format!("{index}.png"))).unwrap();
+    }
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
+         batch_size: 4\nmax_train_steps: 1\ntarget_modules: attention\n",
+        path("base.safetensors"),
+        path("data"),
+        path("out"),
+    );
+    let config = |keys: &[&str]| TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
+    let whole = plan(&config(&[]), &Plugins::default()).unwrap();
+    // On the CPU the program itself counts, which grows as it runs: halfway down is far from either end.
+    let halved = &whole.alternatives[0];
+    assert_eq!(halved.settings[0].key, "batch_size");
+    let smallest = whole.alternatives.iter().map(|remedy| remedy.peak_after).min().unwrap();
+    let budget = format!("vram_budget={}", (whole.as_configured.peak() + smallest) / 2);
+    let mut session = Session::prepare(config(&[&budget]), &Plugins::default(), &mut |_| {}).unwrap();
+    let now = session.config();
+    assert!(now.batch_size < 4 || now.gradient_checkpointing, "{now:?}");
+    assert_eq!(now.batch_size * now.gradient_accumulation_steps, 4);
+    assert_eq!(session.step().unwrap().unwrap().pictures, 4);
+    assert!(session.summary().notes.iter().any(|note| note.contains("to fit")), "{:?}", session.summary().notes);
+    // All that is free is more than enough.
+    let session = Session::prepare(config(&["auto=true"]), &Plugins::default(), &mut |_| {}).unwrap();
+    assert_eq!(session.config().batch_size, 4);
+}
+
+/// The tables of docs/memory.md, which are predictions.
+#[test]
+fn the_documentation_shows_what_is_predicted() {
+    const BEGIN: &str = "<!-- predicted: begin -->\n";
+    const END: &str = "<!-- predicted: end -->";
+    let mut table = String::from(
+        "| | batch | weights | saved activations | adapter, gradients, optimiser | working | beside tensors | peak |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    let rows: [(&str, &[&str]); 6] = [
+        ("fp32", &["precision=fp32"]),
+        ("fp16", &[]),
+        ("fp16, text encoder frozen", &["train_text_encoder=false"]),
+        ("fp16, `gradient_checkpointing`", &["gradient_checkpointing=true"]),
+        ("fp16, `gradient_checkpointing`, int8 base", &["gradient_checkpointing=true", "base_storage=int8"]),
+        (
+            "the same, text encoder frozen",
+            &["gradient_checkpointing=true", "base_storage=int8", "train_text_encoder=false"],
+        ),
+    ];
+    for (name, keys) in rows {
+        for batch in ["1", "2"] {
+            let batch_key = format!("batch_size={batch}");
+            let own = planned(&[keys, &[&batch_key]].concat());
+            let training = own.as_configured.phases.iter().find(|phase| phase.phase == Phase::Training).unwrap();
+            let sum = |parts: &[Memory]| parts.iter().map(|&part| training.parts.of(part)).sum::<u64>();
+            let cells = [
+                sum(&[Memory::Unet, Memory::TextEncoder, Memory::Autoencoder]),
+                sum(&[Memory::Saved]),
+                sum(&[Memory::Adapter, Memory::Gradients, Memory::Optimiser]),
+                sum(&[Memory::Working]),
+                training.overhead,
+                training.total(),
+            ];
+            write!(table, "| {name} | {batch} |").unwrap();
+            for bytes in cells {
+                write!(table, " {:.2} |", bytes as f64 / GIB as f64).unwrap();
+            }
+            table.push('\n');
+        }
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/memory.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = text.split_once(BEGIN).unwrap();
+    let (shown, after) = rest.split_once(END).unwrap();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(path, format!("{before}{BEGIN}{table}{END}{after}")).unwrap();
+        return;
+    }
+    assert_eq!(shown, table, "run the tests with UPDATE_DOCS=1");
+}
