@@ -26,6 +26,8 @@ fn main() {
         .file("cpp/checkpoint.cpp")
         .file("cpp/fault.cpp")
         .file("cpp/frozen.cpp")
+        .file("cpp/nf4.cpp")
+        .file("cpp/norm_silu.cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())

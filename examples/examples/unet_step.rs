@@ -1,6 +1,6 @@
 //! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
 //! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1] [STORAGE]`,
-//! storage 0 for fp32, 1 for fp16, 2 for fp8, 3 for int8.
+//! storage 0 for fp32, 1 for fp16, 2 for fp8, 3 for int8, 4 for nf4. With 0 steps: bytes of the weights and memory of loading them.
 
 use std::time::Instant;
 
@@ -24,14 +24,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (pixels, rank, steps) = (number(0, 256), number(1, 8) as usize, number(2, 5));
     let pass = Pass { recompute: number(3, 0) != 0, ..Pass::default() };
 
-    let storage = [None, Some(Storage::Half), Some(Storage::Float8), Some(Storage::Int8)];
-    let storage = storage[number(4, 0).clamp(0, 3) as usize];
+    let storage = [None, Some(Storage::Half), Some(Storage::Float8), Some(Storage::Int8), Some(Storage::Nf4)];
+    let storage = storage[number(4, 0).clamp(0, 4) as usize];
     let device = device::resolve("auto")?;
+    memory::count_host_allocations()?;
     let weights = SyntheticWeights::new("unet");
     let mut unet = Unet::new(
         &Weights::new(&weights, Kind::Float, device).held(Held::Frozen(storage)),
         SyntheticModel::full().unet,
     )?;
+    let mut bytes = 0;
+    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes());
+    let loaded = memory::host_memory();
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank, rank as f64, 0);
@@ -41,23 +45,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
     let latents = Tensor::randn([1, 4, pixels / 8, pixels / 8], (Kind::Float, device));
     let context = Tensor::randn([1, 77, 768], (Kind::Float, device));
-    let mut times = Vec::new();
+    let held = || match memory::device_memory(device) {
+        Ok(Some(own)) => own.allocated,
+        _ => memory::host_allocations().map_or(0, |host| host.live),
+    };
+    let (mut times, mut kept) = (Vec::new(), 0);
     for _ in 0..steps {
         let start = Instant::now();
         let noise = latents.randn_like();
-        denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?
-            .f_backward()?;
+        let before = held();
+        let loss =
+            denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?;
+        kept = held().saturating_sub(before);
+        loss.f_backward()?;
+        drop(loss);
         parameters.clip(1.0)?;
         parameters.step(|_, _| 1e-4)?;
         parameters.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
     }
     let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);
-    let kept = if pass.recompute { ", checkpointed" } else { "" };
+    let recomputed = if pass.recompute { ", checkpointed" } else { "" };
     let stored = storage.map_or_else(String::new, |storage| format!(", stored as {storage:?}"));
+    if let Some(loaded) = loaded {
+        let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
+        println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
+    }
     println!(
-        "ours {pixels} px rank {rank}{kept}{stored} on {device:?}: {} s a step; peak RSS {peak} MiB",
-        times.join(", ")
+        "ours {pixels} px rank {rank}{recomputed}{stored} on {device:?}: {} s a step; kept for the backward pass {} MiB, peak RSS {peak} MiB",
+        times.join(", "),
+        kept >> 20
     );
     Ok(())
 }

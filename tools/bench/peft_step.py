@@ -37,5 +37,20 @@ for _ in range(steps):
     if device == "cuda":
         torch.cuda.synchronize()
     times.append(time.perf_counter() - start)
+
+# What a forward pass keeps for the backward pass, beside the weights.
+kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+
+
+def seen(tensor):
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in weights:
+        kept[storage.data_ptr()] = storage.nbytes()
+    return tensor
+
+
+with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+    answer = unet(latents, torch.tensor([500], device=device), context).sample
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(f"PEFT {pixels} px rank {rank} on {device}: " + ", ".join(f"{t:.2f}" for t in times) + f" s a step; peak RSS {peak:.0f} MiB")
+seconds = ", ".join(f"{t:.2f}" for t in times)
+print(f"PEFT {pixels} px rank {rank} on {device}: {seconds} s a step; kept for the backward pass {sum(kept.values()) >> 20} MiB, peak RSS {peak:.0f} MiB")

@@ -24,6 +24,18 @@ pub enum Error {
         /// The shape found.
         found: Vec<usize>,
     },
+    /// A frozen weight cannot be stored in few bytes as was asked for.
+    #[error(
+        "{source_name}: weight `{name}`: {source}; hold the base as it is (`base_storage: precision`) or repair the file"
+    )]
+    Storage {
+        /// The file or folder.
+        source_name: String,
+        /// The weight, in diffusers' naming.
+        name: String,
+        /// The storage and why it cannot be.
+        source: Box<lora_torch::Error>,
+    },
     /// The tensors form an architecture that this crate does not build.
     #[error("{source_name}: {reason}")]
     Architecture {

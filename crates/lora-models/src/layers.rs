@@ -12,6 +12,7 @@ use lora_torch::TchBackend;
 use lora_torch::backend::apply_layer;
 use lora_torch::checkpoint::{Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
+use lora_torch::norm::group_norm_silu;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::weights::Weights;
@@ -101,6 +102,13 @@ impl LayerWeight {
         })
     }
 
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Frozen(weight) => weight.bytes(),
+            Self::Trained { leaf, .. } => leaf.numel() * leaf.kind().elt_size_in_bytes(),
+        }
+    }
+
     fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         match self {
             Self::Frozen(weight) => Ok(weight.apply(geometry, input, bias)?),
@@ -162,6 +170,11 @@ impl AdaptableLayer {
     /// Where it is.
     pub fn device(&self) -> Device {
         self.weight.device()
+    }
+
+    /// Bytes that its own weight takes, as it is held.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight.bytes()
     }
 
     /// Hangs an adapter on the layer, in place of any other.
@@ -246,6 +259,12 @@ impl GroupNorm {
     pub(crate) fn new(weights: &Weights<'_>, channels: usize, groups: usize, epsilon: f64) -> Result<Self> {
         let (weight, bias) = (weights.tensor("weight", &[channels])?, weights.tensor("bias", &[channels])?);
         Ok(Self { weight, bias, groups: groups as i64, epsilon })
+    }
+
+    /// The normalised input through SiLU; only the input is kept for the backward pass.
+    pub(crate) fn forward_silu(&self, input: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = (self.weight.f_to_kind(input.kind())?, self.bias.f_to_kind(input.kind())?);
+        Ok(group_norm_silu(input, self.groups, &weight, &bias, self.epsilon)?)
     }
 
     pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {

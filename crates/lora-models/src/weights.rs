@@ -107,7 +107,7 @@ impl<'s> Weights<'s> {
         let weight = self.tensor(name, shape)?;
         Ok(match self.held {
             Held::Frozen(Some(storage)) if shape.len() >= 2 && weight.numel() >= SMALL => {
-                LayerWeight::Frozen(FrozenWeight::stored(&weight, storage)?)
+                LayerWeight::Frozen(FrozenWeight::stored(&weight, storage).map_err(|error| self.refused(name, error))?)
             }
             Held::Frozen(_) => LayerWeight::Frozen(FrozenWeight::plain(weight)),
             Held::Trained(_) => LayerWeight::Trained { leaf: weight, kind: self.kind },
@@ -150,6 +150,15 @@ impl<'s> Weights<'s> {
         let leaf = self.source.load(&path, shape, Kind::Float, self.device)?.f_set_requires_grad(true)?;
         list.add(path, &leaf);
         Ok(leaf)
+    }
+
+    fn refused(&self, name: &str, error: lora_torch::Error) -> Error {
+        match error {
+            source @ lora_torch::Error::Storage { .. } => {
+                Error::Storage { source_name: self.source.name(), name: self.path(name), source: Box::new(source) }
+            }
+            other => other.into(),
+        }
     }
 
     fn path(&self, name: impl std::fmt::Display) -> String {

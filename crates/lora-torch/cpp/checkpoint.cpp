@@ -6,8 +6,9 @@
 #include <torch/torch.h>
 
 #include <stdexcept>
-#include <string>
 #include <vector>
+
+#include "guard.h"
 
 namespace {
 
@@ -71,31 +72,20 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
   }
 };
 
-thread_local std::string last_error;
-
 } // namespace
 
 extern "C" {
 
-const char *lora_checkpoint_last_error() { return last_error.c_str(); }
-
-// Takes over `part`, whatever happens. The output is a new tensor; null on failure.
-torch::Tensor *lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count) {
-  auto holder = c10::make_intrusive<Part>(part, run, drop);
-  try {
+// Takes over `part`, whatever happens. The output is a new tensor.
+int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count, torch::Tensor **output) {
+  return lora::guarded([&] {
+    auto holder = c10::make_intrusive<Part>(part, run, drop);
     torch::autograd::variable_list list;
     for (size_t i = 0; i < count; ++i) list.push_back(*inputs[i]);
     torch::Tensor anchor = torch::empty({0}).set_requires_grad(true);
     auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(holder));
-    return new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule));
-  } catch (const c10::Error &error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception &error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return nullptr;
+    *output = new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule));
+  });
 }
 
 } // extern "C"

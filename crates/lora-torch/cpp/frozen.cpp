@@ -1,62 +1,156 @@
-// Frozen linear layers and convolutions whose weights are stored in fewer bytes than they compute in. The weight is made
-// anew in the forward and again in the backward pass, which needs neither the input nor the whole weight in between.
+// Frozen linear layers and convolutions. Of an input nothing but its shape is kept (libtorch's own convolution keeps it for
+// a gradient of the weight that nobody asks for), and a weight that is stored in fewer bytes than it computes in is made
+// anew in the forward and again in the backward pass. How NF4 is made is in nf4.cpp.
 
 #include <ATen/core/ivalue.h>
 #include <torch/custom_class.h>
 #include <torch/torch.h>
 
-#include <string>
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <utility>
 #include <vector>
+
+#include "guard.h"
+#include "nf4.h"
+
+extern "C" {
+
+// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null.
+struct LoraStored {
+  const torch::Tensor *values, *scale, *absmax, *nested, *offset;
+  const int64_t *shape;
+  size_t axes;
+  int portable;
+};
+
+} // extern "C"
 
 namespace {
 
-thread_local std::string last_error;
+// On the CPU large weights are worked on in tiles of about this many numbers, 8 MiB in f32: what is as large as some weights
+// (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of dequantising. Of
+// an f32 weight in one piece oneDNN makes such a copy itself.
+constexpr int64_t TILE = 1 << 21;
 
-struct Weight : torch::CustomClassHolder {
-  torch::Tensor stored, scale, bias;
-  bool convolution = false;
-  int64_t stride = 1, padding = 0, groups = 1;
+at::Tensor or_none(const torch::Tensor *tensor) { return tensor == nullptr ? at::Tensor() : *tensor; }
 
-  torch::Tensor dequantised(at::ScalarType kind) const {
-    torch::Tensor weight = stored.to(kind);
-    return scale.defined() ? weight.mul_(scale.to(kind)) : weight;
+struct Stored {
+  explicit Stored(const LoraStored &raw)
+      : values(*raw.values), scale(or_none(raw.scale)), nf4{values, or_none(raw.absmax), or_none(raw.nested), or_none(raw.offset)},
+        shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0) {
+    TORCH_CHECK(raw.axes >= 1, "a weight has a shape");
+    for (size_t axis = 1; axis < raw.axes; ++axis) row *= shape[axis];
   }
+
+  bool is_nf4() const { return nf4.absmax.defined(); }
+
+  // Outputs of a tile; all of them where one tile is enough.
+  int64_t tile() const {
+    if (!values.is_cpu() || row * shape[0] <= TILE) return shape[0];
+    // A tile of NF4 begins a block.
+    const int64_t whole = lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row);
+    return std::max(whole, TILE / row / whole * whole);
+  }
+
+  at::Tensor values, scale;
+  lora::nf4::Quantised nf4;
+  std::vector<int64_t> shape;
+  // Numbers of one output.
+  int64_t row = 1;
+  bool portable;
 };
 
-const Weight &weight_of(const c10::intrusive_ptr<torch::CustomClassHolder> &capsule) {
-  return *static_cast<Weight *>(capsule.get());
-}
+// A weight while it is being made, rows of it or all.
+class Rows {
+public:
+  Rows(const Stored &own, at::ScalarType kind) : own(own), kind(kind) {
+    if (own.is_nf4()) most = lora::nf4::magnitudes(own.nf4);
+  }
+
+  at::Tensor operator()(int64_t start, int64_t count) const {
+    if (own.is_nf4()) {
+      std::vector<int64_t> shape = own.shape;
+      shape[0] = count;
+      return lora::nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
+    }
+    const at::Tensor rows = own.values.narrow(0, start, count).to(kind);
+    // With a factor the values are of 8 bits, so that these are a copy.
+    return own.scale.defined() ? rows.mul_(own.scale.narrow(0, start, count).to(kind)) : rows;
+  }
+
+private:
+  const Stored &own;
+  at::ScalarType kind;
+  at::Tensor most;
+};
+
+struct Layer : torch::CustomClassHolder {
+  explicit Layer(const LoraStored &raw) : weight(raw) {}
+
+  // Calls `work(weight, start, count)` on each tile.
+  template <typename Work>
+  void each_tile(at::ScalarType kind, Work &&work) const {
+    const int64_t outputs = weight.shape[0], tile = groups == 1 ? weight.tile() : outputs;
+    const Rows rows(weight, kind);
+    for (int64_t start = 0; start < outputs; start += tile) {
+      const int64_t count = std::min(tile, outputs - start);
+      work(rows(start, count), start, count);
+    }
+  }
+
+  at::Tensor forward(const at::Tensor &input) const {
+    std::vector<at::Tensor> parts;
+    each_tile(input.scalar_type(), [&](const at::Tensor &rows, int64_t start, int64_t count) {
+      const auto own_bias = bias.defined() ? std::optional<at::Tensor>(bias.narrow(0, start, count)) : std::nullopt;
+      parts.push_back(convolution ? at::conv2d(input, rows, own_bias, stride, padding, 1, groups)
+                                  : at::linear(input, rows, own_bias));
+    });
+    const at::Tensor output = parts.size() == 1 ? parts[0] : at::cat(parts, convolution ? 1 : -1);
+    // A product of several axes comes as a view of one of two; what leaves a function must not be one.
+    return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
+  }
+
+  at::Tensor backward(const at::Tensor &gradient, at::IntArrayRef sizes) const {
+    at::Tensor sum;
+    each_tile(gradient.scalar_type(), [&](const at::Tensor &rows, int64_t start, int64_t count) {
+      const at::Tensor own = gradient.narrow(convolution ? 1 : -1, start, count);
+      const at::Tensor part = convolution ? to_input(own, rows, sizes) : own.matmul(rows);
+      sum = sum.defined() ? sum.add_(part) : part;
+    });
+    return sum;
+  }
+
+  // The gradient of a convolution's input is the transposed convolution, as large as the input was.
+  at::Tensor to_input(const at::Tensor &gradient, const at::Tensor &rows, at::IntArrayRef sizes) const {
+    std::vector<int64_t> left;
+    for (int axis : {2, 3}) {
+      const int64_t least = (gradient.size(axis) - 1) * stride - 2 * padding + rows.size(axis);
+      left.push_back(sizes[axis] - least);
+    }
+    return at::conv_transpose2d(gradient, rows, {}, stride, padding, left, groups, 1);
+  }
+
+  Stored weight;
+  at::Tensor bias;
+  bool convolution = false;
+  int64_t stride = 1, padding = 0, groups = 1;
+};
 
 struct Frozen : torch::autograd::Function<Frozen> {
   static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &input, c10::IValue capsule) {
     const auto held = capsule.toCapsule();
-    const Weight &own = weight_of(held);
-    context->saved_data["weight"] = capsule;
+    context->saved_data["layer"] = capsule;
     context->saved_data["sizes"] = input.sizes().vec();
-    const torch::Tensor weight = own.dequantised(input.scalar_type());
-    const auto bias = own.bias.defined() ? std::optional<torch::Tensor>(own.bias) : std::nullopt;
-    if (!own.convolution) {
-      // A product of several axes comes as a view of one of two; what leaves a function must not be one.
-      const torch::Tensor output = at::linear(input, weight, bias);
-      return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
-    }
-    return at::conv2d(input, weight, bias, own.stride, own.padding, 1, own.groups);
+    return static_cast<Layer *>(held.get())->forward(input);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
                                                  torch::autograd::variable_list gradients) {
-    const auto held = context->saved_data["weight"].toCapsule();
-    const Weight &own = weight_of(held);
-    const torch::Tensor &gradient = gradients[0];
-    const torch::Tensor weight = own.dequantised(gradient.scalar_type());
-    if (!own.convolution) return {gradient.matmul(weight), torch::Tensor()};
+    const auto held = context->saved_data["layer"].toCapsule();
     const auto sizes = context->saved_data["sizes"].toIntVector();
-    std::vector<int64_t> left;
-    for (int axis : {2, 3}) {
-      const int64_t least = (gradient.size(axis) - 1) * own.stride - 2 * own.padding + weight.size(axis);
-      left.push_back(sizes[axis] - least);
-    }
-    return {at::conv_transpose2d(gradient, weight, {}, own.stride, own.padding, left, own.groups, 1), torch::Tensor()};
+    return {static_cast<Layer *>(held.get())->backward(gradients[0], sizes), torch::Tensor()};
   }
 };
 
@@ -64,30 +158,28 @@ struct Frozen : torch::autograd::Function<Frozen> {
 
 extern "C" {
 
-const char *lora_frozen_last_error() { return last_error.c_str(); }
+// The layer's output, a new tensor. `bias` may be null.
+int lora_frozen(const torch::Tensor *input, const LoraStored *weight, const torch::Tensor *bias, int convolution, int64_t stride,
+                int64_t padding, int64_t groups, torch::Tensor **output) {
+  return lora::guarded([&] {
+    auto layer = c10::make_intrusive<Layer>(*weight);
+    layer->bias = or_none(bias);
+    layer->convolution = convolution != 0;
+    layer->stride = stride;
+    layer->padding = padding;
+    layer->groups = groups;
+    auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(std::move(layer)));
+    *output = new torch::Tensor(Frozen::apply(*input, capsule));
+  });
+}
 
-// `scale` and `bias` may be null. The output is a new tensor; null on failure.
-torch::Tensor *lora_frozen(torch::Tensor *input, torch::Tensor *stored, torch::Tensor *scale, torch::Tensor *bias,
-                           int convolution, int64_t stride, int64_t padding, int64_t groups) {
-  try {
-    auto weight = c10::make_intrusive<Weight>();
-    weight->stored = *stored;
-    if (scale != nullptr) weight->scale = *scale;
-    if (bias != nullptr) weight->bias = *bias;
-    weight->convolution = convolution != 0;
-    weight->stride = stride;
-    weight->padding = padding;
-    weight->groups = groups;
-    auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(weight));
-    return new torch::Tensor(Frozen::apply(*input, capsule));
-  } catch (const c10::Error &error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception &error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return nullptr;
+// The whole weight, a new tensor in `kind`.
+int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output) {
+  return lora::guarded([&] {
+    const torch::NoGradGuard no_grad;
+    const Stored own(*weight);
+    *output = new torch::Tensor(Rows(own, static_cast<at::ScalarType>(kind))(0, own.shape[0]));
+  });
 }
 
 } // extern "C"

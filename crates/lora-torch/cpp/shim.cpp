@@ -1,5 +1,5 @@
 // What lora-torch needs of libtorch that tch does not wrap: memory statistics of the accelerator, and the loss-scaling
-// kernel over a list of gradients. A C interface; no exception leaves it. Tensors cross as the `torch::Tensor*` that
+// kernel over a list of gradients. A C interface; no exception leaves it (guard.h). Tensors cross as the `torch::Tensor*` that
 // torch-sys uses. Nothing of CUDA is linked: the accelerator interface dispatches once libtorch_cuda is loaded.
 
 #include <ATen/DeviceAccelerator.h>
@@ -15,37 +15,16 @@
 #include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sqrt.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <c10/util/Exception.h>
 #include <torch/torch.h>
 
 #include <cstdint>
-#include <string>
 #include <vector>
+
+#include "guard.h"
 
 namespace {
 
-thread_local std::string last_error;
-
-// The order matters: out of memory is a c10::Error, which is a std::exception.
-template <typename F>
-int guarded(F &&body) noexcept {
-  try {
-    body();
-    return 0;
-  } catch (const c10::OutOfMemoryError &error) {
-    last_error = error.what_without_backtrace();
-    return 2;
-  } catch (const c10::Error &error) {
-    last_error = error.what_without_backtrace();
-    return 1;
-  } catch (const std::exception &error) {
-    last_error = error.what();
-    return 1;
-  } catch (...) {
-    last_error = "unknown C++ exception";
-    return 1;
-  }
-}
+using lora::guarded;
 
 std::vector<at::Tensor> list_of(torch::Tensor **tensors, size_t count) {
   std::vector<at::Tensor> list;
@@ -58,8 +37,8 @@ std::vector<at::Tensor> list_of(torch::Tensor **tensors, size_t count) {
 
 extern "C" {
 
-// Text of this thread's last failure; valid until its next call.
-const char *lora_shim_last_error() { return last_error.c_str(); }
+// Text of this thread's last failure in any of these files; valid until its next one.
+const char *lora_shim_last_error() { return lora::last_error().c_str(); }
 
 // out[0..4] = allocated now, allocated peak, reserved now, reserved peak, in bytes. 1 in *available if there is an accelerator.
 int lora_shim_memory_stats(int64_t device, int64_t *out, int *available) {

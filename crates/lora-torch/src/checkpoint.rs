@@ -2,16 +2,16 @@
 //! computed again in it. A third more computing for a fraction of the memory.
 
 use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tch::Tensor;
 
+use crate::Result;
 use crate::error::panic_message;
-use crate::shim::RawTensor;
-use crate::{Error, Result};
+use crate::shim::{RawTensor, new_tensor};
 
 /// A part of a network that graphs may hold on to, and that libtorch's threads may compute again.
 #[derive(Debug)]
@@ -53,14 +53,14 @@ impl<T> Deref for Shared<T> {
 type Run = dyn Fn(&[Tensor]) -> Result<Tensor> + Send;
 
 unsafe extern "C" {
-    fn lora_checkpoint_last_error() -> *const c_char;
     fn lora_checkpoint(
         part: *mut c_void,
         run: unsafe extern "C" fn(*mut c_void, *mut *mut RawTensor, usize, *mut *const c_char) -> *mut RawTensor,
         drop: unsafe extern "C" fn(*mut c_void),
         inputs: *mut *mut RawTensor,
         count: usize,
-    ) -> *mut RawTensor;
+        output: *mut *mut RawTensor,
+    ) -> c_int;
 }
 
 /// The output of `run` on `inputs`, of which only the inputs are kept: in the backward pass `run` is called again, on a
@@ -70,17 +70,14 @@ pub fn checkpoint(inputs: &[&Tensor], run: impl Fn(&[Tensor]) -> Result<Tensor> 
     let mut inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
     let mut pointers: Vec<*mut RawTensor> = inputs.iter_mut().map(Tensor::as_mut_ptr).collect();
     let part: Box<Box<Run>> = Box::new(Box::new(run));
-    // SAFETY: the box is given to C++, which gives it back to `release` exactly once, after its last `compute`; the
-    // pointers are live `torch::Tensor*` for the length of the call; what comes back is a new one, or null.
-    let output =
-        unsafe { lora_checkpoint(Box::into_raw(part).cast(), compute, release, pointers.as_mut_ptr(), pointers.len()) };
-    if output.is_null() {
-        // SAFETY: a NUL-terminated text in a thread-local of the shim, valid until this thread's next call.
-        let message = unsafe { CStr::from_ptr(lora_checkpoint_last_error()) }.to_string_lossy().into_owned();
-        return Err(Error::from_message(&message));
-    }
-    // SAFETY: a new tensor that nobody else owns.
-    Ok(unsafe { Tensor::from_ptr(output) })
+    new_tensor(|output| {
+        // SAFETY: the box is given to C++, which gives it back to `release` exactly once, after its last `compute`; the
+        // pointers are live `torch::Tensor*` for the length of the call.
+        unsafe {
+            let part = Box::into_raw(part).cast();
+            lora_checkpoint(part, compute, release, pointers.as_mut_ptr(), pointers.len(), output)
+        }
+    })
 }
 
 thread_local! {
@@ -146,6 +143,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::Error;
 
     fn leaf(values: &[f32]) -> Tensor {
         Tensor::from_slice(values).set_requires_grad(true)

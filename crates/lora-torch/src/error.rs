@@ -6,6 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use lora_core::Error as CoreError;
 use tch::TchError;
 
+use crate::frozen::Storage;
+
 /// What can go wrong between Rust and libtorch.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -50,6 +52,16 @@ pub enum Error {
         expected: usize,
         /// Bytes given.
         found: usize,
+    },
+    /// A frozen weight cannot be stored in the way asked for.
+    #[error("a weight of shape {shape:?} cannot be stored as {storage}: {reason}")]
+    Storage {
+        /// The weight's shape.
+        shape: Vec<i64>,
+        /// What it was to be stored as.
+        storage: Storage,
+        /// Why not.
+        reason: &'static str,
     },
     /// Adapter arithmetic refused.
     #[error(transparent)]

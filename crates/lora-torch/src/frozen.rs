@@ -1,13 +1,15 @@
-//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output,
-//! and made whole for one layer at a time, in the forward pass and again in the backward pass.
+//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output, or
+//! NF4 ([`crate::nf4`]), and made whole for one layer at a time, in the forward pass and again in the backward pass.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::c_int;
+use std::fmt;
 
 use lora_core::LayerGeometry;
 use tch::{Kind, Tensor};
 
 use crate::backend::apply_layer;
-use crate::shim::RawTensor;
+use crate::nf4::Nf4;
+use crate::shim::{RawTensor, new_tensor};
 use crate::{Error, Result};
 
 /// How frozen weights are stored.
@@ -21,57 +23,114 @@ pub enum Storage {
     Float8,
     /// 8-bit integers, scaled so that each output's largest weight is 127.
     Int8,
+    /// 4 bits on quantiles of the normal distribution, in blocks of 64 whose factors are stored in 8 bits.
+    Nf4,
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Half => "fp16",
+            Self::BFloat16 => "bf16",
+            Self::Float8 => "fp8",
+            Self::Int8 => "int8",
+            Self::Nf4 => "nf4",
+        })
+    }
 }
 
 /// A frozen weight of a layer, whole or in few bytes.
 #[derive(Debug)]
 pub struct FrozenWeight {
-    stored: Tensor,
-    /// Factor of each output, `[outputs, 1, …]`.
-    scale: Option<Tensor>,
+    stored: Stored,
+    shape: Vec<i64>,
     /// What it computes in.
     kind: Kind,
 }
 
+#[derive(Debug)]
+enum Stored {
+    /// Of any float dtype.
+    Plain(Tensor),
+    /// With a factor for each output, `[outputs, 1, …]`.
+    Scaled { values: Tensor, scale: Tensor },
+    /// In blocks.
+    Nf4(Nf4),
+}
+
+/// `LoraStored` of `cpp/frozen.cpp`.
+#[repr(C)]
+struct RawStored {
+    values: *const RawTensor,
+    scale: *const RawTensor,
+    absmax: *const RawTensor,
+    nested: *const RawTensor,
+    offset: *const RawTensor,
+    shape: *const i64,
+    axes: usize,
+    portable: c_int,
+}
+
 unsafe extern "C" {
-    fn lora_frozen_last_error() -> *const c_char;
     fn lora_frozen(
         input: *const RawTensor,
-        stored: *const RawTensor,
-        scale: *const RawTensor,
+        weight: *const RawStored,
         bias: *const RawTensor,
         convolution: c_int,
         stride: i64,
         padding: i64,
         groups: i64,
-    ) -> *mut RawTensor;
+        output: *mut *mut RawTensor,
+    ) -> c_int;
+    fn lora_frozen_whole(weight: *const RawStored, kind: c_int, output: *mut *mut RawTensor) -> c_int;
 }
+
+/// Numbers that are scaled at once: bounds what that needs beside the weight.
+const CHUNK: usize = 1 << 20;
 
 impl FrozenWeight {
     /// As it is.
     pub fn plain(weight: Tensor) -> Self {
-        Self { kind: weight.kind(), stored: weight, scale: None }
+        Self { shape: weight.size(), kind: weight.kind(), stored: Stored::Plain(weight) }
     }
 
     /// In fewer bytes; it goes on computing in the weight's own dtype. The first axis is that of the outputs.
     pub fn stored(weight: &Tensor, storage: Storage) -> Result<Self> {
-        let kind = weight.kind();
-        let cast = |own: Kind| -> Result<Self> { Ok(Self { stored: weight.f_to_kind(own)?, scale: None, kind }) };
-        let (own, largest) = match storage {
-            Storage::Half => return cast(Kind::Half),
-            Storage::BFloat16 => return cast(Kind::BFloat16),
-            Storage::Float8 => (Kind::Float8e4m3fn, 448.0),
-            Storage::Int8 => (Kind::Int8, 127.0),
+        let (shape, kind) = (weight.size(), weight.kind());
+        let refused = |reason| Err(Error::Storage { shape: weight.size(), storage, reason });
+        if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+            return refused("it is not of floats");
+        }
+        if weight.numel() == 0 {
+            return refused("it has no elements");
+        }
+        let (stored, factors) = match storage {
+            Storage::Half => (Stored::Plain(weight.f_to_kind(Kind::Half)?), None),
+            Storage::BFloat16 => (Stored::Plain(weight.f_to_kind(Kind::BFloat16)?), None),
+            Storage::Float8 | Storage::Int8 => {
+                let (values, scale) = scaled(weight, storage)?;
+                let factors = Some(scale.shallow_clone());
+                (Stored::Scaled { values, scale }, factors)
+            }
+            Storage::Nf4 => {
+                let own = Nf4::quantise(weight)?;
+                let factors = Some(own.offset().shallow_clone());
+                (Stored::Nf4(own), factors)
+            }
         };
-        let whole = weight.f_to_kind(Kind::Float)?;
-        let mut shape = vec![1; whole.dim()];
-        shape[0] = whole.size()[0];
-        let most = whole.f_flatten(1, -1)?.f_abs()?.f_amax([1i64], false)?;
-        // An output of zeros has no scale; any does.
-        let scale = most.f_div_scalar(largest)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_view(&*shape)?;
-        let scaled = whole.f_div(&scale)?;
-        let stored = if own == Kind::Int8 { scaled.f_round()?.f_clamp(-127.0, 127.0)? } else { scaled };
-        Ok(Self { stored: stored.f_to_kind(own)?, scale: Some(scale), kind })
+        // One number that is not finite makes its factor such a number, and with it all its neighbours.
+        if let Some(factors) = factors
+            && factors.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0
+        {
+            return refused("it holds numbers that are not finite, or too large for f32");
+        }
+        Ok(Self { stored, shape, kind })
+    }
+
+    /// In NF4 already.
+    #[cfg(test)]
+    pub(crate) fn nf4(own: Nf4, shape: Vec<i64>, kind: Kind) -> Self {
+        Self { stored: Stored::Nf4(own), shape, kind }
     }
 
     /// The dtype it computes in.
@@ -81,57 +140,101 @@ impl FrozenWeight {
 
     /// Where it is.
     pub fn device(&self) -> tch::Device {
-        self.stored.device()
+        match &self.stored {
+            Stored::Plain(values) | Stored::Scaled { values, .. } => values.device(),
+            Stored::Nf4(own) => own.packed().device(),
+        }
     }
 
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
         let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        of(&self.stored) + self.scale.as_ref().map_or(0, of)
+        match &self.stored {
+            Stored::Plain(values) => of(values),
+            Stored::Scaled { values, scale } => of(values) + of(scale),
+            Stored::Nf4(own) => [own.packed(), own.absmax(), own.nested(), own.offset()].into_iter().map(of).sum(),
+        }
     }
 
     /// The whole weight.
     pub fn whole(&self) -> Result<Tensor> {
-        let whole = self.stored.f_to_kind(self.kind)?;
-        Ok(match &self.scale {
-            Some(scale) => whole.f_mul(&scale.f_to_kind(self.kind)?)?,
-            None => whole,
-        })
+        if let Stored::Plain(values) = &self.stored {
+            return Ok(values.f_to_kind(self.kind)?);
+        }
+        // libtorch's own numbers of its dtypes.
+        let kind = match self.kind {
+            Kind::Half => 5,
+            Kind::Double => 7,
+            Kind::BFloat16 => 15,
+            _ => 6,
+        };
+        // SAFETY: what `raw` points to lives in `self`.
+        new_tensor(|output| unsafe { lora_frozen_whole(&self.raw(), kind, output) })
     }
 
     /// The layer's output, as [`apply_layer`] gives it.
     pub fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (convolution, stride, padding, groups) = match *geometry {
-            _ if self.scale.is_none() && self.stored.kind() == self.kind => {
-                return apply_layer(geometry, input, &self.stored, bias);
-            }
-            LayerGeometry::Linear { .. } => (0, 1, 0, 1),
             LayerGeometry::Conv2d { stride, padding, groups, .. } => (1, stride as i64, padding as i64, groups as i64),
+            // libtorch's own keeps no input where the weight needs no gradient.
+            LayerGeometry::Linear { .. } if !self.is_whole() => (0, 1, 0, 1),
             _ => return apply_layer(geometry, input, &self.whole()?, bias),
         };
-        let pointer = |tensor: Option<&Tensor>| tensor.map_or(std::ptr::null(), Tensor::as_ptr);
+        let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
         // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references of
-        // its own, and what comes back is a new tensor or null.
-        let output = unsafe {
-            lora_frozen(
-                input.as_ptr(),
-                self.stored.as_ptr(),
-                pointer(self.scale.as_ref()),
-                pointer(bias),
-                convolution,
-                stride,
-                padding,
-                groups,
-            )
-        };
-        if output.is_null() {
-            // SAFETY: a NUL-terminated text in a thread-local of the shim, valid until this thread's next call.
-            let message = unsafe { CStr::from_ptr(lora_frozen_last_error()) }.to_string_lossy().into_owned();
-            return Err(Error::from_message(&message));
-        }
-        // SAFETY: a new tensor that nobody else owns.
-        Ok(unsafe { Tensor::from_ptr(output) })
+        // its own.
+        new_tensor(|output| unsafe {
+            lora_frozen(input.as_ptr(), &self.raw(), bias, convolution, stride, padding, groups, output)
+        })
     }
+
+    fn is_whole(&self) -> bool {
+        matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
+    }
+
+    /// Pointers into `self`.
+    fn raw(&self) -> RawStored {
+        let none = std::ptr::null();
+        let (values, scale, nf4) = match &self.stored {
+            Stored::Plain(values) => (values.as_ptr(), none, None),
+            Stored::Scaled { values, scale } => (values.as_ptr(), scale.as_ptr(), None),
+            Stored::Nf4(own) => (own.packed().as_ptr(), none, Some(own)),
+        };
+        RawStored {
+            values,
+            scale,
+            absmax: nf4.map_or(none, |own| own.absmax().as_ptr()),
+            nested: nf4.map_or(none, |own| own.nested().as_ptr()),
+            offset: nf4.map_or(none, |own| own.offset().as_ptr()),
+            shape: self.shape.as_ptr(),
+            axes: self.shape.len(),
+            portable: nf4.is_some_and(Nf4::is_portable).into(),
+        }
+    }
+}
+
+/// Values in a byte each and the factor of each output, some outputs at a time.
+fn scaled(weight: &Tensor, storage: Storage) -> Result<(Tensor, Tensor)> {
+    let (own, largest) = if storage == Storage::Int8 { (Kind::Int8, 127.0) } else { (Kind::Float8e4m3fn, 448.0) };
+    let shape = weight.size();
+    let mut one_each = vec![1; shape.len()];
+    one_each[0] = shape[0];
+    let values = Tensor::f_empty(&*shape, (own, weight.device()))?;
+    let scale = Tensor::f_empty(&*one_each, (Kind::Float, weight.device()))?;
+    let step = (CHUNK * shape[0] as usize / weight.numel()).max(1);
+    for start in (0..shape[0]).step_by(step) {
+        let count = shape[0].min(start + step as i64) - start;
+        let part = weight.f_narrow(0, start, count)?.f_to_kind(Kind::Float)?;
+        let most = part.f_view([count, -1])?.f_abs()?.f_amax([1i64], false)?;
+        one_each[0] = count;
+        // An output of zeros has no scale; any does.
+        let factor = most.f_div_scalar(largest)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_view(&*one_each)?;
+        let part = part.f_div(&factor)?;
+        let part = if own == Kind::Int8 { part.f_round()?.f_clamp(-127.0, 127.0)? } else { part };
+        values.f_narrow(0, start, count)?.f_copy_(&part)?;
+        scale.f_narrow(0, start, count)?.f_copy_(&factor)?;
+    }
+    Ok((values, scale))
 }
 
 #[cfg(test)]
@@ -140,8 +243,14 @@ mod tests {
 
     use super::*;
 
-    const ALL: [(Storage, f64); 4] =
-        [(Storage::Half, 6e-4), (Storage::BFloat16, 5e-3), (Storage::Float8, 7e-2), (Storage::Int8, 1e-2)];
+    const ALL: [(Storage, f64); 5] = [
+        (Storage::Half, 6e-4),
+        (Storage::BFloat16, 5e-3),
+        (Storage::Float8, 7e-2),
+        (Storage::Int8, 1e-2),
+        // Half of the widest gap between codes, -1 to -0.696, and what the factor's own 8 bits lose.
+        (Storage::Nf4, 0.17),
+    ];
 
     fn random(shape: &[i64]) -> Tensor {
         tch::manual_seed(7);
@@ -157,46 +266,74 @@ mod tests {
         let weight = random(&[16, 24]) * random(&[16, 1]).abs();
         for (storage, tolerance) in ALL {
             let own = FrozenWeight::stored(&weight, storage).unwrap();
-            let most = weight.abs().amax([1i64], true);
-            // Integers err by half a step of the output's largest, floats by a share of the value.
-            let error = largest(&((own.whole().unwrap() - &weight) / &most));
+            // What shares a largest value: an output, or a block of 64.
+            let together = if storage == Storage::Nf4 { [6, 64] } else { [16, 24] };
+            let most = weight.view(together).abs().amax([1i64], true);
+            // Integers err by half a step of that, floats by a share of the value.
+            let error = largest(&((own.whole().unwrap() - &weight).view(together) / &most));
             assert!(error > 0.0 && error < tolerance, "{storage:?}: {error}");
             assert_eq!(own.kind(), Kind::Float);
         }
         let bytes = |storage| FrozenWeight::stored(&weight, storage).unwrap().bytes();
         assert_eq!((bytes(Storage::Half), bytes(Storage::Int8)), (2 * 384, 384 + 64));
+        assert_eq!(bytes(Storage::Nf4), 384 / 2 + 6 + 4 + 4);
         // By hand: the largest is 127 steps.
         let own = FrozenWeight::stored(&Tensor::from_slice(&[2.54f32, -1.27, 0.02, 0.0]).view([1, 4]), Storage::Int8);
         let own = own.unwrap();
-        assert_eq!(Vec::<i8>::try_from(own.stored.view([-1])).unwrap(), [127, -64, 1, 0]);
+        let Stored::Scaled { values, .. } = &own.stored else { panic!("{own:?}") };
+        assert_eq!(Vec::<i8>::try_from(values.view([-1])).unwrap(), [127, -64, 1, 0]);
         let zeros = FrozenWeight::stored(&Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)), Storage::Int8).unwrap();
         assert_eq!(largest(&zeros.whole().unwrap()), 0.0);
     }
 
+    /// The same arithmetic on the same whole weight, so that it is the same to the bit, but where sums are taken in another
+    /// order: tiles of large weights, and libtorch's own backward pass of a convolution.
     #[test]
     fn outputs_and_gradients_are_those_of_the_whole_weight() {
+        let grouped =
+            LayerGeometry::Conv2d { in_channels: 6, out_channels: 10, kernel: 3, stride: 1, padding: 1, groups: 2 };
         let layers = [
-            (LayerGeometry::linear(6, 10), vec![2, 5, 6]),
-            (LayerGeometry::conv2d(6, 10, 3, 1, 1), vec![2, 6, 7, 9]),
-            (LayerGeometry::conv2d(6, 10, 3, 2, 1), vec![2, 6, 8, 9]),
-            (LayerGeometry::conv2d(6, 10, 1, 1, 0), vec![1, 6, 4, 4]),
+            (LayerGeometry::linear(6, 10), vec![2, 5, 6], true),
+            (LayerGeometry::conv2d(6, 10, 3, 1, 1), vec![2, 6, 7, 9], false),
+            (LayerGeometry::conv2d(6, 10, 3, 2, 1), vec![2, 6, 8, 9], false),
+            (LayerGeometry::conv2d(6, 10, 1, 1, 0), vec![1, 6, 4, 4], false),
+            (grouped, vec![2, 6, 5, 4], false),
+            // Two tiles, of rows that do not begin a block of NF4 each.
+            (LayerGeometry::linear(2050, 1100), vec![3, 2050], false),
+            (LayerGeometry::conv2d(250, 1024, 3, 1, 1), vec![1, 250, 3, 3], false),
         ];
-        for (geometry, shape) in layers {
+        for (geometry, shape, exact) in layers {
             let weight_shape: Vec<i64> = geometry.weight_shape().iter().map(|&side| side as i64).collect();
-            let (weight, bias) = (random(&weight_shape), random(&[10]));
-            for (storage, _) in ALL {
-                let own = FrozenWeight::stored(&weight, storage).unwrap();
+            let (weight, bias) = (random(&weight_shape) * 0.1, random(&[weight_shape[0]]));
+            let stored = ALL.map(|(storage, _)| FrozenWeight::stored(&weight, storage).unwrap());
+            for own in stored.into_iter().chain([FrozenWeight::plain(weight.shallow_clone())]) {
                 let (a, b) = (random(&shape).set_requires_grad(true), random(&shape).set_requires_grad(true));
                 let output = own.apply(&geometry, &a, Some(&bias)).unwrap();
                 let expected = apply_layer(&geometry, &b, &own.whole().unwrap(), Some(&bias)).unwrap();
-                assert!(largest(&(&output - &expected)) < 1e-4, "{geometry:?} {storage:?}");
                 let toward = random(&output.size());
                 (&output * &toward).sum(Kind::Float).backward();
                 (&expected * &toward).sum(Kind::Float).backward();
-                assert!(largest(&(a.grad() - b.grad())) < 1e-4, "{geometry:?} {storage:?}");
+                for (own, expected) in [(output, expected), (a.grad(), b.grad())] {
+                    let apart = largest(&(&own - &expected)) / largest(&expected);
+                    assert!(apart <= if exact { 0.0 } else { 2e-6 }, "{geometry:?} {apart}");
+                }
             }
         }
         let wrong = FrozenWeight::stored(&random(&[10, 6]), Storage::Int8).unwrap();
         assert!(wrong.apply(&LayerGeometry::linear(6, 10), &random(&[2, 7]), None).is_err());
+    }
+
+    #[test]
+    fn half_precision_computes_in_its_own_dtype() {
+        let geometry = LayerGeometry::linear(64, 48);
+        let weight = (random(&[48, 64]) * 0.1).to_kind(Kind::BFloat16);
+        for storage in [Storage::Nf4, Storage::Int8, Storage::Float8] {
+            let own = FrozenWeight::stored(&weight, storage).unwrap();
+            let input = random(&[3, 64]).to_kind(Kind::BFloat16).set_requires_grad(true);
+            let output = own.apply(&geometry, &input, None).unwrap();
+            assert_eq!(output, input.linear(&own.whole().unwrap(), None::<&Tensor>));
+            output.sum(Kind::Float).backward();
+            assert_eq!((output.kind(), input.grad().kind()), (Kind::BFloat16, Kind::BFloat16));
+        }
     }
 }

@@ -9,6 +9,8 @@ pub mod foreach;
 pub mod frozen;
 pub mod gradients;
 pub mod memory;
+pub mod nf4;
+pub mod norm;
 mod scaler;
 mod shim;
 pub mod tensor;

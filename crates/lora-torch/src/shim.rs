@@ -1,4 +1,5 @@
-//! The C interface of `cpp/shim.cpp`. Private: the modules beside it wrap it safely.
+//! The C interface of `cpp/shim.cpp`, and how all C++ of this crate reports failures (`cpp/guard.h`). Private: the modules beside
+//! it wrap it safely.
 
 use std::borrow::Borrow;
 use std::ffi::{CStr, c_char, c_int};
@@ -60,13 +61,21 @@ unsafe extern "C" {
 }
 
 /// Turns a shim's return code into a result: 0 fine, 2 out of memory, anything else another failure.
-fn checked(code: c_int) -> Result<()> {
+pub(crate) fn checked(code: c_int) -> Result<()> {
     if code == 0 {
         return Ok(());
     }
     // SAFETY: the shim keeps its text, NUL-terminated, in a thread-local string until this thread's next shim call.
     let message = unsafe { CStr::from_ptr(lora_shim_last_error()) }.to_string_lossy().into_owned();
     Err(if code == 2 { Error::OutOfMemory(message) } else { Error::from_message(&message) })
+}
+
+/// What a call writes through the pointer that it is given.
+pub(crate) fn new_tensor(call: impl FnOnce(*mut *mut RawTensor) -> c_int) -> Result<Tensor> {
+    let mut output = std::ptr::null_mut();
+    checked(call(&mut output))?;
+    // SAFETY: without a failure the shim has written a new tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(output) })
 }
 
 /// `[allocated, allocated peak, reserved, reserved peak]` in bytes, or `None` without an accelerator.

@@ -117,7 +117,13 @@ fn the_mildest_remedies_that_suffice_are_taken() {
 
 #[test]
 fn resolution_falls_only_where_it_may() {
-    let keys = ["batch_size=1", "gradient_checkpointing=true", "train_text_encoder=false", "base_storage=int8"];
+    let keys = [
+        "batch_size=1",
+        "gradient_checkpointing=true",
+        "train_text_encoder=false",
+        "base_storage=nf4",
+        "optimizer=adamw8bit",
+    ];
     let least = match plan(&config(&[&keys[..], &["vram_budget=600MiB"]].concat()), &Plugins::default()) {
         Err(error @ Error::Budget { .. }) => error.to_string(),
         other => panic!("{other:?}"),
@@ -200,7 +206,7 @@ fn the_documentation_shows_what_is_predicted() {
         "| | batch | weights | saved activations | adapter, gradients, optimiser | working | beside tensors | peak |\n\
          |---|---|---|---|---|---|---|---|\n",
     );
-    let rows: [(&str, &[&str]); 6] = [
+    let rows: [(&str, &[&str]); 7] = [
         ("fp32", &["precision=fp32"]),
         ("fp16", &[]),
         ("fp16, text encoder frozen", &["train_text_encoder=false"]),
@@ -210,6 +216,7 @@ fn the_documentation_shows_what_is_predicted() {
             "the same, text encoder frozen",
             &["gradient_checkpointing=true", "base_storage=int8", "train_text_encoder=false"],
         ),
+        ("the same, NF4 base", &["gradient_checkpointing=true", "base_storage=nf4", "train_text_encoder=false"]),
     ];
     for (name, keys) in rows {
         for batch in ["1", "2"] {

@@ -644,7 +644,7 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
     };
     let whole = run(&[]);
     // The layers themselves are held against the whole weights in lora-torch. (Resolution: see above.)
-    for (storage, tolerance) in [("fp16", 1e-5), ("bf16", 5e-3), ("fp8", 8e-2), ("int8", 3e-3)] {
+    for (storage, tolerance) in [("fp16", 1e-5), ("bf16", 5e-3), ("fp8", 8e-2), ("int8", 3e-3), ("nf4", 2e-1)] {
         let storage = format!("base_storage={storage}");
         let (loss, norm) = run(&[&storage]);
         let apart = (loss / whole.0 - 1.0).abs().max((norm / whole.1 - 1.0).abs());
@@ -653,7 +653,9 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
         assert!((loss / again.0 - 1.0).abs() < 1e-6 && (norm / again.1 - 1.0).abs() < 1e-5, "{storage}");
     }
     // Variants that need the whole weight get it.
-    assert!(run(&["base_storage=int8", "variant=dora"]).0.is_finite());
+    for storage in ["base_storage=int8", "base_storage=nf4"] {
+        assert!(run(&[storage, "variant=dora"]).0.is_finite());
+    }
 }
 
 #[test]

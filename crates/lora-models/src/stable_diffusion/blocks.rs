@@ -49,11 +49,11 @@ impl ResnetBlock {
 
     /// `[batch, inputs, height, width]` to `[batch, outputs, height, width]`; `time` is `[batch, time]`, SiLU applied.
     pub(super) fn forward(&self, input: &Tensor, time: Option<&Tensor>, pass: &Pass) -> Result<Tensor> {
-        let mut hidden = self.conv1.forward(&self.norm1.forward(input)?.f_silu()?, pass)?;
+        let mut hidden = self.conv1.forward(&self.norm1.forward_silu(input)?, pass)?;
         if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
             hidden = hidden.f_add(&projection.forward(time, pass)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
-        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?.f_silu()?, pass)?;
+        let hidden = self.conv2.forward(&self.norm2.forward_silu(&hidden)?, pass)?;
         match &self.conv_shortcut {
             Some(shortcut) => Ok(hidden.f_add(&shortcut.forward(input, pass)?)?),
             None => Ok(hidden.f_add(input)?),

@@ -293,7 +293,7 @@ impl Unet {
                 hidden = upsample(conv, &hidden, size, pass)?;
             }
         }
-        let output = self.conv_out.forward(&self.conv_norm_out.forward(&hidden)?.f_silu()?, pass)?;
+        let output = self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden)?, pass)?;
         Ok(output.f_to_kind(Kind::Float)?)
     }
 

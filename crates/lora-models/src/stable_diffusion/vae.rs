@@ -245,6 +245,6 @@ impl Coder {
     }
 
     fn finish(&self, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
-        self.conv_out.forward(&self.conv_norm_out.forward(hidden)?.f_silu()?, pass)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(hidden)?, pass)
     }
 }

@@ -409,10 +409,10 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key("device", "auto, cpu, cuda, cuda:N", "\"auto\"", "Where to train.", ""),
             key(
                 "base_storage",
-                "precision, fp16, bf16, fp8, int8",
+                "precision, fp16, bf16, fp8, int8, nf4",
                 "\"precision\"",
-                "How the frozen weights of the U-Net and the text encoder are stored; each is made whole for its layer alone. fp8 and int8 have one factor for each output.",
-                "fp8 and int8 take a byte a weight: half of fp16, a quarter of fp32.",
+                "How the frozen weights of the U-Net and the text encoder are stored; each is made whole for its layer alone. fp8 and int8 have one factor for each output, nf4 one for each 64 weights (QLoRA's, double quantisation).",
+                "fp8 and int8 take a byte a weight: half of fp16, a quarter of fp32. nf4 takes half of that.",
             ),
             key(
                 "gradient_checkpointing",

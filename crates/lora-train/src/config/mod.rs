@@ -407,6 +407,7 @@ impl TrainConfig {
                         ("bf16", Some(Storage::BFloat16)),
                         ("fp8", Some(Storage::Float8)),
                         ("int8", Some(Storage::Int8)),
+                        ("nf4", Some(Storage::Nf4)),
                     ],
                 )
                 .unwrap_or_default(),

@@ -37,7 +37,7 @@ impl Tape {
         let (wants_input, wants_weight) = (input.needs_gradient(), trained.needs_gradient());
         let is_convolution = matches!(geometry, LayerGeometry::Conv2d { .. });
         let mut saved = Vec::new();
-        if wants_weight || is_convolution && !product.stored {
+        if wants_weight || is_convolution && matches!(weight, Weight::Trained(_)) {
             saved.push(&frozen);
         }
         if matches!(weight, Weight::Trained(_)) && (wants_input || is_convolution) {
@@ -66,6 +66,26 @@ impl Tape {
             let given = given[0].as_ref();
             let _ordered = given.filter(|given| given.must_be_ordered(permuted)).map(|given| tape.like(given));
             vec![Some(tape.value(&shape, kind).permuted(permuted))]
+        });
+        output
+    }
+
+    /// Group normalisation and SiLU in one. Keeps its input, in order, and mean and deviation of each group.
+    pub(super) fn norm_silu(&self, input: &Value, groups: usize) -> Value {
+        let (shape, kind) = (input.shape().to_vec(), input.kind());
+        let kept = if input.is_permuted() { self.value(&shape, kind) } else { input.detach() };
+        let statistics = self.value(&[2, shape[0], groups], kind);
+        let mut output = self.value(&shape, kind);
+        self.record(&[input], &mut [&mut output], &[&kept, &statistics], move |tape, given| {
+            let given = given[0].as_ref();
+            let gradient = {
+                let _normed = tape.value(&shape, kind);
+                let _ordered = given.filter(|given| given.must_be_ordered(false)).map(|given| tape.like(given));
+                tape.value(&shape, kind)
+            };
+            let result = tape.value(&shape, kind);
+            drop(gradient);
+            vec![Some(result)]
         });
         output
     }

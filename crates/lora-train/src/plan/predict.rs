@@ -28,6 +28,9 @@ use crate::trainable::AdapterOptions;
 /// Timesteps that validation looks at in one batch.
 const VALIDATION_BATCH: usize = 16;
 
+/// Numbers that are brought into few bytes at once.
+const CHUNK: u64 = 1 << 20;
+
 /// Workspace that libtorch gives to each of cuBLAS's handles, of which the backward pass has its own.
 const CUBLAS_WORKSPACE: u64 = 2 * (4096 << 10) + 8 * (16 << 10);
 
@@ -271,18 +274,28 @@ impl Run<'_> {
                 continue;
             };
             let _whole = self.tape.scratch(whole);
-            let (Storage::Float8 | Storage::Int8) = storage else {
-                blocks.push(meter.block(2 * elements, part));
-                continue;
-            };
-            let _single = (kind != Kind::Float).then(|| self.tape.scratch(4 * elements));
-            let _scaled = self.tape.scratch(4 * elements);
-            let _rounded = (storage == Storage::Int8).then(|| {
-                let _unclamped = self.tape.scratch(4 * elements);
-                self.tape.scratch(4 * elements)
-            });
-            blocks.push(meter.block(elements, part));
-            blocks.push(meter.block(4 * shape[0] as u64, part));
+            match storage {
+                Storage::Half | Storage::BFloat16 => blocks.push(meter.block(2 * elements, part)),
+                Storage::Float8 | Storage::Int8 => {
+                    blocks.push(meter.block(elements, part));
+                    blocks.push(meter.block(4 * shape[0] as u64, part));
+                    // Some outputs at a time, in fp32.
+                    let outputs = (CHUNK * shape[0] as u64 / elements).clamp(1, shape[0] as u64);
+                    let single = 4 * outputs * elements / shape[0] as u64;
+                    let copies = u64::from(kind != Kind::Float) + if storage == Storage::Int8 { 3 } else { 1 };
+                    drop(self.tape.scratch(copies * single));
+                }
+                Storage::Nf4 => {
+                    let most = 4 * elements.div_ceil(64);
+                    blocks.push(meter.block(elements.div_ceil(2), part));
+                    let _most = self.tape.scratch(most);
+                    let copy = if kind == Kind::Float { 0 } else { 4 * elements.min(CHUNK) };
+                    // Rows of factors on their way to 8 bits.
+                    drop(self.tape.scratch(copy.max(4 * most)));
+                    let sizes = [elements.div_ceil(64), 4 * elements.div_ceil(64 * 256), 4];
+                    blocks.extend(sizes.map(|bytes| meter.block(bytes, part)));
+                }
+            }
         }
         blocks
     }

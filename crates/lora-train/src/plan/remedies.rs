@@ -48,9 +48,10 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
     };
     let storages = match (config.base_storage, arithmetic) {
         _ if full => vec![],
-        (Some(Storage::Int8 | Storage::Float8), _) => vec![],
-        (None, DType::F32) => vec![Storage::Half, Storage::Int8],
-        _ => vec![Storage::Int8],
+        (Some(Storage::Nf4), _) => vec![],
+        (Some(Storage::Int8 | Storage::Float8), _) => vec![Storage::Nf4],
+        (None, DType::F32) => vec![Storage::Half, Storage::Int8, Storage::Nf4],
+        _ => vec![Storage::Int8, Storage::Nf4],
     };
     let resolutions = if config.allow_lower_resolution { vec![7, 6] } else { vec![] };
     vec![
@@ -150,6 +151,9 @@ impl Change {
                 "frozen weights are rounded to half precision, as most files hold them; each is converted twice a step"
                     .into()
             }
+            Change::Storage(Storage::Nf4) => {
+                "frozen weights are rounded to 4 bits, which costs some accuracy; each is converted twice a step".into()
+            }
             Change::Storage(_) => "frozen weights are rounded to 8 bits; each is converted twice a step".into(),
             Change::Optimiser8bit => "averages are rounded to 8 bits in blocks of 256; curves stay alike".into(),
             Change::Keep => "same update; about a quarter less time a step".into(),
@@ -187,12 +191,8 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting
         DType::F16 => "\"fp16\"",
         _ => "\"bf16\"",
     };
-    let storage = |storage: Option<Storage>| match storage {
-        None => "\"precision\"",
-        Some(Storage::Half) => "\"fp16\"",
-        Some(Storage::BFloat16) => "\"bf16\"",
-        Some(Storage::Float8) => "\"fp8\"",
-        Some(Storage::Int8) => "\"int8\"",
+    let storage = |storage: Option<Storage>| {
+        format!("\"{}\"", storage.map_or("precision".to_owned(), |storage| storage.to_string()))
     };
     let values = |config: &TrainConfig| {
         [
@@ -203,7 +203,7 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting
             ("precision", precision(config.precision).to_owned()),
             ("max_resolution", size(config.max_resolution)),
             ("sample_resolution", size(config.samples.resolution)),
-            ("base_storage", storage(config.base_storage).to_owned()),
+            ("base_storage", storage(config.base_storage)),
             ("optimizer", format!("\"{}\"", config.optimizer)),
             ("lora_rank", config.lora_rank.to_string()),
             ("lora_alpha", config.lora_alpha.to_string()),

@@ -71,13 +71,7 @@ pub(super) fn forward(layers: &Rc<Layers>, config: &UnetConfig, latents: &Value,
             hidden = layers.conv2d(&format!("{scope}.upsamplers.0.conv"), &larger, channels[level], 3, 1);
         }
     }
-    let output = layers.conv2d(
-        "conv_out",
-        &tape.activation(&tape.group_norm(&hidden, config.norm_groups)),
-        config.latent_channels,
-        3,
-        1,
-    );
+    let output = layers.conv2d("conv_out", &tape.norm_silu(&hidden, config.norm_groups), config.latent_channels, 3, 1);
     tape.cast(&output, Kind::Float)
 }
 

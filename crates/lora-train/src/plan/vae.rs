@@ -69,13 +69,11 @@ fn middle(layers: &Rc<Layers>, config: &VaeConfig, scope: &str, input: &Value) -
     let value = square("to_v", &tokens);
     let mixed = square("to_out.0", &tape.attention(&query, &key, &value, 1));
     let sum = tape.add(&mixed.permute(&[batch, channels, height, width]), &input);
-    // The strides of a single picture's axes are ambiguous: the normalisation that follows takes them for the usual order.
-    let is_permuted = sum.is_permuted() && batch > 1;
-    resnet(layers, &path("resnets.1"), &sum.permuted(is_permuted), channels, None, config.norm_groups)
+    resnet(layers, &path("resnets.1"), &sum, channels, None, config.norm_groups)
 }
 
 fn finish(layers: &Rc<Layers>, config: &VaeConfig, scope: &str, hidden: &Value, outputs: usize) -> Value {
     let tape = &layers.tape;
     let out = format!("{scope}.conv_out");
-    layers.conv2d(&out, &tape.activation(&tape.group_norm(hidden, config.norm_groups)), outputs, 3, 1)
+    layers.conv2d(&out, &tape.norm_silu(hidden, config.norm_groups), outputs, 3, 1)
 }
