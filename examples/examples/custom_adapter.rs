@@ -9,10 +9,9 @@ use lora_core::backend::{Backend, CpuBackend};
 use lora_core::conformance::{Layer, Row, check};
 use lora_core::random::Stream;
 use lora_core::variant::{BaseLayer, Parameters, Request, Variant, VariantRegistry};
-use lora_core::{DType, HostTensor, LayerGeometry, Result, Strength};
+use lora_core::{HostTensor, LayerGeometry, Result, Strength};
 use lora_io::adapter;
 use lora_io::merge::{MergeOptions, Weighted, merge};
-use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::{Plugins, train};
 
@@ -61,10 +60,6 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let settings = ["variant=output-gain", "max_train_steps=5", "sample_prompts=[]", "output_name=output-gain"];
     let config = TrainConfig::from_text(&text, Format::Toml, &settings)?;
     let base = config.base_model.clone();
-    if !base.exists() {
-        std::fs::create_dir_all(&config.output_dir)?;
-        SyntheticModel::tiny().write(&base, DType::F16)?;
-    }
     let result = train(config, &plugins, Vec::new(), &Arc::new(AtomicBool::new(false)), &mut |_| {})?;
 
     let mut variants = VariantRegistry::<CpuBackend>::default();

@@ -1,7 +1,8 @@
 //! Judges the small base model, and what a LoRA makes of it, by numbers that need no eye.
 //!
-//! `cargo run --release --example judge -- base BASE PICTURES/held_out`
-//!     how well the autoencoder keeps pictures, and on how many the right caption has a lower loss than a wrong one;
+//! `cargo run --release --example judge -- base BASE PICTURES/held_out [SAMPLES.png]`
+//!     how well the autoencoder keeps pictures, and on how many the right caption has a lower loss than a wrong one; draws
+//!     samples of 40 prompts;
 //! `cargo run --release --example judge -- style CONFIG PICTURES/train [key=value …]`
 //!     trains by a configuration and tells by how much the loss on held-out pictures falls, and how many of 40 samples a
 //!     classifier of styles calls the new one, before and after. The classifier is trained on real pictures only.
@@ -24,16 +25,33 @@ use lora_train::{Plugins, Session};
 const STYLES: [&str; 4] = ["noto", "twemoji", "fluent", "gradient"];
 const NEW_STYLE: i64 = STYLES.len() as i64;
 
+/// What the base is asked for: each subject in each style that it knows well, and without naming one.
+const SUBJECTS: [&str; 10] = [
+    "red apple, fruit",
+    "cat face, animal",
+    "bus, vehicle",
+    "tulip, flower",
+    "hamburger, food",
+    "penguin, bird",
+    "guitar, musical instrument",
+    "sailboat, boat",
+    "octopus, sea animal",
+    "rocket, aircraft",
+];
+const SAMPLE_STYLES: [&str; 4] = [", noto", ", twemoji", ", fluent", ""];
+
 fn main() -> Answer<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["base", base, pictures] => judge_base(base, Path::new(pictures)),
+        ["base", base, pictures] => judge_base(base, Path::new(pictures), None),
+        ["base", base, pictures, samples] => judge_base(base, Path::new(pictures), Some(Path::new(samples))),
         ["style", config, pictures, overrides @ ..] => judge_style(config, Path::new(pictures), overrides),
-        _ => Err("expected `base BASE PICTURES/held_out` or `style CONFIG PICTURES/train [key=value …]`".into()),
+        _ => Err("expected `base BASE PICTURES/held_out [SAMPLES.png]` or `style CONFIG PICTURES/train [key=value …]`"
+            .into()),
     }
 }
 
-fn judge_base(base: &str, pictures: &Path) -> Answer<()> {
+fn judge_base(base: &str, pictures: &Path, samples: Option<&Path>) -> Answer<()> {
     let vae = load_vae(&Checkpoint::open(base)?, Kind::Float, Device::Cpu, Held::default())?;
     let held_out = load_pictures(pictures)?;
     println!("autoencoder: {:.2} dB on {} pictures", no_grad(|| psnr(&vae, &held_out))?, held_out.size()[0]);
@@ -41,7 +59,7 @@ fn judge_base(base: &str, pictures: &Path) -> Answer<()> {
     let folder = pictures.display().to_string();
     let text = serde_json::json!({
         "base_model": base, "train_data_dir": folder, "output_dir": "out/judge", "max_resolution": 64,
-        "precision": "fp32", "device": "cpu", "max_train_steps": 1,
+        "precision": "fp32", "device": "cpu", "max_train_steps": 1, "sample_guidance_scale": 4, "sample_steps": 20,
     });
     let config = TrainConfig::from_text::<&str>(&text.to_string(), Format::Yaml, &[])?;
     let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {})?;
@@ -71,7 +89,20 @@ fn judge_base(base: &str, pictures: &Path) -> Answer<()> {
         mean(&right_losses),
         mean(&wrong_losses)
     );
+    let Some(path) = samples else { return Ok(()) };
+    let mut rows = Vec::new();
+    for style in SAMPLE_STYLES {
+        let prompts: Vec<String> = SUBJECTS.iter().map(|subject| format!("{subject}{style}")).collect();
+        rows.push(row(style.trim_start_matches(", "), &session.sample(&prompts)?));
+    }
+    grid::draw(&rows, &SUBJECTS.map(str::to_owned)).save(path)?;
+    println!("samples: {}", path.display());
     Ok(())
+}
+
+fn row(label: &str, pictures: &[RgbPicture]) -> GridRow {
+    let picture = |own: &RgbPicture| GridPicture { width: own.width(), height: own.height(), rgb: own.data().to_vec() };
+    GridRow { label: label.to_owned(), pictures: pictures.iter().map(picture).collect() }
 }
 
 fn judge_style(config: &str, pictures: &Path, overrides: &[&str]) -> Answer<()> {
@@ -105,17 +136,6 @@ fn judge_style(config: &str, pictures: &Path, overrides: &[&str]) -> Answer<()> 
     }
     let peak = host_memory().map_or(0, |host| host.peak >> 20);
     println!("{} steps in {seconds:.1} s; peak {peak} MiB", session.steps_done());
-    let row = |label: &str, pictures: &[RgbPicture]| GridRow {
-        label: label.to_owned(),
-        pictures: pictures
-            .iter()
-            .map(|picture| GridPicture {
-                width: picture.width(),
-                height: picture.height(),
-                rgb: picture.data().to_vec(),
-            })
-            .collect(),
-    };
     for (index, columns) in prompts.chunks(10).enumerate() {
         let range = 10 * index..10 * index + columns.len();
         let rows = [row("before", &before.1[range.clone()]), row("after", &after.1[range])];

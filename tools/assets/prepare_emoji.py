@@ -6,8 +6,9 @@
     python3 tools/assets/prepare_emoji.py quickstart      assets/quickstart: a fifth style, which the base never sees
 
 `base` writes FOLDER/train/STYLE (the quickstart's subjects and three in ten of the others), FOLDER/held_out/STYLE (one
-subject in seven of those, in one style: the base sees it in the other styles only) and FOLDER/more/STYLE (the other subjects,
-for the autoencoder). Captions are the emoji's official English name, a word for its kind and, for the base, its style:
+subject in seven of those, in one style: the base sees it in the other styles only), FOLDER/more/STYLE (the other subjects,
+for the autoencoder) and FOLDER/known/STYLE (of `train`, what the second stage is trained on: the quickstart's subjects and
+those held out, in three styles). Captions are the emoji's official English name, a word for its kind and, for the base, its style:
 `red apple, fruit, noto`. Packages are fetched with `npm pack`, or taken from --packages. The same versions give the same
 bytes.
 """
@@ -89,6 +90,8 @@ KINDS = {
     "hotel": "object",
     "time": "clock",
 }
+# The styles of the second stage: of the fourth, the base shall only have heard.
+KNOWN_STYLES = {"noto", "twemoji", "fluent"}
 # Dials that differ by a hand.
 LEFT_OUT = {f"clock{hour}{half}" for hour in range(1, 13) for half in ("", "30")}
 
@@ -199,14 +202,19 @@ def parts(slug, styles, chosen):
 
 def base(packages, output):
     chosen = {name.replace(" ", "-") for name in listed(QUICKSTART) + listed(QUICKSTART_HELD_OUT)}
-    counts = {"train": 0, "held_out": 0, "more": 0}
+    counts = {"train": 0, "held_out": 0, "more": 0, "known": 0}
     for emoji in packages.emoji():
         pictures = {style: packages.picture(place, emoji) for style, place in BASE_STYLES.items()}
         pictures = {style: picture for style, picture in pictures.items() if picture}
-        for style, part in parts(emoji["slug"], pictures, chosen).items():
+        places = parts(emoji["slug"], pictures, chosen)
+        known = emoji["slug"] in chosen or "held_out" in places.values()
+        for style, part in places.items():
             save(output / part / style, emoji, pictures[style], style)
             counts[part] += 1
-    print(f"{output}: {counts['train']} pictures, {counts['held_out']} held out, {counts['more']} more")
+            if part == "train" and known and style in KNOWN_STYLES:
+                save(output / "known" / style, emoji, pictures[style], style)
+                counts["known"] += 1
+    print(f"{output}: " + ", ".join(f"{count} {part}" for part, count in counts.items()))
 
 
 def quickstart(packages, output):
