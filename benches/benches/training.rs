@@ -1,88 +1,212 @@
-//! Training steps: a small model by default; `LORA_BENCH_FULL=1` adds Stable Diffusion 1.5's own sizes with random weights
-//! (it needs 8 GB of memory and minutes on a CPU). On CUDA where there is a device.
+//! Steps of whole runs over the settings that decide memory and speed, one setting changed at a time: seconds a step by
+//! criterion, the peak of what libtorch holds, and what `lora plan` predicts of it. Leaves `out/bench/training-DEVICE.json`
+//! and a plot beside it.
+//!
+//! A small model by default; `LORA_BENCH_FULL=1` takes Stable Diffusion 1.5's own sizes with made-up weights (on a CPU that
+//! needs 8 GB of memory and half an hour; `-- --quick` takes fewer steps). On CUDA where there is a device.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use lora_core::target::Targets;
-use lora_core::variant::VariantRegistry;
-use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
+use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{SyntheticWeights, Weights};
-use lora_torch::device;
-use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::loss::{LossWeights, denoising_loss};
-use lora_train::optimiser::OptimiserState;
-use lora_train::parameters::ParameterList;
-use lora_train::trainable::{AdapterOptions, TrainableAdapter};
+use lora_torch::tch::Device;
+use lora_torch::{device, memory};
+use lora_train::config::{Format, TrainConfig};
+use lora_train::plan::{Phase, plan};
+use lora_train::{Plugins, Session};
+use serde::Serialize;
 
-/// A U-Net with a LoRA, a batch, and everything a step takes.
-struct Step {
-    unet: Unet,
-    parameters: ParameterList,
-    schedule: NoiseSchedule,
-    latents: Tensor,
-    context: Tensor,
+/// What differs from the reference.
+const GRID: [(&str, &[&str]); 26] = [
+    ("reference", &[]),
+    ("fp32", &["precision=fp32"]),
+    ("bf16", &["precision=bf16"]),
+    ("rank 4", &["lora_rank=4"]),
+    ("rank 16", &["lora_rank=16"]),
+    ("rank 32", &["lora_rank=32"]),
+    ("rank 128", &["lora_rank=128"]),
+    ("384 px", &["max_resolution=384"]),
+    ("448 px", &["max_resolution=448"]),
+    ("768 px", &["max_resolution=768"]),
+    ("batch 2", &["batch_size=2"]),
+    ("batch 4", &["batch_size=4"]),
+    ("1 × 4 accumulated", &["gradient_accumulation_steps=4"]),
+    ("2 × 2 accumulated", &["batch_size=2", "gradient_accumulation_steps=2"]),
+    ("checkpointing", &["gradient_checkpointing=true"]),
+    ("latents not cached", &["cache_latents=false"]),
+    ("text encoder frozen", &["train_text_encoder=false"]),
+    ("base in fp8", &["base_storage=fp8"]),
+    ("base in int8", &["base_storage=int8"]),
+    ("base in NF4", &["base_storage=nf4"]),
+    (
+        "NF4, checkpointing, text encoder frozen",
+        &["base_storage=nf4", "gradient_checkpointing=true", "train_text_encoder=false"],
+    ),
+    ("AdamW in 8 bits", &["optimizer=adamw8bit"]),
+    ("Adafactor", &["optimizer=adafactor"]),
+    ("Lion", &["optimizer=lion"]),
+    ("Prodigy", &["optimizer=prodigy"]),
+    ("schedule-free AdamW", &["optimizer=adamw_schedulefree"]),
+];
+
+/// One row of the results.
+#[derive(Debug, Serialize)]
+struct Measured {
+    name: &'static str,
+    settings: Vec<String>,
+    seconds_a_step: f64,
+    images_a_second: f64,
+    /// The most that libtorch held on the device while training.
+    peak_bytes: u64,
+    /// What the plan says of it, without what lies beside tensors.
+    predicted_bytes: u64,
 }
 
-impl Step {
-    fn new(model: &SyntheticModel, device: Device, rank: usize, side: i64, batch: i64) -> Self {
-        let weights = SyntheticWeights::new("unet");
-        let kind = if device == Device::Cpu { Kind::Float } else { Kind::BFloat16 };
-        let mut unet =
-            Unet::new(&Weights::new(&weights, kind, device), model.unet.clone()).expect("a synthetic model builds");
-        let layers = unet.adaptable_layers();
-        let targets = Targets::parse(&["attention"]).and_then(|targets| targets.select(&layers)).expect("a preset");
-        let options = AdapterOptions::lora(rank, rank as f64, 0);
-        let mut adapter = TrainableAdapter::default();
-        let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
-        adapter
-            .attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)
-            .expect("LoRA attaches");
-        let latents = Tensor::randn([batch, 4, side, side], (Kind::Float, device));
-        let context = Tensor::randn([batch, 77, model.unet.context as i64], (Kind::Float, device));
-        Self { unet, parameters, schedule: NoiseSchedule::new(Prediction::Epsilon), latents, context }
-    }
+fn reset_peak(device: Device) {
+    memory::reset_host_peak();
+    memory::reset_peak(device).expect("the device answers");
+}
 
-    fn run(&mut self) {
-        let noise = self.latents.randn_like();
-        let timesteps = vec![500; self.latents.size()[0] as usize];
-        let pass = Pass::default();
-        let loss = denoising_loss(
-            &self.unet,
-            &self.schedule,
-            &self.latents,
-            &noise,
-            &timesteps,
-            &self.context,
-            &LossWeights::default(),
-            &pass,
-        );
-        loss.expect("a step runs").backward();
-        self.parameters.clip(1.0).expect("gradients are there");
-        self.parameters.step(|_, _| 1e-4).expect("AdamW steps");
-        self.parameters.clear_gradients().expect("gradients clear");
+fn peak(device: Device) -> u64 {
+    match memory::device_memory(device).expect("the device answers") {
+        Some(own) => own.allocated_peak,
+        None => memory::host_allocations().map_or(0, |host| host.peak),
     }
+}
+
+fn config(folder: &Path, own: &[&str], device: Device) -> TrainConfig {
+    let precision = if device == Device::Cpu { "fp32" } else { "fp16" };
+    let text = format!(
+        "base_model: {0}/base.safetensors\ntrain_data_dir: {0}/pictures\noutput_dir: {0}/out\ncache_dir: {0}/cache\n\
+         precision: {precision}\nlora_rank: 8\nmax_resolution: 512\nmax_train_steps: 100000\n",
+        folder.display()
+    );
+    TrainConfig::from_text(&text, Format::Yaml, own).expect("the grid's settings are right")
 }
 
 fn steps(criterion: &mut Criterion) {
     let device = device::resolve("auto").expect("auto always resolves");
-    let mut models = BTreeMap::from([("tiny", (SyntheticModel::tiny(), 8))]);
-    if std::env::var_os("LORA_BENCH_FULL").is_some() {
-        models.insert("sd15", (SyntheticModel::full(), 32));
+    let full = std::env::var_os("LORA_BENCH_FULL").is_some();
+    if device == Device::Cpu {
+        memory::count_host_allocations().expect("libtorch's allocator can be counted");
     }
-    let mut group = criterion.benchmark_group(format!("step on {device:?}"));
+    let folder = tempfile::tempdir().expect("a folder for what is made");
+    let model = if full { SyntheticModel::full() } else { SyntheticModel::tiny() };
+    model.write(folder.path().join("base.safetensors"), DType::F16).expect("the base is written");
+    let pictures = folder.path().join("pictures");
+    std::fs::create_dir(&pictures).expect("a folder for pictures");
+    for index in 0..4u8 {
+        let picture = image::RgbImage::from_fn(768, 768, |x, y| image::Rgb([(x / 3) as u8, (y / 3) as u8, index * 60]));
+        picture.save(pictures.join(format!("{index}.png"))).expect("a picture is written");
+    }
+
+    let results = RefCell::new(Vec::new());
+    let mut group = criterion.benchmark_group(format!("{} on {device:?}", if full { "sd15" } else { "tiny" }));
     group.sample_size(10);
-    for (name, (model, side)) in &models {
-        for rank in [8, 16] {
-            let mut step = Step::new(model, device, rank, *side, 1);
-            group.bench_function(BenchmarkId::new(*name, format!("rank {rank}, {} px", side * 8)), |bencher| {
-                bencher.iter(|| step.run());
-            });
+    for (name, own) in GRID {
+        // CPUs without instructions for half precision convert number by number.
+        if device == Device::Cpu && own.iter().any(|key| key.contains("=bf16") || key.contains("=fp8")) {
+            continue;
         }
+        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+            let config = config(folder.path(), own, device);
+            let predicted = plan(&config, &Plugins::default()).expect("the configuration can be planned").as_configured;
+            let training = predicted.phases.iter().find(|phase| phase.phase == Phase::Training);
+            let batch = config.batch_size * config.gradient_accumulation_steps;
+            let mut session =
+                Session::prepare(config, &Plugins::default(), &mut |_| {}).expect("the configuration can be trained");
+            session.step().expect("a first step runs");
+            reset_peak(device);
+            let (mut taken, mut count) = (Duration::ZERO, 0);
+            bencher.iter_custom(|iterations| {
+                let start = Instant::now();
+                for _ in 0..iterations {
+                    session.step().expect("a step runs");
+                }
+                let own = start.elapsed();
+                taken += own;
+                count += iterations;
+                own
+            });
+            if count > 0 {
+                let seconds = taken.as_secs_f64() / count as f64;
+                // Criterion may come back to a row.
+                let mut results = results.borrow_mut();
+                results.retain(|row: &Measured| row.name != name);
+                results.push(Measured {
+                    name,
+                    settings: own.iter().map(|&key| key.to_owned()).collect(),
+                    seconds_a_step: seconds,
+                    images_a_second: batch as f64 / seconds,
+                    peak_bytes: peak(device),
+                    predicted_bytes: training.map_or(0, |phase| phase.parts.total()),
+                });
+            }
+        });
     }
     group.finish();
+    let results = results.into_inner();
+    if !results.is_empty() {
+        write(&results, device, full).expect("results are written");
+    }
+}
+
+fn write(results: &[Measured], device: Device, full: bool) -> std::io::Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../out/bench");
+    std::fs::create_dir_all(&folder)?;
+    let kind = if device == Device::Cpu { "cpu" } else { "cuda" };
+    let stem = folder.join(format!("training-{}-{kind}", if full { "sd15" } else { "tiny" }));
+    std::fs::write(stem.with_extension("json"), serde_json::to_string_pretty(results)?)?;
+    std::fs::write(stem.with_extension("svg"), plot(results))?;
+    println!("{}", stem.with_extension("json").display());
+    Ok(())
+}
+
+/// Bars of memory, with a mark where the plan expects it, and of speed.
+fn plot(results: &[Measured]) -> String {
+    const ROW: usize = 20;
+    const LABEL: f64 = 270.0;
+    const BAR: f64 = 260.0;
+    let height = ROW * results.len() + 30;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"960\" height=\"{height}\" font-family=\"sans-serif\" \
+         font-size=\"12\"><rect width=\"100%\" height=\"100%\" fill=\"white\"/>\
+         <text x=\"{LABEL}\" y=\"15\">peak, MiB (line: planned)</text>\
+         <text x=\"{}\" y=\"15\">pictures a second</text>\n",
+        LABEL + BAR + 80.0
+    );
+    let most = |of: fn(&Measured) -> f64| results.iter().map(of).fold(f64::MIN_POSITIVE, f64::max);
+    let (memory, speed) = (most(|row| row.peak_bytes.max(row.predicted_bytes) as f64), most(|row| row.images_a_second));
+    for (index, row) in results.iter().enumerate() {
+        let top = 24 + index * ROW;
+        let bars = [
+            (LABEL, row.peak_bytes as f64 / memory, format!("{}", row.peak_bytes >> 20), "#3b6fb6"),
+            (LABEL + BAR + 80.0, row.images_a_second / speed, format!("{:.2}", row.images_a_second), "#c98a2e"),
+        ];
+        let _ = writeln!(svg, "<text x=\"8\" y=\"{}\">{}</text>", top + 13, row.name);
+        for (left, share, value, colour) in bars {
+            let width = share * BAR;
+            let _ = writeln!(
+                svg,
+                "<rect x=\"{left}\" y=\"{top}\" width=\"{width:.1}\" height=\"15\" fill=\"{colour}\"/>\
+                 <text x=\"{:.1}\" y=\"{}\">{value}</text>",
+                left + width + 6.0,
+                top + 12
+            );
+        }
+        let planned = LABEL + row.predicted_bytes as f64 / memory * BAR;
+        let _ = writeln!(
+            svg,
+            "<line x1=\"{planned:.1}\" x2=\"{planned:.1}\" y1=\"{top}\" y2=\"{}\" stroke=\"black\" stroke-width=\"2\"/>",
+            top + 15
+        );
+    }
+    svg.push_str("</svg>\n");
+    svg
 }
 
 criterion_group!(benches, steps);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use lora_core::DType;
 use lora_io::checkpoint::Part;
@@ -200,8 +200,6 @@ fn a_run_applies_its_plan() {
 /// The tables of docs/memory.md, which are predictions.
 #[test]
 fn the_documentation_shows_what_is_predicted() {
-    const BEGIN: &str = "<!-- predicted: begin -->\n";
-    const END: &str = "<!-- predicted: end -->";
     let mut table = String::from(
         "| | batch | weights | saved activations | adapter, gradients, optimiser | working | beside tensors | peak |\n\
          |---|---|---|---|---|---|---|---|\n",
@@ -239,12 +237,46 @@ fn the_documentation_shows_what_is_predicted() {
             table.push('\n');
         }
     }
+    documented("predicted", &table);
+}
+
+/// What is often said of memory, and what is predicted for the same change.
+#[test]
+fn the_documentation_answers_what_is_often_said() {
+    let base: &[&str] = &["batch_size=1"];
+    let half = "precision=fp16";
+    let rows: [(&str, &str, &[&str], &[&str]); 8] = [
+        ("fp32 → fp16", "−40%", &["precision=fp32"], &[half]),
+        ("rank 8 → 16", "+18%", &["lora_rank=8"], &["lora_rank=16"]),
+        ("rank 8 → 128", "", &["lora_rank=8"], &["lora_rank=128"]),
+        ("512 → 384 px", "−45%", &["max_resolution=512"], &["max_resolution=384"]),
+        ("512 → 448 px", "−30%", &["max_resolution=512"], &["max_resolution=448"]),
+        ("fp32, 512 px → fp16, 448 px", "", &["precision=fp32"], &[half, "max_resolution=448"]),
+        ("4 micro-batches of 1 accumulated", "nothing", &[], &["gradient_accumulation_steps=4"]),
+        ("a batch of 4 instead", "", &[], &["batch_size=4"]),
+    ];
+    let mut table =
+        String::from("| change | is said to change | peak before | after | change |\n|---|---|---|---|---|\n");
+    for (name, said, before, after) in rows {
+        let peak = |keys: &[&str]| planned(&[base, keys].concat()).as_configured.peak() as f64 / GIB as f64;
+        let (before, after) = (peak(before), peak(after));
+        let change = format!("{:+.0}%", 100.0 * (after / before - 1.0)).replace('-', "−").replace("+0%", "0%");
+        writeln!(table, "| {name} | {said} | {before:.2} | {after:.2} | {change} |").unwrap();
+    }
+    documented("said", &table);
+}
+
+/// What docs/memory.md shows between `<!-- NAME: begin -->` and its end; written there with `UPDATE_DOCS=1`.
+fn documented(name: &str, table: &str) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap();
+    let (begin, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/memory.md");
     let text = std::fs::read_to_string(path).unwrap();
-    let (before, rest) = text.split_once(BEGIN).unwrap();
-    let (shown, after) = rest.split_once(END).unwrap();
+    let (before, rest) = text.split_once(&begin).unwrap();
+    let (shown, after) = rest.split_once(&end).unwrap();
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        std::fs::write(path, format!("{before}{BEGIN}{table}{END}{after}")).unwrap();
+        std::fs::write(path, format!("{before}{begin}{table}{end}{after}")).unwrap();
         return;
     }
     assert_eq!(shown, table, "run the tests with UPDATE_DOCS=1");
