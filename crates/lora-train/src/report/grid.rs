@@ -87,7 +87,9 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     if characters.len() <= width {
         return vec![text.to_owned()];
     }
-    let cut = characters[..width].iter().rposition(|c| c.is_whitespace()).filter(|&at| at > width / 2).unwrap_or(width);
+    let space = characters[..width].iter().rposition(|c| c.is_whitespace());
+    // A first line that is mostly empty is worth it only where the second then holds the rest.
+    let cut = space.filter(|&at| at > width / 2 || characters.len() - at - 1 <= width).unwrap_or(width);
     let first: String = characters[..cut].iter().collect();
     let rest: Vec<char> = characters[cut..].iter().copied().skip_while(|c| c.is_whitespace()).collect();
     let second = if rest.len() <= width {
@@ -126,6 +128,7 @@ mod tests {
     fn prompts_wrap_and_are_cut() {
         assert_eq!(wrap("a red apple", 20), ["a red apple"]);
         assert_eq!(wrap("a red apple on a table", 12), ["a red apple", "on a table"]);
+        assert_eq!(wrap("avocado, vegetable", 16), ["avocado,", "vegetable"]);
         assert_eq!(wrap("abcdefghijklmnopqrstuvwxyz", 8), ["abcdefgh", "ijklm..."]);
     }
 }
