@@ -126,7 +126,7 @@ fn train(vae: &Vae, parameters: &mut ParameterList, training: &Tensor, steps: us
         let squares = error.f_square()?.f_mean(Kind::Float)?;
         let loss = &squares + error.f_abs()?.f_mean(Kind::Float)? * 0.2 + divergence.f_mean(Kind::Float)? * DIVERGENCE;
         loss.f_backward()?;
-        parameters.clip(1.0)?;
+        parameters.settle(&loss.detach(), 1.0, 1.0)?;
         let warm = ((step + 1) as f64 / 50.0).min(1.0);
         let factor = warm * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
         parameters.step(|_, _| LEARNING_RATE * factor)?;

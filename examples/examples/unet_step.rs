@@ -58,8 +58,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?;
         kept = held().saturating_sub(before);
         loss.f_backward()?;
+        parameters.settle(&loss.detach(), 1.0, 1.0)?;
         drop(loss);
-        parameters.clip(1.0)?;
         parameters.step(|_, _| 1e-4)?;
         parameters.clear_gradients()?;
         times.push(format!("{:.2}", start.elapsed().as_secs_f64()));

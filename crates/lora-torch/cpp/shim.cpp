@@ -1,5 +1,5 @@
-// What lora-torch needs of libtorch that tch does not wrap: memory statistics of the accelerator, and the loss-scaling
-// kernel over a list of gradients. A C interface; no exception leaves it (guard.h). Tensors cross as the `torch::Tensor*` that
+// What lora-torch needs of libtorch that tch does not wrap: settings and statistics of the accelerator's allocator, and
+// kernels over lists of gradients. A C interface; no exception leaves it (guard.h). Tensors cross as the `torch::Tensor*` that
 // torch-sys uses. Nothing of CUDA is linked: the accelerator interface dispatches once libtorch_cuda is loaded.
 
 #include <ATen/DeviceAccelerator.h>
@@ -15,8 +15,10 @@
 #include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sqrt.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/AllocatorConfig.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -67,6 +69,11 @@ int lora_shim_memory_info(int64_t device, int64_t *out, int *available) {
   });
 }
 
+// Settings of the accelerator's allocator, as in PYTORCH_ALLOC_CONF; to be made before its first allocation.
+int lora_shim_allocator_settings(const char *settings) {
+  return guarded([&] { c10::CachingAllocator::setAllocatorSettings(settings); });
+}
+
 int lora_shim_empty_cache() {
   return guarded([&] {
     if (at::hasCUDA()) at::accelerator::emptyCache();
@@ -79,23 +86,25 @@ int lora_shim_reset_peak(int64_t device) {
   });
 }
 
-// Multiplies every gradient by *inverse_scale in place and sets *found_infinite to 1 if one element is not finite.
-int lora_shim_unscale(torch::Tensor **gradients, size_t count, torch::Tensor *found_infinite, torch::Tensor *inverse_scale) {
-  return guarded([&] {
-    std::vector<at::Tensor> list = list_of(gradients, count);
-    at::_amp_foreach_non_finite_check_and_unscale_(list, *found_infinite, *inverse_scale);
-  });
-}
-
-// *norm = L2 norm over all gradients; where it is above limit (> 0), scales them all down to it, in place.
-int lora_shim_clip_gradients(torch::Tensor **gradients, size_t count, double limit, double *norm) {
+// Multiplies the gradients by `inverse_scale`, then scales them all down to a common L2 norm of `limit` (> 0) where theirs is
+// above it, in place. out[0..3] = the sum of `losses`, the norm before, and 1 where an element was not finite: read in one
+// piece, so that the host waits for the device once.
+int lora_shim_settle(torch::Tensor **gradients, size_t count, const torch::Tensor *losses, double inverse_scale, double limit,
+                     double *out) {
   return guarded([&] {
     torch::NoGradGuard no_grad;
     std::vector<at::Tensor> list = list_of(gradients, count);
-    *norm = at::stack(at::_foreach_norm(list, 2)).norm().item<double>();
-    // The small number is PyTorch's own.
-    const double factor = limit / (*norm + 1e-6);
-    if (limit > 0 && factor < 1) at::_foreach_mul_(list, at::Scalar(factor));
+    const auto options = losses->options().dtype(at::kFloat);
+    at::Tensor infinite = at::zeros({1}, options), norm = at::zeros({}, options);
+    if (count > 0) {
+      at::_amp_foreach_non_finite_check_and_unscale_(list, infinite, at::full({1}, inverse_scale, options));
+      norm = at::stack(at::_foreach_norm(list, 2)).norm();
+      // The small number is PyTorch's own. One multiplication whatever the norm is: to choose would be to wait.
+      if (limit > 0) at::_foreach_mul_(list, (norm + 1e-6).reciprocal_().mul_(limit).clamp_max_(1));
+    }
+    const at::Tensor sum = losses->sum(at::kDouble);
+    const at::Tensor all = at::stack({sum, norm.to(at::kDouble), infinite.to(at::kDouble).squeeze(0)}).cpu();
+    std::copy_n(all.const_data_ptr<double>(), 3, out);
   });
 }
 

@@ -12,6 +12,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
+/// Variables that libtorch reads its allocator's settings from.
+const ALLOCATOR_VARIABLES: [&str; 2] = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"];
+
 /// What loading CUDA came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -59,6 +62,7 @@ fn load_cuda() -> CudaStatus {
     if unsafe { Library::open(Some("libcuda.so.1"), RTLD_NOW) }.map(std::mem::forget).is_err() {
         return CudaStatus::NoDriver;
     }
+    set_allocator();
     let library = library_folder().join("libtorch_cuda.so");
     // SAFETY: the library is part of the libtorch this process runs on; global visibility is what its registrars need.
     match unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) } {
@@ -72,6 +76,17 @@ fn load_cuda() -> CudaStatus {
     match tch::Cuda::device_count() {
         count if count > 0 && tch::Cuda::is_available() => CudaStatus::Available(count as usize),
         _ => CudaStatus::NoDevice,
+    }
+}
+
+/// Makes libtorch's allocator grow its segments instead of taking new ones of each size, which leaves holes that no tensor fits.
+/// Whoever sets the allocator by libtorch's own variables is left alone.
+fn set_allocator() {
+    if ALLOCATOR_VARIABLES.iter().any(|name| std::env::var_os(name).is_some()) {
+        return;
+    }
+    if let Err(error) = crate::shim::allocator_settings(c"expandable_segments:True") {
+        tracing::warn!("the device's memory may fragment: {error}");
     }
 }
 
@@ -228,6 +243,13 @@ mod tests {
         let fault = crate::fault::Fault::of_allocation(0);
         assert!(check_kind(Device::Cpu, Kind::Float).unwrap_err().is_out_of_memory());
         drop(fault);
+    }
+
+    #[test]
+    fn libtorch_takes_the_allocator_settings() {
+        crate::shim::allocator_settings(c"expandable_segments:True").unwrap();
+        assert!(crate::shim::allocator_settings(c"expandable_segments:perhaps").is_err());
+        crate::shim::allocator_settings(c"expandable_segments:False").unwrap();
     }
 
     #[test]

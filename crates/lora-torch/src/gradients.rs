@@ -7,10 +7,23 @@ use tch::Tensor;
 
 use crate::{Result, shim};
 
-/// The L2 norm over all gradients; where it is above `limit` (0: no limit) they are scaled down to it, in place, as
-/// PyTorch's `clip_grad_norm_` does. Waits for the device once.
-pub fn clip(gradients: &mut [Tensor], limit: f64) -> Result<f64> {
-    if gradients.is_empty() { Ok(0.0) } else { shim::clip_gradients(gradients, limit) }
+/// What a step's loss and gradients come to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settled {
+    /// The sum of the losses.
+    pub loss: f64,
+    /// L2 norm over all gradients, unscaled, before it was limited.
+    pub norm: f64,
+    /// Whether all gradients are finite; where not, they are of no use any more.
+    pub finite: bool,
+}
+
+/// Divides gradients by the loss scale and, where their common L2 norm is above `limit` (0: no limit), scales them down to it,
+/// in place, as PyTorch's `GradScaler.unscale_` and `clip_grad_norm_` do. Everything that the host has to know of a step is
+/// read in one piece: it waits for the device once. `losses` may be any number of them.
+pub fn settle(gradients: &mut [Tensor], losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
+    let [loss, norm, infinite] = shim::settle(gradients, losses, 1.0 / scale, limit)?;
+    Ok(Settled { loss, norm, finite: infinite == 0.0 })
 }
 
 /// Forgets the gradients of parameters: afterwards `grad()` is undefined until a backward pass reaches one. (tch's
@@ -58,14 +71,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clipping_limits_the_common_norm() {
-        let mut gradients = [Tensor::from_slice(&[3.0f32]), Tensor::from_slice(&[4.0f32, 0.0])];
-        assert!((clip(&mut gradients, 10.0).unwrap() - 5.0).abs() < 1e-6);
-        assert_eq!(gradients[0].double_value(&[0]), 3.0);
-        assert!((clip(&mut gradients, 1.0).unwrap() - 5.0).abs() < 1e-6);
+    fn gradients_are_unscaled_limited_and_checked() {
+        let losses = Tensor::from_slice(&[0.25f32, 0.5]);
+        let mut gradients = [Tensor::from_slice(&[12.0f32]), Tensor::from_slice(&[16.0f32, 0.0])];
+        let mut settled = |scale, limit| settle(&mut gradients, &losses, scale, limit).unwrap();
+        let expected = |norm: f64, own: Settled| {
+            assert!((own.norm - norm).abs() < 1e-5 && own.finite && own.loss == 0.75, "{own:?}");
+        };
+        expected(5.0, settled(4.0, 10.0));
+        // The scale is 1, the norm below the limit: nothing changes, to the bit.
+        expected(5.0, settled(1.0, 10.0));
+        expected(5.0, settled(1.0, 1.0));
+        expected(1.0, settled(1.0, 0.0));
         assert!((gradients[1].double_value(&[0]) - 0.8).abs() < 1e-5);
-        assert!((clip(&mut gradients, 0.0).unwrap() - 1.0).abs() < 1e-5);
-        assert_eq!(clip(&mut [], 1.0).unwrap(), 0.0);
+        for bad in [f32::INFINITY, f32::NAN] {
+            let mut gradients = [Tensor::from_slice(&[1.0f32]), Tensor::from_slice(&[bad])];
+            assert!(!settle(&mut gradients, &losses, 2.0, 1.0).unwrap().finite);
+        }
+        let none = settle(&mut [], &losses, 1.0, 1.0).unwrap();
+        assert_eq!(none, Settled { loss: 0.75, norm: 0.0, finite: true });
     }
 
     #[test]

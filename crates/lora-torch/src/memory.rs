@@ -141,9 +141,10 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn host_memory_sees_an_allocation() {
         let before = host_memory().unwrap();
-        let block = tch::Tensor::ones([32 << 20], (tch::Kind::Uint8, Device::Cpu));
+        // Much more than what tests beside this one give back meanwhile.
+        let block = tch::Tensor::ones([256 << 20], (tch::Kind::Uint8, Device::Cpu));
         let after = host_memory().unwrap();
-        assert!(after.peak >= before.resident + (30 << 20), "{before:?} {after:?}");
+        assert!(after.peak >= before.resident + (128 << 20), "{before:?} {after:?}");
         drop(block);
     }
 }

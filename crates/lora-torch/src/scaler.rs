@@ -2,10 +2,6 @@
 //! GradScaler: halve after an overflow, double after 2000 steps without one. With a scale of 1 (fp32, bf16) it still
 //! tells whether the gradients are finite.
 
-use tch::{Device, Kind, Tensor};
-
-use crate::{Result, shim};
-
 /// The loss scale and its dynamics.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossScaler {
@@ -48,20 +44,8 @@ impl LossScaler {
         }
     }
 
-    /// Divides gradients by the scale, in place, and adapts the scale. `false`: an element was not finite, and the step
-    /// must be skipped. One kernel over the whole list, one wait for the device.
-    pub fn unscale(&mut self, gradients: &mut [Tensor]) -> Result<bool> {
-        let Some(first) = gradients.first() else { return Ok(true) };
-        let options = (Kind::Float, first.device());
-        let mut found = Tensor::f_zeros([1], options)?;
-        let inverse = Tensor::f_full([1], 1.0 / self.scale, options)?;
-        shim::unscale(gradients, &mut found, &inverse)?;
-        let finite = found.f_to_device(Device::Cpu)?.f_double_value(&[0])? == 0.0;
-        self.update(finite);
-        Ok(finite)
-    }
-
-    fn update(&mut self, finite: bool) {
+    /// Adapts the scale after a step whose gradients were all `finite`, or not.
+    pub fn update(&mut self, finite: bool) {
         let Some(interval) = self.growth_interval else { return };
         if !finite {
             // Below 2^-14 the gradients are broken for another reason; the caller counts skipped steps and says so.
@@ -82,20 +66,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gradients_are_divided_and_overflow_is_seen() {
-        let mut scaler = LossScaler::dynamic_from(4.0, 2);
-        let mut gradients = [Tensor::from_slice(&[4.0f32, 8.0]), Tensor::from_slice(&[-4.0f32])];
-        assert!(scaler.unscale(&mut gradients).unwrap());
-        assert_eq!(Vec::<f32>::try_from(&gradients[0]).unwrap(), [1.0, 2.0]);
-        assert_eq!(Vec::<f32>::try_from(&gradients[1]).unwrap(), [-1.0]);
-        for bad in [f32::INFINITY, f32::NAN] {
-            let before = scaler.scale();
-            assert!(!scaler.unscale(&mut [Tensor::from_slice(&[1.0f32]), Tensor::from_slice(&[bad])]).unwrap());
-            assert_eq!(scaler.scale(), before / 2.0);
-        }
-    }
-
-    #[test]
     fn the_scale_recovers() {
         let mut scaler = LossScaler::dynamic_from(1024.0, 3);
         scaler.update(false);
@@ -111,15 +81,5 @@ mod tests {
         let mut fixed = LossScaler::fixed();
         fixed.restore(scaler.state());
         assert_eq!(fixed, LossScaler::fixed());
-    }
-
-    #[test]
-    fn without_scaling_gradients_stay_but_are_checked() {
-        let mut scaler = LossScaler::fixed();
-        let mut gradients = [Tensor::from_slice(&[3.0f32])];
-        assert!(scaler.unscale(&mut gradients).unwrap());
-        assert_eq!(Vec::<f32>::try_from(&gradients[0]).unwrap(), [3.0]);
-        assert!(!scaler.unscale(&mut [Tensor::from_slice(&[f32::NAN])]).unwrap());
-        assert_eq!(scaler.scale(), 1.0);
     }
 }

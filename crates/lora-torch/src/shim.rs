@@ -17,13 +17,15 @@ unsafe extern "C" {
     fn lora_shim_memory_info(device: i64, out: *mut i64, available: *mut c_int) -> c_int;
     fn lora_shim_empty_cache() -> c_int;
     fn lora_shim_reset_peak(device: i64) -> c_int;
-    fn lora_shim_unscale(
+    fn lora_shim_allocator_settings(settings: *const c_char) -> c_int;
+    fn lora_shim_settle(
         gradients: *mut *mut RawTensor,
         count: usize,
-        found_infinite: *mut RawTensor,
-        inverse_scale: *mut RawTensor,
+        losses: *const RawTensor,
+        inverse_scale: f64,
+        limit: f64,
+        out: *mut f64,
     ) -> c_int;
-    fn lora_shim_clip_gradients(gradients: *mut *mut RawTensor, count: usize, limit: f64, norm: *mut f64) -> c_int;
     fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
@@ -104,27 +106,21 @@ pub(crate) fn reset_peak(device: usize) -> Result<()> {
     checked(unsafe { lora_shim_reset_peak(device as i64) })
 }
 
-/// Multiplies gradients in place; sets `found_infinite` to 1 where one element is not finite.
-pub(crate) fn unscale(gradients: &mut [Tensor], found_infinite: &mut Tensor, inverse_scale: &Tensor) -> Result<()> {
-    let mut pointers = raw(gradients);
-    // SAFETY: the pointers are live `torch::Tensor*` for the length of the call; the shim only reads the last one.
-    checked(unsafe {
-        lora_shim_unscale(
-            pointers.as_mut_ptr(),
-            pointers.len(),
-            found_infinite.as_mut_ptr(),
-            inverse_scale.as_ptr().cast_mut(),
-        )
-    })
+/// Settings of the accelerator's allocator, before its first allocation.
+pub(crate) fn allocator_settings(settings: &CStr) -> Result<()> {
+    // SAFETY: a text that ends with NUL; it is copied.
+    checked(unsafe { lora_shim_allocator_settings(settings.as_ptr()) })
 }
 
-/// The L2 norm over all gradients, which are scaled down in place where it is above `limit`.
-pub(crate) fn clip_gradients(gradients: &mut [Tensor], limit: f64) -> Result<f64> {
-    let mut pointers = raw(gradients);
-    let mut norm = 0.0;
-    // SAFETY: live `torch::Tensor*` for the length of the call, and a local to write to.
-    checked(unsafe { lora_shim_clip_gradients(pointers.as_mut_ptr(), pointers.len(), limit, &mut norm) })?;
-    Ok(norm)
+/// `[sum of the losses, L2 norm, 1 where an element is not finite]` of gradients that are multiplied by `inverse_scale` and
+/// limited to a norm in place.
+pub(crate) fn settle(gradients: &mut [Tensor], losses: &Tensor, inverse_scale: f64, limit: f64) -> Result<[f64; 3]> {
+    let (mut pointers, mut out) = (raw(gradients), [0.0; 3]);
+    // SAFETY: live `torch::Tensor*` for the length of the call, and a local of the size the shim writes.
+    checked(unsafe {
+        lora_shim_settle(pointers.as_mut_ptr(), pointers.len(), losses.as_ptr(), inverse_scale, limit, out.as_mut_ptr())
+    })?;
+    Ok(out)
 }
 
 /// Forgets the gradients of parameters.

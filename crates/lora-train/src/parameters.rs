@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 
 use lora_core::Component;
+use lora_torch::foreach;
+use lora_torch::gradients::{self, Settled};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::{foreach, gradients};
 
 use crate::optimiser::{OptimiserState, Slope};
 use crate::{Error, Result};
@@ -190,9 +191,9 @@ impl ParameterList {
         Ok(gradients::clear(&mut leaves)?)
     }
 
-    /// Limits the gradients' common norm and returns it (see [`gradients::clip`]).
-    pub fn clip(&mut self, limit: f64) -> Result<f64> {
-        Ok(gradients::clip(&mut self.gradients(), limit)?)
+    /// Unscales the gradients, limits their common norm and reads what the step came to (see [`gradients::settle`]).
+    pub fn settle(&mut self, losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
+        Ok(gradients::settle(&mut self.gradients(), losses, scale, limit)?)
     }
 
     /// Whether every trained number is finite; waits for the device.

@@ -85,7 +85,7 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
         )
         .unwrap();
         loss.backward();
-        parameters.clip(limit).unwrap();
+        parameters.settle(&loss.detach(), 1.0, limit).unwrap();
         parameters.step(|_: Component, _| 1e-3).unwrap();
         parameters.clear_gradients().unwrap();
         let found = f64::try_from(&loss).unwrap();

@@ -284,17 +284,16 @@ impl Session {
             loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
             losses.push(loss.detach());
         }
-        // Read once a step: every look at a number waits for the device.
-        let loss = f64::try_from(Tensor::f_stack(&losses, 0)?.f_sum(Kind::Double)?)?;
-        if !loss.is_finite() {
+        // The only look at numbers in a step, as each waits for the device. It cannot come a step late: the optimiser must not
+        // see gradients that are not finite.
+        let losses = Tensor::f_stack(&losses, 0)?;
+        let settled = self.parameters.settle(&losses, self.scaler.scale(), self.config.max_grad_norm)?;
+        if !settled.loss.is_finite() {
             self.name_the_culprit(batches)?;
         }
-        let finite = self.scaler.unscale(&mut self.parameters.gradients())? && loss.is_finite();
-        let gradient_norm = match finite {
-            true => Some(self.parameters.clip(self.config.max_grad_norm)?),
-            false => None,
-        };
-        Ok(StepGradients { loss, gradient_norm })
+        let finite = settled.finite && settled.loss.is_finite();
+        self.scaler.update(finite);
+        Ok(StepGradients { loss: settled.loss, gradient_norm: finite.then_some(settled.norm) })
     }
 
     /// The mean loss of a micro-batch, with its graph.
