@@ -28,6 +28,7 @@ fn main() {
         .file("cpp/frozen.cpp")
         .file("cpp/nf4.cpp")
         .file("cpp/norm_silu.cpp")
+        .file("cpp/staging.cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())

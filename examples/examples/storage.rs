@@ -7,7 +7,7 @@ use lora_examples::Answer;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{Unet, load_unet};
-use lora_models::weights::Held;
+use lora_models::weights::{Frozen, Held};
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};
 
@@ -17,7 +17,7 @@ const TIMESTEPS: [f64; 4] = [50.0, 300.0, 600.0, 950.0];
 fn main() -> Answer<()> {
     let path = std::env::args().nth(1).ok_or("expected a base model, a file or a folder")?;
     let checkpoint = Checkpoint::open(path)?;
-    let load = |storage| load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::Frozen(storage));
+    let load = |storage| load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::Frozen(Frozen::stored(storage)));
     let mut whole = load(None)?;
     let (weights, answers) = (weights(&mut whole)?, answers(&whole)?);
     println!("fp32: {:.2} MiB in {} layers", mib(&mut whole), weights.len());

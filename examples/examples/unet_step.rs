@@ -9,7 +9,7 @@ use lora_core::variant::VariantRegistry;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{Held, SyntheticWeights, Weights};
+use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::{device, memory};
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     memory::count_host_allocations()?;
     let weights = SyntheticWeights::new("unet");
     let mut unet = Unet::new(
-        &Weights::new(&weights, Kind::Float, device).held(Held::Frozen(storage)),
+        &Weights::new(&weights, Kind::Float, device).held(Held::Frozen(Frozen::stored(storage))),
         SyntheticModel::full().unet,
     )?;
     let mut bytes = 0;

@@ -10,7 +10,7 @@ use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::TchBackend;
 use lora_torch::backend::apply_layer;
-use lora_torch::checkpoint::{Shared, checkpoint};
+use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
 use lora_torch::norm::group_norm_silu;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -25,6 +25,8 @@ pub struct Pass {
     pub dropout: Option<Dropout>,
     /// Activations within blocks are not kept for the backward pass but computed again in it.
     pub recompute: bool,
+    /// Where they are computed again, the blocks' inputs wait for that in host memory.
+    pub inputs_in_host: bool,
 }
 
 impl Pass {
@@ -41,7 +43,8 @@ impl Pass {
         }
         let (block, pass) = (block.clone(), self.clone());
         let run = move |inputs: &[Tensor]| run(&block, inputs, &pass).map_err(torch);
-        Ok(checkpoint(inputs, run)?)
+        let wait = if self.inputs_in_host { Inputs::InHost } else { Inputs::Kept };
+        Ok(checkpoint(inputs, wait, run)?)
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use lora_core::HostTensor;
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_torch::frozen::{FrozenWeight, Storage};
+use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::layers::LayerWeight;
@@ -40,21 +41,38 @@ pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> R
     })
 }
 
-/// Layers' weights of fewer elements are not worth storing otherwise.
+/// Layers' weights of fewer elements are not worth storing otherwise, or elsewhere.
 pub const SMALL: usize = 1024;
 
 /// How a network holds its weights.
 #[derive(Debug, Clone)]
 pub enum Held {
-    /// They do not change: in the compute dtype, or those of layers stored in fewer bytes.
-    Frozen(Option<Storage>),
+    /// They do not change.
+    Frozen(Frozen),
     /// They are trained: f32 leaves that require gradients, cast to the compute dtype where they are used.
     Trained(TrainedWeights),
 }
 
 impl Default for Held {
     fn default() -> Self {
-        Self::Frozen(None)
+        Self::Frozen(Frozen::default())
+    }
+}
+
+/// How frozen weights of layers are held; what is not a layer's weight (norms, biases, embeddings) is in the compute dtype on
+/// the device.
+#[derive(Debug, Clone, Default)]
+pub struct Frozen {
+    /// In fewer bytes, where they are not small; in the compute dtype without.
+    pub storage: Option<Storage>,
+    /// In host memory, from where they pass through this ring.
+    pub staging: Option<Staging>,
+}
+
+impl Frozen {
+    /// In fewer bytes, or not.
+    pub fn stored(storage: Option<Storage>) -> Self {
+        Self { storage, staging: None }
     }
 }
 
@@ -102,16 +120,23 @@ impl<'s> Weights<'s> {
         Self { held, ..self }
     }
 
-    /// The weight of a layer, held as was asked for; small ones are not stored in fewer bytes.
+    /// The weight of a layer, held as was asked for; small frozen ones are in the compute dtype on the device.
     pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
         let weight = self.tensor(name, shape)?;
-        Ok(match self.held {
-            Held::Frozen(Some(storage)) if shape.len() >= 2 && weight.numel() >= SMALL => {
-                LayerWeight::Frozen(FrozenWeight::stored(&weight, storage).map_err(|error| self.refused(name, error))?)
+        let Held::Frozen(Frozen { storage, staging }) = &self.held else {
+            return Ok(LayerWeight::Trained { leaf: weight, kind: self.kind });
+        };
+        let large = shape.len() >= 2 && weight.numel() >= SMALL;
+        let own = match storage {
+            Some(storage) if large => {
+                FrozenWeight::stored(&weight, *storage).map_err(|error| self.refused(name, error))?
             }
-            Held::Frozen(_) => LayerWeight::Frozen(FrozenWeight::plain(weight)),
-            Held::Trained(_) => LayerWeight::Trained { leaf: weight, kind: self.kind },
-        })
+            _ => FrozenWeight::plain(weight),
+        };
+        Ok(LayerWeight::Frozen(match staging {
+            Some(staging) if large => own.staged(staging)?,
+            _ => own,
+        }))
     }
 
     /// What the network computes in.

@@ -38,14 +38,29 @@ struct Part : torch::CustomClassHolder {
   Drop drop;
 };
 
+// Inputs of fewer bytes stay on the device: what many blocks share (text states, the timestep) is small, and is there anyway.
+constexpr size_t SMALL = 1 << 20;
+
+// A copy in host memory, pinned for a device, on its way while the next kernels are launched.
+torch::Tensor to_host(const torch::Tensor &tensor) {
+  const auto options = tensor.options().device(at::kCPU).pinned_memory(!tensor.is_cpu());
+  return torch::empty_like(tensor, options).copy_(tensor, /*non_blocking=*/true);
+}
+
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
   // `anchor` requires a gradient and gets none: it puts the part into the graph even where only its parameters are trained.
   static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &anchor,
-                               at::TensorList inputs, c10::IValue part) {
+                               at::TensorList inputs, c10::IValue part, bool in_host) {
     (void)anchor;
     context->saved_data["part"] = part;
-    std::vector<torch::Tensor> plain(inputs.begin(), inputs.end());
-    context->save_for_backward(plain);
+    std::vector<torch::Tensor> plain(inputs.begin(), inputs.end()), kept = plain;
+    c10::List<bool> wanted;
+    for (torch::Tensor &input : kept) {
+      wanted.push_back(input.requires_grad());
+      if (in_host && input.nbytes() >= SMALL) input = to_host(input);
+    }
+    context->saved_data["wanted"] = wanted;
+    context->save_for_backward(kept);
     const torch::Tensor output = (*static_cast<Part *>(part.toCapsule().get()))(plain);
     // What leaves a function must not be a view, which in-place operations outside could not follow.
     return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
@@ -57,7 +72,11 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     const auto part = context->saved_data["part"].toCapsule();
     std::vector<torch::Tensor> inputs;
     inputs.reserve(saved.size());
-    for (const auto &input : saved) inputs.push_back(input.detach().set_requires_grad(input.requires_grad()));
+    const auto wanted = context->saved_data["wanted"].toBoolList();
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const torch::Tensor input = saved[i].detach().to(gradients[0].device(), /*non_blocking=*/true);
+      inputs.push_back(input.detach().set_requires_grad(wanted[i]));
+    }
     {
       torch::AutoGradMode on(true);
       torch::Tensor output = (*static_cast<Part *>(part.get()))(inputs);
@@ -67,7 +86,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     torch::autograd::variable_list result;
     result.push_back(torch::Tensor());
     for (auto &input : inputs) result.push_back(input.requires_grad() ? input.grad() : torch::Tensor());
-    result.push_back(torch::Tensor());
+    result.insert(result.end(), 2, torch::Tensor());
     return result;
   }
 };
@@ -76,15 +95,15 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 
 extern "C" {
 
-// Takes over `part`, whatever happens. The output is a new tensor.
-int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count, torch::Tensor **output) {
+// Takes over `part`, whatever happens. `in_host`: large inputs are kept in host memory. The output is a new tensor.
+int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count, int in_host, torch::Tensor **output) {
   return lora::guarded([&] {
     auto holder = c10::make_intrusive<Part>(part, run, drop);
     torch::autograd::variable_list list;
     for (size_t i = 0; i < count; ++i) list.push_back(*inputs[i]);
     torch::Tensor anchor = torch::empty({0}).set_requires_grad(true);
     auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(holder));
-    *output = new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule));
+    *output = new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule, in_host != 0));
   });
 }
 

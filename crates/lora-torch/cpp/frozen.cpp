@@ -7,6 +7,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -14,15 +15,19 @@
 
 #include "guard.h"
 #include "nf4.h"
+#include "staging.h"
 
 extern "C" {
 
-// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null.
+// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null. With
+// `staging`, the tensors are in host memory, and the weight of that number there.
 struct LoraStored {
   const torch::Tensor *values, *scale, *absmax, *nested, *offset;
   const int64_t *shape;
   size_t axes;
   int portable;
+  const void *staging;
+  int64_t staged;
 };
 
 } // extern "C"
@@ -39,9 +44,10 @@ at::Tensor or_none(const torch::Tensor *tensor) { return tensor == nullptr ? at:
 struct Stored {
   explicit Stored(const LoraStored &raw)
       : values(*raw.values), scale(or_none(raw.scale)), nf4{values, or_none(raw.absmax), or_none(raw.nested), or_none(raw.offset)},
-        shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0) {
+        shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0), id(raw.staged) {
     TORCH_CHECK(raw.axes >= 1, "a weight has a shape");
     for (size_t axis = 1; axis < raw.axes; ++axis) row *= shape[axis];
+    if (raw.staging != nullptr) staging = *static_cast<const std::shared_ptr<lora::Staging> *>(raw.staging);
   }
 
   bool is_nf4() const { return nf4.absmax.defined(); }
@@ -60,6 +66,28 @@ struct Stored {
   // Numbers of one output.
   int64_t row = 1;
   bool portable;
+  // Where it passes through on its way to the device, if it does.
+  std::shared_ptr<lora::Staging> staging;
+  int64_t id;
+};
+
+// A weight where it computes, for as long as this lives.
+class Present {
+public:
+  explicit Present(const Stored &own) : weight(own) {
+    if (!own.staging) return;
+    lease.emplace(own.staging, own.id);
+    const auto &parts = lease->parts;
+    weight.values = parts[0];
+    weight.scale = parts[1];
+    weight.nf4 = {parts[0], parts[2], parts[3], parts[4]};
+  }
+
+  const Stored &operator*() const { return weight; }
+
+private:
+  Stored weight;
+  std::optional<lora::Lease> lease;
 };
 
 // A weight while it is being made, rows of it or all.
@@ -92,8 +120,9 @@ struct Layer : torch::CustomClassHolder {
   // Calls `work(weight, start, count)` on each tile.
   template <typename Work>
   void each_tile(at::ScalarType kind, Work &&work) const {
-    const int64_t outputs = weight.shape[0], tile = groups == 1 ? weight.tile() : outputs;
-    const Rows rows(weight, kind);
+    const Present present(weight);
+    const int64_t outputs = weight.shape[0], tile = groups == 1 ? (*present).tile() : outputs;
+    const Rows rows(*present, kind);
     for (int64_t start = 0; start < outputs; start += tile) {
       const int64_t count = std::min(tile, outputs - start);
       work(rows(start, count), start, count);
@@ -178,7 +207,10 @@ int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output
   return lora::guarded([&] {
     const torch::NoGradGuard no_grad;
     const Stored own(*weight);
-    *output = new torch::Tensor(Rows(own, static_cast<at::ScalarType>(kind))(0, own.shape[0]));
+    const Present present(own);
+    const at::Tensor whole = Rows(*present, static_cast<at::ScalarType>(kind))(0, own.shape[0]);
+    // What is in the ring will be written over.
+    *output = new torch::Tensor(own.staging ? whole.clone() : whole);
   });
 }
 

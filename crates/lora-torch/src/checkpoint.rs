@@ -59,14 +59,29 @@ unsafe extern "C" {
         drop: unsafe extern "C" fn(*mut c_void),
         inputs: *mut *mut RawTensor,
         count: usize,
+        in_host: c_int,
         output: *mut *mut RawTensor,
     ) -> c_int;
+}
+
+/// Where the inputs of a part wait for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inputs {
+    /// Where they are.
+    Kept,
+    /// Those of a MiB and more in host memory (pinned, for a device).
+    InHost,
 }
 
 /// The output of `run` on `inputs`, of which only the inputs are kept: in the backward pass `run` is called again, on a
 /// thread of libtorch's choice, and must compute the same. Gradients reach the inputs and whatever `run` reads. Without
 /// gradients it is called once and nothing is kept.
-pub fn checkpoint(inputs: &[&Tensor], run: impl Fn(&[Tensor]) -> Result<Tensor> + Send + 'static) -> Result<Tensor> {
+pub fn checkpoint(
+    inputs: &[&Tensor],
+    wait: Inputs,
+    run: impl Fn(&[Tensor]) -> Result<Tensor> + Send + 'static,
+) -> Result<Tensor> {
+    let in_host = c_int::from(wait == Inputs::InHost);
     let mut inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
     let mut pointers: Vec<*mut RawTensor> = inputs.iter_mut().map(Tensor::as_mut_ptr).collect();
     let part: Box<Box<Run>> = Box::new(Box::new(run));
@@ -75,7 +90,7 @@ pub fn checkpoint(inputs: &[&Tensor], run: impl Fn(&[Tensor]) -> Result<Tensor> 
         // pointers are live `torch::Tensor*` for the length of the call.
         unsafe {
             let part = Box::into_raw(part).cast();
-            lora_checkpoint(part, compute, release, pointers.as_mut_ptr(), pointers.len(), output)
+            lora_checkpoint(part, compute, release, pointers.as_mut_ptr(), pointers.len(), in_host, output)
         }
     })
 }
@@ -161,7 +176,7 @@ mod tests {
         let calls = Arc::new(AtomicUsize::new(0));
         let part = |input: &Tensor| {
             let (own, calls) = (Shared::new(other.shallow_clone()), Arc::clone(&calls));
-            checkpoint(&[input], move |inputs| {
+            checkpoint(&[input], Inputs::Kept, move |inputs| {
                 calls.fetch_add(1, Ordering::SeqCst);
                 Ok(run(&own, &inputs[0]))
             })
@@ -180,27 +195,51 @@ mod tests {
         let weight = leaf(&[2.0]);
         let own = Shared::new(weight.shallow_clone());
         let input = Tensor::from_slice(&[3.0f32]);
-        let output = checkpoint(&[&input], move |inputs| Ok(&inputs[0] * &*own)).unwrap();
+        let output = checkpoint(&[&input], Inputs::Kept, move |inputs| Ok(&inputs[0] * &*own)).unwrap();
         assert!(output.requires_grad());
         output.sum(Kind::Float).backward();
         assert_eq!(weight.grad().double_value(&[0]), 3.0);
         // And one that is not trained at all is no harm.
-        let twice = checkpoint(&[&input], |inputs| Ok(&inputs[0] * 2.0)).unwrap();
+        let twice = checkpoint(&[&input], Inputs::Kept, |inputs| Ok(&inputs[0] * 2.0)).unwrap();
         (twice * &weight).sum(Kind::Float).backward();
         assert_eq!(weight.grad().double_value(&[0]), 9.0);
+    }
+
+    #[test]
+    fn large_inputs_may_wait_in_host_memory() {
+        tch::manual_seed(1);
+        // 2 MiB, and one that is too small to be worth it.
+        let (large, small) = (Tensor::randn([1 << 19], (Kind::Float, Device::Cpu)), leaf(&[3.0]));
+        let gradients = |wait: Inputs| {
+            let large = large.copy().set_requires_grad(true);
+            let output = checkpoint(&[&large, &small], wait, |inputs| Ok((&inputs[0] * &inputs[1]).square())).unwrap();
+            output.sum(Kind::Float).backward();
+            (large.grad(), small.grad().double_value(&[0]))
+        };
+        let kept = gradients(Inputs::Kept);
+        let _ = small.grad().zero_();
+        assert_eq!(gradients(Inputs::InHost), kept);
+        // One that is not trained stays so.
+        let frozen = checkpoint(&[&large], Inputs::InHost, |inputs| Ok(inputs[0].sin())).unwrap();
+        (frozen * &small).sum(Kind::Float).backward();
+        assert!(!large.grad().defined() && small.grad().defined());
     }
 
     #[test]
     fn parts_are_freed_with_their_graph() {
         let mut part = Shared::new(leaf(&[1.0]));
         let own = part.clone();
-        let output = checkpoint(&[&Tensor::from_slice(&[1.0f32])], move |inputs| Ok(&inputs[0] * &*own)).unwrap();
+        let output =
+            checkpoint(&[&Tensor::from_slice(&[1.0f32])], Inputs::Kept, move |inputs| Ok(&inputs[0] * &*own)).unwrap();
         assert!(part.get_mut().is_none(), "the graph holds it");
         drop(output);
         assert!(part.get_mut().is_some());
         tch::no_grad(|| {
             let own = part.clone();
-            drop(checkpoint(&[&Tensor::from_slice(&[1.0f32])], move |inputs| Ok(&inputs[0] * &*own)).unwrap());
+            drop(
+                checkpoint(&[&Tensor::from_slice(&[1.0f32])], Inputs::Kept, move |inputs| Ok(&inputs[0] * &*own))
+                    .unwrap(),
+            );
         });
         assert!(part.get_mut().is_some());
     }
@@ -209,17 +248,19 @@ mod tests {
     fn failures_of_either_pass_are_errors() {
         let failing = |when: usize| {
             let calls = AtomicUsize::new(0);
-            checkpoint(&[&leaf(&[1.0])], move |inputs| match calls.fetch_add(1, Ordering::SeqCst) == when {
-                true => Err(Error::OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB".into())),
-                false => Ok(&inputs[0] * 2.0),
+            checkpoint(&[&leaf(&[1.0])], Inputs::Kept, move |inputs| {
+                match calls.fetch_add(1, Ordering::SeqCst) == when {
+                    true => Err(Error::OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB".into())),
+                    false => Ok(&inputs[0] * 2.0),
+                }
             })
         };
         assert!(failing(0).unwrap_err().is_out_of_memory());
         let late = failing(1).unwrap().f_sum(Kind::Float).unwrap().f_backward();
         assert!(Error::from(late.unwrap_err()).is_out_of_memory());
-        let panicking = checkpoint(&[&leaf(&[1.0])], |_| panic!("oops"));
+        let panicking = checkpoint(&[&leaf(&[1.0])], Inputs::Kept, |_| panic!("oops"));
         assert!(panicking.unwrap_err().to_string().contains("panicked"));
-        let wrong = checkpoint(&[&leaf(&[1.0, 2.0])], |inputs| {
+        let wrong = checkpoint(&[&leaf(&[1.0, 2.0])], Inputs::Kept, |inputs| {
             Ok(inputs[0].f_matmul(&Tensor::zeros([3, 3], (Kind::Float, Device::Cpu)))?)
         });
         assert!(wrong.is_err());

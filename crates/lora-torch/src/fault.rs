@@ -117,7 +117,7 @@ mod tests {
         let pass = || -> Result<f64, Error> {
             let part = crate::checkpoint::Shared::new(weight.shallow_clone());
             let input = Tensor::f_ones([2, 8], (Kind::Float, Device::Cpu))?.f_matmul(&weight)?;
-            let output = crate::checkpoint::checkpoint(&[&input], move |inputs| {
+            let output = crate::checkpoint::checkpoint(&[&input], crate::checkpoint::Inputs::Kept, move |inputs| {
                 Ok(inputs[0].f_matmul(&part)?.f_tanh()?.f_mul_scalar(0.5)?)
             })?;
             output.f_sum(Kind::Float)?.f_backward()?;

@@ -1,7 +1,8 @@
 //! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output, or
-//! NF4 ([`crate::nf4`]), and made whole for one layer at a time, in the forward pass and again in the backward pass.
+//! NF4 ([`crate::nf4`]), and made whole for one layer at a time, in the forward pass and again in the backward pass. Those of
+//! any of these forms may live in host memory and come to the device when they are needed ([`crate::staging`]).
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::fmt;
 
 use lora_core::LayerGeometry;
@@ -10,6 +11,7 @@ use tch::{Kind, Tensor};
 use crate::backend::apply_layer;
 use crate::nf4::Nf4;
 use crate::shim::{RawTensor, new_tensor};
+use crate::staging::Staging;
 use crate::{Error, Result};
 
 /// How frozen weights are stored.
@@ -46,6 +48,8 @@ pub struct FrozenWeight {
     shape: Vec<i64>,
     /// What it computes in.
     kind: Kind,
+    /// The ring that it passes through, and its number there.
+    staged: Option<(Staging, i64)>,
 }
 
 #[derive(Debug)]
@@ -69,6 +73,8 @@ struct RawStored {
     shape: *const i64,
     axes: usize,
     portable: c_int,
+    staging: *const c_void,
+    staged: i64,
 }
 
 unsafe extern "C" {
@@ -91,7 +97,7 @@ const CHUNK: usize = 1 << 20;
 impl FrozenWeight {
     /// As it is.
     pub fn plain(weight: Tensor) -> Self {
-        Self { shape: weight.size(), kind: weight.kind(), stored: Stored::Plain(weight) }
+        Self { shape: weight.size(), kind: weight.kind(), stored: Stored::Plain(weight), staged: None }
     }
 
     /// In fewer bytes; it goes on computing in the weight's own dtype. The first axis is that of the outputs.
@@ -124,13 +130,34 @@ impl FrozenWeight {
         {
             return refused("it holds numbers that are not finite, or too large for f32");
         }
-        Ok(Self { stored, shape, kind })
+        Ok(Self { stored, shape, kind, staged: None })
+    }
+
+    /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are moved before
+    /// the first is used.
+    pub fn staged(self, staging: &Staging) -> Result<Self> {
+        let (stored, id) = match self.stored {
+            Stored::Plain(values) => {
+                let ([values, ..], id) = staging.add([Some(&values), None, None, None, None])?;
+                (Stored::Plain(host(values)?), id)
+            }
+            Stored::Scaled { values, scale } => {
+                let ([values, scale, ..], id) = staging.add([Some(&values), Some(&scale), None, None, None])?;
+                (Stored::Scaled { values: host(values)?, scale: host(scale)? }, id)
+            }
+            Stored::Nf4(own) => {
+                let parts = [Some(own.packed()), None, Some(own.absmax()), Some(own.nested()), Some(own.offset())];
+                let ([packed, _, absmax, nested, offset], id) = staging.add(parts)?;
+                (Stored::Nf4(own.moved(host(packed)?, host(absmax)?, host(nested)?, host(offset)?)), id)
+            }
+        };
+        Ok(Self { stored, staged: Some((staging.clone(), id)), ..self })
     }
 
     /// In NF4 already.
     #[cfg(test)]
     pub(crate) fn nf4(own: Nf4, shape: Vec<i64>, kind: Kind) -> Self {
-        Self { stored: Stored::Nf4(own), shape, kind }
+        Self { stored: Stored::Nf4(own), shape, kind, staged: None }
     }
 
     /// The dtype it computes in.
@@ -138,15 +165,18 @@ impl FrozenWeight {
         self.kind
     }
 
-    /// Where it is.
+    /// Where it computes.
     pub fn device(&self) -> tch::Device {
+        if let Some((staging, _)) = &self.staged {
+            return staging.device();
+        }
         match &self.stored {
             Stored::Plain(values) | Stored::Scaled { values, .. } => values.device(),
             Stored::Nf4(own) => own.packed().device(),
         }
     }
 
-    /// Bytes that it takes.
+    /// Bytes that it takes where it lives.
     pub fn bytes(&self) -> usize {
         let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
         match &self.stored {
@@ -158,7 +188,7 @@ impl FrozenWeight {
 
     /// The whole weight.
     pub fn whole(&self) -> Result<Tensor> {
-        if let Stored::Plain(values) = &self.stored {
+        if let (Stored::Plain(values), None) = (&self.stored, &self.staged) {
             return Ok(values.f_to_kind(self.kind)?);
         }
         // libtorch's own numbers of its dtypes.
@@ -189,7 +219,7 @@ impl FrozenWeight {
     }
 
     fn is_whole(&self) -> bool {
-        matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
+        self.staged.is_none() && matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
     }
 
     /// Pointers into `self`.
@@ -209,8 +239,15 @@ impl FrozenWeight {
             shape: self.shape.as_ptr(),
             axes: self.shape.len(),
             portable: nf4.is_some_and(Nf4::is_portable).into(),
+            staging: self.staged.as_ref().map_or(std::ptr::null(), |(staging, _)| staging.as_ptr()),
+            staged: self.staged.as_ref().map_or(0, |(_, id)| *id),
         }
     }
+}
+
+/// A tensor that was given to be moved comes back.
+fn host(moved: Option<Tensor>) -> Result<Tensor> {
+    moved.ok_or_else(|| Error::Torch("a part of a weight was lost on its way to host memory".into()))
 }
 
 /// Values in a byte each and the factor of each output, some outputs at a time.

@@ -13,6 +13,7 @@ pub mod nf4;
 pub mod norm;
 mod scaler;
 mod shim;
+pub mod staging;
 pub mod tensor;
 
 pub use backend::TchBackend;

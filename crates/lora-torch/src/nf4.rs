@@ -62,6 +62,11 @@ impl Nf4 {
         &self.offset
     }
 
+    /// The same numbers in other places.
+    pub(crate) fn moved(self, packed: Tensor, absmax: Tensor, nested: Tensor, offset: Tensor) -> Self {
+        Self { packed, absmax, nested, offset, ..self }
+    }
+
     pub(crate) fn is_portable(&self) -> bool {
         self.portable
     }

@@ -123,6 +123,8 @@ fn resolution_falls_only_where_it_may() {
         "train_text_encoder=false",
         "base_storage=nf4",
         "optimizer=adamw8bit",
+        "cpu_offload_checkpointing=true",
+        "offload_base=true",
     ];
     let least = match plan(&config(&[&keys[..], &["vram_budget=600MiB"]].concat()), &Plugins::default()) {
         Err(error @ Error::Budget { .. }) => error.to_string(),
@@ -204,7 +206,7 @@ fn the_documentation_shows_what_is_predicted() {
         "| | batch | weights | saved activations | adapter, gradients, optimiser | working | beside tensors | peak |\n\
          |---|---|---|---|---|---|---|---|\n",
     );
-    let rows: [(&str, &[&str]); 7] = [
+    let rows: [(&str, &[&str]); 9] = [
         ("fp32", &["precision=fp32"]),
         ("fp16", &[]),
         ("fp16, text encoder frozen", &["train_text_encoder=false"]),
@@ -215,6 +217,25 @@ fn the_documentation_shows_what_is_predicted() {
             &["gradient_checkpointing=true", "base_storage=int8", "train_text_encoder=false"],
         ),
         ("the same, NF4 base", &["gradient_checkpointing=true", "base_storage=nf4", "train_text_encoder=false"]),
+        (
+            "the same, `cpu_offload_checkpointing`",
+            &[
+                "gradient_checkpointing=true",
+                "base_storage=nf4",
+                "train_text_encoder=false",
+                "cpu_offload_checkpointing=true",
+            ],
+        ),
+        (
+            "the same, `offload_base`",
+            &[
+                "gradient_checkpointing=true",
+                "base_storage=nf4",
+                "train_text_encoder=false",
+                "cpu_offload_checkpointing=true",
+                "offload_base=true",
+            ],
+        ),
     ];
     for (name, keys) in rows {
         for batch in ["1", "2"] {

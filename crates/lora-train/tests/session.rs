@@ -659,6 +659,41 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
 }
 
 #[test]
+fn what_waits_in_host_memory_changes_nothing() {
+    let folder = workspace();
+    let run = |keys: &[&str]| {
+        let common = ["batch_size=4", "max_resolution=128", "max_train_steps=3", "sample_prompts=a"];
+        let mut session = prepare(folder.path(), &[keys, &common].concat());
+        // Another order of the layers in between.
+        let sampled = |session: &mut Session, report| {
+            session.sample(&["a".into()]).unwrap();
+            report
+        };
+        std::iter::from_fn(|| session.step().unwrap().map(|report| sampled(&mut session, report)))
+            .map(|report| (report.loss, report.gradient_norm.unwrap()))
+            .collect::<Vec<_>>()
+    };
+    for keys in [
+        &[][..],
+        &["base_storage=nf4", "train_text_encoder=false"],
+        &["base_storage=int8", "gradient_checkpointing=true"],
+        &["variant=dora"],
+    ] {
+        let plain = run(keys);
+        let mut others = vec!["offload_base=true"];
+        if keys.contains(&"gradient_checkpointing=true") {
+            others.push("cpu_offload_checkpointing=true");
+        }
+        let other = run(&[keys, &others].concat());
+        for (plain, other) in plain.iter().zip(&other) {
+            let apart = (plain.0 / other.0 - 1.0).abs().max((plain.1 / other.1 - 1.0).abs());
+            // The sums are the same; the first three axes of a linear layer are flattened or not.
+            assert!(apart < 1e-4, "{keys:?}: {plain:?} {other:?}");
+        }
+    }
+}
+
+#[test]
 fn whole_networks_train_into_a_checkpoint() {
     let folder = workspace();
     let text = |name: &str| folder.path().join(name).display().to_string();

@@ -415,11 +415,25 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "fp8 and int8 take a byte a weight: half of fp16, a quarter of fp32. nf4 takes half of that.",
             ),
             key(
+                "offload_base",
+                "true/false",
+                "false",
+                "Keep the frozen weights of layers in host memory (pinned), in the form of `base_storage`, and copy each to the device while the layers before it compute; the result is the same. For bases larger than the device; on the CPU it saves nothing.",
+                "Of those weights only an eighth is on the device at a time (and room for the two largest). Each crosses the bus in the forward and in the backward pass: where that takes longer than computing, steps take longer.",
+            ),
+            key(
                 "gradient_checkpointing",
                 "true/false",
                 "false",
                 "Compute the activations within blocks again in the backward pass instead of keeping them; the result is the same.",
                 "Large: only what lies between blocks is kept. Costs about a third more time.",
+            ),
+            key(
+                "cpu_offload_checkpointing",
+                "true/false",
+                "false",
+                "With `gradient_checkpointing`: what blocks need to be computed again waits in host memory; the result is the same.",
+                "Saves what checkpointing leaves, more at high resolutions and large batches. Costs two copies over the bus a block.",
             ),
             key(
                 "cache_latents",
@@ -432,7 +446,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "vram_budget",
                 "\"8GiB\", \"7.5GiB\", \"8192MiB\"",
                 "none",
-                "Memory that the run may use. Before training it is planned (`lora plan`), and what makes it fit is applied at an equal effective batch: smaller micro-batches, `gradient_checkpointing`, `cache_latents`, half precision, `base_storage`, 8-bit AdamW. On the CPU it is host memory.",
+                "Memory that the run may use. Before training it is planned (`lora plan`), and what makes it fit is applied at an equal effective batch: smaller micro-batches, `gradient_checkpointing`, `cache_latents`, half precision, `base_storage`, 8-bit AdamW, `cpu_offload_checkpointing`, `offload_base`. On the CPU it is host memory.",
                 "The run keeps to it, or ends at once with the least that it needs.",
             ),
             key(

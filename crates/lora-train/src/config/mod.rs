@@ -162,7 +162,9 @@ pub struct TrainConfig {
     pub device: String,
     /// `base_storage`; `None` where weights are stored as they compute.
     pub base_storage: Option<Storage>,
+    pub offload_base: bool,
     pub gradient_checkpointing: bool,
+    pub cpu_offload_checkpointing: bool,
     pub cache_latents: bool,
     /// `vram_budget` in bytes.
     pub vram_budget: Option<u64>,
@@ -250,11 +252,16 @@ impl TrainConfig {
         let train =
             reader.choice("train", &[("lora", TrainMode::Adapter), ("full", TrainMode::Full)]).unwrap_or_default();
         if train == TrainMode::Full {
-            for key in ADAPTER_KEYS.into_iter().chain(["base_storage"]) {
+            for key in ADAPTER_KEYS.into_iter().chain(["base_storage", "offload_base"]) {
                 if reader.has(key) {
                     reader.problem(Some(key), "means nothing with train = full; take it out, or train = lora");
                 }
             }
+        }
+        let gradient_checkpointing = reader.boolean("gradient_checkpointing", false);
+        let cpu_offload_checkpointing = reader.boolean("cpu_offload_checkpointing", false);
+        if cpu_offload_checkpointing && !gradient_checkpointing {
+            reader.problem(Some("cpu_offload_checkpointing"), "means nothing without gradient_checkpointing = true");
         }
         let lora_rank = reader.count("lora_rank", 1).unwrap_or(16);
         let (optimizer, optimizer_args) = optimizer::read(reader);
@@ -411,7 +418,9 @@ impl TrainConfig {
                     ],
                 )
                 .unwrap_or_default(),
-            gradient_checkpointing: reader.boolean("gradient_checkpointing", false),
+            offload_base: reader.boolean("offload_base", false),
+            gradient_checkpointing,
+            cpu_offload_checkpointing,
             cache_latents: reader.boolean("cache_latents", true),
             vram_budget: reader.bytes("vram_budget"),
             auto: reader.boolean("auto", false),

@@ -12,6 +12,9 @@ use super::meter::Part;
 use super::ops::Weight;
 use super::tape::{Leaf, Tape, Value};
 
+/// Inputs of blocks of so many bytes may wait in host memory.
+const LARGE_INPUT: u64 = 1 << 20;
+
 /// Dropout between an adapter's factors, as far as it needs memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct DropoutMasks {
@@ -64,12 +67,16 @@ pub(super) struct Layers {
     pub(super) kind: Kind,
     /// Layers whose weights are stored in fewer bytes.
     pub(super) stored: BTreeSet<String>,
+    /// Weights come from host memory.
+    pub(super) staged: bool,
     pub(super) adapters: BTreeMap<String, LayerAdapter>,
     /// Layers whose own weights are trained, in fp32.
     pub(super) trained: BTreeMap<String, Value>,
     pub(super) dropout: DropoutMasks,
     /// Blocks are computed again in the backward pass.
     pub(super) recompute: bool,
+    /// Large inputs of blocks wait for that elsewhere.
+    pub(super) inputs_elsewhere: bool,
     /// Names of all layers that were passed.
     pub(super) passed: RefCell<BTreeSet<String>>,
 }
@@ -104,7 +111,7 @@ impl Layers {
         };
         let updates: Vec<_> = products.iter().map(|factors| self.low_rank(input, geometry, factors)).collect();
         // With a bias, three axes and a plain weight, a linear layer ends in a view.
-        let view = bias && !stored && input.shape().len() == 3 && !input.is_permuted();
+        let view = bias && !stored && !self.staged && input.shape().len() == 3 && !input.is_permuted();
         updates.iter().fold(base(), |sum, update| self.tape.add_in_place(&sum, update, view))
     }
 
@@ -179,7 +186,13 @@ impl Layers {
             return output;
         }
         let layers = Rc::clone(self);
-        let kept: Vec<Value> = own.iter().map(Value::detach).collect();
+        let kept: Vec<Value> = own
+            .iter()
+            .map(|value| match self.inputs_elsewhere && value.bytes() >= LARGE_INPUT {
+                true => tape.elsewhere(value),
+                false => value.detach(),
+            })
+            .collect();
         let wanted: Vec<bool> = own.iter().map(Value::needs_gradient).collect();
         // What the closure knows of its inputs is what the graph saved: it must not keep them alive longer.
         let saved: Vec<&Value> = kept.iter().collect();
@@ -189,7 +202,7 @@ impl Layers {
             &mut [&mut output],
             &saved,
             Box::new(move |tape, given| {
-                let kept = held.take().unwrap_or_default();
+                let kept: Vec<Value> = held.take().unwrap_or_default().iter().map(|value| tape.back(value)).collect();
                 let leaves: Vec<_> = kept.iter().map(|value| tape.leaf(value, Part::Working)).collect();
                 let again: Vec<Value> = leaves
                     .iter()

@@ -1,6 +1,7 @@
 //! From a configuration and a base's header to the peak of each phase of a run. The run's own order is followed: what
 //! [`crate::session`] loads, keeps and drops is loaded, kept and dropped here, on a tape without elements.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -27,6 +28,9 @@ use crate::trainable::AdapterOptions;
 
 /// Timesteps that validation looks at in one batch.
 const VALIDATION_BATCH: usize = 16;
+
+/// Parts of weights that come from host memory begin at multiples of this.
+const STAGED_UNIT: u64 = 512;
 
 /// Numbers that are brought into few bytes at once.
 const CHUNK: u64 = 1 << 20;
@@ -128,7 +132,17 @@ pub(super) fn predict(config: &TrainConfig, base: &Base, machine: &Machine, plug
     let optimiser = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?.optimiser;
     let tape = Tape::new(machine.platform);
     let kind = kind_of(machine.precision(config.precision));
-    let mut run = Run { config, base, optimiser: &*optimiser, tape, kind, vae_kind: kind, machine, phases: Vec::new() };
+    let mut run = Run {
+        config,
+        base,
+        optimiser: &*optimiser,
+        tape,
+        kind,
+        vae_kind: kind,
+        machine,
+        staged: RefCell::default(),
+        phases: Vec::new(),
+    };
     if matches!(machine.platform, Platform::Cpu { .. }) {
         run.vae_kind = Kind::Float;
     }
@@ -145,6 +159,8 @@ struct Run<'p> {
     kind: Kind,
     vae_kind: Kind,
     machine: &'p Machine,
+    /// Bytes of weights that come from host memory.
+    staged: RefCell<Vec<u64>>,
     phases: Vec<PhasePeak>,
 }
 
@@ -170,7 +186,7 @@ impl Run<'_> {
             .then(|| [CUBLAS_WORKSPACE; 2].map(|bytes| self.tape.scratch(bytes)));
         let sizes = self.sizes();
 
-        let mut autoencoder = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+        let mut autoencoder = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
         if config.cache_latents {
             sizes.iter().for_each(|&(_, width, height)| self.encode_picture(width, height));
             autoencoder.clear();
@@ -182,7 +198,13 @@ impl Run<'_> {
         let keep_encoder = config.train_text_encoder || captions_change;
         let mut text_weights = match full && config.train_text_encoder {
             true => Vec::new(),
-            false => self.load(&self.base.text_shapes, Part::TextEncoder, self.kind, config.base_storage),
+            false => self.load(
+                &self.base.text_shapes,
+                Part::TextEncoder,
+                self.kind,
+                config.base_storage,
+                keep_encoder && config.offload_base,
+            ),
         };
         let mut parameters = Parameters::default();
         if full && config.train_text_encoder {
@@ -197,7 +219,7 @@ impl Run<'_> {
 
         let unet_weights = match full && config.train_unet {
             true => Vec::new(),
-            false => self.load(&self.base.unet_shapes, Part::Unet, self.kind, config.base_storage),
+            false => self.load(&self.base.unet_shapes, Part::Unet, self.kind, config.base_storage, config.offload_base),
         };
         let trains = [(Component::Unet, config.train_unet), (Component::TextEncoder, config.train_text_encoder)];
         match full {
@@ -206,6 +228,8 @@ impl Run<'_> {
             false => self.attach(&trains, variant, &mut parameters)?,
         }
         self.note(Phase::Loading);
+        // Taken when the first weight passes through.
+        let ring = self.tape.meter().block(self.ring(), Part::Unet);
 
         let unet_layers = self.layers(Component::Unet, &mut parameters);
         let text_layers = keep_encoder.then(|| self.layers(Component::TextEncoder, &mut parameters));
@@ -229,7 +253,7 @@ impl Run<'_> {
             parameters.leaves.iter().for_each(|leaf| drop(leaf.take()));
         }
         self.note(Phase::Training);
-        drop((autoencoder, text_weights, unet_weights));
+        drop((autoencoder, text_weights, unet_weights, ring));
         Ok(())
     }
 
@@ -261,24 +285,38 @@ impl Run<'_> {
     }
 
     /// Weights of a network that does not train, with what comes and goes while those of layers are stored in fewer bytes.
-    fn load(&self, shapes: &Shapes, part: Part, kind: Kind, storage: Option<Storage>) -> Vec<Rc<Block>> {
+    /// `staged`: weights of layers end up in host memory.
+    fn load(&self, shapes: &Shapes, part: Part, kind: Kind, storage: Option<Storage>, staged: bool) -> Vec<Rc<Block>> {
         let stored = self.stored(shapes, kind, storage);
+        let large = if staged { self.large(shapes) } else { BTreeSet::new() };
         let meter = self.tape.meter();
         let mut blocks = Vec::new();
+        // On the CPU host memory is what is counted.
+        let moved = |parts: Vec<Rc<Block>>| {
+            let bytes = parts.iter().map(|part| part.bytes().next_multiple_of(STAGED_UNIT)).sum();
+            self.staged.borrow_mut().push(bytes);
+            (self.tape.platform() != Platform::Cuda).then(|| meter.block(bytes, part))
+        };
         for (name, shape) in &shapes.weights {
             let elements = shape.iter().product::<usize>() as u64;
             let whole = elements * kind.elt_size_in_bytes() as u64;
-            let layer = name.strip_suffix(".weight").filter(|layer| stored.contains(*layer));
-            let Some(storage) = storage.filter(|_| layer.is_some()) else {
-                blocks.push(meter.block(whole, part));
+            let layer = name.strip_suffix(".weight");
+            let is_staged = layer.is_some_and(|layer| large.contains(layer));
+            let Some(storage) = storage.filter(|_| layer.is_some_and(|layer| stored.contains(layer))) else {
+                let block = meter.block(whole, part);
+                match is_staged {
+                    true => blocks.extend(moved(vec![block])),
+                    false => blocks.push(block),
+                }
                 continue;
             };
             let _whole = self.tape.scratch(whole);
+            let mut own = Vec::new();
             match storage {
-                Storage::Half | Storage::BFloat16 => blocks.push(meter.block(2 * elements, part)),
+                Storage::Half | Storage::BFloat16 => own.push(meter.block(2 * elements, part)),
                 Storage::Float8 | Storage::Int8 => {
-                    blocks.push(meter.block(elements, part));
-                    blocks.push(meter.block(4 * shape[0] as u64, part));
+                    own.push(meter.block(elements, part));
+                    own.push(meter.block(4 * shape[0] as u64, part));
                     // Some outputs at a time, in fp32.
                     let outputs = (CHUNK * shape[0] as u64 / elements).clamp(1, shape[0] as u64);
                     let single = 4 * outputs * elements / shape[0] as u64;
@@ -287,14 +325,18 @@ impl Run<'_> {
                 }
                 Storage::Nf4 => {
                     let most = 4 * elements.div_ceil(64);
-                    blocks.push(meter.block(elements.div_ceil(2), part));
+                    own.push(meter.block(elements.div_ceil(2), part));
                     let _most = self.tape.scratch(most);
                     let copy = if kind == Kind::Float { 0 } else { 4 * elements.min(CHUNK) };
                     // Rows of factors on their way to 8 bits.
                     drop(self.tape.scratch(copy.max(4 * most)));
                     let sizes = [elements.div_ceil(64), 4 * elements.div_ceil(64 * 256), 4];
-                    blocks.extend(sizes.map(|bytes| meter.block(bytes, part)));
+                    own.extend(sizes.map(|bytes| meter.block(bytes, part)));
                 }
+            }
+            match is_staged {
+                true => blocks.extend(moved(own)),
+                false => blocks.append(&mut own),
             }
         }
         blocks
@@ -307,8 +349,20 @@ impl Run<'_> {
         if storage.is_none() || same {
             return BTreeSet::new();
         }
+        self.large(shapes)
+    }
+
+    /// Layers whose weights are not small.
+    fn large(&self, shapes: &Shapes) -> BTreeSet<String> {
         let large = |layer: &&TargetLayer| layer.geometry.weight_shape().iter().product::<usize>() >= SMALL;
         shapes.layers.iter().filter(large).map(|layer| layer.path.path.clone()).collect()
+    }
+
+    /// Bytes of the ring that weights from host memory pass through (`cpp/staging.cpp` of lora-torch).
+    fn ring(&self) -> u64 {
+        let staged = self.staged.borrow();
+        let (all, largest) = (staged.iter().sum::<u64>(), staged.iter().copied().max().unwrap_or(0));
+        all.min((2 * largest).max((all / 8).next_multiple_of(STAGED_UNIT)))
     }
 
     /// A network's layers with what is trained of them.
@@ -330,7 +384,9 @@ impl Run<'_> {
                 ranks: config.rank_dropout > 0.0,
                 modules: config.module_dropout > 0.0,
             },
+            staged: config.offload_base && config.train != TrainMode::Full,
             recompute: config.gradient_checkpointing,
+            inputs_elsewhere: config.cpu_offload_checkpointing,
             passed: Default::default(),
         })
     }
@@ -443,10 +499,12 @@ impl Run<'_> {
             tape: self.tape.clone(),
             kind: self.vae_kind,
             stored: BTreeSet::new(),
+            staged: false,
             adapters: BTreeMap::new(),
             trained: BTreeMap::new(),
             dropout: DropoutMasks::default(),
             recompute: false,
+            inputs_elsewhere: false,
             passed: Default::default(),
         })
     }
@@ -498,7 +556,7 @@ impl Run<'_> {
     fn draw(&self, unet_layers: &Rc<Layers>, text_layers: Option<&Rc<Layers>>) {
         let tape = &self.tape;
         let (width, height) = self.config.samples.resolution;
-        let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+        let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
         tape.recording(false, || {
             let latents = self.latents(1, width, height);
             {
@@ -517,7 +575,7 @@ impl Run<'_> {
     fn validate(&self, unet_layers: &Rc<Layers>, size: Option<(usize, usize, usize)>) {
         let Some((_, width, height)) = size else { return };
         {
-            let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None);
+            let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
             self.encode_picture(width, height);
         }
         self.tape.recording(false, || {

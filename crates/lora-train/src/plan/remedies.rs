@@ -25,6 +25,10 @@ pub(super) enum Change {
     Storage(Storage),
     /// The optimiser's averages in 8 bits.
     Optimiser8bit,
+    /// What recomputing needs waits in host memory.
+    InputsInHost,
+    /// Frozen weights come from host memory.
+    OffloadBase,
     /// Blocks keep their activations.
     Keep,
     /// Micro-batches larger by this factor, and so many times fewer of them.
@@ -53,6 +57,7 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
         (None, DType::F32) => vec![Storage::Half, Storage::Int8, Storage::Nf4],
         _ => vec![Storage::Int8, Storage::Nf4],
     };
+    let on_device = machine.platform == Platform::Cuda;
     let resolutions = if config.allow_lower_resolution { vec![7, 6] } else { vec![] };
     vec![
         divisors.map(Change::SmallerBatch).collect(),
@@ -62,6 +67,8 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
         resolutions.into_iter().map(Change::Resolution).collect(),
         storages.into_iter().map(Change::Storage).collect(),
         (config.optimizer == "adamw").then_some(Change::Optimiser8bit).into_iter().collect(),
+        (on_device && !config.cpu_offload_checkpointing).then_some(Change::InputsInHost).into_iter().collect(),
+        (on_device && !full && !config.offload_base).then_some(Change::OffloadBase).into_iter().collect(),
     ]
 }
 
@@ -99,10 +106,13 @@ impl Change {
             }
             Change::MorePictures(by) => batches(&mut config, &|size| size * by),
             Change::Recompute => config.gradient_checkpointing = true,
-            Change::Keep => config.gradient_checkpointing = false,
+            Change::Keep => (config.gradient_checkpointing, config.cpu_offload_checkpointing) = (false, false),
             Change::CacheLatents => config.cache_latents = true,
             Change::Precision(precision) => config.precision = precision,
             Change::Storage(storage) => config.base_storage = Some(storage),
+            Change::InputsInHost if !config.gradient_checkpointing => return None,
+            Change::InputsInHost => config.cpu_offload_checkpointing = true,
+            Change::OffloadBase => config.offload_base = true,
             Change::Optimiser8bit => config.optimizer = "adamw8bit".into(),
             Change::Rank(by) => {
                 config.lora_rank *= by;
@@ -156,6 +166,11 @@ impl Change {
             }
             Change::Storage(_) => "frozen weights are rounded to 8 bits; each is converted twice a step".into(),
             Change::Optimiser8bit => "averages are rounded to 8 bits in blocks of 256; curves stay alike".into(),
+            Change::InputsInHost => "same update; each block's input crosses the bus twice a step".into(),
+            Change::OffloadBase => {
+                "same update; each frozen weight crosses the bus in both passes, while others compute: slower where the bus is"
+                    .into()
+            }
             Change::Keep => "same update; about a quarter less time a step".into(),
             Change::LargerBatch(by) => format!("same update; {by} times fewer passes a step"),
             Change::MorePictures(by) => {
@@ -199,11 +214,13 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting
             ("batch_size", config.batch_size.to_string()),
             ("gradient_accumulation_steps", config.gradient_accumulation_steps.to_string()),
             ("gradient_checkpointing", config.gradient_checkpointing.to_string()),
+            ("cpu_offload_checkpointing", config.cpu_offload_checkpointing.to_string()),
             ("cache_latents", config.cache_latents.to_string()),
             ("precision", precision(config.precision).to_owned()),
             ("max_resolution", size(config.max_resolution)),
             ("sample_resolution", size(config.samples.resolution)),
             ("base_storage", storage(config.base_storage)),
+            ("offload_base", config.offload_base.to_string()),
             ("optimizer", format!("\"{}\"", config.optimizer)),
             ("lora_rank", config.lora_rank.to_string()),
             ("lora_alpha", config.lora_alpha.to_string()),

@@ -218,6 +218,18 @@ impl Tape {
         self.value(&value.shape, value.kind).permuted(value.permuted)
     }
 
+    /// A copy in host memory: on a device it takes nothing.
+    pub(super) fn elsewhere(&self, value: &Value) -> Value {
+        let bytes = if self.0.platform == Platform::Cuda { 0 } else { value.bytes() };
+        let block = self.0.meter.block(bytes, Part::Working);
+        self.of_block(block, &value.shape, value.kind).permuted(value.permuted)
+    }
+
+    /// The value itself, or what was [`Tape::elsewhere`] as it comes back.
+    pub(super) fn back(&self, value: &Value) -> Value {
+        if value.block.bytes() == 0 { self.like(value) } else { value.clone() }
+    }
+
     /// Memory that an operation needs while it runs.
     pub(super) fn scratch(&self, bytes: u64) -> Rc<Block> {
         self.0.meter.block(bytes, Part::Working)

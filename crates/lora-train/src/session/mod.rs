@@ -316,7 +316,11 @@ impl Session {
         let noise = from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?;
         let timesteps: Vec<usize> =
             draws.iter().map(|draw| draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
-        let pass = Pass { dropout: self.dropout(&draws), recompute: self.recomputes() };
+        let pass = Pass {
+            dropout: self.dropout(&draws),
+            recompute: self.recomputes(),
+            inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
+        };
         let context = self.batch_context(batch, &draws, &pass)?;
         let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.options(visit.index).loss_weight).collect();
         denoising_loss(

@@ -17,7 +17,8 @@ use lora_io::adapter;
 use lora_io::checkpoint::{Checkpoint, Part};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
-use lora_models::weights::{Held, TrainedWeights};
+use lora_models::weights::{Frozen, Held, TrainedWeights};
+use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, no_grad_guard};
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
@@ -103,6 +104,9 @@ impl Session {
         };
         let kind = kind_of(precision);
         device::check_kind(device, kind)?;
+        if config.offload_base && device == Device::Cpu {
+            notes.push("offload_base is for GPUs; on the CPU it costs time and saves nothing".into());
+        }
         // A state that is another run's is refused before anything takes time.
         let state = resume::open(&config)?;
         if let Some(state) = &state {
@@ -165,13 +169,16 @@ impl Session {
         let storage = config.base_storage;
         let full = config.train == TrainMode::Full;
         let (unet_weights, text_weights) = (TrainedWeights::default(), TrainedWeights::default());
-        let held = |trains: bool, weights: &TrainedWeights| match full && trains {
+        let staging = config.offload_base.then(|| Staging::new(device)).transpose()?;
+        let held = |trains: bool, weights: &TrainedWeights, stays: bool| match full && trains {
             true => Held::Trained(weights.clone()),
-            false => Held::Frozen(storage),
+            // What leaves before training would only be in the way of what passes through.
+            false => Held::Frozen(Frozen { storage, staging: staging.clone().filter(|_| stays) }),
         };
+        let keep_encoder = config.train_text_encoder || !pictures.captions_are_fixed();
         progress(Preparing::Loading("text encoder"));
         let text_encoder =
-            load_text_encoder(&checkpoint, kind, device, held(config.train_text_encoder, &text_weights))?;
+            load_text_encoder(&checkpoint, kind, device, held(config.train_text_encoder, &text_weights, keep_encoder))?;
         if config.clip_skip > text_encoder.config().layers {
             return Err(lora_models::Error::Input {
                 what: "clip_skip",
@@ -181,7 +188,6 @@ impl Session {
             .into());
         }
         let mut text_states = BTreeMap::new();
-        let keep_encoder = config.train_text_encoder || !pictures.captions_are_fixed();
         if !keep_encoder {
             let fixed = |(index, item): (usize, &lora_data::dataset::Item)| {
                 pictures.options(index).captions.kept(&item.lines(), &Stream::new(0))
@@ -220,7 +226,7 @@ impl Session {
         memory::empty_cache(device)?;
 
         progress(Preparing::Loading("U-Net"));
-        let mut unet = load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights))?;
+        let mut unet = load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights, true))?;
         let mut init_from = None;
         let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
         if config.train_unet {

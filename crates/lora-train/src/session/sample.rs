@@ -4,7 +4,7 @@ use lora_core::random::Stream;
 use lora_data::RgbPicture;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{Sampler, load_text_encoder};
-use lora_models::weights::Held;
+use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -58,7 +58,7 @@ impl Session {
                     &self.checkpoint,
                     kind_of(self.precision),
                     self.device,
-                    Held::Frozen(self.config.base_storage),
+                    Held::Frozen(Frozen::stored(self.config.base_storage)),
                 )?;
                 self.text.states(&encoder, &[caption], self.device, &pass)
             }

@@ -4,12 +4,13 @@
 
 use lora_data::sampler::Visit;
 use lora_torch::memory;
+use lora_torch::tch::Device;
 
 use super::{Session, StepGradients};
 use crate::{Error, Result};
 
 /// What helps and makes another run of it.
-pub(super) const REMEDIES: &str = "what helps beyond that changes the run: base_storage = \"int8\" or \"fp8\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
+pub(super) const REMEDIES: &str = "what helps beyond that changes the run: offload_base = true, base_storage = \"int8\" or \"nf4\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
 
 impl Session {
     /// The gradients of a step, whatever it takes.
@@ -55,6 +56,9 @@ impl Session {
         } else if !self.recomputes() {
             self.economy.recompute = true;
             ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())
+        } else if !self.economy.inputs_in_host && !self.config.cpu_offload_checkpointing && self.device != Device::Cpu {
+            self.economy.inputs_in_host = true;
+            ("the inputs of blocks wait in host memory".into(), "cpu_offload_checkpointing = true".to_owned())
         } else if !self.economy.encoder_leaves && self.latents.has_encoder() {
             self.economy.encoder_leaves = true;
             self.latents.encoder_leaves();

@@ -52,11 +52,14 @@ pub struct StateHeader {
 
 /// What a run does to make do with less memory than its configuration takes; the update stays the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Economy {
     /// Most pictures of a micro-batch, where that is less than the configuration's.
     pub micro_batch: Option<usize>,
     /// Activations are computed again, whatever the configuration says.
     pub recompute: bool,
+    /// What is needed to compute them again waits in host memory.
+    pub inputs_in_host: bool,
     /// The autoencoder leaves the device after each micro-batch's pictures.
     pub encoder_leaves: bool,
 }

@@ -95,7 +95,9 @@ impl Settings {
             precision: _,
             device,
             base_storage,
+            offload_base,
             gradient_checkpointing,
+            cpu_offload_checkpointing,
             cache_latents,
             // What a plan changed is in the keys that it set.
             vram_budget: _,
@@ -173,7 +175,9 @@ impl Settings {
         free("max_grad_norm", max_grad_norm);
         free("length of the run", length);
         free("device", &Plain(device));
+        free("offload_base", offload_base);
         free("gradient_checkpointing", gradient_checkpointing);
+        free("cpu_offload_checkpointing", cpu_offload_checkpointing);
         settings
     }
 
