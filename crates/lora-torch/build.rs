@@ -28,10 +28,13 @@ fn main() {
         .file("cpp/frozen.cpp")
         .file("cpp/nf4.cpp")
         .file("cpp/norm_silu.cpp")
+        .file("cpp/profile.cpp")
         .file("cpp/staging.cpp")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        // As libtorch itself was built: some of its objects have other members without.
+        .define("NDEBUG", None)
         // libtorch's own headers warn by the hundred.
         .warnings(false)
         .compile("lora_torch_shim");

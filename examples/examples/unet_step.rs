@@ -1,7 +1,12 @@
 //! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
-//! `tools/bench/peft_step.py`: `cargo run --release --example unet_step [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1] [STORAGE]`,
-//! storage 0 for fp32, 1 for fp16, 2 for fp8, 3 for int8, 4 for nf4. With 0 steps: bytes of the weights and memory of loading them.
+//! `tools/bench/peft_step.py`, with the same arguments:
+//!
+//! `cargo run --release --example unet_step [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
+//! [checkpointing=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1]`
+//!
+//! The last line is JSON, for `tools/bench/side_by_side.py`. With `steps=0`: bytes of the weights and memory of loading them.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use lora_core::target::Targets;
@@ -11,70 +16,114 @@ use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
-use lora_torch::tch::{Kind, Tensor};
+use lora_torch::profile::operations;
+use lora_torch::staging::Staging;
+use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{device, memory};
 use lora_train::loss::{LossWeights, denoising_loss};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let numbers = std::env::args().skip(1).map(|number| number.parse()).collect::<Result<Vec<i64>, _>>()?;
-    let number = |index: usize, default| numbers.get(index).copied().unwrap_or(default);
-    let (pixels, rank, steps) = (number(0, 256), number(1, 8) as usize, number(2, 5));
-    let pass = Pass { recompute: number(3, 0) != 0, ..Pass::default() };
+/// The names of the arguments.
+const ARGUMENTS: [&str; 8] = ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base"];
 
-    let storage = [None, Some(Storage::Half), Some(Storage::Float8), Some(Storage::Int8), Some(Storage::Nf4)];
-    let storage = storage[number(4, 0).clamp(0, 4) as usize];
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = BTreeMap::new();
+    for argument in std::env::args().skip(1) {
+        match argument.split_once('=') {
+            Some((name, value)) if ARGUMENTS.contains(&name) => arguments.insert(name.to_owned(), value.to_owned()),
+            _ => return Err(format!("{argument}: expected {}, each with =value", ARGUMENTS.join(", ")).into()),
+        };
+    }
+    let text = |name: &str| arguments.get(name).map_or("", String::as_str);
+    let number = |name: &str, default| if text(name).is_empty() { Ok(default) } else { text(name).parse::<i64>() };
+    let (pixels, rank, batch) = (number("pixels", 256)?, number("rank", 8)?, number("batch", 1)?);
+    let steps = number("steps", 5)?;
+    let kind = match text("dtype") {
+        "" | "fp32" => Kind::Float,
+        "bf16" => Kind::BFloat16,
+        "fp16" => Kind::Half,
+        other => return Err(format!("dtype={other}: fp32, bf16 or fp16").into()),
+    };
+    let storage = match text("storage") {
+        "" => None,
+        "fp16" => Some(Storage::Half),
+        "fp8" => Some(Storage::Float8),
+        "int8" => Some(Storage::Int8),
+        "nf4" => Some(Storage::Nf4),
+        other => return Err(format!("storage={other}: fp16, fp8, int8 or nf4").into()),
+    };
+    let pass = Pass { recompute: number("checkpointing", 0)? != 0, ..Pass::default() };
     let device = device::resolve("auto")?;
     memory::count_host_allocations()?;
     let weights = SyntheticWeights::new("unet");
+    let staging = (number("offload_base", 0)? != 0).then(|| Staging::new(device)).transpose()?;
     let mut unet = Unet::new(
-        &Weights::new(&weights, Kind::Float, device).held(Held::Frozen(Frozen::stored(storage))),
+        &Weights::new(&weights, kind, device).held(Held::Frozen(Frozen { storage, staging })),
         SyntheticModel::full().unet,
     )?;
     let mut bytes = 0;
     unet.visit_layers(&mut |layer| bytes += layer.weight_bytes());
-    let loaded = memory::host_memory();
+    if let Some(loaded) = memory::host_memory() {
+        let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
+        println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
+    }
     let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
     let mut adapter = TrainableAdapter::default();
-    let options = AdapterOptions::lora(rank, rank as f64, 0);
+    let options = AdapterOptions::lora(rank as usize, rank as f64, 0);
     let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
     adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)?;
 
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
-    let latents = Tensor::randn([1, 4, pixels / 8, pixels / 8], (Kind::Float, device));
-    let context = Tensor::randn([1, 77, 768], (Kind::Float, device));
+    let latents = Tensor::randn([batch, 4, pixels / 8, pixels / 8], (Kind::Float, device));
+    let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
+    let timesteps = vec![500; batch as usize];
+    let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
     let held = || match memory::device_memory(device) {
         Ok(Some(own)) => own.allocated,
         _ => memory::host_allocations().map_or(0, |host| host.live),
     };
     let (mut times, mut kept) = (Vec::new(), 0);
-    for _ in 0..steps {
-        let start = Instant::now();
+    let mut step = || -> lora_train::Result<()> {
         let noise = latents.randn_like();
         let before = held();
         let loss =
-            denoising_loss(&unet, &schedule, &latents, &noise, &[500], &context, &LossWeights::default(), &pass)?;
+            denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)?;
         kept = held().saturating_sub(before);
-        loss.f_backward()?;
-        parameters.settle(&loss.detach(), 1.0, 1.0)?;
+        (&loss * scale).f_backward()?;
+        parameters.settle(&loss.detach(), scale, 1.0)?;
         drop(loss);
         parameters.step(|_, _| 1e-4)?;
-        parameters.clear_gradients()?;
-        times.push(format!("{:.2}", start.elapsed().as_secs_f64()));
+        parameters.clear_gradients()
+    };
+    for _ in 0..steps {
+        let start = Instant::now();
+        step()?;
+        if let Device::Cuda(index) = device {
+            lora_torch::tch::Cuda::synchronize(index as i64);
+        }
+        times.push(start.elapsed().as_secs_f64());
     }
-    let peak = memory::host_memory().map_or(0, |host| host.peak >> 20);
-    let recomputed = if pass.recompute { ", checkpointed" } else { "" };
-    let stored = storage.map_or_else(String::new, |storage| format!(", stored as {storage:?}"));
-    if let Some(loaded) = loaded {
-        let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
-        println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
-    }
+    // On a GPU what its allocator gave out, as torch.cuda.max_memory_allocated; on the CPU the process.
+    let peak = match memory::device_memory(device)? {
+        Some(own) => own.allocated_peak,
+        None => memory::host_memory().map_or(0, |host| host.peak),
+    };
+    let counted = if steps > 0 { operations(&mut step)?.1.total() } else { Default::default() };
+    let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();
+    println!("ours on {device:?}: {} s a step", seconds.join(" "));
+    let mut later = times.get(1..).unwrap_or_default().to_vec();
+    later.sort_by(f64::total_cmp);
     println!(
-        "ours {pixels} px rank {rank}{recomputed}{stored} on {device:?}: {} s a step; kept for the backward pass {} MiB, peak RSS {peak} MiB",
-        times.join(", "),
-        kept >> 20
+        "{}",
+        serde_json::json!({
+            "seconds": later.get(later.len() / 2),
+            "peak_mib": peak >> 20,
+            "kept_mib": kept >> 20,
+            "operations": counted.work,
+            "waits": counted.waits,
+        })
     );
     Ok(())
 }

@@ -1,42 +1,77 @@
-"""Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's size: the peer of `benches/training.rs`.
+"""Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
+`examples/examples/unet_step.rs`, with the same arguments:
 
-    python peft_step.py [PIXELS] [RANK] [STEPS] [CHECKPOINTING 0|1]
+    python peft_step.py [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
 
-Random weights, float32, batch 1, LoRA on q, k, v, out of all attentions, AdamW. Versions as in ../golden/requirements.txt.
+Random weights, LoRA on q, k, v, out of all attentions, AdamW; in half precision as diffusers' own training script does it:
+base in half precision, LoRA in fp32, autocast, loss scaling for fp16. Versions as in ../golden/requirements.txt. The last
+line is JSON, for `side_by_side.py`.
 """
 
+import json
 import resource
+import statistics
 import sys
 import time
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-pixels, rank, steps, checkpointing = (int(value) for value in sys.argv[1:] + ["256", "8", "5", "0"][len(sys.argv) - 1 :])
+arguments = {"pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"}
+for argument in sys.argv[1:]:
+    name, _, value = argument.partition("=")
+    if name not in arguments:
+        sys.exit(f"{argument}: expected {', '.join(arguments)}, each with =value")
+    arguments[name] = value
+pixels, rank, steps, batch, checkpointing = (
+    int(arguments[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
+)
+dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments["dtype"]]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(device).requires_grad_(False)
+unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+unet.requires_grad_(False).to(device, dtype)
 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
 trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+for parameter in trained:
+    parameter.data = parameter.data.float()
 optimiser = torch.optim.AdamW(trained, lr=1e-4)
+scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 side = pixels // 8
-latents, context = torch.randn(1, 4, side, side, device=device), torch.randn(1, 77, 768, device=device)
+latents = torch.randn(batch, 4, side, side, device=device)
+context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
+timesteps = torch.full((batch,), 500, device=device)
 unet.train()
 if checkpointing:
     unet.enable_gradient_checkpointing()
+
+
+def forward(noise):
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        answer = unet((latents + noise).to(dtype), timesteps, context).sample
+    return torch.nn.functional.mse_loss(answer.float(), noise)
+
+
+def step():
+    loss = forward(torch.randn_like(latents))
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimiser)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    scaler.step(optimiser)
+    scaler.update()
+    optimiser.zero_grad()
+
+
 times = []
 for _ in range(steps):
     start = time.perf_counter()
-    noise = torch.randn_like(latents)
-    loss = torch.nn.functional.mse_loss(unet(latents + noise, torch.tensor([500], device=device), context).sample, noise)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
+    step()
     if device == "cuda":
         torch.cuda.synchronize()
     times.append(time.perf_counter() - start)
+peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 # What a forward pass keeps for the backward pass, beside the weights.
 kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
@@ -50,7 +85,35 @@ def seen(tensor):
 
 
 with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-    answer = unet(latents, torch.tensor([500], device=device), context).sample
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-seconds = ", ".join(f"{t:.2f}" for t in times)
-print(f"PEFT {pixels} px rank {rank} on {device}: {seconds} s a step; kept for the backward pass {sum(kept.values()) >> 20} MiB, peak RSS {peak:.0f} MiB")
+    answer = forward(torch.randn_like(latents))
+del answer
+
+
+class Counting(TorchDispatchMode):
+    """Operations as they reach the kernels: those that do work, and those after which the host waits."""
+
+    work = waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, returns = function._schema.name, function._schema.returns
+        view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+        if not view and not name.startswith(("aten::empty", "aten::new_empty", "aten::resize", "aten::set_")):
+            self.work += 1
+        self.waits += name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+with Counting() as counting:
+    step()
+print(f"PEFT on {device}: {' '.join(f'{t:.3f}' for t in times)} s a step")
+print(
+    json.dumps(
+        {
+            "seconds": statistics.median(times[1:]) if steps > 1 else None,
+            "peak_mib": peak >> 20,
+            "kept_mib": sum(kept.values()) >> 20,
+            "operations": counting.work,
+            "waits": counting.waits,
+        }
+    )
+)

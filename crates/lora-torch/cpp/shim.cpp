@@ -74,6 +74,16 @@ int lora_shim_allocator_settings(const char *settings) {
   return guarded([&] { c10::CachingAllocator::setAllocatorSettings(settings); });
 }
 
+// *out = a copy of a host tensor on a device, under way: by pinned memory, as a copy out of any other makes the host wait for
+// all that the device has to do before it.
+int lora_shim_upload(const torch::Tensor *tensor, int64_t device, torch::Tensor **out) {
+  return guarded([&] {
+    const torch::NoGradGuard no_grad;
+    const c10::Device target(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+    *out = new torch::Tensor(tensor->pin_memory().to(target, /*non_blocking=*/true));
+  });
+}
+
 int lora_shim_empty_cache() {
   return guarded([&] {
     if (at::hasCUDA()) at::accelerator::emptyCache();

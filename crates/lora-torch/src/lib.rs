@@ -11,6 +11,7 @@ pub mod gradients;
 pub mod memory;
 pub mod nf4;
 pub mod norm;
+pub mod profile;
 mod scaler;
 mod shim;
 pub mod staging;

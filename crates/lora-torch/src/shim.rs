@@ -15,6 +15,7 @@ unsafe extern "C" {
     fn lora_shim_last_error() -> *const c_char;
     fn lora_shim_memory_stats(device: i64, out: *mut i64, available: *mut c_int) -> c_int;
     fn lora_shim_memory_info(device: i64, out: *mut i64, available: *mut c_int) -> c_int;
+    fn lora_shim_upload(tensor: *const RawTensor, device: i64, out: *mut *mut RawTensor) -> c_int;
     fn lora_shim_empty_cache() -> c_int;
     fn lora_shim_reset_peak(device: i64) -> c_int;
     fn lora_shim_allocator_settings(settings: *const c_char) -> c_int;
@@ -94,6 +95,12 @@ pub(crate) fn memory_info(device: usize) -> Result<Option<[i64; 2]>> {
     // SAFETY: as above.
     checked(unsafe { lora_shim_memory_info(device as i64, out.as_mut_ptr(), &mut available) })?;
     Ok((available != 0).then_some(out))
+}
+
+/// A host tensor on a GPU, by pinned memory and without waiting.
+pub(crate) fn upload(tensor: &Tensor, device: usize) -> Result<Tensor> {
+    // SAFETY: a live `torch::Tensor*`, and what a new one is written to.
+    new_tensor(|out| unsafe { lora_shim_upload(tensor.as_ptr(), device as i64, out) })
 }
 
 pub(crate) fn empty_cache() -> Result<()> {

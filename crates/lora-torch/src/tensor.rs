@@ -57,7 +57,16 @@ pub fn from_host(host: &HostTensor, device: Device) -> Result<Tensor> {
 pub fn from_f32(values: &[f32], shape: &[usize], device: Device) -> Result<Tensor> {
     // SAFETY: any f32 is four valid bytes.
     let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
-    from_bytes("values", bytes, Kind::Float, shape, Kind::Float, device)
+    upload(&from_bytes("values", bytes, Kind::Float, shape, Kind::Float, Device::Cpu)?, device)
+}
+
+/// A tensor on `device`. One that comes from host memory is on its way there while the host goes on: for what a step needs, not
+/// for weights, as it passes through pinned memory.
+pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    match (tensor.device(), device) {
+        (Device::Cpu, Device::Cuda(index)) => crate::shim::upload(tensor, index),
+        _ => Ok(tensor.f_to_device(device)?),
+    }
 }
 
 /// A copy in host memory; fp16 and bf16 stay what they are, everything else becomes f32.

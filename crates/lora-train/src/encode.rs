@@ -11,7 +11,7 @@ use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of};
+use lora_torch::tensor::{from_f32, kind_of, upload};
 
 use crate::{Error, Result};
 
@@ -169,7 +169,7 @@ impl TextEncoding {
             })
             .collect();
         let rows: Vec<i64> = coded.iter().flat_map(|(rows, _)| rows).flatten().map(|&token| i64::from(token)).collect();
-        let tokens = Tensor::from_slice(&rows).f_view([-1, 77])?.f_to_device(device)?;
+        let tokens = upload(&Tensor::from_slice(&rows).f_view([-1, 77])?, device)?;
         let states = encoder.encode(&tokens, self.chunks, self.clip_skip, pass)?;
         let weights: Vec<f32> = coded.into_iter().flat_map(|(_, weights)| weights).collect();
         if weights.iter().all(|&weight| weight == 1.0) {

@@ -33,7 +33,7 @@ use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
 use lora_torch::LossScaler;
 use lora_torch::memory::{self, DeviceMemory};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::from_f32;
+use lora_torch::tensor::{from_f32, upload};
 
 use crate::config::{StepPlan, TrainConfig};
 use crate::encode::{self, TextEncoding};
@@ -357,7 +357,7 @@ impl Session {
         let mut masks = Vec::with_capacity(batch.len());
         for (visit, draw) in batch.iter().zip(draws) {
             let (own, mask) = self.latents.of(visit, draw, &self.checkpoint, &self.pictures)?;
-            latents.push(own.f_to_device(self.device)?);
+            latents.push(upload(&own, self.device)?);
             masks.push(mask);
         }
         if self.economy.encoder_leaves {
@@ -371,7 +371,7 @@ impl Session {
         let (_, _, height, width) = latents.size4()?;
         let full = Tensor::f_ones([1, height, width], (Kind::Float, Device::Cpu))?;
         let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
-        let masks = Tensor::f_stack(&masks, 0)?.f_to_device(self.device)?;
+        let masks = upload(&Tensor::f_stack(&masks, 0)?, self.device)?;
         Ok((latents, Some(masks)))
     }
 
@@ -390,7 +390,7 @@ impl Session {
             }
             None => {
                 let states: Vec<&Tensor> = captions.iter().map(|caption| &self.text_states[*caption]).collect();
-                Ok(Tensor::f_cat(&states, 0)?.f_to_device(self.device)?)
+                Ok(upload(&Tensor::f_cat(&states, 0)?, self.device)?)
             }
         }
     }

@@ -1,0 +1,67 @@
+"""The same training steps in ours and in diffusers + PEFT, in turn on this machine, as a Markdown table with ratios.
+
+    cargo build --release --example unet_step
+    python side_by_side.py TARGET/release/examples/unet_step [--rounds 2] [--steps 6]
+
+On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process. Each row is a pair of the
+same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+parser = argparse.ArgumentParser()
+parser.add_argument("ours")
+parser.add_argument("--rounds", type=int, default=2)
+parser.add_argument("--steps", type=int, default=6)
+options = parser.parse_args()
+CUDA = torch.cuda.is_available()
+PEER = [sys.executable, str(Path(__file__).with_name("peft_step.py"))]
+# What both compute, and what ours does beside that.
+if CUDA:
+    GRID = [
+        ("pixels=512 dtype=fp32", ["", "storage=nf4"]),
+        ("pixels=512 dtype=fp16", ["", "storage=int8", "storage=nf4", "offload_base=1", "storage=nf4 offload_base=1"]),
+        ("pixels=512 dtype=fp16 batch=2", ["", "storage=nf4"]),
+        ("pixels=512 dtype=bf16", [""]),
+        ("pixels=512 dtype=fp16 checkpointing=1", ["", "storage=nf4", "storage=nf4 offload_base=1"]),
+        ("pixels=512 dtype=fp16 checkpointing=1 batch=2", ["", "storage=nf4"]),
+    ]
+else:
+    GRID = [
+        ("pixels=256", ["", "storage=fp16", "storage=int8", "storage=nf4"]),
+        ("pixels=256 checkpointing=1", ["", "storage=nf4"]),
+    ]
+
+
+def run(command, arguments):
+    """The medians over the rounds."""
+    results = []
+    for _ in range(options.rounds):
+        done = subprocess.run(command + arguments.split() + [f"steps={options.steps}"], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{command} {arguments}: {done.stderr}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    return {name: statistics.median(result[name] for result in results) for name in results[0]}
+
+
+def row(name, own, peer=None):
+    ratios = [f"{own[key] / peer[key]:.2f}" if peer else "" for key in ("seconds", "peak_mib")]
+    numbers = [f"{own['seconds']:.3f}", *(f"{own[key]:.0f}" for key in ("peak_mib", "kept_mib", "operations", "waits"))]
+    print("| " + " | ".join([name, *numbers, *ratios]) + " |", flush=True)
+
+
+device = torch.cuda.get_device_name() if CUDA else "CPU"
+print(f"| {device} | s a step | peak MiB | kept MiB | operations | waits | time, of PEFT's | memory, of PEFT's |")
+print("|" + "---|" * 8)
+for common, own in GRID:
+    peer = run(PEER, common)
+    row(f"PEFT, {common}", peer)
+    for more in own:
+        row(f"ours, {common} {more}".strip(), run([options.ours], f"{common} {more}"), peer)
