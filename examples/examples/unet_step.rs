@@ -16,7 +16,7 @@ use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
-use lora_torch::profile::operations;
+use lora_torch::profile::{Count, operations};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{device, memory};
@@ -85,21 +85,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         _ => memory::host_allocations().map_or(0, |host| host.live),
     };
     let (mut times, mut kept) = (Vec::new(), 0);
-    let mut step = || -> lora_train::Result<()> {
+    // Forward and backward pass.
+    let mut passes = || -> lora_train::Result<Tensor> {
         let noise = latents.randn_like();
         let before = held();
         let loss =
             denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)?;
         kept = held().saturating_sub(before);
         (&loss * scale).f_backward()?;
-        parameters.settle(&loss.detach(), scale, 1.0)?;
-        drop(loss);
-        parameters.step(|_, _| 1e-4)?;
-        parameters.clear_gradients()
+        Ok(loss.detach())
     };
     for _ in 0..steps {
         let start = Instant::now();
-        step()?;
+        let loss = passes()?;
+        parameters.settle(&loss, scale, 1.0)?;
+        parameters.step(|_, _| 1e-4)?;
+        parameters.clear_gradients()?;
         if let Device::Cuda(index) = device {
             lora_torch::tch::Cuda::synchronize(index as i64);
         }
@@ -110,7 +111,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(own) => own.allocated_peak,
         None => memory::host_memory().map_or(0, |host| host.peak),
     };
-    let counted = if steps > 0 { operations(&mut step)?.1.total() } else { Default::default() };
+    let counted = if steps > 0 { operations(&mut passes)?.1.total() } else { Count::default() };
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();
     println!("ours on {device:?}: {} s a step", seconds.join(" "));
     let mut later = times.get(1..).unwrap_or_default().to_vec();
@@ -122,7 +123,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "peak_mib": peak >> 20,
             "kept_mib": kept >> 20,
             "operations": counted.work,
-            "waits": counted.waits,
         })
     );
     Ok(())

@@ -3,7 +3,8 @@
     cargo build --release --example unet_step
     python side_by_side.py TARGET/release/examples/unet_step [--rounds 2] [--steps 6]
 
-On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process. Each row is a pair of the
+On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
+leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
 same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer.
 """
 
@@ -53,13 +54,13 @@ def run(command, arguments):
 
 def row(name, own, peer=None):
     ratios = [f"{own[key] / peer[key]:.2f}" if peer else "" for key in ("seconds", "peak_mib")]
-    numbers = [f"{own['seconds']:.3f}", *(f"{own[key]:.0f}" for key in ("peak_mib", "kept_mib", "operations", "waits"))]
+    numbers = [f"{own['seconds']:.3f}", *(f"{own[key]:.0f}" for key in ("peak_mib", "kept_mib", "operations"))]
     print("| " + " | ".join([name, *numbers, *ratios]) + " |", flush=True)
 
 
 device = torch.cuda.get_device_name() if CUDA else "CPU"
-print(f"| {device} | s a step | peak MiB | kept MiB | operations | waits | time, of PEFT's | memory, of PEFT's |")
-print("|" + "---|" * 8)
+print(f"| {device} | s a step | peak MiB | kept MiB | operations | time, of PEFT's | memory, of PEFT's |")
+print("|" + "---|" * 7)
 for common, own in GRID:
     peer = run(PEER, common)
     row(f"PEFT, {common}", peer)
