@@ -1,7 +1,10 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart build test lint bench gpu docs clean
+.PHONY: help setup quickstart build test lint bench peers gpu docs clean
+
+# A Python with torch, diffusers and peft, for `make peers`.
+PYTHON ?= python3
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +29,12 @@ lint: setup ## Check format and lints, warnings as errors
 bench: setup ## Run the benches (criterion)
 	cargo bench -p lora-benches
 
+peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them
+	cargo build --release -p lora-examples --example unet_step
+	$(PYTHON) tools/bench/side_by_side.py "$${CARGO_TARGET_DIR:-target}/release/examples/unet_step"
+
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
-	LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session
+	LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session --test step_operations
 	LORA_BENCH_FULL=1 cargo bench -p lora-benches --bench training
 
 docs: setup ## Build the API documentation into target/doc
