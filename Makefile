@@ -22,9 +22,10 @@ test: setup ## Run all tests
 	cargo test --workspace --all-targets
 	cargo test --workspace --doc
 
-lint: setup ## Check format and lints, warnings as errors
+lint: setup ## Check format, lints and documentation, warnings as errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 
 bench: setup ## Run the benches (criterion)
 	cargo bench -p lora-benches

@@ -1,8 +1,8 @@
 //! The memory of a run before it begins: the peak by part of each phase, what would make it fit a budget, and what to do
 //! with memory that is left. Only headers of files are read.
 //!
-//! A tape ([`tape`], [`ops`]) follows the networks line by line ([`unet`], [`text`], [`vae`]) and counts what libtorch would
-//! hold; [`predict`] follows the run. What to do when memory runs out all the same is not this module's.
+//! A tape (`tape`, `ops`) follows the networks line by line (`unet`, `text`, `vae`) and counts what libtorch would
+//! hold; `predict` follows the run. What to do when memory runs out all the same is not this module's.
 
 mod base;
 mod blocks;

@@ -1,6 +1,6 @@
 //! The state of a run on disk: everything that it takes to go on exactly where it stood. One safetensors file, trained
 //! tensors and the optimiser's by name, numbers as JSON in its header. It appears whole or not at all, in the place of the
-//! one before. What a run must have in common with it is in [`settings`]; when it is written is the session's business.
+//! one before. What a run must have in common with it is in `settings`; when it is written is the session's business.
 
 mod settings;
 
