@@ -89,11 +89,16 @@ with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
 del answer
 
 
+IDLE = tuple(
+    f"aten::{start}"
+    for start in "_unsafe_view as_strided_ detach_ dropout empty new_empty pin_memory _pin_memory resize set_ squeeze_ t_ "
+    "transpose_ unsqueeze_".split()
+)
+
+
 def works(name):
-    """Whether an operation computes or moves anything, as `cpp/profile.cpp` of lora-torch has it. Dropout of nothing, of which
-    this network has many, gives back its input."""
-    idle = ("empty", "new_empty", "resize", "set_", "_pin_memory", "pin_memory", "dropout")
-    if not name.startswith("aten::") or name.startswith(tuple(f"aten::{start}" for start in idle)):
+    """Whether an operation computes or moves anything, as `cpp/profile.cpp` of lora-torch has it."""
+    if not name.startswith("aten::") or name.startswith(IDLE):
         return False
     returns = torch._C._jit_get_schemas_for_operator(name)[0].returns
     if not returns:

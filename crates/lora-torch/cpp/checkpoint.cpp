@@ -38,9 +38,6 @@ struct Part : torch::CustomClassHolder {
   Drop drop;
 };
 
-// Inputs of fewer bytes stay on the device: what many blocks share (text states, the timestep) is small, and is there anyway.
-constexpr size_t SMALL = 1 << 20;
-
 // A copy in host memory, pinned for a device, on its way while the next kernels are launched.
 torch::Tensor to_host(const torch::Tensor &tensor) {
   const auto options = tensor.options().device(at::kCPU).pinned_memory(!tensor.is_cpu());
@@ -50,14 +47,14 @@ torch::Tensor to_host(const torch::Tensor &tensor) {
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
   // `anchor` requires a gradient and gets none: it puts the part into the graph even where only its parameters are trained.
   static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &anchor,
-                               at::TensorList inputs, c10::IValue part, bool in_host) {
+                               at::TensorList inputs, c10::IValue part, int64_t host_from) {
     (void)anchor;
     context->saved_data["part"] = part;
     std::vector<torch::Tensor> plain(inputs.begin(), inputs.end()), kept = plain;
     c10::List<bool> wanted;
     for (torch::Tensor &input : kept) {
       wanted.push_back(input.requires_grad());
-      if (in_host && input.nbytes() >= SMALL) input = to_host(input);
+      if (static_cast<int64_t>(input.nbytes()) >= host_from) input = to_host(input);
     }
     context->saved_data["wanted"] = wanted;
     context->save_for_backward(kept);
@@ -95,15 +92,16 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 
 extern "C" {
 
-// Takes over `part`, whatever happens. `in_host`: large inputs are kept in host memory. The output is a new tensor.
-int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count, int in_host, torch::Tensor **output) {
+// Takes over `part`, whatever happens. Inputs of `host_from` bytes and more wait in host memory. The output is a new tensor.
+int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size_t count, int64_t host_from,
+                    torch::Tensor **output) {
   return lora::guarded([&] {
     auto holder = c10::make_intrusive<Part>(part, run, drop);
     torch::autograd::variable_list list;
     for (size_t i = 0; i < count; ++i) list.push_back(*inputs[i]);
     torch::Tensor anchor = torch::empty({0}).set_requires_grad(true);
     auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(holder));
-    *output = new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule, in_host != 0));
+    *output = new torch::Tensor(Checkpoint::apply(anchor, at::TensorList(list), capsule, host_from));
   });
 }
 

@@ -35,13 +35,16 @@ struct Frame : at::ObserverContext {
 
 thread_local Frame *innermost = nullptr;
 
-bool starts_with(const std::string &name, const char *prefix) { return name.rfind(prefix, 0) == 0; }
+// What gives another view of its input or memory without content, although its schema does not say so; and dropout, which gives
+// back its input where it drops nothing and calls what does the work elsewhere. `tools/bench/peft_step.py` has the same list.
+constexpr const char *IDLE[] = {"_unsafe_view", "as_strided_", "detach_", "dropout", "empty", "new_empty", "pin_memory", "_pin_memory",
+                                "resize", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_"};
 
 // Whether it computes or moves anything: not where it gives another view of its input, memory without content, or a fact
 // about a tensor.
 bool works(const at::RecordFunction &function, const std::string &name) {
-  for (const char *prefix : {"aten::empty", "aten::new_empty", "aten::resize", "aten::set_", "aten::_pin_memory", "aten::pin_memory"}) {
-    if (starts_with(name, prefix)) return false;
+  for (const char *start : IDLE) {
+    if (name.rfind(std::string("aten::") + start, 0) == 0) return false;
   }
   const auto schema = function.operator_schema();
   if (!schema) return false;
@@ -95,7 +98,10 @@ extern "C" {
 // Begins to count, on all threads. Not while it is counting already.
 int lora_profile_start() {
   return lora::guarded([&] {
-    counts.clear();
+    {
+      const std::lock_guard<std::mutex> guard(mutex);
+      counts.clear();
+    }
     active = at::addGlobalCallback(at::RecordFunctionCallback(begin, end).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
   });
 }

@@ -31,6 +31,9 @@ constexpr size_t CONTEXT = 6;
 
 int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+// Room for two of the largest, so that one is copied while one is in use, and for more of networks of many layers.
+int64_t ring_bytes(int64_t all, int64_t largest) { return std::min(all, std::max(2 * largest, aligned(all / 8))); }
+
 // The order in which weights are used.
 class Order {
 public:
@@ -165,17 +168,14 @@ public:
 
   void counts(int64_t *out) const override {
     const std::lock_guard<std::mutex> guard(mutex);
-    out[0] = bytes();
+    out[0] = ring_bytes(all, largest);
     out[1] = fetches;
     out[2] = misses;
   }
 
 private:
-  // Room for two of the largest, so that one is copied while one is in use, and for more of networks of many layers.
-  int64_t bytes() const { return std::min(all, std::max(2 * largest, aligned(all / 8))); }
-
   void open() {
-    memory = at::empty({bytes()}, at::TensorOptions().dtype(at::kByte).device(device));
+    memory = at::empty({ring_bytes(all, largest)}, at::TensorOptions().dtype(at::kByte).device(device));
     if (!copying) return;
     // The allocator may have given what earlier work on the computing stream still reads.
     c10::Event given(device.type());
@@ -320,6 +320,10 @@ int lora_staging_add(void *staging, const torch::Tensor **parts, size_t count, t
     for (size_t i = 0; i < count; ++i) out[i] = packed[i].defined() ? new torch::Tensor(std::move(packed[i])) : nullptr;
   });
 }
+
+// Bytes that a tensor takes in a packed weight, and those of the ring of weights that take so many in all, the largest so many.
+int64_t lora_staging_packed(int64_t bytes) { return aligned(bytes); }
+int64_t lora_staging_ring(int64_t all, int64_t largest) { return ring_bytes(all, largest); }
 
 // out[0..3] = bytes of the ring, copies so far, and those of them that were not foreseen.
 void lora_staging_counts(const void *staging, int64_t *out) { (*static_cast<const Handle *>(staging))->counts(out); }

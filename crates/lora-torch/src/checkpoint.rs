@@ -59,17 +59,20 @@ unsafe extern "C" {
         drop: unsafe extern "C" fn(*mut c_void),
         inputs: *mut *mut RawTensor,
         count: usize,
-        in_host: c_int,
+        host_from: i64,
         output: *mut *mut RawTensor,
     ) -> c_int;
 }
+
+/// Inputs of fewer bytes stay on the device: what many blocks share (text states, the timestep) is small, and is there anyway.
+pub const LARGE: usize = 1 << 20;
 
 /// Where the inputs of a part wait for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inputs {
     /// Where they are.
     Kept,
-    /// Those of a MiB and more in host memory (pinned, for a device).
+    /// Those of [`LARGE`] bytes and more in host memory (pinned, for a device).
     InHost,
 }
 
@@ -81,7 +84,10 @@ pub fn checkpoint(
     wait: Inputs,
     run: impl Fn(&[Tensor]) -> Result<Tensor> + Send + 'static,
 ) -> Result<Tensor> {
-    let in_host = c_int::from(wait == Inputs::InHost);
+    let host_from = match wait {
+        Inputs::Kept => i64::MAX,
+        Inputs::InHost => LARGE as i64,
+    };
     let mut inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
     let mut pointers: Vec<*mut RawTensor> = inputs.iter_mut().map(Tensor::as_mut_ptr).collect();
     let part: Box<Box<Run>> = Box::new(Box::new(run));
@@ -90,7 +96,7 @@ pub fn checkpoint(
         // pointers are live `torch::Tensor*` for the length of the call.
         unsafe {
             let part = Box::into_raw(part).cast();
-            lora_checkpoint(part, compute, release, pointers.as_mut_ptr(), pointers.len(), in_host, output)
+            lora_checkpoint(part, compute, release, pointers.as_mut_ptr(), pointers.len(), host_from, output)
         }
     })
 }

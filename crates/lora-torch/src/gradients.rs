@@ -20,7 +20,8 @@ pub struct Settled {
 
 /// Divides gradients by the loss scale and, where their common L2 norm is above `limit` (0: no limit), scales them down to it,
 /// in place, as PyTorch's `GradScaler.unscale_` and `clip_grad_norm_` do. Everything that the host has to know of a step is
-/// read in one piece: it waits for the device once. `losses` may be any number of them.
+/// read in one piece: it waits for the device once. Gradients are f32 of any shapes, `losses` any number of losses of any shape,
+/// all on one device. Fails only as libtorch does (a device that is lost, memory).
 pub fn settle(gradients: &mut [Tensor], losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
     let [loss, norm, infinite] = shim::settle(gradients, losses, 1.0 / scale, limit)?;
     Ok(Settled { loss, norm, finite: infinite == 0.0 })

@@ -49,6 +49,7 @@ impl Drop for Counting {
 }
 
 /// What `run` gives, and the operations of all threads meanwhile. It slows each of them down; one at a time, others wait.
+/// Fails only if libtorch refuses the hook.
 ///
 /// ```
 /// use lora_torch::profile::operations;

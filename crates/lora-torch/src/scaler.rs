@@ -1,6 +1,6 @@
 //! Loss scaling for fp16 (Micikevicius et al., "Mixed Precision Training", ICLR 2018), with the dynamics of PyTorch's
-//! GradScaler: halve after an overflow, double after 2000 steps without one. With a scale of 1 (fp32, bf16) it still
-//! tells whether the gradients are finite.
+//! GradScaler: halve after an overflow, double after 2000 steps without one. Whether gradients overflowed is
+//! for [`crate::gradients::settle`] to say. In fp32 and bf16 the scale is 1 and stays so.
 
 /// The loss scale and its dynamics.
 #[derive(Debug, Clone, Copy, PartialEq)]

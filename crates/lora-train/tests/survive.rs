@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use common::{adapter, config, prepare, workspace};
+use common::{config, prepare, run, workspace};
 use lora_core::Adapter;
 use lora_torch::fault::Fault;
 use lora_train::callback::{Callback, Control};
@@ -14,11 +14,6 @@ use lora_train::session::StepReport;
 use lora_train::{Plugins, Session, train};
 
 const DRAWS: [&str; 4] = ["lora_dropout=0.2", "caption_dropout_rate=0.3", "noise_offset=0.05", "max_train_steps=3"];
-
-fn run(session: &mut Session) -> (Adapter, Vec<StepReport>) {
-    let reports = std::iter::from_fn(|| session.step().unwrap()).collect();
-    (adapter(session), reports)
-}
 
 fn trained(folder: &std::path::Path, keys: &[&str]) -> (Adapter, Vec<StepReport>) {
     run(&mut prepare(folder, &[&DRAWS[..], keys].concat()))

@@ -6,14 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use lora_core::LayerGeometry;
+use lora_torch::checkpoint::LARGE;
 use lora_torch::tch::Kind;
 
 use super::meter::Part;
 use super::ops::Weight;
 use super::tape::{Leaf, Tape, Value};
-
-/// Inputs of blocks of so many bytes may wait in host memory.
-const LARGE_INPUT: u64 = 1 << 20;
 
 /// Dropout between an adapter's factors, as far as it needs memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -188,7 +186,7 @@ impl Layers {
         let layers = Rc::clone(self);
         let kept: Vec<Value> = own
             .iter()
-            .map(|value| match self.inputs_elsewhere && value.bytes() >= LARGE_INPUT {
+            .map(|value| match self.inputs_elsewhere && value.bytes() >= LARGE as u64 {
                 true => tape.elsewhere(value),
                 false => value.detach(),
             })

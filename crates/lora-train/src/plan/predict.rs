@@ -12,6 +12,7 @@ use lora_data::bucket::Framing;
 use lora_models::weights::SMALL;
 use lora_torch::TchBackend;
 use lora_torch::frozen::Storage;
+use lora_torch::staging::{packed_bytes, ring_bytes};
 use lora_torch::tch::Kind;
 use lora_torch::tensor::kind_of;
 
@@ -28,9 +29,6 @@ use crate::trainable::AdapterOptions;
 
 /// Timesteps that validation looks at in one batch.
 const VALIDATION_BATCH: usize = 16;
-
-/// Parts of weights that come from host memory begin at multiples of this.
-const STAGED_UNIT: u64 = 512;
 
 /// Numbers that are brought into few bytes at once.
 const CHUNK: u64 = 1 << 20;
@@ -293,7 +291,7 @@ impl Run<'_> {
         let mut blocks = Vec::new();
         // On the CPU host memory is what is counted.
         let moved = |parts: Vec<Rc<Block>>| {
-            let bytes = parts.iter().map(|part| part.bytes().next_multiple_of(STAGED_UNIT)).sum();
+            let bytes = parts.iter().map(|part| packed_bytes(part.bytes())).sum();
             self.staged.borrow_mut().push(bytes);
             (self.tape.platform() != Platform::Cuda).then(|| meter.block(bytes, part))
         };
@@ -358,11 +356,10 @@ impl Run<'_> {
         shapes.layers.iter().filter(large).map(|layer| layer.path.path.clone()).collect()
     }
 
-    /// Bytes of the ring that weights from host memory pass through (`cpp/staging.cpp` of lora-torch).
+    /// Bytes of the ring that weights from host memory pass through.
     fn ring(&self) -> u64 {
         let staged = self.staged.borrow();
-        let (all, largest) = (staged.iter().sum::<u64>(), staged.iter().copied().max().unwrap_or(0));
-        all.min((2 * largest).max((all / 8).next_multiple_of(STAGED_UNIT)))
+        ring_bytes(staged.iter().sum(), staged.iter().copied().max().unwrap_or(0))
     }
 
     /// A network's layers with what is trained of them.

@@ -9,8 +9,8 @@ use lora_torch::tch::Device;
 use super::{Session, StepGradients};
 use crate::{Error, Result};
 
-/// What helps and makes another run of it.
-pub(super) const REMEDIES: &str = "what helps beyond that changes the run: offload_base = true, base_storage = \"int8\" or \"nf4\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
+/// What helps and cannot be done in the middle of a run.
+pub(super) const REMEDIES: &str = "what helps beyond that takes a new start: offload_base = true, to the same result; or, to another, base_storage = \"int8\" or \"nf4\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
 
 impl Session {
     /// The gradients of a step, whatever it takes.

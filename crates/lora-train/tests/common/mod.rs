@@ -7,6 +7,7 @@ use std::path::Path;
 use lora_core::{Adapter, DType};
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
+use lora_train::session::StepReport;
 use lora_train::{Plugins, Session};
 
 /// The base and the pictures.
@@ -54,4 +55,28 @@ pub(crate) fn refusal(folder: &Path, keys: &[&str]) -> String {
 /// The adapter of a run.
 pub(crate) fn adapter(session: &Session) -> Adapter {
     session.adapter().unwrap().export().unwrap()
+}
+
+/// The rest of a run: the adapter, and what each step came to.
+pub(crate) fn run(session: &mut Session) -> (Adapter, Vec<StepReport>) {
+    let reports = std::iter::from_fn(|| session.step().unwrap()).collect();
+    (adapter(session), reports)
+}
+
+/// A whole run.
+pub(crate) fn trained(folder: &Path, keys: &[&str]) -> (Adapter, Vec<StepReport>) {
+    run(&mut prepare(folder, keys))
+}
+
+/// Largest difference between two adapters over the largest value.
+pub(crate) fn distance(a: &Adapter, b: &Adapter) -> f32 {
+    let (mut worst, mut largest) = (0.0f32, 0.0f32);
+    for (path, module) in &a.modules {
+        for (name, tensor) in &module.tensors {
+            for (x, y) in tensor.to_f32().iter().zip(&*b.modules[path].tensors[name].to_f32()) {
+                (worst, largest) = (worst.max((x - y).abs()), largest.max(x.abs()));
+            }
+        }
+    }
+    worst / largest
 }
