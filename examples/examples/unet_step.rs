@@ -4,9 +4,12 @@
 //! `cargo run --release --example unet_step [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
 //! [checkpointing=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1]`
 //!
-//! The last line is JSON, for `tools/bench/side_by_side.py`. With `steps=0`: bytes of the weights and memory of loading them.
+//! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
+//! what a forward pass leaves for the backward pass. With `steps=0`: bytes of the weights and memory of loading them.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use lora_core::target::Targets;
@@ -24,9 +27,49 @@ use lora_train::loss::{LossWeights, denoising_loss};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// The names of the arguments.
 const ARGUMENTS: [&str; 8] = ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base"];
+
+/// Bytes that are held after each block of a forward pass.
+type Blocks = Arc<Mutex<Vec<(String, u64)>>>;
+
+/// Looks at the memory whenever the U-Net says that a block is done.
+struct Watch {
+    device: Device,
+    blocks: Blocks,
+}
+
+impl<S: tracing::Subscriber> Layer<S> for Watch {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        let mut name = Name(None);
+        event.record(&mut name);
+        if let (Some(name), Ok(mut blocks)) = (name.0, self.blocks.lock()) {
+            blocks.push((name, held(self.device)));
+        }
+    }
+}
+
+/// The field `block` of an event.
+struct Name(Option<String>);
+
+impl Visit for Name {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "block" {
+            self.0 = Some(format!("{value:?}").replace('"', ""));
+        }
+    }
+}
+
+/// Bytes of live tensors.
+fn held(device: Device) -> u64 {
+    match memory::device_memory(device) {
+        Ok(Some(own)) => own.allocated,
+        _ => memory::host_allocations().map_or(0, |host| host.live),
+    }
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = BTreeMap::new();
@@ -80,18 +123,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
     let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
-    let held = || match memory::device_memory(device) {
-        Ok(Some(own)) => own.allocated,
-        _ => memory::host_allocations().map_or(0, |host| host.live),
-    };
-    let (mut times, mut kept) = (Vec::new(), 0);
+    let blocks = Blocks::default();
+    let watch = Watch { device, blocks: Arc::clone(&blocks) };
+    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(watch))?;
+    let (mut times, mut kept, mut kept_by_block) = (Vec::new(), 0, BTreeMap::new());
     // Forward and backward pass.
     let mut passes = || -> lora_train::Result<Tensor> {
         let noise = latents.randn_like();
-        let before = held();
+        let before = held(device);
         let loss =
             denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)?;
-        kept = held().saturating_sub(before);
+        kept = held(device).saturating_sub(before);
+        let mut last = before;
+        for (block, after) in blocks.lock().map(|mut blocks| std::mem::take(&mut *blocks)).unwrap_or_default() {
+            kept_by_block.insert(block, after.saturating_sub(last));
+            last = after;
+        }
         (&loss * scale).f_backward()?;
         Ok(loss.detach())
     };
@@ -122,6 +169,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "seconds": later.get(later.len() / 2),
             "peak_mib": peak >> 20,
             "kept_mib": kept >> 20,
+            "kept_by_block": kept_by_block,
             "operations": counted.work,
         })
     );

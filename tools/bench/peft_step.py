@@ -73,8 +73,12 @@ for _ in range(steps):
     times.append(time.perf_counter() - start)
 peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-# What a forward pass keeps for the backward pass, beside the weights.
+# What a forward pass keeps for the backward pass, beside the weights, and how much of it after each block.
 kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+after_block = {}
+for name in (f"{way}_blocks.{level}" for way in ("down", "up") for level in range(4)):
+    unet.get_submodule(name).register_forward_hook(lambda *_, name=name: after_block.update({name: sum(kept.values())}))
+unet.mid_block.register_forward_hook(lambda *_: after_block.update(mid_block=sum(kept.values())))
 
 
 def seen(tensor):
@@ -87,6 +91,9 @@ def seen(tensor):
 with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
     answer = forward(torch.randn_like(latents))
 del answer
+kept_mib, kept_by_block, last = sum(kept.values()) >> 20, {}, 0
+for name, bytes_after in after_block.items():
+    kept_by_block[name], last = bytes_after - last, bytes_after
 
 
 IDLE = tuple(
@@ -128,7 +135,8 @@ print(
         {
             "seconds": statistics.median(times[1:]) if steps > 1 else None,
             "peak_mib": peak >> 20,
-            "kept_mib": sum(kept.values()) >> 20,
+            "kept_mib": kept_mib,
+            "kept_by_block": kept_by_block,
             "operations": operations.total(),
         }
     )

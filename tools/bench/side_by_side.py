@@ -5,7 +5,8 @@
 
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
-same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer.
+same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer. A
+second table says what each block of the U-Net keeps.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def run(command, arguments):
         if done.returncode:
             sys.exit(f"{command} {arguments}: {done.stderr}")
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: statistics.median(result[name] for result in results) for name in results[0]}
+    medians = {name: statistics.median(result[name] for result in results) for name in results[0] if name != "kept_by_block"}
+    return medians | {"kept_by_block": results[0]["kept_by_block"]}
 
 
 def row(name, own, peer=None):
@@ -61,8 +63,19 @@ def row(name, own, peer=None):
 device = torch.cuda.get_device_name() if CUDA else "CPU"
 print(f"| {device} | s a step | peak MiB | kept MiB | operations | time, of PEFT's | memory, of PEFT's |")
 print("|" + "---|" * 7)
+blocks = {}
 for common, own in GRID:
     peer = run(PEER, common)
     row(f"PEFT, {common}", peer)
+    blocks[f"PEFT, {common}"] = peer["kept_by_block"]
     for more in own:
-        row(f"ours, {common} {more}".strip(), run([options.ours], f"{common} {more}"), peer)
+        name, result = f"ours, {common} {more}".strip(), run([options.ours], f"{common} {more}")
+        row(name, result, peer)
+        if not more:
+            blocks[name] = result["kept_by_block"]
+
+names = [*(f"down_blocks.{level}" for level in range(4)), "mid_block", *(f"up_blocks.{level}" for level in range(4))]
+print(f"\n| kept MiB | {' | '.join(names)} |")
+print("|" + "---|" * (len(names) + 1))
+for name, kept in blocks.items():
+    print(f"| {name} | {' | '.join(f'{kept[block] / 2**20:.1f}' for block in names)} |")

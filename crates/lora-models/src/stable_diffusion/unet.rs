@@ -238,6 +238,9 @@ impl Unet {
 
     /// The prediction for noised latents `[batch, 4, height, width]`, one timestep per item, and text states
     /// `[batch, states, context]`; f32, shaped as the latents. Inputs are cast to the compute dtype here.
+    ///
+    /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …), for
+    /// whoever measures what a block takes.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (batch, latent_channels, ..) = latents.size4()?;
         let (context_batch, _, context_width) = context.size3()?;
@@ -268,7 +271,7 @@ impl Unet {
 
         let mut hidden = self.conv_in.forward(&latents.f_to_kind(kind)?, pass)?;
         let mut skips = vec![hidden.shallow_clone()];
-        for level in &self.down {
+        for (index, level) in self.down.iter().enumerate() {
             for own in &level.stages {
                 hidden = stage(own, &hidden)?;
                 skips.push(hidden.shallow_clone());
@@ -277,11 +280,13 @@ impl Unet {
                 hidden = downsample.forward(&hidden, pass)?;
                 skips.push(hidden.shallow_clone());
             }
+            tracing::trace!(block = %format_args!("down_blocks.{index}"));
         }
 
         hidden = stage(&self.mid_second, &stage(&self.mid_first, &hidden)?)?;
+        tracing::trace!(block = "mid_block");
 
-        for level in &self.up {
+        for (index, level) in self.up.iter().enumerate() {
             for own in &level.stages {
                 let skip = skips.pop().expect("the constructor counted them");
                 hidden = stage(own, &Tensor::f_cat(&[hidden, skip], 1)?)?;
@@ -292,6 +297,7 @@ impl Unet {
                     skips.last().map(|skip| skip.size4()).transpose()?.map(|(_, _, height, width)| [height, width]);
                 hidden = upsample(conv, &hidden, size, pass)?;
             }
+            tracing::trace!(block = %format_args!("up_blocks.{index}"));
         }
         let output = self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden)?, pass)?;
         Ok(output.f_to_kind(Kind::Float)?)
