@@ -34,7 +34,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 const ARGUMENTS: [&str; 8] = ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base"];
 
 /// Bytes that are held after each block of a forward pass.
-type Blocks = Arc<Mutex<Vec<(String, u64)>>>;
+type Blocks = Arc<Mutex<Vec<(String, i64)>>>;
 
 /// Looks at the memory whenever the U-Net says that a block is done.
 struct Watch {
@@ -58,17 +58,37 @@ struct Name(Option<String>);
 impl Visit for Name {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         if field.name() == "block" {
-            self.0 = Some(format!("{value:?}").replace('"', ""));
+            self.0 = Some(format!("{value:?}"));
         }
     }
 }
 
 /// Bytes of live tensors.
-fn held(device: Device) -> u64 {
-    match memory::device_memory(device) {
+fn held(device: Device) -> i64 {
+    let bytes = match memory::device_memory(device) {
         Ok(Some(own)) => own.allocated,
         _ => memory::host_allocations().map_or(0, |host| host.live),
+    };
+    bytes as i64
+}
+
+/// Bytes that a forward pass leaves for the backward pass, and how many of them each block of the U-Net adds: fewer than none
+/// where it uses up what waited for it.
+fn kept(
+    device: Device,
+    forward: impl Fn() -> lora_train::Result<Tensor>,
+) -> lora_train::Result<(i64, BTreeMap<String, i64>)> {
+    let (blocks, before) = (Blocks::default(), held(device));
+    let watch = Watch { device, blocks: Arc::clone(&blocks) };
+    let loss = tracing::subscriber::with_default(tracing_subscriber::registry().with(watch), forward)?;
+    let all = held(device) - before;
+    drop(loss);
+    let (mut own, mut last) = (BTreeMap::new(), before);
+    for (block, after) in blocks.lock().map(|mut blocks| std::mem::take(&mut *blocks)).unwrap_or_default() {
+        own.insert(block, after - last);
+        last = after;
     }
+    Ok((all, own))
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -123,25 +143,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
     let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
-    let blocks = Blocks::default();
-    let watch = Watch { device, blocks: Arc::clone(&blocks) };
-    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(watch))?;
-    let (mut times, mut kept, mut kept_by_block) = (Vec::new(), 0, BTreeMap::new());
-    // Forward and backward pass.
-    let mut passes = || -> lora_train::Result<Tensor> {
+    let forward = || {
         let noise = latents.randn_like();
-        let before = held(device);
-        let loss =
-            denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)?;
-        kept = held(device).saturating_sub(before);
-        let mut last = before;
-        for (block, after) in blocks.lock().map(|mut blocks| std::mem::take(&mut *blocks)).unwrap_or_default() {
-            kept_by_block.insert(block, after.saturating_sub(last));
-            last = after;
-        }
+        denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)
+    };
+    let passes = || -> lora_train::Result<Tensor> {
+        let loss = forward()?;
         (&loss * scale).f_backward()?;
         Ok(loss.detach())
     };
+    let mut times = Vec::new();
     for _ in 0..steps {
         let start = Instant::now();
         let loss = passes()?;
@@ -158,7 +169,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(own) => own.allocated_peak,
         None => memory::host_memory().map_or(0, |host| host.peak),
     };
-    let counted = if steps > 0 { operations(&mut passes)?.1.total() } else { Count::default() };
+    // Both apart from the steps that are timed.
+    let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
+    if steps > 0 {
+        counted = operations(passes)?.1.total();
+        left = kept(device, forward)?;
+    }
+    let (kept, kept_by_block) = left;
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();
     println!("ours on {device:?}: {} s a step", seconds.join(" "));
     let mut later = times.get(1..).unwrap_or_default().to_vec();

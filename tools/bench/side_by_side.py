@@ -74,7 +74,7 @@ for common, own in GRID:
         if not more:
             blocks[name] = result["kept_by_block"]
 
-names = [*(f"down_blocks.{level}" for level in range(4)), "mid_block", *(f"up_blocks.{level}" for level in range(4))]
+names = list(next(iter(blocks.values())))
 print(f"\n| kept MiB | {' | '.join(names)} |")
 print("|" + "---|" * (len(names) + 1))
 for name, kept in blocks.items():

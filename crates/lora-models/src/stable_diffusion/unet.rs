@@ -284,7 +284,7 @@ impl Unet {
         }
 
         hidden = stage(&self.mid_second, &stage(&self.mid_first, &hidden)?)?;
-        tracing::trace!(block = "mid_block");
+        tracing::trace!(block = %"mid_block");
 
         for (index, level) in self.up.iter().enumerate() {
             for own in &level.stages {
@@ -343,5 +343,42 @@ impl Level {
     fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
         self.stages.iter_mut().for_each(|stage| own(stage).visit(visit));
         self.resample.iter_mut().for_each(visit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, read_to_string};
+    use std::sync::Arc;
+
+    use lora_torch::tch::{Device, no_grad};
+
+    use super::*;
+    use crate::synthetic::SyntheticModel;
+    use crate::weights::SyntheticWeights;
+
+    #[test]
+    fn each_block_is_told_of_in_order() {
+        let weights = SyntheticWeights::new("unet");
+        let config = SyntheticModel::tiny().unet;
+        let (levels, width) = (config.channels.len(), config.context as i64);
+        let unet = Unet::new(&Weights::new(&weights, Kind::Float, Device::Cpu), config).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events");
+        let events = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::TRACE)
+            .with_ansi(false)
+            .with_writer(Arc::new(File::create(&path).unwrap()))
+            .finish();
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let (latents, context) = (zeros(&[1, 4, 16, 16]), zeros(&[1, 77, width]));
+        let forward = || no_grad(|| unet.forward(&latents, &[7.0], &context, &Pass::default()));
+        tracing::subscriber::with_default(events, forward).unwrap();
+        let down = (0..levels).map(|level| format!("down_blocks.{level}"));
+        let up = (0..levels).map(|level| format!("up_blocks.{level}"));
+        let expected: Vec<String> = down.chain(["mid_block".to_owned()]).chain(up).collect();
+        let text = read_to_string(&path).unwrap();
+        let told: Vec<&str> = text.lines().filter_map(|line| Some(line.split_once("block=")?.1)).collect();
+        assert_eq!(told, expected, "{text}");
     }
 }
