@@ -373,7 +373,8 @@ mod tests {
         let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
         let (latents, context) = (zeros(&[1, 4, 16, 16]), zeros(&[1, 77, width]));
         let forward = || no_grad(|| unet.forward(&latents, &[7.0], &context, &Pass::default()));
-        tracing::subscriber::with_default(events, forward).unwrap();
+        let answer = tracing::subscriber::with_default(events, forward).unwrap();
+        assert_eq!(answer.size(), latents.size());
         let down = (0..levels).map(|level| format!("down_blocks.{level}"));
         let up = (0..levels).map(|level| format!("up_blocks.{level}"));
         let expected: Vec<String> = down.chain(["mid_block".to_owned()]).chain(up).collect();
