@@ -12,6 +12,8 @@ cd "$(dirname "$0")/.."
 VERSION=2.11.0
 CUDA_RUNTIME=nvidia-cuda-runtime==13.0.96
 CUDA_CUPTI=nvidia-cuda-cupti==13.0.85
+# Headers alone, for the few calls of CUDA that libtorch does not wrap.
+CUDA_CRT=nvidia-cuda-crt==13.0.88
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
@@ -49,7 +51,11 @@ flavour=cpu
 if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null 2>&1; then flavour=cuda; fi
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/lora"
 target="$cache/libtorch-$VERSION-$flavour"
-if [ ! -f "$target/complete" ]; then
+if [ "$flavour" = cuda ]; then wheels="torch==$VERSION $CUDA_CRT"
+else wheels="--no-deps torch==$VERSION $CUDA_RUNTIME $CUDA_CUPTI $CUDA_CRT"; fi
+# The marker says what is in there, so that a copy of an earlier version of this script is not taken for this one's.
+complete() { [ "$(cat "$target/complete" 2>/dev/null || true)" = "$wheels" ]; }
+if ! complete; then
     command -v python3 >/dev/null || fail 'python3 is missing: it is needed once, to fetch libtorch (or set LIBTORCH)'
     python3 -m pip --version >/dev/null 2>&1 || fail 'pip is missing (python3 -m pip): it is needed once, to fetch libtorch (or set LIBTORCH)'
     mkdir -p "$cache"
@@ -57,13 +63,10 @@ if [ ! -f "$target/complete" ]; then
     trap 'rm -rf "$partial"' EXIT
     printf 'setup: fetching libtorch %s (%s) into %s, once\n' "$VERSION" "$flavour" "$target"
     pip="python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-compile --target $partial"
-    if [ "$flavour" = cuda ]; then
-        $pip "torch==$VERSION" || fail 'pip could not fetch torch with its CUDA libraries'
-    else
-        $pip --no-deps "torch==$VERSION" $CUDA_RUNTIME $CUDA_CUPTI || fail 'pip could not fetch torch'
-    fi
-    touch "$partial/complete"
+    $pip $wheels || fail "pip could not fetch $wheels"
+    echo "$wheels" > "$partial/complete"
     # Another clone may have finished first: then its copy serves.
-    mv -T "$partial" "$target" 2>/dev/null || [ -f "$target/complete" ] || fail "could not move libtorch to $target"
+    complete || rm -rf "$target"
+    mv -T "$partial" "$target" 2>/dev/null || complete || fail "could not move libtorch to $target"
 fi
 link "$target/torch" "$target"

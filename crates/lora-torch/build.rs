@@ -1,11 +1,17 @@
-//! Compiles the C++ shim against the libtorch that torch-sys found, and tells dependents where that libtorch is.
+//! Compiles the C++ shim against the libtorch that torch-sys found, and tells dependents where that libtorch is. What needs
+//! CUDA's headers becomes an object of its own, which the library embeds: an empty file where they are not.
 
 use std::path::{Path, PathBuf};
+
+/// Headers of CUDA that libtorch's own ask for, in the folder that PyPI's wheels put beside torch.
+const CUDA_HEADERS: [&str; 3] = ["cuda.h", "cuda_runtime_api.h", "crt/host_defines.h"];
 
 fn main() {
     println!("cargo:rerun-if-changed=cpp");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
+    let object = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("lora_cuda.so");
+    std::fs::write(&object, []).expect("cargo's folder can be written to");
     if std::env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() || std::env::var_os("DOCS_RS").is_some() {
         return;
     }
@@ -18,9 +24,19 @@ fn main() {
         .expect("libtorch's lib folder has a parent")
         .join("include");
     let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        // As libtorch itself was built: some of its objects have other members without.
+        .define("NDEBUG", None)
+        // libtorch's own headers warn by the hundred.
+        .warnings(false);
+    build_cuda(build.clone(), &include, &object);
+    build
         .file("cpp/allocations.cpp")
         .file("cpp/shim.cpp")
         .file("cpp/checkpoint.cpp")
@@ -30,16 +46,27 @@ fn main() {
         .file("cpp/norm_silu.cpp")
         .file("cpp/profile.cpp")
         .file("cpp/staging.cpp")
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
-        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        // As libtorch itself was built: some of its objects have other members without.
-        .define("NDEBUG", None)
-        // libtorch's own headers warn by the hundred.
-        .warnings(false)
+        .file("cpp/stream.cpp")
         .compile("lora_torch_shim");
     // Dependents read this as DEP_LORA_TORCH_SHIM_LIBTORCH_LIB and embed it as run path.
     println!("cargo:libtorch_lib={}", lib.display());
     println!("cargo:rustc-env=LORA_LIBTORCH_LIB={}", lib.display());
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+/// What calls CUDA by name. Its libraries are there only at run time, so that its symbols stay open until then.
+fn build_cuda(mut build: cc::Build, libtorch: &Path, object: &Path) {
+    let beside_torch = libtorch.join("../../nvidia/cu13/include");
+    let toolkit = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let mut folders = std::iter::once(beside_torch).chain(toolkit.map(|folder| folder.join("include")));
+    ["CUDA_HOME", "CUDA_PATH"].iter().for_each(|name| println!("cargo:rerun-if-env-changed={name}"));
+    let Some(headers) = folders.find(|folder| CUDA_HEADERS.iter().all(|header| folder.join(header).exists())) else {
+        println!("cargo:warning=built without CUDA graphs and kernels: the headers of CUDA 13 are not beside libtorch");
+        return;
+    };
+    build.include(headers).pic(true);
+    let mut command = build.get_compiler().to_command();
+    command.arg("-shared").args(["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp"]).arg("-ldl").arg("-o").arg(object);
+    let done = command.status().expect("the C++ compiler runs");
+    assert!(done.success(), "{command:?} failed");
 }

@@ -94,7 +94,7 @@ private:
 class Rows {
 public:
   Rows(const Stored &own, at::ScalarType kind) : own(own), kind(kind) {
-    if (own.is_nf4()) most = lora::nf4::magnitudes(own.nf4);
+    if (own.is_nf4() && !lora::nf4::by_kernel(own.nf4, own.portable)) most = lora::nf4::magnitudes(own.nf4);
   }
 
   at::Tensor operator()(int64_t start, int64_t count) const {

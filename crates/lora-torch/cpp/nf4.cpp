@@ -1,6 +1,6 @@
 // NF4 with double quantisation, number for number as bitsandbytes defines it (quantize_4bit with quant_type nf4, blocksize
-// 64, compress_statistics): by loops of our own on the CPU, by libtorch's operations elsewhere, which the tests hold
-// together. Layers are not here.
+// 64, compress_statistics): by loops of our own on the CPU, by a kernel of our own on CUDA (cuda/kernels.cpp) and by libtorch's
+// operations elsewhere, which the tests hold together. Layers are not here.
 
 #include "nf4.h"
 
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -86,7 +87,7 @@ at::Tensor dynamic_map() {
 }
 
 struct Tables {
-  at::Tensor between, pairs, dynamic, dynamic_between;
+  at::Tensor between, code, pairs, dynamic, dynamic_between;
 };
 
 // Made once for each device and never freed: a device may be gone when statics are destroyed.
@@ -98,12 +99,16 @@ const Tables &tables(at::Device device) {
   if (fresh) {
     const at::Tensor map = dynamic_map();
     place->second.between = at::tensor(at::ArrayRef<float>(BETWEEN.data(), BETWEEN.size())).to(device);
+    place->second.code = at::tensor(at::ArrayRef<float>(CODE.data(), CODE.size())).to(device);
     place->second.pairs = at::tensor(at::ArrayRef<float>(PAIRS.data(), PAIRS.size())).view({256, 2}).to(device);
     place->second.dynamic = map.to(device);
     place->second.dynamic_between = ((map.slice(0, 0, -1) + map.slice(0, 1)) / 2).to(device);
   }
   return place->second;
 }
+
+// What makes numbers whole on CUDA, once it is there.
+std::atomic<Kernel> kernel{nullptr};
 
 // `values` filled up with zeros to whole rows of `width`.
 at::Tensor rows_of(const at::Tensor &values, int64_t width) {
@@ -224,6 +229,10 @@ Quantised quantise(const at::Tensor &weight, bool portable) {
   return own;
 }
 
+bool by_kernel(const Quantised &own, bool portable) {
+  return own.packed.is_cuda() && !portable && kernel.load() != nullptr;
+}
+
 at::Tensor magnitudes(const Quantised &own) {
   const c10::NoGradGuard no_grad;
   const at::Tensor codes = own.absmax.to(at::kInt);
@@ -231,10 +240,22 @@ at::Tensor magnitudes(const Quantised &own) {
   return scaled.mul(own.nested.unsqueeze(1)).view(-1).narrow(0, 0, codes.numel()).add_(own.offset);
 }
 
-at::Tensor dequantise(const Quantised &own, const at::Tensor &most, int64_t start, int64_t count, at::ScalarType kind, bool portable) {
+at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int64_t count, at::ScalarType kind, bool portable) {
   const c10::NoGradGuard no_grad;
   TORCH_CHECK(start % BLOCK == 0, "NF4 comes back from the start of a block on, not from ", start);
   const at::Tensor result = at::empty({count}, own.packed.options().dtype(kind));
+  if (by_kernel(own, portable)) {
+    const Tables &table = tables(result.device());
+    const Pointers parts{own.packed.const_data_ptr<uint8_t>(),       own.absmax.const_data_ptr<uint8_t>(),
+                         own.nested.const_data_ptr<float>(),         own.offset.const_data_ptr<float>(),
+                         table.dynamic.const_data_ptr<float>(),      table.code.const_data_ptr<float>()};
+    const int device = result.get_device();
+    const char *failure = kernel.load()(&parts, start / BLOCK, count, static_cast<int>(kind), device, result.mutable_data_ptr());
+    if (failure == nullptr) return result;
+    TORCH_WARN("weights in NF4 are made whole by libtorch's operations, which takes longer: ", failure);
+    kernel.store(nullptr);
+  }
+  if (!most.defined()) most = magnitudes(own);
   const bool loops = result.is_cpu() && !portable;
   // Other dtypes are rounded once, from f32, by way of a chunk in f32.
   at::Tensor between;
@@ -262,6 +283,9 @@ at::Tensor dequantise(const Quantised &own, const at::Tensor &most, int64_t star
 } // namespace lora::nf4
 
 extern "C" {
+
+// What makes NF4 whole on CUDA from now on.
+void lora_nf4_kernel(lora::nf4::Kernel kernel) { lora::nf4::kernel.store(kernel); }
 
 // Writes four new tensors: packed codes, codes of the largest magnitudes, the nested largest magnitudes, the offset.
 int lora_nf4_quantise(const at::Tensor *weight, int portable, at::Tensor **out) {

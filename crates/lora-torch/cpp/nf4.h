@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace lora::nf4 {
 
 // A weight in 4.13 bits a number.
@@ -17,14 +19,27 @@ struct Quantised {
 // Numbers that share a largest magnitude.
 constexpr int64_t BLOCK = 64;
 
-// `portable`: by libtorch's operations alone, as on every device but the CPU; the numbers are the same.
+// Where a weight's parts lie on a device, with the tables of the codes.
+struct Pointers {
+  const uint8_t *packed, *absmax;
+  const float *nested, *offset, *dynamic, *code;
+};
+
+// Makes `count` numbers of a weight from a block on, on the current stream of a device; why not, where it cannot, or null.
+using Kernel = const char *(*)(const Pointers *own, int64_t first_block, int64_t count, int kind, int device, void *values);
+
+// Whether `own` is made whole by a kernel, for which its magnitudes need not be there.
+bool by_kernel(const Quantised &own, bool portable);
+
+// `portable`: by libtorch's operations alone; the numbers are the same.
 Quantised quantise(const at::Tensor &weight, bool portable);
 
 // The largest magnitude of each block, as it comes back: f32.
 at::Tensor magnitudes(const Quantised &own);
 
-// `count` numbers from `start` on, which begins a block, in one row; `most` are the weight's magnitudes.
-at::Tensor dequantise(const Quantised &own, const at::Tensor &most, int64_t start, int64_t count, at::ScalarType kind,
+// `count` numbers from `start` on, which begins a block, in one row; `most` are the weight's magnitudes, which a kernel
+// does without.
+at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int64_t count, at::ScalarType kind,
                       bool portable);
 
 } // namespace lora::nf4

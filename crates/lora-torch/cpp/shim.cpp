@@ -14,6 +14,7 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sqrt.h>
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/AllocatorConfig.h>
 #include <torch/torch.h>
@@ -161,6 +162,7 @@ int lora_shim_foreach(int operation, torch::Tensor **targets, torch::Tensor **ot
     case 8: return at::_foreach_copy_(a, b);
     case 9: return at::_foreach_sqrt_(a);
     case 10: return at::_foreach_sign_(a);
+    case 11: return at::_foreach_zero_(a);
     default: TORCH_CHECK(false, "no operation ", operation);
     }
   });

@@ -74,7 +74,10 @@ fn load_cuda() -> CudaStatus {
         }
     }
     match tch::Cuda::device_count() {
-        count if count > 0 && tch::Cuda::is_available() => CudaStatus::Available(count as usize),
+        count if count > 0 && tch::Cuda::is_available() => {
+            crate::cuda::load();
+            CudaStatus::Available(count as usize)
+        }
         _ => CudaStatus::NoDevice,
     }
 }
@@ -174,6 +177,15 @@ fn imitation(kind: Kind, major: i32) -> Option<&'static str> {
         }
         Kind::Half if major < 6 => Some("fp16 is slow there; use precision = \"fp32\""),
         _ => None,
+    }
+}
+
+/// Bytes that libtorch takes for each of cuBLAS's handles: more on data centres' GPUs. `CUBLAS_WORKSPACE_CONFIG` is not looked at.
+pub fn cublas_workspace(index: usize) -> u64 {
+    let major = matches!(cuda(), CudaStatus::Available(_)).then(|| compute_capability(index)).flatten();
+    match major {
+        Some((9 | 10, 0)) => 32 << 20,
+        _ => 2 * (4096 << 10) + 8 * (16 << 10),
     }
 }
 

@@ -78,6 +78,11 @@ pub fn sign<A: Borrow<Tensor>>(targets: &[A]) -> Result<()> {
     run(10, targets, NONE, NONE, 0.0)
 }
 
+/// `targets = 0`, whatever they are.
+pub fn zero<A: Borrow<Tensor>>(targets: &[A]) -> Result<()> {
+    run(11, targets, NONE, NONE, 0.0)
+}
+
 /// New tensors: `factor · tensors`.
 pub fn scaled<A: Borrow<Tensor>>(tensors: &[A], factor: f64) -> Result<Vec<Tensor>> {
     if tensors.is_empty() { Ok(Vec::new()) } else { shim::foreach_scaled(tensors, factor) }
@@ -141,6 +146,9 @@ mod tests {
         assert_eq!(numbers(&scaled(&a, 2.0).unwrap()), [4.0, 6.0, 1.0]);
         assert_eq!(Vec::<f32>::try_from(absolute_sums(&list(first)).unwrap()).unwrap(), [5.0, 9.0]);
         assert_eq!(Vec::<f32>::try_from(norms(&list([3.0, -4.0, 2.0])).unwrap()).unwrap(), [5.0, 2.0]);
+        let a = list([f32::NAN, f32::INFINITY, 1.0]);
+        zero(&a).unwrap();
+        assert_eq!(numbers(&a), [0.0; 3]);
         assert!(scale(&[] as &[Tensor], 2.0).is_ok() && scaled(&[] as &[Tensor], 2.0).unwrap().is_empty());
     }
 }

@@ -2,12 +2,14 @@
 
 pub mod backend;
 pub mod checkpoint;
+mod cuda;
 pub mod device;
 mod error;
 pub mod fault;
 pub mod foreach;
 pub mod frozen;
 pub mod gradients;
+pub mod graph;
 pub mod memory;
 pub mod nf4;
 pub mod norm;

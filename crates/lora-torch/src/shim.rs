@@ -65,12 +65,17 @@ unsafe extern "C" {
 
 /// Turns a shim's return code into a result: 0 fine, 2 out of memory, anything else another failure.
 pub(crate) fn checked(code: c_int) -> Result<()> {
-    if code == 0 {
-        return Ok(());
-    }
     // SAFETY: the shim keeps its text, NUL-terminated, in a thread-local string until this thread's next shim call.
-    let message = unsafe { CStr::from_ptr(lora_shim_last_error()) }.to_string_lossy().into_owned();
-    Err(if code == 2 { Error::OutOfMemory(message) } else { Error::from_message(&message) })
+    result(code, || unsafe { CStr::from_ptr(lora_shim_last_error()) }.to_string_lossy().into_owned())
+}
+
+/// The same for a text from elsewhere.
+pub(crate) fn result(code: c_int, message: impl FnOnce() -> String) -> Result<()> {
+    match code {
+        0 => Ok(()),
+        2 => Err(Error::OutOfMemory(message())),
+        _ => Err(Error::from_message(&message())),
+    }
 }
 
 /// What a call writes through the pointer that it is given.

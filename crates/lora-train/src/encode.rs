@@ -157,10 +157,12 @@ pub struct TextEncoding {
 
 impl TextEncoding {
     /// States of captions, `[captions, chunks · 75 + 2, width]`, with gradients unless there is a guard.
-    ///
-    /// Weighted states are multiplied place by place and then brought back to their mean, as sd-scripts and diffusers'
-    /// long-prompt-weighting pipeline do.
     pub fn states(&self, encoder: &ClipTextEncoder, captions: &[&str], device: Device, pass: &Pass) -> Result<Tensor> {
+        self.encode(encoder, &self.tokens(captions, device)?, pass)
+    }
+
+    /// Captions as the encoder takes them, on the device.
+    pub fn tokens(&self, captions: &[&str], device: Device) -> Result<Tokens> {
         let coded: Vec<_> = captions
             .iter()
             .map(|caption| match self.weighted {
@@ -169,20 +171,36 @@ impl TextEncoding {
             })
             .collect();
         let rows: Vec<i64> = coded.iter().flat_map(|(rows, _)| rows).flatten().map(|&token| i64::from(token)).collect();
-        let tokens = upload(&Tensor::from_slice(&rows).f_view([-1, 77])?, device)?;
-        let states = encoder.encode(&tokens, self.chunks, self.clip_skip, pass)?;
         let weights: Vec<f32> = coded.into_iter().flat_map(|(_, weights)| weights).collect();
-        if weights.iter().all(|&weight| weight == 1.0) {
-            return Ok(states);
-        }
         let places = weights.len() / captions.len();
-        let weights = from_f32(&weights, &[captions.len(), places, 1], device)?.f_to_kind(states.kind())?;
+        let any = weights.iter().any(|&weight| weight != 1.0);
+        Ok(Tokens {
+            rows: upload(&Tensor::from_slice(&rows).f_view([-1, 77])?, device)?,
+            weights: any.then(|| from_f32(&weights, &[captions.len(), places, 1], device)).transpose()?,
+        })
+    }
+
+    /// [`TextEncoding::states`] of tokens. Weighted states are multiplied place by place and then brought back to their mean, as
+    /// sd-scripts and diffusers' long-prompt-weighting pipeline do.
+    pub fn encode(&self, encoder: &ClipTextEncoder, tokens: &Tokens, pass: &Pass) -> Result<Tensor> {
+        let states = encoder.encode(&tokens.rows, self.chunks, self.clip_skip, pass)?;
+        let Some(weights) = &tokens.weights else { return Ok(states) };
+        let weights = weights.f_to_kind(states.kind())?;
         let mean = |states: &Tensor| states.f_mean_dim(&[-2i64, -1][..], true, Kind::Float);
         let before = mean(&states)?;
         let weighed = states.f_mul(&weights)?;
         let factor = before.f_div(&mean(&weighed)?)?.f_to_kind(states.kind())?;
         Ok(weighed.f_mul(&factor)?)
     }
+}
+
+/// Captions as a text encoder takes them.
+#[derive(Debug)]
+pub struct Tokens {
+    /// `[captions · chunks, 77]`.
+    pub rows: Tensor,
+    /// `[captions, states, 1]` f32, where any word is weighted.
+    pub weights: Option<Tensor>,
 }
 
 /// Whether all elements are finite; waits for the device.

@@ -31,24 +31,69 @@ pub fn denoising_loss(
     weights: &LossWeights<'_>,
     pass: &Pass,
 ) -> Result<Tensor> {
-    let noised = schedule.add_noise(latents, noise, timesteps)?;
-    let target = schedule.target(latents, noise, timesteps)?;
-    let times: Vec<f64> = timesteps.iter().map(|&timestep| timestep as f64).collect();
-    let answer = unet.forward(&noised, &times, context, pass)?;
-    let squares = answer.f_sub(&target)?.f_square()?;
-    let squares = match weights.mask {
-        Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
-        None => squares,
-    };
-    let each = squares.f_flatten(1, -1)?.f_mean_dim(-1, false, Kind::Float)?;
-    let own = |index: usize, timestep: usize| {
-        let snr = weights.min_snr_gamma.map_or(1.0, |gamma| schedule.min_snr_weight(timestep, gamma));
-        (snr * weights.items.get(index).copied().unwrap_or(1.0)) as f32
-    };
-    let factors: Vec<f32> = timesteps.iter().enumerate().map(|(index, &timestep)| own(index, timestep)).collect();
-    let each = match factors.iter().all(|&factor| factor == 1.0) {
-        true => each,
-        false => each.f_mul(&from_f32(&factors, &[factors.len()], latents.device())?)?,
-    };
-    Ok(each.f_mean(Kind::Float)?)
+    Denoising::new(unet, schedule, latents, noise, timesteps, weights)?.loss(unet, context, pass)
+}
+
+/// What the loss of a batch is made of, beside networks and text: all that has to come from host memory is there.
+#[derive(Debug)]
+pub struct Denoising {
+    /// What the U-Net is shown, `[batch, 4, height, width]`.
+    noised: Tensor,
+    /// What it is to answer.
+    target: Tensor,
+    /// Its timesteps, embedded.
+    times: Tensor,
+    /// How much each place counts, `[batch, 1, height, width]`.
+    mask: Option<Tensor>,
+    /// How much each item counts, `[batch]`; none where all count in full.
+    factors: Option<Tensor>,
+}
+
+impl Denoising {
+    /// Arguments as of [`denoising_loss`].
+    pub fn new(
+        unet: &Unet,
+        schedule: &NoiseSchedule,
+        latents: &Tensor,
+        noise: &Tensor,
+        timesteps: &[usize],
+        weights: &LossWeights<'_>,
+    ) -> Result<Self> {
+        let device = latents.device();
+        let own = |index: usize, timestep: usize| {
+            let snr = weights.min_snr_gamma.map_or(1.0, |gamma| schedule.min_snr_weight(timestep, gamma));
+            (snr * weights.items.get(index).copied().unwrap_or(1.0)) as f32
+        };
+        let factors: Vec<f32> = timesteps.iter().enumerate().map(|(index, &timestep)| own(index, timestep)).collect();
+        let all_in_full = weights.min_snr_gamma.is_none() && weights.items.iter().all(|&weight| weight == 1.0);
+        let times: Vec<f64> = timesteps.iter().map(|&timestep| timestep as f64).collect();
+        Ok(Self {
+            noised: schedule.add_noise(latents, noise, timesteps)?,
+            target: schedule.target(latents, noise, timesteps)?,
+            times: unet.time_embedding(&times, device)?,
+            mask: weights.mask.map(Tensor::shallow_clone),
+            factors: (!all_in_full).then(|| from_f32(&factors, &[factors.len()], device)).transpose()?,
+        })
+    }
+
+    /// The loss, with its graph where gradients are recorded.
+    pub fn loss(&self, unet: &Unet, context: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let answer = unet.forward_embedded(&self.noised, &self.times, context, pass)?;
+        let squares = answer.f_sub(&self.target)?.f_square()?;
+        let squares = match &self.mask {
+            Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
+            None => squares,
+        };
+        let each = squares.f_flatten(1, -1)?.f_mean_dim(-1, false, Kind::Float)?;
+        let each = match &self.factors {
+            Some(factors) => each.f_mul(factors)?,
+            None => each,
+        };
+        Ok(each.f_mean(Kind::Float)?)
+    }
+
+    /// Its tensors, in order; `None` where it has none.
+    pub(crate) fn tensors(&self) -> [Option<&Tensor>; 5] {
+        [Some(&self.noised), Some(&self.target), Some(&self.times), self.mask.as_ref(), self.factors.as_ref()]
+    }
 }

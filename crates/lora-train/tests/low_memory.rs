@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{distance, prepare, trained, workspace};
+use common::{distance, exact, prepare, tolerance, trained, workspace};
 
 #[test]
 fn checkpointing_gives_the_same_update() {
@@ -23,11 +23,12 @@ fn checkpointing_gives_the_same_update() {
     let (plain, reports) = run("gradient_checkpointing=false");
     let (again, others) = run("gradient_checkpointing=true");
     for (a, b) in reports.iter().zip(&others) {
-        assert!((a.loss / b.loss - 1.0).abs() < 1e-5 && a.gradient_norm.is_some(), "{} {}", a.loss, b.loss);
+        assert!((a.loss / b.loss - 1.0).abs() < tolerance(1e-5) && a.gradient_norm.is_some(), "{} {}", a.loss, b.loss);
         let norms = (a.gradient_norm.unwrap(), b.gradient_norm.unwrap());
-        assert!((norms.0 / norms.1 - 1.0).abs() < 1e-3, "{norms:?}");
+        assert!((norms.0 / norms.1 - 1.0).abs() < tolerance(1e-3), "{norms:?}");
     }
-    assert!(distance(&plain, &again) < 1e-4, "{}", distance(&plain, &again));
+    // AdamW blows up what is nearly zero.
+    assert!(!exact() || distance(&plain, &again) < 1e-4, "{}", distance(&plain, &again));
     // A frozen text encoder, and a frozen U-Net.
     for own in ["train_text_encoder=false", "train_unet=false"] {
         let loss = |checkpointing: &str| {
@@ -36,7 +37,7 @@ fn checkpointing_gives_the_same_update() {
         };
         let (plain, again) = (loss("gradient_checkpointing=false"), loss("gradient_checkpointing=true"));
         assert!(
-            (plain.0 / again.0 - 1.0).abs() < 1e-6 && (plain.1 / again.1 - 1.0).abs() < 1e-5,
+            (plain.0 / again.0 - 1.0).abs() < tolerance(1e-6) && (plain.1 / again.1 - 1.0).abs() < tolerance(1e-5),
             "{own} {plain:?} {again:?}"
         );
     }
@@ -58,13 +59,14 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
     };
     let whole = run(&[]);
     // The layers themselves are held against the whole weights in lora-torch. (Resolution: as for checkpointing.)
-    for (storage, tolerance) in [("fp16", 1e-5), ("bf16", 5e-3), ("fp8", 8e-2), ("int8", 3e-3), ("nf4", 2e-1)] {
+    for (storage, bound) in [("fp16", 1e-5), ("bf16", 5e-3), ("fp8", 8e-2), ("int8", 3e-3), ("nf4", 2e-1)] {
         let storage = format!("base_storage={storage}");
         let (loss, norm) = run(&[&storage]);
         let apart = (loss / whole.0 - 1.0).abs().max((norm / whole.1 - 1.0).abs());
-        assert!(apart < tolerance, "{storage}: {apart}");
+        assert!(apart < tolerance(bound), "{storage}: {apart}");
         let again = run(&[&storage, "gradient_checkpointing=true"]);
-        assert!((loss / again.0 - 1.0).abs() < 1e-6 && (norm / again.1 - 1.0).abs() < 1e-5, "{storage}");
+        let close = |own: f64, other: f64, bound| (own / other - 1.0).abs() < tolerance(bound);
+        assert!(close(loss, again.0, 1e-6) && close(norm, again.1, 1e-5), "{storage}");
     }
     // Variants that need the whole weight get it.
     for storage in ["base_storage=int8", "base_storage=nf4"] {
@@ -101,7 +103,42 @@ fn what_waits_in_host_memory_changes_nothing() {
         for (plain, other) in plain.iter().zip(&other) {
             let apart = (plain.0 / other.0 - 1.0).abs().max((plain.1 / other.1 - 1.0).abs());
             // The same sums in another order: a staged linear layer flattens its axes.
-            assert!(apart < 1e-4, "{keys:?}: {plain:?} {other:?}");
+            assert!(apart < tolerance(1e-4), "{keys:?}: {plain:?} {other:?}");
         }
     }
+}
+
+#[test]
+fn recorded_steps_give_the_same_update() {
+    let folder = workspace();
+    let run = |keys: &[&str]| {
+        let common = ["batch_size=2", "max_resolution=128", "max_train_steps=4"];
+        let mut session = prepare(folder.path(), &[keys, &common].concat());
+        let mut steps = Vec::new();
+        while let Some(report) = session.step().unwrap() {
+            steps.push((report.loss, report.gradient_norm.unwrap()));
+            // What runs in between, on another stream.
+            session.sample(&["a".into()]).unwrap();
+        }
+        (steps, session.recorded_shapes())
+    };
+    for keys in [
+        &[][..],
+        &["gradient_accumulation_steps=2", "gradient_checkpointing=true"],
+        &["base_storage=nf4", "train_text_encoder=false", "min_snr_gamma=5"],
+        &["base_storage=int8", "optimizer=prodigy"],
+        &["base_storage=fp8", "optimizer=adamw8bit", "variant=dora"],
+        &["variant=lokr", "ema_decay=0.9"],
+    ] {
+        let (plain, none) = run(&[keys, &["cuda_graphs=false"]].concat());
+        let (recorded, shapes) = run(&[keys, &["cuda_graphs=true"]].concat());
+        // The CPU records nothing.
+        assert_eq!((none, shapes), (0, usize::from(!exact())), "{keys:?}");
+        for (plain, other) in plain.iter().zip(&recorded) {
+            let apart = (plain.0 / other.0 - 1.0).abs().max((plain.1 / other.1 - 1.0).abs());
+            assert!(apart <= if exact() { 0.0 } else { 2e-2 }, "{keys:?}: {plain:?} {other:?}");
+        }
+    }
+    // Dropout is drawn anew each time.
+    assert_eq!(run(&["lora_dropout=0.1"]).1, 0);
 }

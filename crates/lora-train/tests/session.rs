@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use common::{config, distance, prepare, trained, workspace};
+use common::{config, device, distance, exact, prepare, tolerance, trained, workspace};
 use lora_core::Component;
 use lora_io::adapter::kohya;
 use lora_io::safetensors::SafetensorsFile;
@@ -38,17 +38,17 @@ fn accumulation_gives_the_same_update_as_a_large_batch() {
     {
         let (split, others) = run(batch, accumulation);
         for (a, b) in reports.iter().zip(&others) {
-            assert!((a.loss / b.loss - 1.0).abs() < 1e-5, "{batch}: {} {}", a.loss, b.loss);
+            assert!((a.loss / b.loss - 1.0).abs() < tolerance(1e-5), "{batch}: {} {}", a.loss, b.loss);
             assert_eq!(a.pictures, b.pictures);
         }
         // With ε = 1 the update is the gradient. (With a small ε AdamW blows rounding up: where a gradient is nearly zero
         // its first steps have the size of the learning rate all the same.)
-        assert!(distance(&whole, &split) < 1e-4, "{batch}: {}", distance(&whole, &split));
+        assert!(f64::from(distance(&whole, &split)) < tolerance(1e-4), "{batch}: {}", distance(&whole, &split));
     }
     // Five of eight pictures are left for a second, smaller micro-batch: nothing is dropped.
     let (_, uneven) = run("batch_size=5", "gradient_accumulation_steps=2");
     assert_eq!(uneven[0].pictures, 8);
-    assert!((uneven[0].loss / reports[0].loss - 1.0).abs() < 1e-5);
+    assert!((uneven[0].loss / reports[0].loss - 1.0).abs() < tolerance(1e-5));
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn the_same_configuration_gives_the_same_bytes() {
         std::fs::read(session.save("same").unwrap()).unwrap()
     };
     let first = bytes(&[]);
-    assert_eq!(first, bytes(&[]));
+    assert!(!exact() || first == bytes(&[]));
     assert_ne!(first, bytes(&["seed=7"]));
 }
 
@@ -192,7 +192,7 @@ fn what_cannot_work_is_said_before_training() {
     assert!(error(&["variant=lokr2"]).contains("known are boft"));
     assert!(error(&["processors=[\"sharpen\"]"]).contains("center_crop"));
     assert!(error(&["clip_skip=9"]).contains("1 to 3"));
-    assert!(error(&["device=cuda"]).contains("cuda"));
+    assert!(error(&["device=cuda:99"]).contains("cuda:99"));
     std::fs::write(folder.path().join("file"), "").unwrap();
     assert!(error(&[&set("output_dir", "file/below")]).contains("file"));
     // A LoRA is no base, and is named as what it is.
@@ -261,7 +261,7 @@ fn whole_networks_train_into_a_checkpoint() {
         text("base.safetensors"),
         text("data"),
         text("out"),
-        std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+        device()
     );
     let run = |keys: &[&str]| {
         let config = TrainConfig::from_text(&own, Format::Yaml, keys).unwrap();
@@ -293,7 +293,9 @@ fn whole_networks_train_into_a_checkpoint() {
     };
     // An average that hardly moves is nearer to the base than what is trained; the run itself is the same.
     let (same, path) = run(&["ema_decay=0.999"]);
-    assert_eq!(losses, same);
+    for (one, other) in losses.iter().zip(&same) {
+        assert!((one / other - 1.0).abs() <= if exact() { 0.0 } else { 2e-2 }, "{losses:?} {same:?}");
+    }
     let averaged = read(&path);
     assert!(changed(&averaged) > 0.1 * changed(&base) && changed(&averaged) < changed(&base));
     // It is a base like any other.

@@ -30,7 +30,8 @@ fn the_host_waits_once_a_step() {
             work.push(counted.total().work);
         }
     }
-    // Forward and backward are most of it: four of them are nearly four times the work, the optimiser's comes once.
-    assert!(work[2] > 3 * work[0] && work[2] < 4 * work[0], "{work:?}");
+    // Forward and backward are most of it: four of them are about four times the work. The optimiser's comes once, but from the
+    // second on each gradient is an addition.
+    assert!(work[2] > 3 * work[0] && work[2] < 5 * work[0], "{work:?}");
     assert_eq!(work[0], work[1], "the same every step");
 }

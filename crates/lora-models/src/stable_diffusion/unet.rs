@@ -2,7 +2,7 @@
 
 use lora_core::Component;
 use lora_torch::checkpoint::Shared;
-use lora_torch::tch::{Kind, Tensor};
+use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::transformer::{SpatialTransformer, TransformerSizes};
@@ -242,10 +242,17 @@ impl Unet {
     /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …), for
     /// whoever measures what a block takes.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.forward_embedded(latents, &self.time_embedding(timesteps, latents.device())?, context, pass)
+    }
+
+    /// [`Unet::forward`] with timesteps as [`Unet::time_embedding`] has them, so that nothing comes from host memory.
+    pub fn forward_embedded(&self, latents: &Tensor, times: &Tensor, context: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (batch, latent_channels, ..) = latents.size4()?;
         let (context_batch, _, context_width) = context.size3()?;
-        let expected = (timesteps.len() as i64, self.config.latent_channels as i64, self.config.context as i64);
-        if (batch, latent_channels, context_width) != expected || context_batch != batch {
+        let (times_batch, times_width) = times.size2()?;
+        let expected =
+            (batch, self.config.latent_channels as i64, self.config.context as i64, self.config.channels[0] as i64);
+        if (times_batch, latent_channels, context_width, times_width) != expected || context_batch != batch {
             return Err(Error::Input {
                 what: "U-Net",
                 expected: format!(
@@ -253,16 +260,15 @@ impl Unet {
                     self.config.context
                 ),
                 found: format!(
-                    "latents {:?}, {} timesteps, text {:?}",
+                    "latents {:?}, {times_batch} timesteps, text {:?}",
                     latents.size(),
-                    timesteps.len(),
                     context.size()
                 ),
             });
         }
         let kind = self.kind();
         let context = context.f_to_kind(kind)?;
-        let time = self.time_embedding(timesteps, latents)?.f_to_kind(kind)?;
+        let time = times.f_to_kind(kind)?;
         let time = self.time_linear_2.forward(&self.time_linear_1.forward(&time, pass)?.f_silu()?, pass)?.f_silu()?;
 
         let stage = |stage: &Shared<Stage>, hidden: &Tensor| {
@@ -305,7 +311,7 @@ impl Unet {
 
     /// Sinusoids of the timesteps (Vaswani et al., 2017), cosines first, as diffusers with `flip_sin_to_cos`;
     /// f32 `[batch, channels of the finest level]`.
-    fn time_embedding(&self, timesteps: &[f64], like: &Tensor) -> Result<Tensor> {
+    pub fn time_embedding(&self, timesteps: &[f64], device: Device) -> Result<Tensor> {
         let half = self.config.channels[0] / 2;
         let mut values = Vec::with_capacity(timesteps.len() * 2 * half);
         for &timestep in timesteps {
@@ -313,7 +319,7 @@ impl Unet {
             values.extend((0..half).map(|index| angle(index).cos() as f32));
             values.extend((0..half).map(|index| angle(index).sin() as f32));
         }
-        Ok(lora_torch::tensor::from_f32(&values, &[timesteps.len(), 2 * half], like.device())?)
+        Ok(lora_torch::tensor::from_f32(&values, &[timesteps.len(), 2 * half], device)?)
     }
 
     /// The dtype it computes in.

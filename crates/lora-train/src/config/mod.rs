@@ -165,6 +165,8 @@ pub struct TrainConfig {
     pub offload_base: bool,
     pub gradient_checkpointing: bool,
     pub cpu_offload_checkpointing: bool,
+    /// On a GPU: launch the kernels of a step together.
+    pub cuda_graphs: bool,
     pub cache_latents: bool,
     /// `vram_budget` in bytes.
     pub vram_budget: Option<u64>,
@@ -259,6 +261,7 @@ impl TrainConfig {
             }
         }
         let gradient_checkpointing = reader.boolean("gradient_checkpointing", false);
+        let cuda_graphs = reader.boolean("cuda_graphs", true);
         let cpu_offload_checkpointing = reader.boolean("cpu_offload_checkpointing", false);
         if cpu_offload_checkpointing && !gradient_checkpointing {
             reader.problem(Some("cpu_offload_checkpointing"), "means nothing without gradient_checkpointing = true");
@@ -421,6 +424,7 @@ impl TrainConfig {
             offload_base: reader.boolean("offload_base", false),
             gradient_checkpointing,
             cpu_offload_checkpointing,
+            cuda_graphs,
             cache_latents: reader.boolean("cache_latents", true),
             vram_budget: reader.bytes("vram_budget"),
             auto: reader.boolean("auto", false),

@@ -25,6 +25,7 @@ use crate::Result;
 use crate::config::{TrainConfig, TrainMode};
 use crate::optimiser::Optimiser;
 use crate::plugins::Plugins;
+use crate::session::can_record;
 use crate::trainable::AdapterOptions;
 
 /// Timesteps that validation looks at in one batch.
@@ -32,9 +33,6 @@ const VALIDATION_BATCH: usize = 16;
 
 /// Numbers that are brought into few bytes at once.
 const CHUNK: u64 = 1 << 20;
-
-/// Workspace that libtorch gives to each of cuBLAS's handles, of which the backward pass has its own.
-const CUBLAS_WORKSPACE: u64 = 2 * (4096 << 10) + 8 * (16 << 10);
 
 /// A part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -113,6 +111,8 @@ pub(super) struct Machine {
     pub(super) fixed: u64,
     /// The allocator's own share of what tensors take.
     pub(super) share: f64,
+    /// Workspace of each of cuBLAS's handles.
+    pub(super) cublas_workspace: u64,
 }
 
 impl Machine {
@@ -180,8 +180,8 @@ struct Parameters {
 impl Run<'_> {
     fn all(&mut self, variant: &dyn Variant<TchBackend>) -> Result<()> {
         let config = self.config;
-        let _workspaces = (self.machine.platform == Platform::Cuda)
-            .then(|| [CUBLAS_WORKSPACE; 2].map(|bytes| self.tape.scratch(bytes)));
+        // The backward pass, in a thread of its own, has a handle of its own.
+        let _workspaces = [self.machine.cublas_workspace; 2].map(|bytes| self.tape.scratch(bytes));
         let sizes = self.sizes();
 
         let mut autoencoder = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
@@ -239,8 +239,10 @@ impl Run<'_> {
             self.validate(&unet_layers, sizes.first().copied());
             self.note(Phase::Validation);
         }
-        // From the second micro-batch on the gradients of the first are there from the beginning.
-        let micro_batches = config.gradient_accumulation_steps.min(2);
+        // From the second micro-batch on the gradients of the first are there from the beginning, and where steps are recorded
+        // they always are.
+        let recorded = self.machine.platform == Platform::Cuda && can_record(config);
+        let micro_batches = if recorded { 2 } else { config.gradient_accumulation_steps.min(2) };
         for &size in &sizes {
             let gradients: Vec<Vec<Rc<Block>>> = (0..micro_batches)
                 .map(|index| self.micro_batch(&unet_layers, text_layers.as_ref(), size, &parameters, index))

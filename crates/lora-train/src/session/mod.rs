@@ -3,6 +3,7 @@
 //! Each item's noise, timestep and dropout derive from (seed, epoch, item, repeat), never from the order of calls, so
 //! that micro-batch size, resuming and device do not change what is drawn.
 
+mod graphs;
 mod latents;
 mod prepare;
 mod resume;
@@ -12,6 +13,7 @@ mod summary;
 mod survive;
 mod validation;
 
+pub(crate) use graphs::can_record;
 pub use prepare::Preparing;
 pub use resume::Resumed;
 pub use summary::Summary;
@@ -30,20 +32,21 @@ use lora_data::sampler::{EpochSampler, Visit};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
-use lora_torch::LossScaler;
 use lora_torch::memory::{self, DeviceMemory};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, upload};
+use lora_torch::{LossScaler, foreach};
 
 use crate::config::{StepPlan, TrainConfig};
 use crate::encode::{self, TextEncoding};
-use crate::loss::{LossWeights, denoising_loss};
+use crate::loss::{Denoising, LossWeights};
 use crate::parameters::ParameterList;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
+use graphs::{BatchInputs, StepGraphs, Text};
 use latents::LatentSource;
 
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
@@ -76,6 +79,8 @@ pub struct Session {
     settings: Settings,
     resumed: Option<Resumed>,
     economy: Economy,
+    /// Where passes are recorded.
+    graphs: Option<StepGraphs>,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
@@ -176,6 +181,11 @@ impl Session {
         &self.parameters
     }
 
+    /// How many shapes of micro-batches are recorded as CUDA graphs: the others run kernel by kernel.
+    pub fn recorded_shapes(&self) -> usize {
+        self.graphs.as_ref().map_or(0, StepGraphs::len)
+    }
+
     /// Memory of the device; `None` on the CPU.
     pub fn device_memory(&self) -> Result<Option<DeviceMemory>> {
         Ok(memory::device_memory(self.device)?)
@@ -192,6 +202,7 @@ impl Session {
             return Ok(None);
         }
         let (start, position) = (Instant::now(), self.sampler.position());
+        let _scope = self.graphs.as_ref().map(StepGraphs::enter).transpose()?;
         let batches = self.next_batches();
         let gradients = match self.survive(&batches) {
             Ok(gradients) => gradients,
@@ -199,7 +210,7 @@ impl Session {
                 // As if the step had not begun: a state that is saved now is that of the step before.
                 self.sampler.restore(position);
                 if !error.is_device_lost() {
-                    self.parameters.clear_gradients()?;
+                    self.forget_gradients()?;
                 }
                 return Err(error);
             }
@@ -229,7 +240,7 @@ impl Session {
             self.skipped += 1;
             self.skipped_in_a_row += 1;
         }
-        self.parameters.clear_gradients()?;
+        self.forget_gradients()?;
         self.step += 1;
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
             return Err(Error::NotFinite {
@@ -280,9 +291,10 @@ impl Session {
         let most = self.economy.micro_batch.unwrap_or(usize::MAX);
         let mut losses = Vec::with_capacity(batches.len());
         for batch in batches.iter().flat_map(|batch| batch.chunks(most)) {
-            let loss = self.batch_loss(batch)?.f_mul_scalar(batch.len() as f64 / pictures as f64)?;
-            loss.f_mul_scalar(self.scaler.scale())?.f_backward()?;
-            losses.push(loss.detach());
+            let share = batch.len() as f64 / pictures as f64;
+            let (inputs, pass) = self.batch_inputs(batch, share * self.scaler.scale())?;
+            let loss = self.run_passes(inputs, &pass, losses.is_empty())?;
+            losses.push(loss.f_mul_scalar(share)?);
         }
         // The only look at numbers in a step, as each waits for the device. It cannot come a step late: the optimiser must not
         // see gradients that are not finite.
@@ -296,8 +308,45 @@ impl Session {
         Ok(StepGradients { loss: settled.loss, gradient_norm: finite.then_some(settled.norm) })
     }
 
-    /// The mean loss of a micro-batch, with its graph.
-    fn batch_loss(&mut self, batch: &[Visit]) -> Result<Tensor> {
+    /// Gradients that are there no more, or where recordings write to them, zero.
+    fn forget_gradients(&mut self) -> Result<()> {
+        match &self.graphs {
+            Some(graphs) if graphs.hold_gradients() => Ok(foreach::zero(&self.parameters.gradients())?),
+            _ => self.parameters.clear_gradients(),
+        }
+    }
+
+    /// The loss of a micro-batch, whose gradients are added to those that are there: none, if it is the `first` of a step.
+    fn run_passes(&mut self, inputs: BatchInputs, pass: &Pass, first: bool) -> Result<Tensor> {
+        // Where an error leaves this function they are gone: memory ran out, or the run ends.
+        let Some(mut graphs) = self.graphs.take() else { return self.passes(&inputs, pass) };
+        let done = graphs.run(inputs, first, &self.parameters, &|inputs| self.passes(inputs, pass))?;
+        Ok(match done {
+            Ok(loss) => {
+                self.graphs = Some(graphs);
+                loss
+            }
+            Err((loss, error)) => {
+                tracing::warn!("training goes on without CUDA graphs: {error}");
+                loss
+            }
+        })
+    }
+
+    /// The mean loss of a micro-batch, whose gradients times `inputs.scale` are added to those of the parameters.
+    fn passes(&self, inputs: &BatchInputs, pass: &Pass) -> Result<Tensor> {
+        let context = match (&inputs.text, &self.text_encoder) {
+            (Text::Tokens(tokens), Some(encoder)) => &self.text.encode(encoder, tokens, pass)?,
+            (Text::States(states), _) => states,
+            (Text::Tokens(_), None) => unreachable!("tokens are for an encoder that trains"),
+        };
+        let loss = inputs.denoising.loss(&self.unet, context, pass)?;
+        loss.f_mul(&inputs.scale)?.f_backward()?;
+        Ok(loss.detach())
+    }
+
+    /// What a micro-batch's passes need of the host. `scale` is what its loss is multiplied by for the backward pass.
+    fn batch_inputs(&mut self, batch: &[Visit], scale: f64) -> Result<(BatchInputs, Pass)> {
         let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
         let (latents, mask) = self.batch_latents(batch, &draws)?;
         let (count, channels, height, width) = latents.size4()?;
@@ -321,18 +370,12 @@ impl Session {
             recompute: self.recomputes(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
         };
-        let context = self.batch_context(batch, &draws, &pass)?;
+        let text = self.batch_text(batch, &draws)?;
         let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.options(visit.index).loss_weight).collect();
-        denoising_loss(
-            &self.unet,
-            &self.schedule,
-            &latents,
-            &noise,
-            &timesteps,
-            &context,
-            &LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() },
-            &pass,
-        )
+        let weights = LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
+        let denoising = Denoising::new(&self.unet, &self.schedule, &latents, &noise, &timesteps, &weights)?;
+        let scale = from_f32(&[scale as f32], &[], self.device)?;
+        Ok((BatchInputs { denoising, text, scale }, pass))
     }
 
     fn draws(&self, visit: &Visit) -> Stream {
@@ -375,24 +418,25 @@ impl Session {
         Ok((latents, Some(masks)))
     }
 
-    /// Text states of a batch, made anew where the text encoder trains or captions change, with gradients where the text encoder trains.
-    fn batch_context(&self, batch: &[Visit], draws: &[Stream], pass: &Pass) -> Result<Tensor> {
+    /// The captions of a batch: as tokens where the text encoder trains, else as states, made anew where captions change.
+    fn batch_text(&self, batch: &[Visit], draws: &[Stream]) -> Result<Text> {
         let caption = |(visit, draw): (&Visit, &Stream)| {
             let lines = self.pictures.items()[visit.index].lines();
             self.pictures.options(visit.index).captions.process(&lines, visit.epoch, draw)
         };
         let captions: Vec<String> = batch.iter().zip(draws).map(caption).collect();
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
-        match &self.text_encoder {
+        Ok(match &self.text_encoder {
+            Some(_) if self.config.train_text_encoder => Text::Tokens(self.text.tokens(&captions, self.device)?),
             Some(encoder) => {
-                let _guard = (!self.config.train_text_encoder).then(no_grad_guard);
-                self.text.states(encoder, &captions, self.device, pass)
+                let _guard = no_grad_guard();
+                Text::States(self.text.states(encoder, &captions, self.device, &Pass::default())?)
             }
             None => {
                 let states: Vec<&Tensor> = captions.iter().map(|caption| &self.text_states[*caption]).collect();
-                Ok(upload(&Tensor::f_cat(&states, 0)?, self.device)?)
+                Text::States(upload(&Tensor::f_cat(&states, 0)?, self.device)?)
             }
-        }
+        })
     }
 
     /// Names the stage that a NaN loss comes from.
@@ -408,7 +452,12 @@ impl Session {
             if !encode::is_finite(&self.batch_latents(batch, &draws)?.0)? {
                 return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
             }
-            if !encode::is_finite(&self.batch_context(batch, &draws, &Pass::default())?)? {
+            let states = match (self.batch_text(batch, &draws)?, &self.text_encoder) {
+                (Text::Tokens(tokens), Some(encoder)) => self.text.encode(encoder, &tokens, &Pass::default())?,
+                (Text::States(states), _) => states,
+                (Text::Tokens(_), None) => continue,
+            };
+            if !encode::is_finite(&states)? {
                 return culprit("the text encoder", "use precision = \"bf16\" or \"fp32\", or a lower learning_rate");
             }
         }
@@ -427,20 +476,24 @@ fn draws(seed: u64, visit: &Visit) -> Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use lora_models::synthetic::SyntheticModel;
 
     use super::*;
     use crate::config::Format;
     use crate::plugins::Plugins;
 
-    /// What an overflow in fp16 does, on a device without fp16: the loss scale alone makes the gradients overflow.
-    #[test]
-    fn a_step_that_overflows_is_skipped_and_the_scale_recovers() {
-        let folder = tempfile::tempdir().unwrap();
-        SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
-        std::fs::create_dir(folder.path().join("data")).unwrap();
-        image::RgbImage::new(64, 64).save(folder.path().join("data/a.png")).unwrap();
-        let path = |name: &str| folder.path().join(name).display().to_string();
+    /// A tiny base, pictures of two shapes, and a run on them with further keys.
+    fn session(folder: &Path, keys: &[&str]) -> Session {
+        SyntheticModel::tiny().write(folder.join("base.safetensors"), DType::F16).unwrap();
+        std::fs::create_dir_all(folder.join("data")).unwrap();
+        for (index, (width, height)) in [(64, 64), (128, 64), (64, 64), (128, 64), (64, 64)].into_iter().enumerate() {
+            let picture = image::RgbImage::from_fn(width, height, |x, y| image::Rgb([x as u8, y as u8, index as u8]));
+            picture.save(folder.join(format!("data/{index}.png"))).unwrap();
+            std::fs::write(folder.join(format!("data/{index}.txt")), format!("a (shape:1.3) {index}")).unwrap();
+        }
+        let path = |name: &str| folder.join(name).display().to_string();
         let text = format!(
             "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\ndevice: cpu\nprecision: fp32\nmax_resolution: 64\n\
              target_modules: attention\nmax_train_steps: 40\n",
@@ -448,8 +501,38 @@ mod tests {
             path("data"),
             path("out")
         );
-        let config = TrainConfig::from_text(&text, Format::Yaml, &[] as &[&str]).unwrap();
-        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        let config = TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
+        Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap()
+    }
+
+    /// What a graph computes again on the same tensors, computed again on the same tensors.
+    #[test]
+    fn steps_on_the_same_tensors_are_the_same_steps() {
+        for keys in [
+            &["batch_size=2", "max_train_steps=8", "enable_bucket=true", "min_bucket_reso=64", "weighted_captions=true"][..],
+            &["gradient_accumulation_steps=2", "train_text_encoder=false", "min_snr_gamma=5", "max_train_steps=6"],
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let run = |graphs: Option<StepGraphs>| {
+                let mut session = session(folder.path(), keys);
+                session.graphs = graphs;
+                let losses: Vec<f64> =
+                    std::iter::from_fn(|| session.step().unwrap()).map(|report| report.loss).collect();
+                (losses, session.recorded_shapes(), session.adapter().unwrap().export().unwrap())
+            };
+            let (plain, none, adapter) = run(None);
+            let (same, shapes, recorded) = run(Some(StepGraphs::new(Device::Cpu).unwrap()));
+            assert_eq!((plain, none), (same, 0), "{keys:?}");
+            assert!(shapes > 0, "{keys:?}");
+            assert_eq!(adapter, recorded, "{keys:?}");
+        }
+    }
+
+    /// What an overflow in fp16 does, on a device without fp16: the loss scale alone makes the gradients overflow.
+    #[test]
+    fn a_step_that_overflows_is_skipped_and_the_scale_recovers() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut session = session(folder.path(), &[]);
         session.scaler = LossScaler::dynamic_from(f64::powi(2.0, 140), 2000);
 
         let before = session.adapter().unwrap().export().unwrap();

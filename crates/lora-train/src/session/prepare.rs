@@ -23,6 +23,7 @@ use lora_torch::tch::{Device, no_grad_guard};
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
 
+use super::graphs::StepGraphs;
 use super::latents::{self, LatentSource};
 use super::survive::REMEDIES;
 use super::{Session, Trained, TrainedAdapter, resume};
@@ -268,6 +269,7 @@ impl Session {
         }
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
+        let graphs = StepGraphs::of_run(&config, device);
         let mut session = Self {
             text_encoder,
             init_from,
@@ -293,6 +295,7 @@ impl Session {
             settings,
             resumed: None,
             economy: Economy::default(),
+            graphs,
             tried: Vec::new(),
             torn: false,
             notes,

@@ -6,6 +6,7 @@ use lora_data::sampler::Visit;
 use lora_torch::memory;
 use lora_torch::tch::Device;
 
+use super::graphs::StepGraphs;
 use super::{Session, StepGradients};
 use crate::{Error, Result};
 
@@ -17,14 +18,24 @@ impl Session {
     pub(super) fn survive(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
         let scaler = self.scaler;
         loop {
+            let recorded = self.graphs.as_ref().is_some_and(StepGraphs::hold_gradients);
             match lora_torch::caught(|| self.gradients(batches)) {
                 Err(error) if error.is_out_of_memory() => {
                     self.scaler = scaler;
+                    self.graphs = None;
                     self.parameters.clear_gradients()?;
                     // Before the cache is emptied: this is what it looked like when it ran out.
                     let in_use = self.memory_in_use();
                     memory::empty_cache(self.device)?;
-                    self.relieve(batches, &error, &in_use)?;
+                    match recorded {
+                        true => self.note_remedy(
+                            &error,
+                            &in_use,
+                            "steps are not recorded any more, which kept memory of their own",
+                            "cuda_graphs = false",
+                        ),
+                        false => self.relieve(batches, &error, &in_use)?,
+                    }
                 }
                 result => return result,
             }
@@ -66,12 +77,17 @@ impl Session {
         } else {
             return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));
         };
+        self.note_remedy(error, in_use, &remedy, &permanent);
+        Ok(())
+    }
+
+    /// Tells of a remedy, now and in the end.
+    fn note_remedy(&mut self, error: &Error, in_use: &str, remedy: &str, permanent: &str) {
         let step = self.step + 1;
         tracing::warn!(
             "step {step}: {error}{in_use}. Step {step} is run again with the same draws and from now on: {remedy}. The update stays the same; {permanent} does so from the start"
         );
         self.tried.push(format!("step {step}{in_use}: {remedy}"));
-        Ok(())
     }
 
     /// Nothing is left: what was tried, and what would help.

@@ -98,6 +98,7 @@ impl Settings {
             offload_base,
             gradient_checkpointing,
             cpu_offload_checkpointing,
+            cuda_graphs,
             cache_latents,
             // What a plan changed is in the keys that it set.
             vram_budget: _,
@@ -178,6 +179,7 @@ impl Settings {
         free("offload_base", offload_base);
         free("gradient_checkpointing", gradient_checkpointing);
         free("cpu_offload_checkpointing", cpu_offload_checkpointing);
+        free("cuda_graphs", cuda_graphs);
         settings
     }
 

@@ -10,6 +10,21 @@ use lora_train::config::{Format, TrainConfig};
 use lora_train::session::StepReport;
 use lora_train::{Plugins, Session};
 
+/// Where tests train.
+pub(crate) fn device() -> String {
+    std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+}
+
+/// Whether the same work gives the same bits: a GPU's kernels add in no order.
+pub(crate) fn exact() -> bool {
+    device() == "cpu"
+}
+
+/// How far apart two ways to the same numbers may be: a bound for the CPU, or a GPU's, whose kernels differ by shape.
+pub(crate) fn tolerance(cpu: f64) -> f64 {
+    if exact() { cpu } else { cpu.max(2e-3) }
+}
+
 /// The base and the pictures.
 pub(crate) fn workspace() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -37,7 +52,7 @@ pub(crate) fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
         path("base.safetensors"),
         path("data"),
         path("out"),
-        std::env::var("LORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+        device()
     );
     TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
 }

@@ -1,0 +1,249 @@
+//! The passes of a micro-batch as CUDA graphs (`lora_torch::graph`), one for each shape that micro-batches have. Everything that
+//! differs between two of them is in [`BatchInputs`], so that a graph recorded for one computes any other of its shape.
+//!
+//! A shape's first micro-batch runs as ever, then it is recorded, and the recording held against what it gave. Where that
+//! fails or differs, training goes on without graphs. On the CPU the same passes run again on the same tensors: there is
+//! nothing to gain, but what is copied where is the same.
+
+use std::collections::BTreeMap;
+
+use lora_torch::graph::{Graph, Recorder, Scope};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
+use lora_torch::{foreach, memory};
+
+use crate::config::TrainConfig;
+use crate::encode::Tokens;
+use crate::loss::Denoising;
+use crate::parameters::ParameterList;
+use crate::{Error, Result};
+
+/// Most graphs: each takes memory of the driver's, some tens of megabytes at Stable Diffusion's size.
+const MOST: usize = 12;
+
+/// How far a recording may be from the passes as they ran, relative to what they gave: kernels that add in no order
+/// differ by about 1e-3 in half precision.
+const TOLERANCE: f64 = 0.03;
+
+/// All that comes from the host for a micro-batch, on the device.
+#[derive(Debug)]
+pub(super) struct BatchInputs {
+    pub denoising: Denoising,
+    pub text: Text,
+    /// What the loss is multiplied by before its backward pass.
+    pub scale: Tensor,
+}
+
+/// Captions of a micro-batch.
+#[derive(Debug)]
+pub(super) enum Text {
+    /// Of a text encoder that trains.
+    Tokens(Tokens),
+    /// Of one that does not, encoded.
+    States(Tensor),
+}
+
+/// What decides which micro-batches share a graph: the shape of each tensor, or that there is none.
+type Shape = Vec<Option<Vec<i64>>>;
+
+impl BatchInputs {
+    fn tensors(&self) -> impl Iterator<Item = Option<&Tensor>> {
+        let text = match &self.text {
+            Text::Tokens(tokens) => [Some(&tokens.rows), tokens.weights.as_ref()],
+            Text::States(states) => [Some(states), None],
+        };
+        self.denoising.tensors().into_iter().chain(text).chain([Some(&self.scale)])
+    }
+
+    fn shape(&self) -> Shape {
+        self.tensors().map(|tensor| tensor.map(Tensor::size)).collect()
+    }
+
+    /// Takes over the values of another of the same shape.
+    fn assign(&self, other: &Self) -> Result<()> {
+        let _guard = no_grad_guard();
+        for (own, other) in self.tensors().zip(other.tensors()) {
+            if let (Some(own), Some(other)) = (own, other) {
+                own.shallow_clone().f_copy_(other)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a configuration's steps can be recorded, and are to be: nothing is drawn at random or copied from host memory in
+/// the middle of them.
+pub(crate) fn can_record(config: &TrainConfig) -> bool {
+    let random = config.lora_dropout + config.rank_dropout + config.module_dropout > 0.0;
+    config.cuda_graphs && !(random || config.offload_base || config.cpu_offload_checkpointing)
+}
+
+/// The recordings of a run.
+#[derive(Debug)]
+pub(super) struct StepGraphs {
+    /// None on the CPU.
+    recorder: Option<Recorder>,
+    recorded: BTreeMap<Shape, Recorded>,
+}
+
+/// The passes of one shape.
+#[derive(Debug)]
+struct Recorded {
+    graph: Option<Graph>,
+    inputs: BatchInputs,
+    loss: Tensor,
+}
+
+/// The passes of a micro-batch: adds to the gradients and gives the loss, without its graph.
+type Passes<'a> = &'a dyn Fn(&BatchInputs) -> Result<Tensor>;
+
+impl StepGraphs {
+    pub(super) fn new(device: Device) -> Result<Self> {
+        let recorder = (device != Device::Cpu).then(|| Recorder::new(device)).transpose()?;
+        Ok(Self { recorder, recorded: BTreeMap::new() })
+    }
+
+    /// Those of a run on a GPU whose steps can be recorded.
+    pub(super) fn of_run(config: &TrainConfig, device: Device) -> Option<Self> {
+        if device == Device::Cpu || !can_record(config) {
+            return None;
+        }
+        Self::new(device).map_err(|error| tracing::warn!("training without CUDA graphs: {error}")).ok()
+    }
+
+    /// Puts a step on the stream that is recorded, so that nothing has to be ordered within.
+    pub(super) fn enter(&self) -> Result<Option<Scope>> {
+        Ok(self.recorder.as_ref().map(Recorder::enter).transpose()?)
+    }
+
+    /// How many shapes are recorded.
+    pub(super) fn len(&self) -> usize {
+        self.recorded.len()
+    }
+
+    /// Whether gradients are written to where they are, and have to stay there.
+    pub(super) fn hold_gradients(&self) -> bool {
+        !self.recorded.is_empty()
+    }
+
+    /// The loss of a micro-batch, whose gradients are added. `first`: the gradients are zero or not there yet. An error that is
+    /// not of the recording's own comes back as the outer one; with the inner one there is no use in trying again.
+    pub(super) fn run(
+        &mut self,
+        inputs: BatchInputs,
+        first: bool,
+        parameters: &ParameterList,
+        passes: Passes<'_>,
+    ) -> Result<std::result::Result<Tensor, (Tensor, Error)>> {
+        let shape = inputs.shape();
+        if let Some(recorded) = self.recorded.get_mut(&shape) {
+            recorded.inputs.assign(&inputs)?;
+            drop(inputs);
+            recorded.replay(passes)?;
+            // The next replay writes over it.
+            return Ok(Ok(recorded.loss.f_detach_copy()?));
+        }
+        let loss = passes(&inputs)?;
+        if !first || self.recorded.len() == MOST {
+            return Ok(Ok(loss));
+        }
+        let expected = Outcome::read(&loss, parameters)?;
+        if !expected.is_finite() {
+            return Ok(Ok(loss));
+        }
+        match lora_torch::caught(|| self.record(inputs, &loss, parameters, passes)) {
+            Ok(mut recorded) => {
+                foreach::zero(&parameters.gradients())?;
+                recorded.replay(passes)?;
+                let found = Outcome::read(&recorded.loss, parameters)?;
+                if let Some(difference) = expected.difference(&found) {
+                    foreach::zero(&parameters.gradients())?;
+                    let loss = passes(&recorded.inputs)?;
+                    return Ok(Err((loss, Error::from(lora_torch::Error::Torch(difference)))));
+                }
+                let loss = recorded.loss.f_detach_copy()?;
+                self.recorded.insert(shape, recorded);
+                Ok(Ok(loss))
+            }
+            Err(error) if error.is_device_lost() => Err(error),
+            // The gradients are still those of the passes as they ran.
+            Err(error) => Ok(Err((loss, error))),
+        }
+    }
+
+    fn record(
+        &self,
+        inputs: BatchInputs,
+        loss: &Tensor,
+        parameters: &ParameterList,
+        passes: Passes<'_>,
+    ) -> Result<Recorded> {
+        let loss = loss.f_zeros_like()?;
+        let Some(recorder) = &self.recorder else { return Ok(Recorded { graph: None, inputs, loss }) };
+        // What the passes left in the cache is of no use to the recording, which has memory of its own.
+        if let Some(parameter) = parameters.gradients().first() {
+            memory::empty_cache(parameter.device())?;
+        }
+        let graph = recorder.record(|| -> Result<()> {
+            loss.shallow_clone().f_copy_(&passes(&inputs)?)?;
+            Ok(())
+        })?;
+        Ok(Recorded { graph: Some(graph), inputs, loss })
+    }
+}
+
+impl Recorded {
+    fn replay(&mut self, passes: Passes<'_>) -> Result<()> {
+        match &mut self.graph {
+            Some(graph) => graph.replay()?,
+            None => self.loss.f_copy_(&passes(&self.inputs)?).map(drop)?,
+        }
+        Ok(())
+    }
+}
+
+/// What passes came to: the loss and the norm of each gradient.
+struct Outcome(Vec<f64>);
+
+impl Outcome {
+    /// Waits for the device.
+    fn read(loss: &Tensor, parameters: &ParameterList) -> Result<Self> {
+        let gradients = parameters.gradients();
+        let loss = loss.f_to_kind(Kind::Float)?.f_reshape([1i64])?;
+        let all = if gradients.is_empty() { loss } else { Tensor::f_cat(&[loss, foreach::norms(&gradients)?], 0)? };
+        Ok(Self(Vec::try_from(all.f_to_kind(Kind::Double)?)?))
+    }
+
+    fn is_finite(&self) -> bool {
+        self.0.iter().all(|value| value.is_finite())
+    }
+
+    /// Why another is not the same.
+    fn difference(&self, other: &Self) -> Option<String> {
+        let largest = self.0.iter().skip(1).copied().fold(0.0, f64::max);
+        let close = |index: usize, (own, other): (f64, f64)| {
+            // Small gradients are noise beside the large ones.
+            let slack = if index == 0 { 0.0 } else { largest * 1e-3 };
+            (own - other).abs() <= TOLERANCE * own.abs() + slack
+        };
+        let pairs = self.0.iter().copied().zip(other.0.iter().copied());
+        let (index, (own, other)) = pairs.enumerate().find(|&(index, pair)| !close(index, pair))?;
+        let what = if index == 0 { "the loss".to_owned() } else { format!("the norm of gradient {index}") };
+        Some(format!("a recorded step gives {other} instead of {own} for {what}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_differs_is_named() {
+        let one = Outcome(vec![0.5, 2.0, 1e-6]);
+        assert_eq!(one.difference(&Outcome(vec![0.501, 1.97, 3e-4])), None);
+        assert!(one.difference(&Outcome(vec![0.6, 2.0, 1e-6])).unwrap().contains("the loss"));
+        assert!(one.difference(&Outcome(vec![0.5, 1.5, 1e-6])).unwrap().contains("gradient 1"));
+        assert!(one.difference(&Outcome(vec![0.5, 2.0, 0.1])).unwrap().contains("gradient 2"));
+        assert!(one.difference(&Outcome(vec![f64::NAN, 2.0, 1e-6])).is_some());
+        assert!(!Outcome(vec![1.0, f64::INFINITY]).is_finite());
+    }
+}
