@@ -2,7 +2,7 @@
 //! `tools/bench/peft_step.py`, with the same arguments:
 //!
 //! `cargo run --release --example unet_step [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
-//! [checkpointing=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1]`
+//! [checkpointing=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
 //! what a forward pass leaves for the backward pass. With `steps=0`: bytes of the weights and memory of loading them.
@@ -19,11 +19,12 @@ use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
+use lora_torch::graph::{Graph, Recorder};
 use lora_torch::profile::{Count, operations};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_torch::{device, memory};
-use lora_train::loss::{LossWeights, denoising_loss};
+use lora_torch::{device, foreach, memory};
+use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
@@ -31,7 +32,8 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// The names of the arguments.
-const ARGUMENTS: [&str; 8] = ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base"];
+const ARGUMENTS: [&str; 9] =
+    ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base", "graphs"];
 
 /// Bytes that are held after each block of a forward pass.
 type Blocks = Arc<Mutex<Vec<(String, i64)>>>;
@@ -143,22 +145,52 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
     let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
-    let forward = || {
+    let batch_of = || {
         let noise = latents.randn_like();
-        denoising_loss(&unet, &schedule, &latents, &noise, &timesteps, &context, &LossWeights::default(), &pass)
+        Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &LossWeights::default())
     };
-    let passes = || -> lora_train::Result<Tensor> {
-        let loss = forward()?;
+    let backward = |batch: &Denoising| -> lora_train::Result<Tensor> {
+        let loss = batch.loss(&unet, &context, &pass)?;
         (&loss * scale).f_backward()?;
         Ok(loss.detach())
     };
+    let recorder = (number("graphs", 0)? != 0).then(|| Recorder::new(device)).transpose()?;
+    let scope = recorder.as_ref().map(Recorder::enter).transpose()?;
+    // The tensors that the graph reads, and where it leaves the loss.
+    let mut recorded: Option<(Graph, Denoising, Tensor)> = None;
     let mut times = Vec::new();
-    for _ in 0..steps {
+    for step in 0..steps {
         let start = Instant::now();
-        let loss = passes()?;
+        let batch = batch_of()?;
+        let loss = match &mut recorded {
+            Some((graph, own, loss)) => {
+                for (own, new) in own.tensors().into_iter().zip(batch.tensors()) {
+                    if let (Some(own), Some(new)) = (own, new) {
+                        own.shallow_clone().f_copy_(new)?;
+                    }
+                }
+                graph.replay()?;
+                loss.shallow_clone()
+            }
+            None => backward(&batch)?,
+        };
         parameters.settle(&loss, scale, 1.0)?;
         parameters.step(|_, _| 1e-4)?;
-        parameters.clear_gradients()?;
+        match &recorder {
+            None => parameters.clear_gradients()?,
+            Some(recorder) => {
+                foreach::zero(&parameters.gradients())?;
+                if step == 0 {
+                    memory::empty_cache(device)?;
+                    let loss = loss.f_zeros_like()?;
+                    let graph = recorder.record(|| -> lora_train::Result<()> {
+                        loss.shallow_clone().f_copy_(&backward(&batch)?)?;
+                        Ok(())
+                    })?;
+                    recorded = Some((graph, batch, loss));
+                }
+            }
+        }
         if let Device::Cuda(index) = device {
             lora_torch::tch::Cuda::synchronize(index as i64);
         }
@@ -169,11 +201,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(own) => own.allocated_peak,
         None => memory::host_memory().map_or(0, |host| host.peak),
     };
+    let reserved = memory::device_memory(device)?.map_or(0, |own| own.reserved_peak);
+    drop((recorded, scope));
     // Both apart from the steps that are timed.
     let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
     if steps > 0 {
-        counted = operations(passes)?.1.total();
-        left = kept(device, forward)?;
+        counted = operations(|| backward(&batch_of()?))?.1.total();
+        left = kept(device, || batch_of()?.loss(&unet, &context, &pass))?;
     }
     let (kept, kept_by_block) = left;
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();
@@ -185,6 +219,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         serde_json::json!({
             "seconds": later.get(later.len() / 2),
             "peak_mib": peak >> 20,
+            "reserved_mib": reserved >> 20,
             "kept_mib": kept >> 20,
             "kept_by_block": kept_by_block,
             "operations": counted.work,

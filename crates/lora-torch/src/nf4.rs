@@ -30,7 +30,7 @@ impl Nf4 {
         Self::made(weight, false)
     }
 
-    /// `portable`: by libtorch's operations alone, as on devices other than the CPU.
+    /// `portable`: by libtorch's operations alone.
     fn made(weight: &Tensor, portable: bool) -> Result<Self> {
         let single = (weight.kind() == Kind::Double).then(|| weight.f_to_kind(Kind::Float)).transpose()?;
         let weight = single.as_ref().unwrap_or(weight);
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::frozen::{FrozenWeight, Storage};
 
-    /// What runs on a GPU is tried here on the CPU: the same numbers by libtorch's operations.
+    /// What runs where there are neither loops nor a kernel, tried on the CPU.
     #[test]
     fn libtorchs_operations_give_the_same_numbers() {
         tch::manual_seed(3);
@@ -93,6 +93,29 @@ mod tests {
                 assert_eq!(own.nested, other.nested, "{shape:?} {kind:?}");
                 let whole = |own: Nf4| FrozenWeight::nf4(own, weight.size(), kind).whole().unwrap();
                 assert_eq!(whole(own), whole(other), "{shape:?} {kind:?}");
+            }
+        }
+    }
+
+    /// On a machine with a GPU: the kernel gives the bits of the CPU's loops, and nothing else runs.
+    #[test]
+    fn the_kernel_gives_the_same_numbers() {
+        if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
+            return;
+        }
+        for shape in [vec![3, 7], vec![40, 12, 3, 3], vec![1100, 1000], vec![1, 1], vec![77, 64]] {
+            for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+                let weight = (Tensor::randn(&*shape, (Kind::Float, Device::Cpu)) * 0.1).to_kind(kind);
+                let own = Nf4::quantise(&weight).unwrap();
+                let [packed, absmax, nested, offset] =
+                    [&own.packed, &own.absmax, &own.nested, &own.offset].map(|part| part.to_device(Device::Cuda(0)));
+                let there = own.moved(packed, absmax, nested, offset);
+                let there = FrozenWeight::nf4(there, weight.size(), kind);
+                let expected = FrozenWeight::stored(&weight, Storage::Nf4).unwrap().whole().unwrap();
+                drop(there.whole().unwrap());
+                let (found, counted) = crate::profile::operations(|| there.whole().unwrap()).unwrap();
+                assert_eq!(found.to_device(Device::Cpu), expected, "{shape:?} {kind:?}");
+                assert_eq!(counted.total().work, 0, "{:?}", counted.by_name);
             }
         }
     }

@@ -92,8 +92,8 @@ impl Denoising {
         Ok(each.f_mean(Kind::Float)?)
     }
 
-    /// Its tensors, in order; `None` where it has none.
-    pub(crate) fn tensors(&self) -> [Option<&Tensor>; 5] {
+    /// Its tensors, in order, `None` where it has none: what to copy into another's of the same shape to compute its loss.
+    pub fn tensors(&self) -> [Option<&Tensor>; 5] {
         [Some(&self.noised), Some(&self.target), Some(&self.times), self.mask.as_ref(), self.factors.as_ref()]
     }
 }
