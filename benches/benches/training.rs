@@ -121,6 +121,8 @@ fn steps(criterion: &mut Criterion) {
             let config = config(folder.path(), own, device);
             let predicted = plan(&config, &Plugins::default()).expect("the configuration can be planned").as_configured;
             let training = predicted.phases.iter().find(|phase| phase.phase == Phase::Training);
+            // Of the row before.
+            memory::empty_cache(device).expect("the device answers");
             let batch = config.batch_size * config.gradient_accumulation_steps;
             let mut session =
                 Session::prepare(config, &Plugins::default(), &mut |_| {}).expect("the configuration can be trained");
@@ -155,14 +157,12 @@ fn steps(criterion: &mut Criterion) {
                     reserved_bytes: session.device_memory().expect("the device answers").map(|own| own.reserved_peak),
                     taken_bytes: session.device_memory().expect("the device answers").map(|own| own.total - own.free),
                 });
+                // After each row: the whole takes long, and what is there is there.
+                write(&results, device, full).expect("results are written");
             }
         });
     }
     group.finish();
-    let results = results.into_inner();
-    if !results.is_empty() {
-        write(&results, device, full).expect("results are written");
-    }
 }
 
 fn write(results: &[Measured], device: Device, full: bool) -> std::io::Result<()> {
@@ -172,7 +172,6 @@ fn write(results: &[Measured], device: Device, full: bool) -> std::io::Result<()
     let stem = folder.join(format!("training-{}-{kind}", if full { "sd15" } else { "tiny" }));
     std::fs::write(stem.with_extension("json"), serde_json::to_string_pretty(results)?)?;
     std::fs::write(stem.with_extension("svg"), plot(results))?;
-    println!("{}", stem.with_extension("json").display());
     Ok(())
 }
 

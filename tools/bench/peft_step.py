@@ -31,8 +31,9 @@ pixels, rank, steps, batch, checkpointing = (
 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments["dtype"]]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-unet.requires_grad_(False).to(device, dtype)
+with torch.device(device):
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+unet.requires_grad_(False).to(dtype)
 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
 trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 for parameter in trained:
@@ -64,6 +65,10 @@ def step():
     optimiser.zero_grad()
 
 
+if device == "cuda":
+    # Random weights were made in fp32.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 times = []
 for _ in range(steps):
     start = time.perf_counter()

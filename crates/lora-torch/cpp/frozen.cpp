@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "kernels.h"
 #include "nf4.h"
 #include "staging.h"
 
@@ -103,7 +104,19 @@ public:
       shape[0] = count;
       return lora::nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
     }
-    const at::Tensor rows = own.values.narrow(0, start, count).to(kind);
+    const at::Tensor stored = own.values.narrow(0, start, count);
+    const lora::Kernels *kernels = own.scale.defined() && stored.is_cuda() ? lora::kernels.load() : nullptr;
+    // It reads eight numbers at once.
+    if (kernels != nullptr && stored.is_contiguous() && start * own.row % 8 == 0) {
+      const at::Tensor rows = at::empty(stored.sizes(), stored.options().dtype(kind));
+      const float *scale = own.scale.const_data_ptr<float>() + start;
+      const bool fp8 = stored.scalar_type() == at::kFloat8_e4m3fn;
+      if (lora::done(kernels->scaled(stored.const_data_ptr(), fp8, scale, own.row, stored.numel(), static_cast<int>(kind),
+                                     rows.get_device(), rows.mutable_data_ptr()))) {
+        return rows;
+      }
+    }
+    const at::Tensor rows = stored.to(kind);
     // With a factor the values are of 8 bits, so that these are a copy.
     return own.scale.defined() ? rows.mul_(own.scale.narrow(0, start, count).to(kind)) : rows;
   }
@@ -186,6 +199,9 @@ struct Frozen : torch::autograd::Function<Frozen> {
 } // namespace
 
 extern "C" {
+
+// What is made whole on CUDA is made so by these from now on; they stay.
+void lora_kernels(const lora::Kernels *kernels) { lora::kernels.store(kernels); }
 
 // The layer's output, a new tensor. `bias` may be null.
 int lora_frozen(const torch::Tensor *input, const LoraStored *weight, const torch::Tensor *bias, int convolution, int64_t stride,

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "kernels.h"
 
 namespace lora::nf4 {
 
@@ -106,9 +106,6 @@ const Tables &tables(at::Device device) {
   }
   return place->second;
 }
-
-// What makes numbers whole on CUDA, once it is there.
-std::atomic<Kernel> kernel{nullptr};
 
 // `values` filled up with zeros to whole rows of `width`.
 at::Tensor rows_of(const at::Tensor &values, int64_t width) {
@@ -230,7 +227,7 @@ Quantised quantise(const at::Tensor &weight, bool portable) {
 }
 
 bool by_kernel(const Quantised &own, bool portable) {
-  return own.packed.is_cuda() && !portable && kernel.load() != nullptr;
+  return own.packed.is_cuda() && !portable && kernels.load() != nullptr;
 }
 
 at::Tensor magnitudes(const Quantised &own) {
@@ -244,16 +241,14 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
   const c10::NoGradGuard no_grad;
   TORCH_CHECK(start % BLOCK == 0, "NF4 comes back from the start of a block on, not from ", start);
   const at::Tensor result = at::empty({count}, own.packed.options().dtype(kind));
-  if (by_kernel(own, portable)) {
+  if (const Kernels *own_kernels = by_kernel(own, portable) ? kernels.load() : nullptr) {
     const Tables &table = tables(result.device());
-    const Pointers parts{own.packed.const_data_ptr<uint8_t>(),       own.absmax.const_data_ptr<uint8_t>(),
-                         own.nested.const_data_ptr<float>(),         own.offset.const_data_ptr<float>(),
-                         table.dynamic.const_data_ptr<float>(),      table.code.const_data_ptr<float>()};
-    const int device = result.get_device();
-    const char *failure = kernel.load()(&parts, start / BLOCK, count, static_cast<int>(kind), device, result.mutable_data_ptr());
-    if (failure == nullptr) return result;
-    TORCH_WARN("weights in NF4 are made whole by libtorch's operations, which takes longer: ", failure);
-    kernel.store(nullptr);
+    const Pointers parts{own.packed.const_data_ptr<uint8_t>(),  own.absmax.const_data_ptr<uint8_t>(),
+                         own.nested.const_data_ptr<float>(),    own.offset.const_data_ptr<float>(),
+                         table.dynamic.const_data_ptr<float>(), table.code.const_data_ptr<float>()};
+    if (done(own_kernels->nf4(&parts, start / BLOCK, count, static_cast<int>(kind), result.get_device(), result.mutable_data_ptr()))) {
+      return result;
+    }
   }
   if (!most.defined()) most = magnitudes(own);
   const bool loops = result.is_cpu() && !portable;
@@ -283,9 +278,6 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
 } // namespace lora::nf4
 
 extern "C" {
-
-// What makes NF4 whole on CUDA from now on.
-void lora_nf4_kernel(lora::nf4::Kernel kernel) { lora::nf4::kernel.store(kernel); }
 
 // Writes four new tensors: packed codes, codes of the largest magnitudes, the nested largest magnitudes, the offset.
 int lora_nf4_quantise(const at::Tensor *weight, int portable, at::Tensor **out) {

@@ -4,8 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-
 namespace lora::nf4 {
 
 // A weight in 4.13 bits a number.
@@ -18,15 +16,6 @@ struct Quantised {
 
 // Numbers that share a largest magnitude.
 constexpr int64_t BLOCK = 64;
-
-// Where a weight's parts lie on a device, with the tables of the codes.
-struct Pointers {
-  const uint8_t *packed, *absmax;
-  const float *nested, *offset, *dynamic, *code;
-};
-
-// Makes `count` numbers of a weight from a block on, on the current stream of a device; why not, where it cannot, or null.
-using Kernel = const char *(*)(const Pointers *own, int64_t first_block, int64_t count, int kind, int device, void *values);
 
 // Whether `own` is made whole by a kernel, for which its magnitudes need not be there.
 bool by_kernel(const Quantised &own, bool portable);

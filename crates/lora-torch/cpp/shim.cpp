@@ -17,6 +17,7 @@
 #include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/AllocatorConfig.h>
+#include <c10/util/env.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -73,6 +74,11 @@ int lora_shim_memory_info(int64_t device, int64_t *out, int *available) {
 // Settings of the accelerator's allocator, as in PYTORCH_ALLOC_CONF; to be made before its first allocation.
 int lora_shim_allocator_settings(const char *settings) {
   return guarded([&] { c10::CachingAllocator::setAllocatorSettings(settings); });
+}
+
+// Sets a variable of the environment that libtorch reads, unless it is set.
+int lora_shim_default_variable(const char *name, const char *value) {
+  return guarded([&] { c10::utils::set_env(name, value, /*overwrite=*/false); });
 }
 
 // *out = a copy of a host tensor on a device, under way: by pinned memory, as a copy out of any other makes the host wait for

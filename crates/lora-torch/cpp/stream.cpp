@@ -5,7 +5,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <memory>
+#include <map>
+#include <mutex>
 
 #include "guard.h"
 
@@ -43,12 +44,20 @@ private:
 
 extern "C" {
 
-// A stream from libtorch's pool; to be freed by `lora_stream_drop`.
+// A stream of libtorch's, the same one for a device every time, as cuBLAS's workspaces for a stream are never given back; to be
+// freed by `lora_stream_drop`.
 int lora_stream_new(int64_t device, void **stream) {
   return lora::guarded([&] {
-    const c10::Device place(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
-    const c10::impl::VirtualGuardImpl backend(place.type());
-    *stream = new c10::Stream(backend.getStreamFromGlobalPool(place, /*isHighPriority=*/false));
+    static std::mutex lock;
+    static auto *all = new std::map<int64_t, c10::Stream>();
+    const std::lock_guard<std::mutex> held(lock);
+    auto known = all->find(device);
+    if (known == all->end()) {
+      const c10::Device place(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+      const c10::impl::VirtualGuardImpl backend(place.type());
+      known = all->emplace(device, backend.getStreamFromGlobalPool(place, /*isHighPriority=*/false)).first;
+    }
+    *stream = new c10::Stream(known->second);
   });
 }
 

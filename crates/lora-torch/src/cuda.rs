@@ -17,11 +17,16 @@ static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_cuda.so"))
 
 unsafe extern "C" {
     fn memfd_create(name: *const c_char, flags: c_uint) -> c_int;
-    fn lora_nf4_kernel(kernel: Option<Kernel>);
+    fn lora_kernels(kernels: *const Kernels);
 }
 
-/// A `lora::nf4::Kernel`, which only C++ calls.
-type Kernel = unsafe extern "C" fn(*const c_void, i64, i64, c_int, c_int, *mut c_void) -> *const c_char;
+/// `lora::Kernels`, which only C++ calls: their arguments are its own affair.
+#[repr(C)]
+#[derive(Debug)]
+struct Kernels {
+    nf4: unsafe extern "C" fn(),
+    scaled: unsafe extern "C" fn(),
+}
 
 /// The functions of the object, under the names that it gives them.
 #[derive(Debug)]
@@ -32,7 +37,7 @@ pub(crate) struct Calls {
     pub(crate) graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_drop: unsafe extern "C" fn(*mut c_void),
-    nf4: Kernel,
+    kernels: Kernels,
 }
 
 impl Calls {
@@ -48,8 +53,8 @@ static CALLS: OnceLock<std::result::Result<Calls, String>> = OnceLock::new();
 /// Opens the object, once libtorch_cuda is loaded, and gives the library its kernels. Without it training is slower.
 pub(crate) fn load() {
     match CALLS.get_or_init(open) {
-        // SAFETY: a function of the signature that the library calls, which stays loaded.
-        Ok(calls) => unsafe { lora_nf4_kernel(Some(calls.nf4)) },
+        // SAFETY: functions of the signatures that the library calls; they and the list stay.
+        Ok(calls) => unsafe { lora_kernels(&calls.kernels) },
         Err(reason) => tracing::warn!("without CUDA graphs and kernels of our own: {reason}"),
     }
 }
@@ -89,7 +94,7 @@ fn open() -> std::result::Result<Calls, String> {
     macro_rules! symbol {
         ($name:literal) => {{
             let name = CString::new($name).map_err(|error| error.to_string())?;
-            // SAFETY: the field's type is the signature in `cpp/cuda`.
+            // SAFETY: the field's type is the signature in `cpp/cuda`, or a function that Rust does not call.
             *unsafe { library.get(name.as_bytes_with_nul()) }.map_err(words)?
         }};
     }
@@ -100,7 +105,7 @@ fn open() -> std::result::Result<Calls, String> {
         graph_end: symbol!("lora_graph_end"),
         graph_replay: symbol!("lora_graph_replay"),
         graph_drop: symbol!("lora_graph_drop"),
-        nf4: symbol!("lora_cuda_nf4"),
+        kernels: Kernels { nf4: symbol!("lora_cuda_nf4"), scaled: symbol!("lora_cuda_scaled") },
     })
 }
 

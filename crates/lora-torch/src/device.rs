@@ -4,6 +4,7 @@
 //! a driver is present, [`cuda`] opens `libtorch_cuda.so` beside the libtorch in use; its registrars then make the
 //! device appear.
 
+use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -14,6 +15,13 @@ use crate::{Error, Result};
 
 /// Variables that libtorch reads its allocator's settings from.
 const ALLOCATOR_VARIABLES: [&str; 2] = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"];
+
+/// Workspace of each of cuBLAS's handles, of which the forward and the backward pass have one each: libtorch's own but on GPUs of
+/// data centres, where it takes four times as much.
+const CUBLAS_WORKSPACE: &CStr = c":4096:2:16:8";
+
+/// Bytes of that.
+pub const CUBLAS_WORKSPACE_BYTES: u64 = 2 * (4096 << 10) + 8 * (16 << 10);
 
 /// What loading CUDA came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +71,9 @@ fn load_cuda() -> CudaStatus {
         return CudaStatus::NoDriver;
     }
     set_allocator();
+    if let Err(error) = crate::shim::default_variable(c"CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE) {
+        tracing::debug!("cuBLAS takes the workspace that it likes: {error}");
+    }
     let library = library_folder().join("libtorch_cuda.so");
     // SAFETY: the library is part of the libtorch this process runs on; global visibility is what its registrars need.
     match unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) } {
@@ -177,15 +188,6 @@ fn imitation(kind: Kind, major: i32) -> Option<&'static str> {
         }
         Kind::Half if major < 6 => Some("fp16 is slow there; use precision = \"fp32\""),
         _ => None,
-    }
-}
-
-/// Bytes that libtorch takes for each of cuBLAS's handles: more on data centres' GPUs. `CUBLAS_WORKSPACE_CONFIG` is not looked at.
-pub fn cublas_workspace(index: usize) -> u64 {
-    let major = matches!(cuda(), CudaStatus::Available(_)).then(|| compute_capability(index)).flatten();
-    match major {
-        Some((9 | 10, 0)) => 32 << 20,
-        _ => 2 * (4096 << 10) + 8 * (16 << 10),
     }
 }
 

@@ -360,6 +360,31 @@ mod tests {
         assert!(wrong.apply(&LayerGeometry::linear(6, 10), &random(&[2, 7]), None).is_err());
     }
 
+    /// On a machine with a GPU: the kernels give the bits of libtorch's operations, and nothing else runs.
+    #[test]
+    fn the_kernels_give_the_same_numbers() {
+        if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
+            println!("not run: {}", crate::device::cuda());
+            return;
+        }
+        for storage in [Storage::Int8, Storage::Float8] {
+            for (shape, kind) in [
+                (vec![40, 12, 3, 3], Kind::Float),
+                (vec![77, 65], Kind::Half),
+                (vec![300, 320], Kind::BFloat16),
+                (vec![1, 3], Kind::Half),
+            ] {
+                let weight = random(&shape).to_kind(kind);
+                let expected = FrozenWeight::stored(&weight, storage).unwrap().whole().unwrap();
+                let there = FrozenWeight::stored(&weight.to_device(Device::Cuda(0)), storage).unwrap();
+                drop(there.whole().unwrap());
+                let (found, counted) = crate::profile::operations(|| there.whole().unwrap()).unwrap();
+                assert_eq!(found.to_device(Device::Cpu), expected, "{storage} {shape:?} {kind:?}");
+                assert_eq!(counted.total().work, 0, "{:?}", counted.by_name);
+            }
+        }
+    }
+
     #[test]
     fn half_precision_computes_in_its_own_dtype() {
         let geometry = LayerGeometry::linear(64, 48);

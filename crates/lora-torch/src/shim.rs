@@ -18,6 +18,7 @@ unsafe extern "C" {
     fn lora_shim_upload(tensor: *const RawTensor, device: i64, out: *mut *mut RawTensor) -> c_int;
     fn lora_shim_empty_cache() -> c_int;
     fn lora_shim_reset_peak(device: i64) -> c_int;
+    fn lora_shim_default_variable(name: *const c_char, value: *const c_char) -> c_int;
     fn lora_shim_allocator_settings(settings: *const c_char) -> c_int;
     fn lora_shim_settle(
         gradients: *mut *mut RawTensor,
@@ -122,6 +123,12 @@ pub(crate) fn reset_peak(device: usize) -> Result<()> {
 pub(crate) fn allocator_settings(settings: &CStr) -> Result<()> {
     // SAFETY: a text that ends with NUL; it is copied.
     checked(unsafe { lora_shim_allocator_settings(settings.as_ptr()) })
+}
+
+/// A variable of the environment that libtorch reads, under its own lock; one that is set stays.
+pub(crate) fn default_variable(name: &CStr, value: &CStr) -> Result<()> {
+    // SAFETY: texts that end with NUL; they are copied.
+    checked(unsafe { lora_shim_default_variable(name.as_ptr(), value.as_ptr()) })
 }
 
 /// `[sum of the losses, L2 norm, 1 where an element is not finite]` of gradients that are multiplied by `inverse_scale` and

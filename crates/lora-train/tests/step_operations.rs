@@ -13,6 +13,8 @@ fn the_host_waits_once_a_step() {
     let allowed = u64::from(device != "cpu");
     let folder = common::workspace();
     let mut work = Vec::new();
+    // Recorded steps are a few operations; what they are made of is counted here.
+    let plain = ["max_train_steps=3", "cuda_graphs=false"];
     for keys in [
         &["gradient_accumulation_steps=1"][..],
         &["gradient_accumulation_steps=4"],
@@ -20,7 +22,7 @@ fn the_host_waits_once_a_step() {
         &["offload_base=true", "base_storage=int8"],
         &["train_text_encoder=false", "min_snr_gamma=5", "noise_offset=0.1"],
     ] {
-        let mut session = common::prepare(folder.path(), &[keys, &["max_train_steps=3"]].concat());
+        let mut session = common::prepare(folder.path(), &[keys, &plain[..]].concat());
         session.step().unwrap();
         for _ in 0..2 {
             let (report, counted) = operations(|| session.step().unwrap()).unwrap();
@@ -34,4 +36,11 @@ fn the_host_waits_once_a_step() {
     // second on each gradient is an addition.
     assert!(work[2] > 3 * work[0] && work[2] < 5 * work[0], "{work:?}");
     assert_eq!(work[0], work[1], "the same every step");
+    if device != "cpu" {
+        let mut session = common::prepare(folder.path(), &["gradient_accumulation_steps=1", "max_train_steps=3"]);
+        session.step().unwrap();
+        let (_, counted) = operations(|| session.step().unwrap()).unwrap();
+        assert_eq!((session.recorded_shapes(), counted.total().waits), (1, 1));
+        assert!(counted.total().work * 20 < work[0], "{:?}", counted.by_name);
+    }
 }

@@ -259,11 +259,7 @@ impl Unet {
                     "latents [{batch}, 4, …], {batch} timesteps, text [{batch}, …, {}]",
                     self.config.context
                 ),
-                found: format!(
-                    "latents {:?}, {times_batch} timesteps, text {:?}",
-                    latents.size(),
-                    context.size()
-                ),
+                found: format!("latents {:?}, {times_batch} timesteps, text {:?}", latents.size(), context.size()),
             });
         }
         let kind = self.kind();

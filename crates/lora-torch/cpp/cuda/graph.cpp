@@ -30,12 +30,12 @@ int lora_graph_pool(uint64_t *pool) {
   });
 }
 
-// Begins to record what the current stream, not the default one, is given: nothing of it runs. *graph is to be freed by
-// `lora_graph_drop`.
+// Begins to record what the current stream, not the default one, is given, by whichever thread: nothing of it runs. Other
+// threads may go on with streams of their own. *graph is to be freed by `lora_graph_drop`.
 int lora_graph_begin(const uint64_t *pool, void **graph) {
   return lora::guarded([&] {
     auto own = std::make_unique<CUDAGraph>();
-    own->capture_begin({pool[0], pool[1]});
+    own->capture_begin({pool[0], pool[1]}, cudaStreamCaptureModeThreadLocal);
     *graph = own.release();
   });
 }

@@ -1,5 +1,6 @@
-// Kernels of our own, compiled for the device at hand by NVRTC, which libtorch brings along, when the first is asked for: NF4
-// made whole in one pass over memory. The numbers are those of nf4.cpp, to the last bit.
+// Kernels of our own, compiled for the device at hand by NVRTC, which libtorch brings along, when the first is asked for:
+// weights in few bytes made whole in one pass over memory. The numbers are those of nf4.cpp and of libtorch's operations, to
+// the last bit.
 
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/ScalarType.h>
@@ -16,12 +17,13 @@
 #include <vector>
 
 #include "../guard.h"
+#include "../kernels.h"
 #include "../nf4.h"
 
 namespace {
 
-// A thread makes eight numbers of four bytes, so that it reads and writes whole words. `FROM_FLOAT` and `T` come from the
-// command line.
+// A thread makes eight numbers of four bytes, so that it reads and writes whole words. `NUMBER`, and how it comes
+// from f32 and becomes it, are said on the command line.
 constexpr const char *SOURCE = R"(
 __device__ float as_float(float value) { return value; }
 
@@ -31,16 +33,62 @@ __device__ unsigned short as_half(float value) {
   return bits;
 }
 
+__device__ float of_half(unsigned short bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+__device__ float of_bfloat(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+
 // To the nearest, ties to even; weights are finite.
 __device__ unsigned short as_bfloat(float value) {
   const unsigned bits = __float_as_uint(value);
   return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-struct alignas(sizeof(T) * 8) Eight { T numbers[8]; };
+struct alignas(sizeof(NUMBER) * 8) Eight { NUMBER numbers[8]; };
+
+__device__ float from_bits(NUMBER bits) { return FROM_NUMBER(bits); }
+
+// e4m3: a sign, four bits of exponent, three of fraction.
+__device__ float from_fp8(unsigned char byte) {
+  const unsigned exponent = (byte >> 3) & 15u, fraction = byte & 7u;
+  const float size = exponent == 0 ? fraction * 0.001953125f : __uint_as_float(((exponent + 120u) << 23) | (fraction << 20));
+  return byte & 128u ? -size : size;
+}
+
+// Outputs of `row` numbers, each with a factor, which is rounded to NUMBER first.
+template <typename F>
+__device__ void scale_rows(const unsigned char *bytes, const float *scale, unsigned row, long long count, NUMBER *values,
+                           F value_of) {
+  const long long start = 8 * (blockIdx.x * (long long)blockDim.x + threadIdx.x);
+  if (start >= count) return;
+  const auto number = [&](unsigned char byte, unsigned at) {
+    return FROM_FLOAT(__fmul_rn(value_of(byte), from_bits(FROM_FLOAT(scale[at / row]))));
+  };
+  if (start + 8 <= count) {
+    const unsigned long long word = *(const unsigned long long *)(bytes + start);
+    Eight own;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) own.numbers[i] = number((unsigned char)(word >> (8 * i)), (unsigned)start + i);
+    *(Eight *)(values + start) = own;
+    return;
+  }
+  for (long long i = start; i < count; ++i) values[i] = number(bytes[i], (unsigned)i);
+}
+
+extern "C" __global__ void int8(const unsigned char *bytes, const float *scale, unsigned row, long long count, NUMBER *values) {
+  scale_rows(bytes, scale, row, count, values, [](unsigned char byte) { return (float)(signed char)byte; });
+}
+
+extern "C" __global__ void fp8(const unsigned char *bytes, const float *scale, unsigned row, long long count, NUMBER *values) {
+  scale_rows(bytes, scale, row, count, values, [](unsigned char byte) { return from_fp8(byte); });
+}
 
 extern "C" __global__ void nf4(const unsigned char *packed, const unsigned char *absmax, const float *nested, const float *offset,
-                               const float *dynamic, const float *code, long long first_block, long long count, T *values) {
+                               const float *dynamic, const float *code, long long first_block, long long count,
+                               NUMBER *values) {
   __shared__ float codes[16];
   if (threadIdx.x < 16) codes[threadIdx.x] = code[threadIdx.x];
   __syncthreads();
@@ -76,6 +124,15 @@ public:
     const std::string file = own.dli_fname, folder = file.substr(0, file.rfind('/') + 1);
     library = dlopen((folder + "libcaffe2_nvrtc.so").c_str(), RTLD_NOW | RTLD_LOCAL);
     TORCH_CHECK(library != nullptr, "NVRTC does not load: ", dlerror());
+    int (*version)(int *, int *) = nullptr;
+    find(version, "nvrtcVersion");
+    int major = 0, minor = 0;
+    // It opens another library by its bare name, which is beside it, but not always where the loader looks.
+    if (version(&major, &minor) == 0 && dladdr(reinterpret_cast<const void *>(version), &own) != 0) {
+      const std::string file = own.dli_fname;
+      const std::string builtins = "libnvrtc-builtins.so." + std::to_string(major) + "." + std::to_string(minor);
+      dlopen((file.substr(0, file.rfind('/') + 1) + builtins).c_str(), RTLD_NOW | RTLD_GLOBAL);
+    }
     find(create, "nvrtcCreateProgram");
     find(compile, "nvrtcCompileProgram");
     find(destroy, "nvrtcDestroyProgram");
@@ -119,56 +176,70 @@ private:
   int (*log_size)(void *, size_t *), (*get_log)(void *, char *);
 };
 
-// The kernel for a dtype on a device, compiled once and never freed.
-cudaKernel_t nf4_kernel(int device, at::ScalarType kind) {
+struct Kernels {
+  cudaKernel_t nf4, int8, fp8;
+};
+
+// The kernels for a dtype on a device, compiled once and never freed.
+const Kernels &kernels_of(int device, at::ScalarType kind) {
   static std::mutex lock;
-  static auto *kernels = new std::map<std::pair<int, at::ScalarType>, cudaKernel_t>();
+  static auto *all = new std::map<std::pair<int, at::ScalarType>, Kernels>();
   const std::lock_guard<std::mutex> held(lock);
-  const auto known = kernels->find({device, kind});
-  if (known != kernels->end()) return known->second;
+  const auto known = all->find({device, kind});
+  if (known != all->end()) return known->second;
   int major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  const char *type = kind == at::kFloat ? "float" : "unsigned short";
-  const char *from = kind == at::kFloat ? "as_float" : kind == at::kHalf ? "as_half" : "as_bfloat";
+  const std::string name = kind == at::kFloat ? "float" : kind == at::kHalf ? "half" : "bfloat";
   const std::vector<char> code = Compiler()({
       "--gpu-architecture=sm_" + std::to_string(10 * major + minor),
-      std::string("-DT=") + type,
-      std::string("-DFROM_FLOAT=") + from,
+      std::string("-DNUMBER=") + (kind == at::kFloat ? "float" : "unsigned short"),
+      "-DFROM_FLOAT=as_" + name,
+      "-DFROM_NUMBER=" + (kind == at::kFloat ? "as_float" : "of_" + name),
   });
   cudaLibrary_t library = nullptr;
-  cudaKernel_t kernel = nullptr;
   C10_CUDA_CHECK(cudaLibraryLoadData(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
-  C10_CUDA_CHECK(cudaLibraryGetKernel(&kernel, library, "nf4"));
-  kernels->emplace(std::make_pair(device, kind), kernel);
-  return kernel;
+  Kernels own{};
+  C10_CUDA_CHECK(cudaLibraryGetKernel(&own.nf4, library, "nf4"));
+  C10_CUDA_CHECK(cudaLibraryGetKernel(&own.int8, library, "int8"));
+  C10_CUDA_CHECK(cudaLibraryGetKernel(&own.fp8, library, "fp8"));
+  return all->emplace(std::make_pair(device, kind), own).first->second;
+}
+
+// Runs a kernel that makes `count` numbers, eight a thread, on the current stream of a device.
+void launch(cudaKernel_t kernel, int device, int64_t count, void **arguments) {
+  constexpr int64_t THREADS = 256;
+  const int64_t threads = (count + 7) / 8;
+  const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
+  C10_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(THREADS), arguments, 0,
+                                  c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device))));
 }
 
 } // namespace
 
 extern "C" {
 
-// A `lora::nf4::Kernel`: writes `count` numbers of a weight from the block `first_block` on to `values`, of `kind`, on the current stream of its
-// device. What `own` points to is there, too, `dynamic` the 8-bit map and `code` the 16 codes in f32.
+// As `lora::Kernels` has them.
+
 const char *lora_cuda_nf4(const lora::nf4::Pointers *own, int64_t first_block, int64_t count, int kind, int device,
                           void *values) {
   const int failed = lora::guarded([&] {
-    constexpr int64_t THREADS = 256;
-    const cudaKernel_t kernel = nf4_kernel(device, static_cast<at::ScalarType>(kind));
     const uint8_t *packed = own->packed + first_block * lora::nf4::BLOCK / 2;
-    void *arguments[] = {&packed,
-                         const_cast<uint8_t **>(&own->absmax),
-                         const_cast<float **>(&own->nested),
-                         const_cast<float **>(&own->offset),
-                         const_cast<float **>(&own->dynamic),
-                         const_cast<float **>(&own->code),
-                         &first_block,
-                         &count,
-                         &values};
-    const int64_t threads = (count + 7) / 8;
-    const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
-    C10_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(THREADS), arguments, 0,
-                                    c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device))));
+    lora::nf4::Pointers from = *own;
+    void *arguments[] = {&packed, &from.absmax, &from.nested, &from.offset, &from.dynamic, &from.code, &first_block, &count, &values};
+    launch(kernels_of(device, static_cast<at::ScalarType>(kind)).nf4, device, count, arguments);
+  });
+  return failed ? lora::last_error().c_str() : nullptr;
+}
+
+const char *lora_cuda_scaled(const void *bytes, int fp8, const float *scale, int64_t row, int64_t count, int kind, int device,
+                             void *values) {
+  const int failed = lora::guarded([&] {
+    TORCH_CHECK(count <= INT64_C(0xffffffff), "a weight of ", count, " numbers");
+    unsigned width = static_cast<unsigned>(row);
+    void *arguments[] = {&bytes, &scale, &width, &count, &values};
+    const Kernels &own = kernels_of(device, static_cast<at::ScalarType>(kind));
+    launch(fp8 ? own.fp8 : own.int8, device, count, arguments);
   });
   return failed ? lora::last_error().c_str() : nullptr;
 }

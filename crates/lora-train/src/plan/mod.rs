@@ -98,18 +98,12 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         other => Device::Cuda(other.strip_prefix("cuda:").and_then(|index| index.parse().ok()).unwrap_or(0)),
     };
     let machine = match device {
-        Device::Cuda(index) => Machine {
-            platform: Platform::Cuda,
-            fixed: CUDA_CONTEXT,
-            share: CUDA_SLACK,
-            cublas_workspace: device::cublas_workspace(index),
-        },
+        Device::Cuda(_) => Machine { platform: Platform::Cuda, fixed: CUDA_CONTEXT, share: CUDA_SLACK },
         // The program and libtorch themselves, as they are now.
         _ => Machine {
             platform: Platform::Cpu { threads: tch::get_num_threads().max(1) as u64 },
             fixed: memory::host_memory().map_or(0, |memory| memory.resident),
             share: 0.0,
-            cublas_workspace: 0,
         },
     };
     let budget = match config.vram_budget {

@@ -11,6 +11,7 @@ use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
 use lora_models::weights::SMALL;
 use lora_torch::TchBackend;
+use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
 use lora_torch::frozen::Storage;
 use lora_torch::staging::{packed_bytes, ring_bytes};
 use lora_torch::tch::Kind;
@@ -111,8 +112,6 @@ pub(super) struct Machine {
     pub(super) fixed: u64,
     /// The allocator's own share of what tensors take.
     pub(super) share: f64,
-    /// Workspace of each of cuBLAS's handles.
-    pub(super) cublas_workspace: u64,
 }
 
 impl Machine {
@@ -181,7 +180,8 @@ impl Run<'_> {
     fn all(&mut self, variant: &dyn Variant<TchBackend>) -> Result<()> {
         let config = self.config;
         // The backward pass, in a thread of its own, has a handle of its own.
-        let _workspaces = [self.machine.cublas_workspace; 2].map(|bytes| self.tape.scratch(bytes));
+        let _workspaces = (self.machine.platform == Platform::Cuda)
+            .then(|| [CUBLAS_WORKSPACE_BYTES; 2].map(|bytes| self.tape.scratch(bytes)));
         let sizes = self.sizes();
 
         let mut autoencoder = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);

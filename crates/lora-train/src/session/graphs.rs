@@ -6,8 +6,9 @@
 //! nothing to gain, but what is copied where is the same.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use lora_torch::graph::{Graph, Recorder, Scope};
+use lora_torch::graph::{Graph, Recorder};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::{foreach, memory};
 
@@ -77,11 +78,21 @@ pub(crate) fn can_record(config: &TrainConfig) -> bool {
     config.cuda_graphs && !(random || config.offload_base || config.cpu_offload_checkpointing)
 }
 
+/// What a run on a GPU is recorded by, where its steps can be. Everything that it does is on the recorder's stream from the
+/// beginning, as each stream has workspaces of its own.
+pub(super) fn recorder(config: &TrainConfig, device: Device) -> Option<Arc<Recorder>> {
+    if device == Device::Cpu || !can_record(config) {
+        return None;
+    }
+    let recorder = Recorder::new(device).map_err(|error| tracing::warn!("training without CUDA graphs: {error}"));
+    recorder.ok().map(Arc::new)
+}
+
 /// The recordings of a run.
 #[derive(Debug)]
 pub(super) struct StepGraphs {
     /// None on the CPU.
-    recorder: Option<Recorder>,
+    recorder: Option<Arc<Recorder>>,
     recorded: BTreeMap<Shape, Recorded>,
 }
 
@@ -97,22 +108,8 @@ struct Recorded {
 type Passes<'a> = &'a dyn Fn(&BatchInputs) -> Result<Tensor>;
 
 impl StepGraphs {
-    pub(super) fn new(device: Device) -> Result<Self> {
-        let recorder = (device != Device::Cpu).then(|| Recorder::new(device)).transpose()?;
-        Ok(Self { recorder, recorded: BTreeMap::new() })
-    }
-
-    /// Those of a run on a GPU whose steps can be recorded.
-    pub(super) fn of_run(config: &TrainConfig, device: Device) -> Option<Self> {
-        if device == Device::Cpu || !can_record(config) {
-            return None;
-        }
-        Self::new(device).map_err(|error| tracing::warn!("training without CUDA graphs: {error}")).ok()
-    }
-
-    /// Puts a step on the stream that is recorded, so that nothing has to be ordered within.
-    pub(super) fn enter(&self) -> Result<Option<Scope>> {
-        Ok(self.recorder.as_ref().map(Recorder::enter).transpose()?)
+    pub(super) fn new(recorder: Option<Arc<Recorder>>) -> Self {
+        Self { recorder, recorded: BTreeMap::new() }
     }
 
     /// How many shapes are recorded.

@@ -32,6 +32,7 @@ use lora_data::sampler::{EpochSampler, Visit};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
+use lora_torch::graph::{Recorder, Scope};
 use lora_torch::memory::{self, DeviceMemory};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, upload};
@@ -79,7 +80,8 @@ pub struct Session {
     settings: Settings,
     resumed: Option<Resumed>,
     economy: Economy,
-    /// Where passes are recorded.
+    recorder: Option<Arc<Recorder>>,
+    /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
@@ -202,7 +204,7 @@ impl Session {
             return Ok(None);
         }
         let (start, position) = (Instant::now(), self.sampler.position());
-        let _scope = self.graphs.as_ref().map(StepGraphs::enter).transpose()?;
+        let _scope = self.scope()?;
         let batches = self.next_batches();
         let gradients = match self.survive(&batches) {
             Ok(gradients) => gradients,
@@ -306,6 +308,11 @@ impl Session {
         let finite = settled.finite && settled.loss.is_finite();
         self.scaler.update(finite);
         Ok(StepGradients { loss: settled.loss, gradient_norm: finite.then_some(settled.norm) })
+    }
+
+    /// The run's own stream is the current one while the answer lives.
+    fn scope(&self) -> Result<Option<Scope>> {
+        Ok(self.recorder.as_deref().map(Recorder::enter).transpose()?)
     }
 
     /// Gradients that are there no more, or where recordings write to them, zero.
@@ -509,7 +516,13 @@ mod tests {
     #[test]
     fn steps_on_the_same_tensors_are_the_same_steps() {
         for keys in [
-            &["batch_size=2", "max_train_steps=8", "enable_bucket=true", "min_bucket_reso=64", "weighted_captions=true"][..],
+            &[
+                "batch_size=2",
+                "max_train_steps=8",
+                "enable_bucket=true",
+                "min_bucket_reso=64",
+                "weighted_captions=true",
+            ][..],
             &["gradient_accumulation_steps=2", "train_text_encoder=false", "min_snr_gamma=5", "max_train_steps=6"],
         ] {
             let folder = tempfile::tempdir().unwrap();
@@ -521,7 +534,7 @@ mod tests {
                 (losses, session.recorded_shapes(), session.adapter().unwrap().export().unwrap())
             };
             let (plain, none, adapter) = run(None);
-            let (same, shapes, recorded) = run(Some(StepGraphs::new(Device::Cpu).unwrap()));
+            let (same, shapes, recorded) = run(Some(StepGraphs::new(None)));
             assert_eq!((plain, none), (same, 0), "{keys:?}");
             assert!(shapes > 0, "{keys:?}");
             assert_eq!(adapter, recorded, "{keys:?}");

@@ -18,12 +18,13 @@ use lora_io::checkpoint::{Checkpoint, Part};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
 use lora_models::weights::{Frozen, Held, TrainedWeights};
+use lora_torch::graph::Recorder;
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, no_grad_guard};
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, device, memory};
 
-use super::graphs::StepGraphs;
+use super::graphs::{self, StepGraphs};
 use super::latents::{self, LatentSource};
 use super::survive::REMEDIES;
 use super::{Session, Trained, TrainedAdapter, resume};
@@ -96,6 +97,8 @@ impl Session {
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
+        let recorder = graphs::recorder(&config, device);
+        let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
         let precision = match (config.precision, device) {
             (DType::F16, Device::Cpu) => {
                 notes.push("precision fp16 is for GPUs; on the CPU this run trains in fp32".into());
@@ -269,7 +272,7 @@ impl Session {
         }
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
-        let graphs = StepGraphs::of_run(&config, device);
+        let graphs = recorder.as_ref().map(|recorder| StepGraphs::new(Some(Arc::clone(recorder))));
         let mut session = Self {
             text_encoder,
             init_from,
@@ -295,6 +298,7 @@ impl Session {
             settings,
             resumed: None,
             economy: Economy::default(),
+            recorder,
             graphs,
             tried: Vec::new(),
             torn: false,

@@ -15,6 +15,7 @@ use crate::encode::Encoder;
 impl Session {
     /// Draws pictures with what is trained as it is now; with its running average, where there is one.
     pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
+        let _scope = self.scope()?;
         self.with_averages(|session| lora_torch::caught(|| session.draw(prompts)))
     }
 

@@ -34,6 +34,7 @@ impl Session {
     /// Encodes the pictures of a folder, framed and captioned as the first training dataset is, without what is random in
     /// its captions.
     pub fn load_validation(&self, folder: &Path) -> Result<Validation> {
+        let _scope = self.scope()?;
         let pictures = self.pictures.of_another(folder)?;
         let mut encoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
         let mut items = Vec::new();
@@ -55,6 +56,7 @@ impl Session {
         validation: &Validation,
         caption: impl Fn(usize, &str) -> String,
     ) -> Result<Vec<f64>> {
+        let _scope = self.scope()?;
         let _guard = no_grad_guard();
         self.with_averages(|session| {
             lora_torch::caught(|| {

@@ -59,6 +59,9 @@ pub(crate) fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
 
 /// A prepared run.
 pub(crate) fn prepare(folder: &Path, keys: &[&str]) -> Session {
+    // What a run warns of, where a test fails.
+    let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_test_writer();
+    let _ = warnings.try_init();
     Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap()
 }
 
