@@ -42,6 +42,7 @@ fn main() {
         .file("cpp/checkpoint.cpp")
         .file("cpp/fault.cpp")
         .file("cpp/frozen.cpp")
+        .file("cpp/geglu.cpp")
         .file("cpp/nf4.cpp")
         .file("cpp/norm_silu.cpp")
         .file("cpp/profile.cpp")

@@ -7,6 +7,8 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "guard.h"
 
@@ -40,28 +42,49 @@ private:
   const c10::StreamGuard guard;
 };
 
+// libtorch has so many of a priority on a device.
+constexpr int MOST = 32;
+
+// Streams that were given back, as cuBLAS's workspaces for one are never; and how many there are in all.
+struct Free {
+  std::mutex lock;
+  std::map<int64_t, std::pair<int, std::vector<c10::Stream>>> devices;
+
+  static Free &of_all() {
+    static auto *free = new Free();
+    return *free;
+  }
+};
+
 } // namespace
 
 extern "C" {
 
-// A stream of libtorch's, the same one for a device every time, as cuBLAS's workspaces for a stream are never given back; to be
-// freed by `lora_stream_drop`.
+// A stream that nobody else has; to be given back by `lora_stream_drop`.
 int lora_stream_new(int64_t device, void **stream) {
   return lora::guarded([&] {
-    static std::mutex lock;
-    static auto *all = new std::map<int64_t, c10::Stream>();
-    const std::lock_guard<std::mutex> held(lock);
-    auto known = all->find(device);
-    if (known == all->end()) {
+    Free &free = Free::of_all();
+    const std::lock_guard<std::mutex> held(free.lock);
+    auto &[taken, back] = free.devices[device];
+    if (back.empty()) {
+      TORCH_CHECK(taken < MOST, "all ", MOST, " streams of their own are in use");
       const c10::Device place(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
       const c10::impl::VirtualGuardImpl backend(place.type());
-      known = all->emplace(device, backend.getStreamFromGlobalPool(place, /*isHighPriority=*/false)).first;
+      // libtorch gives its streams out in turn. Of those of high priority nobody else takes any here.
+      back.push_back(backend.getStreamFromGlobalPool(place, /*isHighPriority=*/true));
+      ++taken;
     }
-    *stream = new c10::Stream(known->second);
+    *stream = new c10::Stream(back.back());
+    back.pop_back();
   });
 }
 
-void lora_stream_drop(void *stream) { delete static_cast<c10::Stream *>(stream); }
+void lora_stream_drop(void *stream) {
+  const std::unique_ptr<c10::Stream> own(static_cast<c10::Stream *>(stream));
+  Free &free = Free::of_all();
+  const std::lock_guard<std::mutex> held(free.lock);
+  free.devices[own->device_index()].second.push_back(*own);
+}
 
 // Makes a stream this thread's current one until `lora_stream_leave`, which must come from the same thread.
 int lora_stream_enter(const void *stream, void **scope) {

@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn large_inputs_may_wait_in_host_memory() {
-        tch::manual_seed(1);
+        crate::seed(1);
         // 2 MiB, and one that is too small to be worth it.
         let (large, small) = (Tensor::randn([1 << 19], (Kind::Float, Device::Cpu)), leaf(&[3.0]));
         let gradients = |wait: Inputs| {

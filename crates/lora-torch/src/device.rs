@@ -53,13 +53,14 @@ impl std::fmt::Display for CudaStatus {
                 library.display()
             ),
             CudaStatus::NoDevice => {
-                f.write_str("CUDA loads, but reports no device (see nvidia-smi and CUDA_VISIBLE_DEVICES)")
+                f.write_str("CUDA loads, but reports no device (see nvidia-smi and CUDA_VISIBLE_DEVICES; a program that uses libtorch itself has to call `lora_torch::device::cuda()` first)")
             }
         }
     }
 }
 
-/// Loads CUDA if this machine has it; the first call decides for the process.
+/// Loads CUDA if this machine has it; the first call decides for the process. Call it before libtorch is asked for anything that
+/// touches on CUDA, be it a seed: it looks once and remembers.
 pub fn cuda() -> &'static CudaStatus {
     static STATUS: OnceLock<CudaStatus> = OnceLock::new();
     STATUS.get_or_init(load_cuda)

@@ -290,7 +290,7 @@ mod tests {
     ];
 
     fn random(shape: &[i64]) -> Tensor {
-        tch::manual_seed(7);
+        crate::seed(7);
         Tensor::randn(shape, (Kind::Float, Device::Cpu))
     }
 

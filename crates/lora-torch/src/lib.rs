@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod activation;
 pub mod backend;
 pub mod checkpoint;
 mod cuda;
@@ -27,3 +28,10 @@ pub use tch;
 
 /// The version of libtorch that the workspace is built on.
 pub const LIBTORCH: &str = "2.11.0";
+
+/// What tests draw from here on. libtorch decides for good whether there is CUDA when it is first asked, as seeding does.
+#[cfg(test)]
+pub(crate) fn seed(seed: i64) {
+    device::cuda();
+    tch::manual_seed(seed);
+}

@@ -82,7 +82,7 @@ mod tests {
     /// What runs where there are neither loops nor a kernel, tried on the CPU.
     #[test]
     fn libtorchs_operations_give_the_same_numbers() {
-        tch::manual_seed(3);
+        crate::seed(3);
         // Blocks that end early, several chunks of a million, and odd counts.
         for shape in [vec![3, 7], vec![40, 12, 3, 3], vec![1100, 1000], vec![1, 1]] {
             for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {

@@ -34,7 +34,7 @@ mod tests {
 
     #[test]
     fn output_and_gradients_are_those_of_the_two_operations_to_the_bit() {
-        tch::manual_seed(5);
+        crate::seed(5);
         for kind in [Kind::Float, Kind::BFloat16] {
             for shape in [vec![2, 8, 5, 7], vec![1, 64, 16, 16], vec![3, 8, 9]] {
                 let channels = shape[1];

@@ -1,6 +1,7 @@
 //! The U-Net's spatial transformer: self-attention, cross-attention to the text, gated feed-forward (diffusers'
 //! `Transformer2DModel`).
 
+use lora_torch::activation::geglu;
 use lora_torch::tch::Tensor;
 
 use crate::Result;
@@ -120,9 +121,7 @@ impl Block {
         let tokens = self.attn1.forward(&normed, &normed, pass)?.f_add(&tokens)?;
         let normed = self.norm2.forward(&tokens)?;
         let tokens = self.attn2.forward(&normed, context, pass)?.f_add(&tokens)?;
-        // GEGLU (Shazeer, 2020): one half of the projection gates the other through the exact GELU.
-        let halves = self.ff_in.forward(&self.norm3.forward(&tokens)?, pass)?.f_chunk(2, -1)?;
-        let gated = halves[0].f_mul(&halves[1].f_gelu("none")?)?;
+        let gated = geglu(&self.ff_in.forward(&self.norm3.forward(&tokens)?, pass)?)?;
         Ok(self.ff_out.forward(&gated, pass)?.f_add(&tokens)?)
     }
 }

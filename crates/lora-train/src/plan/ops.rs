@@ -211,18 +211,18 @@ impl Tape {
         output
     }
 
-    /// The two halves of the last axis, as views. Their gradients are put together in new memory.
-    pub(super) fn halves(&self, input: &Value) -> (Value, Value) {
-        let mut shape = input.shape().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last /= 2;
-        }
-        let (mut first, mut second) = (input.view(&shape).detach(), input.view(&shape).detach());
-        let (whole, kind) = (input.shape().to_vec(), input.kind());
-        self.record(&[input], &mut [&mut first, &mut second], &[], move |tape, _given| {
-            vec![Some(tape.value(&whole, kind))]
+    /// The first half of the last axis times the GELU of the second. Keeps its input.
+    pub(super) fn geglu(&self, input: &Value) -> Value {
+        let (shape, kind) = (input.shape().to_vec(), input.kind());
+        let half = [&shape[..shape.len() - 1], &[shape[shape.len() - 1] / 2]].concat();
+        let mut output = self.value(&half, kind);
+        let kept = input.detach();
+        self.record(&[input], &mut [&mut output], &[&kept], move |tape, _given| {
+            let result = tape.value(&shape, kind);
+            drop(tape.value(&half, kind));
+            vec![Some(result)]
         });
-        (first, second)
+        output
     }
 
     /// Pixels repeated up to a size. Keeps nothing.

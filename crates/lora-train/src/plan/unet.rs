@@ -116,9 +116,8 @@ fn block(layers: &Rc<Layers>, path: &str, heads: usize, tokens: Value, context: 
     let tokens = tape.add(&attention(layers, &format!("{path}.attn1"), heads, &normed, &normed), &tokens);
     let normed = tape.layer_norm(&tokens);
     let tokens = tape.add(&attention(layers, &format!("{path}.attn2"), heads, &normed, context), &tokens);
-    let halves =
-        tape.halves(&layers.linear(&format!("{path}.ff.net.0.proj"), &tape.layer_norm(&tokens), 8 * width, true));
-    let gated = tape.multiply(&halves.0, &tape.activation(&halves.1));
+    let gated =
+        tape.geglu(&layers.linear(&format!("{path}.ff.net.0.proj"), &tape.layer_norm(&tokens), 8 * width, true));
     tape.add(&layers.linear(&format!("{path}.ff.net.2"), &gated, width, true), &tokens)
 }
 

@@ -325,6 +325,9 @@ impl Session {
 
     /// The loss of a micro-batch, whose gradients are added to those that are there: none, if it is the `first` of a step.
     fn run_passes(&mut self, inputs: BatchInputs, pass: &Pass, first: bool) -> Result<Tensor> {
+        if pass.inputs_in_host {
+            return self.passes(&inputs, pass);
+        }
         // Where an error leaves this function they are gone: memory ran out, or the run ends.
         let Some(mut graphs) = self.graphs.take() else { return self.passes(&inputs, pass) };
         let done = graphs.run(inputs, first, &self.parameters, &|inputs| self.passes(inputs, pass))?;

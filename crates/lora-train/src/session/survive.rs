@@ -18,7 +18,7 @@ impl Session {
     pub(super) fn survive(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
         let scaler = self.scaler;
         loop {
-            let recorded = self.graphs.as_ref().is_some_and(StepGraphs::hold_gradients);
+            let recorded = self.graphs.as_ref().map(StepGraphs::hold_gradients);
             match lora_torch::caught(|| self.gradients(batches)) {
                 Err(error) if error.is_out_of_memory() => {
                     self.scaler = scaler;
@@ -27,14 +27,12 @@ impl Session {
                     // Before the cache is emptied: this is what it looked like when it ran out.
                     let in_use = self.memory_in_use();
                     memory::empty_cache(self.device)?;
-                    match recorded {
-                        true => self.note_remedy(
-                            &error,
-                            &in_use,
-                            "steps are not recorded any more, which kept memory of their own",
-                            "cuda_graphs = false",
-                        ),
-                        false => self.relieve(batches, &error, &in_use)?,
+                    if recorded == Some(true) {
+                        let remedy = "steps are not recorded any more, which kept memory of their own";
+                        self.note_remedy(&error, &in_use, remedy, "cuda_graphs = false");
+                    } else {
+                        self.relieve(batches, &error, &in_use)?;
+                        self.graphs = recorded.map(|_| StepGraphs::new(self.recorder.clone()));
                     }
                 }
                 result => return result,
