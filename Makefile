@@ -35,7 +35,8 @@ peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… i
 	$(PYTHON) tools/bench/side_by_side.py "$${CARGO_TARGET_DIR:-target}/release/examples/unet_step"
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
-	LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session --test data --test plugins --test low_memory --test step_operations
+	cargo test -p lora-torch
+	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session --test data --test plugins --test low_memory --test step_operations
 	LORA_BENCH_FULL=1 cargo bench -p lora-benches --bench training
 
 docs: setup ## Build the API documentation into target/doc

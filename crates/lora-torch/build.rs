@@ -33,6 +33,8 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         // As libtorch itself was built: some of its objects have other members without.
         .define("NDEBUG", None)
+        // Numbers are to be the same on every machine.
+        .flag_if_supported("-ffp-contract=off")
         // libtorch's own headers warn by the hundred.
         .warnings(false);
     build_cuda(build.clone(), &include, &object);
@@ -48,6 +50,7 @@ fn main() {
         .file("cpp/profile.cpp")
         .file("cpp/staging.cpp")
         .file("cpp/stream.cpp")
+        .file("cpp/whole_host.cpp")
         .compile("lora_torch_shim");
     // Dependents read this as DEP_LORA_TORCH_SHIM_LIBTORCH_LIB and embed it as run path.
     println!("cargo:libtorch_lib={}", lib.display());
@@ -65,7 +68,12 @@ fn build_cuda(mut build: cc::Build, libtorch: &Path, object: &Path) {
         println!("cargo:warning=built without CUDA graphs and kernels: the headers of CUDA 13 are not beside libtorch");
         return;
     };
-    build.include(headers).pic(true);
+    // The kernels travel as a text.
+    let text = std::fs::read_to_string("cpp/cuda/whole.cu").expect("the kernels are beside this script");
+    let folder = object.parent().expect("a file in a folder");
+    std::fs::write(folder.join("whole_source.h"), format!("R\"cuda({text})cuda\"\n"))
+        .expect("cargo's folder can be written to");
+    build.include(headers).include(folder).pic(true);
     let mut command = build.get_compiler().to_command();
     command.arg("-shared").args(["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp"]).arg("-ldl").arg("-o").arg(object);
     let done = command.status().expect("the C++ compiler runs");

@@ -1,8 +1,8 @@
 //! `lora doctor`: what this machine offers to training, and what is missing.
 
 use lora_torch::device::{self, CudaStatus};
-use lora_torch::memory;
 use lora_torch::tch::{Cuda, Device, Kind, Tensor};
+use lora_torch::{graph, memory};
 
 use crate::Failure;
 
@@ -27,6 +27,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             "version": env!("CARGO_PKG_VERSION"),
             "libtorch": { "version": lora_torch::LIBTORCH, "folder": folder },
             "cuda": cuda.to_string(),
+            "cuda_graphs": graph::available().map_or_else(|error| error.to_string(), |()| "available".into()),
             "precisions": precisions.iter().map(|(name, list)| ((*name).to_owned(), serde_json::json!(list))).collect::<serde_json::Map<_, _>>(),
             "threads": lora_torch::tch::get_num_threads(),
         });
@@ -36,6 +37,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     println!("lora {} on libtorch {}", env!("CARGO_PKG_VERSION"), lora_torch::LIBTORCH);
     println!("libtorch:  {}", folder.display());
     println!("cuda:      {cuda}");
+    if let (CudaStatus::Available(_), Err(error)) = (cuda, graph::available()) {
+        println!("graphs:    none, so that steps wait for the host: {error}");
+    }
     for (name, list) in &precisions {
         println!("{name:<10} trains in {}", list.join(", "));
     }

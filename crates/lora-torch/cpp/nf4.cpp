@@ -279,6 +279,15 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
 
 extern "C" {
 
+// Writes two new tensors: the 8-bit map and the 16 codes.
+int lora_nf4_tables(at::Tensor **out) {
+  return lora::guarded([&] {
+    const auto &table = lora::nf4::tables(at::kCPU);
+    out[0] = new at::Tensor(table.dynamic);
+    out[1] = new at::Tensor(table.code);
+  });
+}
+
 // Writes four new tensors: packed codes, codes of the largest magnitudes, the nested largest magnitudes, the offset.
 int lora_nf4_quantise(const at::Tensor *weight, int portable, at::Tensor **out) {
   return lora::guarded([&] {

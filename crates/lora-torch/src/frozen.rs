@@ -360,6 +360,47 @@ mod tests {
         assert!(wrong.apply(&LayerGeometry::linear(6, 10), &random(&[2, 7]), None).is_err());
     }
 
+    unsafe extern "C" {
+        fn lora_host_scaled(
+            bytes: *const c_void,
+            fp8: c_int,
+            scale: *const f32,
+            row: i64,
+            count: i64,
+            kind: c_int,
+            values: *mut c_void,
+        ) -> c_int;
+    }
+
+    /// CUDA's kernels, compiled for the host.
+    #[test]
+    fn the_kernels_arithmetic_is_that_of_libtorchs_operations() {
+        for storage in [Storage::Int8, Storage::Float8] {
+            for shape in [vec![40, 12, 3, 3], vec![77, 65], vec![300, 320], vec![1, 3]] {
+                for (number, kind) in [Kind::Float, Kind::Half, Kind::BFloat16].into_iter().enumerate() {
+                    let weight = Tensor::randn(&*shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+                    let own = FrozenWeight::stored(&weight, storage).unwrap();
+                    let Stored::Scaled { values, scale } = &own.stored else { panic!("{storage}") };
+                    let found = Tensor::empty(&*shape, (kind, Device::Cpu));
+                    let row = weight.numel() as i64 / shape[0];
+                    crate::shim::checked(unsafe {
+                        lora_host_scaled(
+                            values.data_ptr(),
+                            (storage == Storage::Float8).into(),
+                            scale.data_ptr().cast(),
+                            row,
+                            weight.numel() as i64,
+                            number as c_int,
+                            found.data_ptr(),
+                        )
+                    })
+                    .unwrap();
+                    assert_eq!(found, own.whole().unwrap(), "{storage} {shape:?} {kind:?}");
+                }
+            }
+        }
+    }
+
     /// On a machine with a GPU: the kernels give the bits of libtorch's operations, and nothing else runs.
     #[test]
     fn the_kernels_give_the_same_numbers() {

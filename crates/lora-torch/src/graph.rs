@@ -23,6 +23,11 @@ unsafe extern "C" {
     fn lora_stream_leave(scope: *mut c_void);
 }
 
+/// Whether this build and this machine have graphs; why not, where they do not.
+pub fn available() -> Result<()> {
+    calls().map(drop)
+}
+
 /// A stream to record on, and memory that its graphs share: one of them runs at a time.
 #[derive(Debug)]
 pub struct Recorder {

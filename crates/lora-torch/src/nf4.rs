@@ -74,6 +74,8 @@ impl Nf4 {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::c_void;
+
     use tch::Device;
 
     use super::*;
@@ -93,6 +95,33 @@ mod tests {
                 assert_eq!(own.nested, other.nested, "{shape:?} {kind:?}");
                 let whole = |own: Nf4| FrozenWeight::nf4(own, weight.size(), kind).whole().unwrap();
                 assert_eq!(whole(own), whole(other), "{shape:?} {kind:?}");
+            }
+        }
+    }
+
+    unsafe extern "C" {
+        fn lora_nf4_tables(out: *mut *mut RawTensor) -> c_int;
+        fn lora_host_nf4(parts: *const *const c_void, count: i64, kind: c_int, values: *mut c_void) -> c_int;
+    }
+
+    /// CUDA's kernel, compiled for the host.
+    #[test]
+    fn the_kernels_arithmetic_is_that_of_the_loops() {
+        let mut tables = [std::ptr::null_mut(); 2];
+        checked(unsafe { lora_nf4_tables(tables.as_mut_ptr()) }).unwrap();
+        let [dynamic, code] = tables.map(|table| unsafe { Tensor::from_ptr(table) });
+        for shape in [vec![3, 7], vec![40, 12, 3, 3], vec![1100, 100], vec![1, 1], vec![77, 64]] {
+            for (number, kind) in [Kind::Float, Kind::Half, Kind::BFloat16].into_iter().enumerate() {
+                let weight = (Tensor::randn(&*shape, (Kind::Float, Device::Cpu)) * 0.1).to_kind(kind);
+                let own = Nf4::quantise(&weight).unwrap();
+                let parts = [&own.packed, &own.absmax, &own.nested, &own.offset, &dynamic, &code];
+                let parts = parts.map(|part| part.data_ptr().cast_const());
+                let found = Tensor::empty(&*shape, (kind, Device::Cpu));
+                checked(unsafe {
+                    lora_host_nf4(parts.as_ptr(), weight.numel() as i64, number as c_int, found.data_ptr())
+                })
+                .unwrap();
+                assert_eq!(found, FrozenWeight::nf4(own, weight.size(), kind).whole().unwrap(), "{shape:?} {kind:?}");
             }
         }
     }
