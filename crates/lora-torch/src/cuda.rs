@@ -71,7 +71,10 @@ pub(crate) fn calls() -> Result<&'static Calls> {
 
 fn open() -> std::result::Result<Calls, String> {
     if OBJECT.is_empty() {
-        return Err("built without the headers of CUDA; `make setup` fetches them".into());
+        return Err(
+            "built without the headers of CUDA 13; `make setup` fetches them, or install the wheel nvidia-cuda-crt beside torch, and build again"
+                .into(),
+        );
     }
     // A file that has no place in any folder, as some forbid programs.
     // SAFETY: a text that ends with NUL; the file descriptor is ours alone.
@@ -115,7 +118,10 @@ mod tests {
 
     #[test]
     fn the_build_found_the_headers_and_a_machine_without_a_gpu_is_told() {
-        assert!(OBJECT.starts_with(b"\x7fELF"), "the setup of this repository brings the headers");
+        assert!(
+            OBJECT.starts_with(b"\x7fELF"),
+            "the headers are missing: `make setup`, or nvidia-cuda-crt beside torch"
+        );
         match (cuda(), calls()) {
             (CudaStatus::Available(_), opened) => assert!(opened.is_ok(), "{opened:?}"),
             (_, Err(error)) => assert!(!error.to_string().is_empty()),
