@@ -383,6 +383,7 @@ mod tests {
                     let Stored::Scaled { values, scale } = &own.stored else { panic!("{storage}") };
                     let found = Tensor::empty(&*shape, (kind, Device::Cpu));
                     let row = weight.numel() as i64 / shape[0];
+                    // SAFETY: contiguous tensors of the sizes that are said.
                     crate::shim::checked(unsafe {
                         lora_host_scaled(
                             values.data_ptr(),

@@ -167,7 +167,11 @@ mod tests {
         };
         drop(pass().unwrap());
         let mut gradient = weight.grad();
-        let mut graph = recorder.record::<Error>(|| Ok(loss.shallow_clone().copy_(&pass()?))).unwrap();
+        let recorded = || -> Result<()> {
+            loss.shallow_clone().f_copy_(&pass()?)?;
+            Ok(())
+        };
+        let mut graph = recorder.record(recorded).unwrap();
         for value in [1.0, 2.0, -3.0] {
             let (_, _) = (input.shallow_clone().fill_(value), gradient.zero_());
             graph.replay().unwrap();

@@ -108,7 +108,9 @@ mod tests {
     #[test]
     fn the_kernels_arithmetic_is_that_of_the_loops() {
         let mut tables = [std::ptr::null_mut(); 2];
+        // SAFETY: a local of the size that is written.
         checked(unsafe { lora_nf4_tables(tables.as_mut_ptr()) }).unwrap();
+        // SAFETY: two new tensors that nobody else owns.
         let [dynamic, code] = tables.map(|table| unsafe { Tensor::from_ptr(table) });
         for shape in [vec![3, 7], vec![40, 12, 3, 3], vec![1100, 100], vec![1, 1], vec![77, 64]] {
             for (number, kind) in [Kind::Float, Kind::Half, Kind::BFloat16].into_iter().enumerate() {
@@ -117,6 +119,7 @@ mod tests {
                 let parts = [&own.packed, &own.absmax, &own.nested, &own.offset, &dynamic, &code];
                 let parts = parts.map(|part| part.data_ptr().cast_const());
                 let found = Tensor::empty(&*shape, (kind, Device::Cpu));
+                // SAFETY: contiguous tensors of a weight of this size.
                 checked(unsafe {
                     lora_host_nf4(parts.as_ptr(), weight.numel() as i64, number as c_int, found.data_ptr())
                 })
