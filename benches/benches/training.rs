@@ -21,7 +21,7 @@ use lora_train::{Plugins, Session};
 use serde::Serialize;
 
 /// What differs from the reference.
-const GRID: [(&str, &[&str]); 27] = [
+const GRID: [(&str, &[&str]); 28] = [
     ("reference", &[]),
     ("fp32", &["precision=fp32"]),
     ("bf16", &["precision=bf16"]),
@@ -37,6 +37,7 @@ const GRID: [(&str, &[&str]); 27] = [
     ("batch 4", &["batch_size=4"]),
     ("1 × 4 accumulated", &["gradient_accumulation_steps=4"]),
     ("2 × 2 accumulated", &["batch_size=2", "gradient_accumulation_steps=2"]),
+    ("feed-forward recomputed", &["recompute_feed_forward=true"]),
     ("checkpointing", &["gradient_checkpointing=true"]),
     ("latents not cached", &["cache_latents=false"]),
     ("text encoder frozen", &["train_text_encoder=false"]),

@@ -2,7 +2,7 @@
 //! `tools/bench/peft_step.py`, with the same arguments:
 //!
 //! `cargo run --release --example unet_step [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
-//! [checkpointing=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
+//! [checkpointing=0|1] [feed_forward=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
 //! what a forward pass leaves for the backward pass. With `steps=0`: bytes of the weights and memory of loading them.
@@ -32,8 +32,8 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// The names of the arguments.
-const ARGUMENTS: [&str; 9] =
-    ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "storage", "offload_base", "graphs"];
+const ARGUMENTS: [&str; 10] =
+    ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "feed_forward", "storage", "offload_base", "graphs"];
 
 /// Bytes that are held after each block of a forward pass.
 type Blocks = Arc<Mutex<Vec<(String, i64)>>>;
@@ -119,7 +119,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "nf4" => Some(Storage::Nf4),
         other => return Err(format!("storage={other}: fp16, fp8, int8 or nf4").into()),
     };
-    let pass = Pass { recompute: number("checkpointing", 0)? != 0, ..Pass::default() };
+    let pass = Pass {
+        recompute: number("checkpointing", 0)? != 0,
+        recompute_feed_forward: number("feed_forward", 0)? != 0,
+        ..Pass::default()
+    };
     let device = device::resolve("auto")?;
     memory::count_host_allocations()?;
     let weights = SyntheticWeights::new("unet");

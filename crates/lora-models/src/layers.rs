@@ -25,6 +25,8 @@ pub struct Pass {
     pub dropout: Option<Dropout>,
     /// Activations within blocks are not kept for the backward pass but computed again in it.
     pub recompute: bool,
+    /// Neither is the wide inner part of transformers' feed-forward: cheap to compute again for what it takes.
+    pub recompute_feed_forward: bool,
     /// Where they are computed again, the blocks' inputs wait for that in host memory.
     pub inputs_in_host: bool,
 }
@@ -37,13 +39,34 @@ impl Pass {
         inputs: &[&Tensor],
         run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if !self.recompute {
+        let wait = if self.inputs_in_host { Inputs::InHost } else { Inputs::Kept };
+        self.part(self.recompute.then_some(wait), block, inputs, run)
+    }
+
+    /// The output of the inner part of a feed-forward, likewise.
+    pub(crate) fn feed_forward<B: Send + 'static>(
+        &self,
+        part: &Shared<B>,
+        inputs: &[&Tensor],
+        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.part(self.recompute_feed_forward.then_some(Inputs::Kept), part, inputs, run)
+    }
+
+    /// The output of a part of a network. `wait`: it is computed again, and where its inputs are until then.
+    fn part<B: Send + 'static>(
+        &self,
+        wait: Option<Inputs>,
+        block: &Shared<B>,
+        inputs: &[&Tensor],
+        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let Some(wait) = wait else {
             let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
             return run(block, &inputs, self);
-        }
+        };
         let (block, pass) = (block.clone(), self.clone());
         let run = move |inputs: &[Tensor]| run(&block, inputs, &pass).map_err(torch);
-        let wait = if self.inputs_in_host { Inputs::InHost } else { Inputs::Kept };
         Ok(checkpoint(inputs, wait, run)?)
     }
 }

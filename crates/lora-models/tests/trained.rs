@@ -52,9 +52,9 @@ fn every_weight_of_a_whole_network_gets_its_gradient() {
     let unet = Unet::new(&weights, model.unet.clone()).unwrap();
     assert_eq!(list.all().len(), source.made().len());
     let (latents, context) = (random(&[2, 4, 16, 16]), random(&[2, 77, 128]));
-    for recompute in [false, true] {
+    for (recompute, recompute_feed_forward) in [(false, false), (true, false), (false, true), (true, true)] {
         list.all().iter_mut().for_each(|(_, leaf)| leaf.zero_grad());
-        let pass = Pass { recompute, ..Pass::default() };
+        let pass = Pass { recompute, recompute_feed_forward, ..Pass::default() };
         gradients_are_slopes("U-Net", &list, &|| {
             unet.forward(&latents, &[10.0, 700.0], &context, &pass).unwrap().square().mean(Kind::Float)
         });

@@ -206,10 +206,11 @@ fn the_documentation_shows_what_is_predicted() {
         "| | batch | weights | saved activations | adapter, gradients, optimiser | working | beside tensors | peak |\n\
          |---|---|---|---|---|---|---|---|\n",
     );
-    let rows: [(&str, &[&str]); 9] = [
+    let rows: [(&str, &[&str]); 10] = [
         ("fp32", &["precision=fp32"]),
         ("fp16", &[]),
         ("fp16, text encoder frozen", &["train_text_encoder=false"]),
+        ("fp16, `recompute_feed_forward`", &["recompute_feed_forward=true"]),
         ("fp16, `gradient_checkpointing`", &["gradient_checkpointing=true"]),
         ("fp16, `gradient_checkpointing`, int8 base", &["gradient_checkpointing=true", "base_storage=int8"]),
         (

@@ -2,10 +2,11 @@
 //! `Transformer2DModel`).
 
 use lora_torch::activation::geglu;
+use lora_torch::checkpoint::Shared;
 use lora_torch::tch::Tensor;
 
 use crate::Result;
-use crate::layers::{AdaptableLayer, GroupNorm, LayerNorm, Pass, attention};
+use crate::layers::{AdaptableLayer, GroupNorm, LayerNorm, Pass, attention, own};
 use crate::weights::Weights;
 
 /// Sizes of one spatial transformer.
@@ -35,9 +36,15 @@ struct Block {
     attn1: Attention,
     norm2: LayerNorm,
     attn2: Attention,
-    norm3: LayerNorm,
-    ff_in: AdaptableLayer,
+    gate: Shared<Gate>,
     ff_out: AdaptableLayer,
+}
+
+/// The wide inner part of the feed-forward, which may be computed again for itself.
+#[derive(Debug)]
+struct Gate {
+    norm: LayerNorm,
+    ff_in: AdaptableLayer,
 }
 
 #[derive(Debug)]
@@ -95,7 +102,7 @@ impl SpatialTransformer {
                 let Attention { to_q, to_k, to_v, to_out, .. } = attention;
                 [to_q, to_k, to_v, to_out].into_iter().for_each(&mut *visit);
             }
-            visit(&mut block.ff_in);
+            visit(&mut own(&mut block.gate).ff_in);
             visit(&mut block.ff_out);
         }
         visit(&mut self.proj_out);
@@ -110,8 +117,10 @@ impl Block {
             attn1: Attention::new(&weights.at("attn1"), channels, channels, sizes.heads)?,
             norm2: LayerNorm::new(&weights.at("norm2"), channels)?,
             attn2: Attention::new(&weights.at("attn2"), channels, sizes.context, sizes.heads)?,
-            norm3: LayerNorm::new(&weights.at("norm3"), channels)?,
-            ff_in: AdaptableLayer::linear(&weights.at("ff.net.0.proj"), channels, 8 * channels, true)?,
+            gate: Shared::new(Gate {
+                norm: LayerNorm::new(&weights.at("norm3"), channels)?,
+                ff_in: AdaptableLayer::linear(&weights.at("ff.net.0.proj"), channels, 8 * channels, true)?,
+            }),
             ff_out: AdaptableLayer::linear(&weights.at("ff.net.2"), 4 * channels, channels, true)?,
         })
     }
@@ -121,7 +130,9 @@ impl Block {
         let tokens = self.attn1.forward(&normed, &normed, pass)?.f_add(&tokens)?;
         let normed = self.norm2.forward(&tokens)?;
         let tokens = self.attn2.forward(&normed, context, pass)?.f_add(&tokens)?;
-        let gated = geglu(&self.ff_in.forward(&self.norm3.forward(&tokens)?, pass)?)?;
+        let gated = pass.feed_forward(&self.gate, &[&tokens], |gate, inputs, pass| {
+            Ok(geglu(&gate.ff_in.forward(&gate.norm.forward(&inputs[0])?, pass)?)?)
+        })?;
         Ok(self.ff_out.forward(&gated, pass)?.f_add(&tokens)?)
     }
 }

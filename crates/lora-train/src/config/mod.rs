@@ -165,6 +165,8 @@ pub struct TrainConfig {
     pub offload_base: bool,
     pub gradient_checkpointing: bool,
     pub cpu_offload_checkpointing: bool,
+    /// Compute the inner part of the U-Net's feed-forwards again.
+    pub recompute_feed_forward: bool,
     /// On a GPU: launch the kernels of a step together.
     pub cuda_graphs: bool,
     pub cache_latents: bool,
@@ -261,6 +263,7 @@ impl TrainConfig {
             }
         }
         let gradient_checkpointing = reader.boolean("gradient_checkpointing", false);
+        let recompute_feed_forward = reader.boolean("recompute_feed_forward", false);
         let cuda_graphs = reader.boolean("cuda_graphs", true);
         let cpu_offload_checkpointing = reader.boolean("cpu_offload_checkpointing", false);
         if cpu_offload_checkpointing && !gradient_checkpointing {
@@ -424,6 +427,7 @@ impl TrainConfig {
             offload_base: reader.boolean("offload_base", false),
             gradient_checkpointing,
             cpu_offload_checkpointing,
+            recompute_feed_forward,
             cuda_graphs,
             cache_latents: reader.boolean("cache_latents", true),
             vram_budget: reader.bytes("vram_budget"),

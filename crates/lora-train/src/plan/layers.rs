@@ -73,6 +73,8 @@ pub(super) struct Layers {
     pub(super) dropout: DropoutMasks,
     /// Blocks are computed again in the backward pass.
     pub(super) recompute: bool,
+    /// So is the inner part of feed-forwards.
+    pub(super) recompute_feed_forward: bool,
     /// Large inputs of blocks wait for that elsewhere.
     pub(super) inputs_elsewhere: bool,
     /// Names of all layers that were passed.
@@ -174,8 +176,27 @@ impl Layers {
         inputs: &[&Value],
         run: impl Fn(&Rc<Self>, &[Value]) -> Value + 'static,
     ) -> Value {
+        self.part(self.recompute, self.inputs_elsewhere, inputs, run)
+    }
+
+    /// The output of the inner part of a feed-forward, likewise.
+    pub(super) fn feed_forward(
+        self: &Rc<Self>,
+        input: &Value,
+        run: impl Fn(&Rc<Self>, &Value) -> Value + 'static,
+    ) -> Value {
+        self.part(self.recompute_feed_forward, false, &[input], move |layers, inputs| run(layers, &inputs[0]))
+    }
+
+    fn part(
+        self: &Rc<Self>,
+        recompute: bool,
+        inputs_elsewhere: bool,
+        inputs: &[&Value],
+        run: impl Fn(&Rc<Self>, &[Value]) -> Value + 'static,
+    ) -> Value {
         let own: Vec<Value> = inputs.iter().map(|&input| input.clone()).collect();
-        if !self.recompute {
+        if !recompute {
             return run(self, &own);
         }
         let tape = &self.tape;
@@ -186,7 +207,7 @@ impl Layers {
         let layers = Rc::clone(self);
         let kept: Vec<Value> = own
             .iter()
-            .map(|value| match self.inputs_elsewhere && value.bytes() >= LARGE as u64 {
+            .map(|value| match inputs_elsewhere && value.bytes() >= LARGE as u64 {
                 true => tape.elsewhere(value),
                 false => value.detach(),
             })

@@ -385,6 +385,7 @@ impl Run<'_> {
             },
             staged: config.offload_base && config.train != TrainMode::Full,
             recompute: config.gradient_checkpointing,
+            recompute_feed_forward: config.recompute_feed_forward,
             inputs_elsewhere: config.cpu_offload_checkpointing,
             passed: Default::default(),
         })
@@ -503,6 +504,7 @@ impl Run<'_> {
             trained: BTreeMap::new(),
             dropout: DropoutMasks::default(),
             recompute: false,
+            recompute_feed_forward: false,
             inputs_elsewhere: false,
             passed: Default::default(),
         })

@@ -13,8 +13,12 @@ use crate::config::{TrainConfig, TrainMode};
 pub(super) enum Change {
     /// Micro-batches smaller by this factor, and so many times more of them.
     SmallerBatch(usize),
+    /// The inner part of feed-forwards is computed again.
+    RecomputeFeedForward,
     /// Blocks are computed again in the backward pass.
     Recompute,
+    /// Both.
+    RecomputeAll,
     /// Pictures are encoded before training.
     CacheLatents,
     /// Another number type.
@@ -29,8 +33,10 @@ pub(super) enum Change {
     InputsInHost,
     /// Frozen weights come from host memory.
     OffloadBase,
-    /// Blocks keep their activations.
+    /// Everything keeps its activations.
     Keep,
+    /// All but the inner part of feed-forwards does.
+    KeepMost,
     /// Micro-batches larger by this factor, and so many times fewer of them.
     LargerBatch(usize),
     /// More pictures a step.
@@ -57,11 +63,17 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
         (None, DType::F32) => vec![Storage::Half, Storage::Int8, Storage::Nf4],
         _ => vec![Storage::Int8, Storage::Nf4],
     };
+    let recomputation = match (config.gradient_checkpointing, config.recompute_feed_forward) {
+        (false, false) => vec![Change::RecomputeFeedForward, Change::Recompute, Change::RecomputeAll],
+        (false, true) => vec![Change::RecomputeAll],
+        (true, false) => vec![Change::RecomputeFeedForward],
+        (true, true) => vec![],
+    };
     let on_device = machine.platform == Platform::Cuda;
     let resolutions = if config.allow_lower_resolution { vec![7, 6] } else { vec![] };
     vec![
         divisors.map(Change::SmallerBatch).collect(),
-        (!config.gradient_checkpointing).then_some(Change::Recompute).into_iter().collect(),
+        recomputation,
         (!config.cache_latents).then_some(Change::CacheLatents).into_iter().collect(),
         (arithmetic == DType::F32).then_some(Change::Precision(half)).into_iter().collect(),
         resolutions.into_iter().map(Change::Resolution).collect(),
@@ -78,7 +90,11 @@ pub(super) fn wishes(config: &TrainConfig) -> Vec<Vec<Change>> {
     let factors = (2..=accumulation).rev().filter(|&by| accumulation.is_multiple_of(by)).map(Change::LargerBatch);
     let has_rank = config.train == TrainMode::Adapter && config.init_from.is_none() && config.lora_rank < 128;
     vec![
-        config.gradient_checkpointing.then_some(Change::Keep).into_iter().collect(),
+        match (config.gradient_checkpointing, config.recompute_feed_forward) {
+            (true, _) => vec![Change::Keep, Change::KeepMost],
+            (false, true) => vec![Change::Keep],
+            (false, false) => vec![],
+        },
         match accumulation {
             1 => vec![Change::MorePictures(2)],
             _ => factors.collect(),
@@ -105,8 +121,13 @@ impl Change {
                 config.gradient_accumulation_steps /= by;
             }
             Change::MorePictures(by) => batches(&mut config, &|size| size * by),
+            Change::RecomputeFeedForward => config.recompute_feed_forward = true,
             Change::Recompute => config.gradient_checkpointing = true,
-            Change::Keep => (config.gradient_checkpointing, config.cpu_offload_checkpointing) = (false, false),
+            Change::RecomputeAll => (config.gradient_checkpointing, config.recompute_feed_forward) = (true, true),
+            Change::Keep | Change::KeepMost => {
+                (config.gradient_checkpointing, config.cpu_offload_checkpointing) = (false, false);
+                config.recompute_feed_forward = self == Change::KeepMost;
+            }
             Change::CacheLatents => config.cache_latents = true,
             Change::Precision(precision) => config.precision = precision,
             Change::Storage(storage) => config.base_storage = Some(storage),
@@ -146,7 +167,8 @@ impl Change {
                     "same update; {by} times as many passes a step, slower where small batches leave the device idle"
                 )
             }
-            Change::Recompute => "same update; about a third more time a step".into(),
+            Change::RecomputeFeedForward => "same update; about a twentieth more time a step".into(),
+            Change::Recompute | Change::RecomputeAll => "same update; about a third more time a step".into(),
             Change::CacheLatents => {
                 "none, and steps become faster; random processors act once, not at each visit".into()
             }
@@ -171,7 +193,8 @@ impl Change {
                 "same update; each frozen weight crosses the bus in both passes, while others compute: slower where the bus is"
                     .into()
             }
-            Change::Keep => "same update; about a quarter less time a step".into(),
+            Change::Keep => "same update; less time a step: about a quarter where blocks were computed again".into(),
+            Change::KeepMost => "same update; about a fifth less time a step".into(),
             Change::LargerBatch(by) => format!("same update; {by} times fewer passes a step"),
             Change::MorePictures(by) => {
                 format!("{by} times as many pictures a step: steadier gradients, fewer steps an epoch")
@@ -214,6 +237,7 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting
             ("batch_size", config.batch_size.to_string()),
             ("gradient_accumulation_steps", config.gradient_accumulation_steps.to_string()),
             ("gradient_checkpointing", config.gradient_checkpointing.to_string()),
+            ("recompute_feed_forward", config.recompute_feed_forward.to_string()),
             ("cpu_offload_checkpointing", config.cpu_offload_checkpointing.to_string()),
             ("cache_latents", config.cache_latents.to_string()),
             ("precision", precision(config.precision).to_owned()),

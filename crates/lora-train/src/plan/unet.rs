@@ -116,8 +116,10 @@ fn block(layers: &Rc<Layers>, path: &str, heads: usize, tokens: Value, context: 
     let tokens = tape.add(&attention(layers, &format!("{path}.attn1"), heads, &normed, &normed), &tokens);
     let normed = tape.layer_norm(&tokens);
     let tokens = tape.add(&attention(layers, &format!("{path}.attn2"), heads, &normed, context), &tokens);
-    let gated =
-        tape.geglu(&layers.linear(&format!("{path}.ff.net.0.proj"), &tape.layer_norm(&tokens), 8 * width, true));
+    let inner = format!("{path}.ff.net.0.proj");
+    let gated = layers.feed_forward(&tokens, move |layers, tokens| {
+        layers.tape.geglu(&layers.linear(&inner, &layers.tape.layer_norm(tokens), 8 * width, true))
+    });
     tape.add(&layers.linear(&format!("{path}.ff.net.2"), &gated, width, true), &tokens)
 }
 

@@ -378,6 +378,7 @@ impl Session {
         let pass = Pass {
             dropout: self.dropout(&draws),
             recompute: self.recomputes(),
+            recompute_feed_forward: self.config.recompute_feed_forward,
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
         };
         let text = self.batch_text(batch, &draws)?;

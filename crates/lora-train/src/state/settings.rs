@@ -99,6 +99,7 @@ impl Settings {
             gradient_checkpointing,
             cpu_offload_checkpointing,
             cuda_graphs,
+            recompute_feed_forward,
             cache_latents,
             // What a plan changed is in the keys that it set.
             vram_budget: _,
@@ -180,6 +181,7 @@ impl Settings {
         free("gradient_checkpointing", gradient_checkpointing);
         free("cpu_offload_checkpointing", cpu_offload_checkpointing);
         free("cuda_graphs", cuda_graphs);
+        free("recompute_feed_forward", recompute_feed_forward);
         settings
     }
 
