@@ -21,10 +21,11 @@ struct Geglu : torch::autograd::Function<Geglu> {
     const auto halves = projection.chunk(2, -1);
     const torch::Tensor gradient = at::empty_like(projection, at::MemoryFormat::Contiguous);
     auto parts = gradient.chunk(2, -1);
-    torch::Tensor between = at::gelu(halves[1]);
-    at::mul_out(parts[0], given, between);
-    at::mul_out(between, given, halves[0]);
-    at::gelu_backward_out(parts[1], between, halves[1]);
+    // The second half is where what lies between is until its own turn comes.
+    at::gelu_out(parts[1], halves[1]);
+    at::mul_out(parts[0], given, parts[1]);
+    at::mul_out(parts[1], given, halves[0]);
+    at::gelu_backward_out(parts[1], parts[1], halves[1]);
     return {gradient};
   }
 };
