@@ -30,7 +30,7 @@ if CUDA:
     GRID = [
         (
             "pixels=512 dtype=fp16",
-            ["graphs=1", "", "graphs=1 storage=int8", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"],
+            ["graphs=1", "", "graphs=1 feed_forward=1", "graphs=1 storage=int8", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"],
         ),
         ("pixels=512 dtype=fp16 batch=2", ["graphs=1", "graphs=1 storage=nf4"]),
         ("pixels=512 dtype=fp16 checkpointing=1", ["graphs=1", "graphs=1 storage=nf4"]),
@@ -39,7 +39,7 @@ if CUDA:
     ]
 else:
     GRID = [
-        ("pixels=256", ["", "storage=fp16", "storage=int8", "storage=nf4"]),
+        ("pixels=256", ["", "feed_forward=1", "storage=fp16", "storage=int8", "storage=nf4"]),
         ("pixels=256 checkpointing=1", ["", "storage=nf4"]),
     ]
 
