@@ -153,9 +153,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let noise = latents.randn_like();
         Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &LossWeights::default())
     };
-    let backward = |batch: &Denoising| -> lora_train::Result<Tensor> {
+    let backward = |batch: &Denoising, parameters: &ParameterList| -> lora_train::Result<Tensor> {
         let loss = batch.loss(&unet, &context, &pass)?;
         (&loss * scale).f_backward()?;
+        parameters.collect()?;
         Ok(loss.detach())
     };
     let recorder = (number("graphs", 0)? != 0).then(|| Recorder::new(device)).transpose()?;
@@ -176,7 +177,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 graph.replay()?;
                 loss.shallow_clone()
             }
-            None => backward(&batch)?,
+            None => backward(&batch, &parameters)?,
         };
         parameters.settle(&loss, scale, 1.0)?;
         parameters.step(|_, _| 1e-4)?;
@@ -188,7 +189,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     memory::empty_cache(device)?;
                     let loss = loss.f_zeros_like()?;
                     let graph = recorder.record(|| -> lora_train::Result<()> {
-                        loss.shallow_clone().f_copy_(&backward(&batch)?)?;
+                        loss.shallow_clone().f_copy_(&backward(&batch, &parameters)?)?;
                         Ok(())
                     })?;
                     recorded = Some((graph, batch, loss));
@@ -210,7 +211,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Both apart from the steps that are timed.
     let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
     if steps > 0 {
-        counted = operations(|| backward(&batch_of()?))?.1.total();
+        counted = operations(|| backward(&batch_of()?, &parameters))?.1.total();
         left = kept(device, || batch_of()?.loss(&unet, &context, &pass))?;
     }
     let (kept, kept_by_block) = left;

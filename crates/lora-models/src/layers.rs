@@ -248,6 +248,19 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
     fn bias(&self) -> Option<Tensor> {
         self.bias.as_ref().map(Tensor::shallow_clone)
     }
+
+    fn forward_low_rank(
+        &self,
+        input: &Tensor,
+        down: &Tensor,
+        up: &Tensor,
+        scale: f64,
+    ) -> lora_core::Result<Option<Tensor>> {
+        let (LayerWeight::Frozen(weight), LayerGeometry::Linear { .. }) = (&self.weight, &self.geometry) else {
+            return Ok(None);
+        };
+        Ok(Some(weight.apply_low_rank(input, self.bias.as_ref(), down, up, scale)?))
+    }
 }
 
 /// A network whose layers can carry adapters.

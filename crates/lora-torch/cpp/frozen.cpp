@@ -134,8 +134,11 @@ struct Layer : torch::CustomClassHolder {
   template <typename Work>
   void each_tile(at::ScalarType kind, Work &&work) const {
     const Present present(weight);
-    const int64_t outputs = weight.shape[0], tile = groups == 1 ? (*present).tile() : outputs;
-    const Rows rows(*present, kind);
+    const Stored &own = *present;
+    // A product reads what is whole already where it is.
+    const bool as_it_is = !convolution && own.values.scalar_type() == kind && !own.scale.defined();
+    const int64_t outputs = own.shape[0], tile = groups > 1 || as_it_is ? outputs : own.tile();
+    const Rows rows(own, kind);
     for (int64_t start = 0; start < outputs; start += tile) {
       const int64_t count = std::min(tile, outputs - start);
       work(rows(start, count), start, count);
@@ -196,6 +199,58 @@ struct Frozen : torch::autograd::Function<Frozen> {
   }
 };
 
+// The numbers of an input or output as rows of a matrix.
+at::Tensor in_rows(const at::Tensor &tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
+
+// A linear layer with a low-rank update, W x + b + scale · up (down x), and its gradients. The update is added as it is
+// multiplied, where operations of their own would write it and its part of the input's gradient out and read both again.
+struct Adapted : torch::autograd::Function<Adapted> {
+  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &input, const torch::Tensor &down,
+                               const torch::Tensor &up, c10::IValue capsule, double scale) {
+    const auto held = capsule.toCapsule();
+    const at::Tensor rows = in_rows(input);
+    at::Tensor output = static_cast<Layer *>(held.get())->forward(rows);
+    at::Tensor hidden = rows.mm(down.t());
+    if (scale != 1) hidden.mul_(scale);
+    output.addmm_(hidden, up.t());
+    context->save_for_backward({input, down, up, hidden});
+    context->saved_data["layer"] = capsule;
+    context->saved_data["scale"] = scale;
+    std::vector<int64_t> sizes = input.sizes().vec();
+    sizes.back() = output.size(1);
+    return at::_unsafe_view(output, sizes);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor &input = saved[0], &down = saved[1], &up = saved[2], &hidden = saved[3];
+    const auto held = context->saved_data["layer"].toCapsule();
+    const double scale = context->saved_data["scale"].toDouble();
+    const at::Tensor rows = in_rows(gradients[0]);
+    at::Tensor inner = rows.mm(up), to_input, to_down, to_up;
+    if (scale != 1) inner.mul_(scale);
+    if (context->needs_input_grad(1)) to_down = inner.t().mm(in_rows(input));
+    if (context->needs_input_grad(2)) to_up = rows.t().mm(hidden);
+    if (context->needs_input_grad(0)) {
+      to_input = static_cast<Layer *>(held.get())->backward(rows, {});
+      to_input = to_input.addmm_(inner, down).view(input.sizes());
+    }
+    return {to_input, to_down, to_up, torch::Tensor(), torch::Tensor()};
+  }
+};
+
+// The layer as graphs hold it. `bias` may be null.
+c10::intrusive_ptr<Layer> layer_of(const LoraStored &weight, const torch::Tensor *bias) {
+  auto layer = c10::make_intrusive<Layer>(weight);
+  layer->bias = or_none(bias);
+  return layer;
+}
+
+c10::IValue capsule_of(c10::intrusive_ptr<Layer> layer) {
+  return c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(std::move(layer)));
+}
+
 } // namespace
 
 extern "C" {
@@ -207,14 +262,21 @@ void lora_kernels(const lora::Kernels *kernels) { lora::kernels.store(kernels); 
 int lora_frozen(const torch::Tensor *input, const LoraStored *weight, const torch::Tensor *bias, int convolution, int64_t stride,
                 int64_t padding, int64_t groups, torch::Tensor **output) {
   return lora::guarded([&] {
-    auto layer = c10::make_intrusive<Layer>(*weight);
-    layer->bias = or_none(bias);
+    auto layer = layer_of(*weight, bias);
     layer->convolution = convolution != 0;
     layer->stride = stride;
     layer->padding = padding;
     layer->groups = groups;
-    auto capsule = c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(std::move(layer)));
-    *output = new torch::Tensor(Frozen::apply(*input, capsule));
+    *output = new torch::Tensor(Frozen::apply(*input, capsule_of(std::move(layer))));
+  });
+}
+
+// The output of a linear layer with `scale · up (down x)` added, a new tensor. `bias` may be null; `down`, `up` and what the
+// weight computes in are of the input's type.
+int lora_frozen_low_rank(const torch::Tensor *input, const LoraStored *weight, const torch::Tensor *bias,
+                         const torch::Tensor *down, const torch::Tensor *up, double scale, torch::Tensor **output) {
+  return lora::guarded([&] {
+    *output = new torch::Tensor(Adapted::apply(*input, *down, *up, capsule_of(layer_of(*weight, bias)), scale));
   });
 }
 

@@ -132,6 +132,34 @@ int lora_shim_clear_gradients(torch::Tensor **parameters, size_t count) {
   });
 }
 
+// Adds the gradients of copies in fewer bits to those of the numbers that they stand for, and forgets them.
+int lora_shim_collect_gradients(torch::Tensor **copies, torch::Tensor **originals, size_t count) {
+  return guarded([&] {
+    torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> given, given_first, sums, parts, first;
+    for (size_t i = 0; i < count; ++i) {
+      const at::Tensor &own = copies[i]->grad();
+      if (!own.defined()) continue;
+      at::Tensor &sum = originals[i]->mutable_grad(), part = at::empty_like(*originals[i]);
+      if (sum.defined()) {
+        sums.push_back(sum);
+        parts.push_back(part);
+        given.push_back(own);
+      } else {
+        sum = part;
+        first.push_back(part);
+        given_first.push_back(own);
+      }
+    }
+    if (!first.empty()) at::_foreach_copy_(first, given_first);
+    if (!sums.empty()) {
+      at::_foreach_copy_(parts, given);
+      at::_foreach_add_(sums, parts);
+    }
+    for (size_t i = 0; i < count; ++i) copies[i]->mutable_grad() = at::Tensor();
+  });
+}
+
 // One AdamW step over a list, in place, by one kernel; `taken` counts the steps of all of them, this one included.
 int lora_shim_adamw(torch::Tensor **parameters, torch::Tensor **gradients, torch::Tensor **means, torch::Tensor **squares,
                     size_t count, double taken, double lr, double beta1, double beta2, double decay, double epsilon) {

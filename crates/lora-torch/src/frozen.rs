@@ -88,6 +88,15 @@ unsafe extern "C" {
         groups: i64,
         output: *mut *mut RawTensor,
     ) -> c_int;
+    fn lora_frozen_low_rank(
+        input: *const RawTensor,
+        weight: *const RawStored,
+        bias: *const RawTensor,
+        down: *const RawTensor,
+        up: *const RawTensor,
+        scale: f64,
+        output: *mut *mut RawTensor,
+    ) -> c_int;
     fn lora_frozen_whole(weight: *const RawStored, kind: c_int, output: *mut *mut RawTensor) -> c_int;
 }
 
@@ -216,6 +225,24 @@ impl FrozenWeight {
         new_tensor(|output| unsafe {
             lora_frozen(input.as_ptr(), &self.raw(), bias, convolution, stride, padding, groups, output)
         })
+    }
+
+    /// The output of a linear layer, `[…, outputs]` of an input `[…, inputs]`, with the update `scale · up(down(x))` of a LoRA
+    /// added: `down` `[rank, inputs]`, `up` `[outputs, rank]`, both in the dtype of the input. As a whole it takes half as many
+    /// kernels as one after the other, and nothing of the output's or the input's size on the side.
+    pub fn apply_low_rank(
+        &self,
+        input: &Tensor,
+        bias: Option<&Tensor>,
+        down: &Tensor,
+        up: &Tensor,
+        scale: f64,
+    ) -> Result<Tensor> {
+        let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
+        let (down, up) = (down.as_ptr(), up.as_ptr());
+        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references of
+        // its own.
+        new_tensor(|output| unsafe { lora_frozen_low_rank(input.as_ptr(), &self.raw(), bias, down, up, scale, output) })
     }
 
     fn is_whole(&self) -> bool {
@@ -358,6 +385,51 @@ mod tests {
         }
         let wrong = FrozenWeight::stored(&random(&[10, 6]), Storage::Int8).unwrap();
         assert!(wrong.apply(&LayerGeometry::linear(6, 10), &random(&[2, 7]), None).is_err());
+    }
+
+    /// The same sums, but for the order of additions.
+    #[test]
+    fn a_low_rank_update_is_that_of_its_products() {
+        for (inputs, outputs, lead) in [(6, 10, vec![2, 5]), (2050, 1100, vec![3]), (64, 48, vec![1, 2, 3])] {
+            let weight = random(&[outputs, inputs]) * 0.1;
+            let stored = ALL.map(|(storage, _)| FrozenWeight::stored(&weight, storage).unwrap());
+            for (own, scale) in stored
+                .into_iter()
+                .chain([FrozenWeight::plain(weight.shallow_clone())])
+                .zip([1.0, 0.5, 3.0].into_iter().cycle())
+            {
+                let bias = (scale != 0.5).then(|| random(&[outputs]));
+                let shape = [&lead[..], &[inputs]].concat();
+                let leaves = || {
+                    [random(&shape), random(&[4, inputs]), random(&[outputs, 4])]
+                        .map(|leaf| leaf.set_requires_grad(true))
+                };
+                let ([a, down, up], others) = (leaves(), leaves());
+                let output = own.apply_low_rank(&a, bias.as_ref(), &down, &up, scale).unwrap();
+                let [b, other_down, other_up] = &others;
+                let update = b.linear(other_down, None::<&Tensor>).linear(other_up, None::<&Tensor>) * scale;
+                let expected = b.linear(&own.whole().unwrap(), bias.as_ref()) + update;
+                let toward = random(&output.size());
+                (&output * &toward).sum(Kind::Float).backward();
+                (&expected * &toward).sum(Kind::Float).backward();
+                let pairs =
+                    [(&a, b), (&down, other_down), (&up, other_up)].map(|(own, other)| (own.grad(), other.grad()));
+                for (own, expected) in [(output, expected)].into_iter().chain(pairs) {
+                    let apart = largest(&(&own - &expected)) / largest(&expected);
+                    assert!(own.size() == expected.size() && apart < 4e-6, "{inputs} {scale}: {apart}");
+                }
+            }
+        }
+        // Of factors alone: an input without a gradient, as the captions' are, gets none.
+        let own = FrozenWeight::plain(random(&[10, 6]).to_kind(Kind::BFloat16));
+        let [input, down, up] = [[7, 6], [2, 6], [10, 2]].map(|shape| random(&shape).to_kind(Kind::BFloat16));
+        let down = down.set_requires_grad(true);
+        let output = own.apply_low_rank(&input, None, &down, &up, 1.0).unwrap();
+        output.sum(Kind::Float).backward();
+        assert!(
+            output.kind() == Kind::BFloat16 && down.grad().defined() && !input.grad().defined() && !up.grad().defined()
+        );
+        assert!(own.apply_low_rank(&input, None, &up, &down, 1.0).is_err());
     }
 
     unsafe extern "C" {

@@ -29,6 +29,7 @@ unsafe extern "C" {
         out: *mut f64,
     ) -> c_int;
     fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
+    fn lora_shim_collect_gradients(copies: *mut *mut RawTensor, originals: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
         gradients: *mut *mut RawTensor,
@@ -147,6 +148,14 @@ pub(crate) fn clear_gradients(parameters: &mut [Tensor]) -> Result<()> {
     let mut pointers = raw(parameters);
     // SAFETY: live `torch::Tensor*` for the length of the call.
     checked(unsafe { lora_shim_clear_gradients(pointers.as_mut_ptr(), pointers.len()) })
+}
+
+/// Adds the gradients of copies to those of the originals and forgets them; lists must be equally long.
+pub(crate) fn collect_gradients<T: Borrow<Tensor>>(copies: &[T], originals: &[T]) -> Result<()> {
+    assert_eq!(copies.len(), originals.len());
+    let (mut copies, mut originals) = (pointers(copies), pointers(originals));
+    // SAFETY: two arrays of live `torch::Tensor*` of one length.
+    checked(unsafe { lora_shim_collect_gradients(copies.as_mut_ptr(), originals.as_mut_ptr(), copies.len()) })
 }
 
 /// One AdamW step; the four lists must be equally long and not empty.

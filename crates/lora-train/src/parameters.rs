@@ -22,6 +22,8 @@ pub struct Parameter {
     /// Whether it is an adapter's up-projection (LoRA+ trains those faster).
     pub is_up: bool,
     leaf: Tensor,
+    /// A copy in half precision that networks compute with in the leaf's place; the leaf itself is then no part of a graph.
+    copy: Option<Tensor>,
     /// The running average; for an optimiser that saves others than it trains, what the leaf is exchanged with, while it is.
     average: Option<Tensor>,
 }
@@ -51,9 +53,35 @@ impl ParameterList {
 
     /// Adds a leaf that requires gradients.
     pub fn add(&mut self, component: Component, name: String, is_up: bool, leaf: &Tensor) -> Result<()> {
-        self.optimiser.register(&[(&name, leaf)])?;
+        self.push(component, name, is_up, leaf.shallow_clone(), None)
+    }
+
+    /// Adds an f32 tensor that a network computes with in half precision, and gives the leaf for that: a copy, which the list
+    /// keeps in step. One cast for all after each step takes the place of one for each tensor in each pass.
+    pub fn add_in(
+        &mut self,
+        kind: Kind,
+        component: Component,
+        name: String,
+        is_up: bool,
+        values: &Tensor,
+    ) -> Result<Tensor> {
+        let copy = values.detach().f_to_kind(kind)?.f_set_requires_grad(true)?;
+        self.push(component, name, is_up, values.detach(), Some(copy.shallow_clone()))?;
+        Ok(copy)
+    }
+
+    fn push(
+        &mut self,
+        component: Component,
+        name: String,
+        is_up: bool,
+        leaf: Tensor,
+        copy: Option<Tensor>,
+    ) -> Result<()> {
+        self.optimiser.register(&[(&name, &leaf)])?;
         let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
-        self.list.push(Parameter { component, name, is_up, leaf: leaf.shallow_clone(), average });
+        self.list.push(Parameter { component, name, is_up, leaf, copy, average });
         Ok(())
     }
 
@@ -72,9 +100,28 @@ impl ParameterList {
         self.list.iter().map(|parameter| parameter.leaf.numel()).sum()
     }
 
-    /// The gradients that the last backward passes left, of those tensors that got one.
+    /// The gradients that the last backward passes left, of those tensors that got one. What a pass leaves in half precision
+    /// counts once it is [collected](Self::collect).
     pub fn gradients(&self) -> Vec<Tensor> {
         self.list.iter().map(|parameter| parameter.leaf.grad()).filter(Tensor::defined).collect()
+    }
+
+    /// Adds up what a backward pass left, in f32. To be called after each, or what they leave is summed in half precision until
+    /// the step is [settled](Self::settle).
+    pub fn collect(&self) -> Result<()> {
+        let (copies, leaves) = self.copies();
+        Ok(gradients::collect(&copies, &leaves)?)
+    }
+
+    /// Copies in half precision, and what they are copies of.
+    fn copies(&self) -> (Vec<&Tensor>, Vec<&Tensor>) {
+        self.list.iter().filter_map(|parameter| Some((parameter.copy.as_ref()?, &parameter.leaf))).unzip()
+    }
+
+    /// Brings the copies in step with what they are copies of.
+    fn refresh(&self) -> Result<()> {
+        let (copies, leaves) = self.copies();
+        Ok(foreach::copy(&copies, &leaves)?)
     }
 
     /// Takes a step of the optimiser with the gradients as they are, which may change them. `learning_rate` is told the
@@ -92,7 +139,10 @@ impl ParameterList {
                 learning_rate: learning_rate(parameter.component, parameter.is_up),
             })
             .collect();
-        self.optimiser.step(&slopes)?;
+        let done = self.optimiser.step(&slopes);
+        drop(slopes);
+        self.refresh()?;
+        done?;
         self.average()
     }
 
@@ -134,7 +184,7 @@ impl ParameterList {
                 parameter.average = None;
             }
         }
-        Ok(())
+        self.refresh()
     }
 
     /// Everything that a later run needs to go on, by stable names: `trained.…`, `average.…`, and `optimiser.…` for what the
@@ -182,17 +232,21 @@ impl ParameterList {
             own.f_copy_(&found)?;
         }
         self.averaged_steps = averaged_steps;
-        Ok(())
+        self.refresh()
     }
 
     /// Forgets all gradients.
     pub fn clear_gradients(&mut self) -> Result<()> {
-        let mut leaves: Vec<Tensor> = self.list.iter().map(|parameter| parameter.leaf.shallow_clone()).collect();
+        let own = |parameter: &Parameter| {
+            [Some(parameter.leaf.shallow_clone()), parameter.copy.as_ref().map(Tensor::shallow_clone)]
+        };
+        let mut leaves: Vec<Tensor> = self.list.iter().flat_map(own).flatten().collect();
         Ok(gradients::clear(&mut leaves)?)
     }
 
     /// Unscales the gradients, limits their common norm and reads what the step came to (see [`gradients::settle`]).
     pub fn settle(&mut self, losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
+        self.collect()?;
         Ok(gradients::settle(&mut self.gradients(), losses, scale, limit)?)
     }
 
@@ -222,4 +276,53 @@ fn mismatch(name: &str, expected: String, found: String) -> Error {
 
 fn shape(tensor: &Tensor) -> String {
     format!("{:?} {:?}", tensor.kind(), tensor.size())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimiser::OptimiserState;
+
+    #[test]
+    fn copies_in_half_precision_follow_what_they_are_copies_of() {
+        let values = Tensor::from_slice(&[1.0f32, -2.0, 3.0]);
+        let mut list = ParameterList::new(OptimiserState::adamw(), 0.5);
+        let copy = list.add_in(Kind::BFloat16, Component::Unet, "a".into(), false, &values).unwrap();
+        let mut last = Vec::new();
+        let mut followed = || {
+            assert_eq!(copy.detach(), values.to_kind(Kind::BFloat16));
+            let now = Vec::<f32>::try_from(&values).unwrap();
+            assert_ne!(std::mem::replace(&mut last, now.clone()), now);
+        };
+        followed();
+        let state: BTreeMap<_, _> =
+            list.state().unwrap().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+        for step in 1..=3 {
+            // Two micro-batches, the second of which is summed by `settle`.
+            for slope in [256.0, 1.0] {
+                let loss = (&copy * slope).sum(Kind::Float);
+                loss.backward();
+                if slope > 1.0 {
+                    list.collect().unwrap();
+                }
+            }
+            let settled = list.settle(&Tensor::from(0.5f32), 1.0, 0.0).unwrap();
+            assert!((settled.norm - 257.0 * 3f64.sqrt()).abs() < 1e-3, "{settled:?}");
+            list.step(|_, _| 0.1).unwrap();
+            followed();
+            list.clear_gradients().unwrap();
+            assert!(list.gradients().is_empty() && !copy.grad().defined(), "step {step}");
+        }
+        for _ in 0..2 {
+            list.exchange_averages().unwrap();
+            followed();
+        }
+        list.load_state(state).unwrap();
+        followed();
+        // A backward pass that was given up leaves nothing.
+        (&copy * 2.0).sum(Kind::Float).backward();
+        list.clear_gradients().unwrap();
+        list.collect().unwrap();
+        assert!(list.gradients().is_empty());
+    }
 }

@@ -127,16 +127,24 @@ impl TrainableAdapter {
                     }
                 };
                 let (mut leaves, mut trained, mut frozen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+                let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
                 for (name, host) in tensors {
-                    let mut leaf = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
-                    if variant.is_trained(&name) {
-                        leaf = leaf.f_set_requires_grad(true)?;
-                        let is_up = matches!(name.as_str(), "up" | "embedding_up");
-                        list.add(component, format!("{module}.{name}"), is_up, &leaf)?;
-                        trained.insert(name.clone(), leaf.shallow_clone());
+                    let values = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
+                    let leaf = if variant.is_trained(&name) {
+                        let (full, is_up) =
+                            (format!("{module}.{name}"), matches!(name.as_str(), "up" | "embedding_up"));
+                        trained.insert(name.clone(), values.shallow_clone());
+                        if half {
+                            list.add_in(layer.kind(), component, full, is_up, &values)?
+                        } else {
+                            let leaf = values.f_set_requires_grad(true)?;
+                            list.add(component, full, is_up, &leaf)?;
+                            leaf
+                        }
                     } else {
                         frozen.insert(name.clone(), host);
-                    }
+                        if half { values.f_to_kind(layer.kind())? } else { values }
+                    };
                     leaves.insert(name, leaf);
                 }
                 let parameters = Parameters { tensors: leaves, scale: alpha / rank.max(1) as f64 };

@@ -75,6 +75,12 @@ fn a_run_taken_up_again_is_the_run_that_never_stopped() {
 fn so_it_is_with_latents_of_each_visit_a_running_average_and_other_variants() {
     in_one_go_and_in_two(&["cache_latents=false", "processors=[\"random_crop\", \"flip\"]", "batch_size=3"]);
     in_one_go_and_in_two(&["variant=pissa", "ema_decay=0.9"]);
+    in_one_go_and_in_two(&[
+        "precision=bf16",
+        "ema_decay=0.9",
+        "gradient_accumulation_steps=2",
+        "target_modules=all-conv",
+    ]);
     in_one_go_and_in_two(&["variant=lokr", "train_text_encoder=false", "gradient_checkpointing=true"]);
 }
 

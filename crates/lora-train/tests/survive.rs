@@ -66,11 +66,9 @@ fn a_run_that_outgrows_memory_goes_on_in_smaller_pieces_to_the_same_result() {
 fn no_matter_where_in_the_step_it_fails() {
     let folder = workspace();
     let keys = [&DRAWS[..], &["batch_size=2", "max_train_steps=2"]].concat();
-    let expected = trained(folder.path(), &["batch_size=1", "gradient_accumulation_steps=2", "max_train_steps=2"]);
-    let again = trained(
-        folder.path(),
-        &["batch_size=1", "gradient_accumulation_steps=2", "max_train_steps=2", "gradient_checkpointing=true"],
-    );
+    let small = ["batch_size=1", "gradient_accumulation_steps=2", "max_train_steps=2"];
+    let expected = trained(folder.path(), &small);
+    let again = trained(folder.path(), &[&small[..], &["recompute_feed_forward=true"]].concat());
     let mut session = prepare(folder.path(), &keys);
     let fault = Fault::none();
     session.step().unwrap();
@@ -107,8 +105,8 @@ fn no_matter_where_in_the_step_it_fails() {
     }
     // Its kernels take no memory but for numbers beside tensors, a few bytes each.
     assert!(in_optimiser <= 4 && by_itself <= 4, "{in_optimiser} {by_itself}");
-    // With one picture at once, recomputing is what is left; also inside of the recomputation.
-    let keys = [&DRAWS[..], &["batch_size=1", "gradient_accumulation_steps=2", "max_train_steps=2"]].concat();
+    // With one picture at once, recomputing is what is left, of feed-forwards, then of blocks; also inside of the recomputation.
+    let keys = [&DRAWS[..], &small].concat();
     for number in [3, allocations / 3, allocations / 2] {
         let mut session = prepare(folder.path(), &keys);
         let fault = Fault::of_allocation(number);
@@ -117,6 +115,7 @@ fn no_matter_where_in_the_step_it_fails() {
         drop(fault);
         same(&survived, &again);
     }
+    let again = trained(folder.path(), &[&small[..], &["gradient_checkpointing=true"]].concat());
     let keys = [&keys[..], &["gradient_checkpointing=true", "batch_size=2", "gradient_accumulation_steps=1"]].concat();
     for number in [allocations / 2, allocations * 3 / 4] {
         let mut session = prepare(folder.path(), &keys);
@@ -146,16 +145,22 @@ fn a_run_in_smaller_pieces_is_taken_up_as_such() {
     assert!(reports.0 == expected.0);
 }
 
-/// One failure in each of three steps: fewer pictures, recomputing, the autoencoder away. Crops, flips and latents are drawn
+/// One failure in each of four steps: fewer pictures, recomputing twice, the autoencoder away. Crops, flips and latents are drawn
 /// as before; recomputing rounds differently.
 #[test]
 fn latents_of_each_visit_are_the_same_after_a_failure() {
     let folder = workspace();
-    let keys = ["cache_latents=false", "processors=[\"random_crop\", \"flip\"]", "adam_eps=1", "learning_rate=0.1"];
+    let keys = [
+        "cache_latents=false",
+        "processors=[\"random_crop\", \"flip\"]",
+        "adam_eps=1",
+        "learning_rate=0.1",
+        "max_train_steps=4",
+    ];
     let small = ["batch_size=1", "gradient_accumulation_steps=2"];
     let expected = trained(folder.path(), &[&keys[..], &small].concat());
     let mut session = prepare(folder.path(), &[&DRAWS[..], &keys, &["batch_size=2"]].concat());
-    for step in 0..3 {
+    for step in 0..4 {
         let fault = Fault::of_allocation(2000);
         let report = session.step().unwrap().unwrap();
         assert_eq!((fault.failed(), report.step), (1, step + 1));
@@ -204,7 +209,9 @@ fn when_nothing_is_left_it_stops_with_what_was_learnt_and_what_was_tried() {
         "2. step 3",
         "1 picture(s) at once instead of 2",
         "3. step 3",
-        "computed again",
+        "the inner part of feed-forwards is computed again",
+        "4. step 3",
+        "within blocks are computed again",
         "base_storage",
     ] {
         assert!(text.contains(part), "{part}: {text}");

@@ -112,9 +112,38 @@ impl<B: Backend> Variant<B> for Lora {
             // Within a group the factors are shared across groups: only the product has a layer's shape.
             return super::forward_with_weight(self, backend, base, parameters, input, dropout);
         }
-        let update = low_rank_output(backend, &geometry, parameters, input, dropout, NAME)?;
-        backend.add(base.forward(input)?, &update)
+        with_low_rank(backend, base, parameters, input, dropout, NAME)
     }
+
+    fn computes_in_input_dtype(&self, geometry: &LayerGeometry) -> bool {
+        takes_factors_as_input(geometry)
+    }
+}
+
+/// Where [`low_rank_output`] casts the factors, and nothing else is done with them in a forward pass.
+pub(super) fn takes_factors_as_input(geometry: &LayerGeometry) -> bool {
+    !is_grouped(geometry) && !matches!(geometry, LayerGeometry::Embedding { .. })
+}
+
+/// `W x + scale · up([mid](down(x)))`, by the layer in one where it can.
+pub(super) fn with_low_rank<B: Backend>(
+    backend: &B,
+    base: &dyn BaseLayer<B>,
+    parameters: &Parameters<B>,
+    input: &B::Tensor,
+    dropout: Option<&Dropout>,
+    variant: &str,
+) -> Result<B::Tensor> {
+    let geometry = base.geometry();
+    if let (LayerGeometry::Linear { .. }, None) = (geometry, dropout) {
+        let (down, _, up, _) = factors(backend, &geometry, parameters, variant)?;
+        let (down, up) = (backend.cast_like(down, input)?, backend.cast_like(up, input)?);
+        if let Some(output) = base.forward_low_rank(input, &down, &up, parameters.scale)? {
+            return Ok(output);
+        }
+    }
+    let update = low_rank_output(backend, &geometry, parameters, input, dropout, variant)?;
+    backend.add(base.forward(input)?, &update)
 }
 
 pub(super) fn is_grouped(geometry: &LayerGeometry) -> bool {

@@ -47,6 +47,17 @@ pub trait BaseLayer<B: Backend> {
     fn weight(&self) -> Result<B::Tensor>;
     /// Its bias.
     fn bias(&self) -> Option<B::Tensor>;
+    /// Its output with `scale · up(down(x))` added, from a layer that computes both in fewer steps than one after the other.
+    /// The factors, of the shapes that [`Lora`] has on linear layers, come in the dtype of the input.
+    fn forward_low_rank(
+        &self,
+        _input: &B::Tensor,
+        _down: &B::Tensor,
+        _up: &B::Tensor,
+        _scale: f64,
+    ) -> Result<Option<B::Tensor>> {
+        Ok(None)
+    }
 }
 
 /// A frozen layer whose weight lies in a backend as it is.
@@ -160,6 +171,12 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// Whether a tensor of this name is trained (true unless the variant says otherwise).
     fn is_trained(&self, _tensor: &str) -> bool {
         true
+    }
+
+    /// Whether the forward pass on such a layer takes its trained tensors in the dtype of the input and in no other, so that
+    /// copies in that dtype may stand in for them.
+    fn computes_in_input_dtype(&self, _geometry: &LayerGeometry) -> bool {
+        false
     }
 
     /// Whether ΔW is the same on any base weight.

@@ -150,11 +150,14 @@ impl<B: Backend> Variant<B> for Residual {
         input: &B::Tensor,
         dropout: Option<&Dropout>,
     ) -> Result<B::Tensor> {
-        let geometry = base.geometry();
         let initial = initial(backend, parameters, self.id())?;
-        let trained = lora::low_rank_output(backend, &geometry, parameters, input, dropout, self.id())?;
-        let removed = lora::low_rank_output(backend, &geometry, &initial, input, dropout, self.id())?;
-        backend.add(backend.add(base.forward(input)?, &trained)?, &removed)
+        let trained = lora::with_low_rank(backend, base, parameters, input, dropout, self.id())?;
+        let removed = lora::low_rank_output(backend, &base.geometry(), &initial, input, dropout, self.id())?;
+        backend.add(trained, &removed)
+    }
+
+    fn computes_in_input_dtype(&self, geometry: &LayerGeometry) -> bool {
+        lora::takes_factors_as_input(geometry)
     }
 
     fn export(&self, module: AdapterModule) -> Result<AdapterModule> {

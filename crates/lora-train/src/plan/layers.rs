@@ -42,18 +42,38 @@ pub(super) struct Factors {
     pub(super) scaled: bool,
 }
 
-/// A trained tensor.
+/// A trained tensor, in fp32.
 #[derive(Debug)]
 pub(super) struct Trained {
     pub(super) value: Value,
     pub(super) leaf: Rc<Leaf>,
+    /// What networks compute with in its place.
+    pub(super) copy: Option<(Value, Rc<Leaf>)>,
 }
 
 impl Trained {
-    /// A tensor in fp32 that collects its gradient.
-    pub(super) fn new(tape: &Tape, shape: &[usize]) -> Self {
-        let (value, leaf) = tape.leaf(&tape.value(shape, Kind::Float).count_as(Part::Adapter), Part::Gradients);
-        Self { value, leaf }
+    /// One that networks compute with in `kind`: in a copy, where that is another.
+    pub(super) fn new(tape: &Tape, shape: &[usize], kind: Kind) -> Self {
+        let own = |kind| tape.leaf(&tape.value(shape, kind).count_as(Part::Adapter), Part::Gradients);
+        let (value, leaf) = own(Kind::Float);
+        Self { value, leaf, copy: (kind != Kind::Float).then(|| own(kind)) }
+    }
+
+    /// What networks compute with.
+    pub(super) fn computed_with(&self) -> &Value {
+        self.copy.as_ref().map_or(&self.value, |(copy, _)| copy)
+    }
+
+    /// Adds the gradients of copies to those of the tensors that they are copies of: all first in fp32, then all added.
+    pub(super) fn collect(all: &[Self], tape: &Tape) {
+        let given: Vec<_> = all
+            .iter()
+            .filter_map(|own| Some((own, own.copy.as_ref()?.1.take()?)))
+            .map(|(own, gradient)| (own, gradient, tape.value(own.value.shape(), Kind::Float)))
+            .collect();
+        for (own, _, sum) in &given {
+            own.leaf.give(sum);
+        }
     }
 }
 
@@ -109,13 +129,27 @@ impl Layers {
             Some(LayerAdapter::Whole(trained)) => return self.whole_update(input, geometry, trained, stored),
             Some(LayerAdapter::Thin(products)) => products,
         };
-        let updates: Vec<_> = products.iter().map(|factors| self.low_rank(input, geometry, factors)).collect();
+        let is_linear = matches!(geometry, LayerGeometry::Linear { .. }) && !matches!(weight, Weight::Trained(_));
+        let in_one = is_linear && self.dropout == DropoutMasks::default();
         // With a bias, three axes and a plain weight, a linear layer ends in a view.
-        let view = bias && !stored && !self.staged && input.shape().len() == 3 && !input.is_permuted();
-        updates.iter().fold(base(), |sum, update| self.tape.add_in_place(&sum, update, view))
+        let view = bias && !stored && !self.staged && input.shape().len() == 3 && !input.is_permuted() && !in_one;
+        let mut products = products.iter();
+        let first = match products.next() {
+            Some(Factors { down, up, .. }) if in_one => {
+                let [down, up] = [down, up].map(|factor| self.tape.cast(factor, input.kind()));
+                self.tape.adapted(input, geometry, stored, &down, &up)
+            }
+            Some(factors) => {
+                let update = self.low_rank(input, geometry, factors);
+                self.tape.add_in_place(&base(), &update, view)
+            }
+            None => base(),
+        };
+        products
+            .fold(first, |sum, factors| self.tape.add_in_place(&sum, &self.low_rank(input, geometry, factors), view))
     }
 
-    /// `scale · up([mid](down(x)))`. The factors are cast, which the products keep.
+    /// `scale · up([mid](down(x)))`. Factors in another number type are cast, which the products keep.
     fn low_rank(&self, input: &Value, geometry: &LayerGeometry, factors: &Factors) -> Value {
         let tape = &self.tape;
         let cast = |factor: &Value| match factor.needs_gradient() {

@@ -56,6 +56,56 @@ impl Tape {
         output
     }
 
+    /// A linear layer with a low-rank update in one. Keeps its input, the factors, and what lies between them.
+    pub(super) fn adapted(
+        &self,
+        input: &Value,
+        geometry: &LayerGeometry,
+        stored: bool,
+        down: &Value,
+        up: &Value,
+    ) -> Value {
+        let bytes = geometry.weight_shape().iter().product::<usize>() * input.kind().elt_size_in_bytes();
+        let product = Product { geometry: *geometry, weight: bytes as u64, stored };
+        let mut output;
+        let hidden;
+        {
+            let _rows = input.must_be_ordered(false).then(|| self.like(input));
+            output = product
+                .compute(self, input, &output_shape(input.shape(), geometry), Direction::Forward)
+                .permuted(false);
+            let mut shape = input.shape().to_vec();
+            if let Some(last) = shape.last_mut() {
+                *last = down.shape()[0];
+            }
+            hidden = self.value(&shape, input.kind());
+        }
+        let wants = [input, down, up].map(Value::needs_gradient);
+        let (shapes, kept) = ([input, down, up].map(|value| value.shape().to_vec()), input.detach());
+        let (hidden_shape, permuted) = (hidden.shape().to_vec(), input.is_permuted());
+        let factors = [down.detach(), up.detach()];
+        self.record(
+            &[input, down, up],
+            &mut [&mut output],
+            &[&kept, &factors[0], &factors[1], &hidden],
+            move |tape, mut given| {
+                let Some(given) = given[0].take() else { return vec![None, None, None] };
+                let ordered = given.must_be_ordered(false).then(|| tape.like(&given));
+                let given = ordered.as_ref().unwrap_or(&given);
+                let _inner = tape.value(&hidden_shape, given.kind());
+                let to_down = wants[1].then(|| {
+                    let _rows = permuted.then(|| tape.value(&shapes[0], given.kind()));
+                    tape.value(&shapes[1], given.kind())
+                });
+                let to_up = wants[2].then(|| tape.value(&shapes[2], given.kind()));
+                let to_input =
+                    wants[0].then(|| product.compute(tape, given, &shapes[0], Direction::Backward).permuted(false));
+                vec![to_input, to_down, to_up]
+            },
+        );
+        output
+    }
+
     /// Group normalisation. Keeps its input, and mean and deviation of each group.
     pub(super) fn group_norm(&self, input: &Value, groups: usize) -> Value {
         let statistics = self.value(&[2, input.shape()[0], groups], input.kind());

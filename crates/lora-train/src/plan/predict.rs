@@ -20,7 +20,7 @@ use lora_torch::tensor::kind_of;
 use super::base::{Base, Shapes};
 use super::layers::{DropoutMasks, Factors, LayerAdapter, Layers, Trained};
 use super::meter::{Block, Part, Usage};
-use super::tape::{Leaf, Platform, Tape, Value};
+use super::tape::{Platform, Tape, Value};
 use super::{text, unet, vae};
 use crate::Result;
 use crate::config::{TrainConfig, TrainMode};
@@ -169,7 +169,7 @@ struct Parameters {
     whole: BTreeMap<Component, BTreeMap<String, Value>>,
     /// Trained numbers that are not a layer's weight: their gradients are as large as they are.
     other: Vec<(Component, Rc<Block>)>,
-    leaves: Vec<Rc<Leaf>>,
+    trained: Vec<Trained>,
     optimiser: Vec<Rc<Block>>,
     /// How many numbers are trained, and those of the largest tensor.
     numbers: usize,
@@ -250,7 +250,7 @@ impl Run<'_> {
             // The optimiser's step, with all gradients there and nothing else.
             drop(self.tape.scratch(self.optimiser.working_bytes(parameters.numbers, parameters.largest) as u64));
             drop(gradients);
-            parameters.leaves.iter().for_each(|leaf| drop(leaf.take()));
+            parameters.trained.iter().for_each(|own| drop(own.leaf.take()));
         }
         self.note(Phase::Training);
         drop((autoencoder, text_weights, unet_weights, ring));
@@ -413,10 +413,10 @@ impl Run<'_> {
         for (name, shape) in &shapes.weights {
             match name.strip_suffix(".weight").filter(|layer| layers.contains(layer)) {
                 Some(layer) => {
-                    let Trained { value, leaf } = Trained::new(&self.tape, shape);
+                    let trained = Trained::new(&self.tape, shape, Kind::Float);
                     let own = parameters.whole.entry(component).or_default();
-                    own.insert(layer.to_owned(), value.count_as(part));
-                    parameters.leaves.push(leaf);
+                    own.insert(layer.to_owned(), trained.value.clone().count_as(part));
+                    parameters.trained.push(trained);
                 }
                 None => {
                     let bytes = 4 * shape.iter().product::<usize>() as u64;
@@ -444,16 +444,18 @@ impl Run<'_> {
         for target in &targets {
             let (request, alpha) = options.for_layer(target);
             let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
+            let kind = if variant.computes_in_input_dtype(&target.geometry) { self.kind } else { Kind::Float };
             let mut values = BTreeMap::new();
             for (name, shape) in variant.shapes(&target.geometry, &request)? {
                 let value = match variant.is_trained(&name) {
                     true => {
-                        let Trained { value, leaf } = Trained::new(&self.tape, &shape);
-                        parameters.leaves.push(leaf);
+                        let trained = Trained::new(&self.tape, &shape, kind);
+                        let value = trained.computed_with().clone();
+                        parameters.trained.push(trained);
                         self.optimise(&shape, parameters);
                         value
                     }
-                    false => self.tape.value(&shape, Kind::Float).count_as(Part::Adapter),
+                    false => self.tape.value(&shape, kind).count_as(Part::Adapter),
                 };
                 values.insert(name, value);
             }
@@ -550,6 +552,7 @@ impl Run<'_> {
         gradients_of(Component::Unet);
         tape.backward(&squares, tape.like(&squares));
         gradients_of(Component::TextEncoder);
+        Trained::collect(&parameters.trained, tape);
         others
     }
 

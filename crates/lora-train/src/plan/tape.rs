@@ -106,6 +106,11 @@ impl Leaf {
     pub(super) fn take(&self) -> Option<Value> {
         self.gradient.take()
     }
+
+    /// Has a gradient from now on, if it had none.
+    pub(super) fn give(&self, gradient: &Value) {
+        self.gradient.borrow_mut().get_or_insert_with(|| gradient.detach().count_as(self.part));
+    }
 }
 
 impl Value {

@@ -352,6 +352,7 @@ impl Session {
         };
         let loss = inputs.denoising.loss(&self.unet, context, pass)?;
         loss.f_mul(&inputs.scale)?.f_backward()?;
+        self.parameters.collect()?;
         Ok(loss.detach())
     }
 
@@ -378,7 +379,7 @@ impl Session {
         let pass = Pass {
             dropout: self.dropout(&draws),
             recompute: self.recomputes(),
-            recompute_feed_forward: self.config.recompute_feed_forward,
+            recompute_feed_forward: self.recomputes_feed_forward(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
         };
         let text = self.batch_text(batch, &draws)?;

@@ -51,6 +51,11 @@ impl Session {
         self.config.gradient_checkpointing || self.economy.recompute
     }
 
+    /// Whether the inner part of feed-forwards is.
+    pub(super) fn recomputes_feed_forward(&self) -> bool {
+        self.config.recompute_feed_forward || self.economy.recompute_feed_forward
+    }
+
     /// Applies the next remedy.
     fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
         let pictures = self.micro_batch(batches);
@@ -62,6 +67,9 @@ impl Session {
                 format!("{fewer} picture(s) at once instead of {pictures}, accumulated to the same {all} a step"),
                 format!("batch_size = {fewer} with gradient_accumulation_steps = {}", all.div_ceil(fewer)),
             )
+        } else if !self.recomputes() && !self.recomputes_feed_forward() {
+            self.economy.recompute_feed_forward = true;
+            ("the inner part of feed-forwards is computed again".into(), "recompute_feed_forward = true".to_owned())
         } else if !self.recomputes() {
             self.economy.recompute = true;
             ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())

@@ -56,7 +56,9 @@ pub struct StateHeader {
 pub struct Economy {
     /// Most pictures of a micro-batch, where that is less than the configuration's.
     pub micro_batch: Option<usize>,
-    /// Activations are computed again, whatever the configuration says.
+    /// The inner part of feed-forwards is computed again, whatever the configuration says.
+    pub recompute_feed_forward: bool,
+    /// So is all within blocks.
     pub recompute: bool,
     /// What is needed to compute them again waits in host memory.
     pub inputs_in_host: bool,
