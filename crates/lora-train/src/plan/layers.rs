@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use lora_core::LayerGeometry;
 use lora_torch::checkpoint::LARGE;
+use lora_torch::frozen::Storage;
 use lora_torch::tch::Kind;
 
 use super::meter::Part;
@@ -84,7 +85,7 @@ pub(super) struct Layers {
     /// The number type of arithmetic.
     pub(super) kind: Kind,
     /// Layers whose weights are stored in fewer bytes.
-    pub(super) stored: BTreeSet<String>,
+    pub(super) stored: BTreeMap<String, Storage>,
     /// Weights come from host memory.
     pub(super) staged: bool,
     pub(super) adapters: BTreeMap<String, LayerAdapter>,
@@ -117,27 +118,27 @@ impl Layers {
     /// A layer of any geometry.
     pub(super) fn layer(&self, path: &str, input: &Value, geometry: &LayerGeometry, bias: bool) -> Value {
         self.passed.borrow_mut().insert(path.to_owned());
-        let stored = self.stored.contains(path);
+        let stored = self.stored.get(path).copied();
         let weight = match self.trained.get(path) {
             Some(trained) => Weight::Trained(self.tape.cast(trained, self.kind)),
-            None if stored => Weight::Stored,
-            None => Weight::Frozen,
+            None => stored.map_or(Weight::Frozen, Weight::Stored),
         };
         let base = || self.tape.layer(input, geometry, &weight);
         let products = match self.adapters.get(path) {
             None => return base(),
-            Some(LayerAdapter::Whole(trained)) => return self.whole_update(input, geometry, trained, stored),
+            Some(LayerAdapter::Whole(trained)) => return self.whole_update(input, geometry, trained, stored.is_some()),
             Some(LayerAdapter::Thin(products)) => products,
         };
         let is_linear = matches!(geometry, LayerGeometry::Linear { .. }) && !matches!(weight, Weight::Trained(_));
         let in_one = is_linear && self.dropout == DropoutMasks::default();
         // With a bias, three axes and a plain weight, a linear layer ends in a view.
-        let view = bias && !stored && !self.staged && input.shape().len() == 3 && !input.is_permuted() && !in_one;
+        let view =
+            bias && stored.is_none() && !self.staged && input.shape().len() == 3 && !input.is_permuted() && !in_one;
         let mut products = products.iter();
         let first = match products.next() {
             Some(Factors { down, up, .. }) if in_one => {
                 let [down, up] = [down, up].map(|factor| self.tape.cast(factor, input.kind()));
-                self.tape.adapted(input, geometry, stored, &down, &up)
+                self.tape.adapted(input, geometry, &weight, &down, &up)
             }
             Some(factors) => {
                 let update = self.low_rank(input, geometry, factors);

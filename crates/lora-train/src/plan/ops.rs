@@ -7,8 +7,10 @@
 //! figures for CUDA are estimates from what cuDNN and the attention kernels are known to do.
 
 use lora_core::LayerGeometry;
+use lora_torch::frozen::Storage;
 use lora_torch::tch::Kind;
 
+use super::predict::CHUNK;
 use super::tape::{Platform, Tape, Value};
 
 /// oneDNN's convolutions work on blocks of so many channels.
@@ -20,7 +22,7 @@ pub(super) enum Weight {
     /// Frozen, in the number type of arithmetic; its bytes are counted elsewhere.
     Frozen,
     /// Frozen in fewer bytes: made whole while the layer computes, in both passes, by a function that keeps nothing.
-    Stored,
+    Stored(Storage),
     /// Trained, or made of trained tensors.
     Trained(Value),
 }
@@ -28,8 +30,7 @@ pub(super) enum Weight {
 impl Tape {
     /// A linear layer `[…, inputs]` or a convolution `[batch, channels, height, width]`.
     pub(super) fn layer(&self, input: &Value, geometry: &LayerGeometry, weight: &Weight) -> Value {
-        let bytes = geometry.weight_shape().iter().product::<usize>() * input.kind().elt_size_in_bytes();
-        let product = Product { geometry: *geometry, weight: bytes as u64, stored: matches!(weight, Weight::Stored) };
+        let product = Product::new(geometry, weight, input.kind());
         let mut output = product.compute(self, input, &output_shape(input.shape(), geometry), Direction::Forward);
 
         let frozen = input.detach();
@@ -61,12 +62,11 @@ impl Tape {
         &self,
         input: &Value,
         geometry: &LayerGeometry,
-        stored: bool,
+        weight: &Weight,
         down: &Value,
         up: &Value,
     ) -> Value {
-        let bytes = geometry.weight_shape().iter().product::<usize>() * input.kind().elt_size_in_bytes();
-        let product = Product { geometry: *geometry, weight: bytes as u64, stored };
+        let product = Product::new(geometry, weight, input.kind());
         let mut output;
         let hidden;
         {
@@ -325,16 +325,26 @@ struct Product {
     geometry: LayerGeometry,
     /// Bytes of the whole weight in the number type of arithmetic.
     weight: u64,
-    /// Whether it has to be made whole first.
-    stored: bool,
+    /// What it has to be made whole of first.
+    stored: Option<Storage>,
 }
 
 impl Product {
+    fn new(geometry: &LayerGeometry, weight: &Weight, kind: Kind) -> Self {
+        let bytes = geometry.weight_shape().iter().product::<usize>() * kind.elt_size_in_bytes();
+        let stored = if let Weight::Stored(storage) = weight { Some(*storage) } else { None };
+        Self { geometry: *geometry, weight: bytes as u64, stored }
+    }
+
     /// The result in new memory, with what is needed meanwhile.
     fn compute(&self, tape: &Tape, from: &Value, shape: &[usize], direction: Direction) -> Value {
-        let _whole = self.stored.then(|| tape.scratch(self.weight));
         let half = from.kind() != Kind::Float;
         let is_cpu = matches!(tape.platform(), Platform::Cpu { .. });
+        let _whole = self.stored.map(|_| tape.scratch(self.weight));
+        if half && is_cpu && self.stored == Some(Storage::Nf4) {
+            // It is rounded from f32, a chunk at a time; CUDA's kernel has that in registers.
+            drop(tape.scratch(4 * CHUNK.min(self.weight / 2)));
+        }
         let LayerGeometry::Conv2d { kernel, stride, .. } = self.geometry else {
             let result = tape.value(shape, from.kind());
             if half && is_cpu {

@@ -32,8 +32,8 @@ use crate::trainable::AdapterOptions;
 /// Timesteps that validation looks at in one batch.
 const VALIDATION_BATCH: usize = 16;
 
-/// Numbers that are brought into few bytes at once.
-const CHUNK: u64 = 1 << 20;
+/// Numbers that are brought into few bytes, or made whole of four bits, at once.
+pub(super) const CHUNK: u64 = 1 << 20;
 
 /// A part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -368,9 +368,12 @@ impl Run<'_> {
     fn layers(&self, component: Component, parameters: &mut Parameters) -> Rc<Layers> {
         let config = self.config;
         let whole = parameters.whole.remove(&component).unwrap_or_default();
-        let stored = match whole.is_empty() {
-            true => self.stored(self.base.shapes(component), self.kind, config.base_storage),
-            false => BTreeSet::new(),
+        let stored = match (whole.is_empty(), config.base_storage) {
+            (true, Some(storage)) => {
+                let layers = self.stored(self.base.shapes(component), self.kind, config.base_storage);
+                layers.into_iter().map(|layer| (layer, storage)).collect()
+            }
+            _ => BTreeMap::new(),
         };
         Rc::new(Layers {
             tape: self.tape.clone(),
@@ -500,7 +503,7 @@ impl Run<'_> {
         Rc::new(Layers {
             tape: self.tape.clone(),
             kind: self.vae_kind,
-            stored: BTreeSet::new(),
+            stored: BTreeMap::new(),
             staged: false,
             adapters: BTreeMap::new(),
             trained: BTreeMap::new(),
