@@ -41,7 +41,12 @@ else:
     GRID = [
         ("pixels=256", ["", "feed_forward=1", "storage=fp16", "storage=int8", "storage=nf4"]),
         ("pixels=256 checkpointing=1", ["", "storage=nf4"]),
+        ("pixels=512", ["", "feed_forward=1", "storage=nf4"]),
+        ("pixels=512 checkpointing=1", ["", "storage=nf4"]),
     ]
+    # Others convert number by number.
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        GRID += [("pixels=512 dtype=bf16", ["", "storage=nf4"])]
 
 
 def run(command, arguments):
