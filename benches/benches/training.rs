@@ -71,7 +71,7 @@ struct Measured {
     taken_bytes: Option<u64>,
 }
 
-/// Others convert number by number.
+/// Whether the CPU has instructions for bf16; those without convert number by number.
 fn cpu_computes_in_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("avx512bf16");

@@ -150,7 +150,8 @@ void quantise_block(const float *values, int64_t count, uint8_t *packed, float *
 }
 
 #if defined(__x86_64__)
-// A whole block, eight numbers at once: the scaled codes fill two registers, in which numbers look theirs up.
+// A whole block, eight numbers at once: the scaled codes fill two registers, in which numbers look theirs up. The same products
+// as of the pairs below, to the bit.
 __attribute__((target("avx2"))) void dequantise_whole_block(const uint8_t *packed, float scale, float *values) {
   const __m256 factor = _mm256_set1_ps(scale);
   const __m256 below = _mm256_mul_ps(_mm256_loadu_ps(&CODE[0]), factor), above = _mm256_mul_ps(_mm256_loadu_ps(&CODE[8]), factor);
