@@ -1,7 +1,8 @@
 //! Cutting a picture to a target size without squashing it: the smallest scaling that covers the target, then a crop.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::{U8, U8x3};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 
 use crate::{Error, Result, RgbPicture};
 
@@ -81,12 +82,22 @@ impl CropPlan {
             (self.target.0 as f64 * x).min(size.0 as f64 - left),
             (self.target.1 as f64 * y).min(size.1 as f64 - top),
         );
-        let kind = if channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
-        let source = ImageRef::new(size.0 as u32, size.1 as u32, data, kind);
+        match channels {
+            1 => self.resize::<U8>(data, size, &options),
+            _ => self.resize::<U8x3>(data, size, &options),
+        }
+    }
+
+    /// The pixel's type is chosen here because the resizer, left to choose, brings its thirteen types into this crate: megabytes
+    /// of code and minutes of compiling.
+    fn resize<P: PixelTrait>(&self, data: &[u8], size: (usize, usize), options: &ResizeOptions) -> Result<Vec<u8>> {
+        let source = TypedImageRef::<P>::from_buffer(size.0 as u32, size.1 as u32, data);
         let source = source.map_err(|error| self.failed(error))?;
-        let mut cut = Image::new(self.target.0 as u32, self.target.1 as u32, kind);
-        Resizer::new().resize(&source, &mut cut, &options).map_err(|error| self.failed(error))?;
-        Ok(cut.into_vec())
+        let mut cut = vec![0; self.target.0 * self.target.1 * size_of::<P>()];
+        let target = TypedImage::<P>::from_buffer(self.target.0 as u32, self.target.1 as u32, &mut cut);
+        let mut target = target.map_err(|error| self.failed(error))?;
+        Resizer::new().resize_typed(&source, &mut target, options).map_err(|error| self.failed(error))?;
+        Ok(cut)
     }
 
     fn failed(&self, reason: impl std::fmt::Display) -> Error {
