@@ -38,24 +38,23 @@ fn main() {
         // libtorch's own headers warn by the hundred.
         .warnings(false);
     build_cuda(build.clone(), &include, &object);
-    build
-        .file("cpp/allocations.cpp")
-        .file("cpp/shim.cpp")
-        .file("cpp/checkpoint.cpp")
-        .file("cpp/fault.cpp")
-        .file("cpp/frozen.cpp")
-        .file("cpp/geglu.cpp")
-        .file("cpp/nf4.cpp")
-        .file("cpp/norm_silu.cpp")
-        .file("cpp/profile.cpp")
-        .file("cpp/staging.cpp")
-        .file("cpp/stream.cpp")
-        .file("cpp/whole_host.cpp")
-        .compile("lora_torch_shim");
+    build.file(one_file(object.with_file_name("shim.cpp"))).compile("lora_torch_shim");
     // Dependents read this as DEP_LORA_TORCH_SHIM_LIBTORCH_LIB and embed it as run path.
     println!("cargo:libtorch_lib={}", lib.display());
     println!("cargo:rustc-env=LORA_LIBTORCH_LIB={}", lib.display());
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+/// A file that includes all of `cpp`: reading libtorch's headers takes longer than compiling what is written here.
+fn one_file(path: PathBuf) -> PathBuf {
+    let folder = std::fs::read_dir("cpp").expect("the sources are beside this script");
+    let mut files: Vec<PathBuf> = folder.map(|entry| entry.expect("the folder can be read").path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "cpp"));
+    files.sort();
+    let full = |file: &PathBuf| file.canonicalize().expect("it was there a moment ago");
+    let text: String = files.iter().map(|file| format!("#include {:?}\n", full(file))).collect();
+    std::fs::write(&path, text).expect("cargo's folder can be written to");
+    path
 }
 
 /// What calls CUDA by name. Its libraries are there only at run time, so that its symbols stay open until then.

@@ -2,8 +2,10 @@
 // activations are not kept but computed again in the backward pass. The part itself is a callback into Rust.
 
 #include <ATen/core/ivalue.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <stdexcept>
 #include <vector>

@@ -3,8 +3,9 @@
 // anew in the forward and again in the backward pass. How NF4 is made is in nf4.cpp.
 
 #include <ATen/core/ivalue.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <memory>

@@ -2,7 +2,8 @@
 // backward pass, and the gradient is written where it belongs instead of being put together from padded halves. Gradients are
 // those of the separate operations to the bit.
 
-#include <torch/torch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "guard.h"
 

@@ -2,7 +2,8 @@
 // normalised values too, as large as the input. They are computed again in the backward pass, by the same kernel, so that
 // gradients are those of the two operations to the bit.
 
-#include <torch/torch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/types.h>
 
 #include "guard.h"
 

@@ -18,7 +18,7 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/AllocatorConfig.h>
 #include <c10/util/env.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <cstdint>

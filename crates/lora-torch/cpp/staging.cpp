@@ -9,7 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <mutex>
@@ -70,7 +70,7 @@ private:
   std::optional<size_t> place;
 };
 
-struct Part {
+struct Member {
   int64_t offset = 0;
   std::vector<int64_t> shape;
   at::ScalarType kind = at::kByte;
@@ -79,7 +79,7 @@ struct Part {
 
 struct Weight {
   at::Tensor host; // its bytes
-  std::vector<Part> parts;
+  std::vector<Member> parts;
   int64_t bytes = 0;
 };
 
@@ -109,7 +109,7 @@ public:
     const torch::NoGradGuard no_grad;
     Weight weight;
     for (const at::Tensor &tensor : parts) {
-      Part part;
+      Member part;
       if (tensor.defined()) {
         part = {weight.bytes, tensor.sizes().vec(), tensor.scalar_type(), true};
         weight.bytes += aligned(static_cast<int64_t>(tensor.nbytes()));
@@ -199,7 +199,7 @@ private:
 
   static std::vector<at::Tensor> views(const Weight &weight, const at::Tensor &bytes) {
     std::vector<at::Tensor> all;
-    for (const Part &part : weight.parts) {
+    for (const Member &part : weight.parts) {
       if (!part.defined) {
         all.emplace_back();
         continue;
