@@ -1,10 +1,27 @@
 """tiny.safetensors: what the text encoder, VAE and U-Net of the tiny model answer."""
 
 import torch
+import torch.nn.functional as F
 
 import files
 import tiny
 from tiny import given
+
+
+def in_tiles(run, whole, scale_in, scale_out):
+    """`run` on two tiles an axis, of 8 by 6 latents; where they overlap the second's share rises from 0 to 1."""
+    axes = []
+    for begin, end, length in ((3, 5, 8), (2, 4, 6)):
+        place = torch.arange(length * scale_out) + 0.5
+        share = ((place - begin * scale_out) / ((end - begin) * scale_out)).clamp(0, 1)
+        axes.append([(0, end, 1 - share), (begin, length, share)])
+    answer = 0
+    for top, bottom, down in axes[0]:
+        for left, right, across in axes[1]:
+            tile = run(whole[..., top * scale_in:bottom * scale_in, left * scale_in:right * scale_in])
+            around = [side * scale_out for side in (left, 6 - right, top, 8 - bottom)]
+            answer = answer + F.pad(tile, around) * down[:, None] * across
+    return answer
 
 
 def main():
@@ -27,6 +44,11 @@ def main():
         posterior = vae.encode(given("input.vae.pixels", (2, 3, 64, 48))).latent_dist
         made["vae.mean"], made["vae.logvar"] = posterior.mean, posterior.logvar
         made["vae.decoded"] = vae.decode(given("input.vae.latents", (2, 4, 8, 6))).sample
+
+        encode, decode = (lambda pixels: vae.quant_conv(vae.encoder(pixels))), (lambda latents: vae.decode(latents).sample)
+        moments = in_tiles(encode, given("input.vae.pixels", (2, 3, 64, 48)), 8, 1)
+        made["vae.tiled.mean"], made["vae.tiled.logvar"] = moments.chunk(2, 1)
+        made["vae.tiled.decoded"] = in_tiles(decode, given("input.vae.latents", (2, 4, 8, 6)), 1, 8)
 
         unet = tiny.unet()
         sample = given("input.unet.sample", (2, 4, 8, 8))

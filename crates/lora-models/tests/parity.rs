@@ -92,16 +92,20 @@ fn vae_matches_diffusers() {
     let weights = SyntheticWeights::new("vae");
     let vae = Vae::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().vae).unwrap();
     no_grad(|| {
-        let found = vae.encode(&given("input.vae.pixels", &[2, 3, 64, 48])).unwrap();
-        for (name, found) in [("mean", &found.mean), ("logvar", &found.log_variance)] {
-            let error = relative(found, &tensor(&golden, &format!("vae.{name}")));
-            assert!(error < 1e-4, "{name}: {error:e}");
+        let (pixels, latents) = (given("input.vae.pixels", &[2, 3, 64, 48]), given("input.vae.latents", &[2, 4, 8, 6]));
+        let whole = (vae.encode(&pixels).unwrap(), vae.decode(&latents).unwrap());
+        let tiled = (vae.encode_in_tiles(&pixels, 5).unwrap(), vae.decode_in_tiles(&latents, 5).unwrap());
+        for (kind, (encoded, decoded)) in [("vae", &whole), ("vae.tiled", &tiled)] {
+            for (name, found) in [("mean", &encoded.mean), ("logvar", &encoded.log_variance), ("decoded", decoded)] {
+                let error = relative(found, &tensor(&golden, &format!("{kind}.{name}")));
+                assert!(error < 1e-4, "{kind}.{name}: {error:e}");
+            }
         }
-        let decoded = vae.decode(&given("input.vae.latents", &[2, 4, 8, 6])).unwrap();
-        let error = relative(&decoded, &tensor(&golden, "vae.decoded"));
-        assert!(error < 1e-4, "decoded: {error:e}");
+        // Tiles that need not be cut are the whole.
+        assert_eq!(vae.decode_in_tiles(&latents, 8).unwrap(), whole.1);
     });
-    assert!(vae.encode(&Tensor::zeros([1, 3, 60, 64], (Kind::Float, CPU))).is_err());
+    let odd = Tensor::zeros([1, 3, 60, 64], (Kind::Float, CPU));
+    assert!(vae.encode(&odd).is_err() && vae.encode_in_tiles(&odd, 5).is_err());
 }
 
 #[test]

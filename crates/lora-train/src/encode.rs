@@ -20,13 +20,20 @@ use crate::{Error, Result};
 pub struct Encoder {
     vae: Vae,
     device: Device,
+    in_tiles: bool,
 }
 
 impl Encoder {
     /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
     pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
         let kind = if device == Device::Cpu { Kind::Float } else { kind_of(precision) };
-        Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device })
+        Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device, in_tiles: false })
+    }
+
+    /// Whether pictures of more than [`Vae::TILE`] latents a side are worked on in tiles.
+    pub fn in_tiles(mut self, in_tiles: bool) -> Self {
+        self.in_tiles = in_tiles;
+        self
     }
 
     /// The number type that it computes in.
@@ -84,7 +91,10 @@ impl Encoder {
     ) -> Result<LatentDistribution> {
         let _guard = no_grad_guard();
         let pixels = from_f32(&picture.to_planar(), &[1, 3, picture.height(), picture.width()], self.device)?;
-        let latents = self.vae.encode(&pixels)?;
+        let latents = match self.in_tiles {
+            true => self.vae.encode_in_tiles(&pixels, Vae::TILE)?,
+            false => self.vae.encode(&pixels)?,
+        };
         if is_finite(&latents.mean)? && is_finite(&latents.log_variance)? {
             return Ok(latents);
         }
@@ -113,7 +123,11 @@ impl Encoder {
     fn decode_here(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let latents = latents.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
-        let pixels = self.vae.decode(&latents.f_div_scalar(self.scaling_factor())?)?;
+        let scaled = latents.f_div_scalar(self.scaling_factor())?;
+        let pixels = match self.in_tiles {
+            true => self.vae.decode_in_tiles(&scaled, Vae::TILE)?,
+            false => self.vae.decode(&scaled)?,
+        };
         if !is_finite(&pixels)? && self.vae.kind() != Kind::Float {
             self.vae = load_vae(checkpoint, Kind::Float, self.device, Held::default())?;
             return self.decode_here(checkpoint, &latents);
@@ -237,6 +251,7 @@ mod tests {
         let mut encoder = Encoder {
             vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
             device: Device::Cpu,
+            in_tiles: false,
         };
         let picture = RgbPicture::new(16, 16, (0..=255).cycle().take(768).collect()).unwrap();
         let latents = encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
@@ -248,6 +263,7 @@ mod tests {
         let mut encoder = Encoder {
             vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
             device: Device::Cpu,
+            in_tiles: false,
         };
         encoder.encode(&checkpoint, Path::new("a.png"), &picture).unwrap();
         assert_eq!(encoder.vae.kind(), Kind::Half);

@@ -197,3 +197,30 @@ fn weighted_words_change_the_states() {
     }
     assert_eq!(loss(&[]), loss(&["weighted_captions=true"]));
 }
+
+#[test]
+fn pictures_pass_through_the_autoencoder_in_tiles() {
+    let folder = workspace();
+    let cache = format!("cache_dir={}", folder.path().join("cache").display());
+    // 40 latents a side: two tiles of 24 each way.
+    let keys = ["max_resolution=320", "sample_resolution=320", "sample_steps=2", "train_text_encoder=false", &*cache];
+    let whole = &mut prepare(folder.path(), &keys);
+    let keys = [&keys[..], &["vae_tiling=true"]].concat();
+    let tiled = &mut prepare(folder.path(), &keys);
+    let prompts = ["a".to_owned()];
+    let mean_difference = |session: &mut Session, other: &mut Session| {
+        let (a, b) = (session.sample(&prompts).unwrap(), other.sample(&prompts).unwrap());
+        assert_eq!((a[0].width(), a[0].height()), (320, 320));
+        let differences = a[0].data().iter().zip(b[0].data()).map(|(&a, &b)| f64::from(a.abs_diff(b)));
+        differences.sum::<f64>() / a[0].data().len() as f64
+    };
+    let off = mean_difference(whole, tiled);
+    assert!((0.01..10.0).contains(&off), "{off} of 255");
+
+    // Nor are latents of the one taken for the other's.
+    let loss = |session: &mut Session| session.step().unwrap().unwrap().loss;
+    let (of_whole, of_tiles) = (loss(whole), loss(tiled));
+    assert!(of_whole != of_tiles && (of_whole / of_tiles - 1.0).abs() < 0.1, "{of_whole} {of_tiles}");
+    let again = loss(&mut prepare(folder.path(), &keys));
+    assert!(if exact() { again == of_tiles } else { (again / of_tiles - 1.0).abs() < 1e-3 }, "{again} {of_tiles}");
+}

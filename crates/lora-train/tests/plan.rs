@@ -10,7 +10,7 @@ use lora_core::DType;
 use lora_io::checkpoint::Part;
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
-use lora_train::plan::{Part as Memory, Phase, Plan, plan};
+use lora_train::plan::{Part as Memory, Phase, PhasePeak, Plan, plan};
 use lora_train::{Error, Plugins, Session};
 
 const GIB: u64 = 1 << 30;
@@ -125,6 +125,7 @@ fn resolution_falls_only_where_it_may() {
         "optimizer=adamw8bit",
         "cpu_offload_checkpointing=true",
         "offload_base=true",
+        "vae_tiling=true",
     ];
     let least = match plan(&config(&[&keys[..], &["vram_budget=600MiB"]].concat()), &Plugins::default()) {
         Err(error @ Error::Budget { .. }) => error.to_string(),
@@ -260,6 +261,42 @@ fn the_documentation_shows_what_is_predicted() {
         }
     }
     documented("predicted", &table);
+}
+
+/// Every phase of a run, with the autoencoder on whole pictures and in tiles.
+#[test]
+fn the_documentation_shows_the_phases() {
+    let mut table = String::from(
+        "| | encode pictures | train | draw samples | in tiles: encode pictures | draw samples |\n|---|---|---|---|---|---|\n",
+    );
+    let nf4 = ["gradient_checkpointing=true", "base_storage=nf4", "train_text_encoder=false"];
+    let rows: [(&str, &[&str]); 3] = [
+        ("fp16", &[]),
+        ("fp16, `gradient_checkpointing`", &["gradient_checkpointing=true"]),
+        ("the same, NF4 base, text encoder frozen", &nf4),
+    ];
+    for (name, keys) in rows {
+        for side in ["512", "768"] {
+            let (pictures, samples) = (format!("max_resolution={side}"), format!("sample_resolution={side}"));
+            let own = [keys, &["sample_prompts=a", &pictures, &samples]].concat();
+            let (whole, tiled) = (planned(&own), planned(&[&own[..], &["vae_tiling=true"]].concat()));
+            write!(table, "| {name}, {side} px |").unwrap();
+            let peak = |plan: &Plan, phase| {
+                plan.as_configured.phases.iter().find(|own| own.phase == phase).map_or(0, PhasePeak::total)
+            };
+            for (plan, phase) in [
+                (&whole, Phase::Pictures),
+                (&whole, Phase::Training),
+                (&whole, Phase::Samples),
+                (&tiled, Phase::Pictures),
+                (&tiled, Phase::Samples),
+            ] {
+                write!(table, " {:.2} |", peak(plan, phase) as f64 / GIB as f64).unwrap();
+            }
+            table.push('\n');
+        }
+    }
+    documented("phases", &table);
 }
 
 /// What is often said of memory, and what is predicted for the same change.

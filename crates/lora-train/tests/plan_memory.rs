@@ -113,6 +113,8 @@ fn predictions_are_what_is_counted() {
         &["ema_decay=0.99", "lora_rank=64"],
         &["sample_prompts=a", "sample_resolution=256", "sample_sampler=ddim", "sample_steps=2", "precision=bf16"],
         &["sample_prompts=a", "sample_resolution=128", "sample_steps=2", "train_text_encoder=false", "validation"],
+        &["vae_tiling=true", "max_resolution=512", "train_text_encoder=false", "gradient_checkpointing=true"],
+        &["vae_tiling=true", "sample_prompts=a", "sample_resolution=512", "sample_steps=2", "precision=bf16"],
         &["train=full", "batch_size=2"],
         &["train=full", "optimizer=adamw8bit"],
         &["train=full", "optimizer=lion"],

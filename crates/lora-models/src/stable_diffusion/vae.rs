@@ -3,6 +3,7 @@
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
+use super::tiles::in_tiles;
 use crate::layers::{AdaptableLayer, GroupNorm, Pass, attention};
 use crate::weights::{WeightSource, Weights, dimension};
 use crate::{Error, Result};
@@ -84,6 +85,11 @@ pub struct LatentDistribution {
 }
 
 impl LatentDistribution {
+    fn of(moments: &Tensor) -> Result<Self> {
+        let moments = moments.f_chunk(2, 1)?;
+        Ok(Self { mean: moments[0].shallow_clone(), log_variance: moments[1].f_clamp(-30.0, 20.0)? })
+    }
+
     /// A sample with the given standard normal noise.
     pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
         Ok(self.mean.f_add(&self.log_variance.f_mul_scalar(0.5)?.f_exp()?.f_mul(noise)?)?)
@@ -91,6 +97,9 @@ impl LatentDistribution {
 }
 
 impl Vae {
+    /// Side of a tile that is usual where memory is short: 256 pixels of SD 1.x.
+    pub const TILE: usize = 32;
+
     /// Built from its weights.
     pub fn new(weights: &Weights<'_>, config: VaeConfig) -> Result<Self> {
         let (latent, moments) = (config.latent_channels, 2 * config.latent_channels);
@@ -119,6 +128,19 @@ impl Vae {
     /// The latent distribution of pictures `[batch, 3, height, width]` in [-1, 1]; sides are multiples of
     /// [`VaeConfig::factor`].
     pub fn encode(&self, pictures: &Tensor) -> Result<LatentDistribution> {
+        self.check(pictures)?;
+        LatentDistribution::of(&self.moments(pictures)?)
+    }
+
+    /// The same in tiles of at most `most` latents a side ([`Self::TILE`], 4 at least) that overlap by a quarter: memory for one
+    /// tile, whatever the size of the pictures. Group norms and attention see a tile, so that the result differs a little.
+    pub fn encode_in_tiles(&self, pictures: &Tensor, most: usize) -> Result<LatentDistribution> {
+        self.check(pictures)?;
+        let factor = self.config.factor();
+        LatentDistribution::of(&in_tiles(pictures, most, (factor, 1), |tile| self.moments(tile))?)
+    }
+
+    fn check(&self, pictures: &Tensor) -> Result<()> {
         let factor = self.config.factor() as i64;
         let (_, channels, height, width) = pictures.size4()?;
         if channels != 3 || height % factor != 0 || width % factor != 0 {
@@ -128,11 +150,14 @@ impl Vae {
                 found: format!("{:?}", pictures.size()),
             });
         }
+        Ok(())
+    }
+
+    /// Mean and logarithm of the variance, one after the other, f32.
+    fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
         let pass = Pass::default();
-        let moments =
-            self.quant_conv.forward(&self.encoder.encode(&pictures.f_to_kind(self.kind())?, &pass)?, &pass)?;
-        let moments = moments.f_to_kind(Kind::Float)?.f_chunk(2, 1)?;
-        Ok(LatentDistribution { mean: moments[0].shallow_clone(), log_variance: moments[1].f_clamp(-30.0, 20.0)? })
+        let encoded = self.encoder.encode(&pictures.f_to_kind(self.kind())?, &pass)?;
+        Ok(self.quant_conv.forward(&encoded, &pass)?.f_to_kind(Kind::Float)?)
     }
 
     /// Pictures of latents `[batch, 4, height, width]` (already divided by the scaling factor); f32, about [-1, 1].
@@ -140,6 +165,11 @@ impl Vae {
         let pass = Pass::default();
         let hidden = self.post_quant_conv.forward(&latents.f_to_kind(self.kind())?, &pass)?;
         Ok(self.decoder.decode(&hidden, &pass)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// The same in tiles, as [`Self::encode_in_tiles`].
+    pub fn decode_in_tiles(&self, latents: &Tensor, most: usize) -> Result<Tensor> {
+        in_tiles(latents, most, (1, self.config.factor()), |tile| self.decode(tile))
     }
 
     /// The dtype it computes in.

@@ -170,6 +170,8 @@ pub struct TrainConfig {
     /// On a GPU: launch the kernels of a step together.
     pub cuda_graphs: bool,
     pub cache_latents: bool,
+    /// The autoencoder works on tiles of pictures.
+    pub vae_tiling: bool,
     /// `vram_budget` in bytes.
     pub vram_budget: Option<u64>,
     pub auto: bool,
@@ -430,6 +432,7 @@ impl TrainConfig {
             recompute_feed_forward,
             cuda_graphs,
             cache_latents: reader.boolean("cache_latents", true),
+            vae_tiling: reader.boolean("vae_tiling", false),
             vram_budget: reader.bytes("vram_budget"),
             auto: reader.boolean("auto", false),
             allow_lower_resolution: reader.boolean("allow_lower_resolution", false),

@@ -9,6 +9,7 @@ use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::Variant;
 use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
+use lora_models::stable_diffusion::Vae;
 use lora_models::weights::SMALL;
 use lora_torch::TchBackend;
 use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
@@ -515,11 +516,20 @@ impl Run<'_> {
         })
     }
 
+    /// In tiles, where the configuration says so.
+    fn through_autoencoder(&self, input: &Value, scales: (usize, usize), run: impl Fn(&Value) -> Value) -> Value {
+        match self.config.vae_tiling {
+            true => vae::in_tiles(&self.tape, input, Vae::TILE, scales, run),
+            false => run(input),
+        }
+    }
+
     /// One picture through the autoencoder.
     fn encode_picture(&self, width: usize, height: usize) {
         self.tape.recording(false, || {
             let picture = self.tape.value(&[1, 3, height, width], Kind::Float);
-            drop(vae::encode(&self.vae_layers(), &self.base.vae, &picture));
+            let encode = |pictures: &Value| vae::encode(&self.vae_layers(), &self.base.vae, pictures);
+            drop(self.through_autoencoder(&picture, (self.base.vae.factor(), 1), encode));
         });
     }
 
@@ -559,11 +569,10 @@ impl Run<'_> {
         others
     }
 
-    /// Two passes at once for guidance, then the autoencoder's decoder, for one prompt.
+    /// Two passes at once for guidance, then the autoencoder comes and decodes, for one prompt.
     fn draw(&self, unet_layers: &Rc<Layers>, text_layers: Option<&Rc<Layers>>) {
         let tape = &self.tape;
         let (width, height) = self.config.samples.resolution;
-        let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
         tape.recording(false, || {
             let latents = self.latents(1, width, height);
             {
@@ -574,7 +583,9 @@ impl Run<'_> {
                 let both = self.latents(2, width, height);
                 drop(unet::forward(unet_layers, &self.base.unet, &both, &context));
             }
-            drop(vae::decode(&self.vae_layers(), &self.base.vae, &latents));
+            let _weights = self.load(&self.base.vae_shapes, Part::Autoencoder, self.vae_kind, None, false);
+            let decode = |latents: &Value| vae::decode(&self.vae_layers(), &self.base.vae, latents);
+            drop(self.through_autoencoder(&latents, (1, self.base.vae.factor()), decode));
         });
     }
 

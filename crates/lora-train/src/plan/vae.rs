@@ -3,12 +3,12 @@
 use std::rc::Rc;
 
 use lora_core::LayerGeometry;
-use lora_models::stable_diffusion::VaeConfig;
+use lora_models::stable_diffusion::{VaeConfig, tiles_along};
 use lora_torch::tch::Kind;
 
 use super::blocks::resnet;
 use super::layers::Layers;
-use super::tape::Value;
+use super::tape::{Tape, Value};
 
 /// Mean and logarithm of the variance of pictures `[batch, 3, height, width]`, in fp32.
 pub(super) fn encode(layers: &Rc<Layers>, config: &VaeConfig, pictures: &Value) -> Value {
@@ -54,6 +54,36 @@ pub(super) fn decode(layers: &Rc<Layers>, config: &VaeConfig, latents: &Value) -
     }
     let decoded = finish(layers, config, "decoder", &hidden, 3);
     tape.cast(&decoded, Kind::Float)
+}
+
+/// Work in tiles of at most `most` latents: `lora_models`' own.
+pub(super) fn in_tiles(
+    tape: &Tape,
+    input: &Value,
+    most: usize,
+    (input_scale, output_scale): (usize, usize),
+    run: impl Fn(&Value) -> Value,
+) -> Value {
+    let [batch, channels, height, width] = *input.shape() else { return input.clone() };
+    let (rows, columns) = (tiles_along(height / input_scale, most), tiles_along(width / input_scale, most));
+    if rows.len() == 1 && columns.len() == 1 {
+        return run(input);
+    }
+    let weights = |length: usize| tape.value(&[length * output_scale], Kind::Float);
+    let mut whole: Option<Value> = None;
+    for (top, bottom) in rows {
+        let _down = weights(bottom - top);
+        for &(left, right) in &columns {
+            let sides = [bottom - top, right - left];
+            let tile = tape.value(&[batch, channels, sides[0] * input_scale, sides[1] * input_scale], Kind::Float);
+            let answer = run(&tile);
+            let _across = weights(sides[1]);
+            let side = |length: usize| length / input_scale * output_scale;
+            let shape = [batch, answer.shape()[1], side(height), side(width)];
+            whole.get_or_insert_with(|| tape.value(&shape, Kind::Float));
+        }
+    }
+    whole.unwrap_or_else(|| input.clone())
 }
 
 fn middle(layers: &Rc<Layers>, config: &VaeConfig, scope: &str, input: &Value) -> Value {

@@ -42,6 +42,7 @@ pub(super) struct Fresh {
     encoder: Option<Encoder>,
     precision: DType,
     device: Device,
+    in_tiles: bool,
     /// Samples in the order of the visits to come.
     decoded: Peekable<Box<dyn Iterator<Item = Decoded> + Send>>,
 }
@@ -69,7 +70,13 @@ impl LatentSource {
         let window = 2 * config.batch_size.max(cores());
         let load = move |visit: Visit| (visit, pictures.load(visit.index, &draws(seed, &visit)));
         let decoded: Box<dyn Iterator<Item = Decoded> + Send> = Box::new(ahead(visits, cores(), window, load));
-        Self::Fresh(Box::new(Fresh { encoder: Some(encoder), precision, device, decoded: decoded.peekable() }))
+        Self::Fresh(Box::new(Fresh {
+            encoder: Some(encoder),
+            precision,
+            device,
+            in_tiles: config.vae_tiling,
+            decoded: decoded.peekable(),
+        }))
     }
 
     /// Whether an autoencoder is on the device between steps.
@@ -107,7 +114,7 @@ impl LatentSource {
         let path = &pictures.items()[visit.index].file.path;
         let encoder = match &mut fresh.encoder {
             Some(encoder) => encoder,
-            gone => gone.insert(Encoder::load(checkpoint, fresh.precision, fresh.device)?),
+            gone => gone.insert(Encoder::load(checkpoint, fresh.precision, fresh.device)?.in_tiles(fresh.in_tiles)),
         };
         let distribution = encoder.encode(checkpoint, path, &sample.picture)?;
         let latents = sample_latents(&distribution, encoder.scaling_factor(), &draw.at("latent"))?;
@@ -135,7 +142,10 @@ pub(super) fn cache(
     progress: &mut dyn FnMut(Preparing),
 ) -> Result<(Pictures, Vec<Encoded>)> {
     let identity = match cache {
-        Some(_) => format!("{} {:?} {device:?}", checkpoint.part(Part::Vae).sha256()?, encoder.kind()),
+        Some(_) => {
+            let tiles = if config.vae_tiling { " in tiles" } else { "" };
+            format!("{} {:?} {device:?}{tiles}", checkpoint.part(Part::Vae).sha256()?, encoder.kind())
+        }
         None => String::new(),
     };
     let count = pictures.items().len();

@@ -130,7 +130,7 @@ impl Session {
 
         // The autoencoder comes and goes before anything else is on the device.
         progress(Preparing::Loading("autoencoder"));
-        let mut encoder = Encoder::load(&checkpoint, precision, device)?;
+        let mut encoder = Encoder::load(&checkpoint, precision, device)?.in_tiles(config.vae_tiling);
         let mut encoded = None;
         if config.cache_latents {
             let disk = disk.as_ref();

@@ -3,7 +3,7 @@
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{Sampler, load_text_encoder};
+use lora_models::stable_diffusion::{Sampler, load_text_encoder, vae_config};
 use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
@@ -22,25 +22,29 @@ impl Session {
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let samples = self.config.samples.clone();
-        let mut decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
-        let (width, height) = (samples.resolution.0 / decoder.factor(), samples.resolution.1 / decoder.factor());
+        let vae = vae_config(&self.checkpoint)?;
+        let (width, height) = (samples.resolution.0 / vae.factor(), samples.resolution.1 / vae.factor());
         let sampler = Sampler::new(samples.sampler, &self.schedule, samples.steps)?;
         let pass = Pass::default();
-        let mut pictures = Vec::new();
+        // The autoencoder comes when all latents are there, which are small, so that it is never beside the U-Net at work.
+        let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
-            let noise = Stream::new(samples.seed)
-                .at("sample")
-                .with(index as u64)
-                .normals(decoder.latent_channels() * height * width);
-            let noise = from_f32(&noise, &[1, decoder.latent_channels(), height, width], self.device)?;
+            let noise =
+                Stream::new(samples.seed).at("sample").with(index as u64).normals(vae.latent_channels * height * width);
+            let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
             let context = Tensor::f_cat(&[self.states_of(&samples.negative_prompt)?, self.states_of(prompt)?], 0)?;
-            let latents = sampler.sample(&noise, |latents, timestep| {
+            all.push(sampler.sample(&noise, |latents, timestep| {
                 let both =
                     self.unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
                 let difference = halves[1].f_sub(&halves[0])?;
                 Ok(halves[0].f_add(&difference.f_mul_scalar(samples.guidance_scale)?)?)
-            })?;
+            })?);
+        }
+        let decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
+        let mut decoder = decoder.in_tiles(self.config.vae_tiling);
+        let mut pictures = Vec::new();
+        for latents in all {
             pictures.extend(decoder.decode(&self.checkpoint, &latents)?);
         }
         Ok(pictures)

@@ -36,7 +36,8 @@ impl Session {
     pub fn load_validation(&self, folder: &Path) -> Result<Validation> {
         let _scope = self.scope()?;
         let pictures = self.pictures.of_another(folder)?;
-        let mut encoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
+        let mut encoder =
+            Encoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling);
         let mut items = Vec::new();
         for (index, item) in pictures.items().iter().enumerate() {
             let random = Stream::new(self.config.seed).at("validation").with(index as u64);

@@ -101,6 +101,7 @@ impl Settings {
             cuda_graphs,
             recompute_feed_forward,
             cache_latents,
+            vae_tiling,
             // What a plan changed is in the keys that it set.
             vram_budget: _,
             auto: _,
@@ -149,6 +150,7 @@ impl Settings {
         fixed("base_storage", base_storage);
         // A picture's latents are drawn once or at each visit.
         fixed("cache_latents", cache_latents);
+        fixed("vae_tiling", vae_tiling);
         let (items, visits) = (pictures.items().len(), pictures.items().iter().map(|item| item.repeats).sum::<usize>());
         fixed(DATASET, &Plain(format!("{items} pictures, {visits} visits an epoch")));
         for (number, dataset) in pictures.datasets().enumerate() {
