@@ -117,8 +117,9 @@ fn steps(criterion: &mut Criterion) {
         picture.save(pictures.join(format!("{index}.png"))).expect("a picture is written");
     }
 
-    // `cargo test` passes `--test`: one row is run then, the others are only read.
-    let tried = std::env::args().any(|argument| argument == "--test");
+    // Only `cargo bench` passes `--bench`. As a test one row is run, the others are only read.
+    let has = |flag: &str| std::env::args().any(|argument| argument == flag);
+    let tried = has("--test") || !has("--bench");
     let results = RefCell::new(Vec::new());
     let mut group = criterion.benchmark_group(format!("{} on {device:?}", if full { "sd15" } else { "tiny" }));
     group.sample_size(10);
