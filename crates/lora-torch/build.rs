@@ -74,7 +74,8 @@ fn build_cuda(mut build: cc::Build, libtorch: &Path, object: &Path) {
         .expect("cargo's folder can be written to");
     build.include(headers).include(folder).pic(true);
     let mut command = build.get_compiler().to_command();
-    command.arg("-shared").args(["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp"]).arg("-ldl").arg("-o").arg(object);
+    let sources = ["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp", "cpp/cuda/limit.cpp"];
+    command.arg("-shared").args(sources).arg("-ldl").arg("-o").arg(object);
     let done = command.status().expect("the C++ compiler runs");
     assert!(done.success(), "{command:?} failed");
 }

@@ -37,6 +37,7 @@ pub(crate) struct Calls {
     pub(crate) graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_drop: unsafe extern "C" fn(*mut c_void),
+    pub(crate) memory_limit: unsafe extern "C" fn(i64, u64) -> c_int,
     kernels: Kernels,
 }
 
@@ -66,7 +67,7 @@ pub(crate) fn calls() -> Result<&'static Calls> {
         (CudaStatus::Available(_), Some(Err(reason))) => reason.clone(),
         (status, _) => status.to_string(),
     };
-    Err(Error::Torch(format!("no CUDA graphs: {reason}")))
+    Err(Error::Torch(reason))
 }
 
 fn open() -> std::result::Result<Calls, String> {
@@ -108,6 +109,7 @@ fn open() -> std::result::Result<Calls, String> {
         graph_end: symbol!("lora_graph_end"),
         graph_replay: symbol!("lora_graph_replay"),
         graph_drop: symbol!("lora_graph_drop"),
+        memory_limit: symbol!("lora_memory_limit"),
         kernels: Kernels { nf4: symbol!("lora_cuda_nf4"), scaled: symbol!("lora_cuda_scaled") },
     })
 }

@@ -1,11 +1,12 @@
 //! How much memory is in use: on the device as libtorch's allocator counts it, in the host as the kernel counts it and, on
-//! request, as libtorch asks for it.
+//! request, as libtorch asks for it; and a bound on the first.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::Device;
 
+use crate::cuda::{Calls, calls};
 use crate::{Error, Result, shim};
 
 /// Device memory in bytes.
@@ -47,6 +48,34 @@ pub fn empty_cache(device: Device) -> Result<()> {
     match device {
         Device::Cuda(_) => shim::empty_cache(),
         _ => Ok(()),
+    }
+}
+
+/// A bound on what libtorch's allocator takes from a device, for as long as this lives.
+#[derive(Debug)]
+#[must_use]
+pub struct Limit {
+    calls: &'static Calls,
+    index: i64,
+}
+
+/// Bounds what libtorch's allocator takes from a device, cached blocks and the memory of recorded graphs included: beyond it
+/// an allocation fails as on a device that is full. The bound is the process's; a later one takes its place. Nothing on the CPU.
+///
+/// # Errors
+/// Where the library was built without CUDA's headers.
+pub fn limited(device: Device, bytes: u64) -> Result<Option<Limit>> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let (calls, index) = (calls()?, index as i64);
+    // SAFETY: two numbers.
+    calls.checked(unsafe { (calls.memory_limit)(index, bytes) })?;
+    Ok(Some(Limit { calls, index }))
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        // SAFETY: two numbers.
+        unsafe { (self.calls.memory_limit)(self.index, u64::MAX) };
     }
 }
 
@@ -128,6 +157,8 @@ pub fn reset_host_peak() {
 
 #[cfg(test)]
 mod tests {
+    use tch::{Kind, Tensor};
+
     use super::*;
 
     #[test]
@@ -135,6 +166,24 @@ mod tests {
         assert_eq!(device_memory(Device::Cpu).unwrap(), None);
         reset_peak(Device::Cpu).unwrap();
         empty_cache(Device::Cpu).unwrap();
+        assert!(limited(Device::Cpu, 1).unwrap().is_none());
+    }
+
+    /// On a machine with a GPU.
+    #[test]
+    fn beyond_a_limit_memory_has_run_out() {
+        if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
+            println!("not run: {}", crate::device::cuda());
+            return;
+        }
+        let device = Device::Cuda(0);
+        let take = |bytes: u64| Tensor::f_zeros([bytes as i64], (Kind::Uint8, device)).map_err(Error::from);
+        let taken = device_memory(device).unwrap().unwrap().reserved;
+        let limit = limited(device, taken + (512 << 20)).unwrap();
+        assert!(take(1 << 30).unwrap_err().is_out_of_memory());
+        assert!(take(64 << 20).is_ok());
+        drop(limit);
+        assert!(take(1 << 30).is_ok());
     }
 
     #[test]
@@ -142,7 +191,7 @@ mod tests {
     fn host_memory_sees_an_allocation() {
         let before = host_memory().unwrap();
         // Much more than what tests beside this one give back meanwhile.
-        let block = tch::Tensor::ones([256 << 20], (tch::Kind::Uint8, Device::Cpu));
+        let block = Tensor::ones([256 << 20], (Kind::Uint8, Device::Cpu));
         let after = host_memory().unwrap();
         assert!(after.peak >= before.resident + (128 << 20), "{before:?} {after:?}");
         drop(block);

@@ -79,6 +79,13 @@ fn without_a_budget_there_is_a_prediction_and_what_each_remedy_would_save() {
     assert!(plan.alternatives.iter().all(|remedy| remedy.peak_after < remedy.peak_before && !remedy.cost.is_empty()));
     let text = plan.to_string();
     assert!(text.contains("saved activations") && text.contains("each alone"), "{text}");
+    let recordings = plan.as_configured.recordings.unwrap();
+    assert!(recordings.bytes >= training.parts.of(Memory::Saved) && recordings.bytes < training.parts.total());
+    assert_eq!(recordings.most, recordings.bytes + plan.as_configured.peak());
+    assert!(text.contains("CUDA graphs keep"), "{text}");
+    for other in ["cuda_graphs=false", "lora_dropout=0.1", "device=cpu"] {
+        assert!(planned(&[other]).as_configured.recordings.is_none(), "{other}");
+    }
     let json = serde_json::to_value(&plan).unwrap();
     assert_eq!(json["as_configured"]["phases"].as_array().unwrap().len(), plan.as_configured.phases.len());
 }

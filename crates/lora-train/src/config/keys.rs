@@ -468,7 +468,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "\"8GiB\", \"7.5GiB\", \"8192MiB\"",
                 "none",
                 "Memory that the run may use. Before training it is planned (`lora plan`), and what makes it fit is applied at an equal effective batch: smaller micro-batches, `recompute_feed_forward`, `gradient_checkpointing`, `cache_latents`, half precision, `vae_tiling`, `base_storage`, 8-bit AdamW, `cpu_offload_checkpointing`, `offload_base`. On the CPU it is host memory.",
-                "The run keeps to it, or ends at once with the least that it needs.",
+                "The run keeps to it, or ends at once with the least that it needs. On a GPU libtorch's allocator is bound by it, less 0.4 GiB for the driver: what was not foreseen is met as on a card of that size.",
             ),
             key(
                 "auto",

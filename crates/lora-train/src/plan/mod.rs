@@ -19,11 +19,12 @@ mod unet;
 mod vae;
 
 use lora_io::checkpoint::Checkpoint;
+use lora_torch::memory::Limit;
 use lora_torch::tch::{self, Device};
 use lora_torch::{device, memory};
 
 pub use meter::{Part, Usage};
-pub use predict::{Phase, PhasePeak, Prediction};
+pub use predict::{Phase, PhasePeak, Prediction, Recordings};
 pub use remedies::Setting;
 
 use base::Base;
@@ -167,6 +168,11 @@ pub(crate) fn applied(config: TrainConfig, plugins: &Plugins) -> Result<(TrainCo
     let mut notes: Vec<String> = plan.remedies.iter().map(|remedy| format!("to fit {budget}: {remedy}")).collect();
     notes.push(format!("predicted peak {} of {budget}", show(plan.planned.peak())));
     Ok((plan.config, notes))
+}
+
+/// Holds libtorch's allocator to a budget: the run is on a card of that size, whatever the card. Of host memory nothing is held.
+pub(crate) fn enforce(budget: u64, device: Device) -> Result<Option<Limit>> {
+    Ok(memory::limited(device, budget.saturating_sub(CUDA_CONTEXT))?)
 }
 
 /// The mildest changes that make the run fit: the first kinds first, each no further than needed.

@@ -91,6 +91,18 @@ impl PhasePeak {
 pub struct Prediction {
     /// Phases in their order.
     pub phases: Vec<PhasePeak>,
+    /// Where steps are recorded as CUDA graphs.
+    pub recordings: Option<Recordings>,
+}
+
+/// What recorded steps keep for themselves. It is no part of the peaks: where it does not fit, the recordings are given up.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Recordings {
+    /// Bytes of a step, as they are part of the training's peak.
+    pub bytes: u64,
+    /// Bytes in all when something else comes on top of them: samples, validation, the first visit of a further shape of
+    /// pictures.
+    pub most: u64,
 }
 
 impl Prediction {
@@ -146,7 +158,8 @@ pub(super) fn predict(config: &TrainConfig, base: &Base, machine: &Machine, plug
     }
     let variant = plugins.variants.get(&config.variant)?;
     run.all(&*variant)?;
-    Ok(Prediction { phases: run.phases })
+    let recordings = run.recorded().then(|| run.recordings()).flatten();
+    Ok(Prediction { phases: run.phases, recordings })
 }
 
 struct Run<'p> {
@@ -242,8 +255,7 @@ impl Run<'_> {
         }
         // From the second micro-batch on the gradients of the first are there from the beginning, and where steps are recorded
         // they always are.
-        let recorded = self.machine.platform == Platform::Cuda && can_record(config);
-        let micro_batches = if recorded { 2 } else { config.gradient_accumulation_steps.min(2) };
+        let micro_batches = if self.recorded() { 2 } else { config.gradient_accumulation_steps.min(2) };
         for &size in &sizes {
             let gradients: Vec<Vec<Rc<Block>>> = (0..micro_batches)
                 .map(|index| self.micro_batch(&unet_layers, text_layers.as_ref(), size, &parameters, index))
@@ -256,6 +268,20 @@ impl Run<'_> {
         self.note(Phase::Training);
         drop((autoencoder, text_weights, unet_weights, ring));
         Ok(())
+    }
+
+    /// Whether steps are recorded.
+    fn recorded(&self) -> bool {
+        self.machine.platform == Platform::Cuda && can_record(self.config)
+    }
+
+    fn recordings(&self) -> Option<Recordings> {
+        let training = self.phases.iter().find(|own| own.phase == Phase::Training)?;
+        let step = training.parts.of(Part::Saved) + training.parts.of(Part::Working);
+        let bytes = step + (step as f64 * self.machine.share) as u64;
+        let beside = [Phase::Training, Phase::Samples, Phase::Validation];
+        let beside = self.phases.iter().filter(|own| beside.contains(&own.phase)).map(PhasePeak::total);
+        Some(Recordings { bytes, most: bytes + beside.max()? })
     }
 
     /// Notes the peak since the last call.

@@ -25,6 +25,15 @@ impl fmt::Display for Plan {
             writeln!(f, "\nWhat would need less, each alone:")?;
             list(f, &self.alternatives)?;
         }
+        if let Some(own) = &self.planned.recordings {
+            writeln!(
+                f,
+                "\nCUDA graphs keep the {} of a step for themselves. Samples, validation and the first visit of each\n\
+                 further shape of pictures come on top, to {} at most; where that does not fit, they are given up.",
+                show(own.bytes),
+                show(own.most)
+            )?;
+        }
         if !self.spend.is_empty() {
             writeln!(f, "\nWhat is left could be spent on, each alone:")?;
             list(f, &self.spend)?;

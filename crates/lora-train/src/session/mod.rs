@@ -33,7 +33,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
 use lora_torch::graph::{Recorder, Scope};
-use lora_torch::memory::{self, DeviceMemory};
+use lora_torch::memory::{self, DeviceMemory, Limit};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, upload};
 use lora_torch::{LossScaler, foreach};
@@ -81,6 +81,8 @@ pub struct Session {
     resumed: Option<Resumed>,
     economy: Economy,
     recorder: Option<Arc<Recorder>>,
+    /// Of `vram_budget`.
+    _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
     /// What was done when memory ran out, in order.

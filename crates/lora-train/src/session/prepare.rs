@@ -97,6 +97,11 @@ impl Session {
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Checkpoint::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
+        let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
+        let limit = limit.transpose().unwrap_or_else(|error| {
+            notes.push(format!("vram_budget is kept to as far as it was planned, but nothing enforces it: {error}"));
+            None
+        });
         let recorder = graphs::recorder(&config, device);
         let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
         let precision = match (config.precision, device) {
@@ -299,6 +304,7 @@ impl Session {
             resumed: None,
             economy: Economy::default(),
             recorder,
+            _limit: limit.flatten(),
             graphs,
             tried: Vec::new(),
             torn: false,
