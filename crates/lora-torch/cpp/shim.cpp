@@ -2,6 +2,7 @@
 // kernels over lists of gradients. A C interface; no exception leaves it (guard.h). Tensors cross as the `torch::Tensor*` that
 // torch-sys uses. Nothing of CUDA is linked: the accelerator interface dispatches once libtorch_cuda is loaded.
 
+#include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
 #include <ATen/ops/_foreach_add.h>
@@ -37,6 +38,13 @@ std::vector<at::Tensor> list_of(torch::Tensor **tensors, size_t count) {
   return list;
 }
 
+// Whether there is an accelerator. Its allocator can be asked from then on, which before the first tensor knows no devices.
+bool has_accelerator() {
+  if (!at::hasCUDA()) return false;
+  at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
+  return true;
+}
+
 } // namespace
 
 extern "C" {
@@ -48,7 +56,7 @@ const char *lora_shim_last_error() { return lora::last_error().c_str(); }
 int lora_shim_memory_stats(int64_t device, int64_t *out, int *available) {
   return guarded([&] {
     *available = 0;
-    if (!at::accelerator::isAccelerator(c10::DeviceType::CUDA) || !at::hasCUDA()) return;
+    if (!has_accelerator()) return;
     const auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
     const auto aggregate = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
     out[0] = stats.allocated_bytes[aggregate].current;
@@ -63,7 +71,7 @@ int lora_shim_memory_stats(int64_t device, int64_t *out, int *available) {
 int lora_shim_memory_info(int64_t device, int64_t *out, int *available) {
   return guarded([&] {
     *available = 0;
-    if (!at::hasCUDA()) return;
+    if (!has_accelerator()) return;
     const auto info = at::accelerator::getMemoryInfo(static_cast<c10::DeviceIndex>(device));
     out[0] = static_cast<int64_t>(info.first);
     out[1] = static_cast<int64_t>(info.second);
@@ -93,13 +101,13 @@ int lora_shim_upload(const torch::Tensor *tensor, int64_t device, torch::Tensor 
 
 int lora_shim_empty_cache() {
   return guarded([&] {
-    if (at::hasCUDA()) at::accelerator::emptyCache();
+    if (has_accelerator()) at::accelerator::emptyCache();
   });
 }
 
 int lora_shim_reset_peak(int64_t device) {
   return guarded([&] {
-    if (at::hasCUDA()) at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(device));
+    if (has_accelerator()) at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(device));
   });
 }
 
