@@ -103,6 +103,15 @@ public:
     }
   }
 
+  // What was fetched ahead may still be on its way: until then nobody else gets the memory.
+  ~Ring() override {
+    try {
+      if (copying && memory.defined()) memory.record_stream(*copying);
+    } catch (const std::exception &) {
+      // A device that is gone.
+    }
+  }
+
   std::vector<at::Tensor> add(const std::vector<at::Tensor> &parts, int64_t *id) override {
     const std::lock_guard<std::mutex> guard(mutex);
     TORCH_CHECK(!memory.defined(), "weights are added before the first is used");

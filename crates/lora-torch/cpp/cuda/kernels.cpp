@@ -4,6 +4,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/ScalarType.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -121,6 +122,8 @@ const Kernels &kernels_of(int device, at::ScalarType kind) {
 void launch(cudaKernel_t kernel, int device, int64_t count, void **arguments) {
   constexpr int64_t THREADS = 256;
   const int64_t threads = (count + 7) / 8;
+  // A stream takes kernels of its own device alone.
+  const c10::cuda::CUDAGuard on(static_cast<c10::DeviceIndex>(device));
   const dim3 grid(static_cast<unsigned>((threads + THREADS - 1) / THREADS));
   C10_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(THREADS), arguments, 0,
                                   c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device))));
