@@ -110,9 +110,15 @@ impl Encoder {
         })
     }
 
-    /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them.
+    /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them. Where memory runs out, in tiles, then on the CPU.
     pub fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         match lora_torch::caught(|| self.decode_here(checkpoint, latents)) {
+            // Unlike latents, which training sees, pictures may differ a little.
+            Err(error) if error.is_out_of_memory() && !self.in_tiles => {
+                tracing::warn!("{error}: samples are decoded in tiles, as vae_tiling = true does from the start");
+                self.in_tiles = true;
+                self.decode(checkpoint, latents)
+            }
             Err(error) if error.is_out_of_memory() && self.moves_to_host(checkpoint, &error)? => {
                 self.decode_here(checkpoint, latents)
             }
@@ -120,7 +126,8 @@ impl Encoder {
         }
     }
 
-    fn decode_here(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
+    /// The same where the autoencoder is, whether there is memory or not.
+    pub(crate) fn decode_here(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let latents = latents.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
         let scaled = latents.f_div_scalar(self.scaling_factor())?;

@@ -447,7 +447,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
                 "true/false",
                 "true",
                 "On a GPU: the kernels of a step are recorded once for each shape of micro-batch and launched together, so that the device does not wait for the host; the result is the same. Where a step cannot be recorded (dropout within the adapter, `offload_base`, `cpu_offload_checkpointing`) it runs without.",
-                "The memory of the recordings, as much as a step takes, stays theirs: with pictures of several shapes, or samples, what runs beside them comes on top, and where that does not fit the recordings are given up. Off saves that, and the gradients of the adapter before the first backward pass.",
+                "The memory of the recordings, as much as a step takes, stays theirs: with pictures of several shapes, or samples, what runs beside them comes on top, and where that does not fit the recordings make room. Off saves that, and the gradients of the adapter before the first backward pass.",
             ),
             key(
                 "cache_latents",

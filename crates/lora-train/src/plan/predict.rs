@@ -95,7 +95,7 @@ pub struct Prediction {
     pub recordings: Option<Recordings>,
 }
 
-/// What recorded steps keep for themselves. It is no part of the peaks: where it does not fit, the recordings are given up.
+/// What recorded steps keep for themselves. It is no part of the peaks: where there is no room, they make it.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 pub struct Recordings {
     /// Bytes of a step, as they are part of the training's peak.

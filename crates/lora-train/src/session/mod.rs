@@ -493,6 +493,7 @@ mod tests {
     use std::path::Path;
 
     use lora_models::synthetic::SyntheticModel;
+    use lora_torch::fault::Fault;
 
     use super::*;
     use crate::config::Format;
@@ -546,6 +547,63 @@ mod tests {
             assert!(shapes > 0, "{keys:?}");
             assert_eq!(adapter, recorded, "{keys:?}");
         }
+    }
+
+    /// What is beside training has precedence, and the recordings come back.
+    #[test]
+    fn samples_that_do_not_fit_beside_recordings_take_their_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = |recorded: bool, fails: bool| {
+            let keys = ["max_train_steps=6", "sample_resolution=64", "sample_steps=2"];
+            let mut session = session(folder.path(), &keys);
+            session.graphs = recorded.then(|| StepGraphs::new(None));
+            let validation = session.load_validation(&folder.path().join("data")).unwrap();
+            let mut shapes = Vec::new();
+            for _ in 0..2 {
+                session.step().unwrap();
+            }
+            let fault = fails.then(|| Fault::of_allocation(100));
+            let pictures = session.sample(&["a".to_owned()]);
+            shapes.push(session.recorded_shapes());
+            drop(fault);
+            session.step().unwrap();
+            shapes.push(session.recorded_shapes());
+            let fault = fails.then(|| Fault::of_allocation(100));
+            let loss = session.validation_loss(&validation);
+            shapes.push(session.recorded_shapes());
+            drop(fault);
+            while session.step().unwrap().is_some() {}
+            (pictures, loss, shapes, session.adapter().unwrap().export().unwrap())
+        };
+        let (pictures, loss, none, adapter) = run(false, false);
+        let (pictures, loss) = (pictures.unwrap(), loss.unwrap());
+        assert_eq!(none, [0, 0, 0]);
+        let (again, again_loss, kept, same) = run(true, false);
+        assert_eq!((again.unwrap(), again_loss.unwrap(), same), (pictures.clone(), loss, adapter.clone()));
+        assert!(kept[0] > 0 && kept[1] >= kept[0] && kept[2] == kept[1], "{kept:?}");
+        let (again, again_loss, left, same) = run(true, true);
+        assert_eq!((again.unwrap(), again_loss.unwrap(), same), (pictures, loss, adapter));
+        assert!(left[0] == 0 && left[1] > 0 && left[2] == 0, "{left:?}");
+        // Without recordings there is nothing that could make room.
+        let (pictures, loss, ..) = run(false, true);
+        assert!(pictures.unwrap_err().is_out_of_memory() && loss.unwrap_err().is_out_of_memory());
+    }
+
+    #[test]
+    fn samples_that_are_too_large_are_decoded_in_tiles() {
+        let folder = tempfile::tempdir().unwrap();
+        let session =
+            |keys: &[&str]| session(folder.path(), &[&["sample_resolution=320", "sample_steps=1"], keys].concat());
+        let draw = |session: &mut Session| session.sample(&["a".to_owned()]).unwrap();
+        let tiled = draw(&mut session(&["vae_tiling=true"]));
+        let mut own = session(&[]);
+        let fault = Fault::none();
+        let whole = draw(&mut own);
+        let largest = fault.largest();
+        drop(fault);
+        let fault = Fault::from_bytes(largest);
+        assert_eq!(draw(&mut own), tiled);
+        assert!(fault.failed() > 0 && whole != tiled);
     }
 
     /// What an overflow in fp16 does, on a device without fp16: the loss scale alone makes the gradients overflow.

@@ -16,7 +16,7 @@ impl Session {
     /// Draws pictures with what is trained as it is now; with its running average, where there is one.
     pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _scope = self.scope()?;
-        self.with_averages(|session| lora_torch::caught(|| session.draw(prompts)))
+        self.with_averages(|session| session.beside_recordings(|session| session.draw(prompts)))
     }
 
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
@@ -45,7 +45,11 @@ impl Session {
         let mut decoder = decoder.in_tiles(self.config.vae_tiling);
         let mut pictures = Vec::new();
         for latents in all {
-            pictures.extend(decoder.decode(&self.checkpoint, &latents)?);
+            pictures.extend(match self.recorded_shapes() {
+                0 => decoder.decode(&self.checkpoint, &latents)?,
+                // Recordings make room before the autoencoder leaves the device.
+                _ => decoder.decode_here(&self.checkpoint, &latents)?,
+            });
         }
         Ok(pictures)
     }

@@ -40,6 +40,21 @@ impl Session {
         }
     }
 
+    /// Does what is beside training. Where there is no room for it beside the recordings, they make room, and come again with
+    /// their shapes.
+    pub(super) fn beside_recordings<T>(&mut self, run: impl Fn(&mut Self) -> Result<T>) -> Result<T> {
+        match lora_torch::caught(|| run(self)) {
+            Err(error) if error.is_out_of_memory() && self.recorded_shapes() > 0 => {
+                tracing::debug!("recorded steps make room: {error}");
+                self.graphs = None;
+                self.empty_cache()?;
+                self.graphs = Some(StepGraphs::new(self.recorder.clone()));
+                lora_torch::caught(|| run(self))
+            }
+            result => result,
+        }
+    }
+
     /// Most pictures at once.
     pub(super) fn micro_batch(&self, batches: &[Vec<Visit>]) -> usize {
         let largest = batches.iter().map(Vec::len).max().unwrap_or(0);

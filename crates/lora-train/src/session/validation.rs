@@ -60,7 +60,7 @@ impl Session {
         let _scope = self.scope()?;
         let _guard = no_grad_guard();
         self.with_averages(|session| {
-            lora_torch::caught(|| {
+            session.beside_recordings(|session| {
                 let mut losses = Vec::with_capacity(validation.items.len());
                 for (index, (latents, own)) in validation.items.iter().enumerate() {
                     let random = Stream::new(session.config.seed).at("validation").with(index as u64);
