@@ -41,6 +41,14 @@ namespace {
 // an f32 weight in one piece oneDNN makes such a copy itself.
 constexpr int64_t TILE = 1 << 21;
 
+// Outputs of a tile, each of `row` numbers; all of them where one tile is enough.
+int64_t tile_of(int64_t outputs, int64_t row) {
+  if (row * outputs <= TILE) return outputs;
+  // A tile of NF4 begins a block.
+  const int64_t whole = lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row);
+  return std::min(outputs, std::max(whole, TILE / row / whole * whole));
+}
+
 at::Tensor or_none(const torch::Tensor *tensor) { return tensor == nullptr ? at::Tensor() : *tensor; }
 
 struct Stored {
@@ -54,13 +62,7 @@ struct Stored {
 
   bool is_nf4() const { return nf4.absmax.defined(); }
 
-  // Outputs of a tile; all of them where one tile is enough.
-  int64_t tile() const {
-    if (!values.is_cpu() || row * shape[0] <= TILE) return shape[0];
-    // A tile of NF4 begins a block.
-    const int64_t whole = lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row);
-    return std::max(whole, TILE / row / whole * whole);
-  }
+  int64_t tile() const { return values.is_cpu() ? tile_of(shape[0], row) : shape[0]; }
 
   at::Tensor values, scale;
   lora::nf4::Quantised nf4;
@@ -280,6 +282,9 @@ int lora_frozen_low_rank(const torch::Tensor *input, const LoraStored *weight, c
     *output = new torch::Tensor(Adapted::apply(*input, *down, *up, capsule_of(layer_of(*weight, bias)), scale));
   });
 }
+
+// Outputs that are made whole at once on the CPU.
+int64_t lora_frozen_tile(int64_t outputs, int64_t row) { return tile_of(outputs, row); }
 
 // The whole weight, a new tensor in `kind`.
 int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output) {

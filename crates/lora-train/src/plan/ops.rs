@@ -7,7 +7,7 @@
 //! figures for CUDA are estimates from what cuDNN and the attention kernels are known to do.
 
 use lora_core::LayerGeometry;
-use lora_torch::frozen::Storage;
+use lora_torch::frozen::{Storage, tile};
 use lora_torch::tch::Kind;
 
 use super::predict::CHUNK;
@@ -15,6 +15,9 @@ use super::tape::{Platform, Tape, Value};
 
 /// oneDNN's convolutions work on blocks of so many channels.
 const BLOCKED_CHANNELS: u64 = 16;
+
+/// A single picture of no more numbers is too small for them on the CPU in fp32: libtorch has a convolution of its own for it.
+const SMALL_CONVOLUTION: u64 = 20480;
 
 /// A weight that an operation multiplies by.
 #[derive(Debug, Clone)]
@@ -312,6 +315,12 @@ impl Tape {
     }
 }
 
+/// Whether a convolution takes its input as one with the channels last. A single picture made of tokens has them last, too, but
+/// not the strides that libtorch looks for.
+fn channels_last(input: &Value) -> bool {
+    input.is_permuted() && input.shape()[0] > 1
+}
+
 /// Which way a layer computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Direction {
@@ -327,51 +336,116 @@ struct Product {
     weight: u64,
     /// What it has to be made whole of first.
     stored: Option<Storage>,
+    /// Whether a large one is worked on in tiles on the CPU.
+    tiled: bool,
 }
 
 impl Product {
     fn new(geometry: &LayerGeometry, weight: &Weight, kind: Kind) -> Self {
         let bytes = geometry.weight_shape().iter().product::<usize>() * kind.elt_size_in_bytes();
         let stored = if let Weight::Stored(storage) = weight { Some(*storage) } else { None };
-        Self { geometry: *geometry, weight: bytes as u64, stored }
+        let convolution = matches!(geometry, LayerGeometry::Conv2d { .. });
+        let tiled = stored.is_some() || convolution && matches!(weight, Weight::Frozen);
+        Self { geometry: *geometry, weight: bytes as u64, stored, tiled }
+    }
+
+    /// Outputs that are computed at once, and all there are.
+    fn tile(&self, tape: &Tape) -> (u64, u64) {
+        let shape = self.geometry.weight_shape();
+        let (outputs, row) = (shape[0], shape[1..].iter().product());
+        let is_tiled = self.tiled && matches!(tape.platform(), Platform::Cpu { .. });
+        ((if is_tiled { tile(outputs, row) } else { outputs }) as u64, outputs as u64)
     }
 
     /// The result in new memory, with what is needed meanwhile.
     fn compute(&self, tape: &Tape, from: &Value, shape: &[usize], direction: Direction) -> Value {
+        let is_cpu = matches!(tape.platform(), Platform::Cpu { .. });
+        let (tile, outputs) = self.tile(tape);
+        let share = |bytes: u64| bytes * tile / outputs;
+        let numbers = self.geometry.weight_shape().iter().product::<usize>() as u64;
+        let _magnitudes = (is_cpu && self.stored == Some(Storage::Nf4)).then(|| tape.scratch(4 * numbers.div_ceil(64)));
+        let whole = self.stored.map(|_| tape.scratch(share(self.weight)));
+        if from.kind() != Kind::Float && is_cpu && self.stored == Some(Storage::Nf4) {
+            // It is rounded from f32, a chunk at a time; CUDA's kernel has that in registers.
+            drop(tape.scratch(4 * CHUNK.min(share(numbers))));
+        }
+        if tile == outputs {
+            return self.multiply(tape, from, from.bytes(), shape, self.weight, direction);
+        }
+        let bytes = (shape.iter().product::<usize>() * from.kind().elt_size_in_bytes()) as u64;
+        let permuted = channels_last(from);
+        match direction {
+            // Tiles of the output, joined in the end.
+            Direction::Forward => {
+                let _before = tape.scratch(bytes - share(bytes));
+                let mut part = shape.to_vec();
+                let axis = if matches!(self.geometry, LayerGeometry::Conv2d { .. }) { 1 } else { shape.len() - 1 };
+                part[axis] = tile as usize;
+                let _last = self.multiply(tape, from, from.bytes(), &part, share(self.weight), direction);
+                drop(whole);
+                tape.value(shape, from.kind()).permuted(permuted)
+            }
+            // Whole results of a part of the gradient each, added up.
+            Direction::Backward => {
+                let sum = tape.value(shape, from.kind()).permuted(permuted);
+                drop(self.multiply(tape, from, share(from.bytes()), shape, share(self.weight), direction));
+                sum
+            }
+        }
+    }
+
+    /// The product with a weight of so many bytes, of which `read` bytes of the input are for.
+    fn multiply(
+        &self,
+        tape: &Tape,
+        from: &Value,
+        read: u64,
+        shape: &[usize],
+        weight: u64,
+        direction: Direction,
+    ) -> Value {
         let half = from.kind() != Kind::Float;
         let is_cpu = matches!(tape.platform(), Platform::Cpu { .. });
-        let _whole = self.stored.map(|_| tape.scratch(self.weight));
-        if half && is_cpu && self.stored == Some(Storage::Nf4) {
-            // It is rounded from f32, a chunk at a time; CUDA's kernel has that in registers.
-            drop(tape.scratch(4 * CHUNK.min(self.weight / 2)));
-        }
         let LayerGeometry::Conv2d { kernel, stride, .. } = self.geometry else {
             let result = tape.value(shape, from.kind());
             if half && is_cpu {
                 // oneDNN reads the weight in an order of its own.
-                drop(tape.scratch(self.weight));
+                drop(tape.scratch(weight));
             }
             return result;
         };
-        let result = || tape.value(shape, from.kind()).permuted(from.is_permuted());
+        let permuted = channels_last(from);
+        let _ordered = (from.is_permuted() && !permuted).then(|| tape.scratch(read));
+        let result = || tape.value(shape, from.kind()).permuted(permuted);
         if is_cpu && kernel == 1 && !half {
             return result();
         }
-        if from.is_permuted() {
+        if is_cpu && !half && from.shape()[0] == 1 && read <= 4 * SMALL_CONVOLUTION {
+            // A matrix product with what lies around each pixel.
+            let (channels, pixels) = match direction {
+                Direction::Forward => (from.shape()[1], &shape[2..]),
+                Direction::Backward => (shape[1], &from.shape()[2..]),
+            };
+            let around = (channels * kernel * kernel * pixels.iter().product::<usize>()) as u64;
+            let _ordered = permuted.then(|| tape.scratch(weight));
+            let _around = tape.scratch(4 * around);
+            return result();
+        }
+        if permuted {
             // Channels last, as these kernels like them: only the weight is brought into that order.
-            let _ordered = (kernel > 1 || !is_cpu).then(|| tape.scratch(self.weight));
+            let _ordered = (kernel > 1 || !is_cpu).then(|| tape.scratch(weight));
             let result = result();
             if is_cpu {
-                drop(tape.scratch(self.weight));
+                drop(tape.scratch(weight));
             }
             return result;
         }
         // Otherwise all three are brought into the kernel's order, and the result back.
         let bytes = (shape.iter().product::<usize>() * from.kind().elt_size_in_bytes()) as u64;
-        let read = if (from.shape()[1] as u64) < BLOCKED_CHANNELS { 0 } else { from.bytes() };
+        let read = if (from.shape()[1] as u64) < BLOCKED_CHANNELS { 0 } else { read };
         let channels = shape[1] as u64;
         let written = bytes / channels * if half { channels } else { channels.next_multiple_of(BLOCKED_CHANNELS) };
-        drop(tape.scratch(read + self.weight + written));
+        drop(tape.scratch(read + weight + written));
         let _written = tape.scratch(written);
         let result = result();
         if is_cpu && (half || direction == Direction::Backward && stride > 1) {
