@@ -3,7 +3,7 @@
 //! and a plot beside it.
 //!
 //! A small model by default; `LORA_BENCH_FULL=1` takes Stable Diffusion 1.5's own sizes with made-up weights (on a CPU that
-//! needs 8 GB of memory and half an hour; `-- --quick` takes fewer steps). On CUDA where there is a device.
+//! needs 10 GB of memory and, with `-- --quick`, twenty minutes). On CUDA where there is a device.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
