@@ -236,13 +236,13 @@ fn out_of_memory_before_the_first_step_says_where() {
 #[test]
 fn samples_are_worth_less_than_the_run() {
     let folder = workspace();
-    let keys = ["sample_prompts=[\"a\"]", "sample_steps=2", "sample_resolution=768"];
+    let keys = ["sample_prompts=[\"a\"]", "sample_steps=2", "sample_resolution=2560"];
     let fault = Fault::none();
     let mut session = prepare(folder.path(), &keys);
     session.step().unwrap();
     let bytes = fault.largest();
     drop(fault);
-    // Its preparation and its steps fit, its samples do not: they are passed over, before and after.
+    // Its preparation and its steps fit, its samples do not, in the U-Net: they are passed over, before and after.
     let fault = Fault::from_bytes(bytes + 1);
     assert!(session.sample(&["a".into()]).unwrap_err().is_out_of_memory());
     drop(session);

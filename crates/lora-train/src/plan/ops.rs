@@ -373,14 +373,14 @@ impl Product {
             return self.multiply(tape, from, from.bytes(), shape, self.weight, direction);
         }
         let bytes = (shape.iter().product::<usize>() * from.kind().elt_size_in_bytes()) as u64;
-        let permuted = channels_last(from);
+        let is_convolution = matches!(self.geometry, LayerGeometry::Conv2d { .. });
+        let permuted = is_convolution && channels_last(from);
         match direction {
             // Tiles of the output, joined in the end.
             Direction::Forward => {
                 let _before = tape.scratch(bytes - share(bytes));
                 let mut part = shape.to_vec();
-                let axis = if matches!(self.geometry, LayerGeometry::Conv2d { .. }) { 1 } else { shape.len() - 1 };
-                part[axis] = tile as usize;
+                part[if is_convolution { 1 } else { shape.len() - 1 }] = tile as usize;
                 let _last = self.multiply(tape, from, from.bytes(), &part, share(self.weight), direction);
                 drop(whole);
                 tape.value(shape, from.kind()).permuted(permuted)
@@ -427,7 +427,6 @@ impl Product {
                 Direction::Backward => (shape[1], &from.shape()[2..]),
             };
             let around = (channels * kernel * kernel * pixels.iter().product::<usize>()) as u64;
-            let _ordered = permuted.then(|| tape.scratch(weight));
             let _around = tape.scratch(4 * around);
             return result();
         }
