@@ -7,25 +7,17 @@ On a GPU the passes are recorded as a CUDA graph, so that the host's launching d
 ../golden/requirements.txt. The last line is the ratio of the best times.
 """
 
-import sys
 import time
 
 import torch
-from diffusers import UNet2DConditionModel
 
-arguments = {"pixels": "512", "dtype": "fp32", "batch": "1", "rounds": "3"}
-for argument in sys.argv[1:]:
-    name, _, value = argument.partition("=")
-    if name not in arguments:
-        sys.exit(f"{argument}: expected {', '.join(arguments)}, each with =value")
-    arguments[name] = value
-pixels, batch, rounds = (int(arguments[name]) for name in ("pixels", "batch", "rounds"))
-dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments["dtype"]]
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
-with torch.device(device):
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-unet.requires_grad_(False).to(dtype)
+from steps import DEVICE as device
+from steps import DTYPES, arguments, frozen_unet
+
+given = arguments({"pixels": "512", "dtype": "fp32", "batch": "1", "rounds": "3"})
+pixels, batch, rounds = (int(given[name]) for name in ("pixels", "batch", "rounds"))
+dtype = DTYPES[given["dtype"]]
+unet = frozen_unet(dtype)
 latents = torch.randn(batch, 4, pixels // 8, pixels // 8, device=device, dtype=dtype)
 context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
 timesteps = torch.full((batch,), 500, device=device)
@@ -34,11 +26,11 @@ timesteps = torch.full((batch,), 500, device=device)
 def passes_in(order):
     """A function that runs both passes; the gradient is that of the latents."""
     unet.to(memory_format=order)
-    given = latents.contiguous(memory_format=order).requires_grad_()
+    noised = latents.contiguous(memory_format=order).requires_grad_()
 
     def passes():
-        given.grad = None
-        unet(given, timesteps, context).sample.float().square().mean().backward()
+        noised.grad = None
+        unet(noised, timesteps, context).sample.float().square().mean().backward()
 
     if device == "cpu":
         return passes

@@ -12,28 +12,20 @@ import collections
 import json
 import resource
 import statistics
-import sys
 import time
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 
-arguments = {"pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"}
-for argument in sys.argv[1:]:
-    name, _, value = argument.partition("=")
-    if name not in arguments:
-        sys.exit(f"{argument}: expected {', '.join(arguments)}, each with =value")
-    arguments[name] = value
+from steps import DEVICE as device
+from steps import DTYPES, arguments, frozen_unet
+
+given = arguments({"pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
 pixels, rank, steps, batch, checkpointing = (
-    int(arguments[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
+    int(given[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
 )
-dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments["dtype"]]
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
-with torch.device(device):
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-unet.requires_grad_(False).to(dtype)
+dtype = DTYPES[given["dtype"]]
+unet = frozen_unet(dtype)
 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
 trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 for parameter in trained:

@@ -81,7 +81,7 @@ pub struct Session {
     resumed: Option<Resumed>,
     economy: Economy,
     recorder: Option<Arc<Recorder>>,
-    /// Of `vram_budget`.
+    /// Holds the allocator to `vram_budget` for as long as the session lives.
     _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,

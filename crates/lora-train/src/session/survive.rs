@@ -1,6 +1,6 @@
 //! Out of memory in the middle of a step: what was computed is dropped, the next remedy applied and the same step run again
 //! with the same draws, as those belong to the pictures. All remedies here leave the update what it is; others are named
-//! when nothing is left.
+//! when nothing is left. Also what gives way to samples and validation where there is no room for both.
 
 use lora_data::sampler::Visit;
 use lora_torch::memory;

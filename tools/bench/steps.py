@@ -1,0 +1,30 @@
+"""What the scripts of this folder that run a U-Net share: their arguments, and a network of Stable Diffusion 1.5's size. What they
+do with it is theirs.
+"""
+
+import sys
+
+import torch
+from diffusers import UNet2DConditionModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arguments(defaults):
+    """The command line's `name=value` over the defaults, as text; ends the program at a name that is not among them."""
+    own = dict(defaults)
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name not in own:
+            sys.exit(f"{argument}: expected {', '.join(own)}, each with =value")
+        own[name] = value
+    return own
+
+
+def frozen_unet(dtype):
+    """Random weights that do not train, on the device."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return unet.requires_grad_(False).to(dtype)
