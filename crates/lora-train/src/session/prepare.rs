@@ -7,13 +7,12 @@ use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::target::{TargetLayer, Targets};
-use lora_core::{Adapter, DType};
+use lora_core::{Adapter, Component, DType};
 use lora_data::Pictures;
 use lora_data::bucket::Framing;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
 use lora_io::adapter;
-use lora_io::checkpoint::Part as BasePart;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
 use lora_models::weights::{Frozen, Held, TrainedWeights};
@@ -190,7 +189,7 @@ impl Session {
             captions.dedup();
             let _guard = no_grad_guard();
             let identity = match disk {
-                Some(_) => format!("{} {kind:?} {storage:?} {device:?}", checkpoint.part(BasePart::TextEncoder).sha256()?),
+                Some(_) => format!("{} {kind:?} {storage:?} {device:?}", checkpoint.component(Component::TEXT_ENCODER)?.sha256()?),
                 None => String::new(),
             };
             let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
@@ -232,8 +231,8 @@ impl Session {
         let mut parameters = ParameterList::new(optimiser, config.ema_decay);
         let trained = if full {
             let mut whole = WholeNetworks::default();
-            whole.add(BasePart::Unet, &unet_weights, &mut parameters)?;
-            whole.add(BasePart::TextEncoder, &text_weights, &mut parameters)?;
+            whole.add(Component::UNET, &unet_weights, &mut parameters)?;
+            whole.add(Component::TEXT_ENCODER, &text_weights, &mut parameters)?;
             Trained::Whole(whole)
         } else {
             let _label = Part::Adapter.label();
