@@ -18,6 +18,7 @@
 #include "kernels.h"
 #include "nf4.h"
 #include "staging.h"
+#include "dry/dry.h"
 
 extern "C" {
 
@@ -62,7 +63,7 @@ struct Stored {
 
   bool is_nf4() const { return nf4.absmax.defined(); }
 
-  int64_t tile() const { return values.is_cpu() ? tile_of(shape[0], row) : shape[0]; }
+  int64_t tile() const { return lora::dry::as_on_cpu(values) ? tile_of(shape[0], row) : shape[0]; }
 
   at::Tensor values, scale;
   lora::nf4::Quantised nf4;
@@ -108,6 +109,7 @@ public:
       return lora::nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
     }
     const at::Tensor stored = own.values.narrow(0, start, count);
+    if (own.scale.defined() && lora::dry::as_on_cuda(stored)) return at::empty(stored.sizes(), stored.options().dtype(kind));
     const lora::Kernels *kernels = own.scale.defined() && stored.is_cuda() ? lora::kernels.load() : nullptr;
     // It reads eight numbers at once.
     if (kernels != nullptr && stored.is_contiguous() && start * own.row % 8 == 0) {

@@ -80,6 +80,7 @@ impl Staging {
     pub fn new(device: Device) -> Result<Self> {
         let index = match device {
             Device::Cuda(index) => index as i64,
+            dry if crate::dry::is_dry(dry) => -2,
             _ => -1,
         };
         let mut staging = std::ptr::null_mut();
