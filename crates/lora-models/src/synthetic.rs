@@ -9,7 +9,7 @@ use lora_io::checkpoint::{CheckpointSource, Part, write_single_file};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
-use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::networks::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
 pub use crate::weights::NamedShape;
 use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
 

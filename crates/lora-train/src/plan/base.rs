@@ -5,7 +5,7 @@ use lora_core::Component;
 use lora_core::target::TargetLayer;
 use lora_io::checkpoint::{Checkpoint, Part};
 use lora_models::layers::Adaptable;
-use lora_models::stable_diffusion::{
+use lora_models::networks::{
     ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig, text_encoder_config, unet_config, vae_config,
 };
 use lora_models::weights::{NamedShape, ShapesOnly, Weights};

@@ -1,4 +1,4 @@
-//! `lora_models::stable_diffusion::blocks` on the tape.
+//! `lora_models::networks::blocks` on the tape.
 
 use super::layers::Layers;
 use super::tape::Value;

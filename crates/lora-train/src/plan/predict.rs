@@ -9,7 +9,7 @@ use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::Variant;
 use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
-use lora_models::stable_diffusion::Vae;
+use lora_models::networks::Vae;
 use lora_models::weights::SMALL;
 use lora_torch::TchBackend;
 use lora_torch::device::CUBLAS_WORKSPACE_BYTES;

@@ -1,8 +1,8 @@
-//! `lora_models::stable_diffusion::ClipTextEncoder` on the tape.
+//! `lora_models::networks::ClipTextEncoder` on the tape.
 
 use std::rc::Rc;
 
-use lora_models::stable_diffusion::ClipConfig;
+use lora_models::networks::ClipConfig;
 use lora_torch::tch::Kind;
 
 use super::layers::Layers;

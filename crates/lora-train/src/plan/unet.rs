@@ -1,8 +1,8 @@
-//! `lora_models::stable_diffusion::Unet` on the tape: the same calls in the same order, with the same names.
+//! `lora_models::networks::Unet` on the tape: the same calls in the same order, with the same names.
 
 use std::rc::Rc;
 
-use lora_models::stable_diffusion::UnetConfig;
+use lora_models::networks::UnetConfig;
 use lora_torch::tch::Kind;
 
 use super::blocks::resnet;

@@ -1,9 +1,9 @@
-//! `lora_models::stable_diffusion::Vae` on the tape. It never trains.
+//! `lora_models::networks::Vae` on the tape. It never trains.
 
 use std::rc::Rc;
 
 use lora_core::LayerGeometry;
-use lora_models::stable_diffusion::{VaeConfig, tiles_along};
+use lora_models::networks::{VaeConfig, tiles_along};
 use lora_torch::tch::Kind;
 
 use super::blocks::resnet;

@@ -2,8 +2,9 @@
 
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
+use lora_models::diffusion::Sampler;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{Sampler, load_text_encoder, vae_config};
+use lora_models::networks::{load_text_encoder, vae_config};
 use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};

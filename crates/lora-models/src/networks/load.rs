@@ -4,9 +4,9 @@
 use lora_io::checkpoint::{Checkpoint, Part};
 use lora_torch::tch::{Device, Kind};
 
-use super::{ClipConfig, ClipTextEncoder, NoiseSchedule, Prediction, Unet, UnetConfig, Vae, VaeConfig};
+use super::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::Result;
 use crate::weights::{Held, Weights};
-use crate::{Error, Result};
 
 /// The text encoder's sizes.
 pub fn text_encoder_config(checkpoint: &Checkpoint) -> Result<ClipConfig> {
@@ -62,22 +62,4 @@ pub fn vae_config(checkpoint: &Checkpoint) -> Result<VaeConfig> {
 /// The autoencoder.
 pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
     Vae::new(&Weights::new(checkpoint.part(Part::Vae), kind, device).held(held), vae_config(checkpoint)?)
-}
-
-/// The noise schedule: SD 1.x's, with the prediction that a diffusers folder's scheduler names (ε in a single file).
-pub fn noise_schedule(checkpoint: &Checkpoint) -> Result<NoiseSchedule> {
-    let wrong = |reason: String| Error::Architecture { source_name: checkpoint.path().display().to_string(), reason };
-    let Some(config) = checkpoint.scheduler() else { return Ok(NoiseSchedule::new(Prediction::Epsilon)) };
-    for (key, expected) in [("num_train_timesteps", 1000.0), ("beta_start", 0.00085), ("beta_end", 0.012)] {
-        if let Some(found) = config[key].as_f64()
-            && (found - expected).abs() > 1e-9
-        {
-            return Err(wrong(format!("scheduler: {key} is {found}; expected SD 1.x's {expected}")));
-        }
-    }
-    match config["prediction_type"].as_str() {
-        None | Some("epsilon") => Ok(NoiseSchedule::new(Prediction::Epsilon)),
-        Some("v_prediction") => Ok(NoiseSchedule::new(Prediction::Velocity)),
-        Some(other) => Err(wrong(format!("scheduler: prediction_type `{other}`; expected epsilon or v_prediction"))),
-    }
 }

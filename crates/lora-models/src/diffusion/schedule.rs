@@ -1,9 +1,10 @@
 //! The noise schedule of Stable Diffusion 1.x: DDPM (Ho et al., 2020) with scaled-linear betas over 1000 timesteps, and
 //! the loss weights that depend on it.
 
+use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Kind, Tensor};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// What the U-Net is trained to predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,6 +91,24 @@ impl NoiseSchedule {
             Ok(values.f_to_kind(Kind::Float)?)
         };
         Ok((column(f64::sqrt)?, column(|alpha| (1.0 - alpha).sqrt())?))
+    }
+}
+
+/// The noise schedule: SD 1.x's, with the prediction that a diffusers folder's scheduler names (ε in a single file).
+pub fn noise_schedule(checkpoint: &Checkpoint) -> Result<NoiseSchedule> {
+    let wrong = |reason: String| Error::Architecture { source_name: checkpoint.path().display().to_string(), reason };
+    let Some(config) = checkpoint.scheduler() else { return Ok(NoiseSchedule::new(Prediction::Epsilon)) };
+    for (key, expected) in [("num_train_timesteps", 1000.0), ("beta_start", 0.00085), ("beta_end", 0.012)] {
+        if let Some(found) = config[key].as_f64()
+            && (found - expected).abs() > 1e-9
+        {
+            return Err(wrong(format!("scheduler: {key} is {found}; expected SD 1.x's {expected}")));
+        }
+    }
+    match config["prediction_type"].as_str() {
+        None | Some("epsilon") => Ok(NoiseSchedule::new(Prediction::Epsilon)),
+        Some("v_prediction") => Ok(NoiseSchedule::new(Prediction::Velocity)),
+        Some(other) => Err(wrong(format!("scheduler: prediction_type `{other}`; expected epsilon or v_prediction"))),
     }
 }
 

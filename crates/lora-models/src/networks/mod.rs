@@ -1,0 +1,16 @@
+//! Networks, one file each: a network knows its sizes, its weights under diffusers' and transformers' names, and its forward pass.
+//! What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`], losses are the trainer's.
+
+mod blocks;
+mod clip;
+mod load;
+mod tiles;
+mod transformer;
+mod unet;
+mod vae;
+
+pub use clip::{ClipConfig, ClipTextEncoder};
+pub use load::{load_text_encoder, load_unet, load_vae, text_encoder_config, unet_config, vae_config};
+pub use tiles::tiles_along;
+pub use unet::{Unet, UnetConfig};
+pub use vae::{LatentDistribution, Vae, VaeConfig};
