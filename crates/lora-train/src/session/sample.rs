@@ -38,8 +38,7 @@ impl Session {
                 let both =
                     self.unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
-                let difference = halves[1].f_sub(&halves[0])?;
-                Ok(halves[0].f_add(&difference.f_mul_scalar(samples.guidance_scale)?)?)
+                sampler.guided(&halves[0], &halves[1], samples.guidance_scale)
             })?);
         }
         let decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
