@@ -19,7 +19,7 @@ use half::{bf16, f16};
 use lora_core::backend::CpuBackend;
 use lora_core::merge::{Applied, geometry, merged_bias, merged_weight};
 use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
-use lora_core::{Adapter, AdapterModule, DType, HostData, HostTensor, Strength};
+use lora_core::{Adapter, AdapterModule, Component, DType, HostData, HostTensor, Strength};
 use rayon::prelude::*;
 
 use crate::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, header};
@@ -239,8 +239,9 @@ fn merge_file(
         let merged: Vec<_> = adapters
             .iter()
             .map(|adapter| {
-                let Strength { unet, text_encoder, .. } = adapter.strength;
-                serde_json::json!({ "name": adapter.name, "unet": unet, "text_encoder": text_encoder,
+                let factor = |component| adapter.strength.of_component(component);
+                serde_json::json!({ "name": adapter.name, "unet": factor(Component::UNET),
+                    "text_encoder": factor(Component::TEXT_ENCODER),
                     "sshs_model_hash": adapter.adapter.metadata.get("sshs_model_hash") })
             })
             .collect();

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lora_core::{DType, HostTensor};
-use lora_io::checkpoint::{CheckpointSource, Part, write_single_file};
+use lora_core::{Component, DType, HostTensor};
+use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
@@ -73,31 +73,35 @@ impl SyntheticModel {
     }
 
     /// Names and shapes of all weights, under diffusers' and transformers' names.
-    pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<NamedShape>>> {
+    pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
-        for part in Part::ALL {
-            let synthetic = SyntheticWeights::new(part.folder());
+        for component in [Component::TEXT_ENCODER, Component::UNET, Component::VAE] {
+            let synthetic = SyntheticWeights::new(component.name());
             let shapes = ShapesOnly::new(&synthetic);
             let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
-            match part {
-                Part::TextEncoder => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
-                Part::Unet => drop(Unet::new(&weights, self.unet.clone())?),
-                Part::Vae => drop(Vae::new(&weights, self.vae.clone())?),
+            match component {
+                Component::TEXT_ENCODER => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
+                Component::UNET => drop(Unet::new(&weights, self.unet.clone())?),
+                _ => drop(Vae::new(&weights, self.vae.clone())?),
             }
-            lists.insert(part, shapes.asked());
+            lists.insert(component, shapes.asked());
         }
         Ok(lists)
     }
 }
 
-struct Source(BTreeMap<Part, Vec<NamedShape>>);
+struct Source(BTreeMap<Component, Vec<NamedShape>>);
 
 impl CheckpointSource for Source {
-    fn weights(&self, part: Part) -> Vec<NamedShape> {
-        self.0[&part].clone()
+    fn components(&self) -> Vec<Component> {
+        self.0.keys().copied().collect()
     }
 
-    fn values(&self, part: Part, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
-        Ok(SyntheticWeights::new(part.folder()).values(name, shape))
+    fn weights(&self, component: Component) -> Vec<NamedShape> {
+        self.0[&component].clone()
+    }
+
+    fn values(&self, component: Component, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
+        Ok(SyntheticWeights::new(component.name()).values(name, shape))
     }
 }

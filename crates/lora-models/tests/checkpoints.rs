@@ -1,7 +1,7 @@
 //! Checkpoints written in the single-file layout read back as the same networks.
 
-use lora_core::DType;
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_core::{Component, DType};
+use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Unet, load_text_encoder, load_unet, load_vae};
 use lora_models::synthetic::SyntheticModel;
@@ -38,22 +38,24 @@ fn a_single_file_is_the_network_it_was_written_from() {
 fn the_full_architecture_has_the_known_tensors_and_targets() {
     let model = SyntheticModel::full();
     let lists = model.weight_shapes().unwrap();
-    let count = |part: Part| lists[&part].len();
-    assert_eq!((count(Part::Unet), count(Part::Vae), count(Part::TextEncoder)), (686, 248, 196));
-    let parameters = |part: Part| lists[&part].iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>();
-    assert_eq!(parameters(Part::Unet), 859_520_964);
-    assert_eq!(parameters(Part::TextEncoder), 123_060_480);
-    assert_eq!(parameters(Part::Vae), 83_653_863);
+    let count = |component: Component| lists[&component].len();
+    assert_eq!((count(Component::UNET), count(Component::VAE), count(Component::TEXT_ENCODER)), (686, 248, 196));
+    let parameters = |component: Component| {
+        lists[&component].iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>()
+    };
+    assert_eq!(parameters(Component::UNET), 859_520_964);
+    assert_eq!(parameters(Component::TEXT_ENCODER), 123_060_480);
+    assert_eq!(parameters(Component::VAE), 83_653_863);
 
     let layout = lora_io::checkpoint::LdmNames::of_diffusers(
-        &lists[&Part::Unet].iter().map(|(name, _)| name).collect::<Vec<_>>(),
-        &lists[&Part::Vae].iter().map(|(name, _)| name).collect::<Vec<_>>(),
+        &lists[&Component::UNET].iter().map(|(name, _)| name).collect::<Vec<_>>(),
+        &lists[&Component::VAE].iter().map(|(name, _)| name).collect::<Vec<_>>(),
     );
     let mut originals = Vec::new();
-    for (&part, list) in &lists {
+    for (&component, list) in &lists {
         for (name, _) in list {
-            let original = layout.original(part, name).unwrap();
-            assert_eq!(layout.canonical(&original), Some((part, name.clone())));
+            let original = layout.original(component, name).unwrap();
+            assert_eq!(layout.canonical(&original), Some((component, name.clone())));
             originals.push(original);
         }
     }
@@ -98,24 +100,24 @@ fn sha256(bytes: &[u8]) -> String {
 fn a_diffusers_folder_is_read_with_its_configs() {
     let folder = tempfile::tempdir().unwrap();
     let model = SyntheticModel::tiny();
-    for (part, list) in model.weight_shapes().unwrap() {
-        let weights = SyntheticWeights::new(part.folder());
+    for (component, list) in model.weight_shapes().unwrap() {
+        let weights = SyntheticWeights::new(component.name());
         // An older release's spelling of the autoencoder's attention, a newer one's of the text encoder.
-        let spelled = |name: &str| match part {
-            Part::Vae => name.replace(".to_out.0.", ".proj_attn.").replace(".to_q.", ".query."),
-            Part::TextEncoder => name.trim_start_matches("text_model.").to_owned(),
-            Part::Unet => name.to_owned(),
+        let spelled = |name: &str| match component {
+            Component::VAE => name.replace(".to_out.0.", ".proj_attn.").replace(".to_q.", ".query."),
+            Component::TEXT_ENCODER => name.trim_start_matches("text_model.").to_owned(),
+            _ => name.to_owned(),
         };
         let tensors: std::collections::BTreeMap<_, _> =
             list.iter().map(|(name, shape)| (spelled(name), weights.values(name, shape))).collect();
-        let path = folder.path().join(part.folder());
+        let path = folder.path().join(component.name());
         std::fs::create_dir(&path).unwrap();
-        let file = if part == Part::TextEncoder { "model" } else { "diffusion_pytorch_model" };
+        let file = if component == Component::TEXT_ENCODER { "model" } else { "diffusion_pytorch_model" };
         lora_io::safetensors::write(path.join(format!("{file}.safetensors")), &tensors, &Default::default()).unwrap();
-        let config = match part {
-            Part::Unet => r#"{"attention_head_dim": [8, 8, 4, 8], "norm_num_groups": 32}"#,
-            Part::Vae => r#"{"scaling_factor": 0.25}"#,
-            Part::TextEncoder => r#"{"num_attention_heads": 4, "hidden_act": "quick_gelu"}"#,
+        let config = match component {
+            Component::UNET => r#"{"attention_head_dim": [8, 8, 4, 8], "norm_num_groups": 32}"#,
+            Component::VAE => r#"{"scaling_factor": 0.25}"#,
+            _ => r#"{"num_attention_heads": 4, "hidden_act": "quick_gelu"}"#,
         };
         std::fs::write(path.join("config.json"), config).unwrap();
     }

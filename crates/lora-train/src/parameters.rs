@@ -287,7 +287,7 @@ mod tests {
     fn copies_in_half_precision_follow_what_they_are_copies_of() {
         let values = Tensor::from_slice(&[1.0f32, -2.0, 3.0]);
         let mut list = ParameterList::new(OptimiserState::adamw(), 0.5);
-        let copy = list.add_in(Kind::BFloat16, Component::Unet, "a".into(), false, &values).unwrap();
+        let copy = list.add_in(Kind::BFloat16, Component::UNET, "a".into(), false, &values).unwrap();
         let mut last = Vec::new();
         let mut followed = || {
             assert_eq!(copy.detach(), values.to_kind(Kind::BFloat16));

@@ -142,10 +142,10 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
 pub fn family(adapter: &Adapter) -> Family {
     let version = adapter.metadata.get("ss_base_model_version").map(String::as_str).unwrap_or_default();
     let has = |component| adapter.modules.keys().any(|path| path.component == component);
-    if version.starts_with("sdxl") || has(Component::TextEncoder2) {
+    if version.starts_with("sdxl") || has(Component::TEXT_ENCODER_2) {
         return Family::StableDiffusionXl;
     }
-    if has(Component::LanguageModel) {
+    if has(Component::LANGUAGE_MODEL) {
         return Family::LanguageModel;
     }
     let width = |(path, module): (&ModulePath, &AdapterModule)| {
@@ -154,7 +154,7 @@ pub fn family(adapter: &Adapter) -> Family {
         reads_text.then(|| input_width(module)).flatten()
     };
     let text_width = |(path, module): (&ModulePath, &AdapterModule)| {
-        (path.component == Component::TextEncoder && path.path.ends_with("q_proj"))
+        (path.component == Component::TEXT_ENCODER && path.path.ends_with("q_proj"))
             .then(|| input_width(module))
             .flatten()
     };

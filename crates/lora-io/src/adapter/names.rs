@@ -9,12 +9,12 @@
 //! | ComfyUI's generic | `diffusion_model.` + original path | | |
 //!
 //! An underscore in a kohya name may be a dot or part of a word. The words that these models' paths are made of are
-//! known, so the reading is unique; a name made of anything else belongs to [`Component::Model`] and keeps its spelling,
+//! known, so the reading is unique; a name made of anything else belongs to [`Component::MODEL`] and keeps its spelling,
 //! to be compared with a base's names later.
 
 use lora_core::{Component, ModulePath};
 
-use crate::checkpoint::{Family, LdmNames, Part};
+use crate::checkpoint::{Family, LdmNames};
 
 /// Words with underscores in module paths of U-Nets (both trees) and CLIP text encoders; a longer one is tried first.
 const WORDS: &[&str] = &[
@@ -123,35 +123,35 @@ fn unet_path(path: &str) -> Option<String> {
 /// The module that a kohya name means.
 pub(crate) fn from_kohya(name: &str) -> ModulePath {
     let known = [
-        ("lora_unet_", Component::Unet),
-        ("lora_te1_", Component::TextEncoder),
-        ("lora_te2_", Component::TextEncoder2),
-        ("lora_te_", Component::TextEncoder),
-        ("lycoris_", Component::Unet),
+        ("lora_unet_", Component::UNET),
+        ("lora_te1_", Component::TEXT_ENCODER),
+        ("lora_te2_", Component::TEXT_ENCODER_2),
+        ("lora_te_", Component::TEXT_ENCODER),
+        ("lycoris_", Component::UNET),
     ];
     let module = known.iter().find_map(|&(prefix, component)| {
         let path = dotted(name.strip_prefix(prefix)?)?;
         let path = match component {
-            Component::Unet if path.starts_with("text_model.") => return None,
-            Component::Unet => unet_path(&path)?,
+            Component::UNET if path.starts_with("text_model.") => return None,
+            Component::UNET => unet_path(&path)?,
             _ => path,
         };
         Some(ModulePath::new(component, path))
     });
-    module.unwrap_or_else(|| ModulePath::new(Component::Model, name))
+    module.unwrap_or_else(|| ModulePath::new(Component::MODEL, name))
 }
 
 /// The kohya name of a module; `None` for one that the layout has no name for.
 pub fn kohya(module: &ModulePath, family: Family) -> Option<String> {
     let xl = family == Family::StableDiffusionXl;
     let (prefix, path) = match module.component {
-        Component::TextEncoder if xl => ("lora_te1_", module.path.clone()),
-        Component::TextEncoder => ("lora_te_", module.path.clone()),
-        Component::TextEncoder2 => ("lora_te2_", module.path.clone()),
-        Component::Unet if xl => ("lora_unet_", original_xl(&module.path)?),
-        Component::Unet => ("lora_unet_", module.path.clone()),
+        Component::TEXT_ENCODER if xl => ("lora_te1_", module.path.clone()),
+        Component::TEXT_ENCODER => ("lora_te_", module.path.clone()),
+        Component::TEXT_ENCODER_2 => ("lora_te2_", module.path.clone()),
+        Component::UNET if xl => ("lora_unet_", original_xl(&module.path)?),
+        Component::UNET => ("lora_unet_", module.path.clone()),
         // Its spelling in the file it came from.
-        Component::Model if !module.path.contains('.') => ("", module.path.clone()),
+        Component::MODEL if !module.path.contains('.') => ("", module.path.clone()),
         _ => return None,
     };
     Some(format!("{prefix}{}", path.replace('.', "_")))
@@ -167,7 +167,7 @@ fn original_xl(path: &str) -> Option<String> {
         ],
         &[],
     );
-    let original = names.original(Part::Unet, &format!("{path}.weight"))?;
+    let original = names.original(Component::UNET, &format!("{path}.weight"))?;
     Some(original.strip_prefix("model.diffusion_model.")?.strip_suffix(".weight")?.to_owned())
 }
 
@@ -179,28 +179,28 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
         format!("text_model.{path}")
     };
     if let Some(path) = name.strip_prefix("unet.") {
-        return ModulePath::new(Component::Unet, attention_path(path));
+        return ModulePath::new(Component::UNET, attention_path(path));
     }
     if let Some(path) = name.strip_prefix("text_encoder.") {
-        return ModulePath::new(Component::TextEncoder, text(path));
+        return ModulePath::new(Component::TEXT_ENCODER, text(path));
     }
     if let Some(path) = name.strip_prefix("text_encoder_2.") {
-        return ModulePath::new(Component::TextEncoder2, text(path));
+        return ModulePath::new(Component::TEXT_ENCODER_2, text(path));
     }
     if let Some(path) = name.strip_prefix("diffusion_model.").and_then(unet_path).filter(|path| is_unet(path)) {
-        return ModulePath::new(Component::Unet, path);
+        return ModulePath::new(Component::UNET, path);
     }
     if is_unet(name) {
-        return ModulePath::new(Component::Unet, attention_path(name));
+        return ModulePath::new(Component::UNET, attention_path(name));
     }
     if name.starts_with("text_model.") || name.starts_with("encoder.layers.") && name.contains("self_attn") {
-        return ModulePath::new(Component::TextEncoder, text(name));
+        return ModulePath::new(Component::TEXT_ENCODER, text(name));
     }
     let causal = ["model.layers.", "model.embed_tokens", "lm_head", "transformer.h.", "model.language_model."];
     if causal.iter().any(|start| name.starts_with(start)) {
-        return ModulePath::new(Component::LanguageModel, name);
+        return ModulePath::new(Component::LANGUAGE_MODEL, name);
     }
-    ModulePath::new(Component::Model, name)
+    ModulePath::new(Component::MODEL, name)
 }
 
 fn is_unet(path: &str) -> bool {
@@ -218,8 +218,8 @@ fn attention_path(path: &str) -> String {
 /// The dotted name of a module in the diffusers layout.
 pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
     match module.component {
-        Component::Unet | Component::TextEncoder | Component::TextEncoder2 => Some(module.to_string()),
-        Component::Model if module.path.contains('.') => Some(module.path.clone()),
+        Component::UNET | Component::TEXT_ENCODER | Component::TEXT_ENCODER_2 => Some(module.to_string()),
+        Component::MODEL if module.path.contains('.') => Some(module.path.clone()),
         _ => None,
     }
 }
@@ -229,7 +229,7 @@ mod tests {
     use super::*;
 
     fn unet(path: &str) -> ModulePath {
-        ModulePath::new(Component::Unet, path)
+        ModulePath::new(Component::UNET, path)
     }
 
     #[test]
@@ -250,7 +250,7 @@ mod tests {
                 assert_eq!(from_kohya(&name), unet(path), "{name}");
             }
         }
-        for (component, prefix) in [(Component::TextEncoder, "lora_te1_"), (Component::TextEncoder2, "lora_te2_")] {
+        for (component, prefix) in [(Component::TEXT_ENCODER, "lora_te1_"), (Component::TEXT_ENCODER_2, "lora_te2_")] {
             let module = ModulePath::new(component, "text_model.encoder.layers.11.self_attn.out_proj");
             let name = kohya(&module, Family::StableDiffusionXl).unwrap();
             assert!(name.starts_with(prefix));
@@ -284,11 +284,11 @@ mod tests {
         ] {
             assert_eq!(from_dotted(name), module, "{name}");
         }
-        let text = ModulePath::new(Component::TextEncoder, "text_model.encoder.layers.0.mlp.fc1");
+        let text = ModulePath::new(Component::TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1");
         assert_eq!(from_dotted("text_encoder.text_model.encoder.layers.0.mlp.fc1"), text);
         assert_eq!(from_dotted("text_encoder.encoder.layers.0.mlp.fc1"), text);
         let language = from_dotted("base_model.model.model.layers.3.self_attn.q_proj");
-        assert_eq!(language, ModulePath::new(Component::LanguageModel, "model.layers.3.self_attn.q_proj"));
+        assert_eq!(language, ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.3.self_attn.q_proj"));
     }
 
     #[test]
@@ -296,7 +296,7 @@ mod tests {
         for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
         {
             let module = from_kohya(name);
-            assert_eq!((module.component, module.path.as_str()), (Component::Model, name));
+            assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
             assert_eq!(kohya(&module, Family::Unknown).as_deref(), Some(name));
         }
         assert_eq!(dotted("down_blocks_"), None);

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeSet;
 
-use super::Part;
+use lora_core::Component;
 
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";
@@ -106,18 +106,18 @@ impl LdmNames {
         Self { stride, vae_levels: vae.iter().filter_map(level).max().unwrap_or(0), up_attention }
     }
 
-    /// The part and diffusers' name of an LDM tensor; `None` for a tensor that no part takes.
-    pub fn canonical(&self, name: &str) -> Option<(Part, String)> {
+    /// The component and diffusers' name of an LDM tensor; `None` for a tensor that no component takes.
+    pub fn canonical(&self, name: &str) -> Option<(Component, String)> {
         if is_ignored(name) {
             return None;
         }
         if let Some(rest) = name.strip_prefix(TEXT) {
-            return Some((Part::TextEncoder, with_text_model(rest)));
+            return Some((Component::TEXT_ENCODER, with_text_model(rest)));
         }
         if let Some(rest) = name.strip_prefix(VAE) {
-            return self.vae_from_ldm(rest).map(|name| (Part::Vae, name));
+            return self.vae_from_ldm(rest).map(|name| (Component::VAE, name));
         }
-        self.unet_from_ldm(name.strip_prefix(UNET)?).map(|name| (Part::Unet, name))
+        self.unet_from_ldm(name.strip_prefix(UNET)?).map(|name| (Component::UNET, name))
     }
 
     fn unet_from_ldm(&self, name: &str) -> Option<String> {
@@ -174,12 +174,13 @@ impl LdmNames {
         Some(format!("{coder}.{}", rest.replace("nin_shortcut.", "conv_shortcut.")))
     }
 
-    /// The LDM name of a part's diffusers name.
-    pub fn original(&self, part: Part, name: &str) -> Option<String> {
-        match part {
-            Part::TextEncoder => Some(format!("{TEXT}{name}")),
-            Part::Unet => self.unet_to_ldm(name).map(|name| format!("{UNET}{name}")),
-            Part::Vae => self.vae_to_ldm(name).map(|name| format!("{VAE}{name}")),
+    /// The LDM name of a component's diffusers name.
+    pub fn original(&self, component: Component, name: &str) -> Option<String> {
+        match component {
+            Component::TEXT_ENCODER => Some(format!("{TEXT}{name}")),
+            Component::UNET => self.unet_to_ldm(name).map(|name| format!("{UNET}{name}")),
+            Component::VAE => self.vae_to_ldm(name).map(|name| format!("{VAE}{name}")),
+            _ => None,
         }
     }
 
@@ -252,14 +253,14 @@ pub(super) fn is_ignored(name: &str) -> bool {
 }
 
 /// Today's name of a tensor in a diffusers folder; `None` for one that is no weight.
-pub(super) fn from_diffusers(part: Part, name: &str) -> Option<String> {
+pub(super) fn from_diffusers(component: Component, name: &str) -> Option<String> {
     if name.ends_with("position_ids") {
         return None;
     }
-    Some(match part {
-        Part::Unet => name.to_owned(),
-        Part::TextEncoder => with_text_model(name),
-        Part::Vae => OLD_ATTENTION.iter().fold(name.to_owned(), |name, (old, new)| name.replace(old, new)),
+    Some(match component {
+        Component::TEXT_ENCODER => with_text_model(name),
+        Component::VAE => OLD_ATTENTION.iter().fold(name.to_owned(), |name, (old, new)| name.replace(old, new)),
+        _ => name.to_owned(),
     })
 }
 
@@ -299,55 +300,71 @@ mod tests {
     #[test]
     fn known_names_map_both_ways() {
         let pairs = [
-            (Part::Unet, "model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight"),
+            (Component::UNET, "model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight"),
             (
-                Part::Unet,
+                Component::UNET,
                 "model.diffusion_model.input_blocks.4.0.skip_connection.weight",
                 "down_blocks.1.resnets.0.conv_shortcut.weight",
             ),
-            (Part::Unet, "model.diffusion_model.input_blocks.6.0.op.bias", "down_blocks.1.downsamplers.0.conv.bias"),
             (
-                Part::Unet,
+                Component::UNET,
+                "model.diffusion_model.input_blocks.6.0.op.bias",
+                "down_blocks.1.downsamplers.0.conv.bias",
+            ),
+            (
+                Component::UNET,
                 "model.diffusion_model.input_blocks.8.1.transformer_blocks.0.attn1.to_out.0.bias",
                 "down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_out.0.bias",
             ),
-            (Part::Unet, "model.diffusion_model.middle_block.2.in_layers.2.weight", "mid_block.resnets.1.conv1.weight"),
             (
-                Part::Unet,
+                Component::UNET,
+                "model.diffusion_model.middle_block.2.in_layers.2.weight",
+                "mid_block.resnets.1.conv1.weight",
+            ),
+            (
+                Component::UNET,
                 "model.diffusion_model.middle_block.1.proj_in.weight",
                 "mid_block.attentions.0.proj_in.weight",
             ),
-            (Part::Unet, "model.diffusion_model.output_blocks.2.1.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
-            (Part::Unet, "model.diffusion_model.output_blocks.5.2.conv.weight", "up_blocks.1.upsamplers.0.conv.weight"),
             (
-                Part::Unet,
+                Component::UNET,
+                "model.diffusion_model.output_blocks.2.1.conv.weight",
+                "up_blocks.0.upsamplers.0.conv.weight",
+            ),
+            (
+                Component::UNET,
+                "model.diffusion_model.output_blocks.5.2.conv.weight",
+                "up_blocks.1.upsamplers.0.conv.weight",
+            ),
+            (
+                Component::UNET,
                 "model.diffusion_model.output_blocks.3.0.emb_layers.1.bias",
                 "up_blocks.1.resnets.0.time_emb_proj.bias",
             ),
-            (Part::Unet, "model.diffusion_model.out.0.weight", "conv_norm_out.weight"),
+            (Component::UNET, "model.diffusion_model.out.0.weight", "conv_norm_out.weight"),
             (
-                Part::Vae,
+                Component::VAE,
                 "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight",
                 "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
             ),
             (
-                Part::Vae,
+                Component::VAE,
                 "first_stage_model.decoder.up.3.block.2.norm1.weight",
                 "decoder.up_blocks.0.resnets.2.norm1.weight",
             ),
             (
-                Part::Vae,
+                Component::VAE,
                 "first_stage_model.decoder.up.1.upsample.conv.bias",
                 "decoder.up_blocks.2.upsamplers.0.conv.bias",
             ),
             (
-                Part::Vae,
+                Component::VAE,
                 "first_stage_model.decoder.mid.attn_1.proj_out.weight",
                 "decoder.mid_block.attentions.0.to_out.0.weight",
             ),
-            (Part::Vae, "first_stage_model.quant_conv.bias", "quant_conv.bias"),
+            (Component::VAE, "first_stage_model.quant_conv.bias", "quant_conv.bias"),
             (
-                Part::TextEncoder,
+                Component::TEXT_ENCODER,
                 "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
                 "text_model.encoder.layers.0.mlp.fc1.weight",
             ),
@@ -356,9 +373,9 @@ mod tests {
             pairs.iter().map(|(_, ldm, _)| *ldm).chain(["model.diffusion_model.input_blocks.3.0.op.weight"]).collect();
         let forward = LdmNames::of_ldm(&names);
         let back = LdmNames { up_attention: BTreeSet::from([1, 2, 3]), ..forward.clone() };
-        for (part, ldm, diffusers) in pairs {
-            assert_eq!(forward.canonical(ldm), Some((part, diffusers.to_owned())), "{ldm}");
-            assert_eq!(back.original(part, diffusers).as_deref(), Some(ldm));
+        for (component, ldm, diffusers) in pairs {
+            assert_eq!(forward.canonical(ldm), Some((component, diffusers.to_owned())), "{ldm}");
+            assert_eq!(back.original(component, diffusers).as_deref(), Some(ldm));
         }
     }
 
@@ -379,9 +396,9 @@ mod tests {
     #[test]
     fn older_spellings_are_todays() {
         let text = LdmNames::of_ldm(&[""]).canonical("cond_stage_model.transformer.encoder.layers.0.mlp.fc1.bias");
-        assert_eq!(text, Some((Part::TextEncoder, "text_model.encoder.layers.0.mlp.fc1.bias".into())));
+        assert_eq!(text, Some((Component::TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1.bias".into())));
         assert_eq!(
-            from_diffusers(Part::Vae, "decoder.mid_block.attentions.0.proj_attn.weight").unwrap(),
+            from_diffusers(Component::VAE, "decoder.mid_block.attentions.0.proj_attn.weight").unwrap(),
             "decoder.mid_block.attentions.0.to_out.0.weight"
         );
         assert_eq!(canonical_shape("decoder.mid_block.attentions.0.to_q.weight", &[64, 64, 1, 1]), [64, 64]);

@@ -1,4 +1,4 @@
-//! Base checkpoints on disk, presented by part under diffusers' and transformers' names whatever their layout: the
+//! Base checkpoints on disk, presented by component under diffusers' and transformers' names whatever their layout: the
 //! single original (LDM) file or a diffusers folder. Tensors stay in the memory map until they are asked for.
 
 mod family;
@@ -14,46 +14,25 @@ use std::fs;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
+use lora_core::Component;
 use sha2::{Digest, Sha256};
 
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
-/// A part of a Stable Diffusion checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Part {
-    /// The CLIP text encoder.
-    TextEncoder,
-    /// The conditional U-Net.
-    Unet,
-    /// The autoencoder.
-    Vae,
-}
-
-impl Part {
-    /// All of them.
-    pub const ALL: [Part; 3] = [Part::TextEncoder, Part::Unet, Part::Vae];
-
-    /// Its folder in a diffusers checkpoint.
-    pub fn folder(self) -> &'static str {
-        match self {
-            Part::TextEncoder => "text_encoder",
-            Part::Unet => "unet",
-            Part::Vae => "vae",
-        }
-    }
-}
+/// What a Stable Diffusion 1.x checkpoint is made of; a component's name is its folder in diffusers' layout.
+const COMPONENTS: [Component; 3] = [Component::TEXT_ENCODER, Component::UNET, Component::VAE];
 
 /// An open Stable Diffusion 1.x checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    parts: BTreeMap<Part, ComponentWeights>,
+    components: BTreeMap<Component, ComponentWeights>,
     scheduler: Option<serde_json::Value>,
     unused: Vec<String>,
 }
 
-/// The weights of one part under diffusers' (U-Net, autoencoder) or transformers' (text encoder, always with its
+/// The weights of one component under diffusers' (U-Net, autoencoder) or transformers' (text encoder, always with its
 /// `text_model.` level) names.
 #[derive(Debug)]
 pub struct ComponentWeights {
@@ -83,9 +62,18 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The weights of a part.
-    pub fn part(&self, part: Part) -> &ComponentWeights {
-        &self.parts[&part]
+    /// The weights of a component.
+    ///
+    /// # Errors
+    ///
+    /// If the checkpoint has no such component.
+    pub fn component(&self, component: Component) -> Result<&ComponentWeights> {
+        self.components.get(&component).ok_or_else(|| self.lacks(component))
+    }
+
+    /// All components, in their order.
+    pub fn components(&self) -> impl Iterator<Item = (Component, &ComponentWeights)> {
+        self.components.iter().map(|(component, weights)| (*component, weights))
     }
 
     /// `scheduler_config.json` of a diffusers folder.
@@ -93,7 +81,7 @@ impl Checkpoint {
         self.scheduler.as_ref()
     }
 
-    /// Tensors of the files that no part takes (EMA copies and the schedule's buffers apart).
+    /// Tensors of the files that no component takes (EMA copies and the schedule's buffers apart).
     pub fn unused(&self) -> &[String] {
         &self.unused
     }
@@ -106,18 +94,20 @@ impl Checkpoint {
             return Err(Error::Family { path: path.to_owned(), found: family.to_string() });
         }
         let layout = LdmNames::of_ldm(&names);
-        let mut parts: BTreeMap<_, _> = Part::ALL.map(|part| (part, ComponentWeights::new(path))).into();
+        let mut components: BTreeMap<_, _> =
+            COMPONENTS.map(|component| (component, ComponentWeights::new(path))).into();
         let mut unused = Vec::new();
         for name in names {
             match layout.canonical(name) {
-                Some((part, canonical)) => {
-                    parts.get_mut(&part).expect("all parts are there").add(&file, name, canonical)?
-                }
+                Some((component, canonical)) => components
+                    .entry(component)
+                    .or_insert_with(|| ComponentWeights::new(path))
+                    .add(&file, name, canonical)?,
                 None if ldm::is_ignored(name) => {}
                 None => unused.push(name.to_owned()),
             }
         }
-        let checkpoint = Self { path: path.to_owned(), parts, scheduler: None, unused };
+        let checkpoint = Self { path: path.to_owned(), components, scheduler: None, unused };
         checkpoint.complete()
     }
 
@@ -135,29 +125,30 @@ impl Checkpoint {
                 if path.join("adapter_config.json").exists() { "a PEFT adapter" } else { "a folder without unet/" };
             return Err(Error::Family { path: path.to_owned(), found: found.into() });
         }
-        let mut parts = BTreeMap::new();
-        for part in Part::ALL {
-            let folder = path.join(part.folder());
+        let mut components = BTreeMap::new();
+        for component in COMPONENTS {
+            let folder = path.join(component.name());
             let mut weights = ComponentWeights::new(&folder);
             weights.config = Some(read_json(&folder.join("config.json"))?);
             for file in weight_files(&folder)? {
                 let file = Arc::new(SafetensorsFile::open(file)?);
                 for name in file.names() {
-                    if let Some(canonical) = ldm::from_diffusers(part, name) {
+                    if let Some(canonical) = ldm::from_diffusers(component, name) {
                         weights.add(&file, name, canonical)?;
                     }
                 }
             }
-            parts.insert(part, weights);
+            components.insert(component, weights);
         }
         let scheduler = path.join("scheduler").join("scheduler_config.json");
         let scheduler = scheduler.exists().then(|| read_json(&scheduler)).transpose()?;
-        let checkpoint = Self { path: path.to_owned(), parts, scheduler, unused: Vec::new() };
+        let checkpoint = Self { path: path.to_owned(), components, scheduler, unused: Vec::new() };
         // SD 2's U-Net has the same names; its text encoder tells it apart by 23 layers of the OpenCLIP kind.
-        let act = checkpoint.part(Part::TextEncoder).config().and_then(|config| config["hidden_act"].as_str());
+        let act =
+            checkpoint.component(Component::TEXT_ENCODER)?.config().and_then(|config| config["hidden_act"].as_str());
         if act == Some("gelu")
             && checkpoint
-                .part(Part::Unet)
+                .component(Component::UNET)?
                 .shape("down_blocks.0.attentions.0.proj_in.weight")
                 .is_some_and(|shape| shape.len() == 2)
         {
@@ -167,16 +158,15 @@ impl Checkpoint {
     }
 
     fn complete(self) -> Result<Self> {
-        match self.parts.iter().find(|(_, weights)| weights.entries.is_empty()) {
-            Some((part, _)) => {
-                let reason = format!(
-                    "has no {}; expected a whole Stable Diffusion 1.x checkpoint",
-                    part.folder().replace('_', " ")
-                );
-                Err(Error::format(&self.path, reason))
-            }
+        match self.components.iter().find(|(_, weights)| weights.entries.is_empty()) {
+            Some((component, _)) => Err(self.lacks(*component)),
             None => Ok(self),
         }
+    }
+
+    fn lacks(&self, component: Component) -> Error {
+        let name = component.name().replace('_', " ");
+        Error::format(&self.path, format!("has no {name}; expected a whole Stable Diffusion 1.x checkpoint"))
     }
 }
 
@@ -237,7 +227,7 @@ impl ComponentWeights {
         Ok(self.files[place.file].get(&place.stored)?.with_shape(&place.shape))
     }
 
-    /// SHA-256 of all weights with their names and shapes: what caches of this part's outputs are kept apart by.
+    /// SHA-256 of all weights with their names and shapes: what caches of this component's outputs are kept apart by.
     pub fn sha256(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for name in self.names() {

@@ -195,7 +195,7 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
     for layer in layers {
         let path = &layer.path;
         match layer.component {
-            Component::Unet => {
+            Component::UNET => {
                 if let Some(ldm) = &layer.ldm {
                     names.insert(underscored("lora_unet", ldm));
                     names.insert(format!("diffusion_model.{ldm}"));
@@ -208,7 +208,7 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
                 names.extend([old.to_owned(), format!("unet.{old}")]);
             }
             _ if layer.kind == Kind::Target => {
-                let second = layer.component == Component::TextEncoder2;
+                let second = layer.component == Component::TEXT_ENCODER_2;
                 let prefixes: &[&str] = if second { &["lora_te2"] } else { &["lora_te", "lora_te1"] };
                 names.extend(prefixes.iter().map(|prefix| underscored(prefix, path)));
                 let own = match (second, base) {

@@ -116,7 +116,7 @@ fn encoders_without_a_sign(draft: &mut Draft, modules: &BTreeMap<String, BTreeSe
 /// The most frequent alpha of a component becomes `lora_alpha`, others go into `alpha_pattern`, whose keys match no
 /// attention layer; and a layer without alpha gets the most frequent one too, not its rank.
 fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&str, &Layer>) {
-    for component in [Component::Unet, Component::TextEncoder, Component::TextEncoder2] {
+    for component in [Component::UNET, Component::TEXT_ENCODER, Component::TEXT_ENCODER_2] {
         let of = || layers_of.iter().filter(|(_, layer)| layer.component == component);
         let mut counts: Vec<(f64, usize)> = Vec::new();
         for (name, _) in of() {
@@ -200,8 +200,8 @@ fn kohya_names(base: Family, layers: &[Layer]) -> HashMap<String, &Layer> {
     for layer in layers {
         names.insert(layer.kohya(base), layer);
         let prefixes: &[&str] = match layer.component {
-            Component::TextEncoder => &["lora_te", "lora_te1"],
-            Component::TextEncoder2 => &["lora_te2"],
+            Component::TEXT_ENCODER => &["lora_te", "lora_te1"],
+            Component::TEXT_ENCODER_2 => &["lora_te2"],
             _ => &["lora_unet"],
         };
         names.extend(prefixes.iter().map(|prefix| (underscored(prefix, &layer.path), layer)));

@@ -3,7 +3,7 @@
 
 use lora_core::Component;
 
-use crate::checkpoint::{Family, LdmNames, Part};
+use crate::checkpoint::{Family, LdmNames};
 
 /// Which trainers reach a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,9 +40,9 @@ impl Layer {
     /// The prefix of its native kohya name, without the underscore after it.
     pub(super) fn prefix(&self, base: Family) -> &'static str {
         match (self.component, base) {
-            (Component::TextEncoder, Family::StableDiffusionXl) => "lora_te1",
-            (Component::TextEncoder, _) => "lora_te",
-            (Component::TextEncoder2, _) => "lora_te2",
+            (Component::TEXT_ENCODER, Family::StableDiffusionXl) => "lora_te1",
+            (Component::TEXT_ENCODER, _) => "lora_te",
+            (Component::TEXT_ENCODER_2, _) => "lora_te2",
             _ => "lora_unet",
         }
     }
@@ -79,13 +79,13 @@ pub(super) fn layers(base: Family) -> Vec<Layer> {
             Some(index) => Some(format!("label_emb.0.{}", if index == "1" { 0 } else { 2 })),
             None => original(&ldm, path),
         };
-        layers.push(Layer { component: Component::Unet, path: path.clone(), ldm, kind: *kind });
+        layers.push(Layer { component: Component::UNET, path: path.clone(), ldm, kind: *kind });
     }
     let encoders: &[(Component, usize)] = match base {
         // The 24th layer of SD2's encoder is never used and has no names.
-        Family::StableDiffusion2 => &[(Component::TextEncoder, 23)],
-        Family::StableDiffusionXl => &[(Component::TextEncoder, 12), (Component::TextEncoder2, 32)],
-        _ => &[(Component::TextEncoder, 12)],
+        Family::StableDiffusion2 => &[(Component::TEXT_ENCODER, 23)],
+        Family::StableDiffusionXl => &[(Component::TEXT_ENCODER, 12), (Component::TEXT_ENCODER_2, 32)],
+        _ => &[(Component::TEXT_ENCODER, 12)],
     };
     for &(component, depth) in encoders {
         layers.extend(text_encoder(depth).into_iter().map(|(path, kind)| Layer { component, path, ldm: None, kind }));
@@ -94,7 +94,7 @@ pub(super) fn layers(base: Family) -> Vec<Layer> {
 }
 
 fn original(names: &LdmNames, path: &str) -> Option<String> {
-    let name = names.original(Part::Unet, &format!("{path}.weight"))?;
+    let name = names.original(Component::UNET, &format!("{path}.weight"))?;
     Some(name.strip_prefix("model.diffusion_model.")?.strip_suffix(".weight")?.to_owned())
 }
 

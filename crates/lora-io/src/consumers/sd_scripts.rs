@@ -62,7 +62,7 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
     let adapted = |layer: &&Layer| layer.kind != Kind::Other;
     let mut names: HashSet<String> = layers.iter().filter(adapted).map(|layer| layer.kohya(base)).collect();
     if base == Family::StableDiffusionXl {
-        let unet = layers.iter().filter(adapted).filter(|layer| layer.component == Component::Unet);
+        let unet = layers.iter().filter(adapted).filter(|layer| layer.component == Component::UNET);
         names.extend(unet.map(|layer| underscored("lora_unet", &layer.path)));
     }
     names

@@ -134,14 +134,14 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
         let found = match layer.component {
             // Index arithmetic for the blocks and these ends; the other ends have no rule. The arithmetic is SD1's and
             // puts SDXL's first upsampler one place too early.
-            Component::Unet => {
+            Component::UNET => {
                 let block = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|part| path.starts_with(part));
                 let end = ["conv_in", "conv_out"].contains(&path) || path.starts_with("time_embedding.linear_");
                 let misplaced = base == Family::StableDiffusionXl && path == "up_blocks.0.upsamplers.0.conv";
                 (block || end) && !misplaced
             }
             // In OpenCLIP's tree only the MLP and the attention are renamed; norms are not found.
-            Component::TextEncoder2 => encoder && !path.contains("layer_norm"),
+            Component::TEXT_ENCODER_2 => encoder && !path.contains("layer_norm"),
             _ if base == Family::StableDiffusion2 => encoder && !path.contains("layer_norm"),
             // SDXL's first encoder is found by its own prefix for any layer.
             _ => encoder || base == Family::StableDiffusionXl,
@@ -150,7 +150,7 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
             names.insert(underscored(layer.prefix(base), path));
         }
         // SDXL's prefix of CLIP-L serves SD1 too.
-        if base == Family::StableDiffusion1 && layer.component == Component::TextEncoder {
+        if base == Family::StableDiffusion1 && layer.component == Component::TEXT_ENCODER {
             names.insert(underscored("lora_te1", path));
         }
     }

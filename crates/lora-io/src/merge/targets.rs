@@ -13,7 +13,7 @@ use lora_core::{Component, ModulePath};
 
 use super::Weighted;
 use crate::adapter::names;
-use crate::checkpoint::{LdmNames, Part};
+use crate::checkpoint::LdmNames;
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -155,7 +155,7 @@ impl Layers {
         if let Some(layer) = self.known.get(path) {
             return Ok(layer);
         }
-        if path.component == Component::LanguageModel && path.path == "lm_head" {
+        if path.component == Component::LANGUAGE_MODEL && path.path == "lm_head" {
             return Err(
                 "this base ties its output to its embeddings and has no lm_head.weight; merging would change both"
                     .into(),
@@ -195,13 +195,13 @@ impl Layers {
 fn canonical(own: &str, folder: Option<&str>, ldm: &LdmNames) -> Option<ModulePath> {
     let text = |path: &str| format!("text_model.{}", path.strip_prefix("text_model.").unwrap_or(path));
     match folder {
-        Some("unet") => return Some(ModulePath::new(Component::Unet, own)),
-        Some("text_encoder") => return Some(ModulePath::new(Component::TextEncoder, text(own))),
-        Some("text_encoder_2") => return Some(ModulePath::new(Component::TextEncoder2, text(own))),
+        Some("unet") => return Some(ModulePath::new(Component::UNET, own)),
+        Some("text_encoder") => return Some(ModulePath::new(Component::TEXT_ENCODER, text(own))),
+        Some("text_encoder_2") => return Some(ModulePath::new(Component::TEXT_ENCODER_2, text(own))),
         _ => {}
     }
     if let Some(path) = own.strip_prefix("conditioner.embedders.0.transformer.") {
-        return Some(ModulePath::new(Component::TextEncoder, text(path)));
+        return Some(ModulePath::new(Component::TEXT_ENCODER, text(path)));
     }
     if let Some((component, block)) = open_clip(own) {
         let (block, layer) = block.rsplit_once(".layers.").map(|(start, rest)| (start, rest.to_owned()))?;
@@ -214,23 +214,19 @@ fn canonical(own: &str, folder: Option<&str>, ldm: &LdmNames) -> Option<ModulePa
         };
         return Some(ModulePath::new(component, format!("{block}.layers.{number}.{layer}")));
     }
-    if let Some((part, path)) = ldm.canonical(&format!("{own}.weight")) {
+    if let Some((component, path)) = ldm.canonical(&format!("{own}.weight")) {
         let path = path.strip_suffix(".weight")?;
-        return match part {
-            Part::Unet => Some(ModulePath::new(Component::Unet, path)),
-            Part::TextEncoder => Some(ModulePath::new(Component::TextEncoder, path)),
-            Part::Vae => None,
-        };
+        return (component != Component::VAE).then(|| ModulePath::new(component, path));
     }
     let path = names::from_dotted(own);
-    (path.component != Component::Model).then_some(path)
+    (path.component != Component::MODEL).then_some(path)
 }
 
 /// The text encoder and block of an OpenCLIP name: `…transformer.resblocks.N.rest` as `text_model.encoder.layers.N.rest`.
 fn open_clip(own: &str) -> Option<(Component, String)> {
     let (component, rest) = match own.strip_prefix("conditioner.embedders.1.model.") {
-        Some(rest) => (Component::TextEncoder2, rest),
-        None => (Component::TextEncoder, own.strip_prefix("cond_stage_model.model.")?),
+        Some(rest) => (Component::TEXT_ENCODER_2, rest),
+        None => (Component::TEXT_ENCODER, own.strip_prefix("cond_stage_model.model.")?),
     };
     let rest = rest.strip_prefix("transformer.resblocks.")?;
     Some((component, format!("text_model.encoder.layers.{}", rest.trim_end_matches('.'))))

@@ -186,7 +186,7 @@ impl Layer {
 
 impl Adaptable for ClipTextEncoder {
     fn component(&self) -> Component {
-        Component::TextEncoder
+        Component::TEXT_ENCODER
     }
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {

@@ -326,7 +326,7 @@ impl Unet {
 
 impl Adaptable for Unet {
     fn component(&self) -> Component {
-        Component::Unet
+        Component::UNET
     }
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {

@@ -3,7 +3,7 @@
 
 use lora_core::Component;
 use lora_core::target::TargetLayer;
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Adaptable;
 use lora_models::networks::{
     ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig, text_encoder_config, unet_config, vae_config,
@@ -37,17 +37,17 @@ impl Base {
     /// The networks are built of tensors without elements, so that names and shapes are checked as ever.
     pub(super) fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let (unet, text, vae) = (unet_config(checkpoint)?, text_encoder_config(checkpoint)?, vae_config(checkpoint)?);
-        let shapes = |part: Part, build: &dyn Fn(&Weights<'_>) -> lora_models::Result<Vec<TargetLayer>>| {
-            let source = ShapesOnly::new(checkpoint.part(part));
+        let shapes = |component: Component, build: &dyn Fn(&Weights<'_>) -> lora_models::Result<Vec<TargetLayer>>| {
+            let source = ShapesOnly::new(checkpoint.component(component)?);
             let layers = build(&Weights::new(&source, Kind::Float, Device::Cpu))?;
             Ok::<_, crate::Error>(Shapes { weights: source.asked(), layers })
         };
         Ok(Self {
-            unet_shapes: shapes(Part::Unet, &|weights| Ok(Unet::new(weights, unet.clone())?.adaptable_layers()))?,
-            text_shapes: shapes(Part::TextEncoder, &|weights| {
+            unet_shapes: shapes(Component::UNET, &|weights| Ok(Unet::new(weights, unet.clone())?.adaptable_layers()))?,
+            text_shapes: shapes(Component::TEXT_ENCODER, &|weights| {
                 Ok(ClipTextEncoder::new(weights, text)?.adaptable_layers())
             })?,
-            vae_shapes: shapes(Part::Vae, &|weights| Vae::new(weights, vae.clone()).map(|_| Vec::new()))?,
+            vae_shapes: shapes(Component::VAE, &|weights| Vae::new(weights, vae.clone()).map(|_| Vec::new()))?,
             unet,
             text,
             vae,
@@ -57,7 +57,7 @@ impl Base {
     /// A network that can carry adapters.
     pub(super) fn shapes(&self, component: Component) -> &Shapes {
         match component {
-            Component::TextEncoder => &self.text_shapes,
+            Component::TEXT_ENCODER => &self.text_shapes,
             _ => &self.unet_shapes,
         }
     }

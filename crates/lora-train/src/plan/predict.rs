@@ -220,10 +220,10 @@ impl Run<'_> {
         };
         let mut parameters = Parameters::default();
         if full && config.train_text_encoder {
-            self.train_whole(Component::TextEncoder, &mut parameters);
+            self.train_whole(Component::TEXT_ENCODER, &mut parameters);
         }
         if !keep_encoder {
-            let layers = self.layers(Component::TextEncoder, &mut Parameters::default());
+            let layers = self.layers(Component::TEXT_ENCODER, &mut Parameters::default());
             self.tape.recording(false, || drop(self.states(&layers, 1)));
             text_weights.clear();
         }
@@ -233,9 +233,9 @@ impl Run<'_> {
             true => Vec::new(),
             false => self.load(&self.base.unet_shapes, Part::Unet, self.kind, config.base_storage, config.offload_base),
         };
-        let trains = [(Component::Unet, config.train_unet), (Component::TextEncoder, config.train_text_encoder)];
+        let trains = [(Component::UNET, config.train_unet), (Component::TEXT_ENCODER, config.train_text_encoder)];
         match full {
-            true if config.train_unet => self.train_whole(Component::Unet, &mut parameters),
+            true if config.train_unet => self.train_whole(Component::UNET, &mut parameters),
             true => {}
             false => self.attach(&trains, variant, &mut parameters)?,
         }
@@ -243,8 +243,8 @@ impl Run<'_> {
         // Taken when the first weight passes through.
         let ring = self.tape.meter().block(self.ring(), Part::Unet);
 
-        let unet_layers = self.layers(Component::Unet, &mut parameters);
-        let text_layers = keep_encoder.then(|| self.layers(Component::TextEncoder, &mut parameters));
+        let unet_layers = self.layers(Component::UNET, &mut parameters);
+        let text_layers = keep_encoder.then(|| self.layers(Component::TEXT_ENCODER, &mut parameters));
         if !config.samples.prompts.is_empty() {
             self.draw(&unet_layers, text_layers.as_ref());
             self.note(Phase::Samples);
@@ -437,7 +437,7 @@ impl Run<'_> {
 
     /// All weights of a network as trained ones.
     fn train_whole(&self, component: Component, parameters: &mut Parameters) {
-        let part = if component == Component::Unet { Part::Unet } else { Part::TextEncoder };
+        let part = if component == Component::UNET { Part::Unet } else { Part::TextEncoder };
         let shapes = self.base.shapes(component);
         let layers: BTreeSet<&str> = shapes.layers.iter().map(|layer| layer.path.path.as_str()).collect();
         for (name, shape) in &shapes.weights {
@@ -588,9 +588,9 @@ impl Run<'_> {
             let own = parameters.other.iter().filter(|(of, _)| index == 0 && *of == component);
             others.extend(own.map(|(_, block)| tape.meter().block(block.bytes(), Part::Gradients)));
         };
-        gradients_of(Component::Unet);
+        gradients_of(Component::UNET);
         tape.backward(&squares, tape.like(&squares));
-        gradients_of(Component::TextEncoder);
+        gradients_of(Component::TEXT_ENCODER);
         Trained::collect(&parameters.trained, tape);
         others
     }

@@ -6,12 +6,12 @@ use std::iter::Peekable;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::{DType, HostTensor};
+use lora_core::{Component, DType, HostTensor};
 use lora_data::cache::{DiskCache, Key, Tensors};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::{Pictures, Sample};
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::LatentDistribution;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::{from_host, to_host};
@@ -144,7 +144,7 @@ pub(super) fn cache(
     let identity = match cache {
         Some(_) => {
             let tiles = if config.vae_tiling { " in tiles" } else { "" };
-            format!("{} {:?} {device:?}{tiles}", checkpoint.part(Part::Vae).sha256()?, encoder.kind())
+            format!("{} {:?} {device:?}{tiles}", checkpoint.component(Component::VAE)?.sha256()?, encoder.kind())
         }
         None => String::new(),
     };

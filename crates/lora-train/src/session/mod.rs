@@ -230,7 +230,7 @@ impl Session {
             let step = lora_torch::caught(|| {
                 self.parameters.step(|component, is_up| {
                     factor
-                        * if component == Component::Unet { config.unet_lr } else { config.text_encoder_lr }
+                        * if component == Component::UNET { config.unet_lr } else { config.text_encoder_lr }
                         * if is_up { config.loraplus_lr_ratio } else { 1.0 }
                 })
             });

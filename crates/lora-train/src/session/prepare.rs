@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::target::{TargetLayer, Targets};
-use lora_core::{Adapter, DType};
+use lora_core::{Adapter, Component, DType};
 use lora_data::Pictures;
 use lora_data::bucket::Framing;
 use lora_data::cache::DiskCache;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
 use lora_io::adapter;
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_io::checkpoint::Checkpoint;
 use lora_models::diffusion::noise_schedule;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{load_text_encoder, load_unet};
@@ -210,7 +210,10 @@ impl Session {
             captions.dedup();
             let _guard = no_grad_guard();
             let identity = match disk {
-                Some(_) => format!("{} {kind:?} {storage:?} {device:?}", checkpoint.part(Part::TextEncoder).sha256()?),
+                Some(_) => format!(
+                    "{} {kind:?} {storage:?} {device:?}",
+                    checkpoint.component(Component::TEXT_ENCODER)?.sha256()?
+                ),
                 None => String::new(),
             };
             let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
@@ -248,8 +251,8 @@ impl Session {
         let mut parameters = ParameterList::new(optimiser, config.ema_decay);
         let trained = if full {
             let mut whole = WholeNetworks::default();
-            whole.add(Part::Unet, &unet_weights, &mut parameters)?;
-            whole.add(Part::TextEncoder, &text_weights, &mut parameters)?;
+            whole.add(Component::UNET, &unet_weights, &mut parameters)?;
+            whole.add(Component::TEXT_ENCODER, &text_weights, &mut parameters)?;
             Trained::Whole(whole)
         } else {
             let (adapter, from) = attach(networks, &config, plugins, &mut parameters)?;
