@@ -3,6 +3,7 @@
 
 mod blocks;
 mod clip;
+mod config;
 mod load;
 mod tiles;
 mod transformer;
@@ -10,7 +11,7 @@ mod unet;
 mod vae;
 
 pub use clip::{ClipConfig, ClipTextEncoder};
-pub use load::{load_text_encoder, load_unet, load_vae, text_encoder_config, unet_config, vae_config};
+pub use load::{load_text_encoder, load_unet, load_vae};
 pub use tiles::tiles_along;
 pub use unet::{Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

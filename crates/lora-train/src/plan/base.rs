@@ -5,9 +5,7 @@ use lora_core::Component;
 use lora_core::target::TargetLayer;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Adaptable;
-use lora_models::networks::{
-    ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig, text_encoder_config, unet_config, vae_config,
-};
+use lora_models::networks::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
 use lora_models::weights::{NamedShape, ShapesOnly, Weights};
 use lora_torch::tch::{Device, Kind};
 
@@ -36,7 +34,9 @@ pub(super) struct Shapes {
 impl Base {
     /// The networks are built of tensors without elements, so that names and shapes are checked as ever.
     pub(super) fn read(checkpoint: &Checkpoint) -> Result<Self> {
-        let (unet, text, vae) = (unet_config(checkpoint)?, text_encoder_config(checkpoint)?, vae_config(checkpoint)?);
+        let unet = UnetConfig::detect(checkpoint.component(Component::UNET)?)?;
+        let text = ClipConfig::detect(checkpoint.component(Component::TEXT_ENCODER)?)?;
+        let vae = VaeConfig::detect(checkpoint.component(Component::VAE)?)?;
         let shapes = |component: Component, build: &dyn Fn(&Weights<'_>) -> lora_models::Result<Vec<TargetLayer>>| {
             let source = ShapesOnly::new(checkpoint.component(component)?);
             let layers = build(&Weights::new(&source, Kind::Float, Device::Cpu))?;
