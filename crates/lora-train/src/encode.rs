@@ -8,7 +8,7 @@ use lora_data::tokenizer::ClipTokenizer;
 use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
+use lora_models::networks::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
 use lora_models::weights::Held;
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};

@@ -18,7 +18,7 @@ use lora_core::DType;
 use lora_core::target::Targets;
 use lora_data::DatasetOptions;
 use lora_data::tokenizer::TextCleaning;
-use lora_models::stable_diffusion::SamplerKind;
+use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
 use crate::optimiser::{Arguments, OptimiserRegistry};

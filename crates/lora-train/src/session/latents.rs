@@ -12,7 +12,7 @@ use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::{Pictures, Sample};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::stable_diffusion::LatentDistribution;
+use lora_models::networks::LatentDistribution;
 use lora_torch::dry;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::{from_host, to_host};

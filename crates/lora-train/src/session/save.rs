@@ -8,7 +8,7 @@ use lora_data::bucket::Framing;
 use lora_data::dataset::{Role, tag_frequency};
 use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
-use lora_models::stable_diffusion::Prediction;
+use lora_models::diffusion::Prediction;
 
 use super::{Session, Trained};
 use crate::{Error, Result};

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::NoiseSchedule;
 use lora_torch::dry;
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
