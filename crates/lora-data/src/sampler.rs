@@ -197,6 +197,27 @@ mod tests {
         }
     }
 
+    /// The order of a saved run is the order of its continuation, whatever becomes of this file: taken down when it was new.
+    #[test]
+    fn the_order_stays_what_it_was() {
+        let bucket = |index: usize| [(512, 512), (640, 384), (384, 640)][index % 3];
+        let items = (0..7).map(|index| Visits { count: 1 + index % 2, bucket: bucket(index), batch_size: 2 });
+        let mut sampler = EpochSampler::new(items, 42);
+        let mut batches = || -> Vec<Vec<(usize, usize)>> {
+            let batch = |_| sampler.next_batch().iter().map(|visit| (visit.index, visit.repeat)).collect();
+            (0..6).map(batch).collect()
+        };
+        let first: [&[(usize, usize)]; 6] =
+            [&[(4, 0), (1, 1)], &[(1, 0)], &[(3, 1), (6, 0)], &[(0, 0), (3, 0)], &[(2, 0), (5, 0)], &[(5, 1)]];
+        assert_eq!(batches(), first);
+        let second: [&[(usize, usize)]; 6] =
+            [&[(5, 1), (5, 0)], &[(1, 0), (1, 1)], &[(0, 0), (3, 1)], &[(4, 0)], &[(2, 0)], &[(3, 0), (6, 0)]];
+        assert_eq!(batches(), second);
+        let mut single = self::sampler(&[1, 2, 1, 1, 2], 3, 7);
+        let visits: Vec<usize> = (0..6).flat_map(|_| single.next_batch()).map(|visit| visit.index).collect();
+        assert_eq!(visits, [2, 4, 1, 3, 1, 4, 0, 0, 4, 1, 2, 1, 4, 3]);
+    }
+
     #[test]
     fn epochs_differ() {
         let mut whole = sampler(&[1; 50], 50, 1);
