@@ -17,7 +17,7 @@ use super::Weighted;
 use crate::adapter::names;
 use crate::checkpoint::{self, Group};
 use crate::family::tree::Piece;
-use crate::family::{BaseNames, Family, sd1};
+use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -144,7 +144,7 @@ impl Layers {
             let shapes = file.names().map(|name| (name, file.shape(name).unwrap_or_default()));
             names.add(folder_of(file).as_deref(), shapes);
         }
-        let family = Family::of_base(&names);
+        let family = Family::of_base(&names, &FAMILIES);
         let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
             layers.add_spelt(index, file);
