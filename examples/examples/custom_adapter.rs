@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicBool;
 
 use lora_core::backend::{Backend, CpuBackend};
 use lora_core::conformance::{Layer, Row, check};
-use lora_core::random::Stream;
 use lora_core::variant::{BaseLayer, Parameters, Request, Variant, VariantRegistry};
 use lora_core::{HostTensor, LayerGeometry, Result, Strength};
 use lora_io::adapter;
@@ -27,17 +26,6 @@ impl<B: Backend> Variant<B> for OutputGain {
         let mut shape = vec![1; geometry.weight_shape().len()];
         shape[0] = geometry.weight_shape()[0];
         Ok(BTreeMap::from([("gain".to_owned(), shape)]))
-    }
-
-    fn initialise(
-        &self,
-        _: &B,
-        base: &dyn BaseLayer<B>,
-        request: &Request,
-        _: &Stream,
-    ) -> Result<BTreeMap<String, HostTensor>> {
-        let shapes = Variant::<B>::shapes(self, &base.geometry(), request)?;
-        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
     }
 
     fn is_additive(&self) -> bool {

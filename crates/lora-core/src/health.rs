@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::linalg::{as_matrix, svd_of_product};
+use crate::variant::LoraFactors;
 use crate::{Adapter, AdapterModule, ModulePath};
 
 /// One module's numbers.
@@ -56,8 +57,7 @@ fn of_module(path: &ModulePath, module: &AdapterModule) -> ModuleHealth {
         zeros: zeros as f64 / count.max(1) as f64,
         not_finite,
     };
-    let plain = (module.variant.as_str(), module.tensors.get("down"), module.tensors.get("up"), module.tensors.len());
-    if let ("lora", Some(down), Some(up), 2) = plain
+    if let Some(LoraFactors { down, up, embedding: false }) = module.factors()
         && not_finite == 0
         && module.rank > 0
         && up.elements() % module.rank == 0

@@ -18,7 +18,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lora_core::backend::CpuBackend;
 use lora_core::merge::{Applied, geometry, merged_bias, merged_weight};
-use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
+use lora_core::variant::{FrozenLayer, LoraFactors, Parameters, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostData, HostTensor, Strength};
 use rayon::prelude::*;
 
@@ -77,7 +77,7 @@ pub fn merge(
     let folder = fs::metadata(base).map_err(Error::io(base, "open the base model"))?.is_dir();
     guard(base, output, folder)?;
     let (paths, files) = open_base(base)?;
-    let plan = Plan::new(base, &files, adapters)?;
+    let plan = Plan::new(base, &files, adapters, variants)?;
     let total = files.iter().map(|file| file.data().len() as u64).sum();
     let done = std::sync::atomic::AtomicU64::new(0);
     let advance = |bytes: u64| {
@@ -111,7 +111,7 @@ pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<()> {
     let base = base.as_ref();
     let (_, files) = open_base(base)?;
     let weighted = Weighted { name: "adapter".into(), adapter, strength: Strength::default() };
-    Plan::new(base, &files, &[weighted]).map(drop)
+    Plan::new(base, &files, &[weighted], &VariantRegistry::default()).map(drop)
 }
 
 /// The weight files of a base.
@@ -248,7 +248,7 @@ fn merge_file(
         let row = (size as usize / first_axis).max(1);
         // Only plain low-rank updates are cut into rows: other formulas need their whole tensor.
         let whole = !own.is_empty()
-            && !own.iter().all(|change| tileable(&adapters[change.adapter].adapter.modules[&change.module]));
+            && !own.iter().all(|change| tileable(&adapters[change.adapter].adapter.modules[&change.module], variants));
         let step = if whole || own.iter().any(|change| change.rows.is_some()) {
             first_axis
         } else {
@@ -307,8 +307,11 @@ fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<(
 }
 
 /// Whether rows of a module's update can be computed alone.
-fn tileable(module: &AdapterModule) -> bool {
-    module.variant == "lora" && module.tensors.contains_key("down") && !module.tensors.contains_key("mid")
+fn tileable(module: &AdapterModule, variants: &VariantRegistry<CpuBackend>) -> bool {
+    let factors = LoraFactors::names(false);
+    module.tensors.len() == factors.len()
+        && factors.iter().all(|name| module.tensors.contains_key(*name))
+        && variants.get(&module.variant).is_ok_and(|variant| variant.merges_by_factors())
 }
 
 /// The bytes of a piece.
@@ -331,7 +334,9 @@ fn compute<'f>(
     let finite_before = values.iter().all(|value| value.is_finite());
     let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
     let all_tiles = piece.changes.iter().all(|change| {
-        change.rows.is_none() && !change.bias && tileable(&adapters[change.adapter].adapter.modules[&change.module])
+        change.rows.is_none()
+            && !change.bias
+            && tileable(&adapters[change.adapter].adapter.modules[&change.module], variants)
     });
     if all_tiles {
         for change in piece.changes {

@@ -139,6 +139,28 @@ fn fused_query_key_and_value_change_by_thirds() {
     }
 }
 
+/// Variants that scale a bias find the part of it that is theirs.
+#[test]
+fn a_bias_in_the_fused_tensor_changes_in_its_own_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight";
+    let bias_name = name.replace("weight", "bias");
+    let (weight, bias) = (random(&[6, 2], 1), random(&[6], 2));
+    let base = file(folder.path(), "base", &[(name, weight.clone()), (&bias_name, bias.clone())]);
+    let tensors = BTreeMap::from([("output".to_owned(), HostTensor::from_f32([2], vec![1.0, -0.5]).unwrap())]);
+    let module = AdapterModule { variant: "ia3".into(), tensors, rank: 1, alpha: 1.0 };
+    let path = ModulePath::new(Component::TEXT_ENCODER, "text_model.encoder.layers.0.self_attn.v_proj");
+    let output = folder.path().join("merged");
+    run(&base, &[weighted(vec![(path, module)], 1.0)], &output, MergeOptions::default()).unwrap();
+    let factors = [1.0, 1.0, 1.0, 1.0, 2.0, 0.5];
+    for (row, factor) in factors.into_iter().enumerate() {
+        assert_eq!(tensor(&output, &bias_name).to_f32()[row], bias.to_f32()[row] * factor);
+        for place in [2 * row, 2 * row + 1] {
+            assert_eq!(tensor(&output, name).to_f32()[place], weight.to_f32()[place] * factor);
+        }
+    }
+}
+
 #[test]
 fn models_of_no_known_family_merge_by_name_or_are_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -131,8 +131,7 @@ impl TrainableAdapter {
                 for (name, host) in tensors {
                     let values = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
                     let leaf = if variant.is_trained(&name) {
-                        let (full, is_up) =
-                            (format!("{module}.{name}"), matches!(name.as_str(), "up" | "embedding_up"));
+                        let (full, is_up) = (format!("{module}.{name}"), variant.is_up(&name));
                         trained.insert(name.clone(), values.shallow_clone());
                         if half {
                             list.add_in(layer.kind(), component, full, is_up, &values)?

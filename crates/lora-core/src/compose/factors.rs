@@ -1,9 +1,8 @@
 //! The two factors of a plain LoRA as matrices, whatever layer they belong to. What is done with them is told elsewhere.
 
-use std::collections::BTreeMap;
-
 use crate::linalg::{Svd, as_matrix, multiply};
 use crate::rank::{RankPolicy, kept};
+use crate::variant::LoraFactors;
 use crate::{AdapterModule, Error, HostTensor, ModulePath, Result};
 
 /// A plain LoRA's factors as matrices.
@@ -22,12 +21,7 @@ pub(super) struct Factors {
 
 impl Factors {
     pub(super) fn of(path: &ModulePath, module: &AdapterModule) -> Result<Self> {
-        let embedding = module.tensors.contains_key("embedding_up");
-        let names = if embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
-        let [down, up] = names.map(|name| module.tensors.get(name));
-        let (Some(down), Some(up), "lora", 2) = (down, up, module.variant.as_str(), module.tensors.len()) else {
-            return Err(plain_only(path, module));
-        };
+        let LoraFactors { down, up, embedding } = module.factors().ok_or_else(|| plain_only(path, module))?;
         let (rows, rank) = (up.shape().first().copied().unwrap_or(0), up.shape().get(1).copied().unwrap_or(0));
         if rank == 0 || down.shape().first() != Some(&rank) || up.elements() != rows * rank {
             return Err(Error::Shape {
@@ -57,14 +51,10 @@ impl Factors {
 
     /// A module of these axes with other factors; alpha is the rank.
     pub(super) fn module(&self, up: Vec<f32>, down: Vec<f32>, rank: usize) -> Result<AdapterModule> {
-        let names = if self.embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
         let up_shape: Vec<usize> = [self.rows, rank].into_iter().chain(self.kernel.iter().skip(1).map(|_| 1)).collect();
         let down_shape = [&[rank], &*self.kernel].concat();
-        let tensors = BTreeMap::from([
-            (names[0].to_owned(), HostTensor::from_f32(down_shape, down)?),
-            (names[1].to_owned(), HostTensor::from_f32(up_shape, up)?),
-        ]);
-        Ok(AdapterModule { variant: "lora".into(), tensors, rank, alpha: rank as f64 })
+        let (down, up) = (HostTensor::from_f32(down_shape, down)?, HostTensor::from_f32(up_shape, up)?);
+        Ok(AdapterModule::of_factors(down, up, self.embedding, rank, rank as f64))
     }
 
     pub(super) fn shortened(&self, svd: Svd, policy: RankPolicy) -> Result<(AdapterModule, f64)> {

@@ -19,6 +19,7 @@ use factors::{Factors, plain_only};
 
 use crate::linalg::{self, as_matrix};
 use crate::rank::RankPolicy;
+use crate::variant::LoraFactors;
 use crate::{Adapter, AdapterModule, Error, HostTensor, ModulePath, Result, Strength};
 
 /// How several adapters become one.
@@ -176,8 +177,9 @@ pub fn resize(adapter: &Adapter, policy: RankPolicy) -> Result<(Adapter, Vec<Out
 /// Another alpha for all plain modules, with the same updates: the ratio goes into the up-projections.
 pub fn set_alpha(adapter: &mut Adapter, alpha: f64) -> Result<()> {
     for (path, module) in &mut adapter.modules {
-        let name = if module.tensors.contains_key("up") { "up" } else { "embedding_up" };
-        let Some(up) = module.tensors.get(name).filter(|_| module.variant == "lora") else {
+        let names = [false, true].map(|embedding| LoraFactors::names(embedding)[1]);
+        let found = names.into_iter().find_map(|name| Some((name, module.tensors.get(name)?)));
+        let Some((name, up)) = found.filter(|_| module.is_lora()) else {
             return Err(plain_only(path, module));
         };
         let ratio = module.alpha / alpha;

@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Parameters, Request, Variant, expect};
+use super::{BaseLayer, BiasChange, Changes, Parameters, Request, Variant, expect};
 use crate::backend::Backend;
-use crate::random::Stream;
 use crate::{HostTensor, LayerGeometry, Result};
 
 /// The difference itself.
@@ -36,15 +35,9 @@ impl<B: Backend> Variant<B> for Full {
         (1, 1.0)
     }
 
-    fn initialise(
-        &self,
-        _backend: &B,
-        base: &dyn BaseLayer<B>,
-        request: &Request,
-        _stream: &Stream,
-    ) -> Result<BTreeMap<String, HostTensor>> {
-        let shapes = Variant::<B>::shapes(self, &base.geometry(), request)?;
-        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
+    fn changes(&self, tensors: &BTreeMap<String, HostTensor>) -> Changes {
+        let bias = if tensors.contains_key("bias") { BiasChange::Always } else { BiasChange::Never };
+        Changes { weight: tensors.contains_key("weight"), bias }
     }
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Parameters, Request, Variant, at_least_one, expect, is_grouped, kaiming, unsupported};
+use super::{BaseLayer, Changes, Parameters, Request, Variant, at_least_one, expect, is_grouped, kaiming, unsupported};
 use crate::backend::Backend;
 use crate::random::Stream;
 use crate::{HostTensor, LayerGeometry, Result};
@@ -83,6 +83,13 @@ impl<B: Backend> Variant<B> for Glora {
             Ok((name, tensor))
         };
         Variant::<B>::shapes(self, &base.geometry(), request)?.into_iter().map(first).collect()
+    }
+
+    fn changes(&self, _tensors: &BTreeMap<String, HostTensor>) -> Changes {
+        match self {
+            Glora::Peft => Changes::WEIGHT_AND_BIAS,
+            Glora::Lycoris => Changes::WEIGHT,
+        }
     }
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {

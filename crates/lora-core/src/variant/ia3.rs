@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Dropout, Parameters, Request, Variant, expect, unsupported};
+use super::{BaseLayer, Changes, Dropout, Parameters, Request, Variant, expect, unsupported};
 use crate::backend::Backend;
-use crate::random::Stream;
 use crate::{Error, HostTensor, LayerGeometry, Result};
 
 /// A factor for each input or output.
@@ -86,15 +85,11 @@ impl<B: Backend> Variant<B> for Ia3 {
         (1, 1.0)
     }
 
-    fn initialise(
-        &self,
-        _backend: &B,
-        base: &dyn BaseLayer<B>,
-        request: &Request,
-        _stream: &Stream,
-    ) -> Result<BTreeMap<String, HostTensor>> {
-        let shapes = Variant::<B>::shapes(self, &base.geometry(), request)?;
-        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
+    fn changes(&self, _tensors: &BTreeMap<String, HostTensor>) -> Changes {
+        match self {
+            Ia3::Peft => Changes::WEIGHT_AND_BIAS,
+            Ia3::Lycoris => Changes::WEIGHT,
+        }
     }
 
     fn is_additive(&self) -> bool {

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use super::{BaseLayer, Dropout, Parameters, Request, Variant, at_least_one, expect, kaiming, unsupported};
 use crate::backend::Backend;
 use crate::random::Stream;
-use crate::{HostTensor, LayerGeometry, Result};
+use crate::{AdapterModule, HostTensor, LayerGeometry, Result};
 
 /// The plain low-rank update.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,6 +35,47 @@ pub(super) const UP: &str = "up";
 /// Names of an embedding's factors: they tell an embedding from a linear layer where only tensors are at hand.
 pub(super) const EMBEDDING_DOWN: &str = "embedding_down";
 pub(super) const EMBEDDING_UP: &str = "embedding_up";
+
+/// The factors of a module whose update is `scale · up · down` and nothing else.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraFactors<'m> {
+    /// `[rank, in]`, or in the shape of a convolution.
+    pub down: &'m HostTensor,
+    /// `[out, rank]`, or in the shape of a convolution.
+    pub up: &'m HostTensor,
+    /// Whether they are an embedding's.
+    pub embedding: bool,
+}
+
+impl LoraFactors<'_> {
+    /// The names of the two tensors in a module, `down` first.
+    pub fn names(embedding: bool) -> [&'static str; 2] {
+        if embedding { [EMBEDDING_DOWN, EMBEDDING_UP] } else { [DOWN, UP] }
+    }
+}
+
+impl AdapterModule {
+    /// Whether it is a plain LoRA, with or without a core between its factors.
+    pub fn is_lora(&self) -> bool {
+        self.variant == NAME
+    }
+
+    /// The factors of a plain LoRA that has nothing else.
+    pub fn factors(&self) -> Option<LoraFactors<'_>> {
+        if !self.is_lora() || self.tensors.len() != 2 {
+            return None;
+        }
+        let embedding = self.tensors.contains_key(EMBEDDING_UP);
+        let [down, up] = LoraFactors::names(embedding).map(|name| self.tensors.get(name));
+        Some(LoraFactors { down: down?, up: up?, embedding })
+    }
+
+    /// A plain LoRA with these factors.
+    pub fn of_factors(down: HostTensor, up: HostTensor, embedding: bool, rank: usize, alpha: f64) -> Self {
+        let tensors = LoraFactors::names(embedding).map(str::to_owned).into_iter().zip([down, up]).collect();
+        Self { variant: NAME.to_owned(), tensors, rank, alpha }
+    }
+}
 
 impl<B: Backend> Variant<B> for Lora {
     fn name(&self) -> &str {
@@ -91,6 +132,10 @@ impl<B: Backend> Variant<B> for Lora {
             Ok((name, tensor))
         };
         shapes.into_iter().map(first).collect()
+    }
+
+    fn merges_by_factors(&self) -> bool {
+        true
     }
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
@@ -233,7 +278,7 @@ pub(super) fn low_rank_output<B: Backend>(
     backend.apply(&geometry.pointwise_from(rank), &hidden, &up, None)
 }
 
-type Factors<'p, B> =
+type FactorTensors<'p, B> =
     (&'p <B as Backend>::Tensor, Option<&'p <B as Backend>::Tensor>, &'p <B as Backend>::Tensor, usize);
 
 /// The factors and the rank of `up`, checked against the layer.
@@ -242,7 +287,7 @@ fn factors<'p, B: Backend>(
     geometry: &LayerGeometry,
     parameters: &'p Parameters<B>,
     variant: &str,
-) -> Result<Factors<'p, B>> {
+) -> Result<FactorTensors<'p, B>> {
     let (down, up) = (parameters.get(variant, DOWN)?, parameters.get(variant, UP)?);
     let mid = parameters.tensors.get(MID);
     let (down_shape, up_shape) = (backend.shape(down), backend.shape(up));

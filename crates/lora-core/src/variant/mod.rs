@@ -24,7 +24,7 @@ pub use glora::Glora;
 pub use ia3::Ia3;
 pub use loha::Loha;
 pub use lokr::Lokr;
-pub use lora::Lora;
+pub use lora::{Lora, LoraFactors};
 pub use oft::{Boft, Oft};
 pub use residual::Residual;
 pub use vera::Vera;
@@ -140,6 +140,33 @@ impl<B: Backend> Parameters<B> {
     }
 }
 
+/// What a module changes of its layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Changes {
+    /// The weight.
+    pub weight: bool,
+    /// The bias.
+    pub bias: BiasChange,
+}
+
+/// What a module changes of a layer's bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BiasChange {
+    /// Nothing.
+    Never,
+    /// The bias of a layer that has one.
+    WhereThere,
+    /// The bias, which the layer must have.
+    Always,
+}
+
+impl Changes {
+    /// The weight alone.
+    pub const WEIGHT: Self = Self { weight: true, bias: BiasChange::Never };
+    /// The weight, and the bias of a layer that has one.
+    pub const WEIGHT_AND_BIAS: Self = Self { weight: true, bias: BiasChange::WhereThere };
+}
+
 /// The formula of one kind of adapter.
 pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// The name it is registered and configured under.
@@ -153,14 +180,18 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// Names and shapes of its tensors on a layer.
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>>;
 
-    /// The tensors that training starts from, such that the update is zero. `stream` is the layer's own.
+    /// The tensors that training starts from, such that the update is zero: all zero, unless the variant says otherwise.
+    /// `stream` is the layer's own.
     fn initialise(
         &self,
-        backend: &B,
+        _backend: &B,
         base: &dyn BaseLayer<B>,
         request: &Request,
-        stream: &Stream,
-    ) -> Result<BTreeMap<String, HostTensor>>;
+        _stream: &Stream,
+    ) -> Result<BTreeMap<String, HostTensor>> {
+        let shapes = self.shapes(&base.geometry(), request)?;
+        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
+    }
 
     /// Rank and alpha that a module trained with this request records, given the alpha that was asked for: their ratio
     /// is [`Parameters::scale`]. Variants without a scale record 1 and 1.
@@ -171,6 +202,23 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// Whether a tensor of this name is trained (true unless the variant says otherwise).
     fn is_trained(&self, _tensor: &str) -> bool {
         true
+    }
+
+    /// Whether a trained tensor of this name stands between the rank and the outputs, which LoRA+ gives a higher learning
+    /// rate.
+    fn is_up(&self, tensor: &str) -> bool {
+        [lora::UP, lora::EMBEDDING_UP].contains(&tensor)
+    }
+
+    /// Whether a module that has the tensors `down` and `up` and no others changes a weight by `scale · up · down` and
+    /// nothing else, so that rows of the update can be computed apart.
+    fn merges_by_factors(&self) -> bool {
+        false
+    }
+
+    /// What a module with these tensors changes of a layer.
+    fn changes(&self, _tensors: &BTreeMap<String, HostTensor>) -> Changes {
+        Changes::WEIGHT
     }
 
     /// Whether the forward pass on such a layer takes its trained tensors in the dtype of the input and in no other, so that

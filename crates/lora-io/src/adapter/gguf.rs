@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use lora_core::variant::LoraFactors;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, finite, scaled, unmatched};
@@ -161,9 +162,7 @@ fn from_pair(
         Some(heads) => reordered(&b, rows, heads, Order::FromGguf)?,
         None => b,
     };
-    let names = if embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
-    let tensors = BTreeMap::from([(names[0].to_owned(), a), (names[1].to_owned(), b)]);
-    Ok(AdapterModule { variant: "lora".into(), tensors, rank, alpha })
+    Ok(AdapterModule::of_factors(a, b, embedding, rank, alpha))
 }
 
 fn is_embedding(module: &str) -> bool {
@@ -207,13 +206,8 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
             return Err(failed(format!("architecture `{}` has no such layer that is known here", architecture.name)));
         };
         let embedding = is_embedding(&module_path.path);
-        let halves = if embedding { ["embedding_down", "embedding_up"] } else { ["down", "up"] };
-        let (Some(a), Some(b), "lora", 2) = (
-            module.tensors.get(halves[0]),
-            module.tensors.get(halves[1]),
-            module.variant.as_str(),
-            module.tensors.len(),
-        ) else {
+        let factors = module.factors().filter(|factors| factors.embedding == embedding);
+        let Some(LoraFactors { down: a, up: b, .. }) = factors else {
             let reason = format!("only plain LoRA is written here, this is {}; flatten it first", module.variant);
             return Err(failed(reason));
         };

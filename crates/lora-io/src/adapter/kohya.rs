@@ -47,12 +47,12 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     };
     for (module_path, module) in &adapter.modules {
         let name = named(module_path, family)?;
-        peft_dora += usize::from(module.variant == "dora");
+        peft_dora += usize::from(parts::is_respelt_dora(module));
         if is_custom(&module.variant) {
             custom.insert(module.variant.clone());
         }
         let ratio = module.alpha / common;
-        if module.variant == "lora" && ratio != 1.0 && module.tensors.contains_key("up") {
+        if module.is_lora() && ratio != 1.0 && module.tensors.contains_key("up") {
             folded += 1;
             let mut same = module.clone();
             same.alpha = common;
@@ -170,7 +170,7 @@ pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
 /// The alpha of most plain modules (the smallest of equally frequent ones).
 fn common_alpha(adapter: &Adapter) -> f64 {
     let mut counts: BTreeMap<u64, (usize, f64)> = BTreeMap::new();
-    for module in adapter.modules.values().filter(|module| module.variant == "lora" && module.alpha != 0.0) {
+    for module in adapter.modules.values().filter(|module| module.is_lora() && module.alpha != 0.0) {
         counts.entry(module.alpha.to_bits()).or_insert((0, module.alpha)).0 += 1;
     }
     counts.into_values().max_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1))).map_or(1.0, |(_, alpha)| alpha)
@@ -186,7 +186,7 @@ fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, AdapterModule> {
     let mut partners = BTreeMap::new();
     for (path, module) in text {
         // A text encoder's attention is square: its out_proj has the shapes of q, k and v.
-        if let (Some((layer, _)), "lora") = (path.path.rsplit_once('.'), module.variant.as_str()) {
+        if let Some((layer, _)) = path.path.rsplit_once('.').filter(|_| module.is_lora()) {
             let mut partner = module.clone();
             partner.tensors.values_mut().for_each(|tensor| *tensor = HostTensor::zeros(tensor.shape()));
             partners.insert(ModulePath::new(Component::TEXT_ENCODER, format!("{layer}.out_proj")), partner);

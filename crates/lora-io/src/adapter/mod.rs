@@ -19,6 +19,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use lora_core::target::TargetLayer;
+use lora_core::variant::LoraFactors;
 use lora_core::{Adapter, AdapterModule, DType, HostTensor, ModulePath};
 
 use crate::family::adapter::Module;
@@ -163,16 +164,17 @@ pub fn fit(path: &Path, adapter: &mut Adapter, layers: &[TargetLayer]) -> Result
             problems.push(format!("`{module_path}` (this base has no such layer)"));
             continue;
         };
+        if module.factors().is_none_or(|factors| factors.embedding) {
+            continue;
+        }
         let rank = module.rank;
-        let mid = module.tensors.contains_key("mid");
+        let [down, up] = LoraFactors::names(false);
         let expected = [
-            ("down", layer.geometry.with_outputs(rank).weight_shape()),
-            ("up", layer.geometry.pointwise_from(rank).weight_shape()),
+            (down, layer.geometry.with_outputs(rank).weight_shape()),
+            (up, layer.geometry.pointwise_from(rank).weight_shape()),
         ];
         for (name, shape) in expected {
-            let Some(tensor) = module.tensors.get(name).filter(|_| module.variant.ends_with("lora") && !mid) else {
-                continue;
-            };
+            let Some(tensor) = module.tensors.get(name) else { continue };
             // The same numbers as 2-D factors of a 1×1 convolution, or the other way round, are the same module.
             match tensor.clone().reshape(shape) {
                 Ok(shaped) => drop(module.tensors.insert(name.to_owned(), shaped)),
@@ -270,8 +272,8 @@ fn assemble(
 /// A plain LoRA's factors with its scale folded into `up`, so that alpha equals the rank.
 fn folded(path: &ModulePath, module: &AdapterModule) -> Result<(HostTensor, HostTensor, usize)> {
     let refused = |reason: String| Error::Module { module: path.to_string(), reason };
-    match (module.variant.as_str(), module.tensors.get("down"), module.tensors.get("up"), module.tensors.len()) {
-        ("lora", Some(down), Some(up), 2) => Ok((down.clone(), scaled(up, module.scale()), module.rank)),
+    match module.factors() {
+        Some(LoraFactors { down, up, embedding: false }) => Ok((down.clone(), scaled(up, module.scale()), module.rank)),
         _ => Err(refused(format!(
             "only plain LoRA is written here, this is {} with {:?}; flatten it to a plain LoRA first",
             module.variant,

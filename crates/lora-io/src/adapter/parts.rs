@@ -265,6 +265,11 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
     }
 }
 
+/// Whether a module is PEFT's DoRA, which the kohya layout has in LyCORIS' form alone.
+pub(super) fn is_respelt_dora(module: &AdapterModule) -> bool {
+    module.variant == "dora"
+}
+
 /// The suffixes and tensors of a module in the kohya and LyCORIS spelling, alpha among them (always F32), in `dtype`.
 pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String, HostTensor)>, String> {
     const LORA: &[(&str, &str)] = &[

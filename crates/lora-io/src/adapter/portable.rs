@@ -3,7 +3,7 @@
 
 use lora_core::{Adapter, AdapterModule, HostTensor};
 
-use super::{folded, scaled};
+use super::folded;
 use crate::Result;
 
 /// The ranks that vLLM allocates; a rank between two of them is padded with zeros.
@@ -25,9 +25,7 @@ pub fn portable(adapter: &Adapter) -> Result<(Adapter, Vec<String>)> {
     for (path, module) in &adapter.modules {
         let (down, up, own) = folded(path, module)?;
         let (down, up) = (pad_rows(&down, rank), pad_columns(&up, own, rank));
-        let tensors = [("down".to_owned(), down), ("up".to_owned(), scaled(&up, 1.0))].into();
-        let module = AdapterModule { variant: "lora".into(), tensors, rank, alpha: rank as f64 };
-        portable.modules.insert(path.clone(), module);
+        portable.modules.insert(path.clone(), AdapterModule::of_factors(down, up, false, rank, rank as f64));
     }
     notes.push(format!("every scale is folded into the up-projections: alpha = rank = {rank}"));
     Ok((portable, notes))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use lora_core::Component;
 
 use super::{Checkpoint, Group, read_json, refused, shapes};
-use crate::family::{BaseNames, FAMILIES, Family};
+use crate::family::{BaseNames, Family};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -17,29 +17,29 @@ struct Folder {
     files: Vec<Arc<SafetensorsFile>>,
 }
 
-/// The names of the folders that components of any family have.
-fn component_folders() -> BTreeSet<&'static str> {
-    let components = FAMILIES.into_iter().flat_map(|family| family.components);
+/// The names of the folders that components of these families have.
+fn component_folders(families: &[&'static Family]) -> BTreeSet<&'static str> {
+    let components = families.iter().flat_map(|family| family.components);
     components.filter_map(|names| Some(names.folder?.place)).collect()
 }
 
-pub(super) fn open(path: &Path) -> Result<Checkpoint> {
-    let known = component_folders();
+pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoint> {
+    let known = component_folders(families);
     let folders: Vec<Folder> = known
         .into_iter()
         .filter(|name| path.join(name).is_dir())
         .map(|name| Ok(Folder { name, files: open_files(&path.join(name))? }))
         .collect::<Result<_>>()?;
     if folders.is_empty() {
-        return Err(without_components(path));
+        return Err(without_components(path, families));
     }
     let mut names = BaseNames::default();
     for folder in &folders {
         folder.files.iter().for_each(|file| names.add(Some(folder.name), shapes(file)));
     }
-    let Some(family) = Family::of_base(&names) else {
+    let Some(family) = Family::of_base(&names, families) else {
         let files: Vec<_> = folders.iter().flat_map(|folder| folder.files.iter().cloned()).collect();
-        return Err(refused(path, None, &names, &files));
+        return Err(refused(path, Err(families), &names, &files));
     };
     let mut checkpoint = Checkpoint::new(path, family);
     for folder in &folders {
@@ -65,7 +65,7 @@ impl Checkpoint {
 }
 
 /// The error of a folder that holds no component's folder.
-fn without_components(path: &Path) -> Error {
+fn without_components(path: &Path, families: &[&'static Family]) -> Error {
     if path.join("adapter_config.json").exists() {
         return Error::Family { path: path.to_owned(), found: "a PEFT adapter, not a base model".into() };
     }
@@ -73,10 +73,10 @@ fn without_components(path: &Path) -> Error {
         Ok(files) => {
             let mut names = BaseNames::default();
             files.iter().for_each(|file| names.add(None, shapes(file)));
-            refused(path, Family::of_base(&names), &names, &files)
+            refused(path, Family::of_base(&names, families).ok_or(families), &names, &files)
         }
         Err(_) => {
-            let folders: Vec<&str> = component_folders().into_iter().collect();
+            let folders: Vec<&str> = component_folders(families).into_iter().collect();
             let found = format!("a folder without weights and without any of the folders {}", folders.join(", "));
             Error::Family { path: path.to_owned(), found }
         }

@@ -8,13 +8,13 @@ use crate::Result;
 use crate::family::{BaseNames, Family};
 use crate::safetensors::SafetensorsFile;
 
-pub(super) fn open(path: &Path) -> Result<Checkpoint> {
+pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoint> {
     let file = Arc::new(SafetensorsFile::open(path)?);
     let mut names = BaseNames::default();
     names.add(None, shapes(&file));
-    let family = match Family::of_base(&names) {
+    let family = match Family::of_base(&names, families) {
         Some(family) if family.opens_single_file() => family,
-        other => return Err(refused(path, other, &names, &[Arc::clone(&file)])),
+        other => return Err(refused(path, other.ok_or(families), &names, &[Arc::clone(&file)])),
     };
     let mut checkpoint = Checkpoint::new(path, family);
     checkpoint.metadata = file.metadata().clone();

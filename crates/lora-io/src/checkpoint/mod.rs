@@ -23,7 +23,7 @@ use lora_core::Component;
 use sha2::{Digest, Sha256};
 
 use crate::family::tree::{Depths, Piece, Tree};
-use crate::family::{BaseNames, Family, describe};
+use crate::family::{BaseNames, FAMILIES, Family, describe};
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
@@ -95,9 +95,18 @@ impl Checkpoint {
     /// If the base is of no known family, if its family is not opened from a single file, or if a component that the
     /// family requires is missing; the message says what there is.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_among(path, &FAMILIES)
+    }
+
+    /// The same for a base of one of these families, the first that fits: a program's own beside [`FAMILIES`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Result<Self> {
         let path = path.as_ref();
         let kind = fs::metadata(path).map_err(Error::io(path, "open the base model"))?;
-        if kind.is_dir() { diffusers::open(path) } else { ldm::open(path) }
+        if kind.is_dir() { diffusers::open(path, families) } else { ldm::open(path, families) }
     }
 
     fn new(path: &Path, family: &'static Family) -> Self {
@@ -188,15 +197,20 @@ impl Checkpoint {
     }
 }
 
-/// The error of a base that is not opened.
-fn refused(path: &Path, family: Option<&Family>, names: &BaseNames<'_>, files: &[Arc<SafetensorsFile>]) -> Error {
+/// The error of a base that is not opened: of a family, or of none of these families.
+fn refused(
+    path: &Path,
+    family: Result<&Family, &[&'static Family]>,
+    names: &BaseNames<'_>,
+    files: &[Arc<SafetensorsFile>],
+) -> Error {
     let found = match family {
-        Some(family) => format!(
+        Ok(family) => format!(
             "{family}, whose networks are not opened from this layout; adapters for it are merged, converted and checked"
         ),
-        None => {
-            let dtypes = files.iter().flat_map(|file| file.names().filter_map(|name| file.get(name).ok()));
-            describe(names, &dtypes.map(|view| view.dtype().name()).collect())
+        Err(families) => {
+            let views = files.iter().flat_map(|file| file.names().filter_map(|name| file.get(name).ok()));
+            describe(names, &views.map(|view| view.dtype().name()).collect(), families)
         }
     };
     Error::Family { path: path.to_owned(), found }

@@ -41,7 +41,6 @@ pub fn title(family: Option<&Family>) -> &'static str {
 }
 
 /// A family of base models: those whose files have the same names.
-#[derive(Debug)]
 pub struct Family {
     /// A name for programs, `sdxl`.
     pub name: &'static str,
@@ -126,9 +125,9 @@ impl Labels {
 }
 
 impl Family {
-    /// The family of a base with these names.
-    pub fn of_base(names: &BaseNames<'_>) -> Option<&'static Family> {
-        FAMILIES.into_iter().find(|family| (family.tells)(names))
+    /// The first of these families that a base with these names is of.
+    pub fn of_base(names: &BaseNames<'_>, families: &[&'static Family]) -> Option<&'static Family> {
+        families.iter().copied().find(|family| (family.tells)(names))
     }
 
     /// The names of a component.
@@ -178,6 +177,12 @@ impl PartialEq for Family {
 }
 
 impl Eq for Family {}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Family({})", self.name)
+    }
+}
 
 impl fmt::Display for Family {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use super::{BaseNames, FAMILIES};
+use super::{BaseNames, Family};
 
 /// Beginnings of names that are listed in a description.
 const LISTED: usize = 4;
 
-/// What a base seems to be; `dtypes` are the element types of its tensors.
-pub(crate) fn describe(names: &BaseNames<'_>, dtypes: &BTreeSet<&str>) -> String {
+/// What a base of none of these families seems to be; `dtypes` are the element types of its tensors.
+pub(crate) fn describe(names: &BaseNames<'_>, dtypes: &BTreeSet<&str>, families: &[&Family]) -> String {
     const ADAPTER: &[&str] = &["lora_down", "lora_A", "lora_up", "hada_w1", "lokr_w1"];
     if ADAPTER.iter().any(|part| names.contains(part)) {
         return "a LoRA, not a base model".into();
@@ -28,7 +28,7 @@ pub(crate) fn describe(names: &BaseNames<'_>, dtypes: &BTreeSet<&str>) -> String
         shown.push("…".into());
     }
     let dtypes: Vec<&str> = dtypes.iter().copied().collect();
-    let known: Vec<&str> = FAMILIES.iter().map(|family| family.title).collect();
+    let known: Vec<&str> = families.iter().map(|family| family.title).collect();
     format!(
         "no model that is known here: {} tensors ({}) whose names begin with {}; known are {}",
         names.iter().count(),

@@ -89,7 +89,7 @@ pub fn flatten(
         .modules
         .par_iter()
         .map(|(path, module)| {
-            if module.variant == "lora" && !module.tensors.contains_key("mid") {
+            if module.factors().is_some() {
                 return Ok((path.clone(), (module.clone(), 1.0)));
             }
             let refused = |reason: String| Error::Module { module: path.to_string(), reason };

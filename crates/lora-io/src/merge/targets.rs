@@ -9,13 +9,15 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
+use lora_core::backend::CpuBackend;
+use lora_core::variant::{BiasChange, Changes, VariantRegistry};
 use lora_core::{Component, ModulePath};
 
 use super::Weighted;
 use crate::adapter::names;
 use crate::checkpoint::{self, Group};
 use crate::family::tree::Piece;
-use crate::family::{BaseNames, Family, sd1};
+use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -59,7 +61,12 @@ impl Layer {
 }
 
 impl Plan {
-    pub(super) fn new(base: &Path, files: &[SafetensorsFile], adapters: &[Weighted]) -> Result<Self> {
+    pub(super) fn new(
+        base: &Path,
+        files: &[SafetensorsFile],
+        adapters: &[Weighted],
+        variants: &VariantRegistry<CpuBackend>,
+    ) -> Result<Self> {
         let layers = Layers::new(base, files);
         let mut plan = Self { files: files.iter().map(|_| BTreeMap::new()).collect() };
         for (index, adapter) in adapters.iter().enumerate() {
@@ -83,19 +90,19 @@ impl Plan {
                     bias,
                     partner: if bias { Some(layer.weight.clone()) } else { layer.bias.clone() },
                 };
-                // The variants whose update reaches the bias.
-                let own_bias = module.variant == "full" && module.tensors.contains_key("bias");
-                let scaled = ["ia3", "peft-glora"].contains(&module.variant.as_str());
-                match (&layer.bias, own_bias, scaled) {
-                    (Some(bias), true, _) | (Some(bias), _, true) => {
+                // An unknown variant is an error where its update is worked out.
+                let effect =
+                    variants.get(&module.variant).map_or(Changes::WEIGHT, |variant| variant.changes(&module.tensors));
+                match (&layer.bias, effect.bias) {
+                    (Some(bias), BiasChange::Always | BiasChange::WhereThere) => {
                         changes.entry(bias.clone()).or_default().push(change(true));
                     }
-                    (None, true, _) => {
+                    (None, BiasChange::Always) => {
                         problems.push(format!("`{path}` (changes a bias, and this layer of the base has none)"))
                     }
                     _ => {}
                 }
-                if module.variant != "full" || module.tensors.contains_key("weight") {
+                if effect.weight {
                     changes.entry(layer.weight.clone()).or_default().push(change(false));
                 }
             }
@@ -137,7 +144,7 @@ impl Layers {
             let shapes = file.names().map(|name| (name, file.shape(name).unwrap_or_default()));
             names.add(folder_of(file).as_deref(), shapes);
         }
-        let family = Family::of_base(&names);
+        let family = Family::of_base(&names, &FAMILIES);
         let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
             layers.add_spelt(index, file);
