@@ -14,15 +14,15 @@ use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath, Strength};
 use lora_io::adapter::{self, Format};
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_io::checkpoint::Checkpoint;
 use lora_io::merge::{MergeOptions, Weighted, extract, merge};
 use lora_models::synthetic::SyntheticModel;
 
 /// LoRA on every matrix and 1×1 convolution of the transformers: 264 modules in the full-size model.
 fn lora(base: &Checkpoint, rank: usize, seed: u64) -> Adapter {
     let mut adapter = Adapter::default();
-    for (part, component) in [(Part::Unet, Component::Unet), (Part::TextEncoder, Component::TextEncoder)] {
-        let weights = base.part(part);
+    for component in [Component::UNET, Component::TEXT_ENCODER] {
+        let weights = base.component(component).expect("a Stable Diffusion model has it");
         for name in weights.names() {
             let inside = name.contains(".attentions.") || name.contains(".encoder.layers.");
             let (Some(path), Some(shape)) = (name.strip_suffix(".weight"), weights.shape(name)) else { continue };

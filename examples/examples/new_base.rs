@@ -14,8 +14,9 @@ use std::time::Instant;
 use lora_core::random::Stream;
 use lora_core::{Component, DType, HostTensor};
 use lora_examples::{Answer, decibels, load_pictures, psnr, scaled};
-use lora_io::checkpoint::{Checkpoint, CheckpointSource, Part, write_single_file};
-use lora_models::stable_diffusion::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
+use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
+use lora_io::family::{Family, sd1};
+use lora_models::networks::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
@@ -77,21 +78,21 @@ fn main() -> Answer<()> {
 
     let model = sizes();
     let lists = model.weight_shapes()?;
-    for (part, list) in &lists {
+    for (component, list) in &lists {
         let count: usize = list.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-        println!("{}: {count} numbers", part.folder());
+        println!("{}: {count} numbers", component.name());
     }
     let trained = TrainedWeights::default();
     let held = Held::Trained(trained.clone());
     let vae = match output.exists() {
         true => load_vae(&Checkpoint::open(output)?, kind, Device::Cpu, held)?,
-        false => Vae::new(&Weights::new(&Untrained(Part::Vae), kind, Device::Cpu).held(held), model.vae.clone())?,
+        false => Vae::new(&Weights::new(&Untrained(Component::VAE), kind, Device::Cpu).held(held), model.vae.clone())?,
     };
     let numbers = Arguments::from([("betas".into(), vec![0.9, 0.99]), ("weight_decay".into(), vec![0.0])]);
     let optimiser = OptimiserState::new(OptimiserRegistry::default().make("adamw", LEARNING_RATE, &numbers)?);
     let mut parameters = ParameterList::new(optimiser, 0.995);
     for (name, leaf) in trained.all() {
-        parameters.add(Component::Unet, name, false, &leaf)?;
+        parameters.add(Component::UNET, name, false, &leaf)?;
     }
     train(&vae, &mut parameters, &training, steps)?;
     parameters.exchange_averages()?;
@@ -201,15 +202,15 @@ fn standardise(vae: &Vae, weights: &BTreeMap<String, Tensor>, training: &Tensor)
 /// begins as the identity; norms are 1, biases 0. Positions and the tokens that begin and end a caption are zero: what the
 /// text encoder gives for the seventy places that no word fills is then the caption's words from the first step on. (Else
 /// these places drown the few words, and the U-Net learns for thousands of steps to leave the text alone.)
-struct Untrained(Part);
+struct Untrained(Component);
 
 impl Untrained {
     fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let zero = name.ends_with(".bias")
             || name.ends_with("position_embedding.weight")
-            || self.0 == Part::Unet
+            || self.0 == Component::UNET
                 && [".conv2.weight", ".proj_out.weight", "conv_out.weight"].iter().any(|end| name.ends_with(end));
-        let made = SyntheticWeights::new(self.0.folder()).values(name, shape).to_f32().into_owned();
+        let made = SyntheticWeights::new(self.0.name()).values(name, shape).to_f32().into_owned();
         let mut values = match shape.len() {
             _ if zero => vec![0.0; made.len()],
             1 => vec![1.0; made.len()],
@@ -226,7 +227,7 @@ impl Untrained {
 
 impl WeightSource for Untrained {
     fn name(&self) -> String {
-        format!("untrained {}", self.0.folder())
+        format!("untrained {}", self.0.name())
     }
     fn contains(&self, _name: &str) -> bool {
         true
@@ -241,19 +242,27 @@ impl WeightSource for Untrained {
 
 /// The checkpoint: a trained autoencoder, the rest untrained.
 struct NewBase {
-    lists: BTreeMap<Part, Vec<NamedShape>>,
+    lists: BTreeMap<Component, Vec<NamedShape>>,
     vae: BTreeMap<String, HostTensor>,
 }
 
 impl CheckpointSource for NewBase {
-    fn weights(&self, part: Part) -> Vec<NamedShape> {
-        self.lists[&part].clone()
+    fn family(&self) -> &'static Family {
+        &sd1::FAMILY
     }
 
-    fn values(&self, part: Part, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
-        match self.vae.get(name).filter(|_| part == Part::Vae) {
+    fn components(&self) -> Vec<Component> {
+        self.lists.keys().copied().collect()
+    }
+
+    fn weights(&self, component: Component) -> Vec<NamedShape> {
+        self.lists[&component].clone()
+    }
+
+    fn values(&self, component: Component, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
+        match self.vae.get(name).filter(|_| component == Component::VAE) {
             Some(own) => Ok(own.clone()),
-            None => Ok(Untrained(part).values(name, shape)),
+            None => Ok(Untrained(component).values(name, shape)),
         }
     }
 }

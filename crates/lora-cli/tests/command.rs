@@ -245,7 +245,7 @@ fn adapters_are_pruned_drawn_and_written_as_gguf() {
     let random = |shape: [usize; 2]| HostTensor::from_f32(shape, Stream::new(1).normals(shape[0] * shape[1])).unwrap();
     let tensors = [("down".to_owned(), random([2, 32])), ("up".to_owned(), random([32, 2]))].into();
     let module = AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha: 4.0 };
-    adapter.modules.insert(ModulePath::new(Component::LanguageModel, "model.layers.1.self_attn.q_proj"), module);
+    adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.1.self_attn.q_proj"), module);
     adapter::write(folder.path().join("peft"), &adapter, Format::Peft, DType::F32).unwrap();
     run(&["convert", "peft", "--to", "gguf", "--out", "a.gguf"]).code(1).stderr(contains("--base"));
     run(&["convert", "peft", "--to", "gguf", "--out", "a.gguf", "--base", model]).success();

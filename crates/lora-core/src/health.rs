@@ -97,7 +97,7 @@ mod tests {
             rank: 2,
             alpha: 1.0,
         };
-        let of = |down: Vec<f32>| of_module(&ModulePath::new(Component::Unet, "x"), &module(down));
+        let of = |down: Vec<f32>| of_module(&ModulePath::new(Component::UNET, "x"), &module(down));
         let healthy = of(vec![6.0, 0.0, 0.0, 8.0]);
         assert!((healthy.norm - 5.0).abs() < 1e-6 && (healthy.largest.unwrap() - 4.0).abs() < 1e-6);
         assert_eq!((healthy.used_ranks, healthy.zeros), (Some(2), 0.5));

@@ -1,15 +1,17 @@
-//! How strongly an adapter is applied: one factor, factors for U-Net and text encoders, factors by block; and the WebUI's
+//! How strongly an adapter is applied: one factor, factors by component, factors by block; and the WebUI's
 //! `<lora:name:0.8>` in prompts.
+
+use std::collections::BTreeMap;
 
 use crate::{Component, Error, ModulePath, Result};
 
 /// Factors on an adapter's updates.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Strength {
-    /// For the U-Net, and for models that are neither U-Net nor text encoder.
-    pub unet: f64,
-    /// For the text encoders.
-    pub text_encoder: f64,
+    /// Factors by component.
+    pub components: BTreeMap<Component, f64>,
+    /// For the components that are not named.
+    pub others: f64,
     /// Further factors for the U-Net's blocks: 25 for Stable Diffusion 1 and 2 (12 down, middle, 12 up), 23 for SDXL (see
     /// [`block`]). Empty: 1 everywhere.
     pub blocks: Vec<f64>,
@@ -23,21 +25,32 @@ impl Default for Strength {
 
 impl From<f64> for Strength {
     fn from(factor: f64) -> Self {
-        Self { unet: factor, text_encoder: factor, blocks: Vec::new() }
+        Self { components: BTreeMap::new(), others: factor, blocks: Vec::new() }
     }
 }
 
 impl Strength {
+    /// A factor for the text encoders of an image model, and one for everything else.
+    pub fn of_text_and_others(text_encoders: f64, others: f64) -> Self {
+        let components = Component::KNOWN.into_iter().filter(|component| component.is_text_encoder());
+        Self { components: components.map(|component| (component, text_encoders)).collect(), ..Self::from(others) }
+    }
+
+    /// The factor for a component, blocks apart.
+    pub fn of_component(&self, component: Component) -> f64 {
+        self.components.get(&component).copied().unwrap_or(self.others)
+    }
+
     /// The factor for a module.
     pub fn of(&self, module: &ModulePath) -> f64 {
         match module.component {
-            Component::TextEncoder | Component::TextEncoder2 => self.text_encoder,
-            Component::Model if module.path.starts_with("lora_te") => self.text_encoder,
-            Component::Unet => {
+            // kohya's name of a text encoder whose model is not known.
+            Component::MODEL if module.path.starts_with("lora_te") => self.of_component(Component::TEXT_ENCODER),
+            Component::UNET => {
                 let own = block(&module.path, self.blocks.len() == 23).and_then(|index| self.blocks.get(index));
-                self.unet * own.copied().unwrap_or(1.0)
+                self.of_component(Component::UNET) * own.copied().unwrap_or(1.0)
             }
-            _ => self.unet,
+            other => self.of_component(other),
         }
     }
 
@@ -59,7 +72,7 @@ impl Strength {
         if !matches!(blocks.len(), 0 | 23 | 25) || parts.next().is_some() {
             return Err(wrong("expected NUMBER, TEXT:UNET or TEXT:UNET:LIST with 25 factors by block (SDXL: 23)"));
         }
-        Ok(Self { unet: second, text_encoder: first, blocks })
+        Ok(Self { blocks, ..Self::of_text_and_others(first, second) })
     }
 }
 
@@ -162,7 +175,7 @@ fn parse_tag(tag: &str, inner: &str) -> Result<LoraTag> {
     let unet = by_name("unet").or(positional.get(2).copied()).map_or(Ok(text_encoder), number)?;
     let dyn_rank = by_name("dyn").or(positional.get(3).copied());
     let dyn_rank = dyn_rank.map(|value| value.trim().parse::<usize>().map_err(|_| wrong(value))).transpose()?;
-    Ok(LoraTag { name, strength: Strength { unet, text_encoder, blocks: Vec::new() }, dyn_rank })
+    Ok(LoraTag { name, strength: Strength::of_text_and_others(text_encoder, unet), dyn_rank })
 }
 
 #[cfg(test)]
@@ -173,7 +186,10 @@ mod tests {
     fn prompts_are_read_as_the_webui_reads_them() {
         let (text, tags) = parse_prompt("a cat <lora:ink style:0.8>, <hypernet:x:1> <lyco:b:1:0.5:8> < c").unwrap();
         assert_eq!(text, "a cat , <hypernet:x:1>  < c");
-        let of = |tag: &LoraTag| (tag.name.clone(), tag.strength.text_encoder, tag.strength.unet, tag.dyn_rank);
+        let of = |tag: &LoraTag| {
+            let factor = |component| tag.strength.of_component(component);
+            (tag.name.clone(), factor(Component::TEXT_ENCODER), factor(Component::UNET), tag.dyn_rank)
+        };
         assert_eq!(of(&tags[0]), ("ink style".into(), 0.8, 0.8, None));
         assert_eq!(of(&tags[1]), ("b".into(), 1.0, 0.5, Some(8)));
         let one = |prompt: &str| of(&parse_prompt(prompt).unwrap().1[0]);
@@ -209,10 +225,10 @@ mod tests {
         strength.blocks = vec![0.0; 25];
         strength.blocks[12] = 2.0;
         let of = |component, path: &str| strength.of(&ModulePath::new(component, path));
-        assert_eq!(of(Component::TextEncoder, "text_model.encoder.layers.0.mlp.fc1"), 0.5);
-        assert_eq!(of(Component::Unet, "mid_block.attentions.0.proj_in"), 1.6);
-        assert_eq!(of(Component::Unet, "down_blocks.0.attentions.0.proj_in"), 0.0);
-        assert_eq!(of(Component::LanguageModel, "model.layers.0.mlp.up_proj"), 0.8);
+        assert_eq!(of(Component::TEXT_ENCODER, "text_model.encoder.layers.0.mlp.fc1"), 0.5);
+        assert_eq!(of(Component::UNET, "mid_block.attentions.0.proj_in"), 1.6);
+        assert_eq!(of(Component::UNET, "down_blocks.0.attentions.0.proj_in"), 0.0);
+        assert_eq!(of(Component::LANGUAGE_MODEL, "model.layers.0.mlp.up_proj"), 0.8);
         assert!(Strength::parse("1:1:1,2").is_err() && Strength::parse("x").is_err());
     }
 }

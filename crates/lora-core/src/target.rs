@@ -139,7 +139,7 @@ impl Matcher {
 
     fn matches(&self, layer: &TargetLayer) -> bool {
         let path = layer.path.path.as_str();
-        let unet = layer.path.component == Component::Unet;
+        let unet = layer.path.component == Component::UNET;
         // sd-scripts' rule: in the U-Net all linear layers and 1×1 convolutions inside the transformers; in the text
         // encoder attention and feed-forward.
         let in_transformer = if unet { path.contains("attentions.") } else { path.contains(".layers.") };
@@ -188,9 +188,9 @@ mod tests {
     use super::*;
 
     fn layers() -> Vec<TargetLayer> {
-        let unet = |path: &str, geometry| TargetLayer { path: ModulePath::new(Component::Unet, path), geometry };
+        let unet = |path: &str, geometry| TargetLayer { path: ModulePath::new(Component::UNET, path), geometry };
         let text = |path: &str| TargetLayer {
-            path: ModulePath::new(Component::TextEncoder, format!("text_model.encoder.layers.0.{path}")),
+            path: ModulePath::new(Component::TEXT_ENCODER, format!("text_model.encoder.layers.0.{path}")),
             geometry: LayerGeometry::linear(8, 8),
         };
         let linear = LayerGeometry::linear(8, 8);

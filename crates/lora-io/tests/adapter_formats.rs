@@ -27,9 +27,9 @@ fn path_of(layer: Layer) -> ModulePath {
         Layer::Conv => "down_blocks.0.downsamplers.0.conv",
         Layer::Pointwise => "mid_block.attentions.0.proj_in",
         Layer::Grouped => "mid_block.resnets.0.conv1",
-        Layer::Embedding => return ModulePath::new(Component::LanguageModel, "model.embed_tokens"),
+        Layer::Embedding => return ModulePath::new(Component::LANGUAGE_MODEL, "model.embed_tokens"),
     };
-    ModulePath::new(Component::Unet, path)
+    ModulePath::new(Component::UNET, path)
 }
 
 /// An adapter of one row of the suite on all layers that it adapts.
@@ -113,7 +113,7 @@ fn peft_folders_keep_dora_embeddings_and_patterns() {
     let mut adapter = of_row(&ROWS[2], |layer| matches!(layer, Layer::Embedding));
     let mut linear = of_row(&ROWS[2], |layer| layer == Layer::Linear).modules.into_values().next().unwrap();
     linear.alpha = 7.0;
-    adapter.modules.insert(ModulePath::new(Component::LanguageModel, "model.layers.0.self_attn.q_proj"), linear);
+    adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.0.self_attn.q_proj"), linear);
     adapter::write(folder.path(), &adapter, Format::Peft, DType::F32).unwrap();
     let back = adapter::read(folder.path()).unwrap().adapter;
     assert_eq!(back.modules, adapter.modules);

@@ -77,7 +77,7 @@ fn language_adapter() -> Adapter {
             (names[1].to_owned(), random([rows, 4], 100 + index as u64)),
         ]);
         let module = AdapterModule { variant: "lora".into(), tensors, rank: 4, alpha: 8.0 };
-        adapter.modules.insert(ModulePath::new(Component::LanguageModel, path), module);
+        adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, path), module);
     }
     adapter
 }
@@ -119,7 +119,7 @@ fn adapters_go_to_llama_cpp_and_come_back() {
         values.insert("llama.attention.head_count_kv".into(), Value::Unsigned(2));
         let base = folder.path().join(format!("{heads}.gguf"));
         gguf::write(&base, &values, &BTreeMap::from([(name.to_owned(), stored)])).unwrap();
-        let own = &adapter.modules[&ModulePath::new(Component::LanguageModel, module)];
+        let own = &adapter.modules[&ModulePath::new(Component::LANGUAGE_MODEL, module)];
         let expected = product(&own.tensors["up"], &own.tensors["down"], 1.0);
         let found = LanguageModel::open(&base).unwrap().tensor(&format!("{module}.weight")).unwrap();
         assert!(distance(&found, &expected) < 1e-6, "{module}");

@@ -60,7 +60,7 @@ fn expected(weight: &HostTensor, module: &AdapterModule, factor: f64) -> Vec<f64
 const TO_Q: &str = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight";
 
 fn to_q() -> ModulePath {
-    ModulePath::new(Component::Unet, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    ModulePath::new(Component::UNET, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn fused_query_key_and_value_change_by_thirds() {
     let base = file(folder.path(), "base", &[(name, weight.clone())]);
     let output = folder.path().join("merged");
     let module = lora(8, 8, 2, 3);
-    let path = ModulePath::new(Component::TextEncoder, "text_model.encoder.layers.3.self_attn.k_proj");
+    let path = ModulePath::new(Component::TEXT_ENCODER, "text_model.encoder.layers.3.self_attn.k_proj");
     run(&base, &[weighted(vec![(path, module.clone())], 1.0)], &output, MergeOptions::default()).unwrap();
     let (found, before) = (tensor(&output, name), weight.to_f32());
     assert_eq!(found.to_f32()[..64], before[..64]);
@@ -142,7 +142,7 @@ fn fused_query_key_and_value_change_by_thirds() {
 #[test]
 fn models_of_no_known_family_merge_by_name_or_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let raw = |name: &str| ModulePath::new(Component::Model, name);
+    let raw = |name: &str| ModulePath::new(Component::MODEL, name);
     let one = weighted(vec![(raw("lora_unet_double_blocks_0_img_attn_proj"), lora(6, 4, 1, 1))], 1.0);
     let base = file(folder.path(), "base", &[("double_blocks.0.img_attn.proj.weight", random(&[6, 4], 2))]);
     let output = folder.path().join("merged");
@@ -171,7 +171,7 @@ fn folders_are_merged_whole() {
     file(&base, "vae/model.safetensors", &[("encoder.conv_in.weight", random(&[2, 2], 2))]);
     std::fs::write(base.join("model_index.json"), "{}").unwrap();
     std::fs::write(base.join("unet/pytorch_model.bin"), "old weights").unwrap();
-    let path = ModulePath::new(Component::Unet, "mid_block.attentions.0.proj_in");
+    let path = ModulePath::new(Component::UNET, "mid_block.attentions.0.proj_in");
     let adapters = [weighted(vec![(path, lora(6, 4, 1, 3))], 1.0)];
     let output = folder.path().join("merged");
     let report = run(&base, &adapters, &output, MergeOptions::default()).unwrap();
@@ -202,7 +202,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         assert!(!output.exists());
     }
     assert!(run(&base, &of(lora(20, 12, 2, 1), 1.0), &base, MergeOptions::default()).is_err());
-    let head = ModulePath::new(Component::LanguageModel, "lm_head");
+    let head = ModulePath::new(Component::LANGUAGE_MODEL, "lm_head");
     let tied = file(folder.path(), "tied", &[("model.embed_tokens.weight", random(&[20, 12], 1))]);
     let error = run(&tied, &[weighted(vec![(head, lora(20, 12, 2, 1))], 1.0)], &output, MergeOptions::default());
     assert!(error.unwrap_err().to_string().contains("ties its output"));

@@ -18,7 +18,7 @@ use lora_core::{Adapter, AdapterModule, Component, HostTensor, ModulePath, Stren
 use support::{Golden, product};
 
 fn path() -> ModulePath {
-    ModulePath::new(Component::Unet, "mid_block.resnets.0.conv1")
+    ModulePath::new(Component::UNET, "mid_block.resnets.0.conv1")
 }
 
 fn plain(down: &HostTensor, up: &HostTensor, alpha: f64) -> Adapter {

@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lora_core::{DType, HostTensor};
-use lora_io::checkpoint::{CheckpointSource, Part, write_single_file};
+use lora_core::{Component, DType, HostTensor};
+use lora_io::checkpoint::{CheckpointSource, write_single_file};
+use lora_io::family::{Family, sd1};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
-use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::networks::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
 pub use crate::weights::NamedShape;
 use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
 
@@ -29,6 +30,15 @@ impl SyntheticModel {
     /// 32 to 64 channels.
     pub fn tiny() -> Self {
         Self::of_sizes(128, 3, vec![32, 64, 64, 64], vec![32, 32, 64, 64])
+    }
+
+    /// The same of Stable Diffusion 2.1's kind: 3 text layers of width 96 with the exact GELU, a U-Net of 32 to 96 channels in
+    /// heads of 32 each that projects by linear layers.
+    pub fn tiny_sd2() -> Self {
+        let mut model = Self::of_sizes(96, 3, vec![32, 64, 96, 96], vec![32, 32, 64, 64]);
+        (model.text_encoder.heads, model.text_encoder.exact_gelu) = (3, true);
+        (model.unet.heads, model.unet.linear_projection) = (vec![1, 2, 3, 3], true);
+        model
     }
 
     /// Stable Diffusion 1.5's own sizes: 1.07 billion parameters.
@@ -73,31 +83,39 @@ impl SyntheticModel {
     }
 
     /// Names and shapes of all weights, under diffusers' and transformers' names.
-    pub fn weight_shapes(&self) -> Result<BTreeMap<Part, Vec<NamedShape>>> {
+    pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
-        for part in Part::ALL {
-            let synthetic = SyntheticWeights::new(part.folder());
+        for component in [Component::TEXT_ENCODER, Component::UNET, Component::VAE] {
+            let synthetic = SyntheticWeights::new(component.name());
             let shapes = ShapesOnly::new(&synthetic);
             let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
-            match part {
-                Part::TextEncoder => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
-                Part::Unet => drop(Unet::new(&weights, self.unet.clone())?),
-                Part::Vae => drop(Vae::new(&weights, self.vae.clone())?),
+            match component {
+                Component::TEXT_ENCODER => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
+                Component::UNET => drop(Unet::new(&weights, self.unet.clone())?),
+                _ => drop(Vae::new(&weights, self.vae.clone())?),
             }
-            lists.insert(part, shapes.asked());
+            lists.insert(component, shapes.asked());
         }
         Ok(lists)
     }
 }
 
-struct Source(BTreeMap<Part, Vec<NamedShape>>);
+struct Source(BTreeMap<Component, Vec<NamedShape>>);
 
 impl CheckpointSource for Source {
-    fn weights(&self, part: Part) -> Vec<NamedShape> {
-        self.0[&part].clone()
+    fn family(&self) -> &'static Family {
+        &sd1::FAMILY
     }
 
-    fn values(&self, part: Part, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
-        Ok(SyntheticWeights::new(part.folder()).values(name, shape))
+    fn components(&self) -> Vec<Component> {
+        self.0.keys().copied().collect()
+    }
+
+    fn weights(&self, component: Component) -> Vec<NamedShape> {
+        self.0[&component].clone()
+    }
+
+    fn values(&self, component: Component, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {
+        Ok(SyntheticWeights::new(component.name()).values(name, shape))
     }
 }

@@ -10,6 +10,7 @@ use lora_torch::gradients::{self, Settled};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::optimiser::{OptimiserState, Slope};
+use crate::plan::Part;
 use crate::{Error, Result};
 
 /// One trained tensor.
@@ -79,6 +80,7 @@ impl ParameterList {
         leaf: Tensor,
         copy: Option<Tensor>,
     ) -> Result<()> {
+        let _label = Part::Optimiser.label();
         self.optimiser.register(&[(&name, &leaf)])?;
         let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
         self.list.push(Parameter { component, name, is_up, leaf, copy, average });
@@ -287,7 +289,7 @@ mod tests {
     fn copies_in_half_precision_follow_what_they_are_copies_of() {
         let values = Tensor::from_slice(&[1.0f32, -2.0, 3.0]);
         let mut list = ParameterList::new(OptimiserState::adamw(), 0.5);
-        let copy = list.add_in(Kind::BFloat16, Component::Unet, "a".into(), false, &values).unwrap();
+        let copy = list.add_in(Kind::BFloat16, Component::UNET, "a".into(), false, &values).unwrap();
         let mut last = Vec::new();
         let mut followed = || {
             assert_eq!(copy.detach(), values.to_kind(Kind::BFloat16));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::{Component, DType, HostTensor};
-use lora_io::checkpoint::{Checkpoint, Part, Replaced, write_single_file};
+use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
 use lora_models::weights::TrainedWeights;
 use lora_torch::tch::Tensor;
 use lora_torch::tensor::to_host;
@@ -16,19 +16,20 @@ use crate::parameters::ParameterList;
 /// The weights of the networks that are trained.
 #[derive(Debug, Default)]
 pub struct WholeNetworks {
-    weights: Vec<(Part, String, Tensor)>,
+    weights: Vec<(Component, String, Tensor)>,
 }
 
 impl WholeNetworks {
     /// Takes a network's weights into the list of what is trained.
-    pub fn add(&mut self, part: Part, weights: &TrainedWeights, parameters: &mut ParameterList) -> Result<()> {
-        let component = match part {
-            Part::TextEncoder => Component::TextEncoder,
-            _ => Component::Unet,
-        };
+    pub fn add(
+        &mut self,
+        component: Component,
+        weights: &TrainedWeights,
+        parameters: &mut ParameterList,
+    ) -> Result<()> {
         for (name, leaf) in weights.all() {
-            parameters.add(component, format!("{}.{name}", part.folder()), false, &leaf)?;
-            self.weights.push((part, name, leaf));
+            parameters.add(component, format!("{}.{name}", component.name()), false, &leaf)?;
+            self.weights.push((component, name, leaf));
         }
         Ok(())
     }
@@ -39,8 +40,10 @@ impl WholeNetworks {
     }
 
     /// A copy of the weights in host memory.
-    pub fn export(&self) -> Result<BTreeMap<(Part, String), HostTensor>> {
-        self.weights.iter().map(|(part, name, leaf)| Ok(((*part, name.clone()), to_host(leaf)?))).collect()
+    pub fn export(&self) -> Result<BTreeMap<(Component, String), HostTensor>> {
+        let copy =
+            |(component, name, leaf): &(Component, String, Tensor)| Ok(((*component, name.clone()), to_host(leaf)?));
+        self.weights.iter().map(copy).collect()
     }
 
     /// Writes a whole checkpoint in the single-file layout: these weights, and the base's own for what was not trained.

@@ -6,8 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock};
 
-use lora_core::DType;
-use lora_io::checkpoint::Part;
+use lora_core::{Component, DType};
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::plan::{Part as Memory, Phase, PhasePeak, Plan, plan};
@@ -20,8 +19,8 @@ fn base() -> &'static Path {
     static BASE: OnceLock<tempfile::TempDir> = OnceLock::new();
     BASE.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        for (part, weights) in SyntheticModel::full().weight_shapes().unwrap() {
-            let own = folder.path().join(part.folder());
+        for (component, weights) in SyntheticModel::full().weight_shapes().unwrap() {
+            let own = folder.path().join(component.name());
             std::fs::create_dir(&own).unwrap();
             let (mut header, mut end) = (BTreeMap::new(), 0);
             for (name, shape) in weights {
@@ -34,12 +33,15 @@ fn base() -> &'static Path {
             header.resize(header.len().next_multiple_of(8), b' ');
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend(header);
-            let name =
-                if part == Part::TextEncoder { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+            let name = if component == Component::TEXT_ENCODER {
+                "model.safetensors"
+            } else {
+                "diffusion_pytorch_model.safetensors"
+            };
             std::fs::write(own.join(name), &bytes).unwrap();
             let file = std::fs::OpenOptions::new().write(true).open(own.join(name)).unwrap();
             file.set_len((bytes.len() + end) as u64).unwrap();
-            let config = if part == Part::TextEncoder { r#"{"num_attention_heads": 12}"# } else { "{}" };
+            let config = if component == Component::TEXT_ENCODER { r#"{"num_attention_heads": 12}"# } else { "{}" };
             std::fs::write(own.join("config.json"), config).unwrap();
         }
         folder

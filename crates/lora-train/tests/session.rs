@@ -83,14 +83,14 @@ fn each_network_trains_alone_or_with_the_other() {
                 .collect::<Vec<_>>()
         };
         assert_eq!(
-            (!moved(Component::Unet).is_empty(), !moved(Component::TextEncoder).is_empty()),
+            (!moved(Component::UNET).is_empty(), !moved(Component::TEXT_ENCODER).is_empty()),
             (unet, text),
             "{keys:?}"
         );
         // One step moves every module, unless its learning rate is 0.
-        assert!(moved(Component::Unet).iter().all(|&moved| moved), "{keys:?}");
+        assert!(moved(Component::UNET).iter().all(|&moved| moved), "{keys:?}");
         let still = keys.contains(&"text_encoder_lr=0");
-        assert!(moved(Component::TextEncoder).iter().all(|&moved| moved != still), "{keys:?}");
+        assert!(moved(Component::TEXT_ENCODER).iter().all(|&moved| moved != still), "{keys:?}");
         assert!(reports.iter().all(|report| report.loss.is_finite() && !report.skipped));
     }
 }
@@ -102,7 +102,7 @@ fn an_adapter_without_gradient_is_left_alone() {
     let keys = ["clip_skip=2", "max_resolution=128", "weight_decay=0.5"];
     let before = prepare(folder.path(), &keys).adapter().unwrap().export().unwrap();
     let (after, _) = trained(folder.path(), &keys);
-    let text = after.modules.iter().filter(|(path, _)| path.component == Component::TextEncoder);
+    let text = after.modules.iter().filter(|(path, _)| path.component == Component::TEXT_ENCODER);
     for (path, module) in text {
         assert_eq!(*module == before.modules[path], path.path.contains("layers.2."), "{path}");
     }

@@ -111,7 +111,7 @@ fn lora_file(folder: &std::path::Path) -> lora_io::Result<()> {
         let tensors =
             BTreeMap::from([("down".to_owned(), random([4, columns], 1)), ("up".to_owned(), random([rows, 4], 2))]);
         let module = AdapterModule { variant: "lora".into(), tensors, rank: 4, alpha: 2.0 };
-        adapter.modules.insert(ModulePath::new(Component::LanguageModel, path), module);
+        adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, path), module);
     }
     adapter::write(folder, &adapter, Format::Peft, lora_core::DType::F32).map(drop)
 }

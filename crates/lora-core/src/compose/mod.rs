@@ -224,7 +224,7 @@ mod tests {
     }
 
     fn path() -> ModulePath {
-        ModulePath::new(Component::Unet, "mid_block.resnets.0.conv1")
+        ModulePath::new(Component::UNET, "mid_block.resnets.0.conv1")
     }
 
     fn adapter(module: AdapterModule) -> Adapter {

@@ -125,7 +125,7 @@ mod tests {
         let largest = Pruning { keep: Keep::Largest, density: 0.5, majority: None };
         assert_eq!(merge(largest, &[&[1.0, -4.0, 2.0, 3.0]], &[2.0]), [0.0, -8.0, 0.0, 6.0]);
         let dare = |seed| Pruning { keep: Keep::Random { seed }, density: 0.25, majority: None };
-        let stream = |seed| dare(seed).stream(&ModulePath::new(crate::Component::Unet, "conv_in"), "up");
+        let stream = |seed| dare(seed).stream(&ModulePath::new(crate::Component::UNET, "conv_in"), "up");
         let ones = vec![1.0; 40_000];
         let kept = dare(7).merge(&[&ones], &[1.0], &stream(7)).unwrap();
         assert!(kept.iter().all(|&value| value == 0.0 || value == 4.0));

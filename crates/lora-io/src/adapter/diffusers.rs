@@ -64,7 +64,7 @@ pub fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Res
     write_with(path.as_ref(), adapter, dtype, |module| {
         let (block, layer) = module.path.rsplit_once(".to_")?;
         let layer = layer.strip_suffix(".0").unwrap_or(layer);
-        let unet = module.component == Component::Unet && ["q", "k", "v", "out"].contains(&layer);
+        let unet = module.component == Component::UNET && ["q", "k", "v", "out"].contains(&layer);
         unet.then(|| {
             let name = format!("unet.{block}.processor.to_{layer}_lora");
             (format!("{name}.down.weight"), format!("{name}.up.weight"))

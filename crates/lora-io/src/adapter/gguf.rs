@@ -13,7 +13,7 @@ use std::path::Path;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, finite, scaled, unmatched};
-use crate::checkpoint::Family;
+use crate::family::language;
 use crate::gguf::names::{Architecture, Order, from_gguf, reorder, to_gguf};
 use crate::gguf::{self, GgufFile, TensorType, Value};
 use crate::safetensors::StoredDType;
@@ -124,7 +124,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
         }));
         if name.ends_with(".lora_a") {
             match from_pair(&module, file.tensor(name)?, file.tensor(&other)?, alpha, architecture) {
-                Ok(own) => drop(adapter.modules.insert(ModulePath::new(Component::LanguageModel, &*module), own)),
+                Ok(own) => drop(adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, &*module), own)),
                 Err(reason) => problems.push(format!("`{name}` ({reason})")),
             }
         }
@@ -137,7 +137,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
         path: file.path().to_owned(),
         adapter,
         format: Format::Gguf,
-        family: Family::LanguageModel,
+        family: Some(&language::FAMILY),
         dtypes,
     })
 }
@@ -200,7 +200,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     let mut tensors = BTreeMap::new();
     for (module_path, module) in &adapter.modules {
         let failed = |reason: String| Error::Module { module: module_path.to_string(), reason };
-        if module_path.component != Component::LanguageModel {
+        if module_path.component != Component::LANGUAGE_MODEL {
             return Err(failed("GGUF adapters are for language models; take kohya or diffusers for this one".into()));
         }
         let Some(name) = to_gguf(&module_path.path) else {

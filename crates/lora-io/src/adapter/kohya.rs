@@ -18,7 +18,7 @@ use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, names, parts};
-use crate::checkpoint::Family;
+use crate::family::Family;
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
@@ -105,7 +105,7 @@ pub fn check(adapter: &Adapter) -> Result<()> {
     Ok(())
 }
 
-fn named(module: &ModulePath, family: Family) -> Result<String> {
+fn named(module: &ModulePath, family: Option<&Family>) -> Result<String> {
     names::kohya(module, family).ok_or_else(|| Error::Module {
         module: module.to_string(),
         reason: "the kohya layout has no name for it; write another format (peft for language models)".into(),
@@ -178,7 +178,7 @@ fn common_alpha(adapter: &Adapter) -> f64 {
 
 /// The modules to add so that diffusers takes the text encoder's part.
 fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, AdapterModule> {
-    let text: Vec<_> = adapter.modules.iter().filter(|(path, _)| path.component == Component::TextEncoder).collect();
+    let text: Vec<_> = adapter.modules.iter().filter(|(path, _)| path.component == Component::TEXT_ENCODER).collect();
     let recognised = ["out_proj", "fc1", "fc2"];
     if text.iter().any(|(path, _)| recognised.iter().any(|name| path.path.ends_with(name))) {
         return BTreeMap::new();
@@ -189,7 +189,7 @@ fn zero_partners(adapter: &Adapter) -> BTreeMap<ModulePath, AdapterModule> {
         if let (Some((layer, _)), "lora") = (path.path.rsplit_once('.'), module.variant.as_str()) {
             let mut partner = module.clone();
             partner.tensors.values_mut().for_each(|tensor| *tensor = HostTensor::zeros(tensor.shape()));
-            partners.insert(ModulePath::new(Component::TextEncoder, format!("{layer}.out_proj")), partner);
+            partners.insert(ModulePath::new(Component::TEXT_ENCODER, format!("{layer}.out_proj")), partner);
         }
     }
     partners
@@ -203,7 +203,7 @@ fn kohya_hashes(
 ) -> Result<(String, String)> {
     let ours =
         metadata.iter().filter(|(key, _)| key.starts_with("ss_")).map(|(key, value)| (key.clone(), value.clone()));
-    let (header, entries): (Vec<u8>, Vec<Entry>) = header(path, tensors, &ours.collect())?;
+    let (header, entries): (Vec<u8>, Vec<Entry>) = header(path, tensors.entries(), &ours.collect())?;
     let data = || entries.iter().map(|entry| tensors[&entry.name].bytes());
     Ok((hash::sha256_of(data()), hash::auto_v1_of(std::iter::once(&*header).chain(data()))))
 }
@@ -235,14 +235,14 @@ mod tests {
     fn layers() -> Vec<TargetLayer> {
         let text = |name: &str| {
             layer(
-                Component::TextEncoder,
+                Component::TEXT_ENCODER,
                 &format!("text_model.encoder.layers.0.self_attn.{name}"),
                 LayerGeometry::linear(8, 8),
             )
         };
         vec![
-            layer(Component::Unet, "mid_block.attentions.0.proj_in", LayerGeometry::conv2d(6, 6, 1, 1, 0)),
-            layer(Component::Unet, "mid_block.resnets.0.conv1", LayerGeometry::conv2d(6, 5, 3, 1, 1)),
+            layer(Component::UNET, "mid_block.attentions.0.proj_in", LayerGeometry::conv2d(6, 6, 1, 1, 0)),
+            layer(Component::UNET, "mid_block.resnets.0.conv1", LayerGeometry::conv2d(6, 5, 3, 1, 1)),
             text("q_proj"),
             text("v_proj"),
             text("out_proj"),
@@ -324,7 +324,7 @@ mod tests {
             ("up".to_owned(), HostTensor::from_f32([2, 1], vec![3.0, 4.0]).unwrap()),
         ]);
         let module = AdapterModule { variant: "lora".into(), tensors, rank: 1, alpha: 4.0 };
-        let path_of = ModulePath::new(Component::Unet, "mid_block.attentions.0.proj_in");
+        let path_of = ModulePath::new(Component::UNET, "mid_block.attentions.0.proj_in");
         let adapter = Adapter { modules: BTreeMap::from([(path_of, module)]), metadata: BTreeMap::new() };
         for (dtype, expected) in [
             (DType::F32, "b4f6fbc12fa0f3a912dd4831d1b0a8367590c8408127fd7933442247e951aee9"),

@@ -245,7 +245,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
                 module.variant
             )));
         }
-        if path.component == Component::Model && !path.path.contains('.') {
+        if path.component == Component::MODEL && !path.path.contains('.') {
             return Err(refused("its name has underscores for dots, which PEFT does not know".into()));
         }
         for (name, tensor) in &module.tensors {
@@ -285,7 +285,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
             own_alphas.insert(path.path.clone(), whole(module.alpha));
         }
     }
-    let language = adapter.modules.keys().all(|path| path.component == Component::LanguageModel);
+    let language = adapter.modules.keys().all(|path| path.component == Component::LANGUAGE_MODEL);
     let base = extra.base_model.clone().or_else(|| adapter.metadata.get("base_model_name_or_path").cloned());
     let config = json!({
         "alpha_pattern": own_alphas,

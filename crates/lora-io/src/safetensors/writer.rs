@@ -64,7 +64,7 @@ pub fn write_with(
     source: &dyn TensorSource,
     metadata: &BTreeMap<String, String>,
 ) -> Result<u64> {
-    let (header, entries) = header(path, source, metadata)?;
+    let (header, entries) = header(path, source.entries(), metadata)?;
     let mut bytes = header.len() as u64;
     let mut failed = None;
     let result = atomic::write_with(path, durability, |file| {
@@ -95,13 +95,13 @@ pub fn in_file_order(mut entries: Vec<Entry>) -> Vec<Entry> {
     entries
 }
 
-/// The length, the header and its padding; and the tensors in file order.
+/// The length, the header and its padding for these tensors; and the tensors in file order.
 pub(crate) fn header(
     path: &Path,
-    source: &dyn TensorSource,
+    entries: Vec<Entry>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<(Vec<u8>, Vec<Entry>)> {
-    let entries = in_file_order(source.entries());
+    let entries = in_file_order(entries);
     let mut names = BTreeSet::new();
     let mut fields = Vec::new();
     if !metadata.is_empty() {

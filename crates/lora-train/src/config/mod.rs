@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use lora_core::DType;
 use lora_data::DatasetOptions;
 use lora_data::tokenizer::TextCleaning;
-use lora_models::stable_diffusion::SamplerKind;
+use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
 use crate::Plugins;

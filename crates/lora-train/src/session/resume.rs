@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lora_io::checkpoint::{Checkpoint, Part};
+use lora_io::checkpoint::Checkpoint;
 use lora_io::hash::sha256;
 use lora_torch::tch::Tensor;
 
@@ -126,13 +126,13 @@ pub(super) fn agree(state: &StateFile, settings: &Settings, all: bool) -> Result
     Ok(())
 }
 
-/// What tells base models apart: the file's hash where it is known, the parts' own otherwise.
+/// What tells base models apart: the file's hash where it is known, the components' own otherwise.
 pub(super) fn base_identity(hashes: Option<&(String, String)>, checkpoint: &Checkpoint) -> Result<String> {
     if let Some((_, sha256)) = hashes {
         return Ok(sha256.clone());
     }
-    let parts = Part::ALL.iter().map(|&part| Ok(checkpoint.part(part).sha256()?)).collect::<Result<Vec<_>>>()?;
-    Ok(sha256(parts.join(" ").as_bytes()))
+    let hashes = checkpoint.components().map(|(_, weights)| Ok(weights.sha256()?)).collect::<Result<Vec<_>>>()?;
+    Ok(sha256(hashes.join(" ").as_bytes()))
 }
 
 fn state_path(folder: &Path, name: &str) -> PathBuf {

@@ -9,7 +9,7 @@ use lora_data::dataset::{Role, tag_frequency};
 use lora_data::source::Shape;
 use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
-use lora_models::stable_diffusion::Prediction;
+use lora_models::diffusion::Prediction;
 
 use super::{Session, Trained};
 use crate::{Error, Result};
@@ -34,10 +34,11 @@ impl Session {
                     kohya::write(&path, &adapter, session.config.save_precision)?;
                 }
                 Trained::Whole(whole) => {
-                    let metadata = BTreeMap::from([
-                        ("modelspec.architecture".to_owned(), "stable-diffusion-v1".to_owned()),
-                        ("modelspec.title".to_owned(), name.to_owned()),
-                    ]);
+                    let mut metadata = BTreeMap::from([("modelspec.title".to_owned(), name.to_owned())]);
+                    if let Some(labels) = session.checkpoint.family().labels {
+                        let architecture = labels.architecture(session.schedule.prediction() == Prediction::Velocity);
+                        metadata.insert("modelspec.architecture".to_owned(), architecture.to_owned());
+                    }
                     whole.write(&path, &session.checkpoint, session.config.save_precision, &metadata)?;
                 }
             }
@@ -56,6 +57,7 @@ impl Session {
     fn record(&self, name: &str) -> TrainingRecord {
         let config = &self.config;
         let mut record = TrainingRecord::default();
+        record.family = Some(self.checkpoint.family());
         record.output_name = name.to_owned();
         record.rank = config.lora_rank;
         record.alpha = config.lora_alpha;

@@ -2,7 +2,7 @@
 //! with the same parts names the same groups.
 
 use lora_data::tokenizer::TextCleaning;
-use lora_models::stable_diffusion::SamplerKind;
+use lora_models::diffusion::SamplerKind;
 
 use super::{Given, Group, Key, Reads, Resumed, shown};
 
