@@ -3,6 +3,7 @@
 
 mod datasets;
 mod extra;
+mod given;
 pub mod keys;
 mod read;
 mod sd_scripts;

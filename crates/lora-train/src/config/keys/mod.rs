@@ -18,7 +18,7 @@ use std::fmt::Debug;
 
 pub use super::datasets::DatasetValues;
 pub use super::extra::{Extra, Setting};
-pub use super::read::Given;
+pub use super::given::Given;
 pub use table::Keys;
 
 use super::TrainConfig;
