@@ -176,7 +176,9 @@ fn unknown_operation(message: &str) -> Option<&str> {
     let without = ["attempted to run this operator with Meta tensors", "with arguments from the 'Meta' backend"];
     without.iter().any(|words| message.contains(words)).then_some(())?;
     let name = &message[message.find("aten::")?..];
-    name.split(|letter: char| !(letter.is_alphanumeric() || [':', '_', '.'].contains(&letter))).next().map(|name| name.trim_end_matches([':', '.']))
+    name.split(|letter: char| !(letter.is_alphanumeric() || [':', '_', '.'].contains(&letter)))
+        .next()
+        .map(|name| name.trim_end_matches([':', '.']))
 }
 
 /// Errors of the CUDA runtime after which every further call fails too, by the texts of `cudaGetErrorString`. An error of

@@ -10,9 +10,9 @@ use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
 use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
-use lora_torch::{TchBackend, dry};
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::{from_host, to_host};
+use lora_torch::{TchBackend, dry};
 
 use crate::Result;
 use crate::config::TrainConfig;

@@ -201,7 +201,8 @@ impl Watch for Peaks<'_> {
 
     fn done(&mut self, phase: Phase) {
         let parts = Usage::of_peak(&self.run.peak());
-        let overhead = self.machine.fixed + (parts.total().saturating_sub(self.before) as f64 * self.machine.share) as u64;
+        let overhead =
+            self.machine.fixed + (parts.total().saturating_sub(self.before) as f64 * self.machine.share) as u64;
         self.phases.push(PhasePeak { phase, parts, overhead });
         self.run.reset_peak();
     }

@@ -44,7 +44,8 @@ impl fmt::Display for Plan {
 
 /// Phases as rows, parts as columns; parts that no phase has are left out.
 fn table(f: &mut fmt::Formatter<'_>, prediction: &Prediction) -> fmt::Result {
-    let mut parts: Vec<Part> = prediction.phases.iter().flat_map(|phase| phase.parts.parts()).map(|(part, _)| part).collect();
+    let mut parts: Vec<Part> =
+        prediction.phases.iter().flat_map(|phase| phase.parts.parts()).map(|(part, _)| part).collect();
     parts.sort();
     parts.dedup();
     let mebibytes = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));

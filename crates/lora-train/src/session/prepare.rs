@@ -23,8 +23,8 @@ use lora_torch::tch::no_grad_guard;
 use lora_torch::tensor::kind_of;
 use lora_torch::{LossScaler, dry, memory};
 
-use super::materials::Materials;
 use super::latents::{self, LatentSource};
+use super::materials::Materials;
 use super::survive::REMEDIES;
 use super::{AUTOENCODER, Session, TEXT_ENCODER, Trained, TrainedAdapter, UNET, resume};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
@@ -87,9 +87,8 @@ impl Session {
             stage = Some(now);
             progress(now);
         };
-        let result = lora_torch::caught(|| {
-            Self::assemble(Materials::open(config, plugins)?, plugins, &mut Told(&mut watched))
-        });
+        let result =
+            lora_torch::caught(|| Self::assemble(Materials::open(config, plugins)?, plugins, &mut Told(&mut watched)));
         result.map_err(|error| match stage {
             Some(stage) if error.is_out_of_memory() => Error::OutOfMemory {
                 place: stage.to_string(),
@@ -190,7 +189,10 @@ impl Session {
             captions.dedup();
             let _guard = no_grad_guard();
             let identity = match disk {
-                Some(_) => format!("{} {kind:?} {storage:?} {device:?}", checkpoint.component(Component::TEXT_ENCODER)?.sha256()?),
+                Some(_) => format!(
+                    "{} {kind:?} {storage:?} {device:?}",
+                    checkpoint.component(Component::TEXT_ENCODER)?.sha256()?
+                ),
                 None => String::new(),
             };
             let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));

@@ -87,7 +87,10 @@ impl Session {
         } else if !self.recomputes() {
             self.economy.recompute = true;
             ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())
-        } else if !self.economy.inputs_in_host && !self.config.cpu_offload_checkpointing && !dry::platform(self.device).is_cpu() {
+        } else if !self.economy.inputs_in_host
+            && !self.config.cpu_offload_checkpointing
+            && !dry::platform(self.device).is_cpu()
+        {
             self.economy.inputs_in_host = true;
             ("the inputs of blocks wait in host memory".into(), "cpu_offload_checkpointing = true".to_owned())
         } else if !self.economy.encoder_leaves && self.latents.has_encoder() {
