@@ -31,8 +31,8 @@ impl SyntheticModel {
         Self::of_sizes(128, 3, vec![32, 64, 64, 64], vec![32, 32, 64, 64])
     }
 
-    /// The same of Stable Diffusion 2.1's kind: 3 text layers of width 96 with the exact GELU, a U-Net of 32 to 96 channels in
-    /// heads of 32 each that projects by linear layers.
+    /// The same of Stable Diffusion 2.1's kind: 3 text layers of width 96 with the exact GELU, a U-Net of 32 to 96
+    /// channels in heads of 32 each that projects by linear layers.
     pub fn tiny_sd2() -> Self {
         let mut model = Self::of_sizes(96, 3, vec![32, 64, 96, 96], vec![32, 32, 64, 64]);
         (model.text_encoder.heads, model.text_encoder.exact_gelu) = (3, true);
@@ -40,7 +40,7 @@ impl SyntheticModel {
         model
     }
 
-    /// Stable Diffusion 1.5's own sizes: 1.07 billion parameters.
+    /// Stable Diffusion 1.5's sizes: 1.07 billion parameters.
     pub fn full() -> Self {
         Self::of_sizes(768, 12, vec![320, 640, 1280, 1280], vec![128, 256, 512, 512])
     }

@@ -73,7 +73,7 @@ fn every_default_target_of_sd_scripts_is_there() {
     let tiny = SyntheticModel::tiny();
     let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, Device::Cpu), tiny.unet).unwrap();
     let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
-    for layer in targets.select(&unet.adaptable_layers()).unwrap() {
+    for layer in targets.select(&unet.adaptable_layers().unwrap()).unwrap() {
         names.push(lora_io::adapter::names::kohya(&layer.path, lora_io::checkpoint::Family::StableDiffusion1).unwrap());
     }
     assert_eq!(names.len(), 192);

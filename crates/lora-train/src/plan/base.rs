@@ -43,9 +43,9 @@ impl Base {
             Ok::<_, crate::Error>(Shapes { weights: source.asked(), layers })
         };
         Ok(Self {
-            unet_shapes: shapes(Component::UNET, &|weights| Ok(Unet::new(weights, unet.clone())?.adaptable_layers()))?,
+            unet_shapes: shapes(Component::UNET, &|weights| Unet::new(weights, unet.clone())?.adaptable_layers())?,
             text_shapes: shapes(Component::TEXT_ENCODER, &|weights| {
-                Ok(ClipTextEncoder::new(weights, text)?.adaptable_layers())
+                ClipTextEncoder::new(weights, text)?.adaptable_layers()
             })?,
             vae_shapes: shapes(Component::VAE, &|weights| Vae::new(weights, vae.clone()).map(|_| Vec::new()))?,
             unet,

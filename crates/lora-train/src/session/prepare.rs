@@ -351,7 +351,8 @@ fn attach(
     plugins: &Plugins,
     parameters: &mut ParameterList,
 ) -> Result<(TrainedAdapter, Option<(String, String)>)> {
-    let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
+    let layers = networks.iter_mut().map(|network| network.adaptable_layers());
+    let layers = layers.collect::<lora_models::Result<Vec<_>>>()?.concat();
     let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
