@@ -15,6 +15,7 @@ use lora_core::random::Stream;
 use lora_core::{Component, DType, HostTensor};
 use lora_examples::{Answer, decibels, load_pictures, psnr, scaled};
 use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
+use lora_io::family::{Family, sd1};
 use lora_models::networks::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource, Weights};
@@ -246,6 +247,10 @@ struct NewBase {
 }
 
 impl CheckpointSource for NewBase {
+    fn family(&self) -> &'static Family {
+        &sd1::FAMILY
+    }
+
     fn components(&self) -> Vec<Component> {
         self.lists.keys().copied().collect()
     }

@@ -7,6 +7,7 @@ use lora_core::ModulePath;
 use lora_core::health::{ModuleHealth, health};
 use lora_io::adapter;
 use lora_io::consumers::{Inventory, Verdict, opinions};
+use lora_io::family;
 use lora_io::merge;
 use lora_train::report::heat_map::{self, Cell};
 
@@ -118,7 +119,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if arguments.json {
         let norms: BTreeMap<_, _> = blocks.iter().map(|(block, (_, squares))| (block, squares.sqrt())).collect();
         let json = serde_json::json!({
-            "opinions": opinions, "base": inventory.base().to_string(), "problem": read.as_ref().err().map(ToString::to_string),
+            "opinions": opinions, "base": family::title(inventory.base()), "problem": read.as_ref().err().map(ToString::to_string),
             "fits": fit.as_ref().map(Result::is_ok), "misfit": fit.as_ref().and_then(|fit| fit.as_ref().err()),
             "norm_by_block": norms, "dead": dead,
             "not_finite": damaged.iter().map(|module| module.module.to_string()).collect::<Vec<_>>(),
@@ -126,7 +127,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("{json:#}");
         return Ok(());
     }
-    println!("made for {}", inventory.base());
+    println!("made for {}", family::title(inventory.base()));
     for opinion in &opinions {
         let verdict = match opinion.verdict {
             Verdict::Loads => "loads",

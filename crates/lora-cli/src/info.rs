@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use lora_io::AdapterInfo;
+use lora_io::{AdapterInfo, family};
 
 use crate::Failure;
 
@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let bytes = std::fs::metadata(&weights).map_or(0, |file| file.len());
     if arguments.json {
         let json = serde_json::json!({
-            "format": info.format.name(), "family": info.family.to_string(), "variants": info.variants,
+            "format": info.format.name(), "family": family::title(info.family), "variants": info.variants,
             "targets": info.targets, "modules": info.modules, "ranks": info.ranks, "alphas": info.alphas, "dtypes": info.dtypes,
             "parameters": info.parameters, "not_finite": info.not_finite, "metadata": info.metadata,
             "sshs_model_hash": info.model_hash, "sha256": sha256, "bytes": bytes,
@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let counted = |counts: &BTreeMap<String, usize>| {
         counts.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
     };
-    println!("format:     {}   base: {}   size: {bytes} bytes", info.format, info.family);
+    println!("format:     {}   base: {}   size: {bytes} bytes", info.format, family::title(info.family));
     println!("modules:    {}   variant: {}", counted(&info.modules), counted(&info.variants));
     println!("layers:     {}", counted(&info.targets));
     println!("rank:       {:?}   alpha: {:?}   dtype: {:?}", info.ranks, info.alphas, info.dtypes);

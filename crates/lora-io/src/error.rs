@@ -34,8 +34,8 @@ pub enum Error {
         /// What was expected and what found.
         reason: String,
     },
-    /// A base model of another family than asked for.
-    #[error("{path}: this is {found}; expected a Stable Diffusion 1.x checkpoint (one LDM file or a diffusers folder)", path = path.display())]
+    /// A file or folder that is no base model, or one whose networks are not opened.
+    #[error("{path}: this is {found}", path = path.display())]
     Family {
         /// The file or folder.
         path: PathBuf,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::adapter::{self, Format};
-use crate::checkpoint::Family;
+use crate::family::Family;
 use crate::safetensors::SafetensorsFile;
 use crate::{Result, hash};
 
@@ -14,7 +14,7 @@ pub struct AdapterInfo {
     /// The layout.
     pub format: Format,
     /// The kind of base it was made for, as far as it shows.
-    pub family: Family,
+    pub family: Option<&'static Family>,
     /// Modules by component.
     pub modules: BTreeMap<String, usize>,
     /// Modules by variant.

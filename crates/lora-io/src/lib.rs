@@ -5,6 +5,7 @@ pub mod atomic;
 pub mod checkpoint;
 pub mod consumers;
 mod error;
+pub mod family;
 pub mod gguf;
 pub mod hash;
 mod info;

@@ -22,7 +22,7 @@ use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostData, HostTensor, Strength};
 use rayon::prelude::*;
 
-use crate::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, header};
+use crate::safetensors::{Entry, SafetensorsFile, StoredDType, header};
 use crate::{Error, Result, atomic};
 use targets::{Change, Plan};
 
@@ -190,18 +190,6 @@ fn copy_others(base: &Path, to: &Path, report: &mut MergeReport) -> Result<()> {
     Ok(())
 }
 
-/// One file's tensors as the output will have them.
-struct Layout(Vec<Entry>);
-
-impl TensorSource for Layout {
-    fn entries(&self) -> Vec<Entry> {
-        self.0.clone()
-    }
-    fn bytes(&self, entry: &Entry) -> Result<std::borrow::Cow<'_, [u8]>> {
-        Err(Error::Module { module: entry.name.clone(), reason: "is written in place".into() })
-    }
-}
-
 /// A piece of work: bytes to copy, or rows of a tensor to compute.
 struct Piece<'f> {
     entry: Entry,
@@ -250,7 +238,7 @@ fn merge_file(
         // A hash of the tensors before is none of these.
         metadata.remove("modelspec.hash_sha256");
     }
-    let (head, entries) = header(output, &Layout(entries), &metadata)?;
+    let (head, entries) = header(output, entries, &metadata)?;
     let mut offset = head.len() as u64;
     let mut pieces = Vec::new();
     for entry in entries {
@@ -460,7 +448,7 @@ fn frozen(
 ) -> Result<FrozenLayer<CpuBackend>> {
     let other = |name: &Option<String>| -> Result<Option<HostTensor>> {
         let Some(name) = name.as_ref().filter(|name| file.contains(name)) else { return Ok(None) };
-        Ok(Some(file.get(name)?.to_host()?.to_dtype(DType::F32)))
+        rows_of(file, name, change.rows.as_ref()).map(Some)
     };
     let partner = other(&change.partner)?;
     let (weight, bias) = match change.bias {
@@ -473,6 +461,16 @@ fn frozen(
         Error::tensor(file.path(), &change.module.path, reason)
     })?;
     Ok(FrozenLayer { backend: CpuBackend, geometry, weight, bias })
+}
+
+/// Some rows of a tensor, or all of it, in f32.
+fn rows_of(file: &SafetensorsFile, name: &str, rows: Option<&std::ops::Range<usize>>) -> Result<HostTensor> {
+    let all = file.get(name)?.to_host()?.to_dtype(DType::F32);
+    let Some(rows) = rows else { return Ok(all) };
+    let row = all.elements() / all.shape().first().copied().unwrap_or(1).max(1);
+    let values = all.to_f32().get(rows.start * row..rows.end * row).unwrap_or_default().to_vec();
+    HostTensor::from_f32([&[rows.len()], &all.shape()[1..]].concat(), values)
+        .map_err(|error| Error::tensor(file.path(), name, error.to_string()))
 }
 
 fn to_f32(dtype: StoredDType, bytes: &[u8]) -> Vec<f32> {

@@ -6,10 +6,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
+use crate::family::Family;
+
 /// A run as its file describes it. `None` leaves a key out or writes `None`, as sd-scripts does for it.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct TrainingRecord {
+    /// What kind of base was trained on; without it the keys that name the base are left out.
+    pub family: Option<&'static Family>,
     /// File stem of the adapter; the WebUI offers it as an alias.
     pub output_name: String,
     /// Rank.
@@ -125,8 +129,12 @@ impl TrainingRecord {
             map.insert(key.to_owned(), value);
         };
         // The six that sd-scripts writes even when asked for no metadata (arguments only where there are any).
-        set("ss_v2", python_bool(false));
-        set("ss_base_model_version", if self.velocity { "sd_v1_v" } else { "sd_v1" }.into());
+        if let Some(labels) = self.family.and_then(|family| family.labels) {
+            set("ss_v2", python_bool(labels.second_version));
+            set("ss_base_model_version", labels.version(self.velocity).into());
+            set("modelspec.architecture", format!("{}/lora", labels.architecture(self.velocity)));
+            set("modelspec.implementation", labels.implementation.into());
+        }
         set("ss_network_module", "networks.lora".into());
         set("ss_network_dim", self.rank.to_string());
         set("ss_network_alpha", python_float(self.alpha));
@@ -201,8 +209,6 @@ impl TrainingRecord {
         }
 
         set("modelspec.sai_model_spec", "1.0.1".into());
-        set("modelspec.architecture", "stable-diffusion-v1/lora".into());
-        set("modelspec.implementation", "diffusers".into());
         set("modelspec.implementation_version", self.program.clone());
         set("modelspec.title", self.output_name.clone());
         set("modelspec.resolution", format!("{}x{}", self.resolution.0, self.resolution.1));
@@ -242,6 +248,7 @@ fn json(value: &impl serde::Serialize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::{sd1, sd2, sdxl};
 
     #[test]
     fn values_are_python_text() {
@@ -251,10 +258,21 @@ mod tests {
         assert_eq!(python_float(16.0), "16.0");
         assert_eq!(python_float(1e20), "1e+20");
         assert_eq!(python_float(0.0), "0.0");
-        let map = TrainingRecord { rank: 8, alpha: 4.0, ..TrainingRecord::default() }.to_metadata();
+        let record = |family| TrainingRecord { family: Some(family), rank: 8, alpha: 4.0, ..TrainingRecord::default() };
+        let map = record(&sd1::FAMILY).to_metadata();
         assert_eq!(map["ss_v2"], "False");
         assert_eq!(map["ss_clip_skip"], "None");
         assert_eq!(map["ss_network_alpha"], "4.0");
         assert_eq!(map["modelspec.architecture"], "stable-diffusion-v1/lora");
+        assert_eq!(
+            (map["ss_base_model_version"].as_str(), map["modelspec.implementation"].as_str()),
+            ("sd_v1", "diffusers")
+        );
+        let map = TrainingRecord { velocity: true, ..record(&sd2::FAMILY) }.to_metadata();
+        assert_eq!((map["ss_v2"].as_str(), map["ss_base_model_version"].as_str()), ("True", "sd_v2_v"));
+        assert_eq!(map["modelspec.architecture"], "stable-diffusion-v2-768-v/lora");
+        let map = record(&sdxl::FAMILY).to_metadata();
+        assert_eq!((map["ss_v2"].as_str(), map["ss_base_model_version"].as_str()), ("False", "sdxl_base_v1-0"));
+        assert_eq!(map["modelspec.architecture"], "stable-diffusion-xl-v1-base/lora");
     }
 }

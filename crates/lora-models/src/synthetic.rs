@@ -6,6 +6,7 @@ use std::path::Path;
 
 use lora_core::{Component, DType, HostTensor};
 use lora_io::checkpoint::{CheckpointSource, write_single_file};
+use lora_io::family::{Family, sd1};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
@@ -102,6 +103,10 @@ impl SyntheticModel {
 struct Source(BTreeMap<Component, Vec<NamedShape>>);
 
 impl CheckpointSource for Source {
+    fn family(&self) -> &'static Family {
+        &sd1::FAMILY
+    }
+
     fn components(&self) -> Vec<Component> {
         self.0.keys().copied().collect()
     }

@@ -9,6 +9,14 @@ pub enum Error {
     /// The configuration cannot work.
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
+    /// The base model is none that can be trained.
+    #[error("{path}: this is {found}; expected a Stable Diffusion 1.x checkpoint (one LDM file or a diffusers folder)", path = path.display())]
+    Base {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+    },
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod base_model;
 pub mod callback;
 pub mod callbacks;
 pub mod config;

@@ -13,7 +13,7 @@ use std::path::Path;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, finite, scaled, unmatched};
-use crate::checkpoint::Family;
+use crate::family::language;
 use crate::gguf::names::{Architecture, Order, from_gguf, reorder, to_gguf};
 use crate::gguf::{self, GgufFile, TensorType, Value};
 use crate::safetensors::StoredDType;
@@ -137,7 +137,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
         path: file.path().to_owned(),
         adapter,
         format: Format::Gguf,
-        family: Family::LanguageModel,
+        family: Some(&language::FAMILY),
         dtypes,
     })
 }

@@ -18,7 +18,7 @@ use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, names, parts};
-use crate::checkpoint::Family;
+use crate::family::Family;
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
@@ -105,7 +105,7 @@ pub fn check(adapter: &Adapter) -> Result<()> {
     Ok(())
 }
 
-fn named(module: &ModulePath, family: Family) -> Result<String> {
+fn named(module: &ModulePath, family: Option<&Family>) -> Result<String> {
     names::kohya(module, family).ok_or_else(|| Error::Module {
         module: module.to_string(),
         reason: "the kohya layout has no name for it; write another format (peft for language models)".into(),
@@ -203,7 +203,7 @@ fn kohya_hashes(
 ) -> Result<(String, String)> {
     let ours =
         metadata.iter().filter(|(key, _)| key.starts_with("ss_")).map(|(key, value)| (key.clone(), value.clone()));
-    let (header, entries): (Vec<u8>, Vec<Entry>) = header(path, tensors, &ours.collect())?;
+    let (header, entries): (Vec<u8>, Vec<Entry>) = header(path, tensors.entries(), &ours.collect())?;
     let data = || entries.iter().map(|entry| tensors[&entry.name].bytes());
     Ok((hash::sha256_of(data()), hash::auto_v1_of(std::iter::once(&*header).chain(data()))))
 }

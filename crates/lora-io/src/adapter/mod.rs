@@ -8,7 +8,7 @@ pub mod diffusers;
 pub mod gguf;
 pub mod kohya;
 pub mod names;
-mod parts;
+pub(crate) mod parts;
 pub mod peft;
 pub mod portable;
 
@@ -19,9 +19,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use lora_core::target::TargetLayer;
-use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
+use lora_core::{Adapter, AdapterModule, DType, HostTensor, ModulePath};
 
-use crate::checkpoint::Family;
+use crate::family::adapter::Module;
+use crate::family::{self, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
 use parts::{Parts, PeftContext, Tool};
@@ -74,7 +75,7 @@ pub struct AdapterFile {
     /// The layout.
     pub format: Format,
     /// The kind of base it was made for, as far as it shows.
-    pub family: Family,
+    pub family: Option<&'static Family>,
     /// Element types of its factors.
     pub dtypes: BTreeSet<StoredDType>,
 }
@@ -137,49 +138,19 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
     }
 }
 
-/// The kind of base that an adapter was made for: by its metadata, by its text encoders, by the width of what its
-/// cross attention reads.
-pub fn family(adapter: &Adapter) -> Family {
-    let version = adapter.metadata.get("ss_base_model_version").map(String::as_str).unwrap_or_default();
-    let has = |component| adapter.modules.keys().any(|path| path.component == component);
-    if version.starts_with("sdxl") || has(Component::TEXT_ENCODER_2) {
-        return Family::StableDiffusionXl;
-    }
-    if has(Component::LANGUAGE_MODEL) {
-        return Family::LanguageModel;
-    }
-    let width = |(path, module): (&ModulePath, &AdapterModule)| {
-        let path = path.path.as_str();
-        let reads_text = path.ends_with("attn2.to_k") || path.ends_with("attn2.to_v");
-        reads_text.then(|| input_width(module)).flatten()
-    };
-    let text_width = |(path, module): (&ModulePath, &AdapterModule)| {
-        (path.component == Component::TEXT_ENCODER && path.path.ends_with("q_proj"))
-            .then(|| input_width(module))
-            .flatten()
-    };
-    match adapter.modules.iter().find_map(width).or_else(|| adapter.modules.iter().find_map(text_width)) {
-        Some(768) => Family::StableDiffusion1,
-        Some(1024) => Family::StableDiffusion2,
-        Some(2048) => Family::StableDiffusionXl,
-        _ if version.starts_with("sd_v2") => Family::StableDiffusion2,
-        _ if version.starts_with("sd_v1") => Family::StableDiffusion1,
-        // Transformers deeper than one block are SDXL's.
-        _ if adapter.modules.keys().any(|path| path.path.contains("transformer_blocks.1.")) => {
-            Family::StableDiffusionXl
-        }
-        _ => Family::Unknown,
-    }
+/// The family of the base that an adapter was made for, as far as it shows.
+pub fn family(adapter: &Adapter) -> Option<&'static Family> {
+    let modules = adapter.modules.iter();
+    let modules: Vec<_> = modules
+        .map(|(path, module)| Module { name: &path.path, path: path.clone(), inputs: input_width(module) })
+        .collect();
+    family::adapter::told(&modules, &adapter.metadata)
 }
 
 /// Inputs of the layer that a module adapts, where its tensors show them.
 fn input_width(module: &AdapterModule) -> Option<usize> {
-    let last = |name: &str| module.tensors.get(name).and_then(|tensor| tensor.shape().get(1)).copied();
-    match module.variant.as_str() {
-        "lora" | "dora" | "lycoris-dora" => last("down"),
-        "loha" => last("w1_b"),
-        _ => None,
-    }
+    // The factor next to the input, of LoRA and of LoHa.
+    ["down", "w1_b"].iter().find_map(|name| module.tensors.get(*name)?.shape().get(1).copied())
 }
 
 /// Holds an adapter against the layers of a base: every module must name one of them, and its tensors must fit. The

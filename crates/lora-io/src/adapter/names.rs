@@ -14,76 +14,10 @@
 
 use lora_core::{Component, ModulePath};
 
-use crate::checkpoint::{Family, LdmNames};
-
-/// Words with underscores in module paths of U-Nets (both trees) and CLIP text encoders; a longer one is tried first.
-const WORDS: &[&str] = &[
-    "transformer_blocks",
-    "position_embedding",
-    "final_layer_norm",
-    "token_embedding",
-    "skip_connection",
-    "text_projection",
-    "time_embedding",
-    "add_embedding",
-    "conv_norm_out",
-    "conv_shortcut",
-    "output_blocks",
-    "time_emb_proj",
-    "downsamplers",
-    "input_blocks",
-    "middle_block",
-    "down_blocks",
-    "layer_norm1",
-    "layer_norm2",
-    "class_embedding",
-    "attentions",
-    "emb_layers",
-    "embeddings",
-    "out_layers",
-    "text_model",
-    "time_embed",
-    "upsamplers",
-    "in_layers",
-    "label_emb",
-    "mid_block",
-    "self_attn",
-    "up_blocks",
-    "conv_out",
-    "linear_1",
-    "linear_2",
-    "out_proj",
-    "proj_out",
-    "conv_in",
-    "encoder",
-    "proj_in",
-    "resnets",
-    "k_proj",
-    "layers",
-    "q_proj",
-    "to_out",
-    "v_proj",
-    "attn1",
-    "attn2",
-    "conv1",
-    "conv2",
-    "norm1",
-    "norm2",
-    "norm3",
-    "conv",
-    "norm",
-    "proj",
-    "to_k",
-    "to_q",
-    "to_v",
-    "fc1",
-    "fc2",
-    "mlp",
-    "net",
-    "out",
-    "ff",
-    "op",
-];
+use crate::family::tree::clip::with_text_model;
+use crate::family::tree::ldm::LdmUnet;
+use crate::family::tree::{Depths, Tree};
+use crate::family::{FAMILIES, Family, sd1, sdxl};
 
 /// The dotted path of an underscored one that is made of known words and numbers; `None` for any other.
 fn dotted(name: &str) -> Option<String> {
@@ -94,7 +28,8 @@ fn dotted(name: &str) -> Option<String> {
         let ends = |length: usize| rest.len() == length || rest.as_bytes()[length] == b'_';
         let length = match digits {
             0 => {
-                WORDS.iter().filter(|word| rest.starts_with(**word) && ends(word.len())).map(|word| word.len()).max()?
+                let words = FAMILIES.into_iter().flat_map(|family| family.words).copied().flatten();
+                words.filter(|word| rest.starts_with(**word) && ends(word.len())).map(|word| word.len()).max()?
             }
             _ if ends(digits) => digits,
             _ => return None,
@@ -115,22 +50,17 @@ fn unet_path(path: &str) -> Option<String> {
     if !ORIGINAL.iter().any(|start| path.starts_with(start)) {
         return Some(path.to_owned());
     }
-    let names = LdmNames::of_ldm::<&str>(&[]);
-    let (_, canonical) = names.canonical(&format!("model.diffusion_model.{path}.weight"))?;
+    let weights = LdmUnet.weights(&format!("{path}.weight"), &Depths::default())?;
+    let (canonical, _) = weights.first()?;
     canonical.strip_suffix(".weight").map(str::to_owned)
 }
 
 /// The module that a kohya name means.
 pub(crate) fn from_kohya(name: &str) -> ModulePath {
-    let known = [
-        ("lora_unet_", Component::UNET),
-        ("lora_te1_", Component::TEXT_ENCODER),
-        ("lora_te2_", Component::TEXT_ENCODER_2),
-        ("lora_te_", Component::TEXT_ENCODER),
-        ("lycoris_", Component::UNET),
-    ];
-    let module = known.iter().find_map(|&(prefix, component)| {
-        let path = dotted(name.strip_prefix(prefix)?)?;
+    let prefixes = FAMILIES.into_iter().flat_map(|family| family.components);
+    let prefixes = prefixes.filter_map(|names| Some((names.kohya?.prefix, names.component)));
+    let module = prefixes.chain([("lycoris", Component::UNET)]).find_map(|(prefix, component)| {
+        let path = dotted(name.strip_prefix(prefix)?.strip_prefix('_')?)?;
         let path = match component {
             Component::UNET if path.starts_with("text_model.") => return None,
             Component::UNET => unet_path(&path)?,
@@ -141,51 +71,28 @@ pub(crate) fn from_kohya(name: &str) -> ModulePath {
     module.unwrap_or_else(|| ModulePath::new(Component::MODEL, name))
 }
 
-/// The kohya name of a module; `None` for one that the layout has no name for.
-pub fn kohya(module: &ModulePath, family: Family) -> Option<String> {
-    let xl = family == Family::StableDiffusionXl;
-    let (prefix, path) = match module.component {
-        Component::TEXT_ENCODER if xl => ("lora_te1_", module.path.clone()),
-        Component::TEXT_ENCODER => ("lora_te_", module.path.clone()),
-        Component::TEXT_ENCODER_2 => ("lora_te2_", module.path.clone()),
-        Component::UNET if xl => ("lora_unet_", original_xl(&module.path)?),
-        Component::UNET => ("lora_unet_", module.path.clone()),
-        // Its spelling in the file it came from.
-        Component::MODEL if !module.path.contains('.') => ("", module.path.clone()),
-        _ => return None,
-    };
-    Some(format!("{prefix}{}", path.replace('.', "_")))
-}
-
-/// The path of an SDXL U-Net module in the original tree.
-fn original_xl(path: &str) -> Option<String> {
-    let names = LdmNames::of_diffusers::<&str>(
-        &[
-            "down_blocks.0.resnets.1.conv1.weight",
-            "up_blocks.0.attentions.0.norm.weight",
-            "up_blocks.1.attentions.0.norm.weight",
-        ],
-        &[],
-    );
-    let original = names.original(Component::UNET, &format!("{path}.weight"))?;
-    Some(original.strip_prefix("model.diffusion_model.")?.strip_suffix(".weight")?.to_owned())
+/// The kohya name of a module of a base of a family, or of a family that is not known; `None` for a module that the layout has
+/// no name for.
+pub fn kohya(module: &ModulePath, family: Option<&Family>) -> Option<String> {
+    // Its spelling in the file it came from.
+    if module.component == Component::MODEL {
+        return (!module.path.contains('.')).then(|| module.path.clone());
+    }
+    let usual = [&sd1::FAMILY, &sdxl::FAMILY];
+    let knows = |family: &&Family| family.component(module.component).is_some_and(|names| names.kohya.is_some());
+    family.into_iter().chain(usual).find(knows)?.kohya(module)
 }
 
 /// The module that a dotted name (diffusers', PEFT's, ComfyUI's) means.
 pub(crate) fn from_dotted(name: &str) -> ModulePath {
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
-    let text = |path: &str| {
-        let path = path.strip_prefix("text_model.").unwrap_or(path);
-        format!("text_model.{path}")
-    };
     if let Some(path) = name.strip_prefix("unet.") {
         return ModulePath::new(Component::UNET, attention_path(path));
     }
-    if let Some(path) = name.strip_prefix("text_encoder.") {
-        return ModulePath::new(Component::TEXT_ENCODER, text(path));
-    }
-    if let Some(path) = name.strip_prefix("text_encoder_2.") {
-        return ModulePath::new(Component::TEXT_ENCODER_2, text(path));
+    for component in [Component::TEXT_ENCODER, Component::TEXT_ENCODER_2] {
+        if let Some(path) = name.strip_prefix(component.name()).and_then(|rest| rest.strip_prefix('.')) {
+            return ModulePath::new(component, with_text_model(path));
+        }
     }
     if let Some(path) = name.strip_prefix("diffusion_model.").and_then(unet_path).filter(|path| is_unet(path)) {
         return ModulePath::new(Component::UNET, path);
@@ -194,7 +101,7 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
         return ModulePath::new(Component::UNET, attention_path(name));
     }
     if name.starts_with("text_model.") || name.starts_with("encoder.layers.") && name.contains("self_attn") {
-        return ModulePath::new(Component::TEXT_ENCODER, text(name));
+        return ModulePath::new(Component::TEXT_ENCODER, with_text_model(name));
     }
     let causal = ["model.layers.", "model.embed_tokens", "lm_head", "transformer.h.", "model.language_model."];
     if causal.iter().any(|start| name.starts_with(start)) {
@@ -244,7 +151,7 @@ mod tests {
             "mid_block.resnets.1.conv2",
             "up_blocks.2.resnets.0.conv_shortcut",
         ];
-        for family in [Family::StableDiffusion1, Family::StableDiffusionXl] {
+        for family in [Some(&sd1::FAMILY), Some(&sdxl::FAMILY)] {
             for path in paths {
                 let name = kohya(&unet(path), family).unwrap();
                 assert_eq!(from_kohya(&name), unet(path), "{name}");
@@ -252,7 +159,7 @@ mod tests {
         }
         for (component, prefix) in [(Component::TEXT_ENCODER, "lora_te1_"), (Component::TEXT_ENCODER_2, "lora_te2_")] {
             let module = ModulePath::new(component, "text_model.encoder.layers.11.self_attn.out_proj");
-            let name = kohya(&module, Family::StableDiffusionXl).unwrap();
+            let name = kohya(&module, Some(&sdxl::FAMILY)).unwrap();
             assert!(name.starts_with(prefix));
             assert_eq!(from_kohya(&name), module);
         }
@@ -268,7 +175,7 @@ mod tests {
             ("down_blocks.0.downsamplers.0.conv", "lora_unet_input_blocks_3_0_op"),
             ("up_blocks.2.resnets.2.conv1", "lora_unet_output_blocks_8_0_in_layers_2"),
         ] {
-            assert_eq!(kohya(&unet(path), Family::StableDiffusionXl).as_deref(), Some(name));
+            assert_eq!(kohya(&unet(path), Some(&sdxl::FAMILY)).as_deref(), Some(name));
             assert_eq!(from_kohya(name), unet(path));
         }
     }
@@ -297,7 +204,7 @@ mod tests {
         {
             let module = from_kohya(name);
             assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
-            assert_eq!(kohya(&module, Family::Unknown).as_deref(), Some(name));
+            assert_eq!(kohya(&module, None).as_deref(), Some(name));
         }
         assert_eq!(dotted("down_blocks_"), None);
         assert_eq!(dotted(""), None);

@@ -78,7 +78,7 @@ const SPELLINGS: &[(&str, &str)] = &[
 ];
 
 /// A key cut into the module's name and the part; `None` if no part is spelt so.
-pub(super) fn split(key: &str) -> Option<(&str, &'static str)> {
+pub(crate) fn split(key: &str) -> Option<(&str, &'static str)> {
     let fits = SPELLINGS.iter().filter_map(|&(suffix, part)| Some((key.strip_suffix(suffix)?, suffix.len(), part)));
     let (module, _, part) = fits.filter(|(module, ..)| !module.is_empty()).max_by_key(|&(_, length, _)| length)?;
     Some((module, part))

@@ -1,39 +1,46 @@
-//! Base checkpoints on disk, presented by component under diffusers' and transformers' names whatever their layout: the
-//! single original (LDM) file or a diffusers folder. Tensors stay in the memory map until they are asked for.
+//! Base checkpoints on disk, presented by component under diffusers' and transformers' names whatever their layout.
+//! Tensors stay in the memory map until they are asked for. Which names are whose is `family`'s business.
+//!
+//! | here | what |
+//! |---|---|
+//! | `ldm` | reading the original layout: one file with a prefix for each component |
+//! | `diffusers` | reading a folder with a folder for each component |
+//! | `write` | writing the original layout |
 
-mod family;
+mod diffusers;
 mod ldm;
-mod single_file;
+mod write;
 
-pub use family::Family;
-pub use ldm::LdmNames;
-pub use single_file::{CheckpointSource, Replaced, write_single_file};
+pub(crate) use ldm::groups;
+pub use write::{CheckpointSource, Replaced, write_single_file};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Component as PathPart, Path, PathBuf};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use lora_core::Component;
 use sha2::{Digest, Sha256};
 
+use crate::family::tree::{Depths, Piece, Tree};
+use crate::family::{BaseNames, Family, describe};
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
-/// What a Stable Diffusion 1.x checkpoint is made of; a component's name is its folder in diffusers' layout.
-const COMPONENTS: [Component; 3] = [Component::TEXT_ENCODER, Component::UNET, Component::VAE];
-
-/// An open Stable Diffusion 1.x checkpoint.
+/// An open checkpoint of a known family.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    family: &'static Family,
     components: BTreeMap<Component, ComponentWeights>,
     scheduler: Option<serde_json::Value>,
+    metadata: BTreeMap<String, String>,
+    marks: BTreeSet<String>,
     unused: Vec<String>,
 }
 
-/// The weights of one component under diffusers' (U-Net, autoencoder) or transformers' (text encoder, always with its
-/// `text_model.` level) names.
+/// The weights of one component under diffusers' (U-Net, transformer, autoencoder) or transformers' (text encoder, CLIP's
+/// always with its `text_model.` level) names.
 #[derive(Debug)]
 pub struct ComponentWeights {
     path: PathBuf,
@@ -42,24 +49,77 @@ pub struct ComponentWeights {
     config: Option<serde_json::Value>,
 }
 
+/// Where a weight lies.
 #[derive(Debug)]
 struct Place {
     file: usize,
     stored: String,
     shape: Vec<usize>,
+    piece: Piece,
+    /// Its bytes where they cannot be a range of the file's.
+    transposed: OnceLock<Vec<u8>>,
+}
+
+/// A file's tensors that belong to one component.
+pub(crate) struct Group<'n> {
+    pub(crate) component: Component,
+    tree: &'static dyn Tree,
+    depths: Depths,
+    /// Names in the file, and without the component's prefix.
+    tensors: Vec<(&'n str, &'n str)>,
+}
+
+impl<'n> Group<'n> {
+    pub(crate) fn new(component: Component, tree: &'static dyn Tree, tensors: Vec<(&'n str, &'n str)>) -> Self {
+        let names: Vec<&str> = tensors.iter().map(|(_, name)| *name).collect();
+        Self { component, tree, depths: tree.depths_of_stored(&names), tensors }
+    }
+
+    /// The names in the file, each with the weights that it holds; `None` for one that the component does not know.
+    pub(crate) fn weights(&self) -> impl Iterator<Item = (&'n str, Option<Vec<(String, Piece)>>)> {
+        self.tensors.iter().map(|(stored, name)| (*stored, self.tree.weights(name, &self.depths)))
+    }
+
+    /// The same without the tensors that the model does not read.
+    fn used_weights(&self) -> impl Iterator<Item = (&'n str, Option<Vec<(String, Piece)>>)> {
+        let used = self.tensors.iter().map(|(_, name)| self.tree.is_used(name, &self.depths));
+        self.weights().zip(used).filter_map(|(weights, used)| used.then_some(weights))
+    }
 }
 
 impl Checkpoint {
-    /// Opens a single LDM file or a diffusers folder; anything but Stable Diffusion 1.x is refused by name.
+    /// Opens a single file in the original layout or a diffusers folder.
+    ///
+    /// # Errors
+    ///
+    /// If the base is of no known family, if its family is not opened from a single file, or if a component that the
+    /// family requires is missing; the message says what there is.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let kind = fs::metadata(path).map_err(Error::io(path, "open the base model"))?;
-        if kind.is_dir() { Self::open_folder(path) } else { Self::open_file(path) }
+        if kind.is_dir() { diffusers::open(path) } else { ldm::open(path) }
+    }
+
+    fn new(path: &Path, family: &'static Family) -> Self {
+        Self {
+            path: path.to_owned(),
+            family,
+            components: BTreeMap::new(),
+            scheduler: None,
+            metadata: BTreeMap::new(),
+            marks: BTreeSet::new(),
+            unused: Vec::new(),
+        }
     }
 
     /// The file or folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What kind of base it is.
+    pub fn family(&self) -> &'static Family {
+        self.family
     }
 
     /// The weights of a component.
@@ -81,92 +141,89 @@ impl Checkpoint {
         self.scheduler.as_ref()
     }
 
+    /// The header's free text of a single file.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Whether a single file holds a tensor of this name outside all components. Some say by an empty tensor how a base
+    /// was trained: `v_pred`, `ztsnr`.
+    pub fn is_marked(&self, name: &str) -> bool {
+        self.marks.contains(name)
+    }
+
     /// Tensors of the files that no component takes (EMA copies and the schedule's buffers apart).
     pub fn unused(&self) -> &[String] {
         &self.unused
     }
 
-    fn open_file(path: &Path) -> Result<Self> {
-        let file = Arc::new(SafetensorsFile::open(path)?);
-        let names: Vec<_> = file.names().collect();
-        let family = Family::of_names(&names);
-        if family != Family::StableDiffusion1 {
-            return Err(Error::Family { path: path.to_owned(), found: family.to_string() });
-        }
-        let layout = LdmNames::of_ldm(&names);
-        let mut components: BTreeMap<_, _> =
-            COMPONENTS.map(|component| (component, ComponentWeights::new(path))).into();
-        let mut unused = Vec::new();
-        for name in names {
-            match layout.canonical(name) {
-                Some((component, canonical)) => components
-                    .entry(component)
-                    .or_insert_with(|| ComponentWeights::new(path))
-                    .add(&file, name, canonical)?,
-                None if ldm::is_ignored(name) => {}
-                None => unused.push(name.to_owned()),
-            }
-        }
-        let checkpoint = Self { path: path.to_owned(), components, scheduler: None, unused };
-        checkpoint.complete()
-    }
-
-    fn open_folder(path: &Path) -> Result<Self> {
-        if path.join("text_encoder_2").is_dir() || path.join("transformer").is_dir() {
-            let found = if path.join("transformer").is_dir() {
-                "a transformer-based model (Flux, SD 3 …)"
-            } else {
-                "Stable Diffusion XL"
-            };
-            return Err(Error::Family { path: path.to_owned(), found: found.into() });
-        }
-        if !path.join("unet").is_dir() {
-            let found =
-                if path.join("adapter_config.json").exists() { "a PEFT adapter" } else { "a folder without unet/" };
-            return Err(Error::Family { path: path.to_owned(), found: found.into() });
-        }
-        let mut components = BTreeMap::new();
-        for component in COMPONENTS {
-            let folder = path.join(component.name());
-            let mut weights = ComponentWeights::new(&folder);
-            weights.config = Some(read_json(&folder.join("config.json"))?);
-            for file in weight_files(&folder)? {
-                let file = Arc::new(SafetensorsFile::open(file)?);
-                for name in file.names() {
-                    if let Some(canonical) = ldm::from_diffusers(component, name) {
-                        weights.add(&file, name, canonical)?;
+    /// Takes a component's weights out of a file.
+    fn add(&mut self, at: &Path, file: &Arc<SafetensorsFile>, group: &Group<'_>) -> Result<()> {
+        let own = self.components.entry(group.component).or_insert_with(|| ComponentWeights::new(at));
+        for (stored, weights) in group.used_weights() {
+            match weights {
+                Some(weights) => {
+                    for (canonical, piece) in weights {
+                        own.add(file, stored, canonical, piece)?;
                     }
                 }
+                None => self.unused.push(stored.to_owned()),
             }
-            components.insert(component, weights);
         }
-        let scheduler = path.join("scheduler").join("scheduler_config.json");
-        let scheduler = scheduler.exists().then(|| read_json(&scheduler)).transpose()?;
-        let checkpoint = Self { path: path.to_owned(), components, scheduler, unused: Vec::new() };
-        // SD 2's U-Net has the same names; its text encoder tells it apart by 23 layers of the OpenCLIP kind.
-        let act =
-            checkpoint.component(Component::TEXT_ENCODER)?.config().and_then(|config| config["hidden_act"].as_str());
-        if act == Some("gelu")
-            && checkpoint
-                .component(Component::UNET)?
-                .shape("down_blocks.0.attentions.0.proj_in.weight")
-                .is_some_and(|shape| shape.len() == 2)
-        {
-            return Err(Error::Family { path: path.to_owned(), found: Family::StableDiffusion2.to_string() });
-        }
-        checkpoint.complete()
+        Ok(())
     }
 
     fn complete(self) -> Result<Self> {
-        match self.components.iter().find(|(_, weights)| weights.entries.is_empty()) {
-            Some((component, _)) => Err(self.lacks(*component)),
+        let there = |component| self.components.get(&component).is_some_and(|weights| !weights.entries.is_empty());
+        let required = self.family.components.iter().filter(|names| names.required);
+        match required.map(|names| names.component).find(|&component| !there(component)) {
+            Some(component) => Err(self.lacks(component)),
             None => Ok(self),
         }
     }
 
     fn lacks(&self, component: Component) -> Error {
         let name = component.name().replace('_', " ");
-        Error::format(&self.path, format!("has no {name}; expected a whole Stable Diffusion 1.x checkpoint"))
+        Error::format(&self.path, format!("has no {name}; expected a whole {} checkpoint", self.family))
+    }
+}
+
+/// The error of a base that is not opened.
+fn refused(path: &Path, family: Option<&Family>, names: &BaseNames<'_>, files: &[Arc<SafetensorsFile>]) -> Error {
+    let found = match family {
+        Some(family) => format!(
+            "{family}, whose networks are not opened from this layout; adapters for it are merged, converted and checked"
+        ),
+        None => {
+            let dtypes = files.iter().flat_map(|file| file.names().filter_map(|name| file.get(name).ok()));
+            describe(names, &dtypes.map(|view| view.dtype().name()).collect())
+        }
+    };
+    Error::Family { path: path.to_owned(), found }
+}
+
+/// The names and shapes of a file's tensors.
+fn shapes(file: &SafetensorsFile) -> impl Iterator<Item = (&str, &[usize])> {
+    file.names().map(|name| (name, file.shape(name).unwrap_or_default()))
+}
+
+impl Place {
+    /// The place of a weight in a stored tensor, or what is wrong with the tensor's shape.
+    fn new(file: usize, stored: &str, found: &[usize], piece: Piece) -> Result<Self, String> {
+        let shape = match (piece, found) {
+            (Piece::All, shape) => shape.to_vec(),
+            (Piece::Pointwise, &[outputs, inputs, 1, 1]) => vec![outputs, inputs],
+            (Piece::Pointwise, shape) => shape.to_vec(),
+            (Piece::Rows { parts, .. }, [rows, rest @ ..]) if rows.is_multiple_of(parts) => {
+                [&[rows / parts], rest].concat()
+            }
+            (Piece::Rows { parts, .. }, shape) => {
+                return Err(format!("has the shape {shape:?}; expected {parts} parts of equally many rows"));
+            }
+            (Piece::Transposed, &[rows, columns]) => vec![columns, rows],
+            (Piece::Transposed, shape) => return Err(format!("has the shape {shape:?}; expected a matrix")),
+        };
+        Ok(Self { file, stored: stored.to_owned(), shape, piece, transposed: OnceLock::new() })
     }
 }
 
@@ -175,7 +232,7 @@ impl ComponentWeights {
         Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), config: None }
     }
 
-    fn add(&mut self, file: &Arc<SafetensorsFile>, stored: &str, canonical: String) -> Result<()> {
+    fn add(&mut self, file: &Arc<SafetensorsFile>, stored: &str, canonical: String, piece: Piece) -> Result<()> {
         let index = match self.files.iter().position(|known| Arc::ptr_eq(known, file)) {
             Some(index) => index,
             None => {
@@ -183,9 +240,8 @@ impl ComponentWeights {
                 self.files.len() - 1
             }
         };
-        let stored_shape = file.shape(stored).unwrap_or_default();
-        let place =
-            Place { file: index, stored: stored.to_owned(), shape: ldm::canonical_shape(&canonical, stored_shape) };
+        let place = Place::new(index, stored, file.shape(stored).unwrap_or_default(), piece)
+            .map_err(|reason| Error::tensor(file.path(), stored, reason))?;
         match self.entries.insert(canonical.clone(), place) {
             None => Ok(()),
             Some(other) => {
@@ -221,10 +277,18 @@ impl ComponentWeights {
         self.entries.get(name).map(|place| place.shape.as_slice())
     }
 
-    /// A weight in the memory map.
+    /// A weight in the memory map. A transposed one is copied when it is first asked for.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, "is missing"))?;
-        Ok(self.files[place.file].get(&place.stored)?.with_shape(&place.shape))
+        let view = self.files[place.file].get(&place.stored)?;
+        match place.piece {
+            Piece::All | Piece::Pointwise => Ok(view.with_shape(&place.shape)),
+            Piece::Rows { part, parts } => Ok(view.part(part, parts, &place.shape)),
+            Piece::Transposed => {
+                let bytes = place.transposed.get_or_init(|| transposed(view.bytes(), view.shape()));
+                Ok(view.with_bytes(bytes, &place.shape))
+            }
+        }
     }
 
     /// SHA-256 of all weights with their names and shapes: what caches of this component's outputs are kept apart by.
@@ -241,48 +305,25 @@ impl ComponentWeights {
     /// Tells the kernel that a weight's pages are not needed any more.
     pub fn release(&self, name: &str) {
         if let Some(place) = self.entries.get(name) {
-            self.files[place.file].release(&place.stored);
+            let (part, parts) = match place.piece {
+                Piece::Rows { part, parts } => (part, parts),
+                _ => (0, 1),
+            };
+            self.files[place.file].release_part(&place.stored, part, parts);
         }
     }
 }
 
-/// The weight files of a diffusers component: one file, or the shards of an index.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    for stem in ["diffusion_pytorch_model", "model"] {
-        for variant in ["", ".fp16"] {
-            let single = folder.join(format!("{stem}{variant}.safetensors"));
-            if single.exists() {
-                return Ok(vec![single]);
-            }
-            let index = folder.join(format!("{stem}.safetensors.index{variant}.json"));
-            if index.exists() {
-                return shards(folder, &index);
-            }
-        }
+/// The bytes of a matrix of a shape with rows and columns exchanged.
+fn transposed(bytes: &[u8], shape: &[usize]) -> Vec<u8> {
+    let &[rows, columns] = shape else { return bytes.to_vec() };
+    let size = bytes.len() / (rows * columns).max(1);
+    if size * rows * columns != bytes.len() {
+        // Elements of less than a byte, which nothing here computes with.
+        return bytes.to_vec();
     }
-    let pickled = ["diffusion_pytorch_model.bin", "pytorch_model.bin"].iter().any(|name| folder.join(name).exists());
-    let reason = if pickled {
-        "holds PyTorch pickles only, which can run any code when they are read; save it again with safe_serialization=True"
-    } else {
-        "has no diffusion_pytorch_model.safetensors or model.safetensors"
-    };
-    Err(Error::format(folder, reason))
-}
-
-fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let json = read_json(index)?;
-    let map = json["weight_map"].as_object().ok_or_else(|| Error::format(index, "has no object `weight_map`"))?;
-    let mut files = BTreeSet::new();
-    for file in map.values() {
-        let name = file.as_str().ok_or_else(|| Error::format(index, "`weight_map` names a file that is no text"))?;
-        // A name may not lead out of the folder.
-        let mut parts = Path::new(name).components();
-        if !matches!((parts.next(), parts.next()), (Some(PathPart::Normal(_)), None)) {
-            return Err(Error::format(index, format!("shard `{name}` is not a file of this folder")));
-        }
-        files.insert(folder.join(name));
-    }
-    Ok(files.into_iter().collect())
+    let element = |row: usize, column: usize| &bytes[(row * columns + column) * size..][..size];
+    (0..columns).flat_map(|column| (0..rows).flat_map(move |row| element(row, column))).copied().collect()
 }
 
 fn read_json(path: &Path) -> Result<serde_json::Value> {

@@ -11,7 +11,7 @@ use lora_core::Component;
 use super::draft::Draft;
 use super::layers::{Kind, Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
-use crate::checkpoint::Family;
+use crate::family::{Family, sd2, sdxl};
 
 pub(super) const VERSION: &str = "commit 9c0cf36c (2026)";
 
@@ -66,7 +66,7 @@ const SUFFIXES: &[&str] = &[
     ".weight",
 ];
 
-pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> Opinion {
+pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
     let mut draft = Draft::default();
     let mut modules: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -190,7 +190,7 @@ fn unknown(key: &str) -> (&'static str, Option<Cure>) {
 }
 
 /// The table of names.
-fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
+fn names(base: &Family, layers: &[Layer]) -> HashSet<String> {
     let mut names = HashSet::new();
     for layer in layers {
         let path = &layer.path;
@@ -211,10 +211,10 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
                 let second = layer.component == Component::TEXT_ENCODER_2;
                 let prefixes: &[&str] = if second { &["lora_te2"] } else { &["lora_te", "lora_te1"] };
                 names.extend(prefixes.iter().map(|prefix| underscored(prefix, path)));
-                let own = match (second, base) {
-                    (true, _) => "clip_g",
-                    (_, Family::StableDiffusion2) => "clip_h",
-                    _ => "clip_l",
+                let own = match second {
+                    true => "clip_g",
+                    false if *base == sd2::FAMILY => "clip_h",
+                    false => "clip_l",
                 };
                 names.insert(format!("text_encoder{}.{path}", if second { "_2" } else { "" }));
                 names.insert(format!("text_encoders.{own}.transformer.{path}"));
@@ -222,7 +222,7 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
             _ => {}
         }
     }
-    if base == Family::StableDiffusionXl {
+    if *base == sdxl::FAMILY {
         names.extend(["lora_te1_text_projection".to_owned(), "lora_te2_text_projection".to_owned()]);
     }
     names

@@ -11,14 +11,14 @@ use lora_core::Component;
 use super::draft::Draft;
 use super::layers::{Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
-use crate::checkpoint::Family;
+use crate::family::{Family, sdxl};
 
 pub(super) const VERSION: &str = "0.42.1";
 
 /// Prefixes that every key must have for the conversion to happen.
 const PREFIXES: [&str; 4] = ["lora_te_", "lora_te1_", "lora_te2_", "lora_unet_"];
 
-pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> Opinion {
+pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let mut draft = Draft::default();
     let kohya = inventory.tensors.keys().all(|key| PREFIXES.iter().any(|prefix| key.starts_with(prefix)));
     // Removed before anything else, in either layout.
@@ -37,8 +37,8 @@ pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> 
 }
 
 /// A file in the kohya layout.
-fn converted(draft: &mut Draft, inventory: &Inventory, base: Family, layers: &[Layer], keys: &[&str]) {
-    let names = kohya_names(base, layers);
+fn converted(draft: &mut Draft, inventory: &Inventory, base: &Family, layers: &[Layer], keys: &[&str]) {
+    let names = kohya_names(layers);
     let split = |key: &str| key.split_once('.').map(|(name, part)| (name.to_owned(), part.to_owned()));
     let mut modules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for key in keys {
@@ -57,7 +57,7 @@ fn converted(draft: &mut Draft, inventory: &Inventory, base: Family, layers: &[L
             .any(|prefix| name.starts_with(prefix))
     };
     // Only the SDXL pipelines turn original block names into diffusers' ones.
-    let maps = base == Family::StableDiffusionXl;
+    let maps = *base == sdxl::FAMILY;
     let mixed = maps && modules.keys().any(|name| original(name)) && modules.keys().any(|name| treelike(name));
     let mut layers_of: BTreeMap<&str, &Layer> = BTreeMap::new();
     for &key in keys {
@@ -132,7 +132,7 @@ fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&s
             let (alpha, down) = (format!("{name}.alpha"), format!("{name}.lora_down.weight"));
             let rank = inventory.tensors[&down].1.first().copied().unwrap_or(0) as f64;
             match inventory.scalars.get(&alpha) {
-                Some(&value) if value != common && layer.is_attention() => {
+                Some(&value) if value != common && layer.is_attention => {
                     let reason = "an attention layer's alpha other than the most frequent one is replaced by it";
                     draft.ignore(&alpha, Effect::Wrong, reason, Cure::ToKohya);
                 }
@@ -195,10 +195,10 @@ const PAIRS: [[&str; 2]; 4] = [
 ];
 
 /// Kohya names and their layers; original names in SDXL alone.
-fn kohya_names(base: Family, layers: &[Layer]) -> HashMap<String, &Layer> {
+fn kohya_names(layers: &[Layer]) -> HashMap<String, &Layer> {
     let mut names = HashMap::new();
     for layer in layers {
-        names.insert(layer.kohya(base), layer);
+        names.insert(layer.kohya.clone(), layer);
         let prefixes: &[&str] = match layer.component {
             Component::TEXT_ENCODER => &["lora_te", "lora_te1"],
             Component::TEXT_ENCODER_2 => &["lora_te2"],

@@ -35,7 +35,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use crate::checkpoint::Family;
+use crate::family::{self, Family, language};
 
 /// A program that loads adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -258,7 +258,8 @@ impl Opinion {
 /// Each consumer's opinion, in the order of [`Consumer::ALL`].
 pub fn opinions(inventory: &Inventory) -> Vec<Opinion> {
     let base = inventory.base();
-    let layers = layers::layers(base);
+    let layers = base.map(layers::layers).unwrap_or_default();
+    let title = family::title(base);
     let judge = |consumer| match consumer {
         Consumer::LlamaCpp if inventory.gguf => llama_cpp::opinion_of_gguf(inventory),
         _ if inventory.gguf => Opinion::whole(
@@ -271,39 +272,41 @@ pub fn opinions(inventory: &Inventory) -> Vec<Opinion> {
         Consumer::Vllm | Consumer::LlamaCpp | Consumer::MistralRs if is_image(base) => Opinion::whole(
             consumer,
             Verdict::Refuses,
-            format!("an adapter for an image model ({base}); {consumer} serves language models"),
+            format!("an adapter for an image model ({title}); {consumer} serves language models"),
             None,
         ),
         Consumer::Vllm => vllm::opinion(inventory),
         Consumer::LlamaCpp => llama_cpp::opinion(inventory),
         Consumer::MistralRs => mistral_rs::opinion(inventory),
-        _ if base == Family::LanguageModel => Opinion::whole(
+        _ if base == Some(&language::FAMILY) => Opinion::whole(
             consumer,
             Verdict::NothingLoaded,
             format!("an adapter for a language model; {consumer} is for image models"),
             None,
         ),
-        _ if layers.is_empty() => {
-            let what = format!("no rules are known here for {consumer} and this base model ({base})");
-            Opinion::whole(consumer, Verdict::Unknown, what, None)
-        }
-        Consumer::WebUi => webui::opinion(inventory, base, &layers),
-        Consumer::ComfyUi => comfyui::opinion(inventory, base, &layers),
-        Consumer::Diffusers => diffusers::opinion(inventory, base, &layers),
-        Consumer::SdScripts => sd_scripts::opinion(inventory, base, &layers),
+        _ => match base.filter(|_| !layers.is_empty()) {
+            Some(base) => image_opinion(consumer, inventory, base, &layers),
+            None => {
+                let what = format!("no rules are known here for {consumer} and this base model ({title})");
+                Opinion::whole(consumer, Verdict::Unknown, what, None)
+            }
+        },
     };
     Consumer::ALL.into_iter().map(judge).collect()
 }
 
-fn is_image(base: Family) -> bool {
-    matches!(
-        base,
-        Family::StableDiffusion1
-            | Family::StableDiffusion2
-            | Family::StableDiffusionXl
-            | Family::StableDiffusion3
-            | Family::Flux
-    )
+/// The opinion of a consumer of image adapters.
+fn image_opinion(consumer: Consumer, inventory: &Inventory, base: &Family, layers: &[layers::Layer]) -> Opinion {
+    match consumer {
+        Consumer::WebUi => webui::opinion(inventory, base, layers),
+        Consumer::ComfyUi => comfyui::opinion(inventory, base, layers),
+        Consumer::Diffusers => diffusers::opinion(inventory, base, layers),
+        _ => sd_scripts::opinion(inventory, base, layers),
+    }
+}
+
+fn is_image(base: Option<&Family>) -> bool {
+    base.is_some_and(|family| family.image)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use super::draft::Draft;
 use super::folder::{self, Config, PREFIX, Part};
 use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict, is_image};
-use crate::checkpoint::Family;
+use crate::family::Family;
 
 pub(super) const VERSION: &str = "0.21.2";
 
@@ -23,7 +23,7 @@ const TYPES: [(&str, &str); 9] = [
     ("HRA", ".hra_"),
 ];
 
-pub(super) fn opinion(inventory: &Inventory, base: Family) -> Opinion {
+pub(super) fn opinion(inventory: &Inventory, base: Option<&Family>) -> Opinion {
     let refuses = |what: &'static str, cure| Opinion::whole(Consumer::Peft, Verdict::Refuses, what, cure);
     let Some(value) = &inventory.config else {
         let cure = if is_image(base) { Cure::ToPeft } else { Cure::ToPortable };

@@ -10,11 +10,11 @@ use lora_core::Component;
 use super::draft::Draft;
 use super::layers::{Kind, Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
-use crate::checkpoint::Family;
+use crate::family::{Family, sdxl};
 
 pub(super) const VERSION: &str = "0.10.1";
 
-pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> Opinion {
+pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
     let mut draft = Draft::default();
     for key in inventory.tensors.keys() {
@@ -58,10 +58,10 @@ pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> 
 }
 
 /// Native names of the layers that sd-scripts adapts; SDXL files in diffusers' names are converted on loading.
-fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
+fn names(base: &Family, layers: &[Layer]) -> HashSet<String> {
     let adapted = |layer: &&Layer| layer.kind != Kind::Other;
-    let mut names: HashSet<String> = layers.iter().filter(adapted).map(|layer| layer.kohya(base)).collect();
-    if base == Family::StableDiffusionXl {
+    let mut names: HashSet<String> = layers.iter().filter(adapted).map(|layer| layer.kohya.clone()).collect();
+    if *base == sdxl::FAMILY {
         let unet = layers.iter().filter(adapted).filter(|layer| layer.component == Component::UNET);
         names.extend(unet.map(|layer| underscored("lora_unet", &layer.path)));
     }

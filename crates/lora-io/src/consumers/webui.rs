@@ -11,13 +11,13 @@ use lora_core::Component;
 use super::draft::Draft;
 use super::layers::{Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
-use crate::checkpoint::Family;
+use crate::family::{Family, sd1, sd2, sdxl};
 
 pub(super) const VERSION: &str = "1.10";
 
 const NOT_KOHYA: &str = "not a name of the kohya layout: no effect and no message";
 
-pub(super) fn opinion(inventory: &Inventory, base: Family, layers: &[Layer]) -> Opinion {
+pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
     let mut draft = Draft::default();
     let mut modules: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -96,8 +96,8 @@ fn variant(parts: &BTreeSet<&str>) -> Option<&'static [&'static str]> {
 }
 
 /// Why a name finds no layer.
-fn unknown(name: &str, base: Family) -> (&'static str, Option<Cure>) {
-    if base == Family::StableDiffusionXl && name == "lora_unet_up_blocks_0_upsamplers_0_conv" {
+fn unknown(name: &str, base: &Family) -> (&'static str, Option<Cure>) {
+    if *base == sdxl::FAMILY && name == "lora_unet_up_blocks_0_upsamplers_0_conv" {
         ("diffusers' name of the first upsampler leads to a layer that SDXL does not have", Some(Cure::ToKohya))
     } else if ["lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "oft_unet_"].iter().any(|p| name.starts_with(p)) {
         ("names no layer that the WebUI finds in this base model: skipped without a message", None)
@@ -108,11 +108,11 @@ fn unknown(name: &str, base: Family) -> (&'static str, Option<Cure>) {
 
 /// q, k, v and out of an OpenCLIP attention (SD2's encoder, SDXL's second) are one layer, which is skipped unless all
 /// four are there: the first that is missing.
-fn fused_partner(name: &str, base: Family, modules: &BTreeMap<&str, BTreeSet<&str>>) -> Option<&'static str> {
-    let prefix = match base {
-        Family::StableDiffusion2 => "lora_te_",
-        Family::StableDiffusionXl => "lora_te2_",
-        _ => return None,
+fn fused_partner(name: &str, base: &Family, modules: &BTreeMap<&str, BTreeSet<&str>>) -> Option<&'static str> {
+    let prefix = match () {
+        () if *base == sd2::FAMILY => "lora_te_",
+        () if *base == sdxl::FAMILY => "lora_te2_",
+        () => return None,
     };
     let parts = ["_q_proj", "_k_proj", "_v_proj", "_out_proj"];
     let stem = parts.iter().find_map(|part| name.strip_suffix(part)).filter(|_| name.starts_with(prefix))?;
@@ -122,7 +122,7 @@ fn fused_partner(name: &str, base: Family, modules: &BTreeMap<&str, BTreeSet<&st
 }
 
 /// Names that the rules lead to a layer.
-fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
+fn names(base: &Family, layers: &[Layer]) -> HashSet<String> {
     let mut names = HashSet::new();
     for layer in layers {
         if let Some(ldm) = &layer.ldm {
@@ -137,20 +137,20 @@ fn names(base: Family, layers: &[Layer]) -> HashSet<String> {
             Component::UNET => {
                 let block = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|part| path.starts_with(part));
                 let end = ["conv_in", "conv_out"].contains(&path) || path.starts_with("time_embedding.linear_");
-                let misplaced = base == Family::StableDiffusionXl && path == "up_blocks.0.upsamplers.0.conv";
+                let misplaced = *base == sdxl::FAMILY && path == "up_blocks.0.upsamplers.0.conv";
                 (block || end) && !misplaced
             }
             // In OpenCLIP's tree only the MLP and the attention are renamed; norms are not found.
             Component::TEXT_ENCODER_2 => encoder && !path.contains("layer_norm"),
-            _ if base == Family::StableDiffusion2 => encoder && !path.contains("layer_norm"),
+            _ if *base == sd2::FAMILY => encoder && !path.contains("layer_norm"),
             // SDXL's first encoder is found by its own prefix for any layer.
-            _ => encoder || base == Family::StableDiffusionXl,
+            _ => encoder || *base == sdxl::FAMILY,
         };
         if found {
-            names.insert(underscored(layer.prefix(base), path));
+            names.insert(underscored(layer.prefix, path));
         }
         // SDXL's prefix of CLIP-L serves SD1 too.
-        if base == Family::StableDiffusion1 && layer.component == Component::TEXT_ENCODER {
+        if *base == sd1::FAMILY && layer.component == Component::TEXT_ENCODER {
             names.insert(underscored("lora_te1", path));
         }
     }

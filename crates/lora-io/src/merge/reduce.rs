@@ -6,23 +6,17 @@ use lora_core::backend::CpuBackend;
 use lora_core::compose::{self, ExtractOptions, Outcome};
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
-use lora_core::{Adapter, DType, HostTensor, LayerGeometry, ModulePath};
+use lora_core::{Adapter, HostTensor, LayerGeometry, ModulePath};
 use rayon::prelude::*;
 
-use super::open_base;
 use super::targets::{Layer, Layers};
+use super::{open_base, rows_of};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// The weight of a layer, in f32.
 fn weight(files: &[SafetensorsFile], layer: &Layer) -> Result<HostTensor> {
-    let file = &files[layer.file];
-    let wrong = |error: lora_core::Error| Error::tensor(file.path(), &layer.weight, error.to_string());
-    let whole = file.get(&layer.weight)?.to_host()?.to_dtype(DType::F32);
-    let Some(rows) = &layer.rows else { return Ok(whole) };
-    let columns = whole.elements() / whole.shape()[0].max(1);
-    let part = whole.to_f32()[rows.start * columns..rows.end * columns].to_vec();
-    HostTensor::from_f32([&[rows.len()], &whole.shape()[1..]].concat(), part).map_err(wrong)
+    rows_of(&files[layer.file], &layer.weight, layer.rows.as_ref())
 }
 
 /// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.

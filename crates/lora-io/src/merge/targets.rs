@@ -1,9 +1,9 @@
 //! Which tensors of a base an adapter's modules change.
 //!
-//! A base's tensors are known under canonical paths where their names tell a known layout (the single original file of SD
-//! 1, 2 and XL, diffusers' folders, Hugging Face's language models), and under their own names otherwise. OpenCLIP keeps
-//! query, key and value in one tensor: such a module changes its third of the rows. A module of a model that is not known
-//! is looked up by its name with dots and underscores taken as the same; if that leaves two tensors, it is refused.
+//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their own
+//! names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
+//! alone. A module of a model that is not known is looked up by its name with dots and underscores taken as the same; if
+//! that leaves two tensors, it is refused.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,7 +13,9 @@ use lora_core::{Component, ModulePath};
 
 use super::Weighted;
 use crate::adapter::names;
-use crate::checkpoint::LdmNames;
+use crate::checkpoint::{self, Group};
+use crate::family::tree::Piece;
+use crate::family::{BaseNames, Family, sd1};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -45,6 +47,15 @@ pub(super) struct Layer {
     pub(super) weight: String,
     bias: Option<String>,
     pub(super) rows: Option<Range<usize>>,
+}
+
+impl Layer {
+    /// The layer of a name in a file, which has tensors of its own.
+    fn of_name(file_index: usize, file: &SafetensorsFile, name: &str) -> Self {
+        let bias = format!("{name}.bias");
+        let bias = file.contains(&bias).then_some(bias);
+        Self { file: file_index, weight: format!("{name}.weight"), bias, rows: None }
+    }
 }
 
 impl Plan {
@@ -79,7 +90,9 @@ impl Plan {
                     (Some(bias), true, _) | (Some(bias), _, true) => {
                         changes.entry(bias.clone()).or_default().push(change(true));
                     }
-                    (None, true, _) => problems.push(format!("`{path}` (changes a bias that this base has not)")),
+                    (None, true, _) => {
+                        problems.push(format!("`{path}` (changes a bias, and this layer of the base has none)"))
+                    }
                     _ => {}
                 }
                 if module.variant != "full" || module.tensors.contains_key("weight") {
@@ -114,40 +127,87 @@ pub(super) struct Layers {
 
 impl Layers {
     pub(super) fn new(base: &Path, files: &[SafetensorsFile]) -> Self {
+        // The folder of a component; none for a file that is the base itself or lies in the base's folder.
+        let folder_of = |file: &SafetensorsFile| {
+            let folder = file.path().parent().filter(|folder| base.is_dir() && *folder != base)?;
+            Some(folder.file_name()?.to_string_lossy().into_owned())
+        };
+        let mut names = BaseNames::default();
+        for file in files {
+            let shapes = file.names().map(|name| (name, file.shape(name).unwrap_or_default()));
+            names.add(folder_of(file).as_deref(), shapes);
+        }
+        let family = Family::of_base(&names);
         let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
-            let all: Vec<&str> = file.names().collect();
-            let ldm = LdmNames::of_ldm(&all);
-            let folder = file.path().parent().filter(|folder| *folder != base).and_then(Path::file_name);
-            let folder = folder.map(|name| name.to_string_lossy().into_owned()).filter(|_| base.is_dir());
-            for name in all {
-                if let Some(stem) = name.strip_suffix("in_proj_weight") {
-                    layers.add_fused(index, file, name, stem);
-                    continue;
-                }
-                let Some(own) = name.strip_suffix(".weight") else { continue };
-                let bias = format!("{own}.bias");
-                let bias = file.contains(&bias).then_some(bias);
-                let layer = Layer { file: index, weight: name.to_owned(), bias, rows: None };
-                if let Some(path) = canonical(own, folder.as_deref(), &ldm) {
-                    layers.known.insert(path, layer.clone());
-                }
-                layers.spelt.entry(own.replace('.', "_")).or_default().push(layer);
-            }
+            layers.add_spelt(index, file);
+            layers.add_known(index, file, folder_of(file).as_deref(), family);
         }
         layers
     }
 
-    /// OpenCLIP's fused query, key and value.
-    fn add_fused(&mut self, index: usize, file: &SafetensorsFile, name: &str, stem: &str) {
-        let Some((component, block)) = open_clip(stem.trim_end_matches("attn.")) else { return };
-        let Some(third) = file.shape(name).and_then(|shape| shape.first()).map(|rows| rows / 3) else { return };
-        let bias = format!("{stem}in_proj_bias");
-        let bias = file.contains(&bias).then_some(bias);
-        for (place, part) in ["q_proj", "k_proj", "v_proj"].iter().enumerate() {
-            let path = ModulePath::new(component, format!("{block}.self_attn.{part}"));
-            let rows = Some(place * third..(place + 1) * third);
-            self.known.insert(path, Layer { file: index, weight: name.to_owned(), bias: bias.clone(), rows });
+    /// The layers of a file by their own names.
+    fn add_spelt(&mut self, index: usize, file: &SafetensorsFile) {
+        for name in file.names() {
+            let Some(own) = name.strip_suffix(".weight") else { continue };
+            self.spelt.entry(own.replace('.', "_")).or_default().push(Layer::of_name(index, file, own));
+        }
+    }
+
+    /// The layers of a file by canonical path, where its family's names tell.
+    fn add_known(&mut self, index: usize, file: &SafetensorsFile, folder: Option<&str>, family: Option<&Family>) {
+        // A U-Net alone is of no family, and all of them that are in the original tree have the same names.
+        let family = family.unwrap_or(&sd1::FAMILY);
+        let all: Vec<&str> = file.names().collect();
+        let of_folder = folder.and_then(|folder| family.in_folder(folder));
+        let groups = match of_folder {
+            Some((component, names)) => {
+                vec![Group::new(component, names.tree, all.iter().map(|name| (*name, *name)).collect())]
+            }
+            None if folder.is_none() => checkpoint::groups(family, &all),
+            None => Vec::new(),
+        };
+        for group in &groups {
+            // An adapter has no names for the others.
+            if family.component(group.component).is_some_and(|names| names.kohya.is_some()) {
+                self.add_group(index, file, group);
+            }
+        }
+        if of_folder.is_none() {
+            self.add_dotted(index, file);
+        }
+    }
+
+    /// The layers of a file whose names are canonical ones.
+    fn add_dotted(&mut self, index: usize, file: &SafetensorsFile) {
+        for name in file.names() {
+            let Some(own) = name.strip_suffix(".weight") else { continue };
+            let path = names::from_dotted(own);
+            if path.component != Component::MODEL {
+                self.known.insert(path, Layer::of_name(index, file, own));
+            }
+        }
+    }
+
+    fn add_group(&mut self, index: usize, file: &SafetensorsFile, group: &Group<'_>) {
+        let weights = group.weights().flat_map(|(stored, weights)| {
+            weights.unwrap_or_default().into_iter().map(move |(name, piece)| (name, (stored, piece)))
+        });
+        let places: BTreeMap<String, (&str, Piece)> = weights.collect();
+        for (name, (stored, piece)) in &places {
+            let Some(path) = name.strip_suffix(".weight") else { continue };
+            let rows = match *piece {
+                Piece::All | Piece::Pointwise => None,
+                Piece::Rows { part, parts } => {
+                    let rows = file.shape(stored).and_then(|shape| shape.first()).map_or(0, |rows| rows / parts);
+                    Some(part * rows..(part + 1) * rows)
+                }
+                // Nothing adapts what is stored so.
+                Piece::Transposed => continue,
+            };
+            let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (*stored).to_owned());
+            let layer = Layer { file: index, weight: (*stored).to_owned(), bias, rows };
+            self.known.insert(ModulePath::new(group.component, path), layer);
         }
     }
 
@@ -189,45 +249,4 @@ impl Layers {
             [first, second, ..] => Err(format!("`{}` and `{}` may both be meant", first.weight, second.weight)),
         }
     }
-}
-
-/// The canonical path of a base's layer, where its name tells.
-fn canonical(own: &str, folder: Option<&str>, ldm: &LdmNames) -> Option<ModulePath> {
-    let text = |path: &str| format!("text_model.{}", path.strip_prefix("text_model.").unwrap_or(path));
-    match folder {
-        Some("unet") => return Some(ModulePath::new(Component::UNET, own)),
-        Some("text_encoder") => return Some(ModulePath::new(Component::TEXT_ENCODER, text(own))),
-        Some("text_encoder_2") => return Some(ModulePath::new(Component::TEXT_ENCODER_2, text(own))),
-        _ => {}
-    }
-    if let Some(path) = own.strip_prefix("conditioner.embedders.0.transformer.") {
-        return Some(ModulePath::new(Component::TEXT_ENCODER, text(path)));
-    }
-    if let Some((component, block)) = open_clip(own) {
-        let (block, layer) = block.rsplit_once(".layers.").map(|(start, rest)| (start, rest.to_owned()))?;
-        let (number, layer) = layer.split_once('.')?;
-        let layer = match layer {
-            "attn.out_proj" => "self_attn.out_proj",
-            "mlp.c_fc" => "mlp.fc1",
-            "mlp.c_proj" => "mlp.fc2",
-            _ => return None,
-        };
-        return Some(ModulePath::new(component, format!("{block}.layers.{number}.{layer}")));
-    }
-    if let Some((component, path)) = ldm.canonical(&format!("{own}.weight")) {
-        let path = path.strip_suffix(".weight")?;
-        return (component != Component::VAE).then(|| ModulePath::new(component, path));
-    }
-    let path = names::from_dotted(own);
-    (path.component != Component::MODEL).then_some(path)
-}
-
-/// The text encoder and block of an OpenCLIP name: `…transformer.resblocks.N.rest` as `text_model.encoder.layers.N.rest`.
-fn open_clip(own: &str) -> Option<(Component, String)> {
-    let (component, rest) = match own.strip_prefix("conditioner.embedders.1.model.") {
-        Some(rest) => (Component::TEXT_ENCODER_2, rest),
-        None => (Component::TEXT_ENCODER, own.strip_prefix("cond_stage_model.model.")?),
-    };
-    let rest = rest.strip_prefix("transformer.resblocks.")?;
-    Some((component, format!("text_model.encoder.layers.{}", rest.trim_end_matches('.'))))
 }

@@ -137,11 +137,18 @@ impl SafetensorsFile {
     /// Tells the kernel that a tensor's pages are not needed any more, so that resident memory while loading a model
     /// stays near one tensor. Reading it again is correct, only slower.
     pub fn release(&self, name: &str) {
+        self.release_part(name, 0, 1);
+    }
+
+    /// The same for one of several equal parts of a tensor's bytes.
+    pub(crate) fn release_part(&self, name: &str, part: usize, parts: usize) {
         let Some(location) = self.tensors.get(name) else { return };
+        let size = (location.end - location.begin) / parts;
+        let start = self.data_start + location.begin + part * size;
         // Whole pages inside the tensor only: its neighbours may be in use.
         const PAGE: usize = 4096;
-        let begin = (self.data_start + location.begin).next_multiple_of(PAGE);
-        let end = (self.data_start + location.end) / PAGE * PAGE;
+        let begin = start.next_multiple_of(PAGE);
+        let end = (start + size) / PAGE * PAGE;
         if begin < end {
             // SAFETY: the map is private to this process, read-only and backed by the file, so dropped pages come back
             // with the same content. A refusal costs memory only.
@@ -181,6 +188,18 @@ impl<'f> TensorView<'f> {
     pub(crate) fn with_shape(self, shape: &'f [usize]) -> Self {
         debug_assert_eq!(self.shape.iter().product::<usize>(), shape.iter().product::<usize>());
         Self { shape, ..self }
+    }
+
+    /// One of several parts of equally many rows, in its own shape.
+    pub(crate) fn part(self, part: usize, parts: usize, shape: &'f [usize]) -> Self {
+        let size = self.bytes.len() / parts;
+        Self { bytes: &self.bytes[part * size..(part + 1) * size], shape, ..self }
+    }
+
+    /// The same tensor with its bytes in another order.
+    pub(crate) fn with_bytes(self, bytes: &'f [u8], shape: &'f [usize]) -> Self {
+        debug_assert_eq!(self.bytes.len(), bytes.len());
+        Self { bytes, shape, ..self }
     }
 
     /// A copy as floating-point numbers: F32, F16 and BF16 as they are, F64 rounded to F32.

@@ -48,7 +48,7 @@ impl TensorSource for BTreeMap<String, HostTensor> {
 /// Writes a file, whole or not at all; returns its size in bytes.
 pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeMap<String, String>) -> Result<u64> {
     let path = path.as_ref();
-    let (header, entries) = header(path, source, metadata)?;
+    let (header, entries) = header(path, source.entries(), metadata)?;
     let mut bytes = header.len() as u64;
     let mut failed = None;
     let result = atomic::write(path, |file| {
@@ -73,13 +73,12 @@ pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTree
     }
 }
 
-/// The length, the header and its padding; and the tensors in file order.
+/// The length, the header and its padding for these tensors; and the tensors in file order.
 pub(crate) fn header(
     path: &Path,
-    source: &dyn TensorSource,
+    mut entries: Vec<Entry>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<(Vec<u8>, Vec<Entry>)> {
-    let mut entries = source.entries();
     entries.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
     let mut names = BTreeSet::new();
     let mut fields = Vec::new();

@@ -18,7 +18,6 @@ mod text;
 mod unet;
 mod vae;
 
-use lora_io::checkpoint::Checkpoint;
 use lora_torch::memory::Limit;
 use lora_torch::tch::{self, Device};
 use lora_torch::{device, memory};
@@ -33,6 +32,7 @@ use predict::{Machine, predict};
 use remedies::{Change, ladder, settings, wishes};
 use tape::Platform;
 
+use crate::base_model;
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::{Error, Result};
@@ -111,7 +111,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         None if config.auto => Some(free(device, &machine, config)?),
         budget => budget,
     };
-    let base = Base::read(&Checkpoint::open(&config.base_model)?)?;
+    let base = Base::read(&base_model::open(&config.base_model)?)?;
     check_clip_skip(config, &base)?;
     let peaks = |config: &TrainConfig| predict(config, &base, &machine, plugins);
     let as_configured = peaks(config)?;

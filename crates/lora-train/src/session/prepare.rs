@@ -14,7 +14,6 @@ use lora_data::cache::DiskCache;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
 use lora_io::adapter;
-use lora_io::checkpoint::Checkpoint;
 use lora_models::diffusion::noise_schedule;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{load_text_encoder, load_unet};
@@ -29,6 +28,7 @@ use super::graphs::{self, StepGraphs};
 use super::latents::{self, LatentSource};
 use super::survive::REMEDIES;
 use super::{Session, Trained, TrainedAdapter, resume};
+use crate::base_model;
 use crate::config::{LrScheduler, StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
 use crate::optimiser::OptimiserState;
@@ -96,7 +96,7 @@ impl Session {
         notes.extend(planned);
         let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
-        let checkpoint = Checkpoint::open(&config.base_model)?;
+        let checkpoint = base_model::open(&config.base_model)?;
         let device = device::resolve(&config.device)?;
         let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
         let limit = limit.transpose().unwrap_or_else(|error| {

@@ -33,10 +33,11 @@ impl Session {
                     kohya::write(&path, &adapter, session.config.save_precision)?;
                 }
                 Trained::Whole(whole) => {
-                    let metadata = BTreeMap::from([
-                        ("modelspec.architecture".to_owned(), "stable-diffusion-v1".to_owned()),
-                        ("modelspec.title".to_owned(), name.to_owned()),
-                    ]);
+                    let mut metadata = BTreeMap::from([("modelspec.title".to_owned(), name.to_owned())]);
+                    if let Some(labels) = session.checkpoint.family().labels {
+                        let architecture = labels.architecture(session.schedule.prediction() == Prediction::Velocity);
+                        metadata.insert("modelspec.architecture".to_owned(), architecture.to_owned());
+                    }
                     whole.write(&path, &session.checkpoint, session.config.save_precision, &metadata)?;
                 }
             }
@@ -55,6 +56,7 @@ impl Session {
     fn record(&self, name: &str) -> TrainingRecord {
         let config = &self.config;
         let mut record = TrainingRecord::default();
+        record.family = Some(self.checkpoint.family());
         record.output_name = name.to_owned();
         record.rank = config.lora_rank;
         record.alpha = config.lora_alpha;

@@ -1,0 +1,127 @@
+//! Reading diffusers' layout: a folder with a folder of weights and their `config.json` for each component.
+
+use std::collections::BTreeSet;
+use std::path::{Component as PathPart, Path, PathBuf};
+use std::sync::Arc;
+
+use lora_core::Component;
+
+use super::{Checkpoint, Group, read_json, refused, shapes};
+use crate::family::{BaseNames, FAMILIES, Family};
+use crate::safetensors::SafetensorsFile;
+use crate::{Error, Result};
+
+/// The files of a component's folder.
+struct Folder {
+    name: &'static str,
+    files: Vec<Arc<SafetensorsFile>>,
+}
+
+/// The names of the folders that components of any family have.
+fn component_folders() -> BTreeSet<&'static str> {
+    let components = FAMILIES.into_iter().flat_map(|family| family.components);
+    components.filter_map(|names| Some(names.folder?.place)).collect()
+}
+
+pub(super) fn open(path: &Path) -> Result<Checkpoint> {
+    let known = component_folders();
+    let folders: Vec<Folder> = known
+        .into_iter()
+        .filter(|name| path.join(name).is_dir())
+        .map(|name| Ok(Folder { name, files: open_files(&path.join(name))? }))
+        .collect::<Result<_>>()?;
+    if folders.is_empty() {
+        return Err(without_components(path));
+    }
+    let mut names = BaseNames::default();
+    for folder in &folders {
+        folder.files.iter().for_each(|file| names.add(Some(folder.name), shapes(file)));
+    }
+    let Some(family) = Family::of_base(&names) else {
+        let files: Vec<_> = folders.iter().flat_map(|folder| folder.files.iter().cloned()).collect();
+        return Err(refused(path, None, &names, &files));
+    };
+    let mut checkpoint = Checkpoint::new(path, family);
+    for folder in &folders {
+        let Some((component, own)) = family.in_folder(folder.name) else { continue };
+        let at = path.join(folder.name);
+        for file in &folder.files {
+            let tensors = file.names().map(|name| (name, name)).collect();
+            checkpoint.add(&at, file, &Group::new(component, own.tree, tensors))?;
+        }
+        checkpoint.set_config(component, read_json(&at.join("config.json"))?);
+    }
+    let scheduler = path.join("scheduler").join("scheduler_config.json");
+    checkpoint.scheduler = scheduler.exists().then(|| read_json(&scheduler)).transpose()?;
+    checkpoint.complete()
+}
+
+impl Checkpoint {
+    fn set_config(&mut self, component: Component, config: serde_json::Value) {
+        if let Some(weights) = self.components.get_mut(&component) {
+            weights.config = Some(config);
+        }
+    }
+}
+
+/// The error of a folder that holds no component's folder.
+fn without_components(path: &Path) -> Error {
+    if path.join("adapter_config.json").exists() {
+        return Error::Family { path: path.to_owned(), found: "a PEFT adapter, not a base model".into() };
+    }
+    match open_files(path) {
+        Ok(files) => {
+            let mut names = BaseNames::default();
+            files.iter().for_each(|file| names.add(None, shapes(file)));
+            refused(path, Family::of_base(&names), &names, &files)
+        }
+        Err(_) => {
+            let folders: Vec<&str> = component_folders().into_iter().collect();
+            let found = format!("a folder without weights and without any of the folders {}", folders.join(", "));
+            Error::Family { path: path.to_owned(), found }
+        }
+    }
+}
+
+fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
+    weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(SafetensorsFile::open(file)?))).collect()
+}
+
+/// The weight files of a diffusers component: one file, or the shards of an index.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    for stem in ["diffusion_pytorch_model", "model"] {
+        for variant in ["", ".fp16"] {
+            let single = folder.join(format!("{stem}{variant}.safetensors"));
+            if single.exists() {
+                return Ok(vec![single]);
+            }
+            let index = folder.join(format!("{stem}.safetensors.index{variant}.json"));
+            if index.exists() {
+                return shards(folder, &index);
+            }
+        }
+    }
+    let pickled = ["diffusion_pytorch_model.bin", "pytorch_model.bin"].iter().any(|name| folder.join(name).exists());
+    let reason = if pickled {
+        "holds PyTorch pickles only, which can run any code when they are read; save it again with safe_serialization=True"
+    } else {
+        "has no diffusion_pytorch_model.safetensors or model.safetensors"
+    };
+    Err(Error::format(folder, reason))
+}
+
+fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let json = read_json(index)?;
+    let map = json["weight_map"].as_object().ok_or_else(|| Error::format(index, "has no object `weight_map`"))?;
+    let mut files = BTreeSet::new();
+    for file in map.values() {
+        let name = file.as_str().ok_or_else(|| Error::format(index, "`weight_map` names a file that is no text"))?;
+        // A name may not lead out of the folder.
+        let mut parts = Path::new(name).components();
+        if !matches!((parts.next(), parts.next()), (Some(PathPart::Normal(_)), None)) {
+            return Err(Error::format(index, format!("shard `{name}` is not a file of this folder")));
+        }
+        files.insert(folder.join(name));
+    }
+    Ok(files.into_iter().collect())
+}

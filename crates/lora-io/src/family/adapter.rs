@@ -1,0 +1,71 @@
+//! Which family an adapter was made for, by what it shows: the names of its modules, the shape of one tensor where
+//! families have the same names, and what its metadata says.
+
+use std::collections::BTreeMap;
+
+use lora_core::{Component, ModulePath};
+
+use super::{FAMILIES, Family};
+
+/// How adapters for a family are told.
+#[derive(Debug)]
+pub struct Signs {
+    /// Whether a module of this name is in no other family's adapters.
+    pub alone: fn(&Module<'_>) -> bool,
+    /// Numbers in the state of a token that the published model's cross attention reads. U-Nets of three families have the
+    /// same names, and an adapter on them may show nothing else.
+    pub context: Option<usize>,
+    /// Whether a module is spelt as this family's usually are, though others' may be.
+    pub spelt: fn(&Module<'_>) -> bool,
+    /// Metadata keys and beginnings of their values.
+    pub metadata: &'static [(&'static str, &'static str)],
+}
+
+impl Signs {
+    /// No signs at all.
+    pub const NONE: Self = Self { alone: |_| false, context: None, spelt: |_| false, metadata: &[] };
+}
+
+/// A module of an adapter.
+#[derive(Debug, Clone)]
+pub struct Module<'a> {
+    /// Its name as its file spells it, or the canonical path.
+    pub name: &'a str,
+    /// What the name means.
+    pub path: ModulePath,
+    /// Numbers that its layer reads, where a tensor shows them.
+    pub inputs: Option<usize>,
+}
+
+impl Module<'_> {
+    /// The number after `start` in its path, where it is a module of the component.
+    pub(super) fn number(&self, component: Component, start: &str) -> Option<usize> {
+        if self.path.component != component {
+            return None;
+        }
+        let (_, rest) = self.path.path.split_once(start)?;
+        rest.split('.').next()?.parse().ok()
+    }
+
+    /// Whether it reads text states in cross attention.
+    fn reads_text(&self) -> bool {
+        let path = self.path.path.as_str();
+        self.path.component == Component::UNET && (path.ends_with("attn2.to_k") || path.ends_with("attn2.to_v"))
+    }
+}
+
+/// The family whose adapters alone have a module of such a name.
+pub fn by_name(modules: &[Module<'_>]) -> Option<&'static Family> {
+    FAMILIES.into_iter().find(|family| modules.iter().any(|module| (family.signs.alone)(module)))
+}
+
+/// The family that an adapter was made for, as far as it shows.
+pub fn told(modules: &[Module<'_>], metadata: &BTreeMap<String, String>) -> Option<&'static Family> {
+    let with = |wanted: &dyn Fn(&Family) -> bool| FAMILIES.into_iter().find(|family| wanted(family));
+    let context = modules.iter().filter(|module| module.reads_text()).find_map(|module| module.inputs);
+    let says = |&(key, start): &(&str, &str)| metadata.get(key).is_some_and(|value| value.starts_with(start));
+    by_name(modules)
+        .or_else(|| context.and_then(|width| with(&|family| family.signs.context == Some(width))))
+        .or_else(|| with(&|family| modules.iter().any(|module| (family.signs.spelt)(module))))
+        .or_else(|| with(&|family| family.signs.metadata.iter().any(says)))
+}
