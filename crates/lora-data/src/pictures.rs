@@ -8,13 +8,13 @@ use lora_core::random::Stream;
 use crate::bucket::Framing;
 use crate::caption::CaptionOptions;
 use crate::crop::CropPlan;
-use crate::dataset::{ImageDataset, Item, Role, ScanOptions, balance};
+use crate::dataset::{CaptionSource, ImageDataset, Item, Role, ScanOptions, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
 use crate::picture::{self, decode_bytes};
 use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
 use crate::sampler::{EpochSampler, Visits};
-use crate::{Error, Result};
+use crate::{Error, Result, RgbPicture};
 
 /// Whether and how pixels are weighted in the loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,6 +74,8 @@ pub struct Pictures {
     /// The dataset of each item.
     of: Vec<usize>,
     findings: Vec<Finding>,
+    /// The pictures are black and in no file.
+    stand_ins: bool,
 }
 
 impl Pictures {
@@ -86,8 +88,34 @@ impl Pictures {
         Self::scan(options.into_iter().map(with_chain).collect::<Result<_>>()?)
     }
 
+    /// Pictures of no file, black and without captions: one a dataset, of the size and with as many visits as are given. What a
+    /// run needs can be found with them before anybody has looked at the real ones.
+    pub fn stand_ins(datasets: Vec<(DatasetOptions, usize)>) -> Self {
+        let mut pictures =
+            Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: true };
+        for (index, (options, visits)) in datasets.into_iter().enumerate() {
+            pictures.items.push(Item {
+                file: Stored::file("stand-in"),
+                folder: "stand-ins".into(),
+                caption: String::new(),
+                more_lines: Vec::new(),
+                caption_source: CaptionSource::None,
+                size: options.framing.resolution(),
+                repeats: visits,
+                mask: None,
+                role: Role::Training,
+            });
+            pictures.of.push(index);
+            pictures.datasets.push(Dataset { options, processors: Vec::new() });
+        }
+        pictures
+    }
+
     /// The pictures of another place, treated as the first dataset's are: for validation.
     pub fn of_another(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        if self.stand_ins {
+            return Ok(Self::stand_ins(self.datasets().take(1).map(|options| (options.clone(), 1)).collect()));
+        }
         let Some(Dataset { options, processors }) = self.datasets.first() else { return Self::scan(Vec::new()) };
         let mut options = options.clone();
         options.path = path.into();
@@ -97,7 +125,8 @@ impl Pictures {
     }
 
     fn scan(datasets: Vec<Dataset>) -> Result<Self> {
-        let mut pictures = Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new() };
+        let mut pictures =
+            Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: false };
         let mut groups: Vec<(usize, Vec<(usize, Item)>)> = Vec::new();
         for dataset in datasets {
             let options = &dataset.options;
@@ -216,6 +245,9 @@ impl Pictures {
 
     /// What training sees of an item: decoded and processed to the size of its bucket. `random` belongs to the visit.
     pub fn load(&self, index: usize, random: &Stream) -> Result<Sample> {
+        if self.stand_ins {
+            return black(self.plan(index).target);
+        }
         let sample = self.decode_at(index, &self.items[index].file.read()?, self.enough(index))?;
         self.process(index, sample, random)
     }
@@ -284,6 +316,23 @@ impl Pictures {
         let DatasetOptions { background, masks, .. } = &dataset.options;
         format!("{processors:?} {:?} {background:?} {masks:?} {random:?}", self.plan(index))
     }
+}
+
+/// Sides that no picture has.
+const LONGEST_SIDE: usize = 1 << 15;
+
+/// A picture of a size that nobody has seen yet.
+fn black((width, height): (usize, usize)) -> Result<Sample> {
+    let picture = match width.max(height) {
+        0..=LONGEST_SIDE => RgbPicture::new(width, height, vec![0; 3 * width * height]),
+        _ => None,
+    };
+    let picture = picture.ok_or_else(|| Error::Option {
+        key: "max_resolution",
+        value: format!("{width},{height}"),
+        reason: format!("expected sides of 1 to {LONGEST_SIDE} pixels"),
+    })?;
+    Sample::new(picture, None)
 }
 
 fn too_small(item: &Item) -> Error {

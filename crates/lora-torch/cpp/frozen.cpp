@@ -45,8 +45,8 @@ constexpr int64_t TILE = 1 << 21;
 // Outputs of a tile, each of `row` numbers; all of them where one tile is enough.
 int64_t tile_of(int64_t outputs, int64_t row) {
   if (row * outputs <= TILE) return outputs;
-  // A tile of NF4 begins a block.
-  const int64_t whole = lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row);
+  // A tile of NF4 begins a block, and oneDNN fills channels up to sixteen.
+  const int64_t whole = std::lcm(lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row), int64_t(16));
   return std::min(outputs, std::max(whole, TILE / row / whole * whole));
 }
 
@@ -284,9 +284,6 @@ int lora_frozen_low_rank(const torch::Tensor *input, const LoraStored *weight, c
     *output = new torch::Tensor(Adapted::apply(*input, *down, *up, capsule_of(layer_of(*weight, bias)), scale));
   });
 }
-
-// Outputs that are made whole at once on the CPU.
-int64_t lora_frozen_tile(int64_t outputs, int64_t row) { return tile_of(outputs, row); }
 
 // The whole weight, a new tensor in `kind`.
 int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output) {

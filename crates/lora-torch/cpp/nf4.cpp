@@ -91,11 +91,9 @@ at::Tensor dynamic_map() {
   return std::get<0>(at::cat(parts).sort());
 }
 
-struct Tables {
-  at::Tensor between, code, pairs, dynamic, dynamic_between;
-};
+} // namespace
 
-// Made once for each device and never freed: a device may be gone when statics are destroyed.
+// Never freed: a device may be gone when statics are destroyed.
 const Tables &tables(at::Device device) {
   static std::mutex lock;
   static auto *all = new std::map<std::string, Tables>();
@@ -111,6 +109,8 @@ const Tables &tables(at::Device device) {
   }
   return place->second;
 }
+
+namespace {
 
 // `values` filled up with zeros to whole rows of `width`.
 at::Tensor rows_of(const at::Tensor &values, int64_t width) {

@@ -336,10 +336,6 @@ int lora_staging_add(void *staging, const torch::Tensor **parts, size_t count, t
   });
 }
 
-// Bytes that a tensor takes in a packed weight, and those of the ring of weights that take so many in all, the largest so many.
-int64_t lora_staging_packed(int64_t bytes) { return aligned(bytes); }
-int64_t lora_staging_ring(int64_t all, int64_t largest) { return ring_bytes(all, largest); }
-
 // out[0..3] = bytes of the ring, copies so far, and those of them that were not foreseen.
 void lora_staging_counts(const void *staging, int64_t *out) { (*static_cast<const Handle *>(staging))->counts(out); }
 

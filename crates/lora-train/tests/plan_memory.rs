@@ -1,9 +1,9 @@
 //! Predicted peaks against counted ones: libtorch's host allocations, byte by byte, of whole runs on the CPU. One test, alone
 //! in its process, as whatever another thread allocates would count too.
 //!
-//! The tolerance is 2% of the peak. What is predicted is every tensor of the networks; left out are the states of captions
-//! and latents of pictures that wait in host memory, small tensors of the loss and the optimiser, and exceptions to the rules
-//! for what oneDNN's kernels take on the side. Each phase is measured against its own prediction.
+//! In fp32, with weights stored in any form, they are equal. In bf16 they may differ by 0.5%: where oneDNN has no bf16 libtorch
+//! convolves in another way, whose workspace is not known. Prodigy may differ by 2%: it keeps a copy of those tensors only that
+//! are not zero, and a dry run has no numbers. Each phase is measured against its own prediction.
 
 use std::path::Path;
 
@@ -22,12 +22,10 @@ fn workspace(channels: &[usize]) -> tempfile::TempDir {
     model.write(folder.path().join("base.safetensors"), DType::F16).unwrap();
     let data = folder.path().join("data");
     std::fs::create_dir(&data).unwrap();
-    for index in 0..4u8 {
-        let picture = image::RgbImage::from_fn(300, 300, |x, y| image::Rgb([index * 30, x as u8, y as u8]));
-        picture.save(data.join(format!("{index}.png"))).unwrap();
-        // One caption for all: the states that wait in host memory are not predicted.
-        std::fs::write(data.join(format!("{index}.txt")), "").unwrap();
-    }
+    // One picture, visited four times, without a caption, as what stands in for it: on the CPU what waits in host memory counts.
+    let picture = image::RgbImage::from_fn(300, 300, |x, y| image::Rgb([90, x as u8, y as u8]));
+    picture.save(data.join("a.png")).unwrap();
+    std::fs::write(data.join("a.txt"), "").unwrap();
     folder
 }
 
@@ -36,7 +34,7 @@ fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     let adapter = if keys.contains(&"train=full") { "" } else { "lora_rank: 4\ntarget_modules: attention-mlp\n" };
     let text = format!(
         "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
-         max_train_steps: 1\n{adapter}",
+         max_train_steps: 1\nrepeats: 4\n{adapter}",
         path("base.safetensors"),
         path("data"),
         path("out"),
@@ -145,13 +143,18 @@ fn disagreements(folder: &Path, keys: &[&str]) -> Vec<String> {
     let config = config(folder, &keys);
     let plan = plan(&config, &Plugins::default()).unwrap();
     let mut wrong = Vec::new();
+    let tolerance = match keys.iter().find_map(|key| Some((*key).split_once('=')?.1).filter(|value| ["bf16", "prodigy"].contains(value))) {
+        None => 0.0,
+        Some("bf16") => 0.5,
+        Some(_) => 2.0,
+    };
     for (phases, counted) in counted(config) {
         let own = plan.as_configured.phases.iter().filter(|own| phases.contains(&own.phase));
         let predicted = own.map(|own| own.parts.total()).max().unwrap();
         let off = 100.0 * (predicted as f64 / counted as f64 - 1.0);
-        let line = format!("{keys:?} {phases:?}: predicted {predicted}, counted {counted}, {off:+.2}%");
+        let line = format!("{keys:?} {phases:?}: predicted {predicted}, counted {counted}, {off:+.4}%");
         println!("{line}");
-        wrong.extend((off.abs() > 2.0).then_some(line));
+        wrong.extend((off.abs() > tolerance).then_some(line));
     }
     wrong
 }

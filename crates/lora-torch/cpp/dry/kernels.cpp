@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/WrapDimUtilsMulti.h>
 #include <torch/library.h>
 
 namespace lora::dry::kernels {
@@ -36,8 +37,9 @@ constexpr int64_t BLOCKED_CHANNELS = 16;
 constexpr int64_t SMALL_CONVOLUTION = 20480;
 
 // The output of a convolution and, for its time, the workspaces: what is read, the weight and what is written, each in the order
-// that the kernel works in. Measured on the CPU by counting allocations; for CUDA what cuDNN is known to do.
-Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool transposed, int64_t stride) {
+// that the kernel works in. `input` is the forward pass's, by which libtorch chooses the kernel of both passes. Measured on the CPU
+// by counting allocations; for CUDA what cuDNN is known to do.
+Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool transposed, int64_t stride, const Tensor &input) {
   const auto format = format_of(from, weight);
   const auto result = [&] { return at::empty(shape, from.options().memory_format(format)); };
   const bool cpu = plays(Platform::Cpu), half = from.scalar_type() != at::kFloat, last = format == at::MemoryFormat::ChannelsLast;
@@ -45,7 +47,7 @@ Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool
   const int64_t kernel = weight.numel() / (weight.size(0) * weight.size(1));
   if (cpu && kernel == 1 && !half) return result();
   const int64_t size = static_cast<int64_t>(weight.nbytes());
-  if (cpu && !half && from.size(0) == 1 && from.numel() <= SMALL_CONVOLUTION) {
+  if (cpu && !half && input.size(0) == 1 && input.numel() <= SMALL_CONVOLUTION) {
     const int64_t channels = transposed ? shape[1] : from.size(1);
     int64_t pixels = 1;
     for (size_t axis = 2; axis < shape.size(); ++axis) pixels *= transposed ? from.size(axis) : shape[axis];
@@ -80,7 +82,7 @@ Tensor convolution(const Tensor &input, const Tensor &weight, const optional<Ten
     shape.push_back(transposed ? (input.size(axis) - 1) * s - 2 * p + d * (k - 1) + side(output_padding, axis - 2) + 1
                                : (input.size(axis) + 2 * p - d * (k - 1) - 1) / s + 1);
   }
-  return product(input, weight, shape, transposed, side(stride, 0));
+  return product(input, weight, shape, transposed, side(stride, 0), input);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, const Tensor &input, const Tensor &weight,
@@ -89,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
   Tensor to_input, to_weight, to_bias;
   const auto format = format_of(input, weight);
   const Tensor ordered = given.contiguous(format);
-  if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0));
+  if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0), input);
   if (mask[1]) {
     to_weight = at::empty_like(weight);
     bytes(static_cast<int64_t>(given.nbytes() + input.nbytes() + weight.nbytes()));
@@ -254,6 +256,22 @@ Tensor dropout(const Tensor &input, double p, bool train) {
 std::tuple<Tensor, Tensor> native_dropout(const Tensor &input, double, optional<bool>) { return {at::empty_like(input), at::empty_like(input, input.options().dtype(at::kBool))}; }
 Tensor native_dropout_backward(const Tensor &given, const Tensor &, double) { return at::empty_like(given); }
 
+// ---- reductions
+
+// A sum or mean in another number type. The CPU converts what it reads beforehand; CUDA reads half precision as it is.
+Tensor reduced(const Tensor &from, at::OptionalIntArrayRef axes, bool keep, optional<ScalarType> kind) {
+  const ScalarType into = kind.value_or(at::isIntegralType(from.scalar_type(), true) ? at::kLong : from.scalar_type());
+  const bool as_it_is = plays(Platform::Cuda) && into == at::kFloat && from.element_size() == 2;
+  if (into != from.scalar_type() && !as_it_is) at::empty_like(from, from.options().dtype(into));
+  const auto gone = at::dim_list_to_bitset(axes, from.dim());
+  std::vector<int64_t> shape;
+  for (int64_t axis = 0; axis < from.dim(); ++axis) {
+    const bool whole = axes.has_value() && !axes->empty() && !gone[axis];
+    if (whole || keep) shape.push_back(whole ? from.size(axis) : 1);
+  }
+  return make(shape, from, into);
+}
+
 // ---- losses, optimisers, scalars, copies
 
 Tensor mse_backward(const Tensor &, const Tensor &own, const Tensor &target, int64_t) {
@@ -321,6 +339,8 @@ TORCH_LIBRARY_IMPL(aten, Meta, m) {
   m.impl("scaled_dot_product_attention", attention);
   m.impl("native_dropout", native_dropout);
   m.impl("native_dropout_backward", native_dropout_backward);
+  m.impl("sum.dim_IntList", reduced);
+  m.impl("mean.dim", reduced);
   m.impl("mse_loss_backward", mse_backward);
   m.impl("_fused_adamw_", adamw);
   m.impl("_amp_foreach_non_finite_check_and_unscale_", unscale);

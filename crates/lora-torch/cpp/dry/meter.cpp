@@ -2,6 +2,7 @@
 // have labels that say what they are for; which number means what is the caller's business.
 
 #include "../guard.h"
+#include "../nf4.h"
 #include "dry.h"
 
 #include <c10/core/Allocator.h>
@@ -24,8 +25,8 @@ Plan &plan() {
 namespace meter {
 
 constexpr int LABELS = 32;
-// The label of host memory beside a device.
-constexpr int HOST = -1;
+// The label of host memory beside a device, and of what was there before the run.
+constexpr int HOST = -1, BEFORE = -2;
 
 struct Block {
   int64_t bytes;
@@ -49,6 +50,7 @@ void change(int label, int64_t bytes) {
     host_peak = std::max(host_peak, host);
     return;
   }
+  if (label == BEFORE) return;
   total += bytes;
   live[label] += bytes;
   if (total > peak) {
@@ -89,6 +91,7 @@ struct Counting final : c10::Allocator {
 };
 
 void relabel(Block *block, int label) {
+  if (block->label < 0) return;
   total -= block->bytes;
   live[block->label] -= block->bytes;
   block->label = label;
@@ -105,7 +108,7 @@ extern "C" {
 
 namespace meter = lora::dry::meter;
 
-// Begins a dry run: nothing is counted yet, and there is no limit.
+// Begins a dry run: nothing is counted yet, and there is no limit. NF4's tables, which stay for the process, are no part of it.
 int lora_dry_begin(int cuda, int64_t threads, int64_t unit) {
   return lora::guarded([&] {
 #ifdef __APPLE__
@@ -117,7 +120,11 @@ int lora_dry_begin(int cuda, int64_t threads, int64_t unit) {
       c10::SetAllocator(c10::DeviceType::Meta, &counting, /*priority=*/1);
       lora::dry::register_kernels();
     });
+    lora::nf4::tables(lora::dry::device());
     const std::lock_guard<std::mutex> held(meter::lock);
+    for (meter::Block *block : meter::blocks) block->label = meter::BEFORE;
+    meter::live = {};
+    meter::total = meter::host = 0;
     lora::dry::plan() = {cuda != 0 ? lora::dry::Platform::Cuda : lora::dry::Platform::Cpu, threads, unit};
     meter::limit = std::numeric_limits<int64_t>::max();
     meter::current = 0;
@@ -154,7 +161,7 @@ void lora_dry_relabel(torch::Tensor **tensors, size_t count, int to) {
     if (!tensors[i]->defined() || !lora::dry::is_dry(*tensors[i])) continue;
     auto *block = static_cast<meter::Block *>(tensors[i]->storage().data_ptr().get_context());
     const std::lock_guard<std::mutex> held(meter::lock);
-    if (meter::blocks.count(block) != 0 && block->label != meter::HOST) meter::relabel(block, to);
+    if (meter::blocks.count(block) != 0) meter::relabel(block, to);
   }
 }
 

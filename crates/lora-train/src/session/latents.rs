@@ -13,10 +13,11 @@ use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::{Pictures, Sample};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::LatentDistribution;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::{from_host, to_host};
 
-use super::{Preparing, draws};
+use super::{Preparing, Watch, draws};
 use crate::config::TrainConfig;
 use crate::encode::{self, Encoder, latent_mask, sample_latents};
 use crate::{Error, Result};
@@ -139,7 +140,7 @@ pub(super) fn cache(
     mut pictures: Pictures,
     cache: Option<&Arc<DiskCache>>,
     device: Device,
-    progress: &mut dyn FnMut(Preparing),
+    watch: &mut dyn Watch,
 ) -> Result<(Pictures, Vec<Encoded>)> {
     let identity = match cache {
         Some(_) => {
@@ -191,8 +192,9 @@ pub(super) fn cache(
             }
             Err(error) => return Err(error.into()),
         };
-        encoded.push(drawn(&tensors, mask, encoder.scaling_factor(), &random(index).at("latent"))?);
-        progress(Preparing::Latents(index + 1, count));
+        let host = dry::host_of(device);
+        encoded.push(drawn(&tensors, mask, encoder.scaling_factor(), &random(index).at("latent"), host)?);
+        watch.now(Preparing::Latents(index + 1, count));
     }
     // The threads are gone with their iterator.
     pictures =
@@ -203,12 +205,18 @@ pub(super) fn cache(
 }
 
 /// One sample of an entry's distribution, on the host.
-fn drawn(tensors: &Tensors, mask: Option<Tensor>, scaling_factor: f64, random: &Stream) -> Result<Encoded> {
+fn drawn(
+    tensors: &Tensors,
+    mask: Option<Tensor>,
+    scaling_factor: f64,
+    random: &Stream,
+    host: Device,
+) -> Result<Encoded> {
     let tensor = |name: &str| -> Result<Tensor> {
-        let host: &HostTensor = tensors.get(name).ok_or_else(|| {
+        let values: &HostTensor = tensors.get(name).ok_or_else(|| {
             Error::from(lora_torch::Error::Torch(format!("a cache entry lacks `{name}`; remove the cache_dir")))
         })?;
-        Ok(from_host(host, Device::Cpu)?)
+        Ok(from_host(values, host)?)
     };
     let distribution = LatentDistribution { mean: tensor("mean")?, log_variance: tensor("log_variance")? };
     let mask = match mask {
