@@ -37,9 +37,8 @@ pub struct ClipConfig {
 
 impl ClipConfig {
     /// Read off a component: widths from shapes; layers, heads and activation from its `config.json`. Without one, as
-    /// in a single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP: OpenCLIP's
-    /// text encoders have the exact GELU, and Stable Diffusion 2's single file a layer more than is used, which whoever
-    /// knows the file sets.
+    /// in a single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP. OpenCLIP's
+    /// text encoders have the exact GELU, which nothing in a single file tells: whoever knows the family sets it.
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or the config asks for what is not built here.
