@@ -267,8 +267,8 @@ impl Unet {
             return Err(Error::Input {
                 what: "U-Net",
                 expected: format!(
-                    "latents [{batch}, 4, …], {batch} timesteps, text [{batch}, …, {}]",
-                    self.config.context
+                    "latents [{batch}, {}, …], {batch} timesteps, text [{batch}, …, {}]",
+                    self.config.latent_channels, self.config.context
                 ),
                 found: format!("latents {:?}, {times_batch} timesteps, text {:?}", latents.size(), context.size()),
             });
