@@ -9,7 +9,9 @@ use std::path::Path;
 
 use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;
+use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::memory::{count_host_allocations, host_allocations, reset_host_peak};
+use lora_torch::tch::{Device, Kind, Tensor};
 use lora_train::config::{Format, TrainConfig};
 use lora_train::plan::{Phase, plan};
 use lora_train::{Plugins, Session};
@@ -71,6 +73,9 @@ fn counted(config: TrainConfig) -> Vec<(&'static [Phase], u64)> {
 #[test]
 fn predictions_are_what_is_counted() {
     count_host_allocations().unwrap();
+    // NF4's tables, which the process keeps from its first use on, are no part of a prediction.
+    let first = Tensor::zeros([64, 64], (Kind::Float, Device::Cpu));
+    FrozenWeight::stored(&first, Storage::Nf4).unwrap();
     // Activations and weights both count.
     let balanced: &[&[&str]] = &[
         &[],
@@ -118,6 +123,13 @@ fn predictions_are_what_is_counted() {
         &["lora_rank=64", "optimizer=adamw8bit"],
         &["train=full", "precision=bf16", "gradient_checkpointing=true"],
     ];
+    // Every variant and optimiser that there is.
+    let plugins = Plugins::default();
+    let variants = plugins.variants.names().map(|name| format!("variant={name}"));
+    let optimisers = plugins.optimisers.names().map(|name| format!("optimizer={name}"));
+    let each: Vec<String> = variants.chain(optimisers).collect();
+    let each: Vec<[&str; 2]> = each.iter().map(|key| [key.as_str(), "batch_size=2"]).collect();
+    let each: Vec<&[&str]> = each.iter().map(|keys| keys.as_slice()).collect();
     // Weights count for more, and on the CPU the largest are worked on in tiles.
     let wide: &[&[&str]] = &[
         &["gradient_checkpointing=true"],
@@ -127,7 +139,7 @@ fn predictions_are_what_is_counted() {
         &["base_storage=nf4", "train_text_encoder=false", "target_modules=all-conv"],
     ];
     let mut wrong = Vec::new();
-    for (channels, grid) in [([64, 128, 128, 128], balanced), ([64, 512, 768, 768], wide)] {
+    for (channels, grid) in [([64, 128, 128, 128], balanced), ([32, 64, 64, 64], &each), ([64, 512, 768, 768], wide)] {
         let folder = workspace(&channels);
         for keys in grid {
             wrong.extend(disagreements(folder.path(), keys));
@@ -140,15 +152,11 @@ fn predictions_are_what_is_counted() {
 fn disagreements(folder: &Path, keys: &[&str]) -> Vec<String> {
     let validation = format!("validation_data_dir={}", folder.join("data").display());
     let keys: Vec<&str> = keys.iter().map(|&key| if key == "validation" { &*validation } else { key }).collect();
-    let config = config(folder, &keys);
-    let plan = plan(&config, &Plugins::default()).unwrap();
+    // Within a budget that is enough, alternatives are not looked for.
+    let plan = plan(&config(folder, &[&keys[..], &["vram_budget=100GiB"]].concat()), &Plugins::default()).unwrap();
     let mut wrong = Vec::new();
-    let tolerance = match keys.iter().find_map(|key| Some((*key).split_once('=')?.1).filter(|value| ["bf16", "prodigy"].contains(value))) {
-        None => 0.0,
-        Some("bf16") => 0.5,
-        Some(_) => 2.0,
-    };
-    for (phases, counted) in counted(config) {
+    let tolerance = tolerance(&keys);
+    for (phases, counted) in counted(config(folder, &keys)) {
         let own = plan.as_configured.phases.iter().filter(|own| phases.contains(&own.phase));
         let predicted = own.map(|own| own.parts.total()).max().unwrap();
         let off = 100.0 * (predicted as f64 / counted as f64 - 1.0);
@@ -157,4 +165,18 @@ fn disagreements(folder: &Path, keys: &[&str]) -> Vec<String> {
         wrong.extend((off.abs() > tolerance).then_some(line));
     }
     wrong
+}
+
+/// How far a prediction may be off, in percent.
+fn tolerance(keys: &[&str]) -> f64 {
+    let has = |key: &str| keys.contains(&key);
+    match () {
+        // oneDNN takes more for the gradients of so few channels' weights.
+        () if has("precision=bf16") && has("target_modules=all-conv") => 1.0,
+        () if has("precision=bf16") => 0.5,
+        () if has("optimizer=prodigy") => 2.0,
+        // In batches oneDNN's transposed convolution of many channels has a small scratchpad.
+        () if has("base_storage=int8") && has("batch_size=2") && has("gradient_checkpointing=true") => 0.01,
+        () => 0.0,
+    }
 }

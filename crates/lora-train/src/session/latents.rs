@@ -10,7 +10,7 @@ use lora_core::{Component, DType, HostTensor};
 use lora_data::cache::{DiskCache, Key, Tensors};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
-use lora_data::{Pictures, Sample};
+use lora_data::{Pictures, Sample, Source};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::LatentDistribution;
 use lora_torch::dry;
@@ -155,11 +155,10 @@ pub(super) fn cache(
     let shared = Arc::new(pictures);
     let (own, disk) = (Arc::clone(&shared), cache.cloned());
     let load = move |index: usize| -> Result<Loaded, lora_data::Error> {
-        let item = &own.items()[index];
         let Some(disk) = &disk else { return Ok(Loaded::New(own.load(index, &random(index))?, None)) };
-        let mask = item.mask.as_ref().map(|mask| disk.content(mask)).transpose()?.unwrap_or_default();
-        let settings = own.settings(index, &random(index));
-        let key = disk.key(&["latents", &identity, &disk.content(&item.file)?, &mask, &settings]);
+        let parts = own.key_parts(index, &random(index), disk)?;
+        let parts: Vec<&str> = ["latents", &identity].into_iter().chain(parts.iter().map(String::as_str)).collect();
+        let key = disk.key(&parts);
         Ok(match disk.get(&key) {
             Some(tensors) => Loaded::Known(tensors),
             None => Loaded::New(own.load(index, &random(index))?, Some(key)),

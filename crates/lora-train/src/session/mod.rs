@@ -502,7 +502,7 @@ impl Session {
 
 /// Everything random about one visit of one picture.
 fn draws(seed: u64, visit: &Visit) -> Stream {
-    Stream::new(seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
+    visit.draws(seed)
 }
 
 #[cfg(test)]

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::Pictures;
 use lora_data::bucket::Framing;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
+use lora_data::{Pictures, Source};
 use lora_io::adapter;
 use lora_models::diffusion::noise_schedule;
 use lora_models::layers::{Adaptable, Pass};
@@ -136,7 +136,7 @@ impl Session {
         notes.extend(enlarged_note(&pictures));
         let pictures = Arc::new(pictures);
         let mut sampler = pictures.sampler(config.seed);
-        let mut settings = Settings::new(&config, &pictures, precision);
+        let mut settings = Settings::new(&config, &*pictures, precision);
         if let Some(state) = &state {
             settings.set_base(resume::base_identity(base_hashes.as_ref(), &checkpoint)?);
             resume::agree(state, &settings, true)?;
@@ -342,8 +342,8 @@ fn enlarged_note(pictures: &Pictures) -> Option<String> {
 
 /// Which buckets are in use.
 fn buckets_note(sampler: &EpochSampler) -> String {
-    let buckets = sampler.visits_by_bucket();
-    let list: Vec<_> = buckets.iter().map(|((width, height), visits)| format!("{width}×{height}: {visits}")).collect();
+    let buckets = sampler.visits_by_shape();
+    let list: Vec<_> = buckets.iter().map(|(shape, visits)| format!("{shape}: {visits}")).collect();
     format!("{} bucket(s), visits an epoch: {}", buckets.len(), list.join(", "))
 }
 

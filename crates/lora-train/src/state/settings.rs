@@ -1,19 +1,15 @@
 //! What makes a run the run that it is: with another value of one of these its continuation would be another run. And what
 //! may change in the middle, which is noted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Debug};
 
 use lora_core::DType;
-use lora_data::Pictures;
-use lora_io::hash::sha256;
+use lora_data::Source;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
 
-/// What only a look at the pictures themselves tells.
-const DATASET: &str = "dataset";
-const PICTURES: &str = "pictures and their captions";
 /// What tells base models apart.
 const BASE: &str = "base_model";
 
@@ -24,6 +20,9 @@ pub struct Settings {
     pub fixed: BTreeMap<String, String>,
     /// Those that may change.
     pub free: BTreeMap<String, String>,
+    /// Names of those that only a look at the items themselves tells.
+    #[serde(skip)]
+    items: BTreeSet<String>,
 }
 
 /// A setting that is another than it was.
@@ -45,7 +44,7 @@ impl fmt::Display for Difference {
 
 impl Settings {
     /// The settings of a run, but for its base.
-    pub fn new(config: &TrainConfig, pictures: &Pictures, precision: DType) -> Self {
+    pub fn new(config: &TrainConfig, source: &dyn Source, precision: DType) -> Self {
         // Every key is named here, so that a new one cannot be forgotten.
         let TrainConfig {
             base_model: _,
@@ -151,22 +150,9 @@ impl Settings {
         // A picture's latents are drawn once or at each visit.
         fixed("cache_latents", cache_latents);
         fixed("vae_tiling", vae_tiling);
-        let (items, visits) = (pictures.items().len(), pictures.items().iter().map(|item| item.repeats).sum::<usize>());
-        fixed(DATASET, &Plain(format!("{items} pictures, {visits} visits an epoch")));
-        for (number, dataset) in pictures.datasets().enumerate() {
-            let mut own = |key: &str, value: &dyn Debug| match number {
-                0 => fixed(key, value),
-                _ => fixed(&format!("{key} (dataset {})", number + 1), value),
-            };
-            own("enable_bucket and bucket sizes", &dataset.framing);
-            own("processors", &dataset.processors);
-            own("captions", &dataset.captions);
-            own("background", &dataset.background);
-            own("batch_size of the dataset", &dataset.batch_size);
-            own("loss_weight", &dataset.loss_weight);
-            own("masks", &dataset.masks);
-        }
-        fixed(PICTURES, &Plain(content(pictures)));
+        let data = source.identity();
+        settings.items = data.items.iter().map(|(name, _)| name.clone()).collect();
+        settings.fixed.extend(data.options.into_iter().chain(data.items));
 
         let mut free = |key: &str, value: &dyn Debug| settings.free.insert(key.to_owned(), shown(value));
         free("learning_rate", learning_rate);
@@ -205,7 +191,7 @@ impl Settings {
     /// As [`Settings::differences`], of what the configuration alone says.
     pub fn differences_of_config(&self, earlier: &Self) -> Vec<Difference> {
         let mut all = self.differences(earlier);
-        all.retain(|difference| ![DATASET, PICTURES, BASE].contains(&difference.key.as_str()));
+        all.retain(|difference| difference.key != BASE && !self.items.contains(&difference.key));
         all
     }
 
@@ -216,7 +202,7 @@ impl Settings {
 }
 
 fn differences(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<Difference> {
-    let keys: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let keys: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
     let none = || "nothing".to_owned();
     let pairs = keys.into_iter().map(|key| {
         (key, before.get(key).map_or_else(none, Clone::clone), now.get(key).map_or_else(none, Clone::clone))
@@ -246,23 +232,6 @@ fn apart(was: &str, is: &str) -> (String, String) {
         format!("{}{}{end}", if from > 0 { "…" } else { "" }, all.iter().take(SHORT).collect::<String>())
     };
     (part(was), part(is))
-}
-
-/// A digest of what the pictures are called, how large they are, what is written beside them and how often they come.
-fn content(pictures: &Pictures) -> String {
-    let mut text = String::new();
-    for (index, item) in pictures.items().iter().enumerate() {
-        let name = item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        text.push_str(&format!(
-            "{name} {:?} {} {} {:?} {:?}\n",
-            item.size,
-            item.repeats,
-            pictures.dataset_of(index),
-            item.lines(),
-            pictures.plan(index)
-        ));
-    }
-    sha256(text.as_bytes())[..16].to_owned()
 }
 
 /// Text without quotes.
