@@ -135,12 +135,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         SyntheticModel::full().unet,
     )?;
     let mut bytes = 0;
-    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes());
+    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
     if let Some(loaded) = memory::host_memory() {
         let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
         println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
     }
-    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
+    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers()?)?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank as usize, rank as f64, 0);
     let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);

@@ -59,7 +59,12 @@ impl Autoencoder {
 
     /// The latent distribution of one picture, `[1, 4, height, width]` f32, on the device. Where fp16 overflows, the
     /// autoencoder is loaded again in f32, once.
-    pub(crate) fn encode(&mut self, checkpoint: &Checkpoint, path: &Path, picture: &RgbPicture) -> Result<LatentDistribution> {
+    pub(crate) fn encode(
+        &mut self,
+        checkpoint: &Checkpoint,
+        path: &Path,
+        picture: &RgbPicture,
+    ) -> Result<LatentDistribution> {
         match lora_torch::caught(|| self.encode_here(checkpoint, path, picture)) {
             Err(error) if error.is_out_of_memory() && self.moves_to_host(checkpoint, &error)? => {
                 self.encode_here(checkpoint, path, picture)
@@ -148,7 +153,11 @@ impl Autoencoder {
 }
 
 /// One sample of a latent distribution, scaled: `[4, height, width]`.
-pub(crate) fn sample_latents(distribution: &LatentDistribution, scaling_factor: f64, random: &Stream) -> Result<Tensor> {
+pub(crate) fn sample_latents(
+    distribution: &LatentDistribution,
+    scaling_factor: f64,
+    random: &Stream,
+) -> Result<Tensor> {
     let shape: Vec<usize> = distribution.mean.size().iter().map(|&side| side as usize).collect();
     let noise = from_f32(&random.clone().normals(shape.iter().product()), &shape, distribution.mean.device())?;
     Ok(distribution.sample(&noise)?.f_mul_scalar(scaling_factor)?.f_squeeze_dim(0)?)

@@ -24,7 +24,13 @@ pub(crate) struct TextEncoding {
 
 impl TextEncoding {
     /// States of captions, `[captions, chunks · 75 + 2, width]`, with gradients unless there is a guard.
-    pub(crate) fn states(&self, encoder: &ClipTextEncoder, captions: &[&str], device: Device, pass: &Pass) -> Result<Tensor> {
+    pub(crate) fn states(
+        &self,
+        encoder: &ClipTextEncoder,
+        captions: &[&str],
+        device: Device,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         self.encode(encoder, &self.tokens(captions, device)?, pass)
     }
 

@@ -83,7 +83,8 @@ pub struct Item {
 impl Item {
     /// The same once more; tensors are shared.
     pub(crate) fn again(&self) -> Self {
-        let shared = |tensors: &Tensors| tensors.iter().map(|(name, own)| (name.clone(), own.shallow_clone())).collect();
+        let shared =
+            |tensors: &Tensors| tensors.iter().map(|(name, own)| (name.clone(), own.shallow_clone())).collect();
         Self {
             caption: self.caption.clone(),
             encoded: self.encoded.iter().map(|(network, tensors)| (*network, shared(tensors))).collect(),
@@ -182,7 +183,12 @@ pub trait Base: fmt::Debug + Send {
     ///
     /// # Errors
     /// [`Error::NoSamples`] for a base that draws none; where memory runs out.
-    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<RgbPicture>> {
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        config: &SampleConfig,
+        beside_recordings: bool,
+    ) -> Result<Vec<RgbPicture>> {
         let _ = (prompts, config, beside_recordings);
         Err(Error::NoSamples)
     }

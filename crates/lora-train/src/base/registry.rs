@@ -39,12 +39,7 @@ pub struct Opening<'o> {
 }
 
 impl<'o> Opening<'o> {
-    pub(crate) fn new(
-        config: &'o TrainConfig,
-        checkpoint: &Arc<Checkpoint>,
-        device: Device,
-        precision: DType,
-    ) -> Self {
+    pub(crate) fn new(config: &'o TrainConfig, checkpoint: &Arc<Checkpoint>, device: Device, precision: DType) -> Self {
         Self { config, checkpoint: Arc::clone(checkpoint), device, precision }
     }
 }

@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use lora_core::{Component, DType};
 use lora_core::random::Stream;
-use lora_data::tokenizer::{ClipTokenizer, Padding};
+use lora_core::{Component, DType};
 use lora_data::RgbPicture;
 use lora_data::source::Example;
+use lora_data::tokenizer::{ClipTokenizer, Padding};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{sd1, sd2};
 use lora_io::metadata::TrainingRecord;
@@ -323,8 +323,7 @@ impl Base for StableDiffusion {
             items.iter().map(|item| item.draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
         let captions = self.captions(items)?;
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
-        let weights =
-            LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
+        let weights = LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
         let denoising = Denoising::new(self.unet()?, &self.schedule, &latents, &noise, &timesteps, &weights)?;
         let inputs = denoising.into_inputs();
         Ok(match captions {
@@ -345,8 +344,7 @@ impl Base for StableDiffusion {
             .map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * JUDGED_TIMESTEPS))
             .collect();
         let states = self.states_of(&item.encoded)?.f_repeat([count, 1, 1])?;
-        let denoising =
-            Denoising::new(self.unet()?, &self.schedule, &many, &noise, &times, &LossWeights::default())?;
+        let denoising = Denoising::new(self.unet()?, &self.schedule, &many, &noise, &times, &LossWeights::default())?;
         Ok(denoising.into_inputs().with("states", Some(states)))
     }
 
@@ -375,7 +373,12 @@ impl Base for StableDiffusion {
         Ok((!is_finite(&states)?).then_some(("the text encoder", remedy)))
     }
 
-    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<RgbPicture>> {
+    fn sample(
+        &mut self,
+        prompts: &[Prompt],
+        config: &SampleConfig,
+        beside_recordings: bool,
+    ) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let vae = self.vae_config()?;
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());

@@ -294,8 +294,12 @@ fn attach(
     parameters: &mut ParameterList,
 ) -> Result<(TrainedAdapter, Option<(String, String)>)> {
     let networks = trained(base);
-    let of = |base: &mut dyn Base, network: &Network| base.adaptable(network.component).map(|own| own.adaptable_layers());
-    let layers: Vec<TargetLayer> = networks.iter().filter_map(|network| of(base, network)).flatten().collect();
+    let mut layers = Vec::new();
+    for network in &networks {
+        if let Some(network) = base.adaptable(network.component) {
+            layers.extend(network.adaptable_layers()?);
+        }
+    }
     let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;

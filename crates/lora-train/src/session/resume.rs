@@ -136,7 +136,8 @@ pub(super) fn base_identity(
     let digest = match hashes {
         Some((_, sha256)) => sha256.clone(),
         None => {
-            let hashes = checkpoint.components().map(|(_, weights)| Ok(weights.sha256()?)).collect::<Result<Vec<_>>>()?;
+            let hashes =
+                checkpoint.components().map(|(_, weights)| Ok(weights.sha256()?)).collect::<Result<Vec<_>>>()?;
             sha256(hashes.join(" ").as_bytes())
         }
     };
