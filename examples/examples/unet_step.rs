@@ -211,7 +211,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
     if steps > 0 {
         counted = operations(|| backward(&batch_of()?, &parameters))?.1.total();
-        left = kept(device, || batch_of()?.loss(&unet, &context, &pass))?;
+        left = kept(device, || Denoising::of(&batch_of()?)?.loss(&unet, &context, &pass))?;
     }
     let (kept, kept_by_block) = left;
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();

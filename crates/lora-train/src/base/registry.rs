@@ -128,7 +128,7 @@ mod tests {
         let one = "cond_stage_model.transformer.text_model.final_layer_norm.weight";
         assert_eq!(write(&[&[one], &rest[..]].concat()), Ok(()));
         let error = write(&[&["double_blocks.0.img_attn.qkv.weight"], &rest[..1]].concat()).unwrap_err();
-        assert!(error.contains("FLUX.1") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
+        assert!(error.contains("this is Flux") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
         let error = write(&["something.weight"]).unwrap_err();
         assert!(error.contains("`something`") && error.contains("expected Stable Diffusion 1.x"), "{error}");
     }

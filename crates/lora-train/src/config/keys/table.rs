@@ -225,13 +225,15 @@ mod tests {
     #[test]
     fn a_default_is_what_the_reference_says() {
         let plugins = Plugins::default();
-        let without = format!("{:?}", read("", &plugins).unwrap());
+        // All but which keys were given.
+        let shown = |config: &TrainConfig| format!("{config:?}").split(", keys: (").next().unwrap().to_owned();
+        let without = shown(&read("", &plugins).unwrap());
         let mut checked = 0;
         for key in Keys::default().iter() {
             let line = format!("{} = {}", key.name, key.default);
             // Others are told in words.
             if toml::from_str::<toml::Table>(&line).is_ok() && key.name != "save_state" {
-                assert_eq!(format!("{:?}", read(&line, &plugins).expect(&line)), without, "{line}");
+                assert_eq!(shown(&read(&line, &plugins).expect(&line)), without, "{line}");
                 checked += 1;
             }
         }
