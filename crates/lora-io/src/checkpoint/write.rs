@@ -75,7 +75,7 @@ pub fn write_single_file(
     for (stored, tensor) in &tensors {
         tensor.check().map_err(|reason| Error::tensor(path, stored, reason))?;
     }
-    write(path, &Layout { source, tensors, dtype }, metadata)
+    write(path, &SingleFile { source, tensors, dtype }, metadata)
 }
 
 /// A tensor of the file: the weights that it is made of, in order.
@@ -147,13 +147,13 @@ fn place(
     Ok(())
 }
 
-struct Layout<'s> {
+struct SingleFile<'s> {
     source: &'s dyn CheckpointSource,
     tensors: BTreeMap<String, Stored>,
     dtype: DType,
 }
 
-impl TensorSource for Layout<'_> {
+impl TensorSource for SingleFile<'_> {
     fn entries(&self) -> Vec<Entry> {
         let entry = |(name, tensor): (&String, &Stored)| Entry {
             name: name.clone(),
