@@ -38,16 +38,20 @@ fn main() {
         // libtorch's own headers warn by the hundred.
         .warnings(false);
     build_cuda(build.clone(), &include, &object);
-    build.file(one_file(object.with_file_name("shim.cpp"))).compile("lora_torch_shim");
+    // Two objects: what runs in training, and the device of dry runs, whose kernels bear libtorch's own names.
+    for (folder, name) in [("cpp", "shim.cpp"), ("cpp/dry", "dry.cpp")] {
+        build.file(one_file(folder, object.with_file_name(name)));
+    }
+    build.compile("lora_torch_shim");
     // Dependents read this as DEP_LORA_TORCH_SHIM_LIBTORCH_LIB and embed it as run path.
     println!("cargo:libtorch_lib={}", lib.display());
     println!("cargo:rustc-env=LORA_LIBTORCH_LIB={}", lib.display());
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
 }
 
-/// A file that includes all of `cpp`: reading libtorch's headers takes longer than compiling what is written here.
-fn one_file(path: PathBuf) -> PathBuf {
-    let folder = std::fs::read_dir("cpp").expect("the sources are beside this script");
+/// A file that includes all of a folder: reading libtorch's headers takes longer than compiling what is written here.
+fn one_file(folder: &str, path: PathBuf) -> PathBuf {
+    let folder = std::fs::read_dir(folder).expect("the sources are beside this script");
     let mut files: Vec<PathBuf> = folder.map(|entry| entry.expect("the folder can be read").path()).collect();
     files.retain(|file| file.extension().is_some_and(|extension| extension == "cpp"));
     files.sort();

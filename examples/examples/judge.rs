@@ -13,7 +13,7 @@ use lora_core::random::Stream;
 use lora_data::RgbPicture;
 use lora_examples::{Answer, load_pictures, psnr, scaled};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::stable_diffusion::load_vae;
+use lora_models::networks::load_vae;
 use lora_models::weights::Held;
 use lora_torch::memory::host_memory;
 use lora_torch::tch::nn::{self, Module, OptimizerConfig};

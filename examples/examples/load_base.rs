@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use lora_io::checkpoint::Checkpoint;
-use lora_models::stable_diffusion::{load_text_encoder, load_unet, load_vae};
+use lora_models::networks::{load_text_encoder, load_unet, load_vae};
 use lora_models::weights::Held;
 use lora_torch::memory::host_memory;
 use lora_torch::tch::{Device, Kind};

@@ -16,7 +16,7 @@ use lora_core::{Component, DType, HostTensor};
 use lora_examples::{Answer, decibels, load_pictures, psnr, scaled};
 use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1};
-use lora_models::stable_diffusion::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
+use lora_models::networks::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};

@@ -12,7 +12,7 @@ use lora_io::adapter;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::write;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{ClipTextEncoder, Unet, load_text_encoder, load_unet};
+use lora_models::networks::{ClipTextEncoder, Unet, load_text_encoder, load_unet};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_host, to_host};

@@ -6,7 +6,7 @@ use lora_core::variant::BaseLayer;
 use lora_examples::Answer;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{Unet, load_unet};
+use lora_models::networks::{Unet, load_unet};
 use lora_models::weights::{Frozen, Held};
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};

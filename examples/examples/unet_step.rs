@@ -14,8 +14,9 @@ use std::time::Instant;
 
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
+use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{NoiseSchedule, Prediction, Unet};
+use lora_models::networks::Unet;
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;

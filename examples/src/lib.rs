@@ -6,7 +6,7 @@ use std::path::Path;
 use lora_core::random::Stream;
 use lora_data::Pictures;
 use lora_data::processor::ProcessorRegistry;
-use lora_models::stable_diffusion::Vae;
+use lora_models::networks::Vae;
 use lora_torch::tch::{Kind, Tensor};
 use lora_train::config::TrainConfig;
 

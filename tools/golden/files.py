@@ -20,8 +20,8 @@ def write(name, tensors, metadata=None):
     """One safetensors file beside the tests; same values give the same bytes. Losses and gradient norms keep float64,
     everything else is float32 or int64. `metadata`: at most one entry, since the writer's order of several is arbitrary."""
     tensors = {key: kept(key, value.detach()).contiguous() for key, value in sorted(tensors.items())}
-    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata=metadata)
     path.chmod(0o644)
     print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size} bytes")

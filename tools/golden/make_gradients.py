@@ -6,9 +6,12 @@ import files
 import tiny
 import training
 
+# Convolutions are the same in both kinds of model.
+CONVOLUTIONS = tiny.MODEL == "sd1"
+
 
 def main():
-    unet, text, parameters = training.model(lambda u, t: training.default_targets(u, t, True), zero_up=False)
+    unet, text, parameters = training.model(lambda u, t: training.default_targets(u, t, CONVOLUTIONS), zero_up=False)
     timesteps = torch.tensor([100, 700])
     noise = tiny.given("input.train.noise", training.BATCH)
     loss = training.loss(unet, text, training.latents(), noise, timesteps)
@@ -21,7 +24,7 @@ def main():
     made["loss"] = loss.detach().double()
     made["input_ids"] = tiny.training_rows()
     made["timesteps"] = timesteps
-    files.write("tiny_lora_grads.safetensors", made)
+    files.write(f"{tiny.FILES}_lora_grads.safetensors", made)
 
 
 if __name__ == "__main__":

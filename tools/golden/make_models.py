@@ -1,4 +1,4 @@
-"""tiny.safetensors: what the text encoder, VAE and U-Net of the tiny model answer."""
+"""tiny.safetensors: what the text encoder, VAE and U-Net of a tiny model answer."""
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,21 @@ def in_tiles(run, whole, scale_in, scale_out):
     return answer
 
 
+def autoencoder():
+    """Answers of the autoencoder, which both kinds of model share."""
+    made = {}
+    vae = tiny.vae()
+    posterior = vae.encode(given("input.vae.pixels", (2, 3, 64, 48))).latent_dist
+    made["vae.mean"], made["vae.logvar"] = posterior.mean, posterior.logvar
+    made["vae.decoded"] = vae.decode(given("input.vae.latents", (2, 4, 8, 6))).sample
+
+    encode, decode = (lambda pixels: vae.quant_conv(vae.encoder(pixels))), (lambda latents: vae.decode(latents).sample)
+    moments = in_tiles(encode, given("input.vae.pixels", (2, 3, 64, 48)), 8, 1)
+    made["vae.tiled.mean"], made["vae.tiled.logvar"] = moments.chunk(2, 1)
+    made["vae.tiled.decoded"] = in_tiles(decode, given("input.vae.latents", (2, 4, 8, 6)), 1, 8)
+    return made
+
+
 def main():
     made = {}
     with torch.no_grad():
@@ -40,28 +55,21 @@ def main():
         made["text_encoder.clip_skip_1"] = answer.last_hidden_state
         made["text_encoder.clip_skip_2"] = norm(answer.hidden_states[-2])
 
-        vae = tiny.vae()
-        posterior = vae.encode(given("input.vae.pixels", (2, 3, 64, 48))).latent_dist
-        made["vae.mean"], made["vae.logvar"] = posterior.mean, posterior.logvar
-        made["vae.decoded"] = vae.decode(given("input.vae.latents", (2, 4, 8, 6))).sample
-
-        encode, decode = (lambda pixels: vae.quant_conv(vae.encoder(pixels))), (lambda latents: vae.decode(latents).sample)
-        moments = in_tiles(encode, given("input.vae.pixels", (2, 3, 64, 48)), 8, 1)
-        made["vae.tiled.mean"], made["vae.tiled.logvar"] = moments.chunk(2, 1)
-        made["vae.tiled.decoded"] = in_tiles(decode, given("input.vae.latents", (2, 4, 8, 6)), 1, 8)
+        if tiny.MODEL == "sd1":
+            made |= autoencoder()
 
         unet = tiny.unet()
         sample = given("input.unet.sample", (2, 4, 8, 8))
-        context = given("input.unet.context", (2, 77, 128))
+        context = given("input.unet.context", (2, 77, tiny.CONTEXT))
         made["unet.square"] = unet(sample, torch.tensor([10, 999]), context).sample
         wide = given("input.unet.wide.sample", (1, 4, 8, 16))
-        made["unet.wide"] = unet(wide, torch.tensor([500]), given("input.unet.wide.context", (1, 77, 128))).sample
-        long = given("input.unet.long.context", (1, 227, 128))
+        made["unet.wide"] = unet(wide, torch.tensor([500]), given("input.unet.wide.context", (1, 77, tiny.CONTEXT))).sample
+        long = given("input.unet.long.context", (1, 227, tiny.CONTEXT))
         made["unet.long"] = unet(given("input.unet.long.sample", (1, 4, 8, 8)), torch.tensor([250]), long).sample
     for name, tensor in made.items():
         if tensor.is_floating_point():
             print(f"  {name}: {list(tensor.shape)}, std {tensor.std():.4f}, largest {tensor.abs().max():.4f}")
-    files.write("tiny.safetensors", made)
+    files.write(f"{tiny.FILES}.safetensors", made)
 
 
 if __name__ == "__main__":

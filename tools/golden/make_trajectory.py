@@ -48,7 +48,7 @@ def main():
         made[f"{variant}.gradient_norms"] = norms
         made[f"{variant}.final_norms"] = torch.stack([p.detach().norm() for p in parameters.values()])
         names = list(parameters)
-    files.write("tiny_trajectory.safetensors", made, metadata={"names": "\n".join(names)})
+    files.write(f"{tiny.FILES}_trajectory.safetensors", made, metadata={"names": "\n".join(names)})
 
 
 if __name__ == "__main__":

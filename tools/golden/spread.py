@@ -12,13 +12,16 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import files
+import tiny
 
-SCRIPTS = ("make_models.py", "make_gradients.py", "make_trajectory.py", "make_samplers.py")
+SCRIPTS = ["make_models.py", "make_gradients.py", "make_trajectory.py", "make_samplers.py"]
+if tiny.MODEL == "sd2":
+    SCRIPTS.append("make_schedules.py")
 
 
 def compare(folder, kept):
-    for path in sorted(Path(kept).glob("tiny*.safetensors")):
-        ours, theirs = load_file(path), load_file(Path(folder) / path.name)
+    for path in sorted(Path(kept).glob(f"{tiny.FILES}*.safetensors")):
+        ours, theirs = load_file(path), load_file(Path(folder) / path.relative_to(kept))
         assert ours.keys() == theirs.keys()
         rows = []
         for name, tensor in ours.items():

@@ -1,4 +1,5 @@
-"""The tiny model of the golden files: Stable Diffusion 1.5's architecture with few channels, weights by formula."""
+"""The tiny models of the golden files: the architectures of Stable Diffusion 1.5 and 2.1 with few channels, weights by
+formula. `GOLDEN_MODEL` says which: `sd1` (the default) or `sd2`."""
 
 import os
 import warnings
@@ -13,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import synthetic
 
 THREADS = int(os.environ.get("GOLDEN_THREADS", "1"))
+MODEL = os.environ.get("GOLDEN_MODEL", "sd1")
 DTYPE = {"float32": torch.float32, "float64": torch.float64}[os.environ.get("GOLDEN_DTYPE", "float32")]
 BOS, EOS, LENGTH = 49406, 49407, 77
 
@@ -54,8 +56,29 @@ TEXT = dict(
     bos_token_id=BOS,
     eos_token_id=EOS,
 )
-# Stable Diffusion 1.5's scheduler/scheduler_config.json, what concerns the noise.
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+# What the published configs of Stable Diffusion 2.1 (768 px) have otherwise: heads of one width at every level, linear
+# projections, the exact GELU, rows padded with token 0, velocity. Its autoencoder is Stable Diffusion 1.5's.
+if MODEL == "sd2":
+    UNET |= dict(
+        block_out_channels=(32, 64, 96, 96),
+        cross_attention_dim=96,
+        attention_head_dim=[1, 2, 3, 3],
+        use_linear_projection=True,
+    )
+    TEXT |= dict(hidden_size=96, intermediate_size=384, num_attention_heads=3, hidden_act="gelu")
+# Where the golden files are, and how their names begin.
+FILES = {"sd1": "tiny", "sd2": "sd2/tiny"}[MODEL]
+PAD = {"sd1": EOS, "sd2": 0}[MODEL]
+CONTEXT = UNET["cross_attention_dim"]
+
+# The published scheduler/scheduler_config.json, what concerns the noise.
+SCHEDULE = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    prediction_type={"sd1": "epsilon", "sd2": "v_prediction"}[MODEL],
+)
 
 
 def text_name(name):
@@ -92,9 +115,9 @@ def given(name, shape):
 
 
 def token_row(ids):
-    """BOS, ids, EOS, padded with EOS to 77."""
+    """BOS, ids, EOS, padded to 77."""
     assert len(ids) <= LENGTH - 2
-    return [BOS, *ids] + [EOS] * (LENGTH - 1 - len(ids))
+    return [BOS, *ids, EOS] + [PAD] * (LENGTH - 2 - len(ids))
 
 
 def training_rows():

@@ -79,15 +79,18 @@ SCHEDULER = DDPMScheduler(**tiny.SCHEDULE, clip_sample=False)
 
 
 def loss(unet, text, latents, noise, timesteps, min_snr_gamma=None):
-    """Mean squared error of the predicted noise; with gamma, each item weighted by min(SNR, gamma) / SNR."""
+    """Mean squared error of the prediction; with gamma, each item weighted by min(SNR, gamma) / SNR, or / (SNR + 1) where
+    velocity is predicted."""
+    velocity = SCHEDULER.config.prediction_type == "v_prediction"
+    target = SCHEDULER.get_velocity(latents, noise, timesteps) if velocity else noise
     noised = SCHEDULER.add_noise(latents, noise, timesteps)
     context = text(input_ids=tiny.training_rows()).last_hidden_state
     answer = unet(noised, timesteps, context).sample
-    each = torch.nn.functional.mse_loss(answer, noise, reduction="none").mean(dim=(1, 2, 3))
+    each = torch.nn.functional.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         alphas = SCHEDULER.alphas_cumprod[timesteps].to(tiny.DTYPE)
         snr = alphas / (1.0 - alphas)
-        each = each * torch.clamp(snr, max=min_snr_gamma) / snr
+        each = each * torch.clamp(snr, max=min_snr_gamma) / (snr + 1.0 if velocity else snr)
     return each.mean()
 
 

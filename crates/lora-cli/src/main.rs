@@ -105,7 +105,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Keys => {
-            print!("{}", lora_train::config::keys::reference());
+            print!("{}", lora_train::config::keys::Keys::default().reference());
             Ok(())
         }
     };

@@ -9,10 +9,11 @@ use half::{bf16, f16};
 use crate::{Error, Result};
 
 /// Element types of adapters and their parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum DType {
     /// IEEE 754 binary32.
+    #[default]
     F32,
     /// IEEE 754 binary16.
     F16,

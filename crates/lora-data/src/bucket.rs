@@ -130,6 +130,14 @@ pub enum Framing {
 }
 
 impl Framing {
+    /// Width and height of one size for all; those that buckets have the area of.
+    pub fn resolution(&self) -> (usize, usize) {
+        match self {
+            Framing::Fixed(size) => *size,
+            Framing::Buckets(buckets) => buckets.options().resolution,
+        }
+    }
+
     /// How a picture of this size is scaled and cut from the middle; `None` where it is too small for any bucket.
     pub fn plan(&self, size: (usize, usize)) -> Option<CropPlan> {
         match self {

@@ -13,7 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use lora_core::HostTensor;
-use lora_io::safetensors::{SafetensorsFile, StoredDType};
+use lora_io::atomic::{self, Durability};
+use lora_io::safetensors::{self, SafetensorsFile, TensorSource, in_file_order};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::Stored;
@@ -21,6 +22,8 @@ use crate::{Error, Result};
 
 /// Part of every key: another layout of entries must not meet old ones.
 const FORMAT: &str = "lora-cache-1";
+/// Where an entry's file says what its bytes hash to.
+const CHECKSUM: &str = "sha256";
 /// Hashes of files by what the file system says of them.
 const INDEX: &str = "contents.tsv";
 /// A file this young may change again without its times changing.
@@ -57,7 +60,7 @@ fn digest<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(hash)
 }
 
 impl DiskCache {
@@ -109,7 +112,7 @@ impl DiskCache {
     /// An entry; `None` where there is none or it is damaged.
     pub fn get(&self, key: &Key) -> Option<Tensors> {
         let file = SafetensorsFile::open(self.path(key)).ok()?;
-        if file.metadata().get("sha256")? != &digest([file.data()]) {
+        if file.metadata().get(CHECKSUM)? != &digest([file.data()]) {
             return None;
         }
         let names: Vec<String> = file.names().map(str::to_owned).collect();
@@ -121,12 +124,9 @@ impl DiskCache {
         let path = self.path(key);
         let folder = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
-        let bytes = serialise(tensors).map_err(|reason| Error::Io {
-            path: path.clone(),
-            action: "write the cache entry",
-            source: std::io::Error::other(reason),
-        })?;
-        write_whole(&path, &bytes)
+        let metadata = BTreeMap::from([(CHECKSUM.to_owned(), checksum(tensors))]);
+        safetensors::write_with(&path, Durability::Unsynced, tensors, &metadata)?;
+        Ok(())
     }
 
     /// Keeps the hashes of files for the next run.
@@ -140,7 +140,8 @@ impl DiskCache {
             text.push_str(&format!("{hash}\t{}\t{}\n", stamp.0, path.display()));
         }
         index.changed = false;
-        write_whole(&self.folder.join(INDEX), text.as_bytes())
+        let path = self.folder.join(INDEX);
+        Ok(atomic::write_with(&path, Durability::Unsynced, |file| file.write_all(text.as_bytes()))?)
     }
 
     fn path(&self, key: &Key) -> PathBuf {
@@ -155,36 +156,17 @@ impl Drop for DiskCache {
     }
 }
 
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file =
-        tempfile::Builder::new().prefix(".partial-").tempfile_in(folder).map_err(Error::io(path, "write"))?;
-    file.write_all(bytes).map_err(Error::io(path, "write"))?;
-    file.persist(path).map_err(|error| Error::io(path, "put into place")(error.error))?;
-    Ok(())
+/// The checksum of an entry: of its tensors' bytes as its file has them, one behind the other.
+fn checksum(tensors: &Tensors) -> String {
+    let bytes: Vec<&[u8]> = in_file_order(tensors.entries()).iter().map(|entry| tensors[&entry.name].bytes()).collect();
+    let mut hash = Sha256::new();
+    hash.update((bytes.iter().map(|bytes| bytes.len() as u64).sum::<u64>()).to_le_bytes());
+    bytes.iter().for_each(|bytes| hash.update(bytes));
+    hex(hash)
 }
 
-/// The tensors in safetensors' form, with a checksum of their bytes.
-fn serialise(tensors: &Tensors) -> Result<Vec<u8>, String> {
-    // In the order that the format asks for: by alignment, then name, so that the checksum is of the file's own order.
-    let mut sorted: Vec<_> = tensors.iter().collect();
-    sorted.sort_by(|a, b| b.1.dtype().size().cmp(&a.1.dtype().size()).then(a.0.cmp(b.0)));
-    let data: Vec<u8> = sorted.iter().flat_map(|(_, tensor)| tensor.bytes()).copied().collect();
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), serde_json::json!({ "sha256": digest([data.as_slice()]) }));
-    let mut at = 0;
-    for (name, tensor) in sorted {
-        let dtype = StoredDType::from(tensor.dtype()).name();
-        let end = at + tensor.bytes().len();
-        header.insert(
-            name.clone(),
-            serde_json::json!({ "dtype": dtype, "shape": tensor.shape(), "data_offsets": [at, end] }),
-        );
-        at = end;
-    }
-    let mut header = serde_json::to_vec(&header).map_err(|error| error.to_string())?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok([(header.len() as u64).to_le_bytes().as_slice(), &header, &data].concat())
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What the file system says of a file; `None` where that is not enough to trust, or it is too young.
@@ -235,6 +217,21 @@ mod tests {
         assert_eq!(cache.get(&one).unwrap(), tensors(1.0));
         assert_eq!(cache.get(&two).unwrap(), tensors(2.0));
         assert!(SafetensorsFile::open(cache.path(&one)).is_ok(), "any tool can read it");
+    }
+
+    /// Computed apart from this program, from the format's description: a folder of an older version stays of use.
+    #[test]
+    fn names_and_bytes_of_entries_stay_what_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = DiskCache::open(folder.path()).unwrap();
+        let key = cache.key(&["ab", "c"]);
+        assert_eq!(key.0, "1476781e52d10b4ff0943a41155bd45624a5afd8fb3d390ae193e7a6a071ab37");
+        cache.put(&key, &tensors(1.0)).unwrap();
+        let bytes = fs::read(cache.path(&key)).unwrap();
+        assert_eq!(
+            (bytes.len(), lora_io::hash::sha256(&bytes).as_str()),
+            (250, "c7c752fb7e95c88e058652eb2535e7e206cfb18f599ed18b0975111c47481701")
+        );
     }
 
     #[test]

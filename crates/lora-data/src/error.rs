@@ -44,6 +44,9 @@ pub enum Error {
         /// What is there instead.
         found: String,
     },
+    /// A file that `lora-io` reads or writes.
+    #[error(transparent)]
+    File(lora_io::Error),
     /// An option that cannot work.
     #[error("{key} = {value} is impossible: {reason}")]
     Option {
@@ -58,6 +61,15 @@ pub enum Error {
 
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<lora_io::Error> for Error {
+    fn from(error: lora_io::Error) -> Self {
+        match error {
+            lora_io::Error::Io { path, action, source } => Error::Io { path, action, source },
+            other => Error::File(other),
+        }
+    }
+}
 
 impl Error {
     /// The file or folder that it is about.

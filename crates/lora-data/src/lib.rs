@@ -16,10 +16,12 @@ pub mod processor;
 pub mod report;
 pub mod sample;
 pub mod sampler;
-pub mod text;
+pub mod source;
+pub mod texts;
 pub mod tokenizer;
 
 pub use error::{Error, Result};
 pub use picture::RgbPicture;
 pub use pictures::{DatasetOptions, MaskOptions, Pictures};
 pub use sample::{Mask, Sample};
+pub use source::Source;

@@ -1,20 +1,23 @@
 //! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lora_core::random::Stream;
+use lora_io::hash::sha256;
 
 use crate::bucket::Framing;
+use crate::cache::DiskCache;
 use crate::caption::CaptionOptions;
 use crate::crop::CropPlan;
-use crate::dataset::{ImageDataset, Item, Role, ScanOptions, balance};
+use crate::dataset::{CaptionSource, ImageDataset, Item, Role, ScanOptions, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
 use crate::picture::{self, decode_bytes};
 use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
-use crate::sampler::{EpochSampler, Visits};
-use crate::{Error, Result};
+use crate::sampler::{Visit, Visits};
+use crate::source::{Example, Identity, Shape, Source};
+use crate::{Error, Result, RgbPicture};
 
 /// Whether and how pixels are weighted in the loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,6 +77,8 @@ pub struct Pictures {
     /// The dataset of each item.
     of: Vec<usize>,
     findings: Vec<Finding>,
+    /// The pictures are black and in no file.
+    stand_ins: bool,
 }
 
 impl Pictures {
@@ -86,8 +91,34 @@ impl Pictures {
         Self::scan(options.into_iter().map(with_chain).collect::<Result<_>>()?)
     }
 
+    /// Pictures of no file, black and without captions: one a dataset, of the size and with as many visits as are given. What a
+    /// run needs can be found with them before anybody has looked at the real ones.
+    pub fn stand_ins(datasets: Vec<(DatasetOptions, usize)>) -> Self {
+        let mut pictures =
+            Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: true };
+        for (index, (options, visits)) in datasets.into_iter().enumerate() {
+            pictures.items.push(Item {
+                file: Stored::file("stand-in"),
+                folder: "stand-ins".into(),
+                caption: String::new(),
+                more_lines: Vec::new(),
+                caption_source: CaptionSource::None,
+                size: options.framing.resolution(),
+                repeats: visits,
+                mask: None,
+                role: Role::Training,
+            });
+            pictures.of.push(index);
+            pictures.datasets.push(Dataset { options, processors: Vec::new() });
+        }
+        pictures
+    }
+
     /// The pictures of another place, treated as the first dataset's are: for validation.
     pub fn of_another(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        if self.stand_ins {
+            return Ok(Self::stand_ins(self.datasets().take(1).map(|options| (options.clone(), 1)).collect()));
+        }
         let Some(Dataset { options, processors }) = self.datasets.first() else { return Self::scan(Vec::new()) };
         let mut options = options.clone();
         options.path = path.into();
@@ -97,7 +128,8 @@ impl Pictures {
     }
 
     fn scan(datasets: Vec<Dataset>) -> Result<Self> {
-        let mut pictures = Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new() };
+        let mut pictures =
+            Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: false };
         let mut groups: Vec<(usize, Vec<(usize, Item)>)> = Vec::new();
         for dataset in datasets {
             let options = &dataset.options;
@@ -148,11 +180,6 @@ impl Pictures {
         &self.items
     }
 
-    /// What was found on the way.
-    pub fn findings(&self) -> &[Finding] {
-        &self.findings
-    }
-
     /// Findings that cost a picture or a caption.
     pub fn lost(&self) -> impl Iterator<Item = &Finding> {
         self.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost)
@@ -173,16 +200,6 @@ impl Pictures {
         self.of[index]
     }
 
-    /// Whether any processor does something else at each visit.
-    pub fn is_random(&self) -> bool {
-        self.datasets.iter().flat_map(|dataset| &dataset.processors).any(|processor| processor.is_random())
-    }
-
-    /// Whether captions are the same at every visit that has one, in all datasets.
-    pub fn captions_are_fixed(&self) -> bool {
-        self.datasets.iter().all(|dataset| dataset.options.captions.is_fixed())
-    }
-
     /// How an item is scaled and cut from the middle.
     pub fn plan(&self, index: usize) -> CropPlan {
         let item = &self.items[index];
@@ -190,32 +207,11 @@ impl Pictures {
         self.options(index).framing.plan(item.size).unwrap_or_else(|| CropPlan::center(item.size, item.size))
     }
 
-    /// The order of all items.
-    pub fn sampler(&self, seed: u64) -> EpochSampler {
-        let visits = |index: usize| Visits {
-            count: self.items[index].repeats,
-            bucket: self.plan(index).target,
-            batch_size: self.options(index).batch_size,
-        };
-        EpochSampler::new((0..self.items.len()).map(visits), seed)
-    }
-
-    /// Leaves items out that turned out unusable; the reason goes into the findings.
-    pub fn leave_out(&mut self, errors: Vec<(usize, Error)>) {
-        let mut gone = vec![false; self.items.len()];
-        for (index, error) in errors {
-            gone[index] = true;
-            let path = self.items[index].file.path.clone();
-            self.findings.push(Finding::new(path, FindingKind::Unreadable, error.reason()));
-        }
-        let mut keep = gone.iter().map(|gone| !gone);
-        self.items.retain(|_| keep.next().unwrap_or(true));
-        let mut keep = gone.iter().map(|gone| !gone);
-        self.of.retain(|_| keep.next().unwrap_or(true));
-    }
-
     /// What training sees of an item: decoded and processed to the size of its bucket. `random` belongs to the visit.
     pub fn load(&self, index: usize, random: &Stream) -> Result<Sample> {
+        if self.stand_ins {
+            return black(self.plan(index).target);
+        }
         let sample = self.decode_at(index, &self.items[index].file.read()?, self.enough(index))?;
         self.process(index, sample, random)
     }
@@ -277,13 +273,130 @@ impl Pictures {
     }
 
     /// Everything besides the file's bytes that an item's sample depends on.
-    pub fn settings(&self, index: usize, random: &Stream) -> String {
+    fn settings(&self, index: usize, random: &Stream) -> String {
         let dataset = &self.datasets[self.of[index]];
         let processors: Vec<String> = dataset.processors.iter().map(|processor| processor.settings()).collect();
         let random = dataset.processors.iter().any(|processor| processor.is_random()).then(|| random.key());
         let DatasetOptions { background, masks, .. } = &dataset.options;
         format!("{processors:?} {:?} {background:?} {masks:?} {random:?}", self.plan(index))
     }
+
+    /// A digest of what the pictures are called, how large they are, what is written beside them and how often they come.
+    fn digest(&self) -> String {
+        let mut text = String::new();
+        for (index, item) in self.items.iter().enumerate() {
+            let name = item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let (size, repeats, dataset) = (item.size, item.repeats, self.of[index]);
+            let plan = self.plan(index);
+            text.push_str(&format!("{name} {size:?} {repeats} {dataset} {:?} {plan:?}\n", item.lines()));
+        }
+        sha256(text.as_bytes())[..16].to_owned()
+    }
+}
+
+impl Source for Pictures {
+    fn count(&self) -> usize {
+        self.items.len()
+    }
+
+    fn visits(&self, item: usize) -> Visits {
+        let (width, height) = self.plan(item).target;
+        Visits {
+            count: self.items[item].repeats,
+            shape: Shape::Picture(width, height),
+            batch_size: self.options(item).batch_size,
+        }
+    }
+
+    fn path(&self, item: usize) -> &Path {
+        &self.items[item].file.path
+    }
+
+    fn example(&self, item: usize, draw: &Stream) -> Result<Example> {
+        self.load(item, draw).map(Example::Picture)
+    }
+
+    fn is_random(&self) -> bool {
+        self.datasets.iter().flat_map(|dataset| &dataset.processors).any(|processor| processor.is_random())
+    }
+
+    fn caption(&self, visit: &Visit, draw: &Stream) -> String {
+        self.options(visit.index).captions.process(&self.items[visit.index].lines(), visit.epoch, draw)
+    }
+
+    fn plain_caption(&self, item: usize) -> String {
+        self.options(item).captions.kept(&self.items[item].lines(), &Stream::new(0))
+    }
+
+    fn captions_are_fixed(&self) -> bool {
+        self.datasets.iter().all(|dataset| dataset.options.captions.is_fixed())
+    }
+
+    fn loss_weight(&self, item: usize) -> f64 {
+        self.options(item).loss_weight
+    }
+
+    fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>> {
+        let Item { file, mask, .. } = &self.items[item];
+        let mask = mask.as_ref().map(|mask| cache.content(mask)).transpose()?.unwrap_or_default();
+        Ok(vec![cache.content(file)?, mask, self.settings(item, draw)])
+    }
+
+    fn identity(&self) -> Identity {
+        let mut options = Vec::new();
+        for (number, dataset) in self.datasets().enumerate() {
+            let mut add = |name: &str, value: String| match number {
+                0 => options.push((name.to_owned(), value)),
+                _ => options.push((format!("{name} (dataset {})", number + 1), value)),
+            };
+            add("enable_bucket and bucket sizes", format!("{:?}", dataset.framing));
+            add("processors", format!("{:?}", dataset.processors));
+            add("captions", format!("{:?}", dataset.captions));
+            add("background", format!("{:?}", dataset.background));
+            add("batch_size of the dataset", format!("{:?}", dataset.batch_size));
+            add("loss_weight", format!("{:?}", dataset.loss_weight));
+            add("masks", format!("{:?}", dataset.masks));
+        }
+        let (count, visits) = (self.items.len(), self.items.iter().map(|item| item.repeats).sum::<usize>());
+        let items = vec![
+            ("dataset".into(), format!("{count} pictures, {visits} visits an epoch")),
+            ("pictures and their captions".into(), self.digest()),
+        ];
+        Identity { options, items }
+    }
+
+    fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    fn leave_out(&mut self, unusable: Vec<(usize, Error)>) {
+        let mut kept = vec![true; self.items.len()];
+        for (item, error) in unusable {
+            kept[item] = false;
+            self.findings.push(Finding::new(self.path(item), FindingKind::Unreadable, error.reason()));
+        }
+        let mut keep = kept.iter();
+        self.items.retain(|_| keep.next().is_none_or(|&keep| keep));
+        let mut keep = kept.iter();
+        self.of.retain(|_| keep.next().is_none_or(|&keep| keep));
+    }
+}
+
+/// Sides that no picture has.
+const LONGEST_SIDE: usize = 1 << 15;
+
+/// A picture of a size that nobody has seen yet.
+fn black((width, height): (usize, usize)) -> Result<Sample> {
+    let picture = match width.max(height) {
+        0..=LONGEST_SIDE => RgbPicture::new(width, height, vec![0; 3 * width * height]),
+        _ => None,
+    };
+    let picture = picture.ok_or_else(|| Error::Option {
+        key: "max_resolution",
+        value: format!("{width},{height}"),
+        reason: format!("expected sides of 1 to {LONGEST_SIDE} pixels"),
+    })?;
+    Sample::new(picture, None)
 }
 
 fn too_small(item: &Item) -> Error {

@@ -1,10 +1,12 @@
-//! The order of items: every item its number of times an epoch, in batches of one bucket, shuffled by (seed, epoch), with a
+//! The order of items: every item its number of times an epoch, in batches of one shape, shuffled by (seed, epoch), with a
 //! position that is two numbers and restores exactly.
 
 use std::collections::BTreeMap;
 
 use lora_core::random::Stream;
 use serde::{Deserialize, Serialize};
+
+use crate::source::Shape;
 
 /// Where a run stands in its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,25 +28,29 @@ pub struct Visit {
     pub epoch: u64,
 }
 
+impl Visit {
+    /// Everything random about this visit in a run of this seed.
+    pub fn draws(&self, seed: u64) -> Stream {
+        Stream::new(seed).at("visit").with(self.epoch).with(self.index as u64).with(self.repeat as u64)
+    }
+}
+
 /// What the order needs to know of an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visits {
     /// Number per epoch.
     pub count: usize,
-    /// Width and height that it is trained at.
-    pub bucket: (usize, usize),
-    /// Items at once; those of equal bucket and batch size share batches.
+    /// What it is trained at.
+    pub shape: Shape,
+    /// Items at once; those of equal shape and batch size share batches.
     pub batch_size: usize,
 }
 
-/// Width and height, and batch size.
-type Bucket = ((usize, usize), usize);
-
-/// Visits items in shuffled batches of one size each, epoch after epoch, without end.
+/// Visits items in shuffled batches of one shape each, epoch after epoch, without end.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
-    /// Items by the size that they are trained at and their batch size, each with its number of visits per epoch.
-    buckets: BTreeMap<Bucket, Vec<(usize, usize)>>,
+    /// Items by shape and batch size, each with its number of visits per epoch.
+    buckets: BTreeMap<(Shape, usize), Vec<(usize, usize)>>,
     seed: u64,
     position: Position,
     order: Vec<Visit>,
@@ -57,8 +63,8 @@ impl EpochSampler {
     /// may be smaller; none is dropped.
     pub fn new(items: impl IntoIterator<Item = Visits>, seed: u64) -> Self {
         let mut buckets = BTreeMap::<_, Vec<_>>::new();
-        for (index, Visits { count, bucket, batch_size }) in items.into_iter().enumerate() {
-            buckets.entry((bucket, batch_size.max(1))).or_default().push((index, count));
+        for (index, Visits { count, shape, batch_size }) in items.into_iter().enumerate() {
+            buckets.entry((shape, batch_size.max(1))).or_default().push((index, count));
         }
         let position = Position { epoch: 0, item: 0 };
         let mut sampler = Self { buckets, seed, position, order: Vec::new(), ends: Vec::new() };
@@ -87,16 +93,16 @@ impl EpochSampler {
         self.ends.len()
     }
 
-    /// Visits per epoch of each bucket, by size.
-    pub fn visits_by_bucket(&self) -> BTreeMap<(usize, usize), usize> {
+    /// Visits per epoch of the items of each shape.
+    pub fn visits_by_shape(&self) -> BTreeMap<Shape, usize> {
         let mut visits = BTreeMap::new();
-        for ((bucket, _), items) in &self.buckets {
-            *visits.entry(*bucket).or_default() += items.iter().map(|(_, repeats)| repeats).sum::<usize>();
+        for ((shape, _), items) in &self.buckets {
+            *visits.entry(*shape).or_default() += items.iter().map(|(_, repeats)| repeats).sum::<usize>();
         }
         visits
     }
 
-    /// The next batch: of one bucket and one epoch. Empty only without items.
+    /// The next batch: of one shape and one epoch. Empty only without items.
     pub fn next_batch(&mut self) -> Vec<Visit> {
         if self.position.item >= self.order.len() {
             self.position = Position { epoch: self.position.epoch + 1, item: 0 };
@@ -144,24 +150,24 @@ mod tests {
 
     use super::*;
 
-    const ONE: (usize, usize) = (512, 512);
+    const ONE: Shape = Shape::Picture(512, 512);
 
     fn sampler(repeats: &[usize], batch: usize, seed: u64) -> EpochSampler {
-        EpochSampler::new(repeats.iter().map(|&count| Visits { count, bucket: ONE, batch_size: batch }), seed)
+        EpochSampler::new(repeats.iter().map(|&count| Visits { count, shape: ONE, batch_size: batch }), seed)
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn every_item_its_number_of_times_an_epoch_in_batches_of_one_bucket(
+        fn every_item_its_number_of_times_an_epoch_in_batches_of_one_shape(
             items in proptest::collection::vec((1usize..4, 0usize..4), 1..20), batch in 1usize..7, seed: u64,
         ) {
-            let bucket = |number: usize| (64 * (number + 1), 64);
-            let visits = items.iter().map(|&(count, own)| Visits { count, bucket: bucket(own), batch_size: batch });
+            let shapes = [Shape::Picture(64, 64), Shape::Picture(128, 64), Shape::Tokens(64), Shape::Unmeasured];
+            let visits = items.iter().map(|&(count, own)| Visits { count, shape: shapes[own], batch_size: batch });
             let mut sampler = EpochSampler::new(visits, seed);
             let visits: usize = items.iter().map(|(repeats, _)| repeats).sum();
-            let full: usize = sampler.visits_by_bucket().values().map(|visits| visits.div_ceil(batch)).sum();
+            let full: usize = sampler.visits_by_shape().values().map(|visits| visits.div_ceil(batch)).sum();
             prop_assert_eq!((sampler.epoch_length(), sampler.batches_per_epoch()), (visits, full));
             for epoch in 0..3 {
                 let mut counts = vec![0; items.len()];
@@ -197,6 +203,27 @@ mod tests {
         }
     }
 
+    /// The order of a saved run is the order of its continuation, whatever becomes of this file: taken down when it was new.
+    #[test]
+    fn the_order_stays_what_it_was() {
+        let bucket = |index: usize| [ONE, Shape::Picture(640, 384), Shape::Picture(384, 640)][index % 3];
+        let items = (0..7).map(|index| Visits { count: 1 + index % 2, shape: bucket(index), batch_size: 2 });
+        let mut sampler = EpochSampler::new(items, 42);
+        let mut batches = || -> Vec<Vec<(usize, usize)>> {
+            let batch = |_| sampler.next_batch().iter().map(|visit| (visit.index, visit.repeat)).collect();
+            (0..6).map(batch).collect()
+        };
+        let first: [&[(usize, usize)]; 6] =
+            [&[(4, 0), (1, 1)], &[(1, 0)], &[(3, 1), (6, 0)], &[(0, 0), (3, 0)], &[(2, 0), (5, 0)], &[(5, 1)]];
+        assert_eq!(batches(), first);
+        let second: [&[(usize, usize)]; 6] =
+            [&[(5, 1), (5, 0)], &[(1, 0), (1, 1)], &[(0, 0), (3, 1)], &[(4, 0)], &[(2, 0)], &[(3, 0), (6, 0)]];
+        assert_eq!(batches(), second);
+        let mut single = self::sampler(&[1, 2, 1, 1, 2], 3, 7);
+        let visits: Vec<usize> = (0..6).flat_map(|_| single.next_batch()).map(|visit| visit.index).collect();
+        assert_eq!(visits, [2, 4, 1, 3, 1, 4, 0, 0, 4, 1, 2, 1, 4, 3]);
+    }
+
     #[test]
     fn epochs_differ() {
         let mut whole = sampler(&[1; 50], 50, 1);
@@ -210,8 +237,8 @@ mod tests {
 
     #[test]
     fn buckets_take_turns() {
-        let bucket = |index: usize| if index.is_multiple_of(2) { (512, 512) } else { (640, 384) };
-        let items = (0..40).map(|index| Visits { count: 1, bucket: bucket(index), batch_size: 4 });
+        let bucket = |index: usize| if index.is_multiple_of(2) { ONE } else { Shape::Picture(640, 384) };
+        let items = (0..40).map(|index| Visits { count: 1, shape: bucket(index), batch_size: 4 });
         let mut mixed = EpochSampler::new(items, 1);
         let parities: Vec<usize> = (0..10).map(|_| mixed.next_batch()[0].index % 2).collect();
         let changes = parities.windows(2).filter(|pair| pair[0] != pair[1]).count();

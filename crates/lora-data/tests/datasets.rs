@@ -35,7 +35,7 @@ fn captions_by_precedence() {
     let dataset = ImageDataset::scan(folder.path(), &ScanOptions::default()).unwrap();
     let captions: Vec<_> = dataset.items().iter().map(|item| item.caption.as_str()).collect();
     assert_eq!(captions, ["from txt", "from caption", "from csv, quoted", "from jsonl", ""]);
-    assert_eq!(dataset.multi_line_captions(), 1);
+    assert_eq!(dataset.items()[0].lines(), ["from txt", "second line"]);
     assert_eq!(dataset.items()[0].size, (9, 7));
     assert_eq!(dataset.items()[4].caption_source, CaptionSource::None);
     assert_eq!(tag_frequency(dataset.items()).into_values().next().unwrap()["quoted"], 1);
@@ -54,7 +54,8 @@ fn kohya_folders_repeat_and_name() {
     .unwrap();
     let seen: Vec<_> = dataset.items().iter().map(|item| (item.caption.as_str(), item.repeats)).collect();
     assert_eq!(seen, [("x", 2), ("red apple", 6), ("own", 6)]);
-    assert_eq!(dataset.ignored_folders(), ["logs"]);
+    assert_eq!(kinds(&dataset), ["folder-ignored"]);
+    assert!(dataset.findings()[0].path.ends_with("logs"));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Files that appear whole or not at all: written beside their place, synced, renamed. A full disk or a kill leaves what
-//! was there before; what a killed program had begun beside it is cleared away by the next one.
+//! Files that appear whole or not at all: written beside their place, synced where they could not be made again, renamed. A
+//! full disk or a kill leaves what was there before; what a killed program had begun beside it is cleared away by the next one.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -13,9 +13,33 @@ const PARTIAL: &str = ".lora-partial-";
 /// Files younger than this may be another program's that has not locked them yet.
 const YOUNG: Duration = Duration::from_secs(60);
 
+/// Whether a write waits until the disk has the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// It waits: what is there afterwards is there after a power failure too.
+    Synced,
+    /// It does not: for what can be made again, and is checked when it is read. A power failure may leave it damaged.
+    Unsynced,
+}
+
 /// Writes `path` through `fill`; the file is there, complete and synced, when this returns `Ok`, and untouched otherwise.
+///
+/// # Errors
+/// Where the folder takes no file, `fill` fails, or the disk is full.
 pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
-    let path = path.as_ref();
+    write_with(path.as_ref(), Durability::Synced, fill)
+}
+
+/// As [`write`], with or without waiting for the disk.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_with(
+    path: &Path,
+    durability: Durability,
+    fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<()> {
+    let synced = durability == Durability::Synced;
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -35,10 +59,14 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> 
         BufWriter::with_capacity(1 << 20, partial.as_file().try_clone().map_err(Error::io(path, "write"))?);
     fill(&mut writer).map_err(Error::io(path, "write"))?;
     writer.flush().map_err(Error::io(path, "write"))?;
-    partial.as_file().sync_all().map_err(Error::io(path, "sync"))?;
+    if synced {
+        partial.as_file().sync_all().map_err(Error::io(path, "sync"))?;
+    }
     partial.persist(path).map_err(|error| Error::io(path, "put into place")(error.error))?;
     #[cfg(unix)]
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder, "sync"))?;
+    if synced {
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder, "sync"))?;
+    }
     Ok(())
 }
 

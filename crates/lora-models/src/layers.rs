@@ -332,9 +332,19 @@ impl LayerNorm {
     }
 }
 
+/// Width of an attention head where no config names the heads of a network of these widths: 64, as in every published one, or
+/// the largest power of two that divides them all.
+pub(crate) fn head_width(widths: &[usize]) -> usize {
+    widths.iter().fold(64, |head, width| head.min(1 << width.trailing_zeros().min(6)))
+}
+
 /// Scaled dot-product attention over `[batch, tokens, width]` with the width split into heads; libtorch picks its
 /// fastest kernel (flash, memory-efficient) for the device. One of them takes every width of a head in multiples of 8, the 512 of
 /// the autoencoder too, and none forms all scores at once, so that nothing is left to slice.
+///
+/// Every kernel multiplies queries by keys into fp32 and takes the softmax there, the plain one included: scores beyond fp16's
+/// range, as Stable Diffusion 2.1 has them at 768 pixels, need no other way. Configs' `upcast_attention` asks for this, and is
+/// met without being read.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
     let split = |tensor: &Tensor| -> Result<Tensor> {
         let (batch, tokens, width) = tensor.size3()?;
@@ -345,4 +355,33 @@ pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usi
     let mixed =
         Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None, false)?;
     Ok(mixed.f_transpose(1, 2)?.f_reshape([batch, tokens, width])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scores of 2^18 and half of it: infinities in fp16.
+    #[test]
+    fn scores_beyond_half_precision_are_weighed_all_the_same() {
+        let mut devices = vec![Device::Cpu];
+        devices.extend(lora_torch::tch::Cuda::is_available().then_some(Device::Cuda(0)));
+        for device in devices {
+            let ones = Tensor::ones([1, 4, 64], (Kind::Half, device));
+            let (query, value) = (&ones * 512.0, Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]).to_device(device));
+            let key = &ones * Tensor::from_slice(&[64.0f32, 32.0, 32.0, 32.0]).view([1, 4, 1]).to_device(device);
+            let value = value.view([1, 4, 1]) * Tensor::ones([1, 4, 64], (Kind::Float, device));
+            let (key, value) = (key.to_kind(Kind::Half), value.to_kind(Kind::Half));
+            let mixed = attention(&query, &key, &value, 1, false).unwrap();
+            assert_eq!(mixed, ones, "{device:?}: the first value alone counts");
+        }
+    }
+
+    #[test]
+    fn heads_are_as_wide_as_published_ones_or_as_divides() {
+        assert_eq!(head_width(&[320, 640, 1280, 1280]), 64);
+        assert_eq!(head_width(&[1024]), 64);
+        assert_eq!(head_width(&[32, 64, 96, 96]), 32);
+        assert_eq!(head_width(&[6, 9]), 1);
+    }
 }

@@ -1,9 +1,10 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod diffusion;
 mod error;
 pub mod layers;
-pub mod stable_diffusion;
+pub mod networks;
 pub mod synthetic;
 pub mod weights;
 

@@ -10,7 +10,7 @@ use lora_io::family::{Family, sd1};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
-use crate::stable_diffusion::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::networks::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
 pub use crate::weights::NamedShape;
 use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
 
@@ -30,6 +30,15 @@ impl SyntheticModel {
     /// 32 to 64 channels.
     pub fn tiny() -> Self {
         Self::of_sizes(128, 3, vec![32, 64, 64, 64], vec![32, 32, 64, 64])
+    }
+
+    /// The same of Stable Diffusion 2.1's kind: 3 text layers of width 96 with the exact GELU, a U-Net of 32 to 96 channels in
+    /// heads of 32 each that projects by linear layers.
+    pub fn tiny_sd2() -> Self {
+        let mut model = Self::of_sizes(96, 3, vec![32, 64, 96, 96], vec![32, 32, 64, 64]);
+        (model.text_encoder.heads, model.text_encoder.exact_gelu) = (3, true);
+        (model.unet.heads, model.unet.linear_projection) = (vec![1, 2, 3, 3], true);
+        model
     }
 
     /// Stable Diffusion 1.5's own sizes: 1.07 billion parameters.

@@ -4,7 +4,7 @@ use lora_core::{Component, DType};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::sd1;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{Unet, load_text_encoder, load_unet, load_vae};
+use lora_models::networks::{Unet, load_text_encoder, load_unet, load_vae};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
@@ -128,8 +128,8 @@ fn a_diffusers_folder_is_read_with_its_configs() {
     assert_eq!(load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, [8, 8, 4, 8]);
     assert_eq!(load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, 4);
     assert_eq!(load_vae(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().scaling_factor, 0.25);
-    let schedule = lora_models::stable_diffusion::noise_schedule(&checkpoint).unwrap();
-    assert_eq!(schedule.prediction(), lora_models::stable_diffusion::Prediction::Velocity);
+    let schedule = lora_models::diffusion::noise_schedule(&checkpoint).unwrap();
+    assert_eq!(schedule.prediction(), lora_models::diffusion::Prediction::Velocity);
 
     // What is wrong is named with its file.
     let error = |checkpoint: lora_io::Result<Checkpoint>| match checkpoint {

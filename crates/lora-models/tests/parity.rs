@@ -1,4 +1,5 @@
-//! The networks against diffusers, transformers and PEFT on a tiny model (see `golden/README.md` and `tools/golden`).
+//! The networks against diffusers, transformers and PEFT on tiny models of Stable Diffusion 1.5's and 2.1's kinds (see
+//! `golden/README.md` and `tools/golden`).
 //!
 //! Tolerances: the references themselves move by up to 3e-6 between one thread and two, and by 1e-5 (gradients) between
 //! float32 and float64 weights; 1e-4 and 1e-3 leave room for other kernels and none for another formula.
@@ -10,8 +11,9 @@ use lora_core::HostTensor;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::{Lora, Parameters};
 use lora_io::safetensors::SafetensorsFile;
+use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, SamplerKind};
 use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
-use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Prediction, Sampler, SamplerKind, Unet, Vae};
+use lora_models::networks::{ClipTextEncoder, Unet, Vae};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
@@ -19,8 +21,43 @@ use lora_torch::tensor::from_host;
 
 const CPU: Device = Device::Cpu;
 
-fn golden(name: &str) -> SafetensorsFile {
-    SafetensorsFile::open(format!("{}/tests/golden/{name}.safetensors", env!("CARGO_MANIFEST_DIR"))).unwrap()
+/// A tiny model with its golden files.
+struct Reference {
+    folder: &'static str,
+    model: SyntheticModel,
+    schedule: NoiseSchedule,
+}
+
+fn references() -> [Reference; 2] {
+    [
+        Reference {
+            folder: "golden",
+            model: SyntheticModel::tiny(),
+            schedule: NoiseSchedule::new(Prediction::Epsilon),
+        },
+        Reference {
+            folder: "golden/sd2",
+            model: SyntheticModel::tiny_sd2(),
+            schedule: NoiseSchedule::new(Prediction::Velocity),
+        },
+    ]
+}
+
+impl Reference {
+    fn golden(&self, name: &str) -> SafetensorsFile {
+        let folder = format!("{}/tests/{}", env!("CARGO_MANIFEST_DIR"), self.folder);
+        SafetensorsFile::open(format!("{folder}/{name}.safetensors")).unwrap()
+    }
+
+    fn text_encoder(&self) -> ClipTextEncoder {
+        let weights = SyntheticWeights::new("text_encoder");
+        ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, CPU), self.model.text_encoder).unwrap()
+    }
+
+    fn unet(&self) -> Unet {
+        let weights = SyntheticWeights::new("unet");
+        Unet::new(&Weights::new(&weights, Kind::Float, CPU), self.model.unet.clone()).unwrap()
+    }
 }
 
 fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
@@ -48,32 +85,25 @@ fn relative(found: &Tensor, expected: &Tensor) -> f64 {
     worst / f64::try_from(expected.std(false)).unwrap()
 }
 
-fn text_encoder() -> ClipTextEncoder {
-    let weights = SyntheticWeights::new("text_encoder");
-    ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().text_encoder).unwrap()
-}
-
-fn unet() -> Unet {
-    let weights = SyntheticWeights::new("unet");
-    Unet::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().unet).unwrap()
-}
-
 #[test]
-fn text_encoder_matches_transformers() {
-    let golden = golden("tiny");
-    let (encoder, tokens) = (text_encoder(), integers(&golden, "text_encoder.input_ids"));
-    for skip in [1, 2] {
-        let found = no_grad(|| encoder.forward(&tokens, skip, &Pass::default()).unwrap());
-        let error = relative(&found, &tensor(&golden, &format!("text_encoder.clip_skip_{skip}")));
-        assert!(error < 1e-4, "clip skip {skip}: {error:e}");
+fn text_encoders_match_transformers() {
+    for reference in references() {
+        let golden = reference.golden("tiny");
+        let (encoder, tokens) = (reference.text_encoder(), integers(&golden, "text_encoder.input_ids"));
+        for skip in [1, 2] {
+            let found = no_grad(|| encoder.forward(&tokens, skip, &Pass::default()).unwrap());
+            let error = relative(&found, &tensor(&golden, &format!("text_encoder.clip_skip_{skip}")));
+            assert!(error < 1e-4, "{}, clip skip {skip}: {error:e}", reference.folder);
+        }
+        assert!(encoder.forward(&tokens, 0, &Pass::default()).is_err());
+        assert!(encoder.forward(&tokens, 5, &Pass::default()).is_err());
     }
-    assert!(encoder.forward(&tokens, 0, &Pass::default()).is_err());
-    assert!(encoder.forward(&tokens, 5, &Pass::default()).is_err());
 }
 
 #[test]
 fn long_captions_join_as_documented() {
-    let encoder = text_encoder();
+    let [reference, _] = references();
+    let encoder = reference.text_encoder();
     let tokens = Tensor::randint(49406, [6, 77], (Kind::Int64, CPU));
     no_grad(|| {
         let states = encoder.forward(&tokens, 1, &Pass::default()).unwrap();
@@ -88,9 +118,11 @@ fn long_captions_join_as_documented() {
 
 #[test]
 fn vae_matches_diffusers() {
-    let golden = golden("tiny");
+    let [reference, other] = references();
+    assert_eq!(reference.model.vae, other.model.vae);
+    let golden = reference.golden("tiny");
     let weights = SyntheticWeights::new("vae");
-    let vae = Vae::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticModel::tiny().vae).unwrap();
+    let vae = Vae::new(&Weights::new(&weights, Kind::Float, CPU), reference.model.vae).unwrap();
     no_grad(|| {
         let (pixels, latents) = (given("input.vae.pixels", &[2, 3, 64, 48]), given("input.vae.latents", &[2, 4, 8, 6]));
         let whole = (vae.encode(&pixels).unwrap(), vae.decode(&latents).unwrap());
@@ -109,41 +141,77 @@ fn vae_matches_diffusers() {
 }
 
 #[test]
-fn unet_matches_diffusers() {
-    let (golden, unet) = (golden("tiny"), unet());
-    let cases = [
-        ("square", "input.unet", vec![2, 4, 8, 8], vec![10.0, 999.0], 77),
-        ("wide", "input.unet.wide", vec![1, 4, 8, 16], vec![500.0], 77),
-        ("long", "input.unet.long", vec![1, 4, 8, 8], vec![250.0], 227),
-    ];
-    for (name, input, shape, timesteps, states) in cases {
-        let sample = given(&format!("{input}.sample"), &shape);
-        let context = given(&format!("{input}.context"), &[shape[0], states, 128]);
-        let found = no_grad(|| unet.forward(&sample, &timesteps, &context, &Pass::default()).unwrap());
-        let error = relative(&found, &tensor(&golden, &format!("unet.{name}")));
-        assert!(error < 1e-4, "{name}: {error:e}");
+fn unets_match_diffusers() {
+    for reference in references() {
+        let (golden, unet) = (reference.golden("tiny"), reference.unet());
+        let cases = [
+            ("square", "input.unet", vec![2, 4, 8, 8], vec![10.0, 999.0], 77),
+            ("wide", "input.unet.wide", vec![1, 4, 8, 16], vec![500.0], 77),
+            ("long", "input.unet.long", vec![1, 4, 8, 8], vec![250.0], 227),
+        ];
+        for (name, input, shape, timesteps, states) in cases {
+            let sample = given(&format!("{input}.sample"), &shape);
+            let context = given(&format!("{input}.context"), &[shape[0], states, reference.model.unet.context]);
+            let found = no_grad(|| unet.forward(&sample, &timesteps, &context, &Pass::default()).unwrap());
+            let error = relative(&found, &tensor(&golden, &format!("unet.{name}")));
+            assert!(error < 1e-4, "{}, {name}: {error:e}", reference.folder);
+        }
     }
 }
 
 #[test]
 fn samplers_match_diffusers() {
-    let (golden, unet) = (golden("tiny_samplers"), unet());
-    let schedule = NoiseSchedule::new(Prediction::Epsilon);
-    let context =
-        Tensor::cat(&[given("input.sampler.uncond", &[2, 77, 128]), given("input.sampler.cond", &[2, 77, 128])], 0);
-    for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
-        let sampler = Sampler::new(kind, &schedule, 10).unwrap();
-        let found = no_grad(|| {
-            sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
-                let both =
-                    unet.forward(&Tensor::cat(&[latents, latents], 0), &[timestep; 4], &context, &Pass::default())?;
-                let halves = both.chunk(2, 0);
-                Ok(&halves[0] + 7.5 * (&halves[1] - &halves[0]))
-            })
-        });
-        // Ten guided steps multiply rounding by up to 7.5 each.
-        let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}.final")));
-        assert!(error < 1e-3, "{name}: {error:e}");
+    for reference in references() {
+        let (golden, unet) = (reference.golden("tiny_samplers"), reference.unet());
+        let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
+        let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
+        let mut schedules = vec![("", reference.schedule.clone())];
+        if reference.schedule.prediction() == Prediction::Velocity {
+            schedules.push(("_zero_snr", reference.schedule.clone().with_zero_terminal_snr().unwrap()));
+        }
+        for (suffix, schedule) in schedules {
+            for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
+                let sampler = Sampler::new(kind, &schedule, 10).unwrap();
+                let found = no_grad(|| {
+                    sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
+                        let both = Tensor::cat(&[latents, latents], 0);
+                        let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
+                        sampler.guided(&halves[0], &halves[1], 7.5)
+                    })
+                });
+                // Ten guided steps multiply rounding by up to 7.5 each.
+                let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}{suffix}.final")));
+                assert!(error < 1e-3, "{}, {name}{suffix}: {error:e}", reference.folder);
+            }
+        }
+    }
+}
+
+/// The reference computes the schedule in f32: 1e-5 of a spread. Of 1 − ᾱ, which is 8.5e-4 at the first timestep, that leaves it
+/// four digits, and so of the SNR.
+#[test]
+fn noise_schedules_match_diffusers() {
+    let [_, reference] = references();
+    let golden = reference.golden("tiny_schedules");
+    let timesteps = Vec::<i64>::try_from(integers(&golden, "timesteps")).unwrap();
+    let timesteps: Vec<usize> = timesteps.into_iter().map(|timestep| timestep as usize).collect();
+    let shape = [timesteps.len(), 4, 4, 4];
+    let (latents, noise) = (given("input.schedule.latents", &shape), given("input.schedule.noise", &shape));
+    let zero = reference.schedule.clone().with_zero_terminal_snr().unwrap();
+    for (name, schedule) in [("published", reference.schedule), ("zero_snr", zero)] {
+        let numbers = |values: Vec<f64>| Tensor::from_slice(&values).to_kind(Kind::Float);
+        let of = |number: &dyn Fn(usize) -> f64| numbers(timesteps.iter().map(|&timestep| number(timestep)).collect());
+        let all = [
+            ("alphas", numbers((0..NoiseSchedule::TIMESTEPS).map(|t| schedule.alpha_cumulative(t)).collect())),
+            ("snr", of(&|timestep| schedule.snr(timestep))),
+            ("min_snr_weights", of(&|timestep| schedule.min_snr_weight(timestep, 5.0))),
+            ("noised", schedule.add_noise(&latents, &noise, &timesteps).unwrap()),
+            ("velocity", schedule.target(&latents, &noise, &timesteps).unwrap()),
+        ];
+        for (what, found) in all {
+            let error = relative(&found, &tensor(&golden, &format!("{name}.{what}")));
+            assert!(error < if what == "snr" { 2e-4 } else { 1e-5 }, "{name}.{what}: {error:e}");
+        }
     }
 }
 
@@ -176,28 +244,32 @@ fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tens
 
 #[test]
 fn lora_gradients_match_peft() {
-    let golden = golden("tiny_lora_grads");
-    let (mut unet, mut encoder) = (unet(), text_encoder());
-    let mut leaves = adapt(&mut unet, &["all-conv"]);
-    leaves.extend(adapt(&mut encoder, &["attention-mlp"]));
-    assert_eq!(leaves.len() + 3, golden.len(), "the same modules are adapted");
+    for (reference, targets) in references().into_iter().zip(["all-conv", "attention-mlp"]) {
+        let golden = reference.golden("tiny_lora_grads");
+        let (mut unet, mut encoder) = (reference.unet(), reference.text_encoder());
+        let mut leaves = adapt(&mut unet, &[targets]);
+        leaves.extend(adapt(&mut encoder, &["attention-mlp"]));
+        assert_eq!(leaves.len() + 3, golden.len(), "the same modules are adapted");
 
-    let schedule = NoiseSchedule::new(Prediction::Epsilon);
-    let (latents, noise) = (given("input.train.latents", &[2, 4, 16, 16]), given("input.train.noise", &[2, 4, 16, 16]));
-    let context = encoder.forward(&integers(&golden, "input_ids"), 1, &Pass::default()).unwrap();
-    let noised = schedule.add_noise(&latents, &noise, &[100, 700]).unwrap();
-    let answer = unet.forward(&noised, &[100.0, 700.0], &context, &Pass::default()).unwrap();
-    let loss = (answer - &noise).square().mean(Kind::Float);
-    loss.backward();
+        let timesteps = [100, 700];
+        let (latents, noise) =
+            (given("input.train.latents", &[2, 4, 16, 16]), given("input.train.noise", &[2, 4, 16, 16]));
+        let context = encoder.forward(&integers(&golden, "input_ids"), 1, &Pass::default()).unwrap();
+        let noised = reference.schedule.add_noise(&latents, &noise, &timesteps).unwrap();
+        let target = reference.schedule.target(&latents, &noise, &timesteps).unwrap();
+        let answer = unet.forward(&noised, &[100.0, 700.0], &context, &Pass::default()).unwrap();
+        let loss = (answer - &target).square().mean(Kind::Float);
+        loss.backward();
 
-    let expected = golden.get("loss").unwrap().scalar().unwrap();
-    let found = f64::try_from(&loss).unwrap();
-    assert!((found / expected - 1.0).abs() < 1e-4, "loss {found}, expected {expected}");
-    for (name, leaf) in &leaves {
-        let expected = tensor(&golden, name);
-        let distance = f64::try_from((leaf.grad() - &expected).norm()).unwrap();
-        // Ten true gradients are zero (a norm removes what the layer adds): theirs is rounding only, hence the floor.
-        let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-7;
-        assert!(distance < allowed, "{name}: {distance:e} of {allowed:e}");
+        let expected = golden.get("loss").unwrap().scalar().unwrap();
+        let found = f64::try_from(&loss).unwrap();
+        assert!((found / expected - 1.0).abs() < 1e-4, "{}: loss {found}, expected {expected}", reference.folder);
+        for (name, leaf) in &leaves {
+            let expected = tensor(&golden, name);
+            let distance = f64::try_from((leaf.grad() - &expected).norm()).unwrap();
+            // Ten true gradients are zero (a norm removes what the layer adds): theirs is rounding only, hence the floor.
+            let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-7;
+            assert!(distance < allowed, "{}, {name}: {distance:e} of {allowed:e}", reference.folder);
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! the forward passes are held against diffusers in `parity.rs`.
 
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{ClipTextEncoder, Unet, Vae};
+use lora_models::networks::{ClipTextEncoder, Unet, Vae};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "dry/dry.h"
 
 namespace {
 
@@ -42,6 +43,10 @@ struct Part : torch::CustomClassHolder {
 
 // A copy in host memory, pinned for a device, on its way while the next kernels are launched.
 torch::Tensor to_host(const torch::Tensor &tensor) {
+  if (lora::dry::is_dry(tensor)) {
+    const lora::dry::OnHost there;
+    return at::empty_like(tensor);
+  }
   const auto options = tensor.options().device(at::kCPU).pinned_memory(!tensor.is_cpu());
   return torch::empty_like(tensor, options).copy_(tensor, /*non_blocking=*/true);
 }
@@ -73,7 +78,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     inputs.reserve(saved.size());
     const auto wanted = context->saved_data["wanted"].toBoolList();
     for (size_t i = 0; i < saved.size(); ++i) {
-      const torch::Tensor input = saved[i].detach().to(gradients[0].device(), /*non_blocking=*/true);
+      const torch::Tensor input = lora::dry::from_host(saved[i].detach(), gradients[0].device());
       inputs.push_back(input.detach().set_requires_grad(wanted[i]));
     }
     {

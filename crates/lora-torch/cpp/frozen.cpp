@@ -18,6 +18,7 @@
 #include "kernels.h"
 #include "nf4.h"
 #include "staging.h"
+#include "dry/dry.h"
 
 extern "C" {
 
@@ -44,8 +45,8 @@ constexpr int64_t TILE = 1 << 21;
 // Outputs of a tile, each of `row` numbers; all of them where one tile is enough.
 int64_t tile_of(int64_t outputs, int64_t row) {
   if (row * outputs <= TILE) return outputs;
-  // A tile of NF4 begins a block.
-  const int64_t whole = lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row);
+  // A tile of NF4 begins a block, and oneDNN fills channels up to sixteen.
+  const int64_t whole = std::lcm(lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row), int64_t(16));
   return std::min(outputs, std::max(whole, TILE / row / whole * whole));
 }
 
@@ -62,7 +63,7 @@ struct Stored {
 
   bool is_nf4() const { return nf4.absmax.defined(); }
 
-  int64_t tile() const { return values.is_cpu() ? tile_of(shape[0], row) : shape[0]; }
+  int64_t tile() const { return lora::dry::as_on_cpu(values) ? tile_of(shape[0], row) : shape[0]; }
 
   at::Tensor values, scale;
   lora::nf4::Quantised nf4;
@@ -108,6 +109,7 @@ public:
       return lora::nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
     }
     const at::Tensor stored = own.values.narrow(0, start, count);
+    if (own.scale.defined() && lora::dry::as_on_cuda(stored)) return at::empty(stored.sizes(), stored.options().dtype(kind));
     const lora::Kernels *kernels = own.scale.defined() && stored.is_cuda() ? lora::kernels.load() : nullptr;
     // It reads eight numbers at once.
     if (kernels != nullptr && stored.is_contiguous() && start * own.row % 8 == 0) {
@@ -282,9 +284,6 @@ int lora_frozen_low_rank(const torch::Tensor *input, const LoraStored *weight, c
     *output = new torch::Tensor(Adapted::apply(*input, *down, *up, capsule_of(layer_of(*weight, bias)), scale));
   });
 }
-
-// Outputs that are made whole at once on the CPU.
-int64_t lora_frozen_tile(int64_t outputs, int64_t row) { return tile_of(outputs, row); }
 
 // The whole weight, a new tensor in `kind`.
 int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output) {

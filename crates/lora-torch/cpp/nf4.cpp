@@ -24,6 +24,7 @@
 
 #include "guard.h"
 #include "kernels.h"
+#include "dry/dry.h"
 
 namespace lora::nf4 {
 
@@ -90,11 +91,9 @@ at::Tensor dynamic_map() {
   return std::get<0>(at::cat(parts).sort());
 }
 
-struct Tables {
-  at::Tensor between, code, pairs, dynamic, dynamic_between;
-};
+} // namespace
 
-// Made once for each device and never freed: a device may be gone when statics are destroyed.
+// Never freed: a device may be gone when statics are destroyed.
 const Tables &tables(at::Device device) {
   static std::mutex lock;
   static auto *all = new std::map<std::string, Tables>();
@@ -110,6 +109,8 @@ const Tables &tables(at::Device device) {
   }
   return place->second;
 }
+
+namespace {
 
 // `values` filled up with zeros to whole rows of `width`.
 at::Tensor rows_of(const at::Tensor &values, int64_t width) {
@@ -232,7 +233,8 @@ Quantised quantise(const at::Tensor &weight, bool portable) {
     const at::Tensor values = flat.narrow(0, start, length).to(at::kFloat);
     const at::Tensor packed = own.packed.narrow(0, start / 2, (length + 1) / 2);
     const at::Tensor largest = most.narrow(0, start / BLOCK, (length + BLOCK - 1) / BLOCK);
-    if (flat.is_cpu() && !portable) {
+    if (lora::dry::as_on_cpu(flat) && !portable) {
+      if (lora::dry::is_dry(flat)) continue;
       each_block(values, packed, largest, [](float *values, uint8_t *packed, float *most, int64_t count) {
         quantise_block(values, count, packed, most);
       });
@@ -254,7 +256,7 @@ Quantised quantise(const at::Tensor &weight, bool portable) {
 }
 
 bool by_kernel(const Quantised &own, bool portable) {
-  return own.packed.is_cuda() && !portable && kernels.load() != nullptr;
+  return !portable && ((own.packed.is_cuda() && kernels.load() != nullptr) || lora::dry::as_on_cuda(own.packed));
 }
 
 at::Tensor magnitudes(const Quantised &own) {
@@ -268,6 +270,7 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
   const c10::NoGradGuard no_grad;
   TORCH_CHECK(start % BLOCK == 0, "NF4 comes back from the start of a block on, not from ", start);
   const at::Tensor result = at::empty({count}, own.packed.options().dtype(kind));
+  if (lora::dry::as_on_cuda(own.packed) && !portable) return result;
   if (const Kernels *own_kernels = by_kernel(own, portable) ? kernels.load() : nullptr) {
     const Tables &table = tables(result.device());
     const Pointers parts{own.packed.const_data_ptr<uint8_t>(),  own.absmax.const_data_ptr<uint8_t>(),
@@ -278,7 +281,7 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
     }
   }
   if (!most.defined()) most = magnitudes(own);
-  const bool loops = result.is_cpu() && !portable;
+  const bool loops = lora::dry::as_on_cpu(result) && !portable;
   // Other dtypes are rounded once, from f32, by way of a chunk in f32.
   at::Tensor between;
   if (kind != at::kFloat) between = at::empty({std::min(CHUNK, count)}, result.options().dtype(at::kFloat));
@@ -288,7 +291,8 @@ at::Tensor dequantise(const Quantised &own, at::Tensor most, int64_t start, int6
     at::Tensor single = between.defined() ? between.narrow(0, 0, length) : values;
     const at::Tensor packed = own.packed.narrow(0, first / 2, (length + 1) / 2);
     const at::Tensor largest = most.narrow(0, first / BLOCK, (length + BLOCK - 1) / BLOCK);
-    if (loops) {
+    if (loops && lora::dry::is_dry(result)) {
+    } else if (loops) {
       each_block(single, packed, largest, [](float *values, const uint8_t *packed, const float *most, int64_t count) {
         dequantise_block(packed, count, *most, values);
       });

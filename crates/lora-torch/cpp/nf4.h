@@ -17,6 +17,12 @@ struct Quantised {
 // Numbers that share a largest magnitude.
 constexpr int64_t BLOCK = 64;
 
+// Code tables on a device, made once for each and never freed.
+struct Tables {
+  at::Tensor between, code, pairs, dynamic, dynamic_between;
+};
+const Tables &tables(at::Device device);
+
 // Whether `own` is made whole by a kernel, for which its magnitudes need not be there.
 bool by_kernel(const Quantised &own, bool portable);
 

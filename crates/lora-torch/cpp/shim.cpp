@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "dry/dry.h"
 
 namespace {
 
@@ -130,6 +131,7 @@ int lora_shim_settle(torch::Tensor **gradients, size_t count, const torch::Tenso
     const at::Tensor sum = losses->sum(at::kDouble);
     const at::Tensor all = at::stack({sum, norm.to(at::kDouble), infinite.to(at::kDouble).squeeze(0)}).cpu();
     std::copy_n(all.const_data_ptr<double>(), 3, out);
+    if (lora::dry::is_dry(*losses)) out[2] = 0; // what it reads is 1, which would say that the step is to be skipped
   });
 }
 

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "guard.h"
+#include "dry/dry.h"
 
 namespace {
 
@@ -97,7 +98,7 @@ struct Region {
 class Ring final : public lora::Staging {
 public:
   explicit Ring(c10::Device device) : device(device) {
-    if (!device.is_cpu()) {
+    if (!device.is_cpu() && !lora::dry::is_dry(device)) {
       const c10::impl::VirtualGuardImpl backend(device.type());
       copying = backend.getStreamFromGlobalPool(device, /*isHighPriority=*/false);
     }
@@ -195,6 +196,10 @@ private:
   at::Tensor host_memory(int64_t bytes) {
     const auto options = at::TensorOptions().dtype(at::kByte);
     if (device.is_cpu()) return at::empty({bytes}, options);
+    if (lora::dry::is_dry(device)) {
+      const lora::dry::OnHost there;
+      return at::empty({bytes}, options.device(device));
+    }
     for (auto &[chunk, used] : chunks) {
       if (chunk.numel() - used >= bytes) {
         used += bytes;
@@ -310,10 +315,11 @@ using Handle = std::shared_ptr<lora::Staging>;
 
 extern "C" {
 
-// The ring of a device, to be freed by `lora_staging_drop`; layers that use it keep it alive.
+// The ring of a device (-1 the CPU, -2 the device without memory), to be freed by `lora_staging_drop`; layers that use it keep it
+// alive.
 int lora_staging_new(int64_t device, void **staging) {
   return lora::guarded([&] {
-    const c10::Device place = device < 0 ? c10::Device(c10::kCPU) : c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
+    const c10::Device place = device == -2 ? lora::dry::device() : device < 0 ? c10::Device(c10::kCPU) : c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
     *staging = new Handle(std::make_shared<Ring>(place));
   });
 }
@@ -329,10 +335,6 @@ int lora_staging_add(void *staging, const torch::Tensor **parts, size_t count, t
     for (size_t i = 0; i < count; ++i) out[i] = packed[i].defined() ? new torch::Tensor(std::move(packed[i])) : nullptr;
   });
 }
-
-// Bytes that a tensor takes in a packed weight, and those of the ring of weights that take so many in all, the largest so many.
-int64_t lora_staging_packed(int64_t bytes) { return aligned(bytes); }
-int64_t lora_staging_ring(int64_t all, int64_t largest) { return ring_bytes(all, largest); }
 
 // out[0..3] = bytes of the ring, copies so far, and those of them that were not foreseen.
 void lora_staging_counts(const void *staging, int64_t *out) { (*static_cast<const Handle *>(staging))->counts(out); }

@@ -63,6 +63,12 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
+    /// An operation that the device of dry runs has no kernel for.
+    #[error("the plan does not know {operation}, and cannot tell what it takes")]
+    UnknownToPlan {
+        /// The operation's name in libtorch.
+        operation: String,
+    },
     /// Adapter arithmetic refused.
     #[error(transparent)]
     Adapter(CoreError),
@@ -78,7 +84,10 @@ impl Error {
         match message {
             _ if reports_out_of_memory(message) => Error::OutOfMemory(first),
             _ if reports_lost_device(&first) => Error::DeviceLost(first),
-            _ => Error::Torch(first),
+            _ => match unknown_operation(&first) {
+                Some(operation) => Error::UnknownToPlan { operation: operation.to_owned() },
+                None => Error::Torch(first),
+            },
         }
     }
 
@@ -160,6 +169,16 @@ fn reports_out_of_memory(message: &str) -> bool {
     ]
     .iter()
     .any(|text| message.contains(text))
+}
+
+/// The operation that libtorch says has no kernel for tensors without elements.
+fn unknown_operation(message: &str) -> Option<&str> {
+    let without = ["attempted to run this operator with Meta tensors", "with arguments from the 'Meta' backend"];
+    without.iter().any(|words| message.contains(words)).then_some(())?;
+    let name = &message[message.find("aten::")?..];
+    name.split(|letter: char| !(letter.is_alphanumeric() || [':', '_', '.'].contains(&letter)))
+        .next()
+        .map(|name| name.trim_end_matches([':', '.']))
 }
 
 /// Errors of the CUDA runtime after which every further call fails too, by the texts of `cudaGetErrorString`. An error of

@@ -97,18 +97,11 @@ unsafe extern "C" {
         scale: f64,
         output: *mut *mut RawTensor,
     ) -> c_int;
-    fn lora_frozen_tile(outputs: i64, row: i64) -> i64;
     fn lora_frozen_whole(weight: *const RawStored, kind: c_int, output: *mut *mut RawTensor) -> c_int;
 }
 
 /// Numbers that are scaled at once: bounds what that needs beside the weight.
 const CHUNK: usize = 1 << 20;
-
-/// How many outputs of `row` numbers are made whole at once on the CPU, of a weight in few bytes.
-pub fn tile(outputs: usize, row: usize) -> usize {
-    // SAFETY: two numbers.
-    unsafe { lora_frozen_tile(outputs as i64, row as i64) as usize }
-}
 
 impl FrozenWeight {
     /// As it is.

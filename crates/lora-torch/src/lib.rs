@@ -5,6 +5,7 @@ pub mod backend;
 pub mod checkpoint;
 mod cuda;
 pub mod device;
+pub mod dry;
 mod error;
 pub mod fault;
 pub mod foreach;

@@ -21,8 +21,6 @@ unsafe extern "C" {
         out: *mut *mut RawTensor,
         id: *mut i64,
     ) -> c_int;
-    fn lora_staging_packed(bytes: i64) -> i64;
-    fn lora_staging_ring(all: i64, largest: i64) -> i64;
     fn lora_staging_counts(staging: *const c_void, out: *mut i64);
 }
 
@@ -63,23 +61,12 @@ pub struct StagingCounts {
     pub unforeseen: u64,
 }
 
-/// Bytes that a tensor of a weight takes in host memory and in the ring.
-pub fn packed_bytes(tensor: u64) -> u64 {
-    // SAFETY: takes no pointers.
-    unsafe { lora_staging_packed(tensor as i64) as u64 }
-}
-
-/// Bytes of the ring for weights of [`packed_bytes`] `all` together, of which the largest takes `largest`.
-pub fn ring_bytes(all: u64, largest: u64) -> u64 {
-    // SAFETY: takes no pointers.
-    unsafe { lora_staging_ring(all as i64, largest as i64) as u64 }
-}
-
 impl Staging {
     /// A ring on a device, without weights; its memory is taken when the first is used.
     pub fn new(device: Device) -> Result<Self> {
         let index = match device {
             Device::Cuda(index) => index as i64,
+            dry if crate::dry::is_dry(dry) => -2,
             _ => -1,
         };
         let mut staging = std::ptr::null_mut();

@@ -8,11 +8,13 @@ use lora_data::tokenizer::ClipTokenizer;
 use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
+use lora_models::networks::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
 use lora_models::weights::Held;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of, upload};
 
+use crate::plan::Part;
 use crate::{Error, Result};
 
 /// The autoencoder with what it needs to fall back to f32: some overflow in fp16.
@@ -26,7 +28,8 @@ pub struct Encoder {
 impl Encoder {
     /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
     pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
-        let kind = if device == Device::Cpu { Kind::Float } else { kind_of(precision) };
+        let kind = if dry::platform(device).is_cpu() { Kind::Float } else { kind_of(precision) };
+        let _label = Part::Weights("autoencoder").label();
         Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device, in_tiles: false })
     }
 
@@ -75,7 +78,7 @@ impl Encoder {
     /// Where the device has too little memory, the autoencoder goes on in host memory, in f32: slower, and nothing else
     /// changes. `false`: it is there already.
     fn moves_to_host(&mut self, checkpoint: &Checkpoint, error: &Error) -> Result<bool> {
-        if self.device == Device::Cpu {
+        if self.device == dry::host_of(self.device) {
             return Ok(false);
         }
         tracing::warn!("{error}: the autoencoder goes on on the CPU, which takes longer");

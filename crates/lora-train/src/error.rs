@@ -47,6 +47,12 @@ pub enum Error {
         /// The nearest of them, as advice.
         near: String,
     },
+    /// Two configuration keys of one name.
+    #[error("a configuration key called `{name}` is registered already; choose another name")]
+    DuplicateKey {
+        /// The name.
+        name: String,
+    },
     /// Two optimisers of one name.
     #[error("an optimiser called `{name}` is registered already; choose another name")]
     DuplicateOptimiser {

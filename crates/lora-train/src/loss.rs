@@ -1,7 +1,8 @@
 //! The denoising loss of Stable Diffusion (Ho et al., 2020), with the min-SNR-γ weighting (Hang et al., 2023).
 
+use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{NoiseSchedule, Unet};
+use lora_models::networks::Unet;
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::from_f32;
 

@@ -10,6 +10,7 @@ use lora_torch::gradients::{self, Settled};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::optimiser::{OptimiserState, Slope};
+use crate::plan::Part;
 use crate::{Error, Result};
 
 /// One trained tensor.
@@ -79,6 +80,7 @@ impl ParameterList {
         leaf: Tensor,
         copy: Option<Tensor>,
     ) -> Result<()> {
+        let _label = Part::Optimiser.label();
         self.optimiser.register(&[(&name, &leaf)])?;
         let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
         self.list.push(Parameter { component, name, is_up, leaf, copy, average });

@@ -1,5 +1,5 @@
-//! What a user's own crate adds without touching ours: adapter variants, picture processors, optimisers and callbacks, by
-//! name.
+//! What a user's own crate adds without touching ours: adapter variants, picture processors, optimisers, callbacks and
+//! configuration keys, by name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,6 +9,7 @@ use lora_data::processor::ProcessorRegistry;
 use lora_torch::TchBackend;
 
 use crate::callback::Callback;
+use crate::config::keys::Keys;
 use crate::optimiser::OptimiserRegistry;
 use crate::{Error, Result};
 
@@ -23,6 +24,8 @@ pub struct Plugins {
     pub processors: ProcessorRegistry,
     /// Optimisers, for the key `optimizer`.
     pub optimisers: OptimiserRegistry,
+    /// Keys of the configuration itself; [`crate::config::TrainConfig::from_file_with`] reads those that are added.
+    pub keys: Keys,
     callbacks: BTreeMap<String, Factory>,
 }
 
@@ -58,6 +61,7 @@ impl fmt::Debug for Plugins {
             .field("variants", &self.variants)
             .field("processors", &self.processors)
             .field("optimisers", &self.optimisers)
+            .field("keys", &self.keys)
             .field("callbacks", &self.callbacks.keys())
             .finish()
     }

@@ -9,10 +9,10 @@ use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
 use lora_io::hash::sha256;
-use lora_models::layers::{Adaptable, AttachedAdapter};
-use lora_torch::TchBackend;
+use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::{from_host, to_host};
+use lora_torch::{TchBackend, dry};
 
 use crate::Result;
 use crate::config::TrainConfig;
@@ -123,7 +123,7 @@ impl TrainableAdapter {
                         let (request, alpha) = options.for_layer(target);
                         let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
                         let stream = Stream::new(options.seed).at("adapter").at(&module.to_string());
-                        (variant.clone(), variant.initialise(&TchBackend, layer, &request, &stream)?, rank, alpha)
+                        (variant.clone(), first_values(&*variant, layer, &request, &stream)?, rank, alpha)
                     }
                 };
                 let (mut leaves, mut trained, mut frozen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
@@ -184,6 +184,23 @@ impl TrainableAdapter {
         }
         Ok(adapter)
     }
+}
+
+/// What a layer's adapter begins with. In a dry run only its shapes matter, and some variants take the base's weight apart.
+fn first_values(
+    variant: &dyn Variant<TchBackend>,
+    layer: &AdaptableLayer,
+    request: &Request,
+    stream: &Stream,
+) -> Result<BTreeMap<String, HostTensor>> {
+    if !dry::is_dry(layer.device()) {
+        return Ok(variant.initialise(&TchBackend, layer, request, stream)?);
+    }
+    let zeros = |(name, shape): (String, Vec<usize>)| {
+        let count = shape.iter().product();
+        Ok((name, HostTensor::from_f32(shape, vec![0.0; count])?))
+    };
+    variant.shapes(&layer.geometry(), request)?.into_iter().map(zeros).collect()
 }
 
 /// The layers of some networks that a list of targets names.

@@ -71,7 +71,7 @@ fn without_a_budget_there_is_a_prediction_and_what_each_remedy_would_save() {
     assert!(plan.budget.is_none() && plan.remedies.is_empty() && plan.spend.is_empty());
     // 859,520,964 weights of the U-Net, 4 bytes each, each tensor in units of 512 bytes.
     let training = plan.as_configured.phases.iter().find(|phase| phase.phase == Phase::Training).unwrap();
-    let unet = training.parts.of(Memory::Unet);
+    let unet = training.parts.of(Memory::Weights("U-Net"));
     assert!((4 * 859_520_964..4 * 859_520_964 + 700 * 512).contains(&unet), "{unet}");
     let keys: Vec<&str> = plan.alternatives.iter().map(|remedy| remedy.settings[0].key).collect();
     for key in ["batch_size", "gradient_checkpointing", "cache_latents", "precision", "base_storage"] {
@@ -255,7 +255,7 @@ fn the_documentation_shows_what_is_predicted() {
             let training = own.as_configured.phases.iter().find(|phase| phase.phase == Phase::Training).unwrap();
             let sum = |parts: &[Memory]| parts.iter().map(|&part| training.parts.of(part)).sum::<u64>();
             let cells = [
-                sum(&[Memory::Unet, Memory::TextEncoder, Memory::Autoencoder]),
+                training.parts.weights(),
                 sum(&[Memory::Saved]),
                 sum(&[Memory::Adapter, Memory::Gradients, Memory::Optimiser]),
                 sum(&[Memory::Working]),

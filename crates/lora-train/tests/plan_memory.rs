@@ -1,15 +1,17 @@
 //! Predicted peaks against counted ones: libtorch's host allocations, byte by byte, of whole runs on the CPU. One test, alone
 //! in its process, as whatever another thread allocates would count too.
 //!
-//! The tolerance is 2% of the peak. What is predicted is every tensor of the networks; left out are the states of captions
-//! and latents of pictures that wait in host memory, small tensors of the loss and the optimiser, and exceptions to the rules
-//! for what oneDNN's kernels take on the side. Each phase is measured against its own prediction.
+//! In fp32, with weights stored in any form, they are equal. In bf16 they may differ by 0.5%: where oneDNN has no bf16 libtorch
+//! convolves in another way, whose workspace is not known. Prodigy may differ by 2%: it keeps a copy of those tensors only that
+//! are not zero, and a dry run has no numbers. Each phase is measured against its own prediction.
 
 use std::path::Path;
 
 use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;
+use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::memory::{count_host_allocations, host_allocations, reset_host_peak};
+use lora_torch::tch::{Device, Kind, Tensor};
 use lora_train::config::{Format, TrainConfig};
 use lora_train::plan::{Phase, plan};
 use lora_train::{Plugins, Session};
@@ -22,12 +24,10 @@ fn workspace(channels: &[usize]) -> tempfile::TempDir {
     model.write(folder.path().join("base.safetensors"), DType::F16).unwrap();
     let data = folder.path().join("data");
     std::fs::create_dir(&data).unwrap();
-    for index in 0..4u8 {
-        let picture = image::RgbImage::from_fn(300, 300, |x, y| image::Rgb([index * 30, x as u8, y as u8]));
-        picture.save(data.join(format!("{index}.png"))).unwrap();
-        // One caption for all: the states that wait in host memory are not predicted.
-        std::fs::write(data.join(format!("{index}.txt")), "").unwrap();
-    }
+    // One picture, visited four times, without a caption, as what stands in for it: on the CPU what waits in host memory counts.
+    let picture = image::RgbImage::from_fn(300, 300, |x, y| image::Rgb([90, x as u8, y as u8]));
+    picture.save(data.join("a.png")).unwrap();
+    std::fs::write(data.join("a.txt"), "").unwrap();
     folder
 }
 
@@ -36,7 +36,7 @@ fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     let adapter = if keys.contains(&"train=full") { "" } else { "lora_rank: 4\ntarget_modules: attention-mlp\n" };
     let text = format!(
         "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
-         max_train_steps: 1\n{adapter}",
+         max_train_steps: 1\nrepeats: 4\n{adapter}",
         path("base.safetensors"),
         path("data"),
         path("out"),
@@ -73,6 +73,9 @@ fn counted(config: TrainConfig) -> Vec<(&'static [Phase], u64)> {
 #[test]
 fn predictions_are_what_is_counted() {
     count_host_allocations().unwrap();
+    // NF4's tables, which the process keeps from its first use on, are no part of a prediction.
+    let first = Tensor::zeros([64, 64], (Kind::Float, Device::Cpu));
+    FrozenWeight::stored(&first, Storage::Nf4).unwrap();
     // Activations and weights both count.
     let balanced: &[&[&str]] = &[
         &[],
@@ -120,6 +123,13 @@ fn predictions_are_what_is_counted() {
         &["lora_rank=64", "optimizer=adamw8bit"],
         &["train=full", "precision=bf16", "gradient_checkpointing=true"],
     ];
+    // Every variant and optimiser that there is.
+    let plugins = Plugins::default();
+    let variants = plugins.variants.names().map(|name| format!("variant={name}"));
+    let optimisers = plugins.optimisers.names().map(|name| format!("optimizer={name}"));
+    let each: Vec<String> = variants.chain(optimisers).collect();
+    let each: Vec<[&str; 2]> = each.iter().map(|key| [key.as_str(), "batch_size=2"]).collect();
+    let each: Vec<&[&str]> = each.iter().map(|keys| keys.as_slice()).collect();
     // Weights count for more, and on the CPU the largest are worked on in tiles.
     let wide: &[&[&str]] = &[
         &["gradient_checkpointing=true"],
@@ -129,7 +139,7 @@ fn predictions_are_what_is_counted() {
         &["base_storage=nf4", "train_text_encoder=false", "target_modules=all-conv"],
     ];
     let mut wrong = Vec::new();
-    for (channels, grid) in [([64, 128, 128, 128], balanced), ([64, 512, 768, 768], wide)] {
+    for (channels, grid) in [([64, 128, 128, 128], balanced), ([32, 64, 64, 64], &each), ([64, 512, 768, 768], wide)] {
         let folder = workspace(&channels);
         for keys in grid {
             wrong.extend(disagreements(folder.path(), keys));
@@ -142,16 +152,31 @@ fn predictions_are_what_is_counted() {
 fn disagreements(folder: &Path, keys: &[&str]) -> Vec<String> {
     let validation = format!("validation_data_dir={}", folder.join("data").display());
     let keys: Vec<&str> = keys.iter().map(|&key| if key == "validation" { &*validation } else { key }).collect();
-    let config = config(folder, &keys);
-    let plan = plan(&config, &Plugins::default()).unwrap();
+    // Within a budget that is enough, alternatives are not looked for.
+    let plan = plan(&config(folder, &[&keys[..], &["vram_budget=100GiB"]].concat()), &Plugins::default()).unwrap();
     let mut wrong = Vec::new();
-    for (phases, counted) in counted(config) {
+    let tolerance = tolerance(&keys);
+    for (phases, counted) in counted(config(folder, &keys)) {
         let own = plan.as_configured.phases.iter().filter(|own| phases.contains(&own.phase));
         let predicted = own.map(|own| own.parts.total()).max().unwrap();
         let off = 100.0 * (predicted as f64 / counted as f64 - 1.0);
-        let line = format!("{keys:?} {phases:?}: predicted {predicted}, counted {counted}, {off:+.2}%");
+        let line = format!("{keys:?} {phases:?}: predicted {predicted}, counted {counted}, {off:+.4}%");
         println!("{line}");
-        wrong.extend((off.abs() > 2.0).then_some(line));
+        wrong.extend((off.abs() > tolerance).then_some(line));
     }
     wrong
+}
+
+/// How far a prediction may be off, in percent.
+fn tolerance(keys: &[&str]) -> f64 {
+    let has = |key: &str| keys.contains(&key);
+    match () {
+        // oneDNN takes more for the gradients of so few channels' weights.
+        () if has("precision=bf16") && has("target_modules=all-conv") => 1.0,
+        () if has("precision=bf16") => 0.5,
+        () if has("optimizer=prodigy") => 2.0,
+        // In batches oneDNN's transposed convolution of many channels has a small scratchpad.
+        () if has("base_storage=int8") && has("batch_size=2") && has("gradient_checkpointing=true") => 0.01,
+        () => 0.0,
+    }
 }

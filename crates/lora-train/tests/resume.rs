@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use common::{config, prepare, refusal, workspace};
 use lora_torch::tensor::to_bytes;
 use lora_train::callback::{Callback, Control};
+use lora_train::config::{Format, TrainConfig};
 use lora_train::session::StepReport;
-use lora_train::state::StateFile;
+use lora_train::state::{Settings, StateFile};
 use lora_train::{Plugins, RunResult, Session, train};
 
 /// Everything that a run has learnt, byte by byte.
@@ -342,4 +343,23 @@ fn partial(folder: &Path) -> BTreeSet<String> {
     let names = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with(".lora-partial-")).collect()
+}
+
+/// What the program of commit 0bb5f91 recorded of these runs (`lora train` with `save_state`, the header of the state but for
+/// the base's hash): states of that time must go on.
+#[test]
+fn what_a_state_records_of_its_run_stays_what_it_was() {
+    for name in ["plain", "full"] {
+        let folder = workspace();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/settings").join(name);
+        let read = |extension: &str| std::fs::read_to_string(golden.with_extension(extension)).unwrap();
+        let text = read("yaml").replace('@', &folder.path().display().to_string());
+        let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
+        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        let state = StateFile::open(&session.save_state().unwrap()).unwrap();
+        let mut settings = state.header().settings.clone();
+        settings.fixed.remove("base_model").unwrap();
+        let expected: Settings = serde_json::from_str(&read("json")).unwrap();
+        assert_eq!((&settings.fixed, &settings.free), (&expected.fixed, &expected.free), "{name}");
+    }
 }

@@ -7,8 +7,9 @@ use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, HostTensor};
 use lora_io::safetensors::SafetensorsFile;
+use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Prediction, Unet};
+use lora_models::networks::{ClipTextEncoder, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -31,10 +32,25 @@ fn words(file: &SafetensorsFile, name: &str) -> Vec<[u8; 8]> {
     file.get(name).unwrap().bytes().as_chunks::<8>().0.to_vec()
 }
 
-fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limit: f64) {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/tiny_trajectory.safetensors");
-    let golden = SafetensorsFile::open(path).unwrap();
-    let model = SyntheticModel::tiny();
+/// A tiny model, what it predicts, and where its golden files are.
+struct Reference {
+    model: SyntheticModel,
+    prediction: Prediction,
+    folder: &'static str,
+}
+
+fn sd1() -> Reference {
+    Reference { model: SyntheticModel::tiny(), prediction: Prediction::Epsilon, folder: "golden" }
+}
+
+fn sd2() -> Reference {
+    Reference { model: SyntheticModel::tiny_sd2(), prediction: Prediction::Velocity, folder: "golden/sd2" }
+}
+
+fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limit: f64) {
+    let Reference { model, prediction, folder } = reference;
+    let folder = format!("{}/../lora-models/tests/{folder}", env!("CARGO_MANIFEST_DIR"));
+    let golden = SafetensorsFile::open(format!("{folder}/tiny_trajectory.safetensors")).unwrap();
     let (unet_weights, text_weights) = (SyntheticWeights::new("unet"), SyntheticWeights::new("text_encoder"));
     let mut unet = Unet::new(&Weights::new(&unet_weights, Kind::Float, CPU), model.unet).unwrap();
     let mut text = ClipTextEncoder::new(&Weights::new(&text_weights, Kind::Float, CPU), model.text_encoder).unwrap();
@@ -60,7 +76,7 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
         trained.attach(network, &targets, &VariantRegistry::default(), &options, Some(&from), &mut parameters).unwrap();
     }
 
-    let schedule = NoiseSchedule::new(Prediction::Epsilon);
+    let schedule = NoiseSchedule::new(prediction);
     let integers = |name: &str| words(&golden, name).into_iter().map(i64::from_le_bytes).collect::<Vec<_>>();
     let tokens = Tensor::from_slice(&integers("input_ids")).view([2, 77]);
     let timesteps = integers("timesteps");
@@ -105,10 +121,20 @@ fn trajectory(variant: &str, min_snr_gamma: Option<f64>, noise_offset: f64, limi
 
 #[test]
 fn twenty_plain_steps() {
-    trajectory("plain", None, 0.0, 1.0);
+    trajectory(sd1(), "plain", None, 0.0, 1.0);
 }
 
 #[test]
 fn twenty_steps_with_min_snr_noise_offset_and_clipping() {
-    trajectory("weighted", Some(5.0), 0.05, 0.05);
+    trajectory(sd1(), "weighted", Some(5.0), 0.05, 0.05);
+}
+
+#[test]
+fn twenty_plain_steps_toward_velocity() {
+    trajectory(sd2(), "plain", None, 0.0, 1.0);
+}
+
+#[test]
+fn twenty_steps_toward_velocity_with_min_snr_noise_offset_and_clipping() {
+    trajectory(sd2(), "weighted", Some(5.0), 0.05, 0.05);
 }

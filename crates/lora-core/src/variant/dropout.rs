@@ -19,11 +19,6 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Dropout of activations alone; `items` holds one stream per item of the batch.
-    pub fn of_activations(probability: f64, items: Vec<Stream>) -> Self {
-        Self { activations: probability, ranks: 0.0, module: 0.0, items }
-    }
-
     /// The masks for what lies between the factors, of `shape` (`[batch, ...]`; the batch may hold several rows per
     /// item, consecutive). `channels` is the axis of the ranks (anything beyond the last axis means the last).
     pub(super) fn hidden_masks(&self, shape: &[usize], channels: usize, rank: usize) -> Result<Vec<HostTensor>> {

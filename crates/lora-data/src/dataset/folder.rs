@@ -66,7 +66,6 @@ impl ImageDataset {
 
     fn ignore(&mut self, folders: &[PathBuf]) {
         for folder in folders {
-            self.ignored_folders.push(file_name(folder));
             self.note(folder, FindingKind::FolderIgnored, "it was not read");
         }
     }
@@ -312,7 +311,6 @@ impl ImageDataset {
             None if !class.is_empty() => (vec![class.to_owned()], CaptionSource::Folder),
             None => (Vec::new(), CaptionSource::None),
         };
-        self.multi_line += usize::from(lines.len() > 1);
         let mut lines = lines.into_iter();
         self.items.push(Item {
             file,

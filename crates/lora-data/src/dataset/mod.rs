@@ -169,8 +169,6 @@ pub struct ImageDataset {
     options: ScanOptions,
     items: Vec<Item>,
     findings: Vec<Finding>,
-    multi_line: usize,
-    ignored_folders: Vec<String>,
     /// Captions that a metadata file has for pictures in folders below its own.
     inherited: captions::Metadata,
     /// Folders read so far, by their real paths.
@@ -192,8 +190,6 @@ impl ImageDataset {
             options: options.clone(),
             items: Vec::new(),
             findings: Vec::new(),
-            multi_line: 0,
-            ignored_folders: Vec::new(),
             inherited: captions::Metadata::default(),
             visited: HashSet::new(),
         };
@@ -222,16 +218,6 @@ impl ImageDataset {
     /// What was found on the way.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
-    }
-
-    /// Caption files of several lines.
-    pub fn multi_line_captions(&self) -> usize {
-        self.multi_line
-    }
-
-    /// Folders below the dataset's that were not read.
-    pub fn ignored_folders(&self) -> &[String] {
-        &self.ignored_folders
     }
 
     pub(crate) fn into_parts(self) -> (Vec<Item>, Vec<Finding>) {
@@ -273,11 +259,12 @@ impl ImageDataset {
 
     fn empty(&self, root: &Path, others: usize) -> Error {
         let lost: Vec<_> = self.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).collect();
+        let ignored = self.findings.iter().filter(|finding| finding.kind == FindingKind::FolderIgnored);
+        let ignored: Vec<_> = ignored.take(3).map(|finding| file_name(&finding.path)).collect();
         let found = if let Some(first) = lost.first() {
             format!("{} file(s) could not be read, the first: {first}", lost.len())
-        } else if !self.ignored_folders.is_empty() {
-            let some: Vec<_> = self.ignored_folders.iter().take(3).cloned().collect();
-            format!("there are folders ({}) that were not read; set recursive = true", some.join(", "))
+        } else if !ignored.is_empty() {
+            format!("there are folders ({}) that were not read; set recursive = true", ignored.join(", "))
         } else if others > 0 {
             format!("{others} other file(s) are there")
         } else {

@@ -3,7 +3,7 @@
 mod jpeg;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Seek, Write};
+use std::io::{BufRead, BufReader, Cursor, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
@@ -89,14 +89,6 @@ impl RgbPicture {
         let byte = |value: f32| ((value + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8;
         let data = (0..3 * pixels).map(|index| byte(planes[index % 3 * pixels + index / 3])).collect();
         Self::new(width, height, data)
-    }
-
-    /// Writes a PNG.
-    pub fn write_png(&self, file: &mut (impl Write + Seek)) -> std::io::Result<()> {
-        image::RgbImage::from_raw(self.width as u32, self.height as u32, self.data.clone())
-            .ok_or_else(|| std::io::Error::other("picture size"))?
-            .write_to(file, image::ImageFormat::Png)
-            .map_err(std::io::Error::other)
     }
 }
 

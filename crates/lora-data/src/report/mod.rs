@@ -19,6 +19,7 @@ use crate::crop::CropPlan;
 use crate::dataset::{CaptionSource, Role};
 use crate::finding::{Finding, FindingKind};
 use crate::prefetch::{ahead, cores};
+use crate::source::{Shape, Source};
 use crate::tokenizer::ClipTokenizer;
 use crate::{Pictures, Result, RgbPicture, Sample};
 
@@ -212,12 +213,12 @@ pub fn inspect(
     let captions = captions(&pictures, options, &mut findings);
     findings.sort_by(|a, b| (a.kind.severity(), a.kind, &a.path).cmp(&(b.kind.severity(), b.kind, &b.path)));
     let sampler = pictures.sampler(0);
-    let name = |((width, height), visits): ((usize, usize), usize)| (format!("{width}×{height}"), visits);
+    let name = |(shape, visits): (Shape, usize)| (shape.to_string(), visits);
     let items = pictures.items().iter();
     Ok(DatasetReport {
         visits: sampler.epoch_length(),
         regularisation_visits: items.filter(|item| item.role == Role::Regularisation).map(|item| item.repeats).sum(),
-        buckets: sampler.visits_by_bucket().into_iter().map(name).collect(),
+        buckets: sampler.visits_by_shape().into_iter().map(name).collect(),
         batches: sampler.batches_per_epoch(),
         captions,
         tags: tags(&pictures),

@@ -15,7 +15,7 @@ use crate::caption::weights;
 
 /// Begin of text.
 pub const BEGIN: u32 = 49406;
-/// End of text; also the padding of Stable Diffusion 1.x.
+/// End of text.
 pub const END: u32 = 49407;
 /// Tokens of text in one row.
 pub const CHUNK: usize = 75;
@@ -23,12 +23,43 @@ pub const CHUNK: usize = 75;
 pub const ROW: usize = CHUNK + 2;
 
 const MERGES: &[u8] = include_bytes!("../../assets/clip_merges.txt.gz");
+/// What stands for one token wherever it is written.
 const SPECIALS: [(&str, u32); 2] = [("<|startoftext|>", BEGIN), ("<|endoftext|>", END)];
+
+/// What fills a row after the end of its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Padding {
+    /// The end of text again, as the text encoders of OpenAI's CLIP have it.
+    #[default]
+    End,
+    /// Token 0, as those of OpenCLIP have it. It is written `!`, so that every `!` of a caption becomes token 0 too: so do
+    /// transformers and sd-scripts with the published tokenizers.
+    Zero,
+}
+
+impl Padding {
+    /// Its token.
+    pub fn token(self) -> u32 {
+        match self {
+            Padding::End => END,
+            Padding::Zero => 0,
+        }
+    }
+
+    /// How it is written, where it stands for itself wherever it is written.
+    fn special(self) -> Option<(&'static str, u32)> {
+        match self {
+            Padding::End => None,
+            Padding::Zero => Some(("!", self.token())),
+        }
+    }
+}
 
 /// CLIP's tokenizer.
 #[derive(Debug, Clone, Copy)]
 pub struct ClipTokenizer {
     cleaning: TextCleaning,
+    padding: Padding,
 }
 
 #[derive(Debug)]
@@ -43,9 +74,15 @@ struct Vocabulary {
 }
 
 impl ClipTokenizer {
-    /// With the given treatment of text before it is split.
+    /// With the given treatment of text before it is split; rows are padded with the end of text.
     pub fn new(cleaning: TextCleaning) -> Self {
-        Self { cleaning }
+        Self { cleaning, padding: Padding::default() }
+    }
+
+    /// Rows are padded with this.
+    #[must_use]
+    pub fn padded_with(self, padding: Padding) -> Self {
+        Self { padding, ..self }
     }
 
     /// The tokens of a text, without begin, end and padding.
@@ -54,8 +91,9 @@ impl ClipTokenizer {
         let mut rest = text;
         // The special tokens are recognised as written, before any cleaning.
         while let Some((at, special, id)) = SPECIALS
-            .iter()
-            .filter_map(|&(special, id)| Some((rest.find(special)?, special, id)))
+            .into_iter()
+            .chain(self.padding.special())
+            .filter_map(|(special, id)| Some((rest.find(special)?, special, id)))
             .min_by_key(|found| found.0)
         {
             encode_plain(&self.cleaning.apply(&rest[..at]), &mut tokens);
@@ -66,11 +104,10 @@ impl ClipTokenizer {
         tokens
     }
 
-    /// Rows of 77 for a limit of `chunks` × 75 tokens, always `chunks` of them, as sd-scripts lays them out: the tokens
-    /// (cut at the limit) between one begin and one end, padded with ends, then cut into chunks of 75, each between the
-    /// first and the last number of the whole.
+    /// Rows of 77 for a limit of `chunks` × 75 tokens, always `chunks` of them, as sd-scripts lays them out: the tokens (cut at
+    /// the limit) in chunks of 75, each between begin and end and padded.
     pub fn rows(&self, text: &str, chunks: usize) -> Vec<[u32; ROW]> {
-        rows_of(self.encode(text), chunks)
+        self.rows_of(&self.encode(text), chunks)
     }
 
     /// The same for a prompt with weights ([`weights::parse`]), each part split into tokens by itself, and the weight of every
@@ -84,20 +121,21 @@ impl ClipTokenizer {
         }
         places.truncate(1 + chunks * CHUNK);
         places.resize(chunks * CHUNK + 2, 1.0);
-        (rows_of(tokens, chunks), places)
+        (self.rows_of(&tokens, chunks), places)
     }
-}
 
-fn rows_of(mut tokens: Vec<u32>, chunks: usize) -> Vec<[u32; ROW]> {
-    tokens.truncate(chunks * CHUNK);
-    tokens.resize(chunks * CHUNK, END);
-    let row = |chunk: &[u32]| {
-        let mut row = [END; ROW];
-        row[0] = BEGIN;
-        row[1..=CHUNK].copy_from_slice(chunk);
-        row
-    };
-    tokens.chunks_exact(CHUNK).map(row).collect()
+    fn rows_of(&self, tokens: &[u32], chunks: usize) -> Vec<[u32; ROW]> {
+        let row = |chunk: usize| {
+            let rest = tokens.get(chunk * CHUNK..).unwrap_or_default();
+            let text = &rest[..rest.len().min(CHUNK)];
+            let mut row = [self.padding.token(); ROW];
+            row[0] = BEGIN;
+            row[1..=text.len()].copy_from_slice(text);
+            row[1 + text.len()] = END;
+            row
+        };
+        (0..chunks).map(row).collect()
+    }
 }
 
 fn encode_plain(text: &str, tokens: &mut Vec<u32>) {
@@ -190,6 +228,21 @@ mod tests {
         assert_eq!(rows[1][..8], [BEGIN, a, a, a, a, a, END, END]);
         assert_eq!(tokenizer.rows(&text, 1), [rows[0]]);
         assert_eq!(tokenizer.rows("", 1)[0][..3], [BEGIN, END, END]);
+    }
+
+    /// Rows of transformers 5.17.0's `CLIPTokenizer` with `pad_token` `!`, as the published tokenizer of Stable Diffusion 2.1 has it.
+    #[test]
+    fn rows_are_padded_with_token_0_as_openclip_has_it() {
+        let tokenizer = ClipTokenizer::new(TextCleaning::None).padded_with(Padding::Zero);
+        let row = |text: &str| tokenizer.rows(text, 1)[0];
+        assert_eq!(row("a photo of a cat")[..8], [BEGIN, 320, 1125, 539, 320, 2368, END, 0]);
+        assert_eq!(row("")[..3], [BEGIN, END, 0]);
+        assert_eq!(row("...!!! (((red:1.3)))")[..12], [BEGIN, 678, 0, 0, 0, 33287, 736, 281, 272, 269, 274, 18305]);
+        assert_eq!(row(&"cat ".repeat(75))[74..], [2368, 2368, END]);
+        // What sd-scripts makes of longer texts: each chunk with an end of its own.
+        let rows = tokenizer.rows(&"cat ".repeat(80), 3);
+        assert_eq!((rows[0][75..].to_vec(), rows[1][4..8].to_vec()), (vec![2368, END], vec![2368, 2368, END, 0]));
+        assert_eq!(rows[2][..3], [BEGIN, END, 0]);
     }
 
     #[test]

@@ -4,4 +4,4 @@ mod clean;
 mod clip;
 
 pub use clean::TextCleaning;
-pub use clip::{BEGIN, CHUNK, ClipTokenizer, END, ROW};
+pub use clip::{BEGIN, CHUNK, ClipTokenizer, END, Padding, ROW};

@@ -8,7 +8,7 @@ mod writer;
 
 pub use reader::{SafetensorsFile, TensorView};
 pub(crate) use writer::header;
-pub use writer::{Entry, TensorSource, verify, write};
+pub use writer::{Entry, TensorSource, in_file_order, verify, write, write_with};
 
 use std::fmt;
 

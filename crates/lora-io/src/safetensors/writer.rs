@@ -9,7 +9,8 @@ use std::path::Path;
 use lora_core::HostTensor;
 
 use super::{SafetensorsFile, StoredDType};
-use crate::{Error, Result, atomic};
+use crate::atomic::{self, Durability};
+use crate::{Error, Result};
 
 /// What a file will say of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,12 +47,27 @@ impl TensorSource for BTreeMap<String, HostTensor> {
 }
 
 /// Writes a file, whole or not at all; returns its size in bytes.
+///
+/// # Errors
+/// Where a name stands twice, a tensor cannot be had, or the file system refuses.
 pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTreeMap<String, String>) -> Result<u64> {
-    let path = path.as_ref();
+    write_with(path.as_ref(), Durability::Synced, source, metadata)
+}
+
+/// As [`write`], with or without waiting for the disk.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_with(
+    path: &Path,
+    durability: Durability,
+    source: &dyn TensorSource,
+    metadata: &BTreeMap<String, String>,
+) -> Result<u64> {
     let (header, entries) = header(path, source.entries(), metadata)?;
     let mut bytes = header.len() as u64;
     let mut failed = None;
-    let result = atomic::write(path, |file| {
+    let result = atomic::write_with(path, durability, |file| {
         file.write_all(&header)?;
         for entry in &entries {
             match source.bytes(entry) {
@@ -73,13 +89,19 @@ pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTree
     }
 }
 
+/// Tensors in the order in which a file has them: by alignment (descending), then name.
+pub fn in_file_order(mut entries: Vec<Entry>) -> Vec<Entry> {
+    entries.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
+    entries
+}
+
 /// The length, the header and its padding for these tensors; and the tensors in file order.
 pub(crate) fn header(
     path: &Path,
-    mut entries: Vec<Entry>,
+    entries: Vec<Entry>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<(Vec<u8>, Vec<Entry>)> {
-    entries.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
+    let entries = in_file_order(entries);
     let mut names = BTreeSet::new();
     let mut fields = Vec::new();
     if !metadata.is_empty() {

@@ -1,13 +1,15 @@
-//! From text to checked values: both formats become one flat table, and every problem is collected with its line, so
-//! that a user sees all of them at once.
+//! From text to one flat table, whichever format it has. Every problem is collected with its line, so that a user sees all of
+//! them at once. What is taken out of the table for a key is in [`super::given`].
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::keys::{self, FOREIGN};
+use super::given::Given;
+use super::keys::Keys;
+use crate::Plugins;
+use crate::optimiser::OptimiserRegistry;
 
 /// What is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,12 +69,35 @@ pub enum Format {
 pub(super) struct Reader {
     path: Option<PathBuf>,
     text: String,
-    values: Map<String, Value>,
-    problems: Vec<Problem>,
+    pub(super) values: Map<String, Value>,
+    pub(super) problems: Vec<Problem>,
+    keys: Keys,
+    pub(super) optimisers: OptimiserRegistry,
 }
 
 impl Reader {
-    pub(super) fn parse(path: Option<PathBuf>, text: &str, format: Format) -> Result<Self, ConfigError> {
+    /// Reads a file, whose name says its format.
+    pub(super) fn open(path: &Path, plugins: &Plugins) -> Result<Self, ConfigError> {
+        let problem = |message: String| ConfigError {
+            path: Some(path.to_owned()),
+            problems: vec![Problem { line: None, key: None, message }],
+        };
+        let format = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("toml") => Format::Toml,
+            Some("yaml" | "yml" | "json") => Format::Yaml,
+            _ => return Err(problem("expected a name that ends in .toml, .yaml, .yml or .json".into())),
+        };
+        let bytes = std::fs::read(path).map_err(|error| problem(format!("cannot read: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| problem(format!("not UTF-8: {error}")))?;
+        Self::parse(Some(path.to_owned()), &text, format, plugins)
+    }
+
+    pub(super) fn parse(
+        path: Option<PathBuf>,
+        text: &str,
+        format: Format,
+        plugins: &Plugins,
+    ) -> Result<Self, ConfigError> {
         let parsed: Result<Value, (Option<usize>, String)> = match format {
             Format::Toml => toml::from_str(text).map_err(|error| {
                 let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
@@ -85,12 +110,24 @@ impl Reader {
         };
         let problem =
             |line, message| ConfigError { path: path.clone(), problems: vec![Problem { line, key: None, message }] };
-        match parsed {
-            Ok(Value::Object(values)) => Ok(Self { path, text: text.to_owned(), values, problems: Vec::new() }),
-            Ok(Value::Null) => Ok(Self { path, text: text.to_owned(), values: Map::new(), problems: Vec::new() }),
-            Ok(_) => Err(problem(None, "expected keys and values at the top level".into())),
-            Err((line, message)) => Err(problem(line, message)),
-        }
+        let values = match parsed {
+            Ok(Value::Object(values)) => values,
+            Ok(Value::Null) => Map::new(),
+            Ok(_) => return Err(problem(None, "expected keys and values at the top level".into())),
+            Err((line, message)) => return Err(problem(line, message)),
+        };
+        let (keys, optimisers) = (plugins.keys.clone(), plugins.optimisers.clone());
+        Ok(Self { path, text: text.to_owned(), values, problems: Vec::new(), keys, optimisers })
+    }
+
+    /// The keys that there may be.
+    pub(super) fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// What is given for a key.
+    pub(super) fn given<'r>(&'r mut self, key: &'r str) -> Given<'r> {
+        Given::new(self, key)
     }
 
     /// Puts `key=value` over the file's own; the value is read as TOML, and as plain text where that fails.
@@ -123,15 +160,18 @@ impl Reader {
     /// Notes a problem with a key, at its line.
     pub(super) fn problem(&mut self, key: Option<&str>, message: impl Into<String>) {
         let line = key.and_then(|key| self.line_of(key));
-        self.problems.push(Problem { line, key: key.map(str::to_owned), message: message.into() });
+        let problem = Problem { line, key: key.map(str::to_owned), message: message.into() };
+        // Keys of the run and of its datasets are read twice.
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
     }
 
     /// The values as read, or all problems found on the way.
     pub(super) fn finish<T>(mut self, value: T) -> Result<T, ConfigError> {
-        let unknown: Vec<String> =
-            self.values.keys().filter(|key| !keys::names().any(|known| known == *key)).cloned().collect();
+        let unknown: Vec<String> = self.values.keys().filter(|key| self.keys.get(key).is_none()).cloned().collect();
         for key in unknown {
-            let message = advice(&key);
+            let message = self.keys.advice(&key);
             self.problem(Some(&key), message);
         }
         if self.problems.is_empty() {
@@ -141,204 +181,22 @@ impl Reader {
         Err(ConfigError { path: self.path, problems: self.problems })
     }
 
-    pub(super) fn text(&mut self, key: &str) -> Option<String> {
-        match self.values.get(key)? {
-            Value::String(text) => Some(text.clone()),
-            // An unquoted word of digits is still a name.
-            Value::Number(number) => Some(number.to_string()),
-            other => self.mismatch(key, "text", &other.clone()),
-        }
-    }
-
-    /// Text, or a switch as the word for it.
-    pub(super) fn word(&mut self, key: &str) -> Option<String> {
-        match self.values.get(key)? {
-            Value::Bool(on) => Some(on.to_string()),
-            _ => self.text(key),
-        }
-    }
-
-    pub(super) fn required_text(&mut self, key: &str) -> String {
-        match self.text(key) {
-            Some(text) if !text.trim().is_empty() => text,
-            _ => {
-                if !self.problems.iter().any(|problem| problem.key.as_deref() == Some(key)) {
-                    self.problem(Some(key), "is missing; it has no default");
-                }
-                String::new()
-            }
-        }
-    }
-
-    pub(super) fn boolean(&mut self, key: &str, default: bool) -> bool {
-        match self.values.get(key) {
-            None => default,
-            Some(Value::Bool(value)) => *value,
-            Some(other) => self.mismatch(key, "true or false", &other.clone()).unwrap_or(default),
-        }
-    }
-
-    /// A whole number from `least` on.
-    pub(super) fn count(&mut self, key: &str, least: u64) -> Option<usize> {
-        let value = self.values.get(key)?.clone();
-        match value.as_u64().filter(|&number| number >= least).and_then(|number| usize::try_from(number).ok()) {
-            Some(number) => Some(number),
-            None => self.mismatch(key, &format!("a whole number from {least} on"), &value),
-        }
-    }
-
-    /// A finite number in a range.
-    pub(super) fn number(&mut self, key: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Option<f64> {
-        let value = self.values.get(key)?.clone();
-        match value.as_f64().filter(|&number| number.is_finite() && fits(number)) {
-            Some(number) => Some(number),
-            None => self.mismatch(key, expected, &value),
-        }
-    }
-
-    /// A size of memory, `"8GiB"`.
-    pub(super) fn bytes(&mut self, key: &str) -> Option<u64> {
-        let text = self.text(key)?;
-        match crate::plan::bytes::parse(&text) {
-            Ok(bytes) => Some(bytes),
-            Err(message) => {
-                self.problem(Some(key), message);
-                None
-            }
-        }
-    }
-
-    /// A table of numbers by name; switches count as 0 and 1.
-    pub(super) fn numbers(&mut self, key: &str) -> BTreeMap<String, f64> {
-        let Some(value) = self.values.get(key).cloned() else { return BTreeMap::new() };
-        let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|on| f64::from(u8::from(on))));
-        let table = value.as_object().map(|table| {
-            table.iter().map(|(name, value)| Some((name.clone(), number(value)?))).collect::<Option<BTreeMap<_, _>>>()
-        });
-        match table {
-            Some(Some(numbers)) if numbers.values().all(|number| number.is_finite()) => numbers,
-            _ => self.mismatch(key, "a table of numbers by name", &value).unwrap_or_default(),
-        }
-    }
-
-    /// A table of numbers or lists of numbers by name, or a list of texts `name=value`, as sd-scripts has them.
-    pub(super) fn number_lists(&mut self, key: &str) -> BTreeMap<String, Vec<f64>> {
-        let Some(value) = self.values.get(key).cloned() else { return BTreeMap::new() };
-        let number = |value: &Value| match value {
-            Value::Bool(on) => Some(f64::from(u8::from(*on))),
-            value => value.as_f64().filter(|number| number.is_finite()),
-        };
-        let numbers = |value: &Value| match value {
-            Value::Array(items) => items.iter().map(number).collect::<Option<Vec<_>>>(),
-            value => Some(vec![number(value)?]),
-        };
-        let written = |text: &str| {
-            let (name, values) = text.split_once('=')?;
-            let values = values.trim().trim_matches(['(', ')', '[', ']']).trim_end_matches(',');
-            let number = |word: &str| match word.trim() {
-                "True" | "true" => Some(1.0),
-                "False" | "false" => Some(0.0),
-                word => word.parse::<f64>().ok().filter(|number| number.is_finite()),
-            };
-            Some((name.trim().to_owned(), values.split(',').map(number).collect::<Option<Vec<_>>>()?))
-        };
-        let table: Option<BTreeMap<_, _>> = match &value {
-            Value::Object(table) => table.iter().map(|(name, value)| Some((name.clone(), numbers(value)?))).collect(),
-            Value::Array(items) => items.iter().map(|item| written(item.as_str()?)).collect(),
-            Value::String(text) => text.split_whitespace().map(written).collect(),
-            _ => None,
-        };
-        let expected = "a table of numbers, or of lists of them, by name, or a list of texts \"name=value\"";
-        table.unwrap_or_else(|| self.mismatch(key, expected, &value).unwrap_or_default())
-    }
-
-    /// One text or a list of texts.
-    pub(super) fn texts(&mut self, key: &str) -> Option<Vec<String>> {
-        match self.values.get(key)?.clone() {
-            Value::String(text) => Some(vec![text]),
-            Value::Array(items) if items.iter().all(Value::is_string) => {
-                Some(items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect())
-            }
-            other => self.mismatch(key, "text or a list of texts", &other),
-        }
-    }
-
-    /// Two numbers.
-    pub(super) fn pair(&mut self, key: &str) -> Option<(f64, f64)> {
-        let value = self.values.get(key)?.clone();
-        match value.as_array().map(|items| items.iter().map(Value::as_f64).collect::<Vec<_>>()).as_deref() {
-            Some([Some(first), Some(second)]) => Some((*first, *second)),
-            _ => self.mismatch(key, "two numbers in brackets", &value),
-        }
-    }
-
-    /// Width and height: `"512,768"`, `512` or `[512, 768]`, in multiples of 8.
-    pub(super) fn size(&mut self, key: &str) -> Option<(usize, usize)> {
-        let value = self.values.get(key)?.clone();
-        let sides: Option<Vec<usize>> = match &value {
-            Value::Number(_) => value.as_u64().map(|side| vec![side as usize]),
-            Value::String(text) => text.split([',', 'x']).map(|side| side.trim().parse().ok()).collect(),
-            Value::Array(items) => items.iter().map(|item| item.as_u64().map(|side| side as usize)).collect(),
-            _ => None,
-        };
-        let size = match sides.as_deref() {
-            Some([side]) => (*side, *side),
-            Some([width, height]) => (*width, *height),
-            _ => return self.mismatch(key, "\"width,height\" or one number", &value),
-        };
-        for side in [size.0, size.1] {
-            if !(64..=4096).contains(&side) || side % 8 != 0 {
-                let near = (side.clamp(64, 4096) / 8 * 8, side.clamp(64, 4096).next_multiple_of(8));
-                let message = format!(
-                    "{side} pixels: expected a multiple of 8 from 64 to 4096; nearest are {} and {}",
-                    near.0, near.1
-                );
-                self.problem(Some(key), message);
-                return None;
-            }
-        }
-        Some(size)
-    }
-
-    /// One of a few words.
-    pub(super) fn choice<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> Option<T> {
-        let word = self.text(key)?;
-        match choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(&word)) {
-            Some((_, value)) => Some(*value),
-            None => {
-                let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
-                let message =
-                    format!("`{word}` is not among {}{}", names.join(", "), near(&word, names.iter().copied()));
-                self.problem(Some(key), message);
-                None
-            }
-        }
-    }
-
-    /// A list of tables.
-    pub(super) fn tables(&mut self, key: &str) -> Vec<Map<String, Value>> {
-        let Some(value) = self.values.get(key).cloned() else { return Vec::new() };
-        let tables = value.as_array().map(|list| list.iter().map(|table| table.as_object().cloned()).collect());
-        match tables {
-            Some(Some(tables)) => tables,
-            _ => self.mismatch(key, "a list of tables, [[datasets]] in TOML", &value).unwrap_or_default(),
-        }
-    }
-
     /// A reader of a table within this one: its own keys over this one's.
     pub(super) fn nested(&self, own: &Map<String, Value>) -> Self {
         let mut values = self.values.clone();
         values.remove("train_data_dir");
         values.extend(own.clone());
-        Self { path: self.path.clone(), text: String::new(), values, problems: Vec::new() }
+        let (keys, optimisers) = (self.keys.clone(), self.optimisers.clone());
+        Self { path: self.path.clone(), text: String::new(), values, problems: Vec::new(), keys, optimisers }
     }
 
     /// Takes over the problems of a nested table; those with inherited keys are known already.
-    pub(super) fn absorb(&mut self, nested: Self, label: &str, own: &Map<String, Value>, allowed: &[&str]) {
+    pub(super) fn absorb(&mut self, nested: Self, label: &str, own: &Map<String, Value>) {
+        let allowed: Vec<&str> = self.keys.of_datasets().collect();
         for key in own.keys().filter(|key| !allowed.contains(&key.as_str())) {
-            let message = match keys::names().any(|known| known == key.as_str()) {
-                true => format!("{label}: `{key}` holds for the whole run; it stands outside of the datasets"),
-                false => format!("{label}: `{key}`: {}", advice(key)),
+            let message = match self.keys.get(key) {
+                Some(_) => format!("{label}: `{key}` holds for the whole run; it stands outside of the datasets"),
+                None => format!("{label}: `{key}`: {}", self.keys.advice(key)),
             };
             self.problem(None, message);
         }
@@ -354,11 +212,6 @@ impl Reader {
         self.values.contains_key(key)
     }
 
-    fn mismatch<T>(&mut self, key: &str, expected: &str, found: &Value) -> Option<T> {
-        self.problem(Some(key), format!("expected {expected}, found {found}"));
-        None
-    }
-
     /// The line that a key of the flat file stands on.
     fn line_of(&self, key: &str) -> Option<usize> {
         let begins = |line: &str| {
@@ -369,15 +222,8 @@ impl Reader {
     }
 }
 
-fn advice(key: &str) -> String {
-    if let Some((_, ours)) = FOREIGN.iter().find(|(theirs, _)| *theirs == key) {
-        return format!("unknown key; here it is called `{ours}`");
-    }
-    format!("unknown key{}", near(key, keys::names()))
-}
-
 /// `; did you mean …?` with the nearest of some names, if one is near.
-fn near<'n>(word: &str, names: impl Iterator<Item = &'n str>) -> String {
+pub(super) fn near<'n>(word: &str, names: impl Iterator<Item = &'n str>) -> String {
     let scored = names.map(|name| (strsim::jaro_winkler(word, name), name));
     match scored.max_by(|a, b| a.0.total_cmp(&b.0)) {
         Some((score, name)) if score > 0.8 => format!("; did you mean `{name}`?"),

@@ -64,6 +64,12 @@ pub enum RunLength {
     Steps(usize),
 }
 
+impl Default for RunLength {
+    fn default() -> Self {
+        RunLength::Epochs(10)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

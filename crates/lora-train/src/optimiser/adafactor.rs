@@ -6,7 +6,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Batch, Entry, Optimiser, Part, Settings, WORKING_SET, at_once, batches_by};
+use super::{Batch, Entry, Optimiser, Part, Settings, WORKING_SET, batches_by};
 use crate::Result;
 
 /// Adafactor.
@@ -125,10 +125,6 @@ impl Optimiser for Adafactor {
         };
         parts.extend(self.beta1.map(|_| Part::zeros("mean", shape)));
         parts
-    }
-
-    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
-        12 * at_once(numbers, largest)
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

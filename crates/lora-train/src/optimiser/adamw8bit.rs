@@ -85,11 +85,6 @@ impl Optimiser for AdamW8bit {
         vec![codes("mean"), codes("square"), Part::zeros("mean_largest", &count), Part::zeros("square_largest", &count)]
     }
 
-    fn working_bytes(&self, numbers: usize, _largest: usize) -> usize {
-        // Two averages, codes and their choice, in pieces that do not end with tensors.
-        17 * numbers.min(WORKING_SET)
-    }
-
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let device = entries.first().map_or(Device::Cpu, |entry| entry.parameter.device());
         let maps = match self.maps.take() {

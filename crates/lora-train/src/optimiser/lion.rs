@@ -2,7 +2,7 @@
 
 use lora_torch::foreach;
 
-use super::{Entry, Optimiser, Part, Settings, WORKING_SET, at_once, batches};
+use super::{Entry, Optimiser, Part, Settings, WORKING_SET, batches};
 use crate::Result;
 
 /// Lion: one tensor kept for each trained one.
@@ -22,10 +22,6 @@ impl Lion {
 impl Optimiser for Lion {
     fn parts(&self, shape: &[i64]) -> Vec<Part> {
         vec![Part::zeros("mean", shape)]
-    }
-
-    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
-        4 * at_once(numbers, largest)
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

@@ -76,12 +76,6 @@ pub trait Optimiser: fmt::Debug {
         Vec::new()
     }
 
-    /// Bytes that a step of so many numbers, the `largest` tensor among them, holds for a while: what a memory plan counts.
-    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
-        let _ = (numbers, largest);
-        0
-    }
-
     /// Bytes kept for a tensor of a shape, at most: a part that turns out to be all zeros may take none.
     fn state_bytes(&self, shape: &[i64]) -> usize {
         self.parts(shape).iter().map(Part::bytes).sum()
@@ -164,11 +158,6 @@ fn batches_by<'e, 'a, K: Ord>(
         }
     }
     groups.into_values().flatten().map(|(_, entries)| Batch { entries }).collect()
-}
-
-/// Numbers that a step by [`batches`] works on at once.
-fn at_once(numbers: usize, largest: usize) -> usize {
-    numbers.min(WORKING_SET).max(largest)
 }
 
 /// Entries that take the same step.

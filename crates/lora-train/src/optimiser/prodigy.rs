@@ -4,7 +4,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, at_once, batches};
+use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, batches};
 use crate::Result;
 
 /// Prodigy.
@@ -78,10 +78,6 @@ impl Optimiser for Prodigy {
             parts.push(Part::zeros("mean", shape));
         }
         parts
-    }
-
-    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
-        16 * at_once(numbers, largest)
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

@@ -57,15 +57,30 @@ impl Default for OptimiserRegistry {
 
 impl OptimiserRegistry {
     /// Adds an optimiser under a name, which must be free.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateOptimiser`] where it is not.
     pub fn register(
         &mut self,
         name: &str,
         make: impl Fn(&mut Settings) -> Box<dyn Optimiser> + Send + Sync + 'static,
     ) -> Result<()> {
+        self.register_with_rate(name, USUAL_LEARNING_RATE, make)
+    }
+
+    /// As [`OptimiserRegistry::register`], with the learning rate where a configuration gives none.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateOptimiser`] where the name is taken.
+    pub fn register_with_rate(
+        &mut self,
+        name: &str,
+        learning_rate: f64,
+        make: impl Fn(&mut Settings) -> Box<dyn Optimiser> + Send + Sync + 'static,
+    ) -> Result<()> {
         if self.0.contains_key(&plain(name)) {
             return Err(Error::DuplicateOptimiser { name: name.to_owned() });
         }
-        let learning_rate = USUAL_LEARNING_RATE;
         self.insert(Registered { name: name.into(), class: name.into(), learning_rate, make: Arc::new(make) });
         Ok(())
     }

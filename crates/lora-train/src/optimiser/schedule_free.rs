@@ -5,7 +5,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, at_once, batches, bias_correction};
+use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, batches, bias_correction};
 use crate::Result;
 
 /// Schedule-free AdamW.
@@ -51,10 +51,6 @@ impl Optimiser for ScheduleFreeAdamW {
     fn parts(&self, shape: &[i64]) -> Vec<Part> {
         let z = Part { name: "z", shape: shape.to_vec(), kind: Kind::Float, first: First::Copy };
         vec![z, Part::zeros("square", shape)]
-    }
-
-    fn working_bytes(&self, numbers: usize, largest: usize) -> usize {
-        4 * at_once(numbers, largest)
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

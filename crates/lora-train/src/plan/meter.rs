@@ -1,24 +1,21 @@
-//! Bytes by what they are for, alive and at the peak. It allocates nothing itself: blocks are numbers that know their size and
-//! give it back when the last holder lets go, as tensors do.
+//! Bytes by what they are for, at the peak of each phase of a run. They are counted by `lora_torch::dry`; the labels that they
+//! have there are given here.
 
-use std::cell::Cell;
-use std::rc::Rc;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use lora_torch::dry::{self, LABELS, Labelled, Peak};
 
 /// What memory is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
-    /// Frozen weights of the U-Net, as they are stored.
-    Unet,
-    /// Frozen weights of the text encoder.
-    TextEncoder,
-    /// Weights of the autoencoder.
-    Autoencoder,
-    /// The adapter's tensors, in fp32.
+    /// Weights of a network, by the network's name, as they are stored; trained ones too, where all weights train.
+    Weights(&'static str),
+    /// The adapter's tensors.
     Adapter,
-    /// Gradients of the adapter.
+    /// Gradients of what is trained.
     Gradients,
-    /// State of the optimiser.
+    /// State of the optimiser, and running averages.
     Optimiser,
     /// Activations that the backward pass needs.
     Saved,
@@ -27,180 +24,124 @@ pub enum Part {
     Working,
 }
 
-impl Part {
-    /// All of them, in the order of reports.
-    pub const ALL: [Part; 8] = [
-        Part::Unet,
-        Part::TextEncoder,
-        Part::Autoencoder,
-        Part::Adapter,
-        Part::Gradients,
-        Part::Optimiser,
-        Part::Saved,
-        Part::Working,
-    ];
+/// Labels of the parts that every run has; those of weights follow. What has no label of its own is working memory.
+const FIXED: [Part; 5] = [Part::Working, Part::Adapter, Part::Gradients, Part::Optimiser, Part::Saved];
 
+/// Networks that have a label, in the order in which they were first met.
+static NETWORKS: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
+
+impl Part {
     /// Its name in reports.
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> String {
         match self {
-            Part::Unet => "U-Net weights",
-            Part::TextEncoder => "text encoder weights",
-            Part::Autoencoder => "autoencoder weights",
-            Part::Adapter => "adapter weights",
-            Part::Gradients => "adapter gradients",
-            Part::Optimiser => "optimiser state",
-            Part::Saved => "saved activations",
-            Part::Working => "working memory",
+            Part::Weights(network) => format!("{network} weights"),
+            Part::Adapter => "adapter weights".into(),
+            Part::Gradients => "adapter gradients".into(),
+            Part::Optimiser => "optimiser state".into(),
+            Part::Saved => "saved activations".into(),
+            Part::Working => "working memory".into(),
         }
+    }
+
+    /// Its key in JSON.
+    fn key(self) -> String {
+        match self {
+            Part::Weights(network) => network.to_lowercase().replace('-', "").replace(' ', "_"),
+            Part::Adapter => "adapter".into(),
+            Part::Gradients => "gradients".into(),
+            Part::Optimiser => "optimiser".into(),
+            Part::Saved => "saved".into(),
+            Part::Working => "working".into(),
+        }
+    }
+
+    /// What is allocated while the answer lives counts as this part.
+    pub(crate) fn label(self) -> Labelled {
+        dry::label(self.number())
+    }
+
+    /// The label. Networks beyond those that there are labels for count as working memory.
+    pub(crate) fn number(self) -> u8 {
+        let index = match self {
+            Part::Weights(network) => {
+                let mut networks = NETWORKS.lock().unwrap_or_else(PoisonError::into_inner);
+                let known = networks.iter().position(|known| *known == network);
+                let index = known.unwrap_or_else(|| {
+                    networks.push(network);
+                    networks.len() - 1
+                });
+                Some(FIXED.len() + index).filter(|&label| label < LABELS)
+            }
+            fixed => FIXED.iter().position(|part| *part == fixed),
+        };
+        index.and_then(|index| u8::try_from(index).ok()).unwrap_or(0)
     }
 }
 
 /// Bytes by part at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage([u64; Part::ALL.len()]);
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Usage(BTreeMap<Part, u64>);
 
 impl Usage {
+    /// As they were counted.
+    pub(super) fn of_peak(peak: &Peak) -> Self {
+        let networks = NETWORKS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let parts = FIXED.into_iter().chain(networks.into_iter().map(Part::Weights)).zip(0..);
+        let counted = parts.map(|(part, label)| (part, peak.of(label)));
+        Self(counted.filter(|&(_, bytes)| bytes > 0).collect())
+    }
+
     /// Parts that there is something of, with their bytes.
     pub fn parts(&self) -> impl Iterator<Item = (Part, u64)> {
-        Part::ALL.into_iter().map(|part| (part, self.of(part))).filter(|&(_, bytes)| bytes > 0)
+        self.0.iter().map(|(&part, &bytes)| (part, bytes))
     }
 
     /// Bytes of a part.
     pub fn of(&self, part: Part) -> u64 {
-        self.0[part as usize]
+        self.0.get(&part).copied().unwrap_or(0)
+    }
+
+    /// Bytes of the weights of all networks.
+    pub fn weights(&self) -> u64 {
+        self.parts().filter(|(part, _)| matches!(part, Part::Weights(_))).map(|(_, bytes)| bytes).sum()
     }
 
     /// All bytes.
     pub fn total(&self) -> u64 {
-        self.0.iter().sum()
+        self.0.values().sum()
     }
 }
 
 impl serde::Serialize for Usage {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.parts())
-    }
-}
-
-/// Counts blocks. Clones share the count.
-#[derive(Debug, Clone)]
-pub(super) struct Meter(Rc<Counts>);
-
-#[derive(Debug)]
-struct Counts {
-    live: Cell<Usage>,
-    peak: Cell<Usage>,
-    /// Sizes are rounded up to multiples of this.
-    unit: u64,
-}
-
-/// Memory of a size, alive while somebody holds it.
-#[derive(Debug)]
-pub(super) struct Block {
-    bytes: u64,
-    part: Cell<Part>,
-    /// Nodes of graphs that hold on to it.
-    savers: Cell<u32>,
-    meter: Meter,
-}
-
-impl Meter {
-    /// Nothing yet; sizes are rounded up to multiples of `unit`.
-    pub(super) fn new(unit: u64) -> Self {
-        let none = Usage::default();
-        Self(Rc::new(Counts { live: Cell::new(none), peak: Cell::new(none), unit }))
-    }
-
-    /// A new block.
-    pub(super) fn block(&self, bytes: u64, part: Part) -> Rc<Block> {
-        let bytes = bytes.next_multiple_of(self.0.unit);
-        self.change(part, bytes as i64);
-        let now = self.0.live.get();
-        if now.total() > self.0.peak.get().total() {
-            self.0.peak.set(now);
-        }
-        Rc::new(Block { bytes, part: Cell::new(part), savers: Cell::new(0), meter: self.clone() })
-    }
-
-    /// What is alive.
-    #[cfg(test)]
-    pub(super) fn live(&self) -> Usage {
-        self.0.live.get()
-    }
-
-    /// What was alive at the moment when most was, since the last reset.
-    pub(super) fn peak(&self) -> Usage {
-        self.0.peak.get()
-    }
-
-    /// Starts the peak anew.
-    pub(super) fn reset_peak(&self) {
-        self.0.peak.set(self.0.live.get());
-    }
-
-    fn change(&self, part: Part, bytes: i64) {
-        let mut live = self.0.live.get();
-        let own = &mut live.0[part as usize];
-        *own = own.wrapping_add_signed(bytes);
-        self.0.live.set(live);
-    }
-}
-
-impl Block {
-    /// Its size.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// Counts as another part from now on.
-    pub(super) fn count_as(&self, part: Part) {
-        self.meter.change(self.part.get(), -(self.bytes as i64));
-        self.meter.change(part, self.bytes as i64);
-        self.part.set(part);
-    }
-
-    /// A graph holds on to it: working memory becomes a saved activation.
-    pub(super) fn save(&self) {
-        self.savers.set(self.savers.get() + 1);
-        if self.part.get() == Part::Working {
-            self.count_as(Part::Saved);
-        }
-    }
-
-    /// A graph lets go of it.
-    pub(super) fn unsave(&self) {
-        self.savers.set(self.savers.get() - 1);
-        if self.savers.get() == 0 && self.part.get() == Part::Saved {
-            self.count_as(Part::Working);
-        }
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        self.meter.change(self.part.get(), -(self.bytes as i64));
+        serializer.collect_map(self.parts().map(|(part, bytes)| (part.key(), bytes)))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use lora_torch::dry::{DryRun, Platform};
+    use lora_torch::tch::{Kind, Tensor};
+
     use super::*;
 
     #[test]
-    fn blocks_count_while_they_are_held() {
-        let meter = Meter::new(512);
-        let a = meter.block(1, Part::Working);
-        let b = meter.block(1000, Part::Unet);
-        assert_eq!((meter.live().of(Part::Working), meter.live().of(Part::Unet)), (512, 1024));
-        a.save();
-        a.save();
-        a.unsave();
-        assert_eq!((meter.live().of(Part::Working), meter.live().of(Part::Saved)), (0, 512));
-        drop(b);
-        assert_eq!((meter.live().total(), meter.peak().total()), (512, 1536));
-        meter.reset_peak();
-        a.unsave();
-        drop(a);
-        assert_eq!((meter.live().total(), meter.peak().total()), (0, 512));
+    fn bytes_are_of_the_part_that_they_were_allocated_for() {
+        let run = DryRun::begin(Platform::Cuda).unwrap();
+        run.reset_peak();
+        let take = |count: i64| Tensor::zeros([count], (Kind::Uint8, run.device()));
+        let weights = {
+            let _label = Part::Weights("U-Net").label();
+            take(1000)
+        };
+        let _saved = {
+            let _label = Part::Saved.label();
+            take(1)
+        };
+        let usage = Usage::of_peak(&run.peak());
+        assert_eq!((usage.of(Part::Weights("U-Net")), usage.of(Part::Saved), usage.weights()), (1024, 512, 1024));
+        assert_eq!(serde_json::to_value(&usage).unwrap(), serde_json::json!({ "unet": 1024, "saved": 512 }));
+        assert_eq!(Part::Weights("text encoder").name(), "text encoder weights");
+        drop(weights);
     }
 }

@@ -1,36 +1,30 @@
 //! The memory of a run before it begins: the peak by part of each phase, what would make it fit a budget, and what to do
 //! with memory that is left. Only headers of files are read.
 //!
-//! A tape (`tape`, `ops`) follows the networks line by line (`unet`, `text`, `vae`) and counts what libtorch would
-//! hold; `predict` follows the run. What to do when memory runs out all the same is not this module's.
+//! `predict` makes the run on a device without memory and counts; `remedies` says what can be changed. What to do when memory runs
+//! out all the same is not this module's.
 
-mod base;
-mod blocks;
 pub(crate) mod bytes;
-mod layers;
 mod meter;
-mod ops;
 mod predict;
 mod remedies;
 mod report;
-mod tape;
-mod text;
-mod unet;
-mod vae;
 
+use std::sync::Arc;
+
+use lora_torch::dry::Platform;
 use lora_torch::memory::Limit;
-use lora_torch::tch::{self, Device};
+use lora_torch::tch::Device;
 use lora_torch::{device, memory};
 
 pub use meter::{Part, Usage};
 pub use predict::{Phase, PhasePeak, Prediction, Recordings};
 pub use remedies::Setting;
 
-use base::Base;
 use bytes::show;
+pub(crate) use predict::precision_on;
 use predict::{Machine, predict};
 use remedies::{Change, ladder, settings, wishes};
-use tape::Platform;
 
 use crate::base_model;
 use crate::config::TrainConfig;
@@ -60,7 +54,7 @@ pub struct Plan {
     pub remedies: Vec<Remedy>,
     /// The peaks with all remedies.
     pub planned: Prediction,
-    /// What each remedy comes to alone; those that save nothing are left out.
+    /// What each remedy comes to alone, where there is no budget; those that save nothing are left out.
     pub alternatives: Vec<Remedy>,
     /// What could be had for the memory that is left, each alone.
     pub spend: Vec<Remedy>,
@@ -102,7 +96,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         Device::Cuda(_) => Machine { platform: Platform::Cuda, fixed: CUDA_CONTEXT, share: CUDA_SLACK },
         // The program and libtorch themselves, as they are now.
         _ => Machine {
-            platform: Platform::Cpu { threads: tch::get_num_threads().max(1) as u64 },
+            platform: Platform::cpu(),
             fixed: memory::host_memory().map_or(0, |memory| memory.resident),
             share: 0.0,
         },
@@ -111,14 +105,14 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         None if config.auto => Some(free(device, &machine, config)?),
         budget => budget,
     };
-    let base = Base::read(&base_model::open(&config.base_model)?)?;
-    check_clip_skip(config, &base)?;
-    let peaks = |config: &TrainConfig| predict(config, &base, &machine, plugins);
+    let checkpoint = Arc::new(base_model::open(&config.base_model)?);
+    let peaks = |config: &TrainConfig| predict(config, &checkpoint, &machine, plugins);
     let as_configured = peaks(config)?;
 
     let ladder = ladder(config, &machine);
     let mut alternatives = Vec::new();
-    for change in ladder.iter().flatten() {
+    // Where there is a budget, remedies are searched for together.
+    for change in ladder.iter().flatten().filter(|_| budget.is_none()) {
         if let Some(other) = change.applied(config) {
             let remedy = remedy(*change, config, &other, (&as_configured, &peaks(&other)?), &machine);
             alternatives.extend((remedy.peak_after < remedy.peak_before).then_some(remedy));
@@ -263,17 +257,4 @@ fn free(device: Device, machine: &Machine, config: &TrainConfig) -> Result<u64> 
         Error::from(lora_torch::Error::Torch(message))
     };
     Ok(((free.ok_or_else(unknown)? + machine.fixed) as f64 * (1.0 - AUTO_MARGIN)) as u64)
-}
-
-/// As [`crate::Session::prepare`] says it.
-fn check_clip_skip(config: &TrainConfig, base: &Base) -> Result<()> {
-    if config.clip_skip <= base.text.layers {
-        return Ok(());
-    }
-    Err(lora_models::Error::Input {
-        what: "clip_skip",
-        expected: format!("1 to {}", base.text.layers),
-        found: config.clip_skip.to_string(),
-    }
-    .into())
 }

@@ -2,10 +2,10 @@
 
 use lora_core::DType;
 use lora_data::bucket::{BucketOptions, Buckets, Framing};
+use lora_torch::dry::Platform;
 use lora_torch::frozen::Storage;
 
-use super::predict::Machine;
-use super::tape::Platform;
+use super::predict::{Machine, precision_on};
 use crate::config::{TrainConfig, TrainMode};
 
 /// One change of a configuration.
@@ -53,7 +53,7 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
     let divisors = (2..=config.batch_size)
         .filter(|&by| config.datasets.iter().map(|dataset| dataset.batch_size).all(|size| size.is_multiple_of(by)))
         .filter(|&by| config.batch_size.is_multiple_of(by));
-    let arithmetic = machine.precision(config.precision);
+    let arithmetic = precision_on(machine.platform, config.precision);
     let half = match machine.platform {
         Platform::Cuda => DType::F16,
         Platform::Cpu { .. } => DType::BF16,

@@ -44,8 +44,10 @@ impl fmt::Display for Plan {
 
 /// Phases as rows, parts as columns; parts that no phase has are left out.
 fn table(f: &mut fmt::Formatter<'_>, prediction: &Prediction) -> fmt::Result {
-    let parts: Vec<Part> =
-        Part::ALL.into_iter().filter(|&part| prediction.phases.iter().any(|phase| phase.parts.of(part) > 0)).collect();
+    let mut parts: Vec<Part> =
+        prediction.phases.iter().flat_map(|phase| phase.parts.parts()).map(|(part, _)| part).collect();
+    parts.sort();
+    parts.dedup();
     let mebibytes = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
     let names = prediction.phases.iter().map(|phase| phase.phase.name());
     let mut rows: Vec<Vec<String>> = vec![std::iter::once("MiB").chain(names).map(str::to_owned).collect()];
@@ -54,7 +56,7 @@ fn table(f: &mut fmt::Formatter<'_>, prediction: &Prediction) -> fmt::Result {
         rows.push(std::iter::once(name.to_owned()).chain(cells).collect());
     };
     for part in parts {
-        row(part.name(), &|phase| phase.parts.of(part));
+        row(&part.name(), &|phase| phase.parts.of(part));
     }
     row("beside tensors", &|phase| phase.overhead);
     row("peak", &|phase| phase.total());

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use lora_torch::graph::{Graph, Recorder};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::{foreach, memory};
+use lora_torch::{dry, foreach, memory};
 
 use crate::config::TrainConfig;
 use crate::encode::Tokens;
@@ -81,7 +81,7 @@ pub(crate) fn can_record(config: &TrainConfig) -> bool {
 /// What a run on a GPU is recorded by, where its steps can be. Everything that it does is on the recorder's stream from the
 /// beginning, as each stream has workspaces of its own.
 pub(super) fn recorder(config: &TrainConfig, device: Device) -> Option<Arc<Recorder>> {
-    if device == Device::Cpu || !can_record(config) {
+    if dry::platform(device).is_cpu() || !can_record(config) {
         return None;
     }
     let recorder = Recorder::new(device).map_err(|error| tracing::warn!("training without CUDA graphs: {error}"));

@@ -10,13 +10,14 @@ use lora_core::{Component, DType, HostTensor};
 use lora_data::cache::{DiskCache, Key, Tensors};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
-use lora_data::{Pictures, Sample};
+use lora_data::{Pictures, Sample, Source};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::stable_diffusion::LatentDistribution;
+use lora_models::networks::LatentDistribution;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::{from_host, to_host};
 
-use super::{Preparing, draws};
+use super::{Preparing, Watch, draws};
 use crate::config::TrainConfig;
 use crate::encode::{self, Encoder, latent_mask, sample_latents};
 use crate::{Error, Result};
@@ -139,7 +140,7 @@ pub(super) fn cache(
     mut pictures: Pictures,
     cache: Option<&Arc<DiskCache>>,
     device: Device,
-    progress: &mut dyn FnMut(Preparing),
+    watch: &mut dyn Watch,
 ) -> Result<(Pictures, Vec<Encoded>)> {
     let identity = match cache {
         Some(_) => {
@@ -154,11 +155,10 @@ pub(super) fn cache(
     let shared = Arc::new(pictures);
     let (own, disk) = (Arc::clone(&shared), cache.cloned());
     let load = move |index: usize| -> Result<Loaded, lora_data::Error> {
-        let item = &own.items()[index];
         let Some(disk) = &disk else { return Ok(Loaded::New(own.load(index, &random(index))?, None)) };
-        let mask = item.mask.as_ref().map(|mask| disk.content(mask)).transpose()?.unwrap_or_default();
-        let settings = own.settings(index, &random(index));
-        let key = disk.key(&["latents", &identity, &disk.content(&item.file)?, &mask, &settings]);
+        let parts = own.key_parts(index, &random(index), disk)?;
+        let parts: Vec<&str> = ["latents", &identity].into_iter().chain(parts.iter().map(String::as_str)).collect();
+        let key = disk.key(&parts);
         Ok(match disk.get(&key) {
             Some(tensors) => Loaded::Known(tensors),
             None => Loaded::New(own.load(index, &random(index))?, Some(key)),
@@ -191,8 +191,9 @@ pub(super) fn cache(
             }
             Err(error) => return Err(error.into()),
         };
-        encoded.push(drawn(&tensors, mask, encoder.scaling_factor(), &random(index).at("latent"))?);
-        progress(Preparing::Latents(index + 1, count));
+        let host = dry::host_of(device);
+        encoded.push(drawn(&tensors, mask, encoder.scaling_factor(), &random(index).at("latent"), host)?);
+        watch.now(Preparing::Latents(index + 1, count));
     }
     // The threads are gone with their iterator.
     pictures =
@@ -203,12 +204,18 @@ pub(super) fn cache(
 }
 
 /// One sample of an entry's distribution, on the host.
-fn drawn(tensors: &Tensors, mask: Option<Tensor>, scaling_factor: f64, random: &Stream) -> Result<Encoded> {
+fn drawn(
+    tensors: &Tensors,
+    mask: Option<Tensor>,
+    scaling_factor: f64,
+    random: &Stream,
+    host: Device,
+) -> Result<Encoded> {
     let tensor = |name: &str| -> Result<Tensor> {
-        let host: &HostTensor = tensors.get(name).ok_or_else(|| {
+        let values: &HostTensor = tensors.get(name).ok_or_else(|| {
             Error::from(lora_torch::Error::Torch(format!("a cache entry lacks `{name}`; remove the cache_dir")))
         })?;
-        Ok(from_host(host, Device::Cpu)?)
+        Ok(from_host(values, host)?)
     };
     let distribution = LatentDistribution { mean: tensor("mean")?, log_variance: tensor("log_variance")? };
     let mask = match mask {

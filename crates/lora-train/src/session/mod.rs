@@ -5,6 +5,7 @@
 
 mod graphs;
 mod latents;
+mod materials;
 mod prepare;
 mod resume;
 mod sample;
@@ -14,7 +15,9 @@ mod survive;
 mod validation;
 
 pub(crate) use graphs::can_record;
+pub(crate) use materials::Materials;
 pub use prepare::Preparing;
+pub(crate) use prepare::Watch;
 pub use resume::Resumed;
 pub use summary::Summary;
 pub use validation::Validation;
@@ -30,18 +33,20 @@ use lora_core::{Component, DType};
 use lora_data::Pictures;
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_io::checkpoint::Checkpoint;
+use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{ClipTextEncoder, NoiseSchedule, Unet};
+use lora_models::networks::{ClipTextEncoder, Unet};
 use lora_torch::graph::{Recorder, Scope};
 use lora_torch::memory::{self, DeviceMemory, Limit};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, upload};
-use lora_torch::{LossScaler, foreach};
+use lora_torch::{LossScaler, dry, foreach};
 
 use crate::config::{StepPlan, TrainConfig};
 use crate::encode::{self, TextEncoding};
 use crate::loss::{Denoising, LossWeights};
 use crate::parameters::ParameterList;
+use crate::plan::Part;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Settings};
 use crate::trainable::TrainableAdapter;
@@ -53,13 +58,18 @@ use latents::LatentSource;
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
 const MAX_SKIPPED_IN_A_ROW: usize = 30;
 
+/// The networks of Stable Diffusion, as people call them.
+const AUTOENCODER: &str = "autoencoder";
+const TEXT_ENCODER: &str = "text encoder";
+const UNET: &str = "U-Net";
+
 /// A run that is ready to train.
 #[derive(Debug)]
 pub struct Session {
     config: TrainConfig,
     device: Device,
     precision: DType,
-    checkpoint: Checkpoint,
+    checkpoint: Arc<Checkpoint>,
     pictures: Arc<Pictures>,
     text: TextEncoding,
     schedule: NoiseSchedule,
@@ -353,8 +363,15 @@ impl Session {
             (Text::Tokens(_), None) => unreachable!("tokens are for an encoder that trains"),
         };
         let loss = inputs.denoising.loss(&self.unet, context, pass)?;
+        if dry::is_dry(self.device) {
+            // What lives at the end of the forward pass does so for the backward pass.
+            dry::relabel_all(Part::Working.number(), Part::Saved.number());
+        }
         loss.f_mul(&inputs.scale)?.f_backward()?;
         self.parameters.collect()?;
+        if dry::is_dry(self.device) {
+            dry::relabel(&self.parameters.gradients(), Part::Gradients.number());
+        }
         Ok(loss.detach())
     }
 
@@ -485,7 +502,7 @@ impl Session {
 
 /// Everything random about one visit of one picture.
 fn draws(seed: u64, visit: &Visit) -> Stream {
-    Stream::new(seed).at("visit").with(visit.epoch).with(visit.index as u64).with(visit.repeat as u64)
+    visit.draws(seed)
 }
 
 #[cfg(test)]

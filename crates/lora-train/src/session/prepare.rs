@@ -8,31 +8,29 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::Pictures;
 use lora_data::bucket::Framing;
-use lora_data::cache::DiskCache;
 use lora_data::sampler::EpochSampler;
 use lora_data::tokenizer::ClipTokenizer;
+use lora_data::{Pictures, Source};
 use lora_io::adapter;
+use lora_models::diffusion::noise_schedule;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::stable_diffusion::{load_text_encoder, load_unet, noise_schedule};
+use lora_models::networks::{load_text_encoder, load_unet};
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;
 use lora_torch::staging::Staging;
-use lora_torch::tch::{Device, no_grad_guard};
+use lora_torch::tch::no_grad_guard;
 use lora_torch::tensor::kind_of;
-use lora_torch::{LossScaler, device, memory};
+use lora_torch::{LossScaler, dry, memory};
 
-use super::graphs::{self, StepGraphs};
 use super::latents::{self, LatentSource};
+use super::materials::Materials;
 use super::survive::REMEDIES;
-use super::{Session, Trained, TrainedAdapter, resume};
-use crate::base_model;
-use crate::config::{LrScheduler, StepPlan, TrainConfig, TrainMode};
+use super::{AUTOENCODER, Session, TEXT_ENCODER, Trained, TrainedAdapter, UNET, resume};
+use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::encode::{self, Encoder, TextEncoding};
-use crate::optimiser::OptimiserState;
 use crate::parameters::ParameterList;
-use crate::plan;
+use crate::plan::{Part, Phase};
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Settings};
@@ -61,6 +59,25 @@ impl fmt::Display for Preparing {
     }
 }
 
+/// Who is told how preparing goes.
+pub(crate) trait Watch {
+    /// What is done now.
+    fn now(&mut self, preparing: Preparing);
+    /// A phase is over.
+    fn done(&mut self, phase: Phase);
+}
+
+/// One who wants to know what is done now.
+struct Told<'t>(&'t mut dyn FnMut(Preparing));
+
+impl Watch for Told<'_> {
+    fn now(&mut self, preparing: Preparing) {
+        (self.0)(preparing);
+    }
+
+    fn done(&mut self, _phase: Phase) {}
+}
+
 impl Session {
     /// Prepares a run: checks the output folder, scans the dataset, loads the base, encodes what is cached and hangs the
     /// adapter on its layers. `progress` is told how far it is.
@@ -70,7 +87,8 @@ impl Session {
             stage = Some(now);
             progress(now);
         };
-        let result = lora_torch::caught(|| Self::prepare_all(config, plugins, &mut watched));
+        let result =
+            lora_torch::caught(|| Self::assemble(Materials::open(config, plugins)?, plugins, &mut Told(&mut watched)));
         result.map_err(|error| match stage {
             Some(stage) if error.is_out_of_memory() => Error::OutOfMemory {
                 place: stage.to_string(),
@@ -82,49 +100,14 @@ impl Session {
         })
     }
 
-    fn prepare_all(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
-        for dataset in &config.datasets {
-            plugins.processors.chain(&dataset.processors)?;
-        }
-        plugins.variants.get(&config.variant)?;
-        plugins.callbacks(&config.callbacks)?;
-        let (optimiser, mut notes) = optimiser(&config, plugins)?;
-        lora_io::atomic::check_writable(&config.output_dir)?;
-        lora_io::atomic::clear_partial(&config.output_dir);
-        let (config, planned) = plan::applied(config, plugins)?;
-        notes.extend(planned);
-        let mut pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
-        let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
-        let checkpoint = base_model::open(&config.base_model)?;
-        let device = device::resolve(&config.device)?;
-        let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
-        let limit = limit.transpose().unwrap_or_else(|error| {
-            notes.push(format!("vram_budget is kept to as far as it was planned, but nothing enforces it: {error}"));
-            None
-        });
-        let recorder = graphs::recorder(&config, device);
-        let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
-        let precision = match (config.precision, device) {
-            (DType::F16, Device::Cpu) => {
-                notes.push("precision fp16 is for GPUs; on the CPU this run trains in fp32".into());
-                DType::F32
-            }
-            (precision, _) => precision,
-        };
+    /// From materials to a session: networks are loaded one after the other, what they encode once is encoded, those that are done
+    /// leave, and the adapter is hung on the others' layers. The one order of a run, on a real device or, for a plan, on the one
+    /// without memory.
+    pub(crate) fn assemble(materials: Materials, plugins: &Plugins, watch: &mut dyn Watch) -> Result<Self> {
+        let Materials { config, optimiser, mut pictures, disk, checkpoint, device, precision, state, .. } = materials;
+        let (mut notes, base_hashes) = (materials.notes, materials.base_hashes);
+        let _scope = materials.recorder.as_deref().map(Recorder::enter).transpose()?;
         let kind = kind_of(precision);
-        device::check_kind(device, kind)?;
-        if config.offload_base && device == Device::Cpu {
-            notes.push("offload_base is for GPUs; on the CPU it costs time and saves nothing".into());
-        }
-        // A state that is another run's is refused before anything takes time.
-        let state = resume::open(&config)?;
-        if let Some(state) = &state {
-            resume::agree(state, &Settings::new(&config, &pictures, precision), false)?;
-        }
-        if !checkpoint.unused().is_empty() {
-            let example = &checkpoint.unused()[0];
-            notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
-        }
         let schedule = noise_schedule(&checkpoint)?;
         let text = TextEncoding {
             tokenizer: ClipTokenizer::new(config.text_cleaning),
@@ -134,12 +117,12 @@ impl Session {
         };
 
         // The autoencoder comes and goes before anything else is on the device.
-        progress(Preparing::Loading("autoencoder"));
+        watch.now(Preparing::Loading(AUTOENCODER));
         let mut encoder = Encoder::load(&checkpoint, precision, device)?.in_tiles(config.vae_tiling);
         let mut encoded = None;
         if config.cache_latents {
             let disk = disk.as_ref();
-            let (left, all) = latents::cache(&config, &checkpoint, &mut encoder, pictures, disk, device, progress)?;
+            let (left, all) = latents::cache(&config, &checkpoint, &mut encoder, pictures, disk, device, watch)?;
             (pictures, encoded) = (left, Some(all));
             if pictures.is_random() {
                 let note =
@@ -152,14 +135,7 @@ impl Session {
         notes.extend(enlarged_note(&pictures));
         let pictures = Arc::new(pictures);
         let mut sampler = pictures.sampler(config.seed);
-        // Reading a file of gigabytes twice is worth it only for a single file: folders have no such hash.
-        let base_hashes = match config.base_model.is_file() {
-            true => {
-                Some((lora_io::hash::auto_v1(&config.base_model)?, lora_io::hash::file_sha256(&config.base_model)?))
-            }
-            false => None,
-        };
-        let mut settings = Settings::new(&config, &pictures, precision);
+        let mut settings = Settings::new(&config, &*pictures, precision);
         if let Some(state) = &state {
             settings.set_base(resume::base_identity(base_hashes.as_ref(), &checkpoint)?);
             resume::agree(state, &settings, true)?;
@@ -174,6 +150,7 @@ impl Session {
             None => LatentSource::fresh(encoder, precision, &pictures, &sampler, &config),
         };
         memory::empty_cache(device)?;
+        watch.done(Phase::Pictures);
 
         let storage = config.base_storage;
         let full = config.train == TrainMode::Full;
@@ -185,9 +162,12 @@ impl Session {
             false => Held::Frozen(Frozen { storage, staging: staging.clone().filter(|_| stays) }),
         };
         let keep_encoder = config.train_text_encoder || !pictures.captions_are_fixed();
-        progress(Preparing::Loading("text encoder"));
-        let text_encoder =
-            load_text_encoder(&checkpoint, kind, device, held(config.train_text_encoder, &text_weights, keep_encoder))?;
+        watch.now(Preparing::Loading(TEXT_ENCODER));
+        let text_encoder = {
+            let _label = Part::Weights(TEXT_ENCODER).label();
+            let held = held(config.train_text_encoder, &text_weights, keep_encoder);
+            load_text_encoder(&checkpoint, kind, device, held)?
+        };
         if config.clip_skip > text_encoder.config().layers {
             return Err(lora_models::Error::Input {
                 what: "clip_skip",
@@ -228,17 +208,21 @@ impl Session {
                         }),
                     }
                 })?;
-                text_states.insert(caption.clone(), states.f_to_device(Device::Cpu)?);
-                progress(Preparing::Captions(index + 1, captions.len()));
+                text_states.insert(caption.clone(), states.f_to_device(dry::host_of(device))?);
+                watch.now(Preparing::Captions(index + 1, captions.len()));
             }
         }
 
         // A text encoder that is done makes room before the U-Net comes.
         let mut text_encoder = keep_encoder.then_some(text_encoder);
         memory::empty_cache(device)?;
+        watch.done(Phase::Captions);
 
-        progress(Preparing::Loading("U-Net"));
-        let mut unet = load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights, true))?;
+        watch.now(Preparing::Loading(UNET));
+        let mut unet = {
+            let _label = Part::Weights(UNET).label();
+            load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights, true))?
+        };
         let mut init_from = None;
         let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
         if config.train_unet {
@@ -254,11 +238,15 @@ impl Session {
             whole.add(Component::TEXT_ENCODER, &text_weights, &mut parameters)?;
             Trained::Whole(whole)
         } else {
+            let _label = Part::Adapter.label();
             let (adapter, from) = attach(networks, &config, plugins, &mut parameters)?;
-            adapter::kohya::check(&adapter.adapter.export()?)?;
+            if !dry::is_dry(device) {
+                adapter::kohya::check(&adapter.adapter.export()?)?;
+            }
             init_from = from;
             Trained::Adapter(adapter)
         };
+        watch.done(Phase::Loading);
 
         if pictures.datasets().any(|dataset| matches!(dataset.framing, Framing::Buckets(_))) {
             notes.push(buckets_note(&sampler));
@@ -280,7 +268,6 @@ impl Session {
         }
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
-        let graphs = recorder.as_ref().map(|recorder| StepGraphs::new(Some(Arc::clone(recorder))));
         let mut session = Self {
             text_encoder,
             init_from,
@@ -306,9 +293,9 @@ impl Session {
             settings,
             resumed: None,
             economy: Economy::default(),
-            recorder,
-            _limit: limit.flatten(),
-            graphs,
+            recorder: materials.recorder,
+            _limit: materials.limit,
+            graphs: materials.graphs,
             tried: Vec::new(),
             torn: false,
             notes,
@@ -319,28 +306,6 @@ impl Session {
         }
         Ok(session)
     }
-}
-
-/// The optimiser of a configuration, and what to know of it.
-fn optimiser(config: &TrainConfig, plugins: &Plugins) -> Result<(OptimiserState, Vec<String>)> {
-    let chosen = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?;
-    let mut notes = chosen.optimiser.notes(config.learning_rate);
-    if chosen.optimiser.evaluates_elsewhere() {
-        if config.ema_decay > 0.0 {
-            return Err(Error::OptimiserArgument {
-                optimiser: config.optimizer.clone(),
-                argument: "ema_decay".into(),
-                reason: "it averages the weights itself; take ema_decay out".into(),
-            });
-        }
-        if config.lr_scheduler != LrScheduler::Constant {
-            notes.push(format!(
-                "{} needs no schedule of the learning rate and learns best with lr_scheduler = \"constant\"",
-                config.optimizer
-            ));
-        }
-    }
-    Ok((OptimiserState::new(chosen), notes))
 }
 
 /// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from.
@@ -378,8 +343,8 @@ fn enlarged_note(pictures: &Pictures) -> Option<String> {
 
 /// Which buckets are in use.
 fn buckets_note(sampler: &EpochSampler) -> String {
-    let buckets = sampler.visits_by_bucket();
-    let list: Vec<_> = buckets.iter().map(|((width, height), visits)| format!("{width}×{height}: {visits}")).collect();
+    let buckets = sampler.visits_by_shape();
+    let list: Vec<_> = buckets.iter().map(|(shape, visits)| format!("{shape}: {visits}")).collect();
     format!("{} bucket(s), visits an epoch: {}", buckets.len(), list.join(", "))
 }
 

@@ -1,9 +1,11 @@
 //! Drawing pictures with what is trained as it is.
 
+use lora_core::Component;
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
+use lora_models::diffusion::Sampler;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::{Sampler, load_text_encoder, vae_config};
+use lora_models::networks::{VaeConfig, load_text_encoder};
 use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
@@ -22,7 +24,7 @@ impl Session {
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let samples = self.config.samples.clone();
-        let vae = vae_config(&self.checkpoint)?;
+        let vae = VaeConfig::detect(self.checkpoint.component(Component::VAE)?)?;
         let (width, height) = (samples.resolution.0 / vae.factor(), samples.resolution.1 / vae.factor());
         let sampler = Sampler::new(samples.sampler, &self.schedule, samples.steps)?;
         let pass = Pass::default();
@@ -37,8 +39,7 @@ impl Session {
                 let both =
                     self.unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
-                let difference = halves[1].f_sub(&halves[0])?;
-                Ok(halves[0].f_add(&difference.f_mul_scalar(samples.guidance_scale)?)?)
+                sampler.guided(&halves[0], &halves[1], samples.guidance_scale)
             })?);
         }
         let decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;

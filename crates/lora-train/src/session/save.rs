@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use lora_core::DType;
 use lora_data::bucket::Framing;
 use lora_data::dataset::{Role, tag_frequency};
+use lora_data::source::Shape;
 use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
-use lora_models::stable_diffusion::Prediction;
+use lora_models::diffusion::Prediction;
 
 use super::{Session, Trained};
 use crate::{Error, Result};
@@ -79,7 +80,7 @@ impl Session {
                 min: buckets.options().min,
                 max: buckets.options().max,
                 no_upscale: buckets.options().no_upscale,
-                visits: self.sampler.visits_by_bucket(),
+                visits: self.sampler.visits_by_shape().into_iter().filter_map(picture_size).collect(),
             }),
             _ => None,
         });
@@ -122,5 +123,13 @@ impl Session {
         record.init_from = self.init_from.clone();
         record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();
         record
+    }
+}
+
+/// Visits of pictures of one size.
+fn picture_size((shape, visits): (Shape, usize)) -> Option<((usize, usize), usize)> {
+    match shape {
+        Shape::Picture(width, height) => Some(((width, height), visits)),
+        _ => None,
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use lora_core::DType;
 use lora_core::random::Stream;
+use lora_data::Source;
 use lora_data::dataset::{CaptionSource, Item};
 use lora_data::finding::FindingKind;
 use lora_torch::tch::Device;

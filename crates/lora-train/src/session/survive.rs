@@ -3,8 +3,7 @@
 //! when nothing is left. Also what gives way to samples and validation where there is no room for both.
 
 use lora_data::sampler::Visit;
-use lora_torch::memory;
-use lora_torch::tch::Device;
+use lora_torch::{dry, memory};
 
 use super::graphs::StepGraphs;
 use super::{Session, StepGradients};
@@ -88,7 +87,10 @@ impl Session {
         } else if !self.recomputes() {
             self.economy.recompute = true;
             ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())
-        } else if !self.economy.inputs_in_host && !self.config.cpu_offload_checkpointing && self.device != Device::Cpu {
+        } else if !self.economy.inputs_in_host
+            && !self.config.cpu_offload_checkpointing
+            && !dry::platform(self.device).is_cpu()
+        {
             self.economy.inputs_in_host = true;
             ("the inputs of blocks wait in host memory".into(), "cpu_offload_checkpointing = true".to_owned())
         } else if !self.economy.encoder_leaves && self.latents.has_encoder() {

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_models::stable_diffusion::NoiseSchedule;
-use lora_torch::tch::{Device, Tensor, no_grad_guard};
+use lora_torch::dry;
+use lora_torch::tch::{Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
 
 use super::Session;
@@ -45,7 +46,7 @@ impl Session {
             let distribution = encoder.encode(&self.checkpoint, &item.file.path, &sample.picture)?;
             let latents = sample_latents(&distribution, encoder.scaling_factor(), &random.at("latent"))?;
             let caption = pictures.options(index).captions.kept(&item.lines(), &Stream::new(0));
-            items.push((latents.f_to_device(Device::Cpu)?, caption));
+            items.push((latents.f_to_device(dry::host_of(self.device))?, caption));
         }
         Ok(Validation { items })
     }

@@ -1,19 +1,16 @@
 //! What makes a run the run that it is: with another value of one of these its continuation would be another run. And what
 //! may change in the middle, which is noted.
 
-use std::collections::BTreeMap;
-use std::fmt::{self, Debug};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use lora_core::DType;
-use lora_data::Pictures;
-use lora_io::hash::sha256;
+use lora_data::Source;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
+use crate::config::keys::Resumed;
 
-/// What only a look at the pictures themselves tells.
-const DATASET: &str = "dataset";
-const PICTURES: &str = "pictures and their captions";
 /// What tells base models apart.
 const BASE: &str = "base_model";
 
@@ -24,6 +21,9 @@ pub struct Settings {
     pub fixed: BTreeMap<String, String>,
     /// Those that may change.
     pub free: BTreeMap<String, String>,
+    /// Names of those that only a look at the items themselves tells.
+    #[serde(skip)]
+    items: BTreeSet<String>,
 }
 
 /// A setting that is another than it was.
@@ -45,145 +45,22 @@ impl fmt::Display for Difference {
 
 impl Settings {
     /// The settings of a run, but for its base.
-    pub fn new(config: &TrainConfig, pictures: &Pictures, precision: DType) -> Self {
-        // Every key is named here, so that a new one cannot be forgotten.
-        let TrainConfig {
-            base_model: _,
-            datasets: _,
-            output_dir: _,
-            output_name: _,
-            init_from: _,
-            strict: _,
-            train,
-            ema_decay,
-            lora_rank,
-            lora_alpha,
-            use_rslora,
-            lora_dropout,
-            rank_dropout,
-            module_dropout,
-            variant,
-            variant_options,
-            rank_pattern,
-            alpha_pattern,
-            loraplus_lr_ratio,
-            target_modules,
-            train_unet,
-            train_text_encoder,
-            save_precision: _,
-            learning_rate,
-            unet_lr,
-            text_encoder_lr,
-            optimizer,
-            optimizer_args,
-            lr_scheduler,
-            lr_warmup,
-            max_grad_norm,
-            batch_size,
-            gradient_accumulation_steps,
-            length,
-            seed,
-            max_resolution,
-            clip_skip,
-            max_token_length,
-            text_cleaning,
-            weighted_captions,
-            prior_loss_weight,
-            masked_loss: _,
-            noise_offset,
-            min_snr_gamma,
-            precision: _,
-            device,
-            base_storage,
-            offload_base,
-            gradient_checkpointing,
-            cpu_offload_checkpointing,
-            cuda_graphs,
-            recompute_feed_forward,
-            cache_latents,
-            vae_tiling,
-            // What a plan changed is in the keys that it set.
-            vram_budget: _,
-            auto: _,
-            allow_lower_resolution: _,
-            cache_dir: _,
-            save_every_n_steps: _,
-            save_every_n_epochs: _,
-            save_state: _,
-            save_state_every_n_steps: _,
-            resume: _,
-            validation_data_dir: _,
-            validate_every_n_steps: _,
-            samples: _,
-            callbacks: _,
-        } = config;
+    pub fn new(config: &TrainConfig, source: &dyn Source, precision: DType) -> Self {
+        // On a device without the configuration's number type another is computed in.
+        let mut config = config.clone();
+        config.precision = precision;
         let mut settings = Self::default();
-        let mut fixed = |key: &str, value: &dyn Debug| settings.fixed.insert(key.to_owned(), shown(value));
-        fixed("train", train);
-        fixed("ema_decay", ema_decay);
-        fixed("optimizer", &Plain(optimizer));
-        fixed("lora_rank", lora_rank);
-        fixed("lora_alpha", lora_alpha);
-        fixed("use_rslora", use_rslora);
-        fixed("lora_dropout", lora_dropout);
-        fixed("rank_dropout", rank_dropout);
-        fixed("module_dropout", module_dropout);
-        fixed("variant", &Plain(variant));
-        fixed("variant_options", variant_options);
-        fixed("rank_pattern", rank_pattern);
-        fixed("alpha_pattern", alpha_pattern);
-        fixed("target_modules", target_modules);
-        fixed("train_unet", train_unet);
-        fixed("train_text_encoder", train_text_encoder);
-        fixed("batch_size", batch_size);
-        fixed("gradient_accumulation_steps", gradient_accumulation_steps);
-        fixed("seed", seed);
-        fixed("max_resolution", &Plain(format!("{}×{}", max_resolution.0, max_resolution.1)));
-        fixed("clip_skip", clip_skip);
-        fixed("max_token_length", max_token_length);
-        fixed("text_cleaning", &Plain(text_cleaning.name()));
-        fixed("weighted_captions", weighted_captions);
-        fixed("prior_loss_weight", prior_loss_weight);
-        fixed("noise_offset", noise_offset);
-        fixed("min_snr_gamma", min_snr_gamma);
-        fixed("precision", &Plain(precision));
-        fixed("base_storage", base_storage);
-        // A picture's latents are drawn once or at each visit.
-        fixed("cache_latents", cache_latents);
-        fixed("vae_tiling", vae_tiling);
-        let (items, visits) = (pictures.items().len(), pictures.items().iter().map(|item| item.repeats).sum::<usize>());
-        fixed(DATASET, &Plain(format!("{items} pictures, {visits} visits an epoch")));
-        for (number, dataset) in pictures.datasets().enumerate() {
-            let mut own = |key: &str, value: &dyn Debug| match number {
-                0 => fixed(key, value),
-                _ => fixed(&format!("{key} (dataset {})", number + 1), value),
+        for key in config.keys().iter() {
+            match key.resumed {
+                Resumed::Fixed(shown) => settings.fixed.insert(key.name.to_owned(), shown(&config)),
+                Resumed::Free(shown) => settings.free.insert(key.name.to_owned(), shown(&config)),
+                Resumed::FreeAs(name, shown) => settings.free.insert(name.to_owned(), shown(&config)),
+                Resumed::Elsewhere | Resumed::Unrecorded => None,
             };
-            own("enable_bucket and bucket sizes", &dataset.framing);
-            own("processors", &dataset.processors);
-            own("captions", &dataset.captions);
-            own("background", &dataset.background);
-            own("batch_size of the dataset", &dataset.batch_size);
-            own("loss_weight", &dataset.loss_weight);
-            own("masks", &dataset.masks);
         }
-        fixed(PICTURES, &Plain(content(pictures)));
-
-        let mut free = |key: &str, value: &dyn Debug| settings.free.insert(key.to_owned(), shown(value));
-        free("learning_rate", learning_rate);
-        free("unet_lr", unet_lr);
-        free("text_encoder_lr", text_encoder_lr);
-        free("loraplus_lr_ratio", loraplus_lr_ratio);
-        free("optimizer_args", optimizer_args);
-        free("lr_scheduler", lr_scheduler);
-        free("lr_warmup_steps", lr_warmup);
-        free("max_grad_norm", max_grad_norm);
-        free("length of the run", length);
-        free("device", &Plain(device));
-        free("offload_base", offload_base);
-        free("gradient_checkpointing", gradient_checkpointing);
-        free("cpu_offload_checkpointing", cpu_offload_checkpointing);
-        free("cuda_graphs", cuda_graphs);
-        free("recompute_feed_forward", recompute_feed_forward);
+        let data = source.identity();
+        settings.items = data.items.iter().map(|(name, _)| name.clone()).collect();
+        settings.fixed.extend(data.options.into_iter().chain(data.items));
         settings
     }
 
@@ -205,7 +82,7 @@ impl Settings {
     /// As [`Settings::differences`], of what the configuration alone says.
     pub fn differences_of_config(&self, earlier: &Self) -> Vec<Difference> {
         let mut all = self.differences(earlier);
-        all.retain(|difference| ![DATASET, PICTURES, BASE].contains(&difference.key.as_str()));
+        all.retain(|difference| difference.key != BASE && !self.items.contains(&difference.key));
         all
     }
 
@@ -216,7 +93,7 @@ impl Settings {
 }
 
 fn differences(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<Difference> {
-    let keys: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let keys: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
     let none = || "nothing".to_owned();
     let pairs = keys.into_iter().map(|key| {
         (key, before.get(key).map_or_else(none, Clone::clone), now.get(key).map_or_else(none, Clone::clone))
@@ -248,41 +125,6 @@ fn apart(was: &str, is: &str) -> (String, String) {
     (part(was), part(is))
 }
 
-/// A digest of what the pictures are called, how large they are, what is written beside them and how often they come.
-fn content(pictures: &Pictures) -> String {
-    let mut text = String::new();
-    for (index, item) in pictures.items().iter().enumerate() {
-        let name = item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        text.push_str(&format!(
-            "{name} {:?} {} {} {:?} {:?}\n",
-            item.size,
-            item.repeats,
-            pictures.dataset_of(index),
-            item.lines(),
-            pictures.plan(index)
-        ));
-    }
-    sha256(text.as_bytes())[..16].to_owned()
-}
-
-/// Text without quotes.
-struct Plain<T>(T);
-
-impl<T: fmt::Display> Debug for Plain<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
-
-fn shown(value: &dyn Debug) -> String {
-    let text = format!("{value:?}");
-    match text.strip_prefix("Some(").and_then(|inner| inner.strip_suffix(')')) {
-        Some(inner) => inner.to_owned(),
-        None if text == "None" => "none".to_owned(),
-        None => text,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,14 +147,6 @@ mod tests {
                 "c was … second: alpha, third: 3 }, is … second: beta, third: 3 }",
                 "gone was x, is nothing"
             ]
-        );
-    }
-
-    #[test]
-    fn values_are_shown_as_people_write_them() {
-        assert_eq!(
-            (shown(&Some(5.0)), shown(&None::<f64>), shown(&Plain("x")), shown(&1e-4)),
-            ("5.0".into(), "none".into(), "x".into(), "0.0001".into())
         );
     }
 }

@@ -1,11 +1,13 @@
-//! The noise schedule of Stable Diffusion 1.x: DDPM (Ho et al., 2020) with scaled-linear betas over 1000 timesteps, and
-//! the loss weights that depend on it.
+//! The noise schedule that Stable Diffusion's networks share: DDPM (Ho et al., 2020) with scaled-linear betas over 1000
+//! timesteps, as published or with zero terminal SNR (Lin et al., 2023). With it, what a network is to predict and the loss
+//! weights that depend on the noise. How a schedule is walked down is the samplers' business.
 
+use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Kind, Tensor};
 
-use crate::Result;
+use crate::{Error, Result};
 
-/// What the U-Net is trained to predict.
+/// What a network is trained to predict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Prediction {
@@ -40,12 +42,35 @@ impl NoiseSchedule {
         Self { alphas_cumulative, prediction }
     }
 
+    /// The same with noise alone at the last timestep: √ᾱ is shifted to end at zero and stretched to begin where it began (Lin
+    /// et al., 2023, algorithm 1).
+    ///
+    /// # Errors
+    /// Where the noise is predicted: of noise alone such a prediction says nothing about the picture.
+    pub fn with_zero_terminal_snr(self) -> Result<Self> {
+        if self.prediction == Prediction::Epsilon {
+            return Err(Error::Input {
+                what: "noise schedule with zero terminal SNR",
+                expected: "a network that predicts velocity".into(),
+                found: "one that predicts the noise".into(),
+            });
+        }
+        let (first, last) = (self.alphas_cumulative[0].sqrt(), self.alphas_cumulative[Self::TIMESTEPS - 1].sqrt());
+        let rescaled = |alpha: f64| ((alpha.sqrt() - last) * first / (first - last)).powi(2);
+        Ok(Self { alphas_cumulative: self.alphas_cumulative.into_iter().map(rescaled).collect(), ..self })
+    }
+
+    /// Whether the last timestep is noise alone.
+    pub fn has_zero_terminal_snr(&self) -> bool {
+        self.alphas_cumulative[Self::TIMESTEPS - 1] == 0.0
+    }
+
     /// ᾱ_t; `t` below [`Self::TIMESTEPS`].
     pub fn alpha_cumulative(&self, t: usize) -> f64 {
         self.alphas_cumulative[t]
     }
 
-    /// What the U-Net predicts.
+    /// What the network predicts.
     pub fn prediction(&self) -> Prediction {
         self.prediction
     }
@@ -71,7 +96,7 @@ impl NoiseSchedule {
         Ok(latents.f_mul(&signal)?.f_add(&noise.f_mul(&sigma)?)?)
     }
 
-    /// What the U-Net should answer.
+    /// What the network should answer, f32 `[batch, 4, height, width]`.
     pub fn target(&self, latents: &Tensor, noise: &Tensor, timesteps: &[usize]) -> Result<Tensor> {
         match self.prediction {
             Prediction::Epsilon => Ok(noise.shallow_clone()),
@@ -90,6 +115,36 @@ impl NoiseSchedule {
             Ok(values.f_to_kind(Kind::Float)?)
         };
         Ok((column(f64::sqrt)?, column(|alpha| (1.0 - alpha).sqrt())?))
+    }
+}
+
+/// The noise schedule that the scheduler of a diffusers folder names; without one, as published, for ε.
+///
+/// # Errors
+/// Where the scheduler asks for other betas, for another prediction than ε or velocity, or for ε with zero terminal SNR.
+pub fn noise_schedule(checkpoint: &Checkpoint) -> Result<NoiseSchedule> {
+    let wrong = |reason: String| Error::Architecture { source_name: checkpoint.path().display().to_string(), reason };
+    let Some(config) = checkpoint.scheduler() else { return Ok(NoiseSchedule::new(Prediction::Epsilon)) };
+    for (key, expected) in [("num_train_timesteps", 1000.0), ("beta_start", 0.00085), ("beta_end", 0.012)] {
+        if let Some(found) = config[key].as_f64()
+            && (found - expected).abs() > 1e-9
+        {
+            return Err(wrong(format!("scheduler: {key} is {found}; expected {expected}")));
+        }
+    }
+    if let Some(other) = config["beta_schedule"].as_str().filter(|&name| name != "scaled_linear") {
+        return Err(wrong(format!("scheduler: beta_schedule is `{other}`; expected scaled_linear")));
+    }
+    let schedule = NoiseSchedule::new(match config["prediction_type"].as_str() {
+        None | Some("epsilon") => Prediction::Epsilon,
+        Some("v_prediction") => Prediction::Velocity,
+        Some(other) => {
+            return Err(wrong(format!("scheduler: prediction_type `{other}`; expected epsilon or v_prediction")));
+        }
+    });
+    match config["rescale_betas_zero_snr"].as_bool() {
+        Some(true) => schedule.with_zero_terminal_snr(),
+        _ => Ok(schedule),
     }
 }
 
@@ -113,5 +168,15 @@ mod tests {
         }
         let velocity = NoiseSchedule::new(Prediction::Velocity);
         assert!((velocity.min_snr_weight(100, 5.0) / 0.528_883 - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn zero_terminal_snr_is_for_velocity_alone_and_weighs_the_last_timestep_with_nothing() {
+        assert!(NoiseSchedule::new(Prediction::Epsilon).with_zero_terminal_snr().is_err());
+        let published = NoiseSchedule::new(Prediction::Velocity);
+        let zero = published.clone().with_zero_terminal_snr().unwrap();
+        assert!(zero.has_zero_terminal_snr() && !published.has_zero_terminal_snr());
+        assert_eq!((zero.snr(999), zero.min_snr_weight(999, 5.0)), (0.0, 0.0));
+        assert!((zero.alpha_cumulative(0) - published.alpha_cumulative(0)).abs() < 1e-12);
     }
 }

@@ -1,6 +1,5 @@
 //! Samplers that turn noise into latents: DDIM (Song et al., 2021, η = 0) and Euler (Karras et al., 2022, algorithm 2
-//! without churn), with the timesteps that diffusers' schedulers take for Stable Diffusion 1.x. Deterministic given the
-//! starting noise.
+//! without churn), with the timesteps that diffusers' schedulers take, and guidance. Deterministic given the starting noise.
 
 use lora_torch::tch::Tensor;
 
@@ -11,9 +10,9 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum SamplerKind {
-    /// DDIM without noise; "leading" timesteps with an offset of 1.
+    /// DDIM without noise; "leading" timesteps with an offset of 1, "trailing" ones with zero terminal SNR.
     Ddim,
-    /// Euler; timesteps spaced evenly from 999 to 0.
+    /// Euler; timesteps spaced evenly from 999 to 0, "trailing" ones with zero terminal SNR.
     #[default]
     Euler,
 }
@@ -23,6 +22,8 @@ pub enum SamplerKind {
 pub struct Sampler {
     kind: SamplerKind,
     prediction: Prediction,
+    /// How much of the guided answer is brought to the spread of the answer to the prompt.
+    rescale: f64,
     steps: Vec<Step>,
 }
 
@@ -45,40 +46,38 @@ impl Sampler {
                 found: steps.to_string(),
             });
         }
-        let built = match kind {
+        let timesteps = timesteps(kind, schedule, steps);
+        let next = |index: usize| timesteps.get(index + 1).copied();
+        let step = |(index, &timestep): (usize, &f64)| match kind {
             SamplerKind::Ddim => {
-                let stride = total / steps;
-                let alpha = |t: isize| schedule.alpha_cumulative(t.clamp(0, total as isize - 1) as usize);
-                (0..steps)
-                    .rev()
-                    .map(|index| {
-                        let t = ((index * stride + 1).min(total - 1)) as isize;
-                        Step { timestep: t as f64, now: alpha(t), next: alpha(t - stride as isize) }
-                    })
-                    .collect()
+                let alpha = |t: f64| schedule.alpha_cumulative(t as usize);
+                Step { timestep, now: alpha(timestep), next: alpha(next(index).unwrap_or(0.0)) }
             }
-            SamplerKind::Euler => {
-                let last = (total - 1) as f64;
-                let timestep = |index: usize| {
-                    if steps == 1 { last } else { last * (steps - 1 - index) as f64 / (steps - 1) as f64 }
-                };
-                // A single step starts where the noise is.
-                let sigma = |t: f64| {
-                    let at = |t: usize| schedule.snr(t).recip().sqrt();
-                    let low = t.floor() as usize;
-                    let (a, b) = (at(low), at((low + 1).min(total - 1)));
-                    a + (b - a) * t.fract()
-                };
-                (0..steps)
-                    .map(|index| Step {
-                        timestep: timestep(index),
-                        now: sigma(timestep(index)),
-                        next: if index + 1 < steps { sigma(timestep(index + 1)) } else { 0.0 },
-                    })
-                    .collect()
-            }
+            SamplerKind::Euler => Step {
+                timestep,
+                now: sigma(schedule, timestep),
+                next: next(index).map_or(0.0, |next| sigma(schedule, next)),
+            },
         };
-        Ok(Self { kind, prediction: schedule.prediction(), steps: built })
+        Ok(Self {
+            kind,
+            prediction: schedule.prediction(),
+            rescale: if schedule.has_zero_terminal_snr() { RESCALE } else { 0.0 },
+            steps: timesteps.iter().enumerate().map(step).collect(),
+        })
+    }
+
+    /// The network's answer with guidance (Ho & Salimans, 2022), `without + scale · (with − without)`, of its answers without
+    /// and with the prompt, `[batch, 4, height, width]`. With zero terminal SNR, seven tenths of it have the standard deviation
+    /// of `with`.
+    pub fn guided(&self, without: &Tensor, with: &Tensor, scale: f64) -> Result<Tensor> {
+        let guided = without.f_add(&with.f_sub(without)?.f_mul_scalar(scale)?)?;
+        if self.rescale == 0.0 {
+            return Ok(guided);
+        }
+        let spread = |answer: &Tensor| answer.f_std_dim([1i64, 2, 3].as_slice(), true, true);
+        let factor = spread(with)?.f_div(&spread(&guided)?)?;
+        Ok(guided.f_mul(&factor.f_mul_scalar(self.rescale)?.f_add_scalar(1.0 - self.rescale)?)?)
     }
 
     /// Denoises from standard normal noise `[batch, 4, height, width]`. `predict` is the (guided) U-Net: noised latents
@@ -124,6 +123,35 @@ impl Sampler {
     }
 }
 
+/// How much of the guidance is rescaled with zero terminal SNR, where it would be overexposed (Lin et al., 2023, section 3.4).
+const RESCALE: f64 = 0.7;
+
+/// The timesteps of a sampler, from the noisiest. Only "trailing" ones begin at the last timestep whatever their number, as a
+/// schedule that ends in noise alone needs.
+fn timesteps(kind: SamplerKind, schedule: &NoiseSchedule, steps: usize) -> Vec<f64> {
+    let total = NoiseSchedule::TIMESTEPS;
+    let last = (total - 1) as f64;
+    let timestep = |left: usize| match kind {
+        _ if schedule.has_zero_terminal_snr() => (total as f64 * left as f64 / steps as f64).round_ties_even() - 1.0,
+        SamplerKind::Ddim => (((left - 1) * (total / steps) + 1) as f64).min(last),
+        // A single step starts where the noise is.
+        SamplerKind::Euler if steps == 1 => last,
+        SamplerKind::Euler => last * (left - 1) as f64 / (steps - 1) as f64,
+    };
+    (1..=steps).rev().map(timestep).collect()
+}
+
+/// σ = √((1−ᾱ)/ᾱ), between two timesteps in proportion. Noise alone, whose σ is infinite, counts as an ᾱ of 2⁻²⁴, as in diffusers.
+fn sigma(schedule: &NoiseSchedule, timestep: f64) -> f64 {
+    let at = |t: usize| match schedule.snr(t) {
+        0.0 => f64::from(1 << 24).sqrt(),
+        snr => snr.recip().sqrt(),
+    };
+    let low = timestep.floor() as usize;
+    let (a, b) = (at(low), at((low + 1).min(NoiseSchedule::TIMESTEPS - 1)));
+    a + (b - a) * timestep.fract()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,8 +159,9 @@ mod tests {
     /// With the exact answer for one known picture, every sampler must arrive at that picture.
     #[test]
     fn the_true_prediction_leads_to_the_picture() {
-        for prediction in [Prediction::Epsilon, Prediction::Velocity] {
-            let schedule = NoiseSchedule::new(prediction);
+        let zero = NoiseSchedule::new(Prediction::Velocity).with_zero_terminal_snr().unwrap();
+        for schedule in [NoiseSchedule::new(Prediction::Epsilon), NoiseSchedule::new(Prediction::Velocity), zero] {
+            let prediction = schedule.prediction();
             let picture = Tensor::from_slice(&[0.5f32, -1.0, 0.25, 2.0]).view([1, 1, 2, 2]);
             let noise = Tensor::from_slice(&[1.0f32, 0.3, -0.7, 0.1]).view([1, 1, 2, 2]);
             for kind in [SamplerKind::Ddim, SamplerKind::Euler] {

@@ -17,7 +17,7 @@ pub(super) struct TransformerSizes {
     pub(super) heads: usize,
     pub(super) depth: usize,
     pub(super) norm_groups: usize,
-    /// Projections in and out as linear layers (SD 2) instead of 1×1 convolutions (SD 1).
+    /// Projections in and out as linear layers instead of 1×1 convolutions.
     pub(super) linear_projection: bool,
 }
 

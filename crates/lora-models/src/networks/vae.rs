@@ -1,13 +1,15 @@
 //! The KL autoencoder between pictures and latents (diffusers' `AutoencoderKL`). Frozen; it carries no adapters.
 
+use lora_core::LayerGeometry;
+use lora_io::checkpoint::ComponentWeights;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
+use super::config;
 use super::tiles::in_tiles;
 use crate::layers::{AdaptableLayer, GroupNorm, Pass, attention};
-use crate::weights::{WeightSource, Weights, dimension};
+use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
-use lora_core::LayerGeometry;
 
 /// Sizes of an autoencoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,21 +27,25 @@ pub struct VaeConfig {
 }
 
 impl VaeConfig {
-    /// SD 1.x's factor between the autoencoder's latents and those that the U-Net sees.
+    /// The factor between the autoencoder's latents and those that the U-Net sees in Stable Diffusion 1 and 2.
     pub const SCALING_FACTOR: f64 = 0.18215;
 
-    /// Read off the tensors; the last two come from a `config.json` where there is one.
-    pub fn detect(source: &dyn WeightSource, norm_groups: Option<usize>, scaling_factor: Option<f64>) -> Result<Self> {
-        let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
-        let levels = count(&|level| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight")).max(1);
-        let channels = (0..levels)
-            .map(|level| dimension(source, &format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"), 0));
+    /// Read off a component: sizes from names and shapes; norm groups and scaling factor from its `config.json`, where there is
+    /// one, or else 32 and [`Self::SCALING_FACTOR`].
+    ///
+    /// # Errors
+    /// Where a weight that sizes are read off is missing or lacks axes.
+    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+        let count =
+            |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| component.contains(&name(index))).count();
+        let resnet = |level: usize| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
+        let levels = count(&resnet).max(1);
         Ok(Self {
-            latent_channels: dimension(source, "post_quant_conv.weight", 0)?,
-            channels: channels.collect::<Result<_>>()?,
+            latent_channels: dimension(component, "post_quant_conv.weight", 0)?,
+            channels: (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
-            norm_groups: norm_groups.unwrap_or(32),
-            scaling_factor: scaling_factor.unwrap_or(Self::SCALING_FACTOR),
+            norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
+            scaling_factor: config::real(component, "scaling_factor")?.unwrap_or(Self::SCALING_FACTOR),
         })
     }
 

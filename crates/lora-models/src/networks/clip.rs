@@ -1,11 +1,15 @@
-//! CLIP's text encoder (Radford et al., 2021), as transformers' `CLIPTextModel`. Tokens come from outside.
+//! CLIP's text encoder (Radford et al., 2021; OpenCLIP's: Cherti et al., 2023), as transformers' `CLIPTextModel`. Tokens come from
+//! outside.
 
 use lora_core::Component;
+use lora_io::checkpoint::ComponentWeights;
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Kind, Tensor};
+use serde_json::Value;
 
-use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention, own};
-use crate::weights::{WeightSource, Weights, dimension};
+use super::config;
+use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention, head_width, own};
+use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
 
 /// Tokens of one row: begin, 75 of text, end.
@@ -23,37 +27,47 @@ pub struct ClipConfig {
     pub width: usize,
     /// Width inside the feed-forward layers.
     pub intermediate: usize,
-    /// Number of layers.
+    /// Number of layers that are used; a file may hold more.
     pub layers: usize,
     /// Attention heads.
     pub heads: usize,
-    /// The exact GELU instead of CLIP's `x · sigmoid(1.702 x)`.
+    /// The exact GELU, as OpenCLIP has it, instead of `x · sigmoid(1.702 x)`.
     pub exact_gelu: bool,
 }
 
 impl ClipConfig {
-    /// Read off the tensors. `heads` and `hidden_act` come from a `config.json` where there is one; without it heads are
-    /// 64 wide and the activation is CLIP's own, as in SD 1.x.
-    pub fn detect(source: &dyn WeightSource, heads: Option<usize>, hidden_act: Option<&str>) -> Result<Self> {
-        let wrong = |reason: String| Error::Architecture { source_name: source.name(), reason };
+    /// Read off a component: widths from shapes; layers, heads and activation from its `config.json`. Without one, as in a
+    /// single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP: OpenCLIP's text encoders
+    /// have the exact GELU, and Stable Diffusion 2's single file a layer more than is used, which whoever knows the file sets.
+    ///
+    /// # Errors
+    /// Where a weight that sizes are read off is missing or lacks axes, or the config asks for what is not built here.
+    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+        let wrong = |reason: String| config::wrong(component, reason);
         let name = "text_model.embeddings.token_embedding.weight";
-        let (vocabulary, width) = (dimension(source, name, 0)?, dimension(source, name, 1)?);
+        let (vocabulary, width) = (dimension(component, name, 0)?, dimension(component, name, 1)?);
         if vocabulary < CLIP_VOCABULARY {
             return Err(wrong(format!("a text encoder of {vocabulary} tokens; expected CLIP's {CLIP_VOCABULARY}")));
         }
         let layer = |index: usize| format!("text_model.encoder.layers.{index}.mlp.fc1.weight");
-        let layers = (0..).take_while(|&index| source.contains(&layer(index))).count();
-        let intermediate = dimension(source, &layer(0), 0)?;
-        let heads = heads.unwrap_or(width / 64);
+        let present = (0..).take_while(|&index| component.contains(&layer(index))).count();
+        let heads = config::number(component, "num_attention_heads")?.unwrap_or(width / head_width(&[width]));
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(wrong(format!("a text encoder of width {width} does not divide into {heads} heads")));
         }
-        let exact_gelu = match hidden_act.unwrap_or("quick_gelu") {
+        let exact_gelu = match config::value(component, "hidden_act").and_then(Value::as_str).unwrap_or("quick_gelu") {
             "quick_gelu" => false,
             "gelu" => true,
             other => return Err(wrong(format!("text encoder: activation `{other}`; expected quick_gelu or gelu"))),
         };
-        Ok(Self { vocabulary, width, intermediate, layers, heads, exact_gelu })
+        Ok(Self {
+            vocabulary,
+            width,
+            intermediate: dimension(component, &layer(0), 0)?,
+            layers: config::number(component, "num_hidden_layers")?.unwrap_or(present),
+            heads,
+            exact_gelu,
+        })
     }
 }
 

@@ -1,17 +1,23 @@
 //! Text datasets for language models: JSON, JSON lines, Parquet or plain files, each record a plain text, an instruction
-//! with its answer (alpaca; prompt and completion), or a conversation (chat messages; sharegpt). How a conversation is
-//! laid out for a model is its chat template's business, which is not here.
+//! with its answer (alpaca; prompt and completion), or a conversation (chat messages; sharegpt). An example is a record as
+//! it was read: how a conversation is laid out for a model is its chat template's business, and how many tokens a text has
+//! its tokenizer's; neither is here.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
+use lora_core::random::Stream;
+use lora_io::hash::sha256;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::cache::DiskCache;
 use crate::dataset::Strictness;
 use crate::finding::{Finding, FindingKind};
+use crate::sampler::Visits;
+use crate::source::{Example, Identity, Shape, Source};
 use crate::{Error, Result};
 
 /// Who speaks.
@@ -85,32 +91,61 @@ pub enum TextForm {
     ShareGpt,
 }
 
-/// The records of a file or a folder.
-#[derive(Debug, Clone, Default)]
-pub struct TextDataset {
-    /// The records in order.
-    pub samples: Vec<TextSample>,
-    /// How many came in which form.
-    pub forms: BTreeMap<TextForm, usize>,
-    /// Records that were left out.
-    pub findings: Vec<Finding>,
+/// Which texts, and how they are visited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TextOptions {
+    /// A file or a folder.
+    pub path: PathBuf,
+    /// What happens when a record cannot be used.
+    pub strictness: Strictness,
+    /// Visits of each record per epoch.
+    pub repeats: usize,
+    /// Records at once.
+    pub batch_size: usize,
 }
 
-impl TextDataset {
+impl Default for TextOptions {
+    fn default() -> Self {
+        Self { path: PathBuf::new(), strictness: Strictness::Normal, repeats: 1, batch_size: 1 }
+    }
+}
+
+/// A record and where it is from.
+#[derive(Debug, Clone)]
+struct Record {
+    sample: TextSample,
+    form: TextForm,
+    /// Its file's place among the files.
+    file: usize,
+}
+
+/// The records of a file or a folder.
+#[derive(Debug, Clone)]
+pub struct Texts {
+    options: TextOptions,
+    files: Vec<PathBuf>,
+    records: Vec<Record>,
+    findings: Vec<Finding>,
+}
+
+impl Texts {
     /// Reads a `.jsonl`, `.json`, `.parquet` or `.txt` file (a text file is one record), or all such files of a folder, sorted
-    /// by name. Records that cannot be used are errors where `strictness` is strict, else they are left out and reported.
-    pub fn read(path: impl AsRef<Path>, strictness: Strictness) -> Result<Self> {
-        let path = path.as_ref();
-        let mut dataset = Self::default();
-        for file in files(path)? {
-            dataset.file(&file, strictness)?;
+    /// by name. Records that cannot be used are errors where the strictness says so, else they are left out and reported.
+    ///
+    /// # Errors
+    /// Where a file cannot be read, no record is left, or a record of a strict dataset is malformed.
+    pub fn open(options: TextOptions) -> Result<Self> {
+        let files = files(&options.path)?;
+        let mut texts = Self { options, files: Vec::new(), records: Vec::new(), findings: Vec::new() };
+        for path in files {
+            texts.files.push(path.clone());
+            texts.read(&path)?;
         }
-        match dataset.samples.is_empty() {
-            true if strictness != Strictness::Inspect => {
-                let found = match dataset.findings.first() {
-                    Some(finding) => {
-                        format!("{} record(s) could not be used, the first: {finding}", dataset.findings.len())
-                    }
+        let Self { options: TextOptions { path, strictness, .. }, records, findings, .. } = &texts;
+        match records.is_empty() {
+            true if *strictness != Strictness::Inspect => {
+                let found = match findings.first() {
+                    Some(finding) => format!("{} record(s) could not be used, the first: {finding}", findings.len()),
                     None => "there are no records".into(),
                 };
                 Err(Error::Empty {
@@ -119,11 +154,23 @@ impl TextDataset {
                     found,
                 })
             }
-            _ => Ok(dataset),
+            _ => Ok(texts),
         }
     }
 
-    fn file(&mut self, path: &Path, strictness: Strictness) -> Result<()> {
+    /// The records in order.
+    pub fn samples(&self) -> impl ExactSizeIterator<Item = &TextSample> {
+        self.records.iter().map(|record| &record.sample)
+    }
+
+    /// How many records came in which form.
+    pub fn forms(&self) -> BTreeMap<TextForm, usize> {
+        let mut forms = BTreeMap::new();
+        self.records.iter().for_each(|record| *forms.entry(record.form).or_default() += 1);
+        forms
+    }
+
+    fn read(&mut self, path: &Path) -> Result<()> {
         let wrong = |line: Option<usize>, reason: String| Error::caption(path, line, reason);
         match extension(path).as_str() {
             "jsonl" | "ndjson" => {
@@ -136,7 +183,7 @@ impl TextDataset {
                     if !bytes.trim_ascii().is_empty() {
                         let record = serde_json::from_slice(bytes)
                             .map_err(|error| wrong(Some(number), format!("not valid JSON: {error}")));
-                        self.record(path, Some(number), record, strictness)?;
+                        self.record(path, Some(number), record)?;
                     }
                     line.clear();
                 }
@@ -154,40 +201,86 @@ impl TextDataset {
                     other => return Err(wrong(None, format!("expected a list of records, found {}", shape(&other)))),
                 };
                 for (index, row) in rows.into_iter().enumerate() {
-                    self.record(path, Some(index + 1), Ok(row), strictness)?;
+                    self.record(path, Some(index + 1), Ok(row))?;
                 }
             }
             #[cfg(feature = "parquet")]
             "parquet" => {
                 for (index, row) in crate::dataset::table::json_rows(path)?.enumerate() {
-                    self.record(path, Some(index + 1), row, strictness)?;
+                    self.record(path, Some(index + 1), row)?;
                 }
             }
             _ => {
                 let text = crate::dataset::read_text(path);
-                self.record(path, None, text.map(Value::String), strictness)?;
+                self.record(path, None, text.map(Value::String))?;
             }
         }
         Ok(())
     }
 
-    fn record(
-        &mut self,
-        path: &Path,
-        number: Option<usize>,
-        record: Result<Value>,
-        strictness: Strictness,
-    ) -> Result<()> {
+    /// Takes up a record of the file that was begun last.
+    fn record(&mut self, path: &Path, number: Option<usize>, record: Result<Value>) -> Result<()> {
         let sample = record.and_then(|record| sample(&record).map_err(|reason| Error::caption(path, number, reason)));
         match sample {
-            Ok((form, sample)) => {
-                *self.forms.entry(form).or_default() += 1;
-                self.samples.push(sample);
-            }
-            Err(error) if strictness == Strictness::Strict => return Err(error),
+            Ok((form, sample)) => self.records.push(Record { sample, form, file: self.files.len() - 1 }),
+            Err(error) if self.options.strictness == Strictness::Strict => return Err(error),
             Err(error) => self.findings.push(Finding::new(path, FindingKind::CaptionFile, error.reason())),
         }
         Ok(())
+    }
+
+    /// Distinguishes records by what they say.
+    fn digest(&self, item: usize) -> String {
+        sha256(serde_json::json!(self.records[item].sample).to_string().as_bytes())
+    }
+}
+
+impl Source for Texts {
+    fn count(&self) -> usize {
+        self.records.len()
+    }
+
+    fn visits(&self, _item: usize) -> Visits {
+        Visits { count: self.options.repeats, shape: Shape::Unmeasured, batch_size: self.options.batch_size }
+    }
+
+    fn path(&self, item: usize) -> &Path {
+        &self.files[self.records[item].file]
+    }
+
+    fn example(&self, item: usize, _draw: &Stream) -> Result<Example> {
+        Ok(Example::Text(self.records[item].sample.clone()))
+    }
+
+    fn key_parts(&self, item: usize, _draw: &Stream, _cache: &DiskCache) -> Result<Vec<String>> {
+        Ok(vec![self.digest(item)])
+    }
+
+    fn identity(&self) -> Identity {
+        let count = self.count();
+        let all: Vec<String> = (0..count).map(|item| self.digest(item)).collect();
+        let visits = count * self.options.repeats;
+        Identity {
+            options: vec![("batch_size of the dataset".into(), self.options.batch_size.to_string())],
+            items: vec![
+                ("dataset".into(), format!("{count} texts, {visits} visits an epoch")),
+                ("texts".into(), sha256(all.join(" ").as_bytes())[..16].to_owned()),
+            ],
+        }
+    }
+
+    fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    fn leave_out(&mut self, unusable: Vec<(usize, Error)>) {
+        let mut kept = vec![true; self.records.len()];
+        for (item, error) in unusable {
+            kept[item] = false;
+            self.findings.push(Finding::new(self.path(item), FindingKind::CaptionFile, error.reason()));
+        }
+        let mut kept = kept.into_iter();
+        self.records.retain(|_| kept.next().unwrap_or(true));
     }
 }
 
@@ -306,10 +399,14 @@ fn turns(value: &Value, key: &str) -> Result<Vec<Message>, String> {
 mod tests {
     use super::*;
 
-    fn read(name: &str, text: &str, strictness: Strictness) -> Result<TextDataset> {
+    fn open(path: impl Into<PathBuf>, strictness: Strictness) -> Result<Texts> {
+        Texts::open(TextOptions { path: path.into(), strictness, ..TextOptions::default() })
+    }
+
+    fn read(name: &str, text: &str, strictness: Strictness) -> Result<Texts> {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(name), text).unwrap();
-        TextDataset::read(folder.path().join(name), strictness)
+        open(folder.path().join(name), strictness)
     }
 
     fn message(role: Speaker, content: &str) -> Message {
@@ -328,29 +425,51 @@ mod tests {
 "bare"
 "#;
         let dataset = read("a.jsonl", lines, Strictness::Strict).unwrap();
-        assert_eq!(dataset.forms.values().copied().collect::<Vec<_>>(), [2, 2, 1, 1, 1]);
-        let samples = &dataset.samples;
-        assert_eq!(samples[0], TextSample::Plain("plain".into()));
+        assert_eq!(dataset.forms().into_values().collect::<Vec<_>>(), [2, 2, 1, 1, 1]);
+        let samples: Vec<&TextSample> = dataset.samples().collect();
+        assert_eq!(*samples[0], TextSample::Plain("plain".into()));
         let translated = samples[1].messages().unwrap();
         assert_eq!(translated[0], message(Speaker::User, "Translate.\n\nHaus"));
         assert_eq!(samples[2].messages().unwrap()[0].content, "Say hi.");
         assert_eq!(samples[3].messages().unwrap()[1], message(Speaker::Assistant, "4"));
         let turns = [message(Speaker::User, "q"), message(Speaker::Assistant, "a")];
         assert_eq!(samples[4].messages().unwrap()[1..], turns);
-        assert_eq!(samples[5], TextSample::Chat(turns.into()));
+        assert_eq!(*samples[5], TextSample::Chat(turns.into()));
         assert_eq!(samples[0].messages(), None);
     }
 
     #[test]
     fn lists_and_plain_files_and_folders() {
         let list = read("a.json", r#"[{"text": "one"}, {"text": "two"}]"#, Strictness::Strict).unwrap();
-        assert_eq!(list.samples.len(), 2);
+        assert_eq!(list.samples().len(), 2);
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("b.txt"), "\u{feff}a whole\nfile").unwrap();
         fs::write(folder.path().join("a.jsonl"), "{\"text\": \"first\"}").unwrap();
         fs::write(folder.path().join("notes.md"), "not read").unwrap();
-        let dataset = TextDataset::read(folder.path(), Strictness::Strict).unwrap();
-        assert_eq!(dataset.samples, ["first", "a whole\nfile"].map(|text| TextSample::Plain(text.into())));
+        let dataset = open(folder.path(), Strictness::Strict).unwrap();
+        let samples: Vec<TextSample> = dataset.samples().cloned().collect();
+        assert_eq!(samples, ["first", "a whole\nfile"].map(|text| TextSample::Plain(text.into())));
+    }
+
+    #[test]
+    fn texts_are_visited_as_often_as_asked_and_share_batches_whatever_their_length() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        fs::write(&path, "{\"text\": \"one\"}\n{\"text\": \"one and a half\"}\n{\"text\": \"two\"}").unwrap();
+        let options = TextOptions { path: path.clone(), repeats: 2, batch_size: 4, ..TextOptions::default() };
+        let mut texts = Texts::open(options).unwrap();
+        let mut order = texts.sampler(1);
+        assert_eq!((order.epoch_length(), order.next_batch().len(), order.next_batch().len()), (6, 4, 2));
+        let text = |texts: &Texts, item: usize| texts.example(item, &Stream::new(0)).unwrap();
+        assert_eq!(text(&texts, 1), Example::Text(TextSample::Plain("one and a half".into())));
+
+        let before = texts.identity();
+        assert_eq!(before.items[0], ("dataset".into(), "3 texts, 6 visits an epoch".into()));
+        texts.leave_out(vec![(1, Error::caption(&path, Some(2), "too long"))]);
+        assert_eq!(text(&texts, 1), Example::Text(TextSample::Plain("two".into())));
+        assert_eq!((texts.count(), texts.findings()[0].path.as_path()), (2, path.as_path()));
+        assert_eq!(texts.identity().options, before.options);
+        assert!(texts.identity().items.iter().zip(&before.items).all(|(now, was)| now != was));
     }
 
     #[test]
@@ -374,7 +493,7 @@ mod tests {
             }
         }
         let mixed = read("a.jsonl", "{\"text\": \"good\"}\n{}\n\u{1}", Strictness::Normal).unwrap();
-        assert_eq!((mixed.samples.len(), mixed.findings.len()), (1, 2));
+        assert_eq!((mixed.count(), mixed.findings().len()), (1, 2));
         assert!(read("a.jsonl", "{}", Strictness::Normal).unwrap_err().to_string().contains("1 record"));
         assert!(read("a.xml", "<a/>", Strictness::Normal).unwrap_err().to_string().contains("jsonl"));
     }

@@ -1,13 +1,16 @@
-//! The conditional U-Net of Stable Diffusion 1.x (diffusers' `UNet2DConditionModel`).
+//! The U-Net that Stable Diffusion's first generations share (Rombach et al., CVPR 2022), conditioned on text (diffusers'
+//! `UNet2DConditionModel`).
 
 use lora_core::Component;
+use lora_io::checkpoint::ComponentWeights;
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::blocks::{Norm, ResnetBlock, upsample};
+use super::config;
 use super::transformer::{SpatialTransformer, TransformerSizes};
-use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass, own};
-use crate::weights::{WeightSource, Weights, dimension};
+use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass, head_width, own};
+use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
 
 /// Sizes of a U-Net.
@@ -29,58 +32,43 @@ pub struct UnetConfig {
     pub context: usize,
     /// Groups of the group norms.
     pub norm_groups: usize,
-    /// Transformers project by linear layers (SD 2) instead of 1×1 convolutions (SD 1).
+    /// Transformers project by linear layers instead of 1×1 convolutions.
     pub linear_projection: bool,
 }
 
 impl UnetConfig {
-    /// Read off the tensors. Attention heads (diffusers' `attention_head_dim`, which means the number of heads) come
-    /// from a `config.json` where there is one, one for all levels or one each; without it there are 8, as in SD 1.x.
-    pub fn detect(source: &dyn WeightSource, heads: Option<&[usize]>, norm_groups: Option<usize>) -> Result<Self> {
-        let wrong = |reason: String| Error::Architecture { source_name: source.name(), reason };
-        let shape = |name: &str| {
-            source.shape(name).ok_or_else(|| Error::MissingWeight { source_name: source.name(), name: name.into() })
-        };
-        let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| source.contains(&name(index))).count();
+    /// Read off a component: sizes from names and shapes; attention heads and norm groups from its `config.json`, where
+    /// `attention_head_dim` means the number of heads, one for all levels or one each. Without a config, as in a single file,
+    /// there are 8 heads a level where the transformers project by convolutions, and heads of 64 channels where they project by
+    /// linear layers; and 32 groups.
+    ///
+    /// # Errors
+    /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
+    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+        let wrong = |reason: String| config::wrong(component, reason);
+        let count =
+            |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| component.contains(&name(index))).count();
+        let resnet = |level: usize| format!("down_blocks.{level}.resnets.0.conv1.weight");
+        let projection = |level: usize| format!("down_blocks.{level}.attentions.0.proj_in.weight");
 
-        let levels = count(&|level| format!("down_blocks.{level}.resnets.0.conv1.weight"));
-        if levels == 0 {
-            shape("down_blocks.0.resnets.0.conv1.weight")?;
-        }
-        let channels =
-            (0..levels).map(|level| dimension(source, &format!("down_blocks.{level}.resnets.0.conv1.weight"), 0));
-        let channels = channels.collect::<Result<Vec<_>>>()?;
-        let attention: Vec<bool> = (0..levels)
-            .map(|level| source.contains(&format!("down_blocks.{level}.attentions.0.proj_in.weight")))
-            .collect();
-        let first = attention
-            .iter()
-            .position(|&present| present)
-            .ok_or_else(|| wrong("U-Net without attention; expected Stable Diffusion 1.x".into()))?;
-        let transformer = format!("down_blocks.{first}.attentions.0");
-        let heads = match heads {
-            Some([one]) => vec![*one; levels],
-            Some(each) if each.len() == levels => each.to_vec(),
-            Some(other) => return Err(wrong(format!("attention_head_dim {other:?} for {levels} levels"))),
-            None => vec![8; levels],
+        // At least the first, so that its absence is the error.
+        let levels = count(&resnet).max(1);
+        let channels = (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<Vec<_>>>()?;
+        let attention: Vec<bool> = (0..levels).map(|level| component.contains(&projection(level))).collect();
+        let Some(first) = attention.iter().position(|&present| present) else {
+            return Err(wrong("U-Net without attention; expected one that is conditioned on text".into()));
         };
-        if let Some(level) =
-            (0..levels).find(|&level| heads[level] == 0 || !channels[level].is_multiple_of(heads[level]))
-        {
-            return Err(wrong(format!(
-                "{} channels do not divide into {} attention heads",
-                channels[level], heads[level]
-            )));
-        }
+        let block = format!("down_blocks.{first}.attentions.0.transformer_blocks");
+        let linear_projection = component.shape(&projection(first)).is_some_and(|shape| shape.len() == 2);
         let config = Self {
-            latent_channels: dimension(source, "conv_in.weight", 1)?,
+            latent_channels: dimension(component, "conv_in.weight", 1)?,
             attention,
-            heads,
+            heads: heads(component, &channels, linear_projection)?,
             layers_per_block: count(&|layer| format!("down_blocks.0.resnets.{layer}.conv1.weight")),
-            transformer_depth: count(&|block| format!("{transformer}.transformer_blocks.{block}.norm1.weight")),
-            context: dimension(source, &format!("{transformer}.transformer_blocks.0.attn2.to_k.weight"), 1)?,
-            norm_groups: norm_groups.unwrap_or(32),
-            linear_projection: shape(&format!("{transformer}.proj_in.weight"))?.len() == 2,
+            transformer_depth: count(&|index| format!("{block}.{index}.norm1.weight")),
+            context: dimension(component, &format!("{block}.0.attn2.to_k.weight"), 1)?,
+            norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
+            linear_projection,
             channels,
         };
         if config.latent_channels != 4 {
@@ -104,6 +92,31 @@ impl UnetConfig {
             norm_groups: self.norm_groups,
             linear_projection: self.linear_projection,
         }
+    }
+}
+
+/// Attention heads of each level.
+fn heads(component: &ComponentWeights, channels: &[usize], linear_projection: bool) -> Result<Vec<usize>> {
+    let levels = channels.len();
+    // Newer configs have the count under its right name.
+    let found = match config::numbers(component, "num_attention_heads")? {
+        None => config::numbers(component, "attention_head_dim")?,
+        found => found,
+    };
+    let heads = match found.as_deref() {
+        Some([one]) => vec![*one; levels],
+        Some(each) if each.len() == levels => each.to_vec(),
+        Some(other) => {
+            return Err(config::wrong(component, format!("attention_head_dim {other:?} for {levels} levels")));
+        }
+        None if linear_projection => channels.iter().map(|width| width / head_width(channels)).collect(),
+        None => vec![8; levels],
+    };
+    match channels.iter().zip(&heads).find(|(width, heads)| !width.is_multiple_of(**heads)) {
+        Some((width, heads)) => {
+            Err(config::wrong(component, format!("{width} channels do not divide into {heads} attention heads")))
+        }
+        None => Ok(heads),
     }
 }
 

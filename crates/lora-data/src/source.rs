@@ -1,0 +1,121 @@
+//! Where examples come from: what a run asks of a dataset, whatever its items are. [`crate::Pictures`] and
+//! [`crate::texts::Texts`] answer. In which order items are visited is [`crate::sampler`]'s business; what is computed from
+//! an example belongs to the base model that is trained.
+
+use std::fmt;
+use std::path::Path;
+
+use lora_core::random::Stream;
+
+use crate::cache::DiskCache;
+use crate::finding::Finding;
+use crate::sampler::{EpochSampler, Visit, Visits};
+use crate::texts::TextSample;
+use crate::{Error, Result, Sample};
+
+/// What decides which items may share a batch: only those of equal shape do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Shape {
+    /// Width and height that a picture is trained at, in pixels.
+    Picture(usize, usize),
+    /// Number of tokens that a text is trained at.
+    Tokens(usize),
+    /// Items have a length that is not known yet, and share batches whatever it is: who lays a batch out pads it.
+    Unmeasured,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Shape::Picture(width, height) => write!(f, "{width}×{height}"),
+            Shape::Tokens(length) => write!(f, "{length} tokens"),
+            Shape::Unmeasured => f.write_str("any length"),
+        }
+    }
+}
+
+/// What training sees of an item, but for its caption.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Example {
+    /// A picture at the size that it is trained at, with its mask.
+    Picture(Sample),
+    /// A text as it was read.
+    Text(TextSample),
+}
+
+/// What makes the data of a run what they are: names and values, which a resumed run must share.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// What the options say.
+    pub options: Vec<(String, String)>,
+    /// What the items themselves say: known for good only once the unusable ones are left out.
+    pub items: Vec<(String, String)>,
+}
+
+/// A dataset, or several as one. Items are numbered from 0.
+///
+/// All that is random comes from the `draw` that a method is given, which belongs to the visit: order, threads and resuming
+/// change nothing.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// Number of items.
+    fn count(&self) -> usize;
+
+    /// How often an item comes in an epoch, and with which others it may share a batch.
+    fn visits(&self, item: usize) -> Visits;
+
+    /// The file that an item is from, for messages.
+    fn path(&self, item: usize) -> &Path;
+
+    /// Loads an item: the costly part of a visit, which threads do ahead.
+    ///
+    /// # Errors
+    /// Where the item cannot be read, which [`Source::leave_out`] may then be told.
+    fn example(&self, item: usize, draw: &Stream) -> Result<Example>;
+
+    /// Whether an item's example differs from visit to visit.
+    fn is_random(&self) -> bool {
+        false
+    }
+
+    /// The caption of a visit, empty where items have none. Reads no file.
+    fn caption(&self, _visit: &Visit, _draw: &Stream) -> String {
+        String::new()
+    }
+
+    /// The caption of an item without what is drawn at each visit.
+    fn plain_caption(&self, _item: usize) -> String {
+        String::new()
+    }
+
+    /// Whether captions are the same at every visit that has one.
+    fn captions_are_fixed(&self) -> bool {
+        true
+    }
+
+    /// How much an item counts in the loss.
+    fn loss_weight(&self, _item: usize) -> f64 {
+        1.0
+    }
+
+    /// All that an item's example depends on, as parts of a cache entry's key.
+    ///
+    /// # Errors
+    /// Where a file of the item cannot be read.
+    fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>>;
+
+    /// What a resumed run must have in common with this one.
+    fn identity(&self) -> Identity;
+
+    /// What was found when the items were read.
+    fn findings(&self) -> &[Finding];
+
+    /// Leaves items out that turned out unusable; the reasons go into the findings. Those that stay are numbered anew.
+    fn leave_out(&mut self, unusable: Vec<(usize, Error)>);
+
+    /// The order of all items.
+    fn sampler(&self, seed: u64) -> EpochSampler {
+        EpochSampler::new((0..self.count()).map(|item| self.visits(item)), seed)
+    }
+}

@@ -1,0 +1,8 @@
+//! Diffusion around a network that denoises: noise schedules with what the network is to predict, and samplers. Networks are in
+//! [`crate::networks`]; these take their answers as tensors.
+
+mod sampler;
+mod schedule;
+
+pub use sampler::{Sampler, SamplerKind};
+pub use schedule::{NoiseSchedule, Prediction, noise_schedule};

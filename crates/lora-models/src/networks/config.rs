@@ -1,0 +1,50 @@
+//! What a component's `config.json` says beside the names and shapes of its weights. Single files have none: then each network
+//! has its own rule.
+
+use lora_io::checkpoint::ComponentWeights;
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// The value of a key; `None` without a config, without the key, or where its value is null.
+pub(super) fn value<'c>(component: &'c ComponentWeights, key: &str) -> Option<&'c Value> {
+    component.config()?.get(key).filter(|value| !value.is_null())
+}
+
+/// A value that is a number above zero.
+pub(super) fn number(component: &ComponentWeights, key: &str) -> Result<Option<usize>> {
+    read(component, key, "a whole number above 0", above_zero)
+}
+
+/// A value that is one number above zero, or a list of such.
+pub(super) fn numbers(component: &ComponentWeights, key: &str) -> Result<Option<Vec<usize>>> {
+    read(component, key, "a whole number above 0 or a list of them", |value| match value {
+        Value::Array(each) => each.iter().map(above_zero).collect(),
+        one => above_zero(one).map(|one| vec![one]),
+    })
+}
+
+/// A value that is a number, whole or not.
+pub(super) fn real(component: &ComponentWeights, key: &str) -> Result<Option<f64>> {
+    read(component, key, "a number", Value::as_f64)
+}
+
+fn above_zero(value: &Value) -> Option<usize> {
+    value.as_u64().and_then(|number| usize::try_from(number).ok()).filter(|&number| number > 0)
+}
+
+fn read<T>(
+    component: &ComponentWeights,
+    key: &str,
+    expected: &str,
+    convert: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>> {
+    let Some(found) = value(component, key) else { return Ok(None) };
+    let wrong = || wrong(component, format!("config.json: {key} is {found}; expected {expected}"));
+    convert(found).map(Some).ok_or_else(wrong)
+}
+
+/// The error of a component that is not as a network needs it.
+pub(super) fn wrong(component: &ComponentWeights, reason: String) -> Error {
+    Error::Architecture { source_name: component.path().display().to_string(), reason }
+}

@@ -1,0 +1,27 @@
+//! Networks out of an open checkpoint. Each is loaded by itself, so that a trainer can let go of one before the next comes.
+
+use lora_core::Component;
+use lora_io::checkpoint::Checkpoint;
+use lora_torch::tch::{Device, Kind};
+
+use super::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::Result;
+use crate::weights::{Held, Weights};
+
+/// The text encoder.
+pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ClipTextEncoder> {
+    let component = checkpoint.component(Component::TEXT_ENCODER)?;
+    ClipTextEncoder::new(&Weights::new(component, kind, device).held(held), ClipConfig::detect(component)?)
+}
+
+/// The U-Net.
+pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Unet> {
+    let component = checkpoint.component(Component::UNET)?;
+    Unet::new(&Weights::new(component, kind, device).held(held), UnetConfig::detect(component)?)
+}
+
+/// The autoencoder.
+pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
+    let component = checkpoint.component(Component::VAE)?;
+    Vae::new(&Weights::new(component, kind, device).held(held), VaeConfig::detect(component)?)
+}

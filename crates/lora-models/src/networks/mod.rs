@@ -1,0 +1,17 @@
+//! Networks, one file each: a network knows its sizes, its weights under diffusers' and transformers' names, and its forward pass.
+//! What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`], losses are the trainer's.
+
+mod blocks;
+mod clip;
+mod config;
+mod load;
+mod tiles;
+mod transformer;
+mod unet;
+mod vae;
+
+pub use clip::{ClipConfig, ClipTextEncoder};
+pub use load::{load_text_encoder, load_unet, load_vae};
+pub use tiles::tiles_along;
+pub use unet::{Unet, UnetConfig};
+pub use vae::{LatentDistribution, Vae, VaeConfig};

@@ -1,0 +1,253 @@
+//! What a configuration gives for a key, as a value of the type that the key has.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use super::read::{Reader, near};
+use crate::optimiser::OptimiserRegistry;
+
+/// What a configuration gives for one key. What is wrong with it becomes a problem at the key's line; the methods then return
+/// what they return where nothing is given.
+#[derive(Debug)]
+pub struct Given<'r> {
+    reader: &'r mut Reader,
+    key: &'r str,
+}
+
+impl<'r> Given<'r> {
+    pub(super) fn new(reader: &'r mut Reader, key: &'r str) -> Self {
+        Self { reader, key }
+    }
+
+    /// Whether a key is given, this one or another.
+    pub fn has(&self, key: &str) -> bool {
+        self.reader.has(key)
+    }
+
+    /// Notes a problem with the key.
+    pub fn problem(&mut self, message: impl Into<String>) {
+        self.reader.problem(Some(self.key), message);
+    }
+
+    /// The optimisers that a configuration may name.
+    pub(super) fn optimisers(&self) -> &OptimiserRegistry {
+        &self.reader.optimisers
+    }
+
+    fn value(&self) -> Option<Value> {
+        self.reader.values.get(self.key).cloned()
+    }
+
+    /// Text.
+    pub fn text(&mut self) -> Option<String> {
+        match self.value()? {
+            Value::String(text) => Some(text),
+            // An unquoted word of digits is still a name.
+            Value::Number(number) => Some(number.to_string()),
+            other => self.mismatch("text", &other),
+        }
+    }
+
+    /// Text, or a switch as the word for it.
+    pub fn word(&mut self) -> Option<String> {
+        match self.value()? {
+            Value::Bool(on) => Some(on.to_string()),
+            _ => self.text(),
+        }
+    }
+
+    /// Text that must be there.
+    pub fn required_text(&mut self) -> String {
+        match self.text() {
+            Some(text) if !text.trim().is_empty() => text,
+            _ => {
+                if !self.reader.problems.iter().any(|problem| problem.key.as_deref() == Some(self.key)) {
+                    self.problem("is missing; it has no default");
+                }
+                String::new()
+            }
+        }
+    }
+
+    /// True or false.
+    pub fn boolean(&mut self, default: bool) -> bool {
+        match self.value() {
+            None => default,
+            Some(Value::Bool(value)) => value,
+            Some(other) => self.mismatch("true or false", &other).unwrap_or(default),
+        }
+    }
+
+    /// A whole number from `least` on.
+    pub fn count(&mut self, least: u64) -> Option<usize> {
+        let value = self.value()?;
+        match value.as_u64().filter(|&number| number >= least).and_then(|number| usize::try_from(number).ok()) {
+            Some(number) => Some(number),
+            None => self.mismatch(&format!("a whole number from {least} on"), &value),
+        }
+    }
+
+    /// A number above 0.
+    pub fn positive(&mut self) -> Option<f64> {
+        self.number("a number above 0", |number| number > 0.0)
+    }
+
+    /// A number from 0 on.
+    pub fn not_negative(&mut self) -> Option<f64> {
+        self.number("a number from 0 on", |number| number >= 0.0)
+    }
+
+    /// A number from 0 to 1.
+    pub fn share(&mut self) -> Option<f64> {
+        self.number("a number from 0 to 1", |number| (0.0..=1.0).contains(&number))
+    }
+
+    /// A number from 0 to below 1.
+    pub fn probability(&mut self) -> Option<f64> {
+        self.number("a number from 0 to below 1", |number| (0.0..1.0).contains(&number))
+    }
+
+    /// A finite number in a range, which `expected` names.
+    pub fn number(&mut self, expected: &str, fits: impl Fn(f64) -> bool) -> Option<f64> {
+        let value = self.value()?;
+        match value.as_f64().filter(|&number| number.is_finite() && fits(number)) {
+            Some(number) => Some(number),
+            None => self.mismatch(expected, &value),
+        }
+    }
+
+    /// A size of memory, `"8GiB"`.
+    pub(super) fn bytes(&mut self) -> Option<u64> {
+        let text = self.text()?;
+        match crate::plan::bytes::parse(&text) {
+            Ok(bytes) => Some(bytes),
+            Err(message) => {
+                self.problem(message);
+                None
+            }
+        }
+    }
+
+    /// A table of numbers by name; switches count as 0 and 1.
+    pub fn numbers(&mut self) -> BTreeMap<String, f64> {
+        let Some(value) = self.value() else { return BTreeMap::new() };
+        let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|on| f64::from(u8::from(on))));
+        let table = value.as_object().map(|table| {
+            table.iter().map(|(name, value)| Some((name.clone(), number(value)?))).collect::<Option<BTreeMap<_, _>>>()
+        });
+        match table {
+            Some(Some(numbers)) if numbers.values().all(|number| number.is_finite()) => numbers,
+            _ => self.mismatch("a table of numbers by name", &value).unwrap_or_default(),
+        }
+    }
+
+    /// A table of numbers or lists of numbers by name, or a list of texts `name=value`, as sd-scripts has them.
+    pub fn number_lists(&mut self) -> BTreeMap<String, Vec<f64>> {
+        let Some(value) = self.value() else { return BTreeMap::new() };
+        let number = |value: &Value| match value {
+            Value::Bool(on) => Some(f64::from(u8::from(*on))),
+            value => value.as_f64().filter(|number| number.is_finite()),
+        };
+        let numbers = |value: &Value| match value {
+            Value::Array(items) => items.iter().map(number).collect::<Option<Vec<_>>>(),
+            value => Some(vec![number(value)?]),
+        };
+        let written = |text: &str| {
+            let (name, values) = text.split_once('=')?;
+            let values = values.trim().trim_matches(['(', ')', '[', ']']).trim_end_matches(',');
+            let number = |word: &str| match word.trim() {
+                "True" | "true" => Some(1.0),
+                "False" | "false" => Some(0.0),
+                word => word.parse::<f64>().ok().filter(|number| number.is_finite()),
+            };
+            Some((name.trim().to_owned(), values.split(',').map(number).collect::<Option<Vec<_>>>()?))
+        };
+        let table: Option<BTreeMap<_, _>> = match &value {
+            Value::Object(table) => table.iter().map(|(name, value)| Some((name.clone(), numbers(value)?))).collect(),
+            Value::Array(items) => items.iter().map(|item| written(item.as_str()?)).collect(),
+            Value::String(text) => text.split_whitespace().map(written).collect(),
+            _ => None,
+        };
+        let expected = "a table of numbers, or of lists of them, by name, or a list of texts \"name=value\"";
+        table.unwrap_or_else(|| self.mismatch(expected, &value).unwrap_or_default())
+    }
+
+    /// One text or a list of texts.
+    pub fn texts(&mut self) -> Option<Vec<String>> {
+        match self.value()? {
+            Value::String(text) => Some(vec![text]),
+            Value::Array(items) if items.iter().all(Value::is_string) => {
+                Some(items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect())
+            }
+            other => self.mismatch("text or a list of texts", &other),
+        }
+    }
+
+    /// Two numbers.
+    pub fn pair(&mut self) -> Option<(f64, f64)> {
+        let value = self.value()?;
+        match value.as_array().map(|items| items.iter().map(Value::as_f64).collect::<Vec<_>>()).as_deref() {
+            Some([Some(first), Some(second)]) => Some((*first, *second)),
+            _ => self.mismatch("two numbers in brackets", &value),
+        }
+    }
+
+    /// Width and height: `"512,768"`, `512` or `[512, 768]`, in multiples of 8.
+    pub fn size(&mut self) -> Option<(usize, usize)> {
+        let value = self.value()?;
+        let sides: Option<Vec<usize>> = match &value {
+            Value::Number(_) => value.as_u64().map(|side| vec![side as usize]),
+            Value::String(text) => text.split([',', 'x']).map(|side| side.trim().parse().ok()).collect(),
+            Value::Array(items) => items.iter().map(|item| item.as_u64().map(|side| side as usize)).collect(),
+            _ => None,
+        };
+        let size = match sides.as_deref() {
+            Some([side]) => (*side, *side),
+            Some([width, height]) => (*width, *height),
+            _ => return self.mismatch("\"width,height\" or one number", &value),
+        };
+        for side in [size.0, size.1] {
+            if !(64..=4096).contains(&side) || side % 8 != 0 {
+                let near = (side.clamp(64, 4096) / 8 * 8, side.clamp(64, 4096).next_multiple_of(8));
+                let message = format!(
+                    "{side} pixels: expected a multiple of 8 from 64 to 4096; nearest are {} and {}",
+                    near.0, near.1
+                );
+                self.problem(message);
+                return None;
+            }
+        }
+        Some(size)
+    }
+
+    /// One of a few words.
+    pub fn choice<T: Copy>(&mut self, choices: &[(&str, T)]) -> Option<T> {
+        let word = self.text()?;
+        match choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(&word)) {
+            Some((_, value)) => Some(*value),
+            None => {
+                let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+                let message =
+                    format!("`{word}` is not among {}{}", names.join(", "), near(&word, names.iter().copied()));
+                self.problem(message);
+                None
+            }
+        }
+    }
+
+    /// A list of tables.
+    pub(super) fn tables(&mut self) -> Vec<Map<String, Value>> {
+        let Some(value) = self.value() else { return Vec::new() };
+        let tables = value.as_array().map(|list| list.iter().map(|table| table.as_object().cloned()).collect());
+        match tables {
+            Some(Some(tables)) => tables,
+            _ => self.mismatch("a list of tables, [[datasets]] in TOML", &value).unwrap_or_default(),
+        }
+    }
+
+    fn mismatch<T>(&mut self, expected: &str, found: &Value) -> Option<T> {
+        self.problem(format!("expected {expected}, found {found}"));
+        None
+    }
+}

@@ -1,0 +1,188 @@
+//! What is trained on and where the result goes: datasets, roles of pictures, output. How pictures are cut and captioned is
+//! in [`super::pictures`].
+
+use std::path::PathBuf;
+
+use lora_data::dataset::{Role, Strictness};
+
+use super::{Given, Group, Key, Reads, Resumed, shown};
+
+/// The keys, in the order of the reference.
+pub(super) static KEYS: Group = Group {
+    section: "What to train on",
+    behind: None,
+    keys: &[
+        Key {
+            name: "base_model",
+            values: "path",
+            default: "required",
+            meaning: "Stable Diffusion 1.x checkpoint: one `.safetensors` file in the original layout, or a diffusers folder.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| config.base_model = given.required_text().into()),
+        },
+        Key {
+            name: "train_data_dir",
+            values: "path",
+            default: "required",
+            meaning: "Folder of pictures with captions (`.txt`, `.caption`, `metadata.csv` or `metadata.jsonl`), of `N_name` folders or of any folders; a `.tar` in WebDataset's form; a `.parquet`. Not needed with `datasets` or `dataset_config`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.path = given.text().map(PathBuf::from).unwrap_or_default()
+            }),
+        },
+        Key {
+            name: "datasets",
+            values: "list of tables",
+            default: "none",
+            meaning: "Several datasets, each with its own `train_data_dir` and whatever else differs from the keys outside: repeats, resolution, buckets, batch size, captions, processors, masks, `is_reg`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::WhichDatasets,
+        },
+        Key {
+            name: "dataset_config",
+            values: "path",
+            default: "none",
+            meaning: "A dataset file of sd-scripts (`[general]`, `[[datasets]]`, `[[datasets.subsets]]`), as it is.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::WhichDatasets,
+        },
+        Key {
+            name: "reg_data_dir",
+            values: "path",
+            default: "none",
+            meaning: "Folder of regularisation pictures, which keep what the model knows of the class; as many visits as the others have.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::WhichDatasets,
+        },
+        Key {
+            name: "is_reg",
+            values: "true/false",
+            default: "false",
+            meaning: "In `datasets`: these are regularisation pictures.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.scan.role = match given.boolean(false) {
+                    true => Role::Regularisation,
+                    false => Role::Training,
+                }
+            }),
+        },
+        Key {
+            name: "prior_loss_weight",
+            values: "0 …",
+            default: "1",
+            meaning: "How much regularisation pictures count in the loss.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| shown(&config.prior_loss_weight)),
+            reads: Reads::Common(
+                |given, config| config.prior_loss_weight = given.not_negative().unwrap_or(1.0),
+                |given, dataset| dataset.prior_loss_weight = given.not_negative().unwrap_or(1.0),
+            ),
+        },
+        Key {
+            name: "loss_weight",
+            values: "0 …",
+            default: "1",
+            meaning: "How much a dataset's pictures count in the loss.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| dataset.options.loss_weight = given.not_negative().unwrap_or(1.0)),
+        },
+        Key {
+            name: "recursive",
+            values: "true/false",
+            default: "false",
+            meaning: "Read folders below one that has pictures of its own too.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| dataset.options.scan.recursive = given.boolean(false)),
+        },
+        Key {
+            name: "caption_extension",
+            values: "extension",
+            default: ".txt, then .caption",
+            meaning: "Extension of caption files, where it is another.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| dataset.options.scan.caption_extension = given.text()),
+        },
+        Key {
+            name: "class_tokens",
+            values: "text",
+            default: "the `name` of an `N_name` folder",
+            meaning: "Caption of pictures that have none.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| dataset.options.scan.class = given.text().unwrap_or_default()),
+        },
+        Key {
+            name: "metadata_file",
+            values: "path",
+            default: "none",
+            meaning: "Metadata of sd-scripts (JSON by path, or JSON lines); its pictures are trained on, relative ones in `train_data_dir`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.scan.metadata_file = given.text().map(PathBuf::from)
+            }),
+        },
+        Key {
+            name: "output_dir",
+            values: "path",
+            default: "required",
+            meaning: "Folder for the LoRA, samples, loss curve and metrics; made if it is not there.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.output_dir = given.required_text().into()),
+        },
+        Key {
+            name: "output_name",
+            values: "text",
+            default: "\"lora\"",
+            meaning: "File name of the LoRA without its extension; the WebUI shows it.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.output_name = output_name(given)),
+        },
+        Key {
+            name: "init_from",
+            values: "path",
+            default: "none",
+            meaning: "A LoRA of this layout to go on from, with the same rank and targets.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Adapter(|given, config| config.init_from = given.text().map(PathBuf::from)),
+        },
+        Key {
+            name: "strict",
+            values: "true/false",
+            default: "false",
+            meaning: "Unreadable pictures end the run instead of being skipped with a count.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Common(
+                |given, config| config.strict = given.boolean(false),
+                |given, dataset| {
+                    dataset.options.scan.strictness = match given.boolean(false) {
+                        true => Strictness::Strict,
+                        false => Strictness::Normal,
+                    }
+                },
+            ),
+        },
+    ],
+};
+
+fn output_name(given: &mut Given<'_>) -> String {
+    let name = given.text().unwrap_or_else(|| "lora".into());
+    if name.is_empty() || name.contains(['/', '\\', ':', '>', '<']) || name.starts_with('.') {
+        given.problem(format!("`{name}` cannot name a file that prompts call (no / \\ : < >)"));
+    }
+    name
+}

@@ -1,0 +1,204 @@
+//! Keys that Stable Diffusion brings: its networks, its captions, its loss, its autoencoder and its samplers. Another base
+//! with the same parts names the same groups.
+
+use lora_data::tokenizer::TextCleaning;
+use lora_models::diffusion::SamplerKind;
+
+use super::{Given, Group, Key, Reads, Resumed, shown};
+
+/// What captions that change from visit to visit cost.
+pub(super) const KEPT_ENCODER: &str =
+    "Keeps the text encoder on the device (0.25 GB in fp16) even where it does not train.";
+
+/// All of them.
+pub static KEYS: &[&Group] = &[&NETWORKS, &RATES, &CAPTIONS, &WEIGHTS, &LOSS, &AUTOENCODER, &SAMPLER];
+
+/// Which of its networks are trained.
+pub static NETWORKS: Group = Group {
+    section: "Adapter",
+    behind: Some("target_modules"),
+    keys: &[
+        Key {
+            name: "train_unet",
+            values: "true/false",
+            default: "true",
+            meaning: "Adapt the U-Net.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| shown(&config.train_unet)),
+            reads: Reads::Run(|given, config| config.train_unet = given.boolean(true)),
+        },
+        Key {
+            name: "train_text_encoder",
+            values: "true/false",
+            default: "true",
+            meaning: "Adapt the text encoder.",
+            memory: "Off saves its activations, and its weights once captions are encoded.",
+            resumed: Resumed::Fixed(|config| shown(&config.train_text_encoder)),
+            reads: Reads::Run(|given, config| {
+                config.train_text_encoder = given.boolean(true);
+                if !config.train_unet && !config.train_text_encoder {
+                    given.problem("train_unet and train_text_encoder are both off; there is nothing to train");
+                }
+            }),
+        },
+    ],
+};
+
+/// Their learning rates.
+pub static RATES: Group = Group {
+    section: "Optimisation",
+    behind: Some("learning_rate"),
+    keys: &[
+        Key {
+            name: "unet_lr",
+            values: "0 …",
+            default: "learning_rate",
+            meaning: "Learning rate of the U-Net's adapter.",
+            memory: "",
+            resumed: Resumed::Free(|config| shown(&config.unet_lr)),
+            reads: Reads::Run(|given, config| config.unet_lr = given.not_negative().unwrap_or(config.learning_rate)),
+        },
+        Key {
+            name: "text_encoder_lr",
+            values: "0 …",
+            default: "half of learning_rate",
+            meaning: "Learning rate of the text encoder's adapter, which overfits sooner.",
+            memory: "",
+            resumed: Resumed::Free(|config| shown(&config.text_encoder_lr)),
+            reads: Reads::Run(|given, config| {
+                config.text_encoder_lr = given.not_negative().unwrap_or(config.learning_rate / 2.0)
+            }),
+        },
+    ],
+};
+
+/// How captions become states.
+pub static CAPTIONS: Group = Group {
+    section: "Pictures and captions",
+    behind: Some("processors"),
+    keys: &[
+        Key {
+            name: "clip_skip",
+            values: "1 …",
+            default: "1",
+            meaning: "2 leaves out the text encoder's last layer, as bases trained so expect.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| shown(&config.clip_skip)),
+            reads: Reads::Run(|given, config| config.clip_skip = given.count(1).unwrap_or(1)),
+        },
+        Key {
+            name: "max_token_length",
+            values: "75, 150, 225",
+            default: "75",
+            meaning: "Tokens of a caption; what is longer is cut.",
+            memory: "Longer captions, longer cross-attention.",
+            resumed: Resumed::Fixed(|config| shown(&config.max_token_length)),
+            reads: Reads::Run(|given, config| config.max_token_length = max_token_length(given)),
+        },
+        Key {
+            name: "text_cleaning",
+            values: "ftfy, none",
+            default: "\"ftfy\"",
+            meaning: "How captions are cleaned before they are split into tokens: as CLIP and sd-scripts do, or as transformers 5 does. They differ on full-width punctuation, curly quotes and entities.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.text_cleaning.name().to_owned()),
+            reads: Reads::Run(|given, config| {
+                config.text_cleaning =
+                    given.choice(&[("ftfy", TextCleaning::Ftfy), ("none", TextCleaning::None)]).unwrap_or_default()
+            }),
+        },
+    ],
+};
+
+/// What brackets in captions mean.
+pub static WEIGHTS: Group = Group {
+    section: "Pictures and captions",
+    behind: Some("enable_wildcard"),
+    keys: &[Key {
+        name: "weighted_captions",
+        values: "true/false",
+        default: "false",
+        meaning: "`(word:1.2)`, `(word)` and `[word]` in captions and sample prompts weigh words as in the WebUI.",
+        memory: "",
+        resumed: Resumed::Fixed(|config| shown(&config.weighted_captions)),
+        reads: Reads::Run(|given, config| config.weighted_captions = given.boolean(false)),
+    }],
+};
+
+/// Noise and the loss.
+pub static LOSS: Group = Group {
+    section: "Pictures and captions",
+    behind: Some("weighted_captions"),
+    keys: &[
+        Key {
+            name: "noise_offset",
+            values: "0 …",
+            default: "0",
+            meaning: "Adds a constant per channel to the noise, for darker darks and lighter lights (0.05 to 0.1).",
+            memory: "",
+            resumed: Resumed::Fixed(|config| shown(&config.noise_offset)),
+            reads: Reads::Run(|given, config| config.noise_offset = given.not_negative().unwrap_or(0.0)),
+        },
+        Key {
+            name: "min_snr_gamma",
+            values: "above 0",
+            default: "none",
+            meaning: "Weights the loss by min(SNR, γ)/SNR; 5 in the paper.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| shown(&config.min_snr_gamma)),
+            reads: Reads::Run(|given, config| config.min_snr_gamma = given.positive()),
+        },
+    ],
+};
+
+/// Latents.
+pub static AUTOENCODER: Group = Group {
+    section: "Precision and memory",
+    behind: Some("cuda_graphs"),
+    keys: &[
+        Key {
+            name: "cache_latents",
+            values: "true/false",
+            default: "true",
+            meaning: "Encode all pictures once, before the first step; then the autoencoder leaves the device.",
+            memory: "On saves the autoencoder's weights and its encoding of each step.",
+            resumed: Resumed::Fixed(|config| shown(&config.cache_latents)),
+            reads: Reads::Run(|given, config| config.cache_latents = given.boolean(true)),
+        },
+        Key {
+            name: "vae_tiling",
+            values: "true/false",
+            default: "false",
+            meaning: "Take pictures of more than 256 pixels a side (of SD 1.x) through the autoencoder in overlapping tiles that fade into each other, when they are encoded and when samples are drawn. The autoencoder's norms see a tile instead of the picture, so that latents and samples differ a little.",
+            memory: "What drawing samples and encoding need beside weights falls to a fifth at 512 pixels, less at larger sizes. Costs two thirds more time in the autoencoder.",
+            resumed: Resumed::Fixed(|config| shown(&config.vae_tiling)),
+            reads: Reads::Run(|given, config| config.vae_tiling = given.boolean(false)),
+        },
+    ],
+};
+
+/// Drawing samples.
+pub static SAMPLER: Group = Group {
+    section: "Saving and looking",
+    behind: Some("sample_guidance_scale"),
+    keys: &[Key {
+        name: "sample_sampler",
+        values: "euler, ddim",
+        default: "\"euler\"",
+        meaning: "Sampler.",
+        memory: "",
+        resumed: Resumed::Unrecorded,
+        reads: Reads::Run(|given, config| {
+            config.samples.sampler =
+                given.choice(&[("euler", SamplerKind::Euler), ("ddim", SamplerKind::Ddim)]).unwrap_or_default()
+        }),
+    }],
+};
+
+fn max_token_length(given: &mut Given<'_>) -> usize {
+    let length = given.count(1).unwrap_or(75);
+    if ![75, 150, 225].contains(&length) {
+        given.problem(format!("expected 75, 150 or 225, found {length}"));
+    }
+    length
+}

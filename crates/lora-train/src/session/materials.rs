@@ -1,0 +1,169 @@
+//! What a run is made of and what is known of it before the first network is loaded: the configuration as it was planned, the
+//! pictures, the base's files, the device. What is made of that is `prepare`'s business.
+
+use std::sync::Arc;
+
+use lora_core::DType;
+use lora_data::Pictures;
+use lora_data::cache::DiskCache;
+use lora_io::checkpoint::Checkpoint;
+use lora_torch::graph::Recorder;
+use lora_torch::memory::Limit;
+use lora_torch::tch::Device;
+use lora_torch::tensor::kind_of;
+use lora_torch::{device, dry};
+
+use super::graphs::{self, StepGraphs};
+use super::resume;
+use crate::base_model;
+use crate::config::{LrScheduler, TrainConfig};
+use crate::optimiser::OptimiserState;
+use crate::plan;
+use crate::plugins::Plugins;
+use crate::state::{Settings, StateFile};
+use crate::{Error, Result};
+
+/// What a run is made of.
+#[derive(Debug)]
+pub(crate) struct Materials {
+    pub(super) config: TrainConfig,
+    pub(super) optimiser: OptimiserState,
+    pub(super) pictures: Pictures,
+    pub(super) disk: Option<Arc<DiskCache>>,
+    pub(super) checkpoint: Arc<Checkpoint>,
+    /// Hashes of a base in one file: as older programs make it, and SHA-256.
+    pub(super) base_hashes: Option<(String, String)>,
+    pub(super) device: Device,
+    pub(super) precision: DType,
+    /// The state that the run goes on from.
+    pub(super) state: Option<StateFile>,
+    /// Holds the allocator to `vram_budget`.
+    pub(super) limit: Option<Limit>,
+    pub(super) recorder: Option<Arc<Recorder>>,
+    /// Where steps are recorded.
+    pub(super) graphs: Option<StepGraphs>,
+    pub(super) notes: Vec<String>,
+}
+
+impl Materials {
+    /// Of a run that is to happen: everything that can go wrong before the base is loaded goes wrong here.
+    pub(super) fn open(config: TrainConfig, plugins: &Plugins) -> Result<Self> {
+        for dataset in &config.datasets {
+            plugins.processors.chain(&dataset.processors)?;
+        }
+        plugins.variants.get(&config.variant)?;
+        plugins.callbacks(&config.callbacks)?;
+        let (optimiser, mut notes) = optimiser(&config, plugins)?;
+        lora_io::atomic::check_writable(&config.output_dir)?;
+        lora_io::atomic::clear_partial(&config.output_dir);
+        let (config, planned) = plan::applied(config, plugins)?;
+        notes.extend(planned);
+        let pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
+        let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
+        let checkpoint = Arc::new(base_model::open(&config.base_model)?);
+        let device = device::resolve(&config.device)?;
+        let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
+        let limit = limit.transpose().unwrap_or_else(|error| {
+            notes.push(format!("vram_budget is kept to as far as it was planned, but nothing enforces it: {error}"));
+            None
+        });
+        let recorder = graphs::recorder(&config, device);
+        let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
+        let precision = precision(&config, device, &mut notes);
+        device::check_kind(device, kind_of(precision))?;
+        // A state that is another run's is refused before anything takes time.
+        let state = resume::open(&config)?;
+        if let Some(state) = &state {
+            resume::agree(state, &Settings::new(&config, &pictures, precision), false)?;
+        }
+        if let Some(example) = checkpoint.unused().first() {
+            notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
+        }
+        // Reading a file of gigabytes twice is worth it only for a single file: folders have no such hash.
+        let base_hashes = match config.base_model.is_file() {
+            true => {
+                Some((lora_io::hash::auto_v1(&config.base_model)?, lora_io::hash::file_sha256(&config.base_model)?))
+            }
+            false => None,
+        };
+        let graphs = recorder.as_ref().map(|recorder| StepGraphs::new(Some(Arc::clone(recorder))));
+        Ok(Self {
+            config,
+            optimiser,
+            pictures,
+            disk,
+            checkpoint,
+            base_hashes,
+            device,
+            precision,
+            state,
+            limit: limit.flatten(),
+            recorder,
+            graphs,
+            notes,
+        })
+    }
+
+    /// Of a dry run: no file but the base's headers is read, and none is written.
+    pub(crate) fn dry(
+        config: TrainConfig,
+        checkpoint: Arc<Checkpoint>,
+        pictures: Pictures,
+        device: Device,
+        plugins: &Plugins,
+    ) -> Result<Self> {
+        let (optimiser, mut notes) = optimiser(&config, plugins)?;
+        let precision = precision(&config, device, &mut notes);
+        let recorded = !dry::platform(device).is_cpu() && graphs::can_record(&config);
+        Ok(Self {
+            optimiser,
+            pictures,
+            disk: None,
+            checkpoint,
+            base_hashes: None,
+            device,
+            precision,
+            state: None,
+            limit: None,
+            recorder: None,
+            graphs: recorded.then(|| StepGraphs::new(None)),
+            notes,
+            config,
+        })
+    }
+}
+
+/// The number type of arithmetic.
+fn precision(config: &TrainConfig, device: Device, notes: &mut Vec<String>) -> DType {
+    let platform = dry::platform(device);
+    let precision = plan::precision_on(platform, config.precision);
+    if precision != config.precision {
+        notes.push("precision fp16 is for GPUs; on the CPU this run trains in fp32".into());
+    }
+    if config.offload_base && platform.is_cpu() {
+        notes.push("offload_base is for GPUs; on the CPU it costs time and saves nothing".into());
+    }
+    precision
+}
+
+/// The optimiser of a configuration, and what to know of it.
+fn optimiser(config: &TrainConfig, plugins: &Plugins) -> Result<(OptimiserState, Vec<String>)> {
+    let chosen = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?;
+    let mut notes = chosen.optimiser.notes(config.learning_rate);
+    if chosen.optimiser.evaluates_elsewhere() {
+        if config.ema_decay > 0.0 {
+            return Err(Error::OptimiserArgument {
+                optimiser: config.optimizer.clone(),
+                argument: "ema_decay".into(),
+                reason: "it averages the weights itself; take ema_decay out".into(),
+            });
+        }
+        if config.lr_scheduler != LrScheduler::Constant {
+            notes.push(format!(
+                "{} needs no schedule of the learning rate and learns best with lr_scheduler = \"constant\"",
+                config.optimizer
+            ));
+        }
+    }
+    Ok((OptimiserState::new(chosen), notes))
+}
