@@ -124,6 +124,24 @@ fn a_lora_changes_what_it_changes_in_diffusers() {
 }
 
 #[test]
+fn factors_by_block_are_those_of_the_family() {
+    let at = tempfile::tempdir().unwrap();
+    let output = at.path().join("merged");
+    for (family, count, other) in [(&sd2::FAMILY, 25, 23), (&sdxl::FAMILY, 23, 25)] {
+        let read = adapter::read(golden(family, "-lora")).unwrap();
+        let run = |blocks: usize| {
+            let strength = Strength { blocks: vec![0.0; blocks], ..Strength::of_text_and_others(0.0, 1.0) };
+            let weighted = [Weighted { name: "it".into(), adapter: read.adapter.clone(), strength }];
+            let options = MergeOptions::default();
+            merge(golden(family, ""), &weighted, &output, &options, &VariantRegistry::default(), &|_, _| {})
+        };
+        assert_eq!(run(count).unwrap().changed, 0, "every factor is zero");
+        let error = run(other).unwrap_err().to_string();
+        assert!(error.contains(&format!("which has {count}")), "{error}");
+    }
+}
+
+#[test]
 fn the_lora_comes_back_from_the_merged_model() {
     let at = tempfile::tempdir().unwrap();
     for family in MADE {
@@ -286,7 +304,7 @@ static OWN: Family = Family {
     signs: Signs::NONE,
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };
 
 #[test]

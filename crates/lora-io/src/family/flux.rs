@@ -39,5 +39,5 @@ pub static FAMILY: Family = Family {
     },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };

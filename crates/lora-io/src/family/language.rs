@@ -16,5 +16,5 @@ pub static FAMILY: Family = Family {
     signs: Signs { alone: |module| module.path.component == Component::LANGUAGE_MODEL, ..Signs::NONE },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };

@@ -2,7 +2,6 @@
 //! layer.
 
 use lora_core::Component;
-use lora_core::strength::block;
 
 use super::adapter::Signs;
 use super::layers::{self, TextEncoder};
@@ -48,5 +47,5 @@ pub static FAMILY: Family = Family {
         second_version: true,
     }),
     layers: || layers::list(&sd1::PUBLISHED_UNET, &[TextEncoder { component: Component::TEXT_ENCODER, layers: 23 }]),
-    block: |path| block(path, false),
+    block_factors: Some(25),
 };

@@ -46,7 +46,7 @@ pub static FAMILY: Family = Family {
     },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };
 
 /// A component whose names in other layouts are not known here, and without which a base is whole: text encoders are

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use lora_core::backend::CpuBackend;
 use lora_core::variant::{BiasChange, Changes, VariantRegistry};
-use lora_core::{AdapterModule, Component, ModulePath};
+use lora_core::{AdapterModule, Component, ModulePath, Strength};
 
 use super::Weighted;
 use crate::adapter::names;
@@ -71,6 +71,7 @@ impl Edits {
         let layers = StoredLayers::new(base, files);
         let mut all = Self { files: files.iter().map(|_| BTreeMap::new()).collect() };
         for (index, adapter) in adapters.iter().enumerate() {
+            layers.check_blocks(base, &adapter.strength)?;
             let mut problems = Vec::new();
             for (path, module) in &adapter.adapter.modules {
                 if adapter.strength.of(path) == 0.0 {
@@ -134,6 +135,7 @@ impl Edits {
 
 /// The base's layers by canonical path, and by their own names with underscores.
 pub(super) struct StoredLayers {
+    family: Option<&'static Family>,
     pub(super) known: BTreeMap<ModulePath, StoredLayer>,
     /// Own name, dots as underscores → layers of that name.
     spelt: BTreeMap<String, Vec<StoredLayer>>,
@@ -152,12 +154,27 @@ impl StoredLayers {
             names.add(folder_of(file).as_deref(), shapes);
         }
         let family = Family::of_base(&names, &FAMILIES);
-        let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
+        let mut layers = Self { family, known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
             layers.add_spelt(index, file);
             layers.add_known(index, file, folder_of(file).as_deref(), family);
         }
         layers
+    }
+
+    /// Factors by block mean other blocks in another family.
+    fn check_blocks(&self, base: &Path, strength: &Strength) -> Result<()> {
+        let Some((family, count)) = self.family.and_then(|family| Some((family, family.block_factors?))) else {
+            return Ok(());
+        };
+        match strength.blocks.len() {
+            0 => Ok(()),
+            given if given == count => Ok(()),
+            given => Err(Error::format(
+                base,
+                format!("{given} factors by block are given; this is {family}, which has {count}"),
+            )),
+        }
     }
 
     /// The layers of a file by their own names.
