@@ -1,4 +1,5 @@
-//! Causal language models in Hugging Face's layout. Their files lie in the folder itself; `gguf::names` has llama.cpp's names.
+//! Causal language models in Hugging Face's layout. Their files lie in the folder itself; `gguf::names` has llama.cpp's
+//! names.
 
 use lora_core::Component;
 

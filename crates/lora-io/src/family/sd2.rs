@@ -1,5 +1,5 @@
-//! Stable Diffusion 2.x: SD 1's U-Net with matrices where that has 1×1 convolutions, and OpenCLIP's text encoder without its last
-//! layer.
+//! Stable Diffusion 2.x: SD 1's U-Net with matrices where that has 1×1 convolutions, and OpenCLIP's text encoder without
+//! its last layer.
 
 use lora_core::Component;
 

@@ -1,5 +1,5 @@
-//! Stable Diffusion 3 and 3.5: a diffusion transformer, two CLIP text encoders and T5, an autoencoder. Opened from diffusers' folders;
-//! adapters keep their files' names.
+//! Stable Diffusion 3 and 3.5: a diffusion transformer, two CLIP text encoders and T5, an autoencoder. Opened from
+//! diffusers' folders; adapters keep their files' names.
 
 use lora_core::Component;
 

@@ -1,7 +1,7 @@
 //! Which tensors of a base an adapter's modules change.
 //!
-//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their own
-//! names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
+//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their
+//! own names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
 //! alone. A module of a model that is not known is looked up by its name with dots and underscores taken as the same; if
 //! that leaves two tensors, it is refused.
 
