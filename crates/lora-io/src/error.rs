@@ -79,3 +79,13 @@ impl Error {
         Error::Tensor { path: path.to_owned(), tensor: tensor.to_owned(), reason: reason.into() }
     }
 }
+
+/// The first of several problems in one line.
+pub(crate) fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let mut list = problems[..problems.len().min(SHOWN)].join("; ");
+    if problems.len() > SHOWN {
+        list.push_str("; …");
+    }
+    list
+}

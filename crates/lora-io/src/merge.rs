@@ -24,7 +24,7 @@ use rayon::prelude::*;
 
 use crate::safetensors::{Entry, SafetensorsFile, StoredDType, header};
 use crate::{Error, Result, atomic};
-use targets::{Change, Plan};
+use targets::{Edit, Edits};
 
 /// An adapter and how strongly it is merged.
 #[derive(Debug, Clone)]
@@ -77,7 +77,7 @@ pub fn merge(
     let folder = fs::metadata(base).map_err(Error::io(base, "open the base model"))?.is_dir();
     guard(base, output, folder)?;
     let (paths, files) = open_base(base)?;
-    let plan = Plan::new(base, &files, adapters, variants)?;
+    let edits = Edits::new(base, &files, adapters, variants)?;
     let total = files.iter().map(|file| file.data().len() as u64).sum();
     let done = std::sync::atomic::AtomicU64::new(0);
     let advance = |bytes: u64| {
@@ -86,7 +86,7 @@ pub fn merge(
     };
     let mut report = MergeReport::default();
     if !folder {
-        merge_file(&files[0], plan.of_file(0), output, adapters, options, variants, &advance, &mut report)?;
+        merge_file(&files[0], edits.of_file(0), output, adapters, options, variants, &advance, &mut report)?;
         return Ok(report);
     }
     // The folder is made beside its place and renamed, as files are.
@@ -99,7 +99,7 @@ pub fn merge(
     for (index, (path, file)) in paths.iter().zip(&files).enumerate() {
         let relative = path.strip_prefix(base).unwrap_or(path);
         let target = partial.path().join(relative);
-        merge_file(file, plan.of_file(index), &target, adapters, options, variants, &advance, &mut report)?;
+        merge_file(file, edits.of_file(index), &target, adapters, options, variants, &advance, &mut report)?;
     }
     fs::rename(partial.keep(), output).map_err(Error::io(output, "put into place"))?;
     report.files = report.files.iter().map(|file| output.join(file.file_name().unwrap_or_default())).collect();
@@ -111,7 +111,7 @@ pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<()> {
     let base = base.as_ref();
     let (_, files) = open_base(base)?;
     let weighted = Weighted { name: "adapter".into(), adapter, strength: Strength::default() };
-    Plan::new(base, &files, &[weighted], &VariantRegistry::default()).map(drop)
+    Edits::new(base, &files, &[weighted], &VariantRegistry::default()).map(drop)
 }
 
 /// The weight files of a base.
@@ -197,13 +197,13 @@ struct Piece<'f> {
     offset: u64,
     /// Rows of the tensor's first axis; all bytes for a copy.
     rows: std::ops::Range<usize>,
-    changes: &'f [Change],
+    edits: &'f [Edit],
 }
 
 #[allow(clippy::too_many_arguments, reason = "the parts of one call of `merge`")]
 fn merge_file(
     file: &SafetensorsFile,
-    changes: &BTreeMap<String, Vec<Change>>,
+    edits: &BTreeMap<String, Vec<Edit>>,
     output: &Path,
     adapters: &[Weighted],
     options: &MergeOptions,
@@ -216,14 +216,14 @@ fn merge_file(
         let view = file.get(name)?;
         let floating = matches!(view.dtype(), StoredDType::F32 | StoredDType::F16 | StoredDType::BF16);
         let dtype = options.dtype.filter(|_| floating).map_or(view.dtype(), StoredDType::from);
-        if changes.contains_key(name) && !floating {
+        if edits.contains_key(name) && !floating {
             let reason = format!("is stored as {}; an adapter merges into F32, F16 and BF16", view.dtype());
             return Err(Error::tensor(file.path(), name, reason));
         }
         entries.push(Entry { name: name.to_owned(), dtype, shape: view.shape().to_vec() });
     }
     let mut metadata = file.metadata().clone();
-    if !changes.is_empty() {
+    if !edits.is_empty() {
         let merged: Vec<_> = adapters
             .iter()
             .map(|adapter| {
@@ -242,14 +242,14 @@ fn merge_file(
     let mut offset = head.len() as u64;
     let mut pieces = Vec::new();
     for entry in entries {
-        let own = changes.get(&entry.name).map_or(&[][..], Vec::as_slice);
+        let own = edits.get(&entry.name).map_or(&[][..], Vec::as_slice);
         let size = entry.dtype.bytes(entry.shape.iter().product()).unwrap_or(0) as u64;
         let first_axis = entry.shape.first().copied().unwrap_or(1).max(1);
         let row = (size as usize / first_axis).max(1);
         // Only plain low-rank updates are cut into rows: other formulas need their whole tensor.
         let whole = !own.is_empty()
-            && !own.iter().all(|change| tileable(&adapters[change.adapter].adapter.modules[&change.module], variants));
-        let step = if whole || own.iter().any(|change| change.rows.is_some()) {
+            && !own.iter().all(|edit| tileable(&adapters[edit.adapter].adapter.modules[&edit.module], variants));
+        let step = if whole || own.iter().any(|edit| edit.rows.is_some()) {
             first_axis
         } else {
             (TILE / row).clamp(1, first_axis)
@@ -257,7 +257,7 @@ fn merge_file(
         for start in (0..first_axis).step_by(step) {
             let rows = start..(start + step).min(first_axis);
             let at = offset + (start * (size as usize / first_axis)) as u64;
-            pieces.push(Piece { entry: entry.clone(), offset: at, rows, changes: own });
+            pieces.push(Piece { entry: entry.clone(), offset: at, rows, edits: own });
         }
         report.changed += usize::from(!own.is_empty());
         report.copied += usize::from(own.is_empty());
@@ -327,26 +327,24 @@ fn compute<'f>(
     let first_axis = view.shape().first().copied().unwrap_or(1).max(1);
     let row = view.bytes().len() / first_axis;
     let stored = &view.bytes()[piece.rows.start * row..piece.rows.end * row];
-    if piece.changes.is_empty() && piece.entry.dtype == view.dtype() {
+    if piece.edits.is_empty() && piece.entry.dtype == view.dtype() {
         return Ok(std::borrow::Cow::Borrowed(stored));
     }
     let mut values = to_f32(view.dtype(), stored);
     let finite_before = values.iter().all(|value| value.is_finite());
     let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
-    let all_tiles = piece.changes.iter().all(|change| {
-        change.rows.is_none()
-            && !change.bias
-            && tileable(&adapters[change.adapter].adapter.modules[&change.module], variants)
+    let all_tiles = piece.edits.iter().all(|edit| {
+        edit.rows.is_none() && !edit.bias && tileable(&adapters[edit.adapter].adapter.modules[&edit.module], variants)
     });
     if all_tiles {
-        for change in piece.changes {
-            let adapter = &adapters[change.adapter];
-            let module = &adapter.adapter.modules[&change.module];
+        for edit in piece.edits {
+            let adapter = &adapters[edit.adapter];
+            let module = &adapter.adapter.modules[&edit.module];
             let sign = if options.unmerge { -1.0 } else { 1.0 };
-            let factor = sign * adapter.strength.of(&change.module) * module.scale();
+            let factor = sign * adapter.strength.of(&edit.module) * module.scale();
             add_rows(&mut values, view.shape(), &piece.rows, module, factor).map_err(wrong)?;
         }
-    } else if !piece.changes.is_empty() {
+    } else if !piece.edits.is_empty() {
         values = whole_tensor(values, view.shape(), file, piece, adapters, options, variants)?;
     }
     let rounded = from_f32(piece.entry.dtype, values);
@@ -399,12 +397,12 @@ fn whole_tensor(
     let name = &piece.entry.name;
     let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
     let mut result = values;
-    let mut groups: BTreeMap<(usize, usize), Vec<&Change>> = BTreeMap::new();
-    for change in piece.changes {
-        let rows = change.rows.clone().unwrap_or(0..shape.first().copied().unwrap_or(1));
-        groups.entry((rows.start, rows.end)).or_default().push(change);
+    let mut groups: BTreeMap<(usize, usize), Vec<&Edit>> = BTreeMap::new();
+    for edit in piece.edits {
+        let rows = edit.rows.clone().unwrap_or(0..shape.first().copied().unwrap_or(1));
+        groups.entry((rows.start, rows.end)).or_default().push(edit);
     }
-    for ((start, end), changes) in groups {
+    for ((start, end), edits) in groups {
         let row = result.len() / shape.first().copied().unwrap_or(1).max(1);
         let part = result[start * row..end * row].to_vec();
         let mut part_shape = shape.to_vec();
@@ -412,21 +410,18 @@ fn whole_tensor(
             *first = end - start;
         }
         let own = HostTensor::from_f32(&*part_shape, part).map_err(wrong)?;
-        let module_of = |change: &Change| &adapters[change.adapter].adapter.modules[&change.module];
-        let base = frozen(file, changes[0], module_of(changes[0]), own.clone())?;
-        let formulas: Vec<_> = changes
-            .iter()
-            .map(|change| variants.get(&module_of(change).variant))
-            .collect::<Result<_, _>>()
-            .map_err(wrong)?;
-        let mut applied: Vec<Applied<'_, CpuBackend>> = Vec::with_capacity(changes.len());
-        for (change, variant) in changes.iter().zip(&formulas) {
+        let module_of = |edit: &Edit| &adapters[edit.adapter].adapter.modules[&edit.module];
+        let base = frozen(file, edits[0], module_of(edits[0]), own.clone())?;
+        let formulas: Vec<_> =
+            edits.iter().map(|edit| variants.get(&module_of(edit).variant)).collect::<Result<_, _>>().map_err(wrong)?;
+        let mut applied: Vec<Applied<'_, CpuBackend>> = Vec::with_capacity(edits.len());
+        for (edit, variant) in edits.iter().zip(&formulas) {
             let parameters =
-                Parameters::upload(&CpuBackend, module_of(change), &HostTensor::zeros([1])).map_err(wrong)?;
-            let strength = adapters[change.adapter].strength.of(&change.module);
+                Parameters::upload(&CpuBackend, module_of(edit), &HostTensor::zeros([1])).map_err(wrong)?;
+            let strength = adapters[edit.adapter].strength.of(&edit.module);
             applied.push(Applied { variant: &**variant, parameters, strength });
         }
-        let merged = if changes[0].bias {
+        let merged = if edits[0].bias {
             if options.unmerge {
                 applied.iter_mut().for_each(|applied| applied.strength = -applied.strength);
             }
@@ -447,23 +442,23 @@ fn whole_tensor(
 /// The layer under a module, with `own` as its weight, or as its bias where the change is the bias'.
 fn frozen(
     file: &SafetensorsFile,
-    change: &Change,
+    edit: &Edit,
     module: &AdapterModule,
     own: HostTensor,
 ) -> Result<FrozenLayer<CpuBackend>> {
     let other = |name: &Option<String>| -> Result<Option<HostTensor>> {
         let Some(name) = name.as_ref().filter(|name| file.contains(name)) else { return Ok(None) };
-        rows_of(file, name, change.rows.as_ref()).map(Some)
+        rows_of(file, name, edit.rows.as_ref()).map(Some)
     };
-    let partner = other(&change.partner)?;
-    let (weight, bias) = match change.bias {
+    let partner = other(&edit.partner)?;
+    let (weight, bias) = match edit.bias {
         true => (partner, Some(own)),
         false => (Some(own), partner),
     };
-    let weight = weight.ok_or_else(|| Error::tensor(file.path(), &change.module.path, "has a bias but no weight"))?;
+    let weight = weight.ok_or_else(|| Error::tensor(file.path(), &edit.module.path, "has a bias but no weight"))?;
     let geometry = geometry(module, weight.shape()).ok_or_else(|| {
         let reason = format!("has the shape {:?}; adapters go on vectors, matrices and square kernels", weight.shape());
-        Error::tensor(file.path(), &change.module.path, reason)
+        Error::tensor(file.path(), &edit.module.path, reason)
     })?;
     Ok(FrozenLayer { backend: CpuBackend, geometry, weight, bias })
 }

@@ -124,6 +124,24 @@ fn a_lora_changes_what_it_changes_in_diffusers() {
 }
 
 #[test]
+fn factors_by_block_are_those_of_the_family() {
+    let at = tempfile::tempdir().unwrap();
+    let output = at.path().join("merged");
+    for (family, count, other) in [(&sd2::FAMILY, 25, 23), (&sdxl::FAMILY, 23, 25)] {
+        let read = adapter::read(golden(family, "-lora")).unwrap();
+        let run = |blocks: usize| {
+            let strength = Strength { blocks: vec![0.0; blocks], ..Strength::of_text_and_others(0.0, 1.0) };
+            let weighted = [Weighted { name: "it".into(), adapter: read.adapter.clone(), strength }];
+            let options = MergeOptions::default();
+            merge(golden(family, ""), &weighted, &output, &options, &VariantRegistry::default(), &|_, _| {})
+        };
+        assert_eq!(run(count).unwrap().changed, 0, "every factor is zero");
+        let error = run(other).unwrap_err().to_string();
+        assert!(error.contains(&format!("which has {count}")), "{error}");
+    }
+}
+
+#[test]
 fn the_lora_comes_back_from_the_merged_model() {
     let at = tempfile::tempdir().unwrap();
     for family in MADE {
@@ -177,7 +195,11 @@ fn the_single_file_is_written_as_it_is_published() {
                 !name.contains('.') || name.ends_with("position_ids") || name.ends_with("logit_scale") || **name == sd2
             };
             assert!(not_written.iter().all(no_weights), "{not_written:?}");
-            assert_eq!(weights(&Checkpoint::open(&path).unwrap()), weights(&checkpoint));
+            let again = Checkpoint::open(&path).unwrap();
+            assert_eq!(weights(&again), weights(&checkpoint));
+            // What says how the base was trained goes with it; buffers of the schedule do not.
+            assert_eq!(again.is_marked("v_pred"), checkpoint.is_marked("v_pred"));
+            assert!(!again.is_marked("alphas_cumprod"));
         }
     }
 }
@@ -286,7 +308,7 @@ static OWN: Family = Family {
     signs: Signs::NONE,
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };
 
 #[test]

@@ -22,6 +22,7 @@ use lora_core::target::TargetLayer;
 use lora_core::variant::LoraFactors;
 use lora_core::{Adapter, AdapterModule, DType, HostTensor, ModulePath};
 
+use crate::error::listed;
 use crate::family::adapter::Module;
 use crate::family::{self, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
@@ -196,12 +197,7 @@ fn unmatched(path: &Path, problems: Vec<String>) -> Result<()> {
     if problems.is_empty() {
         return Ok(());
     }
-    let (count, shown) = (problems.len(), problems.len().min(5));
-    let mut list = problems[..shown].join("; ");
-    if count > shown {
-        list.push_str("; …");
-    }
-    Err(Error::Unmatched { path: path.to_owned(), count, list })
+    Err(Error::Unmatched { path: path.to_owned(), count: problems.len(), list: listed(&problems) })
 }
 
 /// Tensors of a file by module and part, and which kinds of numbers they are.

@@ -71,8 +71,8 @@ pub(crate) fn from_kohya(name: &str) -> ModulePath {
     module.unwrap_or_else(|| ModulePath::new(Component::MODEL, name))
 }
 
-/// The kohya name of a module of a base of a family, or of a family that is not known; `None` for a module that the layout has
-/// no name for.
+/// The kohya name of a module of a base of a family, or of a family that is not known; `None` for a module that the layout
+/// has no name for.
 pub fn kohya(module: &ModulePath, family: Option<&Family>) -> Option<String> {
     // Its spelling in the file it came from.
     if module.component == Component::MODEL {

@@ -25,7 +25,8 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
     let strange = known.iter().filter(|name| family.in_single_file(name).is_none());
     checkpoint.unused.extend(strange.map(|name| (*name).to_owned()));
     checkpoint.unused.sort();
-    checkpoint.marks = file.names().filter(|name| !name.contains('.')).map(str::to_owned).collect();
+    let marks = shapes(&file).filter(|(name, _)| !name.contains('.'));
+    checkpoint.marks = marks.map(|(name, shape)| (name.to_owned(), shape.contains(&0))).collect();
     checkpoint.complete()
 }
 

@@ -14,7 +14,7 @@ mod write;
 pub(crate) use ldm::groups;
 pub use write::{CheckpointSource, Replaced, write_single_file};
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -35,7 +35,8 @@ pub struct Checkpoint {
     components: BTreeMap<Component, ComponentWeights>,
     scheduler: Option<serde_json::Value>,
     metadata: BTreeMap<String, String>,
-    marks: BTreeSet<String>,
+    /// Names of tensors outside all components, and whether they have no elements.
+    marks: BTreeMap<String, bool>,
     unused: Vec<String>,
 }
 
@@ -116,7 +117,7 @@ impl Checkpoint {
             components: BTreeMap::new(),
             scheduler: None,
             metadata: BTreeMap::new(),
-            marks: BTreeSet::new(),
+            marks: BTreeMap::new(),
             unused: Vec::new(),
         }
     }
@@ -158,7 +159,7 @@ impl Checkpoint {
     /// Whether a single file holds a tensor of this name outside all components. Some say by an empty tensor how a base
     /// was trained: `v_pred`, `ztsnr`.
     pub fn is_marked(&self, name: &str) -> bool {
-        self.marks.contains(name)
+        self.marks.contains_key(name)
     }
 
     /// Tensors of the files that no component takes (EMA copies and the schedule's buffers apart).

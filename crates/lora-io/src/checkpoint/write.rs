@@ -22,6 +22,10 @@ pub trait CheckpointSource {
     fn weights(&self, component: Component) -> Vec<(String, Vec<usize>)>;
     /// One of them.
     fn values(&self, component: Component, name: &str, shape: &[usize]) -> Result<HostTensor>;
+    /// Names of tensors without elements that say something of the base by being there (see [`Checkpoint::is_marked`]).
+    fn marks(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// A checkpoint as it is, but for some weights.
@@ -53,6 +57,10 @@ impl CheckpointSource for Replaced<'_> {
             None => self.checkpoint.component(component)?.tensor(name)?.to_host(),
         }
     }
+
+    fn marks(&self) -> Vec<String> {
+        self.checkpoint.marks.iter().filter(|(_, empty)| **empty).map(|(name, _)| name.clone()).collect()
+    }
 }
 
 /// Writes all components into one file with floating-point weights in `dtype`; returns its size in bytes.
@@ -75,7 +83,7 @@ pub fn write_single_file(
     for (stored, tensor) in &tensors {
         tensor.check().map_err(|reason| Error::tensor(path, stored, reason))?;
     }
-    write(path, &Layout { source, tensors, dtype }, metadata)
+    write(path, &SingleFile { source, tensors, marks: source.marks(), dtype }, metadata)
 }
 
 /// A tensor of the file: the weights that it is made of, in order.
@@ -147,24 +155,26 @@ fn place(
     Ok(())
 }
 
-struct Layout<'s> {
+struct SingleFile<'s> {
     source: &'s dyn CheckpointSource,
     tensors: BTreeMap<String, Stored>,
+    marks: Vec<String>,
     dtype: DType,
 }
 
-impl TensorSource for Layout<'_> {
+impl TensorSource for SingleFile<'_> {
     fn entries(&self) -> Vec<Entry> {
         let entry = |(name, tensor): (&String, &Stored)| Entry {
             name: name.clone(),
             dtype: self.dtype.into(),
             shape: tensor.shape(),
         };
-        self.tensors.iter().map(entry).collect()
+        let mark = |name: &String| Entry { name: name.clone(), dtype: self.dtype.into(), shape: vec![0] };
+        self.tensors.iter().map(entry).chain(self.marks.iter().map(mark)).collect()
     }
 
     fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>> {
-        let stored = &self.tensors[&entry.name];
+        let Some(stored) = self.tensors.get(&entry.name) else { return Ok(Cow::Borrowed(&[])) };
         let mut bytes = Vec::new();
         for Weight { name, shape, piece } in &stored.weights {
             let values = self.source.values(stored.component, name, shape)?;

@@ -84,8 +84,8 @@ impl Inventory {
         Self { tensors: file.names().map(tensor).collect(), metadata: texts.collect(), gguf: true, ..Self::default() }
     }
 
-    /// The family of the base model that names, shapes and metadata speak of. A U-Net in diffusers' names with nothing else
-    /// to tell by is taken for Stable Diffusion 1.x, and names that are no U-Net's for no model that is known here.
+    /// The family of the base model that names, shapes and metadata speak of. A U-Net in diffusers' names with nothing
+    /// else to tell by is taken for Stable Diffusion 1.x, and names that are no U-Net's for no model that is known here.
     pub fn base(&self) -> Option<&'static Family> {
         if self.gguf {
             return Some(&language::FAMILY);

@@ -12,8 +12,8 @@ use super::{FAMILIES, Family};
 pub struct Signs {
     /// Whether a module of this name is in no other family's adapters.
     pub alone: fn(&Module<'_>) -> bool,
-    /// Numbers in the state of a token that the published model's cross attention reads. U-Nets of three families have the
-    /// same names, and an adapter on them may show nothing else.
+    /// Numbers in the state of a token that the published model's cross attention reads. U-Nets of three families have
+    /// the same names, and an adapter on them may show nothing else.
     pub context: Option<usize>,
     /// Whether a module is spelt as this family's usually are, though others' may be.
     pub spelt: fn(&Module<'_>) -> bool,

@@ -1,5 +1,5 @@
-//! Flux: a diffusion transformer of double and single blocks, CLIP's text encoder and T5, an autoencoder. Opened from diffusers' folders;
-//! adapters keep their files' names.
+//! Flux: a diffusion transformer of double and single blocks, CLIP's text encoder and T5, an autoencoder. Opened from
+//! diffusers' folders; adapters keep their files' names.
 
 use lora_core::Component;
 
@@ -39,5 +39,5 @@ pub static FAMILY: Family = Family {
     },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };

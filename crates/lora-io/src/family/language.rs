@@ -1,4 +1,5 @@
-//! Causal language models in Hugging Face's layout. Their files lie in the folder itself; `gguf::names` has llama.cpp's names.
+//! Causal language models in Hugging Face's layout. Their files lie in the folder itself; `gguf::names` has llama.cpp's
+//! names.
 
 use lora_core::Component;
 
@@ -16,5 +17,5 @@ pub static FAMILY: Family = Family {
     signs: Signs { alone: |module| module.path.component == Component::LANGUAGE_MODEL, ..Signs::NONE },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };

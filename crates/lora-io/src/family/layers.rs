@@ -1,5 +1,5 @@
-//! The layers of published Stable Diffusion models, in canonical names. No shapes: an adapter's names decide whether it is
-//! found, and that is all that is asked here.
+//! The layers of published Stable Diffusion models, in canonical names. No shapes: an adapter's names decide whether it
+//! is found, and that is all that is asked here.
 
 use lora_core::{Component, ModulePath};
 

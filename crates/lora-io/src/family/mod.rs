@@ -61,8 +61,8 @@ pub struct Family {
     pub labels: Option<Labels>,
     /// The layers of the published model that adapters name; empty where consumers' rules for them are not known.
     pub layers: fn() -> Vec<Layer>,
-    /// The place of a module of the denoiser among the blocks, as sd-scripts counts them for block weights.
-    pub block: fn(&str) -> Option<usize>,
+    /// How many factors by block there are for the U-Net, as [`lora_core::strength::block`] counts them.
+    pub block_factors: Option<usize>,
 }
 
 /// The names of one component.

@@ -2,7 +2,6 @@
 //! with it stand here.
 
 use lora_core::Component;
-use lora_core::strength::block;
 
 use super::adapter::Signs;
 use super::layers::{self, TextEncoder, Unet};
@@ -45,7 +44,7 @@ pub static FAMILY: Family = Family {
         second_version: false,
     }),
     layers: || layers::list(&PUBLISHED_UNET, &[TextEncoder { component: Component::TEXT_ENCODER, layers: 12 }]),
-    block: |path| block(path, false),
+    block_factors: Some(25),
 };
 
 /// The published U-Net, which SD 2's resembles in all that names show.

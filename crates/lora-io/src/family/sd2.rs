@@ -1,8 +1,7 @@
-//! Stable Diffusion 2.x: SD 1's U-Net with matrices where that has 1×1 convolutions, and OpenCLIP's text encoder without its last
-//! layer.
+//! Stable Diffusion 2.x: SD 1's U-Net with matrices where that has 1×1 convolutions, and OpenCLIP's text encoder without
+//! its last layer.
 
 use lora_core::Component;
-use lora_core::strength::block;
 
 use super::adapter::Signs;
 use super::layers::{self, TextEncoder};
@@ -48,5 +47,5 @@ pub static FAMILY: Family = Family {
         second_version: true,
     }),
     layers: || layers::list(&sd1::PUBLISHED_UNET, &[TextEncoder { component: Component::TEXT_ENCODER, layers: 23 }]),
-    block: |path| block(path, false),
+    block_factors: Some(25),
 };

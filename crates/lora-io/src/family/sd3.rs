@@ -1,5 +1,5 @@
-//! Stable Diffusion 3 and 3.5: a diffusion transformer, two CLIP text encoders and T5, an autoencoder. Opened from diffusers' folders;
-//! adapters keep their files' names.
+//! Stable Diffusion 3 and 3.5: a diffusion transformer, two CLIP text encoders and T5, an autoencoder. Opened from
+//! diffusers' folders; adapters keep their files' names.
 
 use lora_core::Component;
 
@@ -46,7 +46,7 @@ pub static FAMILY: Family = Family {
     },
     labels: None,
     layers: Vec::new,
-    block: |_| None,
+    block_factors: None,
 };
 
 /// A component whose names in other layouts are not known here, and without which a base is whole: text encoders are

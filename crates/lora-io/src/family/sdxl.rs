@@ -2,7 +2,6 @@
 //! autoencoder. Adapters in kohya's layout name the U-Net's modules in the original tree.
 
 use lora_core::Component;
-use lora_core::strength::block;
 
 use super::adapter::Signs;
 use super::layers::{self, TextEncoder, Unet};
@@ -63,7 +62,7 @@ pub static FAMILY: Family = Family {
         second_version: false,
     }),
     layers: || layers::list(&PUBLISHED_UNET, TEXT_ENCODERS),
-    block: |path| block(path, true),
+    block_factors: Some(23),
 };
 
 const PUBLISHED_UNET: Unet = Unet { depths: &[0, 2, 10], widths: &[320, 640, 1280], conditioned_on_size: true };

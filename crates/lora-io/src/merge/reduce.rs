@@ -9,18 +9,18 @@ use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
 use lora_core::{Adapter, HostTensor, LayerGeometry, ModulePath};
 use rayon::prelude::*;
 
-use super::targets::{Layer, Layers};
+use super::targets::{StoredLayer, StoredLayers};
 use super::{open_base, rows_of};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// The weight of a layer, in f32.
-fn weight(files: &[SafetensorsFile], layer: &Layer) -> Result<HostTensor> {
+fn weight(files: &[SafetensorsFile], layer: &StoredLayer) -> Result<HostTensor> {
     rows_of(&files[layer.file], &layer.weight, layer.rows.as_ref())
 }
 
 /// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.
-/// Layers that do not differ get no module.
+/// StoredLayers that do not differ get no module.
 pub fn extract(
     base: impl AsRef<Path>,
     tuned: impl AsRef<Path>,
@@ -29,8 +29,8 @@ pub fn extract(
 ) -> Result<(Adapter, Vec<Outcome>)> {
     let (base, tuned) = (base.as_ref(), tuned.as_ref());
     let ((_, base_files), (_, tuned_files)) = (open_base(base)?, open_base(tuned)?);
-    let (base_layers, tuned_layers) = (Layers::new(base, &base_files), Layers::new(tuned, &tuned_files));
-    let shape_of = |layer: &Layer| {
+    let (base_layers, tuned_layers) = (StoredLayers::new(base, &base_files), StoredLayers::new(tuned, &tuned_files));
+    let shape_of = |layer: &StoredLayer| {
         let mut shape = base_files[layer.file].shape(&layer.weight).unwrap_or_default().to_vec();
         if let (Some(rows), Some(first)) = (&layer.rows, shape.first_mut()) {
             *first = rows.len();
@@ -84,7 +84,7 @@ pub fn flatten(
 ) -> Result<(Adapter, Vec<Outcome>)> {
     let base = base.as_ref();
     let (_, files) = open_base(base)?;
-    let layers = Layers::new(base, &files);
+    let layers = StoredLayers::new(base, &files);
     let flat: Vec<(ModulePath, _)> = adapter
         .modules
         .par_iter()

@@ -1,7 +1,7 @@
 //! Which tensors of a base an adapter's modules change.
 //!
-//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their own
-//! names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
+//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their
+//! own names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
 //! alone. A module of a model that is not known is looked up by its name with dots and underscores taken as the same; if
 //! that leaves two tensors, it is refused.
 
@@ -11,19 +11,20 @@ use std::path::Path;
 
 use lora_core::backend::CpuBackend;
 use lora_core::variant::{BiasChange, Changes, VariantRegistry};
-use lora_core::{Component, ModulePath};
+use lora_core::{AdapterModule, Component, ModulePath, Strength};
 
 use super::Weighted;
 use crate::adapter::names;
 use crate::checkpoint::{self, Group};
+use crate::error::listed;
 use crate::family::tree::Piece;
 use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
-/// One module's change of one tensor.
+/// What one module does to one tensor.
 #[derive(Debug, Clone)]
-pub(super) struct Change {
+pub(super) struct Edit {
     /// Index of the adapter.
     pub(super) adapter: usize,
     /// The module.
@@ -36,22 +37,22 @@ pub(super) struct Change {
     pub(super) partner: Option<String>,
 }
 
-/// All changes by file and tensor.
+/// What is done to which tensors, by file.
 #[derive(Debug)]
-pub(super) struct Plan {
-    files: Vec<BTreeMap<String, Vec<Change>>>,
+pub(super) struct Edits {
+    files: Vec<BTreeMap<String, Vec<Edit>>>,
 }
 
 /// A layer of the base.
 #[derive(Debug, Clone)]
-pub(super) struct Layer {
+pub(super) struct StoredLayer {
     pub(super) file: usize,
     pub(super) weight: String,
     bias: Option<String>,
     pub(super) rows: Option<Range<usize>>,
 }
 
-impl Layer {
+impl StoredLayer {
     /// The layer of a name in a file, which has tensors of its own.
     fn of_name(file_index: usize, file: &SafetensorsFile, name: &str) -> Self {
         let bias = format!("{name}.bias");
@@ -60,16 +61,17 @@ impl Layer {
     }
 }
 
-impl Plan {
+impl Edits {
     pub(super) fn new(
         base: &Path,
         files: &[SafetensorsFile],
         adapters: &[Weighted],
         variants: &VariantRegistry<CpuBackend>,
     ) -> Result<Self> {
-        let layers = Layers::new(base, files);
-        let mut plan = Self { files: files.iter().map(|_| BTreeMap::new()).collect() };
+        let layers = StoredLayers::new(base, files);
+        let mut all = Self { files: files.iter().map(|_| BTreeMap::new()).collect() };
         for (index, adapter) in adapters.iter().enumerate() {
+            layers.check_blocks(base, &adapter.strength)?;
             let mut problems = Vec::new();
             for (path, module) in &adapter.adapter.modules {
                 if adapter.strength.of(path) == 0.0 {
@@ -82,57 +84,64 @@ impl Plan {
                         continue;
                     }
                 };
-                let changes = &mut plan.files[layer.file];
-                let change = |bias: bool| Change {
-                    adapter: index,
-                    module: path.clone(),
-                    rows: layer.rows.clone(),
-                    bias,
-                    partner: if bias { Some(layer.weight.clone()) } else { layer.bias.clone() },
-                };
-                // An unknown variant is an error where its update is worked out.
-                let effect =
-                    variants.get(&module.variant).map_or(Changes::WEIGHT, |variant| variant.changes(&module.tensors));
-                match (&layer.bias, effect.bias) {
-                    (Some(bias), BiasChange::Always | BiasChange::WhereThere) => {
-                        changes.entry(bias.clone()).or_default().push(change(true));
-                    }
-                    (None, BiasChange::Always) => {
-                        problems.push(format!("`{path}` (changes a bias, and this layer of the base has none)"))
-                    }
-                    _ => {}
-                }
-                if effect.weight {
-                    changes.entry(layer.weight.clone()).or_default().push(change(false));
+                if let Err(reason) = all.add(index, path, module, layer, variants) {
+                    problems.push(format!("`{path}` ({reason})"));
                 }
             }
             if !problems.is_empty() {
-                let count = problems.len();
-                problems.truncate(5);
-                let mut list = problems.join("; ");
-                if count > 5 {
-                    list.push_str("; …");
-                }
-                let list = format!("of `{}` against {}: {list}", adapter.name, base.display());
-                return Err(Error::Unmatched { path: base.to_owned(), count, list });
+                let list = format!("of `{}` against {}: {}", adapter.name, base.display(), listed(&problems));
+                return Err(Error::Unmatched { path: base.to_owned(), count: problems.len(), list });
             }
         }
-        Ok(plan)
+        Ok(all)
     }
 
-    pub(super) fn of_file(&self, file: usize) -> &BTreeMap<String, Vec<Change>> {
+    /// Adds what a module does to its layer, or says why it cannot.
+    fn add(
+        &mut self,
+        adapter: usize,
+        path: &ModulePath,
+        module: &AdapterModule,
+        layer: &StoredLayer,
+        variants: &VariantRegistry<CpuBackend>,
+    ) -> Result<(), &'static str> {
+        let edits = &mut self.files[layer.file];
+        let edit = |bias: bool| Edit {
+            adapter,
+            module: path.clone(),
+            rows: layer.rows.clone(),
+            bias,
+            partner: if bias { Some(layer.weight.clone()) } else { layer.bias.clone() },
+        };
+        // An unknown variant is an error where its update is worked out.
+        let effect = variants.get(&module.variant).map_or(Changes::WEIGHT, |variant| variant.changes(&module.tensors));
+        match (&layer.bias, effect.bias) {
+            (Some(bias), BiasChange::Always | BiasChange::WhereThere) => {
+                edits.entry(bias.clone()).or_default().push(edit(true));
+            }
+            (None, BiasChange::Always) => return Err("changes a bias, and this layer of the base has none"),
+            _ => {}
+        }
+        if effect.weight {
+            edits.entry(layer.weight.clone()).or_default().push(edit(false));
+        }
+        Ok(())
+    }
+
+    pub(super) fn of_file(&self, file: usize) -> &BTreeMap<String, Vec<Edit>> {
         &self.files[file]
     }
 }
 
 /// The base's layers by canonical path, and by their own names with underscores.
-pub(super) struct Layers {
-    pub(super) known: BTreeMap<ModulePath, Layer>,
+pub(super) struct StoredLayers {
+    family: Option<&'static Family>,
+    pub(super) known: BTreeMap<ModulePath, StoredLayer>,
     /// Own name, dots as underscores → layers of that name.
-    spelt: BTreeMap<String, Vec<Layer>>,
+    spelt: BTreeMap<String, Vec<StoredLayer>>,
 }
 
-impl Layers {
+impl StoredLayers {
     pub(super) fn new(base: &Path, files: &[SafetensorsFile]) -> Self {
         // The folder of a component; none for a file that is the base itself or lies in the base's folder.
         let folder_of = |file: &SafetensorsFile| {
@@ -145,7 +154,7 @@ impl Layers {
             names.add(folder_of(file).as_deref(), shapes);
         }
         let family = Family::of_base(&names, &FAMILIES);
-        let mut layers = Self { known: BTreeMap::new(), spelt: BTreeMap::new() };
+        let mut layers = Self { family, known: BTreeMap::new(), spelt: BTreeMap::new() };
         for (index, file) in files.iter().enumerate() {
             layers.add_spelt(index, file);
             layers.add_known(index, file, folder_of(file).as_deref(), family);
@@ -153,11 +162,26 @@ impl Layers {
         layers
     }
 
+    /// Factors by block mean other blocks in another family.
+    fn check_blocks(&self, base: &Path, strength: &Strength) -> Result<()> {
+        let Some((family, count)) = self.family.and_then(|family| Some((family, family.block_factors?))) else {
+            return Ok(());
+        };
+        match strength.blocks.len() {
+            0 => Ok(()),
+            given if given == count => Ok(()),
+            given => Err(Error::format(
+                base,
+                format!("{given} factors by block are given; this is {family}, which has {count}"),
+            )),
+        }
+    }
+
     /// The layers of a file by their own names.
     fn add_spelt(&mut self, index: usize, file: &SafetensorsFile) {
         for name in file.names() {
             let Some(own) = name.strip_suffix(".weight") else { continue };
-            self.spelt.entry(own.replace('.', "_")).or_default().push(Layer::of_name(index, file, own));
+            self.spelt.entry(own.replace('.', "_")).or_default().push(StoredLayer::of_name(index, file, own));
         }
     }
 
@@ -191,7 +215,7 @@ impl Layers {
             let Some(own) = name.strip_suffix(".weight") else { continue };
             let path = names::from_dotted(own);
             if path.component != Component::MODEL {
-                self.known.insert(path, Layer::of_name(index, file, own));
+                self.known.insert(path, StoredLayer::of_name(index, file, own));
             }
         }
     }
@@ -213,12 +237,12 @@ impl Layers {
                 Piece::Transposed => continue,
             };
             let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (*stored).to_owned());
-            let layer = Layer { file: index, weight: (*stored).to_owned(), bias, rows };
+            let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows };
             self.known.insert(ModulePath::new(group.component, path), layer);
         }
     }
 
-    pub(super) fn find(&self, path: &ModulePath) -> Result<&Layer, String> {
+    pub(super) fn find(&self, path: &ModulePath) -> Result<&StoredLayer, String> {
         if let Some(layer) = self.known.get(path) {
             return Ok(layer);
         }
@@ -239,7 +263,7 @@ impl Layers {
         let bare = ["transformer_", "unet_", "diffusion_model_", "model_"]
             .iter()
             .find_map(|prefix| spelling.strip_prefix(prefix));
-        let mut found: Vec<&Layer> = Vec::new();
+        let mut found: Vec<&StoredLayer> = Vec::new();
         for wanted in [Some(spelling.as_str()), bare].into_iter().flatten() {
             for begin in ["", "model_diffusion_model_", "diffusion_model_", "transformer_", "model_"] {
                 if let Some(layers) = self.spelt.get(&format!("{begin}{wanted}")) {

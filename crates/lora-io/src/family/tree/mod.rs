@@ -1,6 +1,6 @@
 //! How a network's weights are named inside a layout, and where they lie in its tensors. [`ldm`] holds the original
-//! names of U-Nets and autoencoders, [`clip`] those of text encoders. Which component has which tree, behind which prefix,
-//! is a family's business.
+//! names of U-Nets and autoencoders, [`clip`] those of text encoders. Which component has which tree, behind which
+//! prefix, is a family's business.
 //!
 //! The canonical names are diffusers' (U-Nets, transformers, autoencoders) and transformers' (text encoders, always with
 //! their `text_model.` level).
