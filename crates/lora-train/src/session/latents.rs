@@ -17,7 +17,7 @@ use lora_torch::dry;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::{from_host, to_host};
 
-use super::{Preparing, Watch, draws};
+use super::{Preparing, Watch};
 use crate::config::TrainConfig;
 use crate::encode::{self, Encoder, latent_mask, sample_latents};
 use crate::{Error, Result};
@@ -69,7 +69,7 @@ impl LatentSource {
         let visits = std::iter::from_fn(move || Some(order.next_batch())).flatten();
         // Two micro-batches, and something to do for every core.
         let window = 2 * config.batch_size.max(cores());
-        let load = move |visit: Visit| (visit, pictures.load(visit.index, &draws(seed, &visit)));
+        let load = move |visit: Visit| (visit, pictures.load(visit.index, &visit.draws(seed)));
         let decoded: Box<dyn Iterator<Item = Decoded> + Send> = Box::new(ahead(visits, cores(), window, load));
         Self::Fresh(Box::new(Fresh {
             encoder: Some(encoder),
@@ -112,7 +112,7 @@ impl LatentSource {
             Some((_, sample)) => sample,
             None => pictures.load(visit.index, draw),
         }?;
-        let path = &pictures.items()[visit.index].file.path;
+        let path = pictures.path(visit.index);
         let encoder = match &mut fresh.encoder {
             Some(encoder) => encoder,
             gone => gone.insert(Encoder::load(checkpoint, fresh.precision, fresh.device)?.in_tiles(fresh.in_tiles)),
@@ -170,7 +170,7 @@ pub(super) fn cache(
         let (tensors, mask) = match loaded {
             Ok(Loaded::Known(tensors)) => (tensors, None),
             Ok(Loaded::New(sample, key)) => {
-                let path = &shared.items()[index].file.path;
+                let path = shared.path(index);
                 let distribution = encoder.encode(checkpoint, path, &sample.picture)?;
                 let mask = sample.mask.map(|mask| latent_mask(&mask, factor)).transpose()?;
                 let mut tensors = Tensors::new();

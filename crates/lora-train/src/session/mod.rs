@@ -30,8 +30,8 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
-use lora_data::Pictures;
 use lora_data::sampler::{EpochSampler, Visit};
+use lora_data::{Pictures, Source};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
@@ -377,7 +377,7 @@ impl Session {
 
     /// What a micro-batch's passes need of the host. `scale` is what its loss is multiplied by for the backward pass.
     fn batch_inputs(&mut self, batch: &[Visit], scale: f64) -> Result<(BatchInputs, Pass)> {
-        let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
+        let draws: Vec<Stream> = batch.iter().map(|visit| visit.draws(self.config.seed)).collect();
         let (latents, mask) = self.batch_latents(batch, &draws)?;
         let (count, channels, height, width) = latents.size4()?;
         let elements = (channels * height * width) as usize;
@@ -402,15 +402,11 @@ impl Session {
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
         };
         let text = self.batch_text(batch, &draws)?;
-        let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.options(visit.index).loss_weight).collect();
+        let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.loss_weight(visit.index)).collect();
         let weights = LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
         let denoising = Denoising::new(&self.unet, &self.schedule, &latents, &noise, &timesteps, &weights)?;
         let scale = from_f32(&[scale as f32], &[], self.device)?;
         Ok((BatchInputs { denoising, text, scale }, pass))
-    }
-
-    fn draws(&self, visit: &Visit) -> Stream {
-        draws(self.config.seed, visit)
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -451,11 +447,8 @@ impl Session {
 
     /// The captions of a batch: as tokens where the text encoder trains, else as states, made anew where captions change.
     fn batch_text(&self, batch: &[Visit], draws: &[Stream]) -> Result<Text> {
-        let caption = |(visit, draw): (&Visit, &Stream)| {
-            let lines = self.pictures.items()[visit.index].lines();
-            self.pictures.options(visit.index).captions.process(&lines, visit.epoch, draw)
-        };
-        let captions: Vec<String> = batch.iter().zip(draws).map(caption).collect();
+        let captions: Vec<String> =
+            batch.iter().zip(draws).map(|(visit, draw)| self.pictures.caption(visit, draw)).collect();
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         Ok(match &self.text_encoder {
             Some(_) if self.config.train_text_encoder => Text::Tokens(self.text.tokens(&captions, self.device)?),
@@ -479,7 +472,7 @@ impl Session {
             return culprit("the trained weights", "use a lower learning_rate, or max_grad_norm = 1.0");
         }
         for batch in batches {
-            let draws: Vec<Stream> = batch.iter().map(|visit| self.draws(visit)).collect();
+            let draws: Vec<Stream> = batch.iter().map(|visit| visit.draws(self.config.seed)).collect();
             if !encode::is_finite(&self.batch_latents(batch, &draws)?.0)? {
                 return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
             }
@@ -498,11 +491,6 @@ impl Session {
         }
         culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
     }
-}
-
-/// Everything random about one visit of one picture.
-fn draws(seed: u64, visit: &Visit) -> Stream {
-    visit.draws(seed)
 }
 
 #[cfg(test)]

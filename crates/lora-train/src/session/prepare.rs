@@ -5,7 +5,6 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::random::Stream;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
 use lora_data::bucket::Framing;
@@ -178,10 +177,7 @@ impl Session {
         }
         let mut text_states = BTreeMap::new();
         if !keep_encoder {
-            let fixed = |(index, item): (usize, &lora_data::dataset::Item)| {
-                pictures.options(index).captions.kept(&item.lines(), &Stream::new(0))
-            };
-            let mut captions: Vec<String> = pictures.items().iter().enumerate().map(fixed).collect();
+            let mut captions: Vec<String> = (0..pictures.count()).map(|index| pictures.plain_caption(index)).collect();
             captions.push(String::new());
             captions.push(config.samples.negative_prompt.clone());
             captions.extend(config.samples.prompts.iter().cloned());

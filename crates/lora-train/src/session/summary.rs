@@ -5,9 +5,8 @@ use std::fmt;
 use std::path::Path;
 
 use lora_core::DType;
-use lora_core::random::Stream;
 use lora_data::Source;
-use lora_data::dataset::{CaptionSource, Item};
+use lora_data::dataset::CaptionSource;
 use lora_data::finding::FindingKind;
 use lora_torch::tch::Device;
 
@@ -79,15 +78,12 @@ impl Session {
         let mut captions: BTreeMap<CaptionSource, usize> = BTreeMap::new();
         items.iter().for_each(|item| *captions.entry(item.caption_source).or_default() += 1);
         // As each is read: with trigger word, prefix and suffix.
-        let tokens = |(index, item): (usize, &Item)| {
-            let text = self.pictures.options(index).captions.kept(&item.lines(), &Stream::new(0));
-            self.text.tokenizer.encode(&text).len()
-        };
+        let tokens = |index: usize| self.text.tokenizer.encode(&self.pictures.plain_caption(index)).len();
         Summary {
             pictures: (items.len(), skipped.len()),
             captions: captions.into_iter().map(|(source, count)| (source.name(), count)).collect(),
             examples: items.iter().take(3).map(|item| (name(&item.file.path), item.caption.clone())).collect(),
-            cut_captions: items.iter().enumerate().filter(|&item| tokens(item) > limit).count(),
+            cut_captions: (0..items.len()).filter(|&index| tokens(index) > limit).count(),
             modules: match &self.trained {
                 Trained::Adapter(trained) => Some((trained.adapter.modules(), trained.candidates)),
                 Trained::Whole(_) => None,

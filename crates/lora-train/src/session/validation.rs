@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_data::Source;
 use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
 use lora_torch::dry;
@@ -40,13 +41,12 @@ impl Session {
         let mut encoder =
             Encoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling);
         let mut items = Vec::new();
-        for (index, item) in pictures.items().iter().enumerate() {
+        for index in 0..pictures.count() {
             let random = Stream::new(self.config.seed).at("validation").with(index as u64);
             let sample = pictures.load(index, &random)?;
-            let distribution = encoder.encode(&self.checkpoint, &item.file.path, &sample.picture)?;
+            let distribution = encoder.encode(&self.checkpoint, pictures.path(index), &sample.picture)?;
             let latents = sample_latents(&distribution, encoder.scaling_factor(), &random.at("latent"))?;
-            let caption = pictures.options(index).captions.kept(&item.lines(), &Stream::new(0));
-            items.push((latents.f_to_device(dry::host_of(self.device))?, caption));
+            items.push((latents.f_to_device(dry::host_of(self.device))?, pictures.plain_caption(index)));
         }
         Ok(Validation { items })
     }
