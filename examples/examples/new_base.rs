@@ -34,6 +34,7 @@ const SEED: u64 = 20;
 /// autoencoder (a latent stands for 4 × 4 pixels), the whole vocabulary of CLIP.
 fn sizes() -> SyntheticModel {
     SyntheticModel {
+        family: &sd1::FAMILY,
         text_encoder: ClipConfig {
             vocabulary: 49408,
             width: 64,

@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ("input_ids", ids.to_kind(Kind::Float)),
     ]);
 
-    let layers: Vec<TargetLayer> = [unet.adaptable_layers(), text.adaptable_layers()].concat();
+    let layers: Vec<TargetLayer> = [unet.adaptable_layers()?, text.adaptable_layers()?].concat();
     let mut adapter = adapter::read(lora)?.adapter;
     adapter::fit(lora.as_ref(), &mut adapter, &layers)?;
     let options = AdapterOptions::lora(1, 1.0, 0);

@@ -20,11 +20,11 @@ fn main() -> Answer<()> {
     let load = |storage| load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::Frozen(Frozen::stored(storage)));
     let mut whole = load(None)?;
     let (weights, answers) = (weights(&mut whole)?, answers(&whole)?);
-    println!("fp32: {:.2} MiB in {} layers", mib(&mut whole), weights.len());
+    println!("fp32: {:.2} MiB in {} layers", mib(&mut whole)?, weights.len());
     println!("storage | MiB | weights | worst layer | answers");
     for storage in STORAGES {
         let mut own = load(Some(storage))?;
-        let bytes = mib(&mut own);
+        let bytes = mib(&mut own)?;
         let own_weights = self::weights(&mut own)?;
         let worst = weights.iter().zip(&own_weights).map(|pair| apart(&[pair])).fold(0.0, f64::max);
         let all = apart(&weights.iter().zip(&own_weights).collect::<Vec<_>>());
@@ -38,7 +38,7 @@ fn main() -> Answer<()> {
 /// Weights of all layers, whole.
 fn weights(unet: &mut Unet) -> Answer<Vec<Tensor>> {
     let mut all = Vec::new();
-    unet.visit_layers(&mut |layer| all.push(layer.weight()));
+    unet.visit_layers(&mut |layer| all.push(layer.weight()))?;
     Ok(all.into_iter().collect::<Result<_, _>>()?)
 }
 
@@ -64,8 +64,8 @@ fn apart(pairs: &[(&Tensor, &Tensor)]) -> f64 {
 }
 
 /// Mebibytes of the layers' weights.
-fn mib(unet: &mut Unet) -> f64 {
+fn mib(unet: &mut Unet) -> Answer<f64> {
     let mut bytes = 0;
-    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes());
-    bytes as f64 / f64::from(1 << 20)
+    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
+    Ok(bytes as f64 / f64::from(1 << 20))
 }

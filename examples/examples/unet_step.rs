@@ -25,6 +25,7 @@ use lora_torch::profile::{Count, operations};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{device, foreach, memory};
+use lora_train::base::Inputs;
 use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
@@ -134,12 +135,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         SyntheticModel::full().unet,
     )?;
     let mut bytes = 0;
-    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes());
+    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
     if let Some(loaded) = memory::host_memory() {
         let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
         println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
     }
-    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers())?;
+    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers()?)?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank as usize, rank as f64, 0);
     let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
@@ -150,12 +151,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
     let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
-    let batch_of = || {
+    let batch_of = || -> lora_train::Result<Inputs> {
         let noise = latents.randn_like();
-        Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &LossWeights::default())
+        let weights = LossWeights::default();
+        Ok(Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &weights)?.into_inputs())
     };
-    let backward = |batch: &Denoising, parameters: &ParameterList| -> lora_train::Result<Tensor> {
-        let loss = batch.loss(&unet, &context, &pass)?;
+    let backward = |batch: &Inputs, parameters: &ParameterList| -> lora_train::Result<Tensor> {
+        let loss = Denoising::of(batch)?.loss(&unet, &context, &pass)?;
         (&loss * scale).f_backward()?;
         parameters.collect()?;
         Ok(loss.detach())
@@ -163,18 +165,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let recorder = (number("graphs", 0)? != 0).then(|| Recorder::new(device)).transpose()?;
     let scope = recorder.as_ref().map(Recorder::enter).transpose()?;
     // The tensors that the graph reads, and where it leaves the loss.
-    let mut recorded: Option<(Graph, Denoising, Tensor)> = None;
+    let mut recorded: Option<(Graph, Inputs, Tensor)> = None;
     let mut times = Vec::new();
     for step in 0..steps {
         let start = Instant::now();
         let batch = batch_of()?;
         let loss = match &mut recorded {
             Some((graph, own, loss)) => {
-                for (own, new) in own.tensors().into_iter().zip(batch.tensors()) {
-                    if let (Some(own), Some(new)) = (own, new) {
-                        own.shallow_clone().f_copy_(new)?;
-                    }
-                }
+                own.assign(&batch)?;
                 graph.replay()?;
                 loss.shallow_clone()
             }

@@ -5,7 +5,7 @@
 #[non_exhaustive]
 pub enum Error {
     /// A weight that the architecture needs is not in the base model.
-    #[error("{source_name}: weight `{name}` is missing; is this a whole Stable Diffusion checkpoint?")]
+    #[error("{source_name}: weight `{name}` is missing; is the checkpoint complete?")]
     MissingWeight {
         /// The file or folder.
         source_name: String,
@@ -24,7 +24,7 @@ pub enum Error {
         /// The shape found.
         found: Vec<usize>,
     },
-    /// A frozen weight cannot be stored in few bytes as was asked for.
+    /// A frozen weight cannot be stored in as few bytes as the configuration asks for.
     #[error(
         "{source_name}: weight `{name}`: {source}; hold the base as it is (`base_storage: precision`) or repair the file"
     )]
@@ -54,6 +54,9 @@ pub enum Error {
         /// What it is.
         found: String,
     },
+    /// Adapters were to come or go while a graph of the network is alive, which needs the layers as they are.
+    #[error("a loss of the network is still alive; drop it before adapters are attached or detached")]
+    InUse,
     /// A checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] lora_io::Error),

@@ -1,7 +1,8 @@
-//! The layers that networks are made of: linear layers and convolutions that can carry an adapter, norms, and attention. Adapter formulas live in lora-core.
+//! The layers that networks are made of: linear layers and convolutions that can carry an adapter, norms, and
+//! attention. Adapter formulas live in lora-core.
 //!
 //! Precision: inputs come in the compute dtype (fp32, bf16 or fp16); frozen weights are held in it, or in fewer bytes
-//! and made whole while their layer computes; trained ones are f32 and cast to it. Norms and the softmax of
+//! and decoded while their layer computes; trained ones are f32 and cast to it. Norms and the softmax of
 //! attention accumulate in fp32 inside libtorch's kernels, whatever the dtype of their input.
 
 use std::sync::Arc;
@@ -81,10 +82,10 @@ fn torch(error: Error) -> lora_torch::Error {
 
 /// A block, to be changed.
 ///
-/// # Panics
-/// While a graph that was made with it is alive: adapters come and go between steps.
-pub(crate) fn own<B: Send>(block: &mut Shared<B>) -> &mut B {
-    block.get_mut().expect("adapters come and go while no loss of the network is alive")
+/// # Errors
+/// [`Error::InUse`] while a graph that was made with it is alive: adapters come and go between steps.
+pub(crate) fn exclusive<B: Send>(block: &mut Shared<B>) -> Result<&mut B> {
+    block.get_mut().ok_or(Error::InUse)
 }
 
 /// A variant with its parameters, hung on a layer.
@@ -121,7 +122,7 @@ impl LayerWeight {
     }
 
     /// In the compute dtype.
-    fn whole(&self) -> Result<Tensor> {
+    fn in_compute_dtype(&self) -> Result<Tensor> {
         Ok(match self {
             Self::Frozen(weight) => weight.whole()?,
             Self::Trained { leaf, kind } => leaf.f_to_kind(*kind)?,
@@ -140,7 +141,7 @@ impl LayerWeight {
             Self::Frozen(weight) => Ok(weight.apply(geometry, input, bias)?),
             Self::Trained { kind, .. } => {
                 let bias = bias.map(|bias| bias.f_to_kind(*kind)).transpose()?;
-                Ok(apply_layer(geometry, input, &self.whole()?, bias.as_ref())?)
+                Ok(apply_layer(geometry, input, &self.in_compute_dtype()?, bias.as_ref())?)
             }
         }
     }
@@ -198,7 +199,7 @@ impl AdaptableLayer {
         self.weight.device()
     }
 
-    /// Bytes that its own weight takes, as it is held.
+    /// Bytes of its weight as it is held.
     pub fn weight_bytes(&self) -> usize {
         self.weight.bytes()
     }
@@ -242,7 +243,7 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
     }
 
     fn weight(&self) -> lora_core::Result<Tensor> {
-        Ok(self.weight.whole().map_err(torch)?)
+        Ok(self.weight.in_compute_dtype().map_err(torch)?)
     }
 
     fn bias(&self) -> Option<Tensor> {
@@ -269,10 +270,16 @@ pub trait Adaptable {
     fn component(&self) -> lora_core::Component;
 
     /// Calls `visit` on each layer that can carry an adapter, in a fixed order.
-    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer));
+    ///
+    /// # Errors
+    /// [`Error::InUse`] while a loss of the network is alive; layers may have been visited by then.
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()>;
 
     /// Paths and shapes of those layers.
-    fn adaptable_layers(&mut self) -> Vec<lora_core::target::TargetLayer> {
+    ///
+    /// # Errors
+    /// As [`Adaptable::visit_layers`].
+    fn adaptable_layers(&mut self) -> Result<Vec<lora_core::target::TargetLayer>> {
         let component = self.component();
         let mut layers = Vec::new();
         self.visit_layers(&mut |layer| {
@@ -280,8 +287,8 @@ pub trait Adaptable {
                 path: ModulePath::new(component, layer.path.clone()),
                 geometry: layer.geometry,
             });
-        });
-        layers
+        })?;
+        Ok(layers)
     }
 }
 
@@ -332,19 +339,19 @@ impl LayerNorm {
     }
 }
 
-/// Width of an attention head where no config names the heads of a network of these widths: 64, as in every published one, or
-/// the largest power of two that divides them all.
+/// Width of an attention head where no config names the heads of a network of these widths: 64, as in every published
+/// one, or the largest power of two that divides them all.
 pub(crate) fn head_width(widths: &[usize]) -> usize {
     widths.iter().fold(64, |head, width| head.min(1 << width.trailing_zeros().min(6)))
 }
 
 /// Scaled dot-product attention over `[batch, tokens, width]` with the width split into heads; libtorch picks its
-/// fastest kernel (flash, memory-efficient) for the device. One of them takes every width of a head in multiples of 8, the 512 of
-/// the autoencoder too, and none forms all scores at once, so that nothing is left to slice.
+/// fastest kernel (flash, memory-efficient) for the device. One of them takes every width of a head in multiples of 8,
+/// the 512 of the autoencoder too, and none forms all scores at once, so that nothing is left to slice.
 ///
-/// Every kernel multiplies queries by keys into fp32 and takes the softmax there, the plain one included: scores beyond fp16's
-/// range, as Stable Diffusion 2.1 has them at 768 pixels, need no other way. Configs' `upcast_attention` asks for this, and is
-/// met without being read.
+/// Every kernel multiplies queries by keys into fp32 and takes the softmax there, the plain one included: scores beyond
+/// fp16's range, as Stable Diffusion 2.1 has them at 768 pixels, need no other way. Configs' `upcast_attention` asks
+/// for this, and is met without being read.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
     let split = |tensor: &Tensor| -> Result<Tensor> {
         let (batch, tokens, width) = tensor.size3()?;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use lora_core::{Component, DType, HostTensor};
 use lora_io::checkpoint::{CheckpointSource, write_single_file};
-use lora_io::family::{Family, sd1};
+use lora_io::family::{Family, sd1, sd2};
 use lora_torch::tch::{Device, Kind};
 
 use crate::Result;
@@ -17,6 +17,8 @@ use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
 /// The sizes of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct SyntheticModel {
+    /// Whose names its files have.
+    pub family: &'static Family,
     /// The text encoder's.
     pub text_encoder: ClipConfig,
     /// The U-Net's.
@@ -32,18 +34,29 @@ impl SyntheticModel {
         Self::of_sizes(128, 3, vec![32, 64, 64, 64], vec![32, 32, 64, 64])
     }
 
-    /// The same of Stable Diffusion 2.1's kind: 3 text layers of width 96 with the exact GELU, a U-Net of 32 to 96 channels in
-    /// heads of 32 each that projects by linear layers.
+    /// A model as small of Stable Diffusion 2.1's kind: 3 text layers of width 96, a U-Net of 32 to 96 channels in heads
+    /// of 32 each.
     pub fn tiny_sd2() -> Self {
-        let mut model = Self::of_sizes(96, 3, vec![32, 64, 96, 96], vec![32, 32, 64, 64]);
-        (model.text_encoder.heads, model.text_encoder.exact_gelu) = (3, true);
-        (model.unet.heads, model.unet.linear_projection) = (vec![1, 2, 3, 3], true);
-        model
+        Self::of_sizes(96, 3, vec![32, 64, 96, 96], vec![32, 32, 64, 64]).with_heads_of(32)
     }
 
-    /// Stable Diffusion 1.5's own sizes: 1.07 billion parameters.
+    /// Stable Diffusion 1.5's sizes: 1.07 billion parameters.
     pub fn full() -> Self {
         Self::of_sizes(768, 12, vec![320, 640, 1280, 1280], vec![128, 256, 512, 512])
+    }
+
+    /// Stable Diffusion 2.1's sizes: 1.29 billion parameters.
+    pub fn full_sd2() -> Self {
+        Self::of_sizes(1024, 23, vec![320, 640, 1280, 1280], vec![128, 256, 512, 512]).with_heads_of(64)
+    }
+
+    /// Of Stable Diffusion 2's kind: heads of one width everywhere, linear projections, the exact GELU.
+    fn with_heads_of(mut self, width: usize) -> Self {
+        self.family = &sd2::FAMILY;
+        (self.text_encoder.heads, self.text_encoder.exact_gelu) = (self.text_encoder.width / width, true);
+        self.unet.heads = self.unet.channels.iter().map(|channels| channels / width).collect();
+        self.unet.linear_projection = true;
+        self
     }
 
     fn of_sizes(width: usize, layers: usize, unet: Vec<usize>, vae: Vec<usize>) -> Self {
@@ -73,12 +86,17 @@ impl SyntheticModel {
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
         };
-        Self { text_encoder, unet, vae }
+        Self { family: &sd1::FAMILY, text_encoder, unet, vae }
     }
 
-    /// Writes the single-file (LDM) layout in `dtype`; one tensor in memory at a time.
+    /// Writes the family's single-file layout in `dtype`; one tensor in memory at a time.
     pub fn write(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
-        write_single_file(path, &Source(self.weight_shapes()?), dtype, &BTreeMap::new())?;
+        write_single_file(
+            path,
+            &Source { family: self.family, shapes: self.weight_shapes()? },
+            dtype,
+            &BTreeMap::new(),
+        )?;
         Ok(())
     }
 
@@ -100,19 +118,22 @@ impl SyntheticModel {
     }
 }
 
-struct Source(BTreeMap<Component, Vec<NamedShape>>);
+struct Source {
+    family: &'static Family,
+    shapes: BTreeMap<Component, Vec<NamedShape>>,
+}
 
 impl CheckpointSource for Source {
     fn family(&self) -> &'static Family {
-        &sd1::FAMILY
+        self.family
     }
 
     fn components(&self) -> Vec<Component> {
-        self.0.keys().copied().collect()
+        self.shapes.keys().copied().collect()
     }
 
     fn weights(&self, component: Component) -> Vec<NamedShape> {
-        self.0[&component].clone()
+        self.shapes[&component].clone()
     }
 
     fn values(&self, component: Component, name: &str, shape: &[usize]) -> lora_io::Result<HostTensor> {

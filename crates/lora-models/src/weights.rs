@@ -23,13 +23,13 @@ pub trait WeightSource {
     fn contains(&self, name: &str) -> bool;
     /// The shape of a weight that it has.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
-    /// A weight in its final dtype and place. `shape` is what the architecture needs; sources that have a shape of their
-    /// own may ignore it, the caller compares.
+    /// A weight in its final dtype and place. `shape` is what the architecture needs; a source that
+    /// knows the shape may ignore it: the caller compares the two.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
 }
 
-/// One side of a weight's shape, where an architecture's sizes are read off; a weight that is missing or has fewer axes is
-/// an error that names it.
+/// One side of a weight's shape, where an architecture's sizes are read off; a weight that is missing or has fewer axes
+/// is an error that names it.
 pub(crate) fn dimension(source: &dyn WeightSource, name: &str, axis: usize) -> Result<usize> {
     let missing = || Error::MissingWeight { source_name: source.name(), name: name.to_owned() };
     let shape = source.shape(name).ok_or_else(missing)?;
@@ -59,8 +59,8 @@ impl Default for Held {
     }
 }
 
-/// How frozen weights of layers are held; what is not a layer's weight (norms, biases, embeddings) is in the compute dtype on
-/// the device.
+/// How frozen weights of layers are held; what is not a layer's weight (norms, biases, embeddings) is in the compute
+/// dtype on the device.
 #[derive(Debug, Clone, Default)]
 pub struct Frozen {
     /// In fewer bytes, where they are not small; in the compute dtype without.
@@ -76,12 +76,13 @@ impl Frozen {
     }
 }
 
-/// The trained weights of a network, collected while it is built: names as the source has them, in the constructor's order.
+/// The trained weights of a network, collected while it is built: names as the source has them, in the constructor's
+/// order.
 #[derive(Debug, Clone, Default)]
 pub struct TrainedWeights(Arc<Mutex<Vec<(String, Tensor)>>>);
 
 impl TrainedWeights {
-    /// All of them; the tensors are the network's own.
+    /// All of them, the very tensors that the network computes with.
     pub fn all(&self) -> Vec<(String, Tensor)> {
         let list = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         list.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
@@ -127,15 +128,15 @@ impl<'s> Weights<'s> {
             return Ok(LayerWeight::Trained { leaf: weight, kind: self.kind });
         };
         let large = shape.len() >= 2 && weight.numel() >= SMALL;
-        let own = match storage {
+        let weight = match storage {
             Some(storage) if large => {
                 FrozenWeight::stored(&weight, *storage).map_err(|error| self.refused(name, error))?
             }
             _ => FrozenWeight::plain(weight),
         };
         Ok(LayerWeight::Frozen(match staging {
-            Some(staging) if large => own.staged(staging)?,
-            _ => own,
+            Some(staging) if large => weight.staged(staging)?,
+            _ => weight,
         }))
     }
 
@@ -150,7 +151,7 @@ impl<'s> Weights<'s> {
         Self { prefix: self.path(name), ..self.clone() }
     }
 
-    /// The scope's own dotted path.
+    /// The scope's dotted path.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -194,8 +195,8 @@ impl<'s> Weights<'s> {
 /// A weight's name and shape.
 pub type NamedShape = (String, Vec<usize>);
 
-/// A source that gives tensors without elements: a network built from it has every layer in its place and weighs nothing,
-/// and shapes are checked as ever. It keeps a list of what was asked for.
+/// A source that gives tensors without elements: a network built from it has every layer in its place and takes no
+/// memory, and shapes are checked all the same. It keeps a list of what was asked for.
 pub struct ShapesOnly<'s> {
     source: &'s dyn WeightSource,
     asked: RefCell<Vec<NamedShape>>,

@@ -3,10 +3,11 @@
 use lora_core::{Component, DType};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::sd1;
+use lora_models::diffusion::{Prediction, noise_schedule};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::{Unet, load_text_encoder, load_unet, load_vae};
+use lora_models::networks::{ClipConfig, ClipTextEncoder, Unet, load_text_encoder, load_unet, load_vae};
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{Held, SyntheticWeights, Weights};
+use lora_models::weights::{Held, ShapesOnly, SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 
 #[test]
@@ -31,6 +32,31 @@ fn a_single_file_is_the_network_it_was_written_from() {
     let sample = Tensor::randn([1, 4, 8, 8], (Kind::Float, Device::Cpu));
     let context = Tensor::randn([1, 77, 128], (Kind::Float, Device::Cpu));
     let answer = |unet: &Unet| no_grad(|| unet.forward(&sample, &[7.0], &context, &Pass::default()).unwrap());
+    assert_eq!(answer(&loaded), answer(&built));
+}
+
+/// A file without configs does not tell heads and activation: heads are as wide as divides where projections are linear, the
+/// activation is for whoever knows the family.
+#[test]
+fn a_single_file_with_openclip_s_names_is_the_network_it_was_written_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.safetensors");
+    let model = SyntheticModel::tiny_sd2();
+    model.write(&path, DType::F32).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.family(), model.family);
+    assert!(checkpoint.unused().is_empty());
+    let detected = ClipConfig::detect(checkpoint.component(Component::TEXT_ENCODER).unwrap()).unwrap();
+    assert_eq!(ClipConfig { exact_gelu: true, ..detected }, model.text_encoder);
+
+    let loaded = load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap();
+    assert_eq!(*loaded.config(), model.unet);
+    let weights = SyntheticWeights::new("text_encoder");
+    let built = ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, Device::Cpu), model.text_encoder).unwrap();
+    let stored = checkpoint.component(Component::TEXT_ENCODER).unwrap();
+    let loaded = ClipTextEncoder::new(&Weights::new(stored, Kind::Float, Device::Cpu), model.text_encoder).unwrap();
+    let tokens = Tensor::from_slice(&(0..77i64).collect::<Vec<_>>()).view([1, 77]);
+    let answer = |encoder: &ClipTextEncoder| no_grad(|| encoder.forward(&tokens, 1, &Pass::default()).unwrap());
     assert_eq!(answer(&loaded), answer(&built));
 }
 
@@ -66,13 +92,36 @@ fn the_full_architecture_has_the_known_tensors_and_targets() {
 }
 
 #[test]
+fn the_full_architecture_of_stable_diffusion_2_has_the_known_parameters_and_targets() {
+    let model = SyntheticModel::full_sd2();
+    let lists = model.weight_shapes().unwrap();
+    let parameters =
+        |component| -> usize { lists[&component].iter().map(|(_, shape)| shape.iter().product::<usize>()).sum() };
+    assert_eq!(parameters(Component::UNET), 865_910_724);
+    assert_eq!(parameters(Component::TEXT_ENCODER), 340_387_840);
+    assert_eq!(parameters(Component::VAE), 83_653_863);
+    // sd-scripts adapts 192 modules of the U-Net with 432,128 numbers a rank, 138 of the text encoder with 423,936.
+    let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
+    let chosen = |network: &mut dyn Adaptable| {
+        let chosen = targets.select(&network.adaptable_layers().unwrap()).unwrap();
+        let numbers = chosen.iter().map(|target| target.geometry.inputs() + target.geometry.outputs());
+        (chosen.len(), numbers.sum::<usize>())
+    };
+    let (source, other) = (SyntheticWeights::new("unet"), SyntheticWeights::new("text_encoder"));
+    let (unet, text) = (ShapesOnly::new(&source), ShapesOnly::new(&other));
+    let weights = |shapes| Weights::new(shapes, Kind::Float, Device::Cpu);
+    assert_eq!(chosen(&mut Unet::new(&weights(&unet), model.unet).unwrap()), (192, 432_128));
+    assert_eq!(chosen(&mut ClipTextEncoder::new(&weights(&text), model.text_encoder).unwrap()), (138, 423_936));
+}
+
+#[test]
 fn every_default_target_of_sd_scripts_is_there() {
     let mut names = Vec::new();
     let weights = SyntheticWeights::new("unet");
     let tiny = SyntheticModel::tiny();
     let mut unet = Unet::new(&Weights::new(&weights, Kind::Float, Device::Cpu), tiny.unet).unwrap();
     let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
-    for layer in targets.select(&unet.adaptable_layers()).unwrap() {
+    for layer in targets.select(&unet.adaptable_layers().unwrap()).unwrap() {
         names.push(sd1::FAMILY.kohya(&layer.path).unwrap());
     }
     assert_eq!(names.len(), 192);
@@ -122,23 +171,47 @@ fn a_diffusers_folder_is_read_with_its_configs() {
     }
     let scheduler = folder.path().join("scheduler");
     std::fs::create_dir(&scheduler).unwrap();
-    std::fs::write(scheduler.join("scheduler_config.json"), r#"{"prediction_type": "v_prediction"}"#).unwrap();
 
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, [8, 8, 4, 8]);
     assert_eq!(load_text_encoder(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().heads, 4);
     assert_eq!(load_vae(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap().config().scaling_factor, 0.25);
-    let schedule = lora_models::diffusion::noise_schedule(&checkpoint).unwrap();
-    assert_eq!(schedule.prediction(), lora_models::diffusion::Prediction::Velocity);
+    let schedule = |config: &str| {
+        std::fs::write(scheduler.join("scheduler_config.json"), config).unwrap();
+        noise_schedule(&Checkpoint::open(folder.path()).unwrap())
+    };
+    let velocity = schedule(r#"{"prediction_type": "v_prediction"}"#).unwrap();
+    assert!(velocity.prediction() == Prediction::Velocity && !velocity.has_zero_terminal_snr());
+    let zero = schedule(r#"{"prediction_type": "v_prediction", "rescale_betas_zero_snr": true}"#).unwrap();
+    assert!(zero.prediction() == Prediction::Velocity && zero.has_zero_terminal_snr());
+    for (config, reason) in [
+        (r#"{"prediction_type": "sample"}"#, "prediction_type `sample`"),
+        (r#"{"beta_schedule": "linear"}"#, "beta_schedule is `linear`; expected scaled_linear"),
+        (
+            r#"{"prediction_type": "epsilon", "rescale_betas_zero_snr": true}"#,
+            "expected a network that predicts velocity",
+        ),
+    ] {
+        let error = schedule(config).unwrap_err().to_string();
+        assert!(error.contains(reason), "{config}: {error}");
+    }
 
     // What is wrong is named with its file.
     let error = |checkpoint: lora_io::Result<Checkpoint>| match checkpoint {
         Ok(checkpoint) => load_unet(&checkpoint, Kind::Float, Device::Cpu, Held::default()).unwrap_err().to_string(),
         Err(error) => error.to_string(),
     };
+    let text = folder.path().join("text_encoder/config.json");
+    std::fs::write(&text, r#"{"num_attention_heads": 4, "hidden_act": "gelu", "num_hidden_layers": 2}"#).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let text = ClipConfig::detect(checkpoint.component(Component::TEXT_ENCODER).unwrap()).unwrap();
+    assert_eq!(text, ClipConfig { heads: 4, layers: 2, exact_gelu: true, ..model.text_encoder });
     let unet = folder.path().join("unet/config.json");
     std::fs::write(&unet, r#"{"attention_head_dim": 7}"#).unwrap();
     assert!(error(Checkpoint::open(folder.path())).contains("7 attention heads"));
+    std::fs::write(&unet, r#"{"attention_head_dim": [5, "10"]}"#).unwrap();
+    let found = error(Checkpoint::open(folder.path()));
+    assert!(found.contains(r#"unet: config.json: attention_head_dim is [5,"10"]; expected a whole number"#), "{found}");
     std::fs::write(&unet, "{").unwrap();
     assert!(error(Checkpoint::open(folder.path())).contains("config.json"));
     std::fs::remove_file(folder.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();

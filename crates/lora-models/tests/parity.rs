@@ -12,7 +12,7 @@ use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::{Lora, Parameters};
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, SamplerKind};
-use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
+use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
 use lora_models::networks::{ClipTextEncoder, Unet, Vae};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
@@ -125,16 +125,16 @@ fn vae_matches_diffusers() {
     let vae = Vae::new(&Weights::new(&weights, Kind::Float, CPU), reference.model.vae).unwrap();
     no_grad(|| {
         let (pixels, latents) = (given("input.vae.pixels", &[2, 3, 64, 48]), given("input.vae.latents", &[2, 4, 8, 6]));
-        let whole = (vae.encode(&pixels).unwrap(), vae.decode(&latents).unwrap());
+        let untiled = (vae.encode(&pixels).unwrap(), vae.decode(&latents).unwrap());
         let tiled = (vae.encode_in_tiles(&pixels, 5).unwrap(), vae.decode_in_tiles(&latents, 5).unwrap());
-        for (kind, (encoded, decoded)) in [("vae", &whole), ("vae.tiled", &tiled)] {
+        for (kind, (encoded, decoded)) in [("vae", &untiled), ("vae.tiled", &tiled)] {
             for (name, found) in [("mean", &encoded.mean), ("logvar", &encoded.log_variance), ("decoded", decoded)] {
                 let error = relative(found, &tensor(&golden, &format!("{kind}.{name}")));
                 assert!(error < 1e-4, "{kind}.{name}: {error:e}");
             }
         }
-        // Tiles that need not be cut are the whole.
-        assert_eq!(vae.decode_in_tiles(&latents, 8).unwrap(), whole.1);
+        // Where one tile takes all, nothing is cut.
+        assert_eq!(vae.decode_in_tiles(&latents, 8).unwrap(), untiled.1);
     });
     let odd = Tensor::zeros([1, 3, 60, 64], (Kind::Float, CPU));
     assert!(vae.encode(&odd).is_err() && vae.encode_in_tiles(&odd, 5).is_err());
@@ -187,8 +187,8 @@ fn samplers_match_diffusers() {
     }
 }
 
-/// The reference computes the schedule in f32: 1e-5 of a spread. Of 1 − ᾱ, which is 8.5e-4 at the first timestep, that leaves it
-/// four digits, and so of the SNR.
+/// The reference computes the schedule in f32: 1e-5 of a spread. Of 1 − ᾱ, which is 8.5e-4 at the first timestep, that
+/// leaves it four digits, and so of the SNR.
 #[test]
 fn noise_schedules_match_diffusers() {
     let [_, reference] = references();
@@ -217,10 +217,11 @@ fn noise_schedules_match_diffusers() {
 
 /// Adapts layers with the golden files' factors; returns them by their names there.
 fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
-    let chosen: Vec<TargetLayer> = Targets::parse(targets).unwrap().select(&network.adaptable_layers()).unwrap();
+    let chosen: Vec<TargetLayer> =
+        Targets::parse(targets).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
     let component = network.component();
     let mut leaves = BTreeMap::new();
-    network.visit_layers(&mut |layer| {
+    let mut attach = |layer: &mut AdaptableLayer| {
         if !chosen.iter().any(|target| target.path.path == layer.path()) {
             return;
         }
@@ -238,7 +239,8 @@ fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tens
         ];
         let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
         layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
-    });
+    };
+    network.visit_layers(&mut attach).unwrap();
     leaves
 }
 
@@ -267,7 +269,8 @@ fn lora_gradients_match_peft() {
         for (name, leaf) in &leaves {
             let expected = tensor(&golden, name);
             let distance = f64::try_from((leaf.grad() - &expected).norm()).unwrap();
-            // Ten true gradients are zero (a norm removes what the layer adds): theirs is rounding only, hence the floor.
+            // Ten true gradients are zero (a norm removes what the layer adds): theirs is rounding only, hence the
+            // floor.
             let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-7;
             assert!(distance < allowed, "{}, {name}: {distance:e} of {allowed:e}", reference.folder);
         }

@@ -1,5 +1,5 @@
-//! Networks that are trained whole: every weight gets the gradient of the loss. Held against differences of the loss itself;
-//! the forward passes are held against diffusers in `parity.rs`.
+//! Networks that are trained whole: every weight gets the gradient of the loss. Held against differences of the loss
+//! itself; the forward passes are held against diffusers in `parity.rs`.
 
 use lora_models::layers::Pass;
 use lora_models::networks::{ClipTextEncoder, Unet, Vae};

@@ -10,13 +10,66 @@ pub enum Error {
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
     /// The base model is none that can be trained.
-    #[error("{path}: this is {found}; expected a Stable Diffusion 1.x checkpoint (one LDM file or a diffusers folder)", path = path.display())]
+    #[error("{path}: this is {found}; expected {expected}, in one file of the original layout or a diffusers folder", path = path.display())]
     Base {
         /// The file or folder.
         path: PathBuf,
         /// What it is.
         found: String,
+        /// Families that can be trained.
+        expected: String,
     },
+    /// The configuration has a key that means nothing for its base.
+    #[error("{key}: a base of the family {family} has no such key; take it out")]
+    KeyOfAnotherBase {
+        /// The key.
+        key: &'static str,
+        /// The base's family.
+        family: &'static str,
+    },
+    /// A base does not say what it predicts, and its family has both kinds.
+    #[error(
+        "{path}: {family} predicts the noise or the velocity, and this file does not say which; set v_parameterization = true for a base of 768 px (velocity), false for one of 512 px (noise)",
+        path = path.display()
+    )]
+    PredictionUnknown {
+        /// The file.
+        path: PathBuf,
+        /// Its family.
+        family: &'static str,
+    },
+    /// A network is needed that is not loaded.
+    #[error("the {network} is not loaded")]
+    NotLoaded {
+        /// The network.
+        network: &'static str,
+    },
+    /// An encoding lacks a tensor.
+    #[error("what `{network}` encoded lacks `{name}`; if it comes from cache_dir, remove that folder")]
+    MissingEncoding {
+        /// The network that encodes.
+        network: lora_core::Component,
+        /// The tensor.
+        name: &'static str,
+    },
+    /// A loss reads a tensor that the micro-batch has not.
+    #[error("a micro-batch has no tensor `{name}`, which the loss reads")]
+    MissingInput {
+        /// The tensor.
+        name: &'static str,
+    },
+    /// A recorded step is not the step that was recorded.
+    #[error("{0}")]
+    RecordingDiffers(String),
+    /// Something is held by another thread although its work is done.
+    #[error("{what} is still in use by a thread that should be done; this is a mistake of the program")]
+    InUse {
+        /// What is held.
+        what: &'static str,
+    },
+    /// Samples of a base that draws none.
+    #[error("this base draws no samples; take sample_prompts out")]
+    NoSamples,
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),

@@ -1,11 +1,10 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
-mod base_model;
+pub mod base;
 pub mod callback;
 pub mod callbacks;
 pub mod config;
-pub mod encode;
 mod error;
 pub mod loss;
 pub mod optimiser;

@@ -7,6 +7,7 @@ use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::from_f32;
 
 use crate::Result;
+use crate::base::Inputs;
 
 /// How much parts of a batch count.
 #[derive(Debug, Default)]
@@ -93,8 +94,28 @@ impl Denoising {
         Ok(each.f_mean(Kind::Float)?)
     }
 
-    /// Its tensors, in order, `None` where it has none: what to copy into another's of the same shape to compute its loss.
-    pub fn tensors(&self) -> [Option<&Tensor>; 5] {
-        [Some(&self.noised), Some(&self.target), Some(&self.times), self.mask.as_ref(), self.factors.as_ref()]
+    /// Its tensors by name.
+    pub fn into_inputs(self) -> Inputs {
+        Inputs::default()
+            .with("noised", Some(self.noised))
+            .with("target", Some(self.target))
+            .with("times", Some(self.times))
+            .with("mask", self.mask)
+            .with("factors", self.factors)
+    }
+
+    /// From tensors by name.
+    ///
+    /// # Errors
+    /// Where one is missing.
+    pub fn of(inputs: &Inputs) -> Result<Self> {
+        let optional = |name: &str| inputs.find(name).map(Tensor::shallow_clone);
+        Ok(Self {
+            noised: inputs.get("noised")?.shallow_clone(),
+            target: inputs.get("target")?.shallow_clone(),
+            times: inputs.get("times")?.shallow_clone(),
+            mask: optional("mask"),
+            factors: optional("factors"),
+        })
     }
 }

@@ -255,7 +255,7 @@ impl ParameterList {
     /// Whether every trained number is finite; waits for the device.
     pub fn is_finite(&self) -> Result<bool> {
         for parameter in &self.list {
-            if !crate::encode::is_finite(&parameter.leaf)? {
+            if !crate::base::is_finite(&parameter.leaf)? {
                 return Ok(false);
             }
         }

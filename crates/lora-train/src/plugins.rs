@@ -1,5 +1,5 @@
-//! What a user's own crate adds without touching ours: adapter variants, picture processors, optimisers, callbacks and
-//! configuration keys, by name.
+//! What a user's own crate adds without touching ours: adapter variants, picture processors, optimisers, callbacks,
+//! base models and configuration keys, by name.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,6 +8,7 @@ use lora_core::variant::VariantRegistry;
 use lora_data::processor::ProcessorRegistry;
 use lora_torch::TchBackend;
 
+use crate::base::{Bases, Registration};
 use crate::callback::Callback;
 use crate::config::keys::Keys;
 use crate::optimiser::OptimiserRegistry;
@@ -24,6 +25,8 @@ pub struct Plugins {
     pub processors: ProcessorRegistry,
     /// Optimisers, for the key `optimizer`.
     pub optimisers: OptimiserRegistry,
+    /// Families of base models, for the key `base_model`; [`Plugins::register_base`] adds one with its keys.
+    pub bases: Bases,
     /// Keys of the configuration itself; [`crate::config::TrainConfig::from_file_with`] reads those that are added.
     pub keys: Keys,
     callbacks: BTreeMap<String, Factory>,
@@ -37,6 +40,14 @@ impl Plugins {
         make: impl Fn() -> C + Send + Sync + 'static,
     ) {
         self.callbacks.insert(name.into(), Box::new(move || Box::new(make())));
+    }
+
+    /// Registers a family of base models with the keys that it brings.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateKey`] where another base has a key of the same name.
+    pub fn register_base(&mut self, registration: Registration) -> Result<()> {
+        self.bases.register(registration, &mut self.keys)
     }
 
     /// The callbacks of a list of names.
@@ -61,6 +72,7 @@ impl fmt::Debug for Plugins {
             .field("variants", &self.variants)
             .field("processors", &self.processors)
             .field("optimisers", &self.optimisers)
+            .field("bases", &self.bases)
             .field("keys", &self.keys)
             .field("callbacks", &self.callbacks.keys())
             .finish()

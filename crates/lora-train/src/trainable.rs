@@ -151,7 +151,7 @@ impl TrainableAdapter {
                 self.modules.insert(module, Attached { variant, rank, alpha, trained, frozen });
                 Ok(())
             })();
-        });
+        })?;
         result
     }
 
@@ -205,6 +205,6 @@ fn first_values(
 
 /// The layers of some networks that a list of targets names.
 pub fn select(networks: &mut [&mut dyn Adaptable], targets: &Targets) -> Result<Vec<TargetLayer>> {
-    let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
-    Ok(targets.select(&layers)?)
+    let layers = networks.iter_mut().map(|network| network.adaptable_layers());
+    Ok(targets.select(&layers.collect::<lora_models::Result<Vec<_>>>()?.concat())?)
 }

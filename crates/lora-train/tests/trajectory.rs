@@ -59,7 +59,7 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
     let options = AdapterOptions::lora(4, 2.0, 0);
     let (mut trained, mut parameters) = (TrainableAdapter::default(), ParameterList::new(OptimiserState::adamw(), 0.0));
     for network in [&mut unet as &mut dyn Adaptable, &mut text] {
-        let targets = Targets::parse(&["attention"]).unwrap().select(&network.adaptable_layers()).unwrap();
+        let targets = Targets::parse(&["attention"]).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
         let mut from = Adapter::default();
         for target in &targets {
             let shape = target.geometry.with_outputs(4).weight_shape();

@@ -1,5 +1,5 @@
-//! Diffusion around a network that denoises: noise schedules with what the network is to predict, and samplers. Networks are in
-//! [`crate::networks`]; these take their answers as tensors.
+//! Diffusion around a network that denoises: noise schedules with what the network is to predict, and samplers.
+//! Networks are in [`crate::networks`]; these take their answers as tensors.
 
 mod sampler;
 mod schedule;

@@ -1,5 +1,6 @@
 //! Samplers that turn noise into latents: DDIM (Song et al., 2021, η = 0) and Euler (Karras et al., 2022, algorithm 2
-//! without churn), with the timesteps that diffusers' schedulers take, and guidance. Deterministic given the starting noise.
+//! without churn), with the timesteps that diffusers' schedulers take, and guidance. Deterministic given the starting
+//! noise.
 
 use lora_torch::tch::Tensor;
 
@@ -67,9 +68,9 @@ impl Sampler {
         })
     }
 
-    /// The network's answer with guidance (Ho & Salimans, 2022), `without + scale · (with − without)`, of its answers without
-    /// and with the prompt, `[batch, 4, height, width]`. With zero terminal SNR, seven tenths of it have the standard deviation
-    /// of `with`.
+    /// The network's answer with guidance (Ho & Salimans, 2022), `without + scale · (with − without)`, of its answers
+    /// without and with the prompt, `[batch, 4, height, width]`. With zero terminal SNR, seven tenths of it have the
+    /// standard deviation of `with`.
     pub fn guided(&self, without: &Tensor, with: &Tensor, scale: f64) -> Result<Tensor> {
         let guided = without.f_add(&with.f_sub(without)?.f_mul_scalar(scale)?)?;
         if self.rescale == 0.0 {
@@ -123,11 +124,12 @@ impl Sampler {
     }
 }
 
-/// How much of the guidance is rescaled with zero terminal SNR, where it would be overexposed (Lin et al., 2023, section 3.4).
+/// How much of the guidance is rescaled with zero terminal SNR, where it would be overexposed (Lin et al., 2023,
+/// section 3.4).
 const RESCALE: f64 = 0.7;
 
-/// The timesteps of a sampler, from the noisiest. Only "trailing" ones begin at the last timestep whatever their number, as a
-/// schedule that ends in noise alone needs.
+/// The timesteps of a sampler, from the noisiest. Only "trailing" ones begin at the last timestep whatever their
+/// number, as a schedule that ends in noise alone needs.
 fn timesteps(kind: SamplerKind, schedule: &NoiseSchedule, steps: usize) -> Vec<f64> {
     let total = NoiseSchedule::TIMESTEPS;
     let last = (total - 1) as f64;
@@ -141,7 +143,8 @@ fn timesteps(kind: SamplerKind, schedule: &NoiseSchedule, steps: usize) -> Vec<f
     (1..=steps).rev().map(timestep).collect()
 }
 
-/// σ = √((1−ᾱ)/ᾱ), between two timesteps in proportion. Noise alone, whose σ is infinite, counts as an ᾱ of 2⁻²⁴, as in diffusers.
+/// σ = √((1−ᾱ)/ᾱ), between two timesteps in proportion. Noise alone, whose σ is infinite, counts as an ᾱ of 2⁻²⁴, as in
+/// diffusers.
 fn sigma(schedule: &NoiseSchedule, timestep: f64) -> f64 {
     let at = |t: usize| match schedule.snr(t) {
         0.0 => f64::from(1 << 24).sqrt(),

@@ -1,6 +1,6 @@
 //! The noise schedule that Stable Diffusion's networks share: DDPM (Ho et al., 2020) with scaled-linear betas over 1000
-//! timesteps, as published or with zero terminal SNR (Lin et al., 2023). With it, what a network is to predict and the loss
-//! weights that depend on the noise. How a schedule is walked down is the samplers' business.
+//! timesteps, as published or with zero terminal SNR (Lin et al., 2023). With it, what a network is to predict and the
+//! loss weights that depend on the noise. How a schedule is walked down is the samplers' business.
 
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Kind, Tensor};
@@ -42,8 +42,8 @@ impl NoiseSchedule {
         Self { alphas_cumulative, prediction }
     }
 
-    /// The same with noise alone at the last timestep: √ᾱ is shifted to end at zero and stretched to begin where it began (Lin
-    /// et al., 2023, algorithm 1).
+    /// The same with noise alone at the last timestep: √ᾱ is shifted to end at zero and stretched to begin where it
+    /// began (Lin et al., 2023, algorithm 1).
     ///
     /// # Errors
     /// Where the noise is predicted: of noise alone such a prediction says nothing about the picture.
@@ -121,7 +121,8 @@ impl NoiseSchedule {
 /// The noise schedule that the scheduler of a diffusers folder names; without one, as published, for ε.
 ///
 /// # Errors
-/// Where the scheduler asks for other betas, for another prediction than ε or velocity, or for ε with zero terminal SNR.
+/// Where the scheduler asks for other betas, for another prediction than ε or velocity, or for ε with zero terminal
+/// SNR.
 pub fn noise_schedule(checkpoint: &Checkpoint) -> Result<NoiseSchedule> {
     let wrong = |reason: String| Error::Architecture { source_name: checkpoint.path().display().to_string(), reason };
     let Some(config) = checkpoint.scheduler() else { return Ok(NoiseSchedule::new(Prediction::Epsilon)) };

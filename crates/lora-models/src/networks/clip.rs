@@ -1,5 +1,5 @@
-//! CLIP's text encoder (Radford et al., 2021; OpenCLIP's: Cherti et al., 2023), as transformers' `CLIPTextModel`. Tokens come from
-//! outside.
+//! CLIP's text encoder (Radford et al., 2021; OpenCLIP's: Cherti et al., 2023), as transformers' `CLIPTextModel`.
+//! Tokens come from outside.
 
 use lora_core::Component;
 use lora_io::checkpoint::ComponentWeights;
@@ -8,7 +8,7 @@ use lora_torch::tch::{Kind, Tensor};
 use serde_json::Value;
 
 use super::config;
-use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention, head_width, own};
+use crate::layers::{Adaptable, AdaptableLayer, LayerNorm, Pass, attention, exclusive, head_width};
 use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
 
@@ -36,9 +36,9 @@ pub struct ClipConfig {
 }
 
 impl ClipConfig {
-    /// Read off a component: widths from shapes; layers, heads and activation from its `config.json`. Without one, as in a
-    /// single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP: OpenCLIP's text encoders
-    /// have the exact GELU, and Stable Diffusion 2's single file a layer more than is used, which whoever knows the file sets.
+    /// Read off a component: widths from shapes; layers, heads and activation from its `config.json`. Without one, as
+    /// in a single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP. OpenCLIP's
+    /// text encoders have the exact GELU, which nothing in a single file tells: whoever knows the family sets it.
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or the config asks for what is not built here.
@@ -203,10 +203,33 @@ impl Adaptable for ClipTextEncoder {
         Component::TEXT_ENCODER
     }
 
-    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         for layer in &mut self.layers {
-            let Layer { q_proj, k_proj, v_proj, out_proj, fc1, fc2, .. } = own(layer);
+            let Layer { q_proj, k_proj, v_proj, out_proj, fc1, fc2, .. } = exclusive(layer)?;
             [q_proj, k_proj, v_proj, out_proj, fc1, fc2].into_iter().for_each(&mut *visit);
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_torch::tch::Device;
+
+    use super::*;
+    use crate::synthetic::SyntheticModel;
+    use crate::weights::{Held, SyntheticWeights, TrainedWeights};
+
+    #[test]
+    fn adapters_do_not_come_while_a_loss_is_alive() {
+        let source = SyntheticWeights::new("text_encoder");
+        let held = Held::Trained(TrainedWeights::default());
+        let weights = Weights::new(&source, Kind::Float, Device::Cpu).held(held);
+        let mut encoder = ClipTextEncoder::new(&weights, SyntheticModel::tiny().text_encoder).unwrap();
+        let tokens = Tensor::zeros([1, ROW], (Kind::Int64, Device::Cpu));
+        let loss = encoder.forward(&tokens, 1, &Pass { recompute: true, ..Pass::default() }).unwrap();
+        assert!(matches!(encoder.adaptable_layers(), Err(Error::InUse)));
+        drop(loss);
+        assert_eq!(encoder.adaptable_layers().unwrap().len(), 18);
     }
 }

@@ -1,5 +1,5 @@
-//! What a component's `config.json` says beside the names and shapes of its weights. Single files have none: then each network
-//! has its own rule.
+//! What a component's `config.json` says beside the names and shapes of its weights. Single files have none: then each
+//! network has its own rule.
 
 use lora_io::checkpoint::ComponentWeights;
 use serde_json::Value;

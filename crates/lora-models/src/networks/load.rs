@@ -1,4 +1,5 @@
-//! Networks out of an open checkpoint. Each is loaded by itself, so that a trainer can let go of one before the next comes.
+//! Networks out of an open checkpoint. Each is loaded by itself, so that a trainer can let go of one before the next
+//! comes.
 
 use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;

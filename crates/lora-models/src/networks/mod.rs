@@ -1,5 +1,6 @@
-//! Networks, one file each: a network knows its sizes, its weights under diffusers' and transformers' names, and its forward pass.
-//! What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`], losses are the trainer's.
+//! Networks, one file each: a network knows its sizes, its weights under diffusers' and transformers' names, and its
+//! forward pass. What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`],
+//! losses are the trainer's.
 
 mod blocks;
 mod clip;

@@ -1,15 +1,15 @@
-//! A picture or its latents worked on in overlapping tiles, whose answers fade into each other: memory for a tile instead of the
-//! whole. What is done with a tile is not here.
+//! A picture or its latents worked on in overlapping tiles, whose answers fade into each other: memory for a tile
+//! instead of the picture. What is done with a tile is not here.
 //!
-//! Diffusers' `enable_vae_tiling` does the like with tiles of one size from the left and the top, which leaves strips at the other
-//! ends whose group norms see few numbers. Here all tiles of an axis are equally long.
+//! Diffusers' `enable_vae_tiling` does the same with tiles of one size from the left and the top, which leaves strips
+//! at the other ends whose group norms see few numbers. Here all tiles of an axis are equally long.
 
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
 
-/// Beginning and end of the tiles along an axis: none longer than `most`, neighbours overlap by a quarter of that or more, and no
-/// third tile lies where two overlap.
+/// Beginning and end of the tiles along an axis: none longer than `most`, neighbours overlap by a quarter of that or
+/// more, and no third tile lies where two overlap.
 pub fn tiles_along(length: usize, most: usize) -> Vec<(usize, usize)> {
     let most = most.max(4);
     if length <= most {
@@ -22,8 +22,8 @@ pub fn tiles_along(length: usize, most: usize) -> Vec<(usize, usize)> {
     (0..count).map(|index| (begin(index), begin(index) + side)).collect()
 }
 
-/// What `run` makes of `[batch, channels, height, width]`: a new tensor, f32. Of its input `input_scale` numbers along an axis are one latent, of
-/// its output `output_scale`; tiles are at most `most` latents high and wide.
+/// What `run` makes of `[batch, channels, height, width]`: a new tensor, f32. Of its input `input_scale` numbers along
+/// an axis are one latent, of its output `output_scale`; tiles are at most `most` latents high and wide.
 pub(super) fn in_tiles(
     input: &Tensor,
     most: usize,
@@ -39,26 +39,26 @@ pub(super) fn in_tiles(
     let part = |tensor: &Tensor, axis: i64, (begin, end): (usize, usize), scale: usize| {
         tensor.f_narrow(axis, (begin * scale) as i64, ((end - begin) * scale) as i64)
     };
-    let mut whole: Option<Tensor> = None;
+    let mut output: Option<Tensor> = None;
     for (index, &row) in rows.iter().enumerate() {
         let down = weights(&rows, index, output_scale, input.device())?.f_unsqueeze(1)?;
         for (index, &column) in columns.iter().enumerate() {
             let tile = part(&part(input, 2, row, input_scale)?, 3, column, input_scale)?.f_contiguous()?;
             let mut answer = run(&tile)?;
             let _ = answer.f_mul_(&down)?.f_mul_(&weights(&columns, index, output_scale, input.device())?)?;
-            let whole = match &whole {
-                Some(whole) => whole,
+            let output = match &output {
+                Some(output) => output,
                 None => {
                     let side = |axis: i64| axis / input_scale as i64 * output_scale as i64;
                     let shape = [batch, answer.size()[1], side(height), side(width)];
-                    whole.insert(Tensor::f_zeros(shape, (Kind::Float, input.device()))?)
+                    output.insert(Tensor::f_zeros(shape, (Kind::Float, input.device()))?)
                 }
             };
-            let _ = part(&part(whole, 2, row, output_scale)?, 3, column, output_scale)?.f_add_(&answer)?;
+            let _ = part(&part(output, 2, row, output_scale)?, 3, column, output_scale)?.f_add_(&answer)?;
         }
     }
     // There is at least one tile.
-    Ok(whole.unwrap_or_else(|| input.shallow_clone()))
+    Ok(output.unwrap_or_else(|| input.shallow_clone()))
 }
 
 /// How much a tile counts along an axis: less and less towards a neighbour, so that both together count 1.
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tiles_leave_alone_comes_back_whole() {
+    fn what_tiles_leave_alone_comes_back_as_it_was() {
         let input = Tensor::randn([2, 3, 90, 44], (Kind::Float, Device::Cpu));
         let output = in_tiles(&input, 16, (2, 2), |tile| Ok(tile.copy())).unwrap();
         assert!(output.allclose(&input, 1e-6, 1e-6, false));

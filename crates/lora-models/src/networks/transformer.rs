@@ -6,7 +6,7 @@ use lora_torch::checkpoint::Shared;
 use lora_torch::tch::Tensor;
 
 use crate::Result;
-use crate::layers::{AdaptableLayer, GroupNorm, LayerNorm, Pass, attention, own};
+use crate::layers::{AdaptableLayer, GroupNorm, LayerNorm, Pass, attention, exclusive};
 use crate::weights::Weights;
 
 /// Sizes of one spatial transformer.
@@ -95,17 +95,18 @@ impl SpatialTransformer {
         Ok(update.f_add(input)?)
     }
 
-    pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+    pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         visit(&mut self.proj_in);
         for block in &mut self.blocks {
             for attention in [&mut block.attn1, &mut block.attn2] {
                 let Attention { to_q, to_k, to_v, to_out, .. } = attention;
                 [to_q, to_k, to_v, to_out].into_iter().for_each(&mut *visit);
             }
-            visit(&mut own(&mut block.gate).ff_in);
+            visit(&mut exclusive(&mut block.gate)?.ff_in);
             visit(&mut block.ff_out);
         }
         visit(&mut self.proj_out);
+        Ok(())
     }
 }
 

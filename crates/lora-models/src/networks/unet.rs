@@ -1,5 +1,5 @@
-//! The U-Net that Stable Diffusion's first generations share (Rombach et al., CVPR 2022), conditioned on text (diffusers'
-//! `UNet2DConditionModel`).
+//! The U-Net that Stable Diffusion's first generations share (Rombach et al., CVPR 2022), conditioned on text:
+//! diffusers' `UNet2DConditionModel`.
 
 use lora_core::Component;
 use lora_io::checkpoint::ComponentWeights;
@@ -9,7 +9,7 @@ use lora_torch::tch::{Device, Kind, Tensor};
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::config;
 use super::transformer::{SpatialTransformer, TransformerSizes};
-use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass, head_width, own};
+use crate::layers::{Adaptable, AdaptableLayer, GroupNorm, Pass, exclusive, head_width};
 use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
 
@@ -37,10 +37,10 @@ pub struct UnetConfig {
 }
 
 impl UnetConfig {
-    /// Read off a component: sizes from names and shapes; attention heads and norm groups from its `config.json`, where
-    /// `attention_head_dim` means the number of heads, one for all levels or one each. Without a config, as in a single file,
-    /// there are 8 heads a level where the transformers project by convolutions, and heads of 64 channels where they project by
-    /// linear layers; and 32 groups.
+    /// Read off a component: sizes from names and shapes; attention heads and norm groups from its `config.json`. Its
+    /// `attention_head_dim` means the number of heads, one for all levels or one each. Without a config, as in a single
+    /// file, a level has 8 heads where its transformers project by convolutions, and heads of 64 channels where they
+    /// project by linear layers; and norms have 32 groups.
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
@@ -142,7 +142,7 @@ struct Level {
     resample: Option<AdaptableLayer>,
 }
 
-/// A residual block with its transformer, where it has one: what is computed again as a whole.
+/// A residual block with its transformer, where it has one: what is computed again as one.
 #[derive(Debug)]
 struct Stage {
     resnet: ResnetBlock,
@@ -163,11 +163,9 @@ impl Stage {
         }
     }
 
-    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         self.resnet.visit(visit);
-        if let Some(attention) = &mut self.attention {
-            attention.visit(visit);
-        }
+        self.attention.as_mut().map_or(Ok(()), |attention| attention.visit(visit))
     }
 }
 
@@ -252,8 +250,8 @@ impl Unet {
     /// The prediction for noised latents `[batch, 4, height, width]`, one timestep per item, and text states
     /// `[batch, states, context]`; f32, shaped as the latents. Inputs are cast to the compute dtype here.
     ///
-    /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …), for
-    /// whoever measures what a block takes.
+    /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …),
+    /// for whoever measures what a block takes.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.forward_embedded(latents, &self.time_embedding(timesteps, latents.device())?, context, pass)
     }
@@ -269,8 +267,8 @@ impl Unet {
             return Err(Error::Input {
                 what: "U-Net",
                 expected: format!(
-                    "latents [{batch}, 4, …], {batch} timesteps, text [{batch}, …, {}]",
-                    self.config.context
+                    "latents [{batch}, {}, …], {batch} timesteps, text [{batch}, …, {}]",
+                    self.config.latent_channels, self.config.context
                 ),
                 found: format!("latents {:?}, {times_batch} timesteps, text {:?}", latents.size(), context.size()),
             });
@@ -287,8 +285,8 @@ impl Unet {
         let mut hidden = self.conv_in.forward(&latents.f_to_kind(kind)?, pass)?;
         let mut skips = vec![hidden.shallow_clone()];
         for (index, level) in self.down.iter().enumerate() {
-            for own in &level.stages {
-                hidden = stage(own, &hidden)?;
+            for block in &level.stages {
+                hidden = stage(block, &hidden)?;
                 skips.push(hidden.shallow_clone());
             }
             if let Some(downsample) = &level.resample {
@@ -302,9 +300,9 @@ impl Unet {
         tracing::trace!(block = %"mid_block");
 
         for (index, level) in self.up.iter().enumerate() {
-            for own in &level.stages {
+            for block in &level.stages {
                 let skip = skips.pop().expect("the constructor counted them");
-                hidden = stage(own, &Tensor::f_cat(&[hidden, skip], 1)?)?;
+                hidden = stage(block, &Tensor::f_cat(&[hidden, skip], 1)?)?;
             }
             if let Some(conv) = &level.resample {
                 // To the next skip's size: twice this one, unless an odd size was rounded on the way down.
@@ -342,22 +340,24 @@ impl Adaptable for Unet {
         Component::UNET
     }
 
-    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         visit(&mut self.conv_in);
         visit(&mut self.time_linear_1);
         visit(&mut self.time_linear_2);
-        self.down.iter_mut().for_each(|level| level.visit(visit));
-        own(&mut self.mid_first).visit(visit);
-        own(&mut self.mid_second).visit(visit);
-        self.up.iter_mut().for_each(|level| level.visit(visit));
+        self.down.iter_mut().try_for_each(|level| level.visit(visit))?;
+        exclusive(&mut self.mid_first)?.visit(visit)?;
+        exclusive(&mut self.mid_second)?.visit(visit)?;
+        self.up.iter_mut().try_for_each(|level| level.visit(visit))?;
         visit(&mut self.conv_out);
+        Ok(())
     }
 }
 
 impl Level {
-    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
-        self.stages.iter_mut().for_each(|stage| own(stage).visit(visit));
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        self.stages.iter_mut().try_for_each(|stage| exclusive(stage)?.visit(visit))?;
         self.resample.iter_mut().for_each(visit);
+        Ok(())
     }
 }
 
@@ -373,7 +373,7 @@ mod tests {
     use crate::weights::SyntheticWeights;
 
     #[test]
-    fn each_block_is_told_of_in_order() {
+    fn each_block_is_reported_in_order() {
         let weights = SyntheticWeights::new("unet");
         let config = SyntheticModel::tiny().unet;
         let (levels, width) = (config.channels.len(), config.context as i64);
@@ -394,7 +394,7 @@ mod tests {
         let up = (0..levels).map(|level| format!("up_blocks.{level}"));
         let expected: Vec<String> = down.chain(["mid_block".to_owned()]).chain(up).collect();
         let text = read_to_string(&path).unwrap();
-        let told: Vec<&str> = text.lines().filter_map(|line| Some(line.split_once("block=")?.1)).collect();
-        assert_eq!(told, expected, "{text}");
+        let reported: Vec<&str> = text.lines().filter_map(|line| Some(line.split_once("block=")?.1)).collect();
+        assert_eq!(reported, expected, "{text}");
     }
 }

@@ -30,8 +30,8 @@ impl VaeConfig {
     /// The factor between the autoencoder's latents and those that the U-Net sees in Stable Diffusion 1 and 2.
     pub const SCALING_FACTOR: f64 = 0.18215;
 
-    /// Read off a component: sizes from names and shapes; norm groups and scaling factor from its `config.json`, where there is
-    /// one, or else 32 and [`Self::SCALING_FACTOR`].
+    /// Read off a component: sizes from names and shapes; norm groups and scaling factor from its `config.json`, where
+    /// there is one, or else 32 and [`Self::SCALING_FACTOR`].
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes.
@@ -138,8 +138,9 @@ impl Vae {
         LatentDistribution::of(&self.moments(pictures)?)
     }
 
-    /// The same in tiles of at most `most` latents a side ([`Self::TILE`], 4 at least) that overlap by a quarter: memory for one
-    /// tile, whatever the size of the pictures. Group norms and attention see a tile, so that the result differs a little.
+    /// The same in tiles of at most `most` latents a side ([`Self::TILE`], 4 at least) that overlap by a quarter:
+    /// memory for one tile, whatever the size of the pictures. Group norms and attention see a tile, so that the result
+    /// differs a little.
     pub fn encode_in_tiles(&self, pictures: &Tensor, most: usize) -> Result<LatentDistribution> {
         self.check(pictures)?;
         let factor = self.config.factor();
@@ -213,7 +214,7 @@ impl Coder {
                 ResnetBlock::new(&scope.at("resnets").at(layer), inputs, outputs, None, norm)
             });
             let resnets = resnets.collect::<Result<_>>()?;
-            // The encoder pads only right and below before it halves, so its convolution has no padding of its own.
+            // The encoder pads only right and below before it halves, so its convolution pads nothing.
             let geometry = match encodes {
                 true => LayerGeometry::conv2d(outputs, outputs, 3, 2, 0),
                 false => LayerGeometry::conv2d(outputs, outputs, 3, 1, 1),

@@ -187,6 +187,7 @@ fields! {
     prior_loss_weight: f64,
     masked_loss: bool,
     noise_offset: f64,
+    v_parameterization: Option<bool>,
     min_snr_gamma: Option<f64>,
     precision: DType,
     device: String,

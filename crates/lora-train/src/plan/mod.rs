@@ -26,7 +26,6 @@ pub(crate) use predict::precision_on;
 use predict::{Machine, predict};
 use remedies::{Change, ladder, settings, wishes};
 
-use crate::base_model;
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::{Error, Result};
@@ -105,7 +104,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         None if config.auto => Some(free(device, &machine, config)?),
         budget => budget,
     };
-    let checkpoint = Arc::new(base_model::open(&config.base_model)?);
+    let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
     let peaks = |config: &TrainConfig| predict(config, &checkpoint, &machine, plugins);
     let as_configured = peaks(config)?;
 

@@ -1,5 +1,5 @@
 //! The passes of a micro-batch as CUDA graphs (`lora_torch::graph`), one for each shape that micro-batches have. Everything that
-//! differs between two of them is in [`BatchInputs`], so that a graph recorded for one computes any other of its shape.
+//! differs between two of them is in their [`Inputs`], so that a graph recorded for one computes any other of its shape.
 //!
 //! A shape's first micro-batch runs as ever, then it is recorded, and the recording held against what it gave. Where that
 //! fails or differs, training goes on without graphs. On the CPU the same passes run again on the same tensors: there is
@@ -9,12 +9,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lora_torch::graph::{Graph, Recorder};
-use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
+use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{dry, foreach, memory};
 
+use crate::base::{InputShapes, Inputs};
 use crate::config::TrainConfig;
-use crate::encode::Tokens;
-use crate::loss::Denoising;
 use crate::parameters::ParameterList;
 use crate::{Error, Result};
 
@@ -24,52 +23,6 @@ const MOST: usize = 24;
 /// How far a recording may be from the passes as they ran, relative to what they gave: kernels that add in no order
 /// differ by about 1e-3 in half precision.
 const TOLERANCE: f64 = 0.03;
-
-/// All that comes from the host for a micro-batch, on the device.
-#[derive(Debug)]
-pub(super) struct BatchInputs {
-    pub denoising: Denoising,
-    pub text: Text,
-    /// What the loss is multiplied by before its backward pass.
-    pub scale: Tensor,
-}
-
-/// Captions of a micro-batch.
-#[derive(Debug)]
-pub(super) enum Text {
-    /// Of a text encoder that trains.
-    Tokens(Tokens),
-    /// Of one that does not, encoded.
-    States(Tensor),
-}
-
-/// What decides which micro-batches share a graph: the shape of each tensor, or that there is none.
-type Shape = Vec<Option<Vec<i64>>>;
-
-impl BatchInputs {
-    fn tensors(&self) -> impl Iterator<Item = Option<&Tensor>> {
-        let text = match &self.text {
-            Text::Tokens(tokens) => [Some(&tokens.rows), tokens.weights.as_ref()],
-            Text::States(states) => [Some(states), None],
-        };
-        self.denoising.tensors().into_iter().chain(text).chain([Some(&self.scale)])
-    }
-
-    fn shape(&self) -> Shape {
-        self.tensors().map(|tensor| tensor.map(Tensor::size)).collect()
-    }
-
-    /// Takes over the values of another of the same shape.
-    fn assign(&self, other: &Self) -> Result<()> {
-        let _guard = no_grad_guard();
-        for (own, other) in self.tensors().zip(other.tensors()) {
-            if let (Some(own), Some(other)) = (own, other) {
-                own.shallow_clone().f_copy_(other)?;
-            }
-        }
-        Ok(())
-    }
-}
 
 /// Whether a configuration's steps can be recorded, and are to be: nothing is drawn at random or copied from host memory in
 /// the middle of them.
@@ -93,19 +46,27 @@ pub(super) fn recorder(config: &TrainConfig, device: Device) -> Option<Arc<Recor
 pub(super) struct StepGraphs {
     /// None on the CPU.
     recorder: Option<Arc<Recorder>>,
-    recorded: BTreeMap<Shape, Recorded>,
+    recorded: BTreeMap<InputShapes, Recorded>,
 }
 
 /// The passes of one shape.
 #[derive(Debug)]
 struct Recorded {
     graph: Option<Graph>,
-    inputs: BatchInputs,
+    inputs: Inputs,
     loss: Tensor,
 }
 
+/// What came of a micro-batch whose passes are recorded, or are to be.
+pub(super) enum Recording {
+    /// Its loss; the recordings go on.
+    Goes(Tensor),
+    /// Its loss, and why there is no use in recording any more.
+    GivenUp(Tensor, Error),
+}
+
 /// The passes of a micro-batch: adds to the gradients and gives the loss, without its graph.
-type Passes<'a> = &'a dyn Fn(&BatchInputs) -> Result<Tensor>;
+type Passes<'a> = &'a dyn Fn(&Inputs) -> Result<Tensor>;
 
 impl StepGraphs {
     pub(super) fn new(recorder: Option<Arc<Recorder>>) -> Self {
@@ -122,30 +83,29 @@ impl StepGraphs {
         !self.recorded.is_empty()
     }
 
-    /// The loss of a micro-batch, whose gradients are added. `first`: the gradients are zero or not there yet. An error that is
-    /// not of the recording's own comes back as the outer one; with the inner one there is no use in trying again.
+    /// The loss of a micro-batch, whose gradients are added. `first`: the gradients are zero or not there yet.
     pub(super) fn run(
         &mut self,
-        inputs: BatchInputs,
+        inputs: Inputs,
         first: bool,
         parameters: &ParameterList,
         passes: Passes<'_>,
-    ) -> Result<std::result::Result<Tensor, (Tensor, Error)>> {
-        let shape = inputs.shape();
+    ) -> Result<Recording> {
+        let shape = inputs.shapes();
         if let Some(recorded) = self.recorded.get_mut(&shape) {
             recorded.inputs.assign(&inputs)?;
             drop(inputs);
             recorded.replay(passes)?;
             // The next replay writes over it.
-            return Ok(Ok(recorded.loss.f_detach_copy()?));
+            return Ok(Recording::Goes(recorded.loss.f_detach_copy()?));
         }
         let loss = passes(&inputs)?;
         if !first || self.recorded.len() == MOST {
-            return Ok(Ok(loss));
+            return Ok(Recording::Goes(loss));
         }
         let expected = Outcome::read(&loss, parameters)?;
         if !expected.is_finite() {
-            return Ok(Ok(loss));
+            return Ok(Recording::Goes(loss));
         }
         match lora_torch::caught(|| self.record(inputs, &loss, parameters, passes)) {
             Ok(mut recorded) => {
@@ -155,21 +115,21 @@ impl StepGraphs {
                 if let Some(difference) = expected.difference(&found) {
                     foreach::zero(&parameters.gradients())?;
                     let loss = passes(&recorded.inputs)?;
-                    return Ok(Err((loss, Error::from(lora_torch::Error::Torch(difference)))));
+                    return Ok(Recording::GivenUp(loss, Error::RecordingDiffers(difference)));
                 }
                 let loss = recorded.loss.f_detach_copy()?;
                 self.recorded.insert(shape, recorded);
-                Ok(Ok(loss))
+                Ok(Recording::Goes(loss))
             }
             Err(error) if error.is_device_lost() => Err(error),
             // The gradients are still those of the passes as they ran.
-            Err(error) => Ok(Err((loss, error))),
+            Err(error) => Ok(Recording::GivenUp(loss, error)),
         }
     }
 
     fn record(
         &self,
-        inputs: BatchInputs,
+        inputs: Inputs,
         loss: &Tensor,
         parameters: &ParameterList,
         passes: Passes<'_>,

@@ -15,7 +15,6 @@ use lora_torch::{device, dry};
 
 use super::graphs::{self, StepGraphs};
 use super::resume;
-use crate::base_model;
 use crate::config::{LrScheduler, TrainConfig};
 use crate::optimiser::OptimiserState;
 use crate::plan;
@@ -60,7 +59,7 @@ impl Materials {
         notes.extend(planned);
         let pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
-        let checkpoint = Arc::new(base_model::open(&config.base_model)?);
+        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
         let device = device::resolve(&config.device)?;
         let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
         let limit = limit.transpose().unwrap_or_else(|error| {

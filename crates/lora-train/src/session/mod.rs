@@ -3,8 +3,8 @@
 //! Each item's noise, timestep and dropout derive from (seed, epoch, item, repeat), never from the order of calls, so
 //! that micro-batch size, resuming and device do not change what is drawn.
 
+mod encoded;
 mod graphs;
-mod latents;
 mod materials;
 mod prepare;
 mod resume;
@@ -33,18 +33,15 @@ use lora_core::{Component, DType};
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::{Pictures, Source};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_models::networks::{ClipTextEncoder, Unet};
 use lora_torch::graph::{Recorder, Scope};
 use lora_torch::memory::{self, DeviceMemory, Limit};
-use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, upload};
+use lora_torch::tch::{Device, Tensor, no_grad_guard};
+use lora_torch::tensor::from_f32;
 use lora_torch::{LossScaler, dry, foreach};
 
+use crate::base::{Base, Encoded, Inputs, Item, Network, Tensors};
 use crate::config::{StepPlan, TrainConfig};
-use crate::encode::{self, TextEncoding};
-use crate::loss::{Denoising, LossWeights};
 use crate::parameters::ParameterList;
 use crate::plan::Part;
 use crate::schedule::Schedule;
@@ -52,16 +49,11 @@ use crate::state::{Economy, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
-use graphs::{BatchInputs, StepGraphs, Text};
-use latents::LatentSource;
+use encoded::{Examples, shallow};
+use graphs::{Recording, StepGraphs};
 
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
 const MAX_SKIPPED_IN_A_ROW: usize = 30;
-
-/// The networks of Stable Diffusion, as people call them.
-const AUTOENCODER: &str = "autoencoder";
-const TEXT_ENCODER: &str = "text encoder";
-const UNET: &str = "U-Net";
 
 /// A run that is ready to train.
 #[derive(Debug)]
@@ -71,13 +63,10 @@ pub struct Session {
     precision: DType,
     checkpoint: Arc<Checkpoint>,
     pictures: Arc<Pictures>,
-    text: TextEncoding,
-    schedule: NoiseSchedule,
-    unet: Unet,
-    /// Present while it trains; a frozen one leaves the device once captions are encoded.
-    text_encoder: Option<ClipTextEncoder>,
-    text_states: BTreeMap<String, Tensor>,
-    latents: LatentSource,
+    base: Box<dyn Base>,
+    examples: Examples,
+    /// What networks made of captions, by network and caption.
+    kept: BTreeMap<Component, BTreeMap<String, Tensors>>,
     trained: Trained,
     parameters: ParameterList,
     scaler: LossScaler,
@@ -138,7 +127,7 @@ pub struct StepReport {
     pub epoch: u64,
     /// Mean loss of the step's pictures.
     pub loss: f64,
-    /// Learning rate of the U-Net's part (of the text encoder's where that alone trains).
+    /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
     pub learning_rate: f64,
     /// L2 norm of all gradients before clipping; `None` where the step was skipped.
     pub gradient_norm: Option<f64>,
@@ -234,14 +223,12 @@ impl Session {
         let pictures: usize = batches.iter().map(Vec::len).sum();
 
         let factor = self.lr_schedule.factor(self.step);
+        let (base, ratio) = (&*self.base, self.config.loraplus_lr_ratio);
+        let rate = |network: Component| factor * base.learning_rate(network);
+        let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
         if finite {
-            let config = &self.config;
             let step = lora_torch::caught(|| {
-                self.parameters.step(|component, is_up| {
-                    factor
-                        * if component == Component::UNET { config.unet_lr } else { config.text_encoder_lr }
-                        * if is_up { config.loraplus_lr_ratio } else { 1.0 }
-                })
+                self.parameters.step(|network, is_up| rate(network) * if is_up { ratio } else { 1.0 })
             });
             if let Err(error) = step {
                 // What it had begun cannot be taken back.
@@ -272,9 +259,7 @@ impl Session {
             steps: self.plan.steps,
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
-            learning_rate: factor
-                * self.parameters.optimiser().optimiser().rate_factor()
-                * if self.config.train_unet { self.config.unet_lr } else { self.config.text_encoder_lr },
+            learning_rate: shown * self.parameters.optimiser().optimiser().rate_factor(),
             gradient_norm,
             skipped: !finite,
             skipped_steps: self.skipped,
@@ -336,38 +321,32 @@ impl Session {
     }
 
     /// The loss of a micro-batch, whose gradients are added to those that are there: none, if it is the `first` of a step.
-    fn run_passes(&mut self, inputs: BatchInputs, pass: &Pass, first: bool) -> Result<Tensor> {
+    fn run_passes(&mut self, inputs: Inputs, pass: &Pass, first: bool) -> Result<Tensor> {
         if pass.inputs_in_host {
             return self.passes(&inputs, pass);
         }
-        // Where an error leaves this function they are gone: memory ran out, or the run ends.
+        // Where an error leaves this function the recordings are gone: memory ran out, or the run ends.
         let Some(mut graphs) = self.graphs.take() else { return self.passes(&inputs, pass) };
-        let done = graphs.run(inputs, first, &self.parameters, &|inputs| self.passes(inputs, pass))?;
-        Ok(match done {
-            Ok(loss) => {
+        match graphs.run(inputs, first, &self.parameters, &|inputs| self.passes(inputs, pass))? {
+            Recording::Goes(loss) => {
                 self.graphs = Some(graphs);
-                loss
+                Ok(loss)
             }
-            Err((loss, error)) => {
+            Recording::GivenUp(loss, error) => {
                 tracing::warn!("training goes on without CUDA graphs: {error}");
-                loss
+                Ok(loss)
             }
-        })
+        }
     }
 
-    /// The mean loss of a micro-batch, whose gradients times `inputs.scale` are added to those of the parameters.
-    fn passes(&self, inputs: &BatchInputs, pass: &Pass) -> Result<Tensor> {
-        let context = match (&inputs.text, &self.text_encoder) {
-            (Text::Tokens(tokens), Some(encoder)) => &self.text.encode(encoder, tokens, pass)?,
-            (Text::States(states), _) => states,
-            (Text::Tokens(_), None) => unreachable!("tokens are for an encoder that trains"),
-        };
-        let loss = inputs.denoising.loss(&self.unet, context, pass)?;
+    /// The mean loss of a micro-batch, whose gradients times the input `scale` are added to those of the parameters.
+    fn passes(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
+        let loss = self.base.loss(inputs, pass)?;
         if dry::is_dry(self.device) {
             // What lives at the end of the forward pass does so for the backward pass.
             dry::relabel_all(Part::Working.number(), Part::Saved.number());
         }
-        loss.f_mul(&inputs.scale)?.f_backward()?;
+        loss.f_mul(inputs.get("scale")?)?.f_backward()?;
         self.parameters.collect()?;
         if dry::is_dry(self.device) {
             dry::relabel(&self.parameters.gradients(), Part::Gradients.number());
@@ -376,37 +355,47 @@ impl Session {
     }
 
     /// What a micro-batch's passes need of the host. `scale` is what its loss is multiplied by for the backward pass.
-    fn batch_inputs(&mut self, batch: &[Visit], scale: f64) -> Result<(BatchInputs, Pass)> {
-        let draws: Vec<Stream> = batch.iter().map(|visit| visit.draws(self.config.seed)).collect();
-        let (latents, mask) = self.batch_latents(batch, &draws)?;
-        let (count, channels, height, width) = latents.size4()?;
-        let elements = (channels * height * width) as usize;
-        let mut noise = Vec::with_capacity(batch.len() * elements);
-        for draw in &draws {
-            let mut item = draw.at("noise").normals(elements);
-            if self.config.noise_offset > 0.0 {
-                let offsets = draw.at("noise_offset").normals(channels as usize);
-                for (plane, offset) in item.chunks_exact_mut((height * width) as usize).zip(offsets) {
-                    plane.iter_mut().for_each(|value| *value += self.config.noise_offset as f32 * offset);
-                }
-            }
-            noise.extend(item);
-        }
-        let noise = from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?;
-        let timesteps: Vec<usize> =
-            draws.iter().map(|draw| draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
+    fn batch_inputs(&mut self, batch: &[Visit], scale: f64) -> Result<(Inputs, Pass)> {
+        let items = self.items(batch)?;
+        let draws: Vec<Stream> = items.iter().map(|item| item.draw.clone()).collect();
         let pass = Pass {
             dropout: self.dropout(&draws),
             recompute: self.recomputes(),
             recompute_feed_forward: self.recomputes_feed_forward(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
         };
-        let text = self.batch_text(batch, &draws)?;
-        let weights: Vec<f64> = batch.iter().map(|visit| self.pictures.loss_weight(visit.index)).collect();
-        let weights = LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
-        let denoising = Denoising::new(&self.unet, &self.schedule, &latents, &noise, &timesteps, &weights)?;
         let scale = from_f32(&[scale as f32], &[], self.device)?;
-        Ok((BatchInputs { denoising, text, scale }, pass))
+        Ok((self.base.inputs(&items)?.with("scale", Some(scale)), pass))
+    }
+
+    /// The items of a micro-batch, encoded.
+    fn items(&mut self, batch: &[Visit]) -> Result<Vec<Item>> {
+        let mut items = Vec::with_capacity(batch.len());
+        for visit in batch {
+            let draw = visit.draws(self.config.seed);
+            let mut encoded = BTreeMap::from_iter(self.examples.kept(visit.index));
+            let mut example = self.examples.load(visit, &draw, &*self.pictures)?;
+            if let (Some(network), Some(loaded)) = (self.examples.encoder(), &example) {
+                if !self.base.is_loaded(network) {
+                    self.load(network)?;
+                }
+                let what = Encoded::Example(loaded, self.pictures.path(visit.index));
+                let tensors = self.base.encode(network, what)?;
+                encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
+                example = None;
+            }
+            let caption = self.pictures.caption(visit, &draw);
+            for (network, captions) in &self.kept {
+                encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
+            }
+            let weight = self.pictures.loss_weight(visit.index);
+            items.push(Item { caption, encoded, example, weight, draw });
+        }
+        if let Some(network) = self.examples.encoder().filter(|_| self.economy.encoder_leaves) {
+            self.base.unload(network);
+            memory::empty_cache(self.device)?;
+        }
+        Ok(items)
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -420,49 +409,6 @@ impl Session {
         })
     }
 
-    /// `[batch, 4, height, width]` f32 on the device, scaled, and how much each place counts, `[batch, 1, height, width]`,
-    /// where any picture has a mask.
-    fn batch_latents(&mut self, batch: &[Visit], draws: &[Stream]) -> Result<(Tensor, Option<Tensor>)> {
-        let mut latents = Vec::with_capacity(batch.len());
-        let mut masks = Vec::with_capacity(batch.len());
-        for (visit, draw) in batch.iter().zip(draws) {
-            let (own, mask) = self.latents.of(visit, draw, &self.checkpoint, &self.pictures)?;
-            latents.push(upload(&own, self.device)?);
-            masks.push(mask);
-        }
-        if self.economy.encoder_leaves {
-            self.latents.encoder_leaves();
-            memory::empty_cache(self.device)?;
-        }
-        let latents = Tensor::f_stack(&latents, 0)?;
-        if masks.iter().all(Option::is_none) {
-            return Ok((latents, None));
-        }
-        let (_, _, height, width) = latents.size4()?;
-        let full = Tensor::f_ones([1, height, width], (Kind::Float, Device::Cpu))?;
-        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
-        let masks = upload(&Tensor::f_stack(&masks, 0)?, self.device)?;
-        Ok((latents, Some(masks)))
-    }
-
-    /// The captions of a batch: as tokens where the text encoder trains, else as states, made anew where captions change.
-    fn batch_text(&self, batch: &[Visit], draws: &[Stream]) -> Result<Text> {
-        let captions: Vec<String> =
-            batch.iter().zip(draws).map(|(visit, draw)| self.pictures.caption(visit, draw)).collect();
-        let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
-        Ok(match &self.text_encoder {
-            Some(_) if self.config.train_text_encoder => Text::Tokens(self.text.tokens(&captions, self.device)?),
-            Some(encoder) => {
-                let _guard = no_grad_guard();
-                Text::States(self.text.states(encoder, &captions, self.device, &Pass::default())?)
-            }
-            None => {
-                let states: Vec<&Tensor> = captions.iter().map(|caption| &self.text_states[*caption]).collect();
-                Text::States(upload(&Tensor::f_cat(&states, 0)?, self.device)?)
-            }
-        })
-    }
-
     /// Names the stage that a NaN loss comes from.
     fn name_the_culprit(&mut self, batches: &[Vec<Visit>]) -> Result<()> {
         let _guard = no_grad_guard();
@@ -472,25 +418,28 @@ impl Session {
             return culprit("the trained weights", "use a lower learning_rate, or max_grad_norm = 1.0");
         }
         for batch in batches {
-            let draws: Vec<Stream> = batch.iter().map(|visit| visit.draws(self.config.seed)).collect();
-            if !encode::is_finite(&self.batch_latents(batch, &draws)?.0)? {
-                return culprit("the VAE's latents", "the base model's autoencoder or a picture is damaged");
-            }
-            let states = match (self.batch_text(batch, &draws)?, &self.text_encoder) {
-                (Text::Tokens(tokens), Some(encoder)) => self.text.encode(encoder, &tokens, &Pass::default())?,
-                (Text::States(states), _) => states,
-                (Text::Tokens(_), None) => continue,
-            };
-            if !encode::is_finite(&states)? {
-                return culprit("the text encoder", "use precision = \"bf16\" or \"fp32\", or a lower learning_rate");
+            let items = self.items(batch)?;
+            if let Some((stage, remedy)) = self.base.culprit(&items)? {
+                return culprit(stage, remedy);
             }
         }
-        // Only the U-Net is left. In fp16 the scaler skips the step and counts it; elsewhere it will not heal.
+        // Only the last network is left. In fp16 the scaler skips the step and counts it; elsewhere it will not heal.
         if self.precision == DType::F16 {
             return Ok(());
         }
         culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
     }
+}
+
+/// Networks that train, the one that steps are made of first.
+fn trained(base: &dyn Base) -> Vec<Network> {
+    base.networks().iter().rev().filter(|network| network.trains).copied().collect()
+}
+
+/// While the answer lives, what is allocated counts as the weights of a network.
+fn label(base: &dyn Base, network: Component) -> dry::Labelled {
+    let title = base.networks().iter().find(|own| own.component == network).map(|own| own.title);
+    Part::Weights(title.unwrap_or("other")).label()
 }
 
 #[cfg(test)]

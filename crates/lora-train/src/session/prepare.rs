@@ -9,25 +9,20 @@ use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
 use lora_data::bucket::Framing;
 use lora_data::sampler::EpochSampler;
-use lora_data::tokenizer::ClipTokenizer;
 use lora_data::{Pictures, Source};
 use lora_io::adapter;
-use lora_models::diffusion::noise_schedule;
-use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::{load_text_encoder, load_unet};
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;
 use lora_torch::staging::Staging;
-use lora_torch::tch::no_grad_guard;
-use lora_torch::tensor::kind_of;
+use lora_torch::tch::Device;
 use lora_torch::{LossScaler, dry, memory};
 
-use super::latents::{self, LatentSource};
+use super::encoded::{self, Examples};
 use super::materials::Materials;
 use super::survive::REMEDIES;
-use super::{AUTOENCODER, Session, TEXT_ENCODER, Trained, TrainedAdapter, UNET, resume};
+use super::{Session, Trained, TrainedAdapter, resume, trained};
+use crate::base::{Base, Network, Opening, Subject};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
-use crate::encode::{self, Encoder, TextEncoding};
 use crate::parameters::ParameterList;
 use crate::plan::{Part, Phase};
 use crate::plugins::Plugins;
@@ -103,144 +98,83 @@ impl Session {
     /// leave, and the adapter is hung on the others' layers. The one order of a run, on a real device or, for a plan, on the one
     /// without memory.
     pub(crate) fn assemble(materials: Materials, plugins: &Plugins, watch: &mut dyn Watch) -> Result<Self> {
-        let Materials { config, optimiser, mut pictures, disk, checkpoint, device, precision, state, .. } = materials;
-        let (mut notes, base_hashes) = (materials.notes, materials.base_hashes);
         let _scope = materials.recorder.as_deref().map(Recorder::enter).transpose()?;
-        let kind = kind_of(precision);
-        let schedule = noise_schedule(&checkpoint)?;
-        let text = TextEncoding {
-            tokenizer: ClipTokenizer::new(config.text_cleaning),
-            chunks: config.caption_chunks(),
-            clip_skip: config.clip_skip,
-            weighted: config.weighted_captions,
-        };
+        let (config, device, precision) = (&materials.config, materials.device, materials.precision);
+        let mut notes = materials.notes;
+        let opening = Opening::new(config, &materials.checkpoint, device, precision);
+        let mut base = plugins.bases.open(&opening)?;
+        let networks = base.networks().to_vec();
+        let mut loader = Loader::new(config, device)?;
 
-        // The autoencoder comes and goes before anything else is on the device.
-        watch.now(Preparing::Loading(AUTOENCODER));
-        let mut encoder = Encoder::load(&checkpoint, precision, device)?.in_tiles(config.vae_tiling);
-        let mut encoded = None;
-        if config.cache_latents {
-            let disk = disk.as_ref();
-            let (left, all) = latents::cache(&config, &checkpoint, &mut encoder, pictures, disk, device, watch)?;
-            (pictures, encoded) = (left, Some(all));
-            if pictures.is_random() {
-                let note =
-                    "latents are cached, so random processors act once; cache_latents = false lets them act anew";
-                notes.push(note.into());
+        // What is encoded of examples: before anything else, and before it is known which examples are usable.
+        let disk = materials.disk.as_ref();
+        let encoder = networks.iter().find(|network| network.encodes == Some(Subject::Examples));
+        let (pictures, kept) = match encoder {
+            Some(encoder) if config.cache_latents => {
+                loader.load(&mut *base, encoder, false, watch)?;
+                let network = encoder.component;
+                let (left, all) =
+                    encoded::examples(&mut *base, network, config, materials.pictures, disk, device, watch)?;
+                base.unload(network);
+                if left.is_random() {
+                    let note =
+                        "latents are cached, so random processors act once; cache_latents = false lets them act anew";
+                    notes.push(note.into());
+                }
+                (left, Some((network, all)))
             }
-        } else {
-            pictures = latents::check(&config, pictures)?;
-        }
+            Some(encoder) => {
+                loader.load(&mut *base, encoder, true, watch)?;
+                (encoded::check(config, materials.pictures)?, None)
+            }
+            None => (encoded::check(config, materials.pictures)?, None),
+        };
         notes.extend(enlarged_note(&pictures));
         let pictures = Arc::new(pictures);
         let mut sampler = pictures.sampler(config.seed);
-        let mut settings = Settings::new(&config, &*pictures, precision);
-        if let Some(state) = &state {
-            settings.set_base(resume::base_identity(base_hashes.as_ref(), &checkpoint)?);
+        let mut settings = Settings::new(config, &*pictures, precision);
+        if let Some(state) = &materials.state {
+            let hashes = materials.base_hashes.as_ref();
+            settings.set_base(resume::base_identity(hashes, &materials.checkpoint, config)?);
             resume::agree(state, &settings, true)?;
             sampler.restore(state.header().position);
         }
-        let latents = match encoded {
-            Some(all) => {
-                // It must make room before anything else comes.
-                drop(encoder);
-                LatentSource::Cached(all)
-            }
-            None => LatentSource::fresh(encoder, precision, &pictures, &sampler, &config),
+        let examples = match kept {
+            Some((network, all)) => Examples::Kept(network, all),
+            None => Examples::fresh(encoder.map(|network| network.component), &pictures, &sampler, config),
         };
         memory::empty_cache(device)?;
         watch.done(Phase::Pictures);
 
-        let storage = config.base_storage;
-        let full = config.train == TrainMode::Full;
-        let (unet_weights, text_weights) = (TrainedWeights::default(), TrainedWeights::default());
-        let staging = config.offload_base.then(|| Staging::new(device)).transpose()?;
-        let held = |trains: bool, weights: &TrainedWeights, stays: bool| match full && trains {
-            true => Held::Trained(weights.clone()),
-            // What leaves before training would only be in the way of what passes through.
-            false => Held::Frozen(Frozen { storage, staging: staging.clone().filter(|_| stays) }),
-        };
-        let keep_encoder = config.train_text_encoder || !pictures.captions_are_fixed();
-        watch.now(Preparing::Loading(TEXT_ENCODER));
-        let text_encoder = {
-            let _label = Part::Weights(TEXT_ENCODER).label();
-            let held = held(config.train_text_encoder, &text_weights, keep_encoder);
-            load_text_encoder(&checkpoint, kind, device, held)?
-        };
-        if config.clip_skip > text_encoder.config().layers {
-            return Err(lora_models::Error::Input {
-                what: "clip_skip",
-                expected: format!("1 to {}", text_encoder.config().layers),
-                found: config.clip_skip.to_string(),
+        let captions = captions_of(config, &pictures);
+        let mut kept = BTreeMap::new();
+        for network in networks.iter().filter(|network| network.encodes == Some(Subject::Captions)) {
+            let stays = network.trains || !pictures.captions_are_fixed();
+            loader.load(&mut *base, network, stays, watch)?;
+            if !stays {
+                let component = network.component;
+                kept.insert(component, encoded::captions(&mut *base, component, &captions, disk, device, watch)?);
+                // It makes room before the next one comes.
+                base.unload(component);
             }
-            .into());
+            memory::empty_cache(device)?;
         }
-        let mut text_states = BTreeMap::new();
-        if !keep_encoder {
-            let mut captions: Vec<String> = (0..pictures.count()).map(|index| pictures.plain_caption(index)).collect();
-            captions.push(String::new());
-            captions.push(config.samples.negative_prompt.clone());
-            captions.extend(config.samples.prompts.iter().cloned());
-            captions.sort();
-            captions.dedup();
-            let _guard = no_grad_guard();
-            let identity = match disk {
-                Some(_) => format!(
-                    "{} {kind:?} {storage:?} {device:?}",
-                    checkpoint.component(Component::TEXT_ENCODER)?.sha256()?
-                ),
-                None => String::new(),
-            };
-            let disk = disk.as_deref().map(|disk| (disk, identity.as_str()));
-            for (index, caption) in captions.iter().enumerate() {
-                let states = latents::text_states(disk, caption, &text, || {
-                    let states = text.states(&text_encoder, &[caption], device, &Pass::default())?;
-                    match encode::is_finite(&states)? {
-                        true => Ok(states),
-                        false => Err(Error::NotFinite {
-                            stage: "the text encoder",
-                            place: format!(" for the caption {caption:?}"),
-                            remedy: "use precision = \"bf16\" or \"fp32\"",
-                        }),
-                    }
-                })?;
-                text_states.insert(caption.clone(), states.f_to_device(dry::host_of(device))?);
-                watch.now(Preparing::Captions(index + 1, captions.len()));
-            }
-        }
-
-        // A text encoder that is done makes room before the U-Net comes.
-        let mut text_encoder = keep_encoder.then_some(text_encoder);
-        memory::empty_cache(device)?;
         watch.done(Phase::Captions);
 
-        watch.now(Preparing::Loading(UNET));
-        let mut unet = {
-            let _label = Part::Weights(UNET).label();
-            load_unet(&checkpoint, kind, device, held(config.train_unet, &unet_weights, true))?
-        };
-        let mut init_from = None;
-        let mut networks: Vec<&mut dyn Adaptable> = Vec::new();
-        if config.train_unet {
-            networks.push(&mut unet);
+        for network in networks.iter().filter(|network| network.encodes.is_none()) {
+            loader.load(&mut *base, network, true, watch)?;
         }
-        if let Some(text_encoder) = text_encoder.as_mut().filter(|_| config.train_text_encoder) {
-            networks.push(text_encoder);
-        }
-        let mut parameters = ParameterList::new(optimiser, config.ema_decay);
-        let trained = if full {
-            let mut whole = WholeNetworks::default();
-            whole.add(Component::UNET, &unet_weights, &mut parameters)?;
-            whole.add(Component::TEXT_ENCODER, &text_weights, &mut parameters)?;
-            Trained::Whole(whole)
-        } else {
-            let _label = Part::Adapter.label();
-            let (adapter, from) = attach(networks, &config, plugins, &mut parameters)?;
-            if !dry::is_dry(device) {
-                adapter::kohya::check(&adapter.adapter.export()?)?;
+        let mut parameters = ParameterList::new(materials.optimiser, config.ema_decay);
+        let (trained, init_from) = match config.train {
+            TrainMode::Full => (Trained::Whole(loader.whole(&*base, &mut parameters)?), None),
+            TrainMode::Adapter => {
+                let _label = Part::Adapter.label();
+                let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
+                if !dry::is_dry(device) {
+                    adapter::kohya::check(&adapter.adapter.export()?)?;
+                }
+                (Trained::Adapter(adapter), from)
             }
-            init_from = from;
-            Trained::Adapter(adapter)
         };
         watch.done(Phase::Loading);
 
@@ -265,18 +199,15 @@ impl Session {
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
         let mut session = Self {
-            text_encoder,
+            base,
+            examples,
+            kept,
             init_from,
-            config,
             device,
             precision,
-            checkpoint,
+            config: materials.config,
+            checkpoint: materials.checkpoint,
             pictures,
-            text,
-            schedule,
-            unet,
-            text_states,
-            latents,
             trained,
             parameters,
             scaler,
@@ -295,30 +226,89 @@ impl Session {
             tried: Vec::new(),
             torn: false,
             notes,
-            base_hashes,
+            base_hashes: materials.base_hashes,
         };
-        if let Some(state) = &state {
+        if let Some(state) = &materials.state {
             session.take_up(state)?;
         }
         Ok(session)
     }
 }
 
+/// Loads networks as a configuration has them held, and keeps the weights that train.
+struct Loader<'c> {
+    config: &'c TrainConfig,
+    staging: Option<Staging>,
+    trained: BTreeMap<Component, TrainedWeights>,
+}
+
+impl<'c> Loader<'c> {
+    fn new(config: &'c TrainConfig, device: Device) -> Result<Self> {
+        let staging = config.offload_base.then(|| Staging::new(device)).transpose()?;
+        Ok(Self { config, staging, trained: BTreeMap::new() })
+    }
+
+    /// Loads a network; `stays`: it is there while steps are taken.
+    fn load(&mut self, base: &mut dyn Base, network: &Network, stays: bool, watch: &mut dyn Watch) -> Result<()> {
+        watch.now(Preparing::Loading(network.title));
+        let held = match self.config.train == TrainMode::Full && network.trains {
+            true => Held::Trained(self.trained.entry(network.component).or_default().clone()),
+            // What leaves before training would only be in the way of what passes through.
+            false => Held::Frozen(Frozen {
+                storage: self.config.base_storage,
+                staging: self.staging.clone().filter(|_| stays),
+            }),
+        };
+        let _label = Part::Weights(network.title).label();
+        base.load(network.component, held)
+    }
+
+    /// The weights of whole networks, taken into the list of what is trained.
+    fn whole(&self, base: &dyn Base, parameters: &mut ParameterList) -> Result<WholeNetworks> {
+        let mut whole = WholeNetworks::default();
+        for network in trained(base) {
+            if let Some(weights) = self.trained.get(&network.component) {
+                whole.add(network.component, weights, parameters)?;
+            }
+        }
+        Ok(whole)
+    }
+}
+
+/// All captions of a run whose captions do not change: of the items, of dropped captions, of samples.
+fn captions_of(config: &TrainConfig, pictures: &Pictures) -> Vec<String> {
+    let mut captions: Vec<String> = (0..pictures.count()).map(|item| pictures.plain_caption(item)).collect();
+    captions.push(String::new());
+    captions.push(config.samples.negative_prompt.clone());
+    captions.extend(config.samples.prompts.iter().cloned());
+    captions.sort();
+    captions.dedup();
+    captions
+}
+
 /// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from.
 fn attach(
-    mut networks: Vec<&mut dyn Adaptable>,
+    base: &mut dyn Base,
     config: &TrainConfig,
     plugins: &Plugins,
     parameters: &mut ParameterList,
 ) -> Result<(TrainedAdapter, Option<(String, String)>)> {
-    let layers: Vec<_> = networks.iter_mut().flat_map(|network| network.adaptable_layers()).collect();
+    let networks = trained(base);
+    let mut layers = Vec::new();
+    for network in &networks {
+        if let Some(network) = base.adaptable(network.component) {
+            layers.extend(network.adaptable_layers()?);
+        }
+    }
     let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
     let initial = from.as_ref().map(|(adapter, _)| adapter);
-    for network in networks {
-        adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
+    for network in &networks {
+        if let Some(network) = base.adaptable(network.component) {
+            adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
+        }
     }
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
 }

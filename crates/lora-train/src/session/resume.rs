@@ -42,7 +42,7 @@ impl Session {
             return Err(Error::StateUnusable { step, reason: "the trained weights are not finite" });
         }
         if self.settings.base().is_none() {
-            self.settings.set_base(base_identity(self.base_hashes.as_ref(), &self.checkpoint)?);
+            self.settings.set_base(base_identity(self.base_hashes.as_ref(), &self.checkpoint, &self.config)?);
         }
         let mut header = StateHeader::new(self.step, self.sampler.position(), self.settings.clone());
         (header.skipped, header.skipped_in_a_row) = (self.skipped, self.skipped_in_a_row);
@@ -126,13 +126,25 @@ pub(super) fn agree(state: &StateFile, settings: &Settings, all: bool) -> Result
     Ok(())
 }
 
-/// What tells base models apart: the file's hash where it is known, the components' own otherwise.
-pub(super) fn base_identity(hashes: Option<&(String, String)>, checkpoint: &Checkpoint) -> Result<String> {
-    if let Some((_, sha256)) = hashes {
-        return Ok(sha256.clone());
-    }
-    let hashes = checkpoint.components().map(|(_, weights)| Ok(weights.sha256()?)).collect::<Result<Vec<_>>>()?;
-    Ok(sha256(hashes.join(" ").as_bytes()))
+/// What tells base models apart: the file's hash where it is known, the components' own otherwise, and what the configuration says
+/// of the base.
+pub(super) fn base_identity(
+    hashes: Option<&(String, String)>,
+    checkpoint: &Checkpoint,
+    config: &TrainConfig,
+) -> Result<String> {
+    let digest = match hashes {
+        Some((_, sha256)) => sha256.clone(),
+        None => {
+            let hashes =
+                checkpoint.components().map(|(_, weights)| Ok(weights.sha256()?)).collect::<Result<Vec<_>>>()?;
+            sha256(hashes.join(" ").as_bytes())
+        }
+    };
+    Ok(match config.v_parameterization {
+        Some(velocity) => format!("{digest}, v_parameterization {velocity}"),
+        None => digest,
+    })
 }
 
 fn state_path(folder: &Path, name: &str) -> PathBuf {

@@ -1,21 +1,22 @@
-//! Drawing pictures with what is trained as it is.
+//! Drawing samples with what is trained as it is.
+
+use std::collections::BTreeMap;
 
 use lora_core::Component;
-use lora_core::random::Stream;
 use lora_data::RgbPicture;
-use lora_models::diffusion::Sampler;
-use lora_models::layers::Pass;
-use lora_models::networks::{VaeConfig, load_text_encoder};
 use lora_models::weights::{Frozen, Held};
-use lora_torch::tch::{Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of};
+use lora_torch::tch::no_grad_guard;
 
 use super::Session;
+use super::encoded::shallow;
 use crate::Result;
-use crate::encode::Encoder;
+use crate::base::{Base, Encoded, Prompt, Subject, Tensors};
 
 impl Session {
     /// Draws pictures with what is trained as it is now; with its running average, where there is one.
+    ///
+    /// # Errors
+    /// Where the base draws none, and where memory runs out.
     pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _scope = self.scope()?;
         self.with_averages(|session| session.beside_recordings(|session| session.draw(prompts)))
@@ -23,55 +24,52 @@ impl Session {
 
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
-        let samples = self.config.samples.clone();
-        let vae = VaeConfig::detect(self.checkpoint.component(Component::VAE)?)?;
-        let (width, height) = (samples.resolution.0 / vae.factor(), samples.resolution.1 / vae.factor());
-        let sampler = Sampler::new(samples.sampler, &self.schedule, samples.steps)?;
-        let pass = Pass::default();
-        // The autoencoder comes when all latents are there, which are small, so that it is never beside the U-Net at work.
-        let mut all = Vec::new();
-        for (index, prompt) in prompts.iter().enumerate() {
-            let noise =
-                Stream::new(samples.seed).at("sample").with(index as u64).normals(vae.latent_channels * height * width);
-            let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
-            let context = Tensor::f_cat(&[self.states_of(&samples.negative_prompt)?, self.states_of(prompt)?], 0)?;
-            all.push(sampler.sample(&noise, |latents, timestep| {
-                let both =
-                    self.unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
-                let halves = both.f_chunk(2, 0)?;
-                sampler.guided(&halves[0], &halves[1], samples.guidance_scale)
-            })?);
+        let config = self.config.samples.clone();
+        let mut all = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let without = self.caption_encodings(&config.negative_prompt)?;
+            all.push(Prompt { with: self.caption_encodings(prompt)?, without });
         }
-        let decoder = Encoder::load(&self.checkpoint, self.precision, self.device)?;
-        let mut decoder = decoder.in_tiles(self.config.vae_tiling);
-        let mut pictures = Vec::new();
-        for latents in all {
-            pictures.extend(match self.recorded_shapes() {
-                0 => decoder.decode(&self.checkpoint, &latents)?,
-                // Recordings make room before the autoencoder leaves the device.
-                _ => decoder.decode_here(&self.checkpoint, &latents)?,
-            });
-        }
-        Ok(pictures)
+        let recordings = self.recorded_shapes() > 0;
+        self.base.sample(&all, &config, recordings)
     }
 
-    pub(super) fn states_of(&self, caption: &str) -> Result<Tensor> {
-        if let Some(states) = self.text_states.get(caption) {
-            return Ok(states.f_to_device(self.device)?);
-        }
-        let pass = Pass::default();
-        match &self.text_encoder {
-            Some(encoder) => self.text.states(encoder, &[caption], self.device, &pass),
-            // A frozen text encoder has left the device: it comes back for a caption that was not foreseen.
-            None => {
-                let encoder = load_text_encoder(
-                    &self.checkpoint,
-                    kind_of(self.precision),
-                    self.device,
-                    Held::Frozen(Frozen::stored(self.config.base_storage)),
-                )?;
-                self.text.states(&encoder, &[caption], self.device, &pass)
+    /// What the base's networks make of a caption: as it was kept, or made now.
+    pub(super) fn caption_encodings(&mut self, caption: &str) -> Result<BTreeMap<Component, Tensors>> {
+        let mut all = BTreeMap::new();
+        for network in self.base.networks().to_vec() {
+            if network.encodes != Some(Subject::Captions) {
+                continue;
             }
+            let component = network.component;
+            let kept = self.kept.get(&component).and_then(|kept| kept.get(caption));
+            let tensors = match kept {
+                Some(kept) => shallow(kept),
+                None => self.with_network(component, |base| base.encode(component, Encoded::Caption(caption)))?,
+            };
+            all.insert(component, tensors);
         }
+        Ok(all)
+    }
+
+    /// Does something with a network, which comes back for it where it has left the device.
+    pub(super) fn with_network<T>(
+        &mut self,
+        network: Component,
+        work: impl FnOnce(&mut dyn Base) -> Result<T>,
+    ) -> Result<T> {
+        if self.base.is_loaded(network) {
+            return work(&mut *self.base);
+        }
+        self.load(network)?;
+        let result = work(&mut *self.base);
+        self.base.unload(network);
+        result
+    }
+
+    /// Loads a network that does not train.
+    pub(super) fn load(&mut self, network: Component) -> Result<()> {
+        let _label = super::label(&*self.base, network);
+        self.base.load(network, Held::Frozen(Frozen::stored(self.config.base_storage)))
     }
 }

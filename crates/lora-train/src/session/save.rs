@@ -9,7 +9,6 @@ use lora_data::dataset::{Role, tag_frequency};
 use lora_data::source::Shape;
 use lora_io::adapter::kohya;
 use lora_io::metadata::{BucketRecord, TrainingRecord};
-use lora_models::diffusion::Prediction;
 
 use super::{Session, Trained};
 use crate::{Error, Result};
@@ -36,7 +35,7 @@ impl Session {
                 Trained::Whole(whole) => {
                     let mut metadata = BTreeMap::from([("modelspec.title".to_owned(), name.to_owned())]);
                     if let Some(labels) = session.checkpoint.family().labels {
-                        let architecture = labels.architecture(session.schedule.prediction() == Prediction::Velocity);
+                        let architecture = labels.architecture(session.record(name).velocity);
                         metadata.insert("modelspec.architecture".to_owned(), architecture.to_owned());
                     }
                     whole.write(&path, &session.checkpoint, session.config.save_precision, &metadata)?;
@@ -63,8 +62,6 @@ impl Session {
         record.alpha = config.lora_alpha;
         record.dropout = (config.lora_dropout > 0.0).then_some(config.lora_dropout);
         record.learning_rate = config.learning_rate;
-        record.unet_lr = config.train_unet.then_some(config.unet_lr);
-        record.text_encoder_lr = config.train_text_encoder.then_some(config.text_encoder_lr);
         record.batches_per_epoch = self.plan.batches_per_epoch;
         record.epochs = self.plan.epochs;
         record.epoch = self.step.div_ceil(self.plan.steps_per_epoch);
@@ -84,14 +81,10 @@ impl Session {
             }),
             _ => None,
         });
-        record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
-        record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
         record.lr_scheduler = format!("{:?}", config.lr_scheduler).to_lowercase();
         record.lr_warmup_steps = self.lr_schedule.warmup();
         record.optimizer = self.parameters.optimiser().record().to_owned();
         record.max_grad_norm = config.max_grad_norm;
-        record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
-        record.min_snr_gamma = config.min_snr_gamma;
         // One place for them in the file: the first dataset's.
         if let Some(dataset) = self.pictures.datasets().next() {
             let captions = &dataset.captions;
@@ -107,7 +100,6 @@ impl Session {
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         record.base_legacy_hash = self.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());
         record.base_sha256 = self.base_hashes.as_ref().map(|(_, sha256)| sha256.clone());
-        record.velocity = self.schedule.prediction() == Prediction::Velocity;
         for item in self.pictures.items() {
             let (folders, visits) = match item.role {
                 Role::Regularisation => (&mut record.regularisation_folders, item.repeats),
@@ -119,8 +111,8 @@ impl Session {
         record.pictures = self.plan.visits_per_epoch - record.regularisation_pictures;
         record.prior_loss_weight = config.prior_loss_weight;
         record.tag_frequency = tag_frequency(self.pictures.items());
-        record.text_cleaning = config.text_cleaning.name().into();
         record.init_from = self.init_from.clone();
+        self.base.record(&mut record);
         record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();
         record
     }

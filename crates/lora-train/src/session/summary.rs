@@ -78,12 +78,12 @@ impl Session {
         let mut captions: BTreeMap<CaptionSource, usize> = BTreeMap::new();
         items.iter().for_each(|item| *captions.entry(item.caption_source).or_default() += 1);
         // As each is read: with trigger word, prefix and suffix.
-        let tokens = |index: usize| self.text.tokenizer.encode(&self.pictures.plain_caption(index)).len();
+        let tokens = |item: usize| self.base.caption_length(&self.pictures.plain_caption(item));
         Summary {
             pictures: (items.len(), skipped.len()),
             captions: captions.into_iter().map(|(source, count)| (source.name(), count)).collect(),
             examples: items.iter().take(3).map(|item| (name(&item.file.path), item.caption.clone())).collect(),
-            cut_captions: (0..items.len()).filter(|&index| tokens(index) > limit).count(),
+            cut_captions: (0..items.len()).filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit)).count(),
             modules: match &self.trained {
                 Trained::Adapter(trained) => Some((trained.adapter.modules(), trained.candidates)),
                 Trained::Whole(_) => None,

@@ -93,9 +93,9 @@ impl Session {
         {
             self.economy.inputs_in_host = true;
             ("the inputs of blocks wait in host memory".into(), "cpu_offload_checkpointing = true".to_owned())
-        } else if !self.economy.encoder_leaves && self.latents.has_encoder() {
+        } else if let Some(encoder) = self.examples.encoder().filter(|_| !self.economy.encoder_leaves) {
             self.economy.encoder_leaves = true;
-            self.latents.encoder_leaves();
+            self.base.unload(encoder);
             ("the autoencoder leaves the device between pictures".into(), "cache_latents = true".to_owned())
         } else {
             return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));

@@ -1,58 +1,74 @@
-//! The loss on pictures that are not trained on, with the same draws at every look, so that two looks can be compared.
+//! The loss on items that are not trained on, with the same draws at every look, so that two looks can be compared.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::random::Stream;
 use lora_data::Source;
-use lora_models::diffusion::NoiseSchedule;
 use lora_models::layers::Pass;
-use lora_torch::dry;
-use lora_torch::tch::{Tensor, no_grad_guard};
-use lora_torch::tensor::from_f32;
+use lora_torch::tch::no_grad_guard;
 
 use super::Session;
+use super::encoded::to_memory;
 use crate::Result;
-use crate::encode::{Encoder, sample_latents};
-use crate::loss::{LossWeights, denoising_loss};
+use crate::base::{Encoded, Item, Subject};
 
-/// Timesteps at which each picture is looked at, spread evenly.
-const TIMESTEPS: usize = 16;
-
-/// Pictures to validate with, encoded.
+/// Items to validate with, encoded.
 #[derive(Debug)]
 pub struct Validation {
-    /// Latents `[4, height, width]`, scaled, on the host; and the caption.
-    items: Vec<(Tensor, String)>,
+    items: Vec<Item>,
 }
 
 impl Validation {
     /// Their captions, in order.
     pub fn captions(&self) -> impl Iterator<Item = &str> {
-        self.items.iter().map(|(_, caption)| caption.as_str())
+        self.items.iter().map(|item| item.caption.as_str())
     }
 }
 
 impl Session {
     /// Encodes the pictures of a folder, framed and captioned as the first training dataset is, without what is random in
     /// its captions.
-    pub fn load_validation(&self, folder: &Path) -> Result<Validation> {
+    ///
+    /// # Errors
+    /// Where the folder has no pictures or one cannot be decoded, and where memory runs out.
+    pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
         let _scope = self.scope()?;
-        let pictures = self.pictures.of_another(folder)?;
-        let mut encoder =
-            Encoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling);
-        let mut items = Vec::new();
-        for index in 0..pictures.count() {
-            let random = Stream::new(self.config.seed).at("validation").with(index as u64);
-            let sample = pictures.load(index, &random)?;
-            let distribution = encoder.encode(&self.checkpoint, pictures.path(index), &sample.picture)?;
-            let latents = sample_latents(&distribution, encoder.scaling_factor(), &random.at("latent"))?;
-            items.push((latents.f_to_device(dry::host_of(self.device))?, pictures.plain_caption(index)));
-        }
+        let _guard = no_grad_guard();
+        let source = self.pictures.of_another(folder)?;
+        let (seed, device) = (self.config.seed, self.device);
+        let encoder = self.base.networks().iter().find(|network| network.encodes == Some(Subject::Examples)).copied();
+        let item = |index: usize, caption: String| Item {
+            caption,
+            encoded: BTreeMap::new(),
+            example: None,
+            weight: 1.0,
+            draw: Stream::new(seed).at("validation").with(index as u64),
+        };
+        let mut items: Vec<Item> = (0..source.count()).map(|index| item(index, source.plain_caption(index))).collect();
+        let Some(encoder) = encoder.map(|network| network.component) else {
+            for (index, item) in items.iter_mut().enumerate() {
+                item.example = Some(source.example(index, &item.draw)?);
+            }
+            return Ok(Validation { items });
+        };
+        self.with_network(encoder, |base| {
+            for (index, item) in items.iter_mut().enumerate() {
+                let example = source.example(index, &item.draw)?;
+                let encoded = base.encode(encoder, Encoded::Example(&example, source.path(index)))?;
+                let drawn = base.draw(encoder, &encoded, &item.draw)?;
+                item.encoded.insert(encoder, to_memory(&drawn, device)?);
+            }
+            Ok(())
+        })?;
         Ok(Validation { items })
     }
 
-    /// The mean denoising loss of each picture over evenly spread timesteps, unweighted, without dropout. `caption` says which
-    /// caption a picture is looked at with, by its index; its own is the second argument.
+    /// The mean loss of each item at the same draws at every look, unweighted, without dropout. `caption` says which caption an item
+    /// is looked at with, by its index; its own is the second argument.
+    ///
+    /// # Errors
+    /// Where memory runs out.
     pub fn validation_losses(
         &mut self,
         validation: &Validation,
@@ -63,35 +79,21 @@ impl Session {
         self.with_averages(|session| {
             session.beside_recordings(|session| {
                 let mut losses = Vec::with_capacity(validation.items.len());
-                for (index, (latents, own)) in validation.items.iter().enumerate() {
-                    let random = Stream::new(session.config.seed).at("validation").with(index as u64);
-                    let count = TIMESTEPS as i64;
-                    let (channels, height, width) = latents.size3()?;
-                    let many = latents.f_to_device(session.device)?.f_unsqueeze(0)?.f_repeat([count, 1, 1, 1])?;
-                    let shape = [TIMESTEPS, channels as usize, height as usize, width as usize];
-                    let noise = from_f32(&random.at("noise").normals(shape.iter().product()), &shape, session.device)?;
-                    let times: Vec<usize> = (0..TIMESTEPS)
-                        .map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * TIMESTEPS))
-                        .collect();
-                    let context = session.states_of(&caption(index, own))?.f_repeat([count, 1, 1])?;
-                    let loss = denoising_loss(
-                        &session.unet,
-                        &session.schedule,
-                        &many,
-                        &noise,
-                        &times,
-                        &context,
-                        &LossWeights::default(),
-                        &Pass::default(),
-                    )?;
-                    losses.push(f64::try_from(loss)?);
+                for (index, item) in validation.items.iter().enumerate() {
+                    let mut looked_at = item.again();
+                    looked_at.encoded.extend(session.caption_encodings(&caption(index, &item.caption))?);
+                    let inputs = session.base.validation_inputs(&looked_at)?;
+                    losses.push(f64::try_from(session.base.loss(&inputs, &Pass::default())?)?);
                 }
                 Ok(losses)
             })
         })
     }
 
-    /// The mean of [`Session::validation_losses`] with the pictures' own captions.
+    /// The mean of [`Session::validation_losses`] with the items' own captions.
+    ///
+    /// # Errors
+    /// As [`Session::validation_losses`].
     pub fn validation_loss(&mut self, validation: &Validation) -> Result<f64> {
         let losses = self.validation_losses(validation, |_, own| own.to_owned())?;
         Ok(losses.iter().sum::<f64>() / losses.len() as f64)

@@ -140,6 +140,19 @@ pub static LOSS: Group = Group {
             reads: Reads::Run(|given, config| config.noise_offset = given.not_negative().unwrap_or(0.0)),
         },
         Key {
+            name: "v_parameterization",
+            values: "true/false",
+            default: "as the base says",
+            meaning: "Whether the base predicts the velocity (SD 2.x of 768 px) instead of the noise: for files that do not say it.",
+            memory: "",
+            // It says something of the base, whose digest is recorded.
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| {
+                let is_given = given.has("v_parameterization");
+                config.v_parameterization = is_given.then(|| given.boolean(false));
+            }),
+        },
+        Key {
             name: "min_snr_gamma",
             values: "above 0",
             default: "none",

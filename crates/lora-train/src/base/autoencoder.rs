@@ -1,72 +1,70 @@
-//! Pictures into latents and captions into text states.
+//! The autoencoder of a diffusion model at work: pictures into latents and back, in tiles, in more precision or in host memory
+//! where that is what it takes. Its network is in `lora_models::networks`.
 
 use std::path::Path;
 
 use lora_core::DType;
 use lora_core::random::Stream;
-use lora_data::tokenizer::ClipTokenizer;
 use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::layers::Pass;
-use lora_models::networks::{ClipTextEncoder, LatentDistribution, Vae, load_vae};
+use lora_models::networks::{LatentDistribution, Vae, load_vae};
 use lora_models::weights::Held;
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of, upload};
+use lora_torch::tensor::{from_f32, kind_of};
 
+use super::is_finite;
 use crate::plan::Part;
 use crate::{Error, Result};
 
 /// The autoencoder with what it needs to fall back to f32: some overflow in fp16.
 #[derive(Debug)]
-pub struct Encoder {
+pub(crate) struct Autoencoder {
     vae: Vae,
     device: Device,
     in_tiles: bool,
 }
 
-impl Encoder {
+impl Autoencoder {
+    /// What people call it.
+    pub(crate) const TITLE: &str = "autoencoder";
+
     /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
-    pub fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
+    pub(crate) fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
         let kind = if dry::platform(device).is_cpu() { Kind::Float } else { kind_of(precision) };
-        let _label = Part::Weights("autoencoder").label();
+        let _label = Part::Weights(Self::TITLE).label();
         Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device, in_tiles: false })
     }
 
     /// Whether pictures of more than [`Vae::TILE`] latents a side are worked on in tiles.
-    pub fn in_tiles(mut self, in_tiles: bool) -> Self {
+    pub(crate) fn in_tiles(mut self, in_tiles: bool) -> Self {
         self.in_tiles = in_tiles;
         self
     }
 
     /// The number type that it computes in.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         self.vae.kind()
     }
 
-    /// Where it is.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
     /// Factor between the autoencoder's latents and those that the U-Net sees.
-    pub fn scaling_factor(&self) -> f64 {
+    pub(crate) fn scaling_factor(&self) -> f64 {
         self.vae.config().scaling_factor
     }
 
     /// Pixels per latent in each direction.
-    pub fn factor(&self) -> usize {
+    pub(crate) fn factor(&self) -> usize {
         self.vae.config().factor()
-    }
-
-    /// Channels of the latents.
-    pub fn latent_channels(&self) -> usize {
-        self.vae.config().latent_channels
     }
 
     /// The latent distribution of one picture, `[1, 4, height, width]` f32, on the device. Where fp16 overflows, the
     /// autoencoder is loaded again in f32, once.
-    pub fn encode(&mut self, checkpoint: &Checkpoint, path: &Path, picture: &RgbPicture) -> Result<LatentDistribution> {
+    pub(crate) fn encode(
+        &mut self,
+        checkpoint: &Checkpoint,
+        path: &Path,
+        picture: &RgbPicture,
+    ) -> Result<LatentDistribution> {
         match lora_torch::caught(|| self.encode_here(checkpoint, path, picture)) {
             Err(error) if error.is_out_of_memory() && self.moves_to_host(checkpoint, &error)? => {
                 self.encode_here(checkpoint, path, picture)
@@ -114,7 +112,7 @@ impl Encoder {
     }
 
     /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them. Where memory runs out, in tiles, then on the CPU.
-    pub fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
+    pub(crate) fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         match lora_torch::caught(|| self.decode_here(checkpoint, latents)) {
             // Unlike latents, which training sees, pictures may differ a little.
             Err(error) if error.is_out_of_memory() && !self.in_tiles => {
@@ -155,81 +153,19 @@ impl Encoder {
 }
 
 /// One sample of a latent distribution, scaled: `[4, height, width]`.
-pub fn sample_latents(distribution: &LatentDistribution, scaling_factor: f64, random: &Stream) -> Result<Tensor> {
+pub(crate) fn sample_latents(
+    distribution: &LatentDistribution,
+    scaling_factor: f64,
+    random: &Stream,
+) -> Result<Tensor> {
     let shape: Vec<usize> = distribution.mean.size().iter().map(|&side| side as usize).collect();
     let noise = from_f32(&random.clone().normals(shape.iter().product()), &shape, distribution.mean.device())?;
     Ok(distribution.sample(&noise)?.f_mul_scalar(scaling_factor)?.f_squeeze_dim(0)?)
 }
 
 /// The weights of a mask's latents, `[1, height, width]` on the host.
-pub fn latent_mask(mask: &Mask, factor: usize) -> Result<Tensor> {
+pub(crate) fn latent_mask(mask: &Mask, factor: usize) -> Result<Tensor> {
     Ok(from_f32(&mask.reduced(factor), &[1, mask.height() / factor, mask.width() / factor], Device::Cpu)?)
-}
-
-/// How captions become text states.
-#[derive(Debug, Clone, Copy)]
-pub struct TextEncoding {
-    /// Splits them into tokens.
-    pub tokenizer: ClipTokenizer,
-    /// Rows of 75 tokens a caption.
-    pub chunks: usize,
-    /// 2 leaves out the last layer.
-    pub clip_skip: usize,
-    /// Whether `(word:1.2)` weighs words.
-    pub weighted: bool,
-}
-
-impl TextEncoding {
-    /// States of captions, `[captions, chunks · 75 + 2, width]`, with gradients unless there is a guard.
-    pub fn states(&self, encoder: &ClipTextEncoder, captions: &[&str], device: Device, pass: &Pass) -> Result<Tensor> {
-        self.encode(encoder, &self.tokens(captions, device)?, pass)
-    }
-
-    /// Captions as the encoder takes them, on the device.
-    pub fn tokens(&self, captions: &[&str], device: Device) -> Result<Tokens> {
-        let coded: Vec<_> = captions
-            .iter()
-            .map(|caption| match self.weighted {
-                true => self.tokenizer.weighted_rows(caption, self.chunks),
-                false => (self.tokenizer.rows(caption, self.chunks), Vec::new()),
-            })
-            .collect();
-        let rows: Vec<i64> = coded.iter().flat_map(|(rows, _)| rows).flatten().map(|&token| i64::from(token)).collect();
-        let weights: Vec<f32> = coded.into_iter().flat_map(|(_, weights)| weights).collect();
-        let places = weights.len() / captions.len();
-        let any = weights.iter().any(|&weight| weight != 1.0);
-        Ok(Tokens {
-            rows: upload(&Tensor::from_slice(&rows).f_view([-1, 77])?, device)?,
-            weights: any.then(|| from_f32(&weights, &[captions.len(), places, 1], device)).transpose()?,
-        })
-    }
-
-    /// [`TextEncoding::states`] of tokens. Weighted states are multiplied place by place and then brought back to their mean, as
-    /// sd-scripts and diffusers' long-prompt-weighting pipeline do.
-    pub fn encode(&self, encoder: &ClipTextEncoder, tokens: &Tokens, pass: &Pass) -> Result<Tensor> {
-        let states = encoder.encode(&tokens.rows, self.chunks, self.clip_skip, pass)?;
-        let Some(weights) = &tokens.weights else { return Ok(states) };
-        let weights = weights.f_to_kind(states.kind())?;
-        let mean = |states: &Tensor| states.f_mean_dim(&[-2i64, -1][..], true, Kind::Float);
-        let before = mean(&states)?;
-        let weighed = states.f_mul(&weights)?;
-        let factor = before.f_div(&mean(&weighed)?)?.f_to_kind(states.kind())?;
-        Ok(weighed.f_mul(&factor)?)
-    }
-}
-
-/// Captions as a text encoder takes them.
-#[derive(Debug)]
-pub struct Tokens {
-    /// `[captions · chunks, 77]`.
-    pub rows: Tensor,
-    /// `[captions, states, 1]` f32, where any word is weighted.
-    pub weights: Option<Tensor>,
-}
-
-/// Whether all elements are finite; waits for the device.
-pub fn is_finite(tensor: &Tensor) -> Result<bool> {
-    Ok(f64::try_from(tensor.detach().f_isfinite()?.f_all()?.f_to_kind(Kind::Double)?)? != 0.0)
 }
 
 #[cfg(test)]
@@ -258,7 +194,7 @@ mod tests {
         write(&large, &tensors, &BTreeMap::new()).unwrap();
 
         let checkpoint = Checkpoint::open(&large).unwrap();
-        let mut encoder = Encoder {
+        let mut encoder = Autoencoder {
             vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
             device: Device::Cpu,
             in_tiles: false,
@@ -270,7 +206,7 @@ mod tests {
 
         // One that does not overflow stays in fp16.
         let checkpoint = Checkpoint::open(&path).unwrap();
-        let mut encoder = Encoder {
+        let mut encoder = Autoencoder {
             vae: load_vae(&checkpoint, Kind::Half, Device::Cpu, Held::default()).unwrap(),
             device: Device::Cpu,
             in_tiles: false,

@@ -1,0 +1,135 @@
+//! Which families of base models can be trained: those of this crate, and those that a program registers.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use lora_core::DType;
+use lora_io::checkpoint::Checkpoint;
+use lora_io::family::{FAMILIES, Family};
+use lora_torch::tch::Device;
+
+use super::{Base, stable_diffusion};
+use crate::config::TrainConfig;
+use crate::config::keys::{Group, Keys};
+use crate::{Error, Result};
+
+/// How bases of a family are opened, and what they add to the configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct Registration {
+    /// The family: how its files are told, and its names. A family that `lora_io` does not know is told before those that it does.
+    pub family: &'static Family,
+    /// Configuration keys that only such bases have.
+    pub keys: &'static [&'static Group],
+    /// Opens one; no network is loaded yet.
+    pub open: fn(&Opening<'_>) -> Result<Box<dyn Base>>,
+}
+
+/// What a base is opened with.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Opening<'o> {
+    /// The configuration of the run.
+    pub config: &'o TrainConfig,
+    /// The base's files.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Where its networks go.
+    pub device: Device,
+    /// What they compute in.
+    pub precision: DType,
+}
+
+impl<'o> Opening<'o> {
+    pub(crate) fn new(config: &'o TrainConfig, checkpoint: &Arc<Checkpoint>, device: Device, precision: DType) -> Self {
+        Self { config, checkpoint: Arc::clone(checkpoint), device, precision }
+    }
+}
+
+/// The families that can be trained.
+#[derive(Debug, Clone)]
+pub struct Bases(Vec<Registration>);
+
+impl Default for Bases {
+    fn default() -> Self {
+        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2])
+    }
+}
+
+impl Bases {
+    /// Adds a family; one of the same name takes its place. `keys` gets its keys.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateKey`] where another base has a key of the same name.
+    pub(crate) fn register(&mut self, registration: Registration, keys: &mut Keys) -> Result<()> {
+        keys.register(registration.keys)?;
+        self.0.retain(|known| known.family != registration.family);
+        self.0.push(registration);
+        Ok(())
+    }
+
+    /// Opens the files of a base that can be trained.
+    ///
+    /// # Errors
+    /// [`Error::Base`] for any other, which says what it is.
+    pub fn checkpoint(&self, path: &Path) -> Result<Checkpoint> {
+        let expected = || self.0.iter().map(|known| known.family.title).collect::<Vec<_>>().join(", ");
+        let refused = |found: String| Error::Base { path: path.to_owned(), found, expected: expected() };
+        let added = self.0.iter().map(|known| known.family).filter(|family| !FAMILIES.contains(family));
+        let families: Vec<&'static Family> = added.chain(FAMILIES).collect();
+        match Checkpoint::open_among(path, &families) {
+            Ok(checkpoint) if self.of(&checkpoint).is_some() => Ok(checkpoint),
+            Ok(checkpoint) => {
+                Err(refused(format!("{}, which can be merged into and converted, not trained", checkpoint.family())))
+            }
+            Err(lora_io::Error::Family { found, .. }) => Err(refused(found)),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// Opens a base.
+    ///
+    /// # Errors
+    /// Where keys are given that only other bases have, or the base is not what its family promises.
+    pub(crate) fn open(&self, opening: &Opening<'_>) -> Result<Box<dyn Base>> {
+        let checkpoint = &opening.checkpoint;
+        let Some(registration) = self.of(checkpoint) else {
+            let found = checkpoint.family().to_string();
+            return Err(Error::Base { path: checkpoint.path().to_owned(), found, expected: "another".into() });
+        };
+        if let Some(key) = opening.config.keys_of_other_bases(registration.keys).first() {
+            return Err(Error::KeyOfAnotherBase { key, family: registration.family.title });
+        }
+        (registration.open)(opening)
+    }
+
+    fn of(&self, checkpoint: &Checkpoint) -> Option<&Registration> {
+        self.0.iter().find(|known| known.family == checkpoint.family())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use lora_core::HostTensor;
+
+    use super::*;
+
+    #[test]
+    fn a_known_base_that_is_not_trained_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("base.safetensors");
+        let write = |names: &[&str]| {
+            let tensor = |name: &&str| ((*name).to_owned(), HostTensor::zeros([1]));
+            let tensors: BTreeMap<_, _> = names.iter().map(tensor).collect();
+            lora_io::safetensors::write(&path, &tensors, &BTreeMap::new()).unwrap();
+            Bases::default().checkpoint(&path).map(drop).map_err(|error| error.to_string())
+        };
+        let rest = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"];
+        let one = "cond_stage_model.transformer.text_model.final_layer_norm.weight";
+        assert_eq!(write(&[&[one], &rest[..]].concat()), Ok(()));
+        let error = write(&[&["double_blocks.0.img_attn.qkv.weight"], &rest[..1]].concat()).unwrap_err();
+        assert!(error.contains("FLUX.1") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
+        let error = write(&["something.weight"]).unwrap_err();
+        assert!(error.contains("`something`") && error.contains("expected Stable Diffusion 1.x"), "{error}");
+    }
+}
