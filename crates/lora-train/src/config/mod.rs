@@ -13,6 +13,7 @@ pub use read::{ConfigError, Format, Problem};
 pub use steps::{RunLength, StepPlan};
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use lora_core::DType;
@@ -98,6 +99,20 @@ pub enum Resume {
     From(PathBuf),
 }
 
+/// The keys that a configuration was read by, and the names of those that it gives.
+#[derive(Clone)]
+struct ReadBy {
+    keys: Keys,
+    given: Vec<&'static str>,
+}
+
+impl fmt::Debug for ReadBy {
+    // What a configuration says is in its fields.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReadBy").finish_non_exhaustive()
+    }
+}
+
 /// Declares [`TrainConfig`] together with the blank one that keys are read into, so that a field stands once.
 macro_rules! fields {
     ($($(#[$attribute:meta])* $field:ident: $type:ty,)*) => {
@@ -109,14 +124,13 @@ macro_rules! fields {
             $($(#[$attribute])* pub $field: $type,)*
             /// Values of keys that a program registers.
             pub extra: Extra,
-            /// The keys that it was read by, and the names of those that were given.
-            keys: (Keys, Vec<&'static str>),
+            read_by: ReadBy,
         }
 
         impl TrainConfig {
             /// Before anything is read: every key assigns its field.
-            fn blank(keys: Keys, given: Vec<&'static str>) -> Self {
-                Self { $($field: Default::default(),)* extra: Extra::default(), keys: (keys, given) }
+            fn blank(read_by: ReadBy) -> Self {
+                Self { $($field: Default::default(),)* extra: Extra::default(), read_by }
             }
 
             /// Names of the fields.
@@ -275,7 +289,7 @@ impl TrainConfig {
         overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
         let keys = reader.keys().clone();
         let given = keys.names().filter(|key| reader.has(key)).collect();
-        let mut config = Self::blank(keys.clone(), given);
+        let mut config = Self::blank(ReadBy { keys: keys.clone(), given });
         keys.read(&mut reader, &mut config);
         config.datasets = datasets::read(&mut reader, true);
         reader.finish(config)
@@ -283,12 +297,12 @@ impl TrainConfig {
 
     /// The keys that it was read by: what a resumed run must agree with is theirs to say.
     pub(crate) fn keys(&self) -> &Keys {
-        &self.keys.0
+        &self.read_by.keys
     }
 
     /// Keys that are given although only other bases bring them, where a base brings these groups.
     pub fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
-        let (keys, given) = &self.keys;
+        let ReadBy { keys, given } = &self.read_by;
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
 

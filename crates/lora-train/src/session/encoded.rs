@@ -18,7 +18,7 @@ use lora_torch::dry;
 use lora_torch::tch::Device;
 use lora_torch::tensor::{from_host, to_host};
 
-use super::{Preparing, Watch, draws};
+use super::{Preparing, Watch};
 use crate::base::{Base, Encoded, Tensors};
 use crate::config::TrainConfig;
 use crate::{Error, Result};
@@ -56,7 +56,7 @@ impl Examples {
         let visits = std::iter::from_fn(move || Some(order.next_batch())).flatten();
         // Two micro-batches, and something to do for every core.
         let window = 2 * config.batch_size.max(cores());
-        let load = move |visit: Visit| (visit, source.example(visit.index, &draws(seed, &visit)));
+        let load = move |visit: Visit| (visit, source.example(visit.index, &visit.draws(seed)));
         let loaded: Box<dyn Iterator<Item = Loaded> + Send> = Box::new(ahead(visits, cores(), window, load));
         Self::Fresh(network, loaded.peekable())
     }

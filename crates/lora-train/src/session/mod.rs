@@ -372,7 +372,7 @@ impl Session {
     fn items(&mut self, batch: &[Visit]) -> Result<Vec<Item>> {
         let mut items = Vec::with_capacity(batch.len());
         for visit in batch {
-            let draw = self.draws(visit);
+            let draw = visit.draws(self.config.seed);
             let mut encoded = BTreeMap::from_iter(self.examples.kept(visit.index));
             let mut example = self.examples.load(visit, &draw, &*self.pictures)?;
             if let (Some(network), Some(loaded)) = (self.examples.encoder(), &example) {
@@ -396,10 +396,6 @@ impl Session {
             memory::empty_cache(self.device)?;
         }
         Ok(items)
-    }
-
-    fn draws(&self, visit: &Visit) -> Stream {
-        draws(self.config.seed, visit)
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -444,11 +440,6 @@ fn trained(base: &dyn Base) -> Vec<Network> {
 fn label(base: &dyn Base, network: Component) -> dry::Labelled {
     let title = base.networks().iter().find(|own| own.component == network).map(|own| own.title);
     Part::Weights(title.unwrap_or("other")).label()
-}
-
-/// Everything random about one visit of one picture.
-fn draws(seed: u64, visit: &Visit) -> Stream {
-    visit.draws(seed)
 }
 
 #[cfg(test)]

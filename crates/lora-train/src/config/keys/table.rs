@@ -63,6 +63,32 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
 ];
 
 /// The keys that a configuration may have: the general ones, those of Stable Diffusion, and what a program registers.
+///
+/// ```
+/// use lora_train::Plugins;
+/// use lora_train::config::keys::{Group, Key, Reads, Resumed, Setting};
+/// use lora_train::config::{Format, TrainConfig};
+///
+/// static OF_FLOW: &[&Group] = &[&Group {
+///     section: "Flow",
+///     behind: None,
+///     keys: &[Key {
+///         name: "flow_shift",
+///         values: "above 0",
+///         default: "3.0",
+///         meaning: "Shifts times towards noise.",
+///         memory: "",
+///         resumed: Resumed::Fixed(|config| config.extra.shown("flow_shift")),
+///         reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(3.0))),
+///     }],
+/// }];
+/// let mut plugins = Plugins::default();
+/// plugins.keys.register(OF_FLOW)?;
+/// let text = "base_model: b\ntrain_data_dir: d\noutput_dir: o\n";
+/// let config = TrainConfig::from_text_with(text, Format::Yaml, &["flow_shift=2.5"], &plugins)?;
+/// assert_eq!(config.extra.number("flow_shift"), Some(2.5));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Keys(Vec<&'static Group>);
 
