@@ -14,7 +14,7 @@ use lora_torch::memory::{count_host_allocations, host_allocations, reset_host_pe
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_train::config::{Format, TrainConfig};
 use lora_train::plan::{Phase, plan};
-use lora_train::{Plugins, Session};
+use lora_train::{Error, Plugins, Session};
 
 /// A tiny model but for the channels of the U-Net.
 fn workspace(channels: &[usize]) -> tempfile::TempDir {
@@ -44,7 +44,8 @@ fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
 }
 
-/// Counted peaks of a run's parts, in bytes above what was held before it; those that the configuration has.
+/// Counted peaks of a run's parts, in bytes above what was held before it; those that the configuration has. None for a variant
+/// that files have no form of, which is not trained.
 fn counted(config: TrainConfig) -> Vec<(&'static [Phase], u64)> {
     reset_host_peak();
     let before = host_allocations().unwrap().live;
@@ -54,7 +55,10 @@ fn counted(config: TrainConfig) -> Vec<(&'static [Phase], u64)> {
         reset_host_peak();
     };
     let (prompts, validation) = (config.samples.prompts.clone(), config.validation_data_dir.clone());
-    let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+    let mut session = match Session::prepare(config, &Plugins::default(), &mut |_| {}) {
+        Err(Error::File(lora_io::Error::Module { .. })) => return Vec::new(),
+        session => session.unwrap(),
+    };
     peak(&[Phase::Pictures, Phase::Captions, Phase::Loading]);
     if !prompts.is_empty() {
         session.sample(&prompts).unwrap();
@@ -162,10 +166,13 @@ fn disagreements(folder: &Path, keys: &[&str]) -> Vec<String> {
         let off = 100.0 * (predicted as f64 / counted as f64 - 1.0);
         let line = format!("{keys:?} {phases:?}: predicted {predicted}, counted {counted}, {off:+.4}%");
         println!("{line}");
-        wrong.extend((off.abs() > tolerance).then_some(line));
+        wrong.extend((predicted.abs_diff(counted) > SCALARS && off.abs() > tolerance).then_some(line));
     }
     wrong
 }
+
+/// Bytes of numbers that libtorch wraps into tensors of their own here and there.
+const SCALARS: u64 = 64;
 
 /// How far a prediction may be off, in percent.
 fn tolerance(keys: &[&str]) -> f64 {
