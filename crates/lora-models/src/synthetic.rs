@@ -100,6 +100,41 @@ impl SyntheticModel {
         Ok(())
     }
 
+    /// Writes a diffusers folder in fp16 whose files have headers and no weights: sparse files of zeros, which take no room whatever
+    /// the model's size. For plans of memory, which read headers alone.
+    ///
+    /// # Errors
+    /// Where the file system refuses, or the model cannot be built.
+    pub fn write_headers(&self, folder: &Path) -> Result<()> {
+        for (component, weights) in self.weight_shapes()? {
+            let is_text = component == Component::TEXT_ENCODER;
+            let own = folder.join(component.name());
+            let (mut header, mut end) = (serde_json::Map::new(), 0);
+            for (name, shape) in weights {
+                let begin = end;
+                end += 2 * shape.iter().product::<usize>();
+                let entry = serde_json::json!({ "dtype": "F16", "shape": shape, "data_offsets": [begin, end] });
+                header.insert(name, entry);
+            }
+            let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+            header.resize(header.len().next_multiple_of(8), b' ');
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header);
+            let path = own.join(if is_text { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" });
+            let heads = self.text_encoder.heads;
+            let config = if is_text { format!("{{\"num_attention_heads\": {heads}}}") } else { "{}".to_owned() };
+            let write = || -> std::io::Result<()> {
+                std::fs::create_dir_all(&own)?;
+                std::fs::write(own.join("config.json"), config)?;
+                std::fs::write(&path, &bytes)?;
+                let file = std::fs::OpenOptions::new().write(true).open(&path)?;
+                file.set_len((bytes.len() + end) as u64)
+            };
+            write().map_err(|source| lora_io::Error::Io { path: path.clone(), action: "write", source })?;
+        }
+        Ok(())
+    }
+
     /// Names and shapes of all weights, under diffusers' and transformers' names.
     pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();

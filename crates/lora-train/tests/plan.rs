@@ -1,12 +1,11 @@
 //! Plans of Stable Diffusion 1.5's own sizes, from headers alone: what fits, in which order, and what cannot. Whether the
 //! numbers are true is `plan_memory`'s to say.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock};
 
-use lora_core::{Component, DType};
+use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::plan::{Part as Memory, Phase, PhasePeak, Plan, plan};
@@ -19,31 +18,7 @@ fn base() -> &'static Path {
     static BASE: OnceLock<tempfile::TempDir> = OnceLock::new();
     BASE.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        for (component, weights) in SyntheticModel::full().weight_shapes().unwrap() {
-            let own = folder.path().join(component.name());
-            std::fs::create_dir(&own).unwrap();
-            let (mut header, mut end) = (BTreeMap::new(), 0);
-            for (name, shape) in weights {
-                let begin = end;
-                end += 2 * shape.iter().product::<usize>();
-                let entry = serde_json::json!({ "dtype": "F16", "shape": shape, "data_offsets": [begin, end] });
-                header.insert(name, entry);
-            }
-            let mut header = serde_json::to_vec(&header).unwrap();
-            header.resize(header.len().next_multiple_of(8), b' ');
-            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-            bytes.extend(header);
-            let name = if component == Component::TEXT_ENCODER {
-                "model.safetensors"
-            } else {
-                "diffusion_pytorch_model.safetensors"
-            };
-            std::fs::write(own.join(name), &bytes).unwrap();
-            let file = std::fs::OpenOptions::new().write(true).open(own.join(name)).unwrap();
-            file.set_len((bytes.len() + end) as u64).unwrap();
-            let config = if component == Component::TEXT_ENCODER { r#"{"num_attention_heads": 12}"# } else { "{}" };
-            std::fs::write(own.join("config.json"), config).unwrap();
-        }
+        SyntheticModel::full().write_headers(folder.path()).unwrap();
         folder
     })
     .path()

@@ -10,6 +10,8 @@ mod predict;
 mod remedies;
 mod report;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lora_torch::dry::Platform;
@@ -105,7 +107,17 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         budget => budget,
     };
     let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
-    let peaks = |config: &TrainConfig| predict(config, &checkpoint, &machine, plugins);
+    // The search comes back to configurations that it has seen.
+    let known = RefCell::new(BTreeMap::new());
+    let peaks = |config: &TrainConfig| -> Result<Prediction> {
+        let key = format!("{config:?}");
+        if let Some(prediction) = known.borrow().get(&key) {
+            return Ok(Prediction::clone(prediction));
+        }
+        let prediction = predict(config, &checkpoint, &machine, plugins)?;
+        known.borrow_mut().insert(key, prediction.clone());
+        Ok(prediction)
+    };
     let as_configured = peaks(config)?;
 
     let ladder = ladder(config, &machine);

@@ -116,7 +116,7 @@ pub(super) fn predict(
     plugins: &Plugins,
 ) -> Result<Prediction> {
     let run = DryRun::begin(machine.platform)?;
-    let mut peaks = Peaks { run: &run, machine, before: run.live(), phases: Vec::new() };
+    let mut peaks = Peaks { run: &run, machine, phases: Vec::new() };
     lora_torch::caught(|| follow(config, checkpoint, plugins, &mut peaks))?;
     let recorded = !machine.platform.is_cpu() && can_record(config);
     let phases = peaks.phases;
@@ -191,8 +191,6 @@ fn recordings(phases: &[PhasePeak], machine: &Machine) -> Option<Recordings> {
 struct Peaks<'r> {
     run: &'r DryRun,
     machine: &'r Machine,
-    /// Bytes that were there before the run: none, unless somebody kept tensors of another one.
-    before: u64,
     phases: Vec<PhasePeak>,
 }
 
@@ -201,8 +199,7 @@ impl Watch for Peaks<'_> {
 
     fn done(&mut self, phase: Phase) {
         let parts = Usage::of_peak(&self.run.peak());
-        let overhead =
-            self.machine.fixed + (parts.total().saturating_sub(self.before) as f64 * self.machine.share) as u64;
+        let overhead = self.machine.fixed + (parts.total() as f64 * self.machine.share) as u64;
         self.phases.push(PhasePeak { phase, parts, overhead });
         self.run.reset_peak();
     }
@@ -213,5 +210,46 @@ pub(crate) fn precision_on(platform: Platform, configured: DType) -> DType {
     match (configured, platform) {
         (DType::F16, Platform::Cpu { .. }) => DType::F32,
         _ => configured,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_models::synthetic::SyntheticModel;
+
+    use super::*;
+    use crate::config::Format;
+
+    /// What a run does when memory runs out, at Stable Diffusion 1.5's size on a GPU that is not there: the step is taken back,
+    /// made smaller and run again, until it fits.
+    #[test]
+    fn a_step_that_does_not_fit_is_made_smaller_at_full_size() {
+        let folder = tempfile::tempdir().unwrap();
+        SyntheticModel::full().write_headers(folder.path()).unwrap();
+        let text = format!(
+            "base_model: {}\ntrain_data_dir: none\noutput_dir: none\nprecision: fp16\nlora_rank: 8\nbatch_size: 4\n",
+            folder.path().display()
+        );
+        let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
+        let plugins = Plugins::default();
+        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model).unwrap());
+        let machine = Machine { platform: Platform::Cuda, fixed: 0, share: 0.0 };
+        let peak = predict(&config, &checkpoint, &machine, &plugins).unwrap().peak();
+
+        // The rest of a step is left less and less.
+        for (share, pictures, tried) in [(1.0, 4, 0), (0.8, 2, 1), (0.35, 1, 2)] {
+            let run = DryRun::begin(machine.platform).unwrap();
+            let mut peaks = Peaks { run: &run, machine: &machine, phases: Vec::new() };
+            let (config, pictures_of_run) = stand_ins(&config, machine.platform);
+            let materials =
+                Materials::dry(config, Arc::clone(&checkpoint), pictures_of_run, run.device(), &plugins).unwrap();
+            let mut session = Session::assemble(materials, &plugins, &mut peaks).unwrap();
+            let limit = run.live() + ((peak - run.live()) as f64 * share) as u64;
+            run.limit(limit);
+            let report = session.step().unwrap().unwrap();
+            assert!(report.pictures == 4 && report.micro_batch <= pictures, "{share}: {report:?}");
+            assert!(session.remedies_tried() >= tried, "{share}: {}", session.remedies_tried());
+            assert!(run.peak().total() <= limit, "{share}");
+        }
     }
 }

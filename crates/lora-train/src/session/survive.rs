@@ -70,6 +70,12 @@ impl Session {
         self.config.recompute_feed_forward || self.economy.recompute_feed_forward
     }
 
+    /// How often something was done because memory ran out.
+    #[cfg(test)]
+    pub(crate) fn remedies_tried(&self) -> usize {
+        self.tried.len()
+    }
+
     /// Applies the next remedy.
     fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
         let pictures = self.micro_batch(batches);
