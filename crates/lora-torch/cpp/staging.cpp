@@ -97,7 +97,7 @@ struct Region {
 
 class Ring final : public lora::Staging {
 public:
-  explicit Ring(c10::Device device) : device(device) {
+  explicit Ring(c10::Device device) : device(device), label(lora::dry::current_label()) {
     if (!device.is_cpu() && !lora::dry::is_dry(device)) {
       const c10::impl::VirtualGuardImpl backend(device.type());
       copying = backend.getStreamFromGlobalPool(device, /*isHighPriority=*/false);
@@ -185,6 +185,8 @@ public:
 
 private:
   void open() {
+    // It is taken when the first weight is used, and belongs to the weights all the same.
+    const lora::dry::Labelled labelled(label);
     memory = at::empty({ring_bytes(all, largest)}, at::TensorOptions().dtype(at::kByte).device(device));
     if (!copying) return;
     // The allocator may have given what earlier work on the computing stream still reads.
@@ -296,6 +298,8 @@ private:
   }
 
   const c10::Device device;
+  // What the ring is for, in a dry run.
+  const int label;
   std::optional<c10::Stream> copying;
   mutable std::mutex mutex;
   std::vector<Weight> weights;

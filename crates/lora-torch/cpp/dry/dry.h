@@ -44,6 +44,15 @@ struct OnHost {
   ~OnHost() { on_host(false); }
 };
 
+// What is allocated while this lives has a label; the one in force, to be kept for what is allocated later.
+int set_label(int label);
+int current_label();
+struct Labelled {
+  explicit Labelled(int label) : before(set_label(label)) {}
+  ~Labelled() { set_label(before); }
+  int before;
+};
+
 // A copy on the device of what waits in host memory; the same tensor where the device is the host.
 inline at::Tensor from_host(const at::Tensor &waiting, c10::Device device) {
   if (is_dry(waiting)) return plays(Platform::Cuda) ? waiting.clone() : waiting;

@@ -102,6 +102,17 @@ void relabel(Block *block, int label) {
 
 void on_host(bool on) { meter::allocates_on_host = on; }
 
+int set_label(int label) {
+  const std::lock_guard<std::mutex> held(meter::lock);
+  std::swap(meter::current, label);
+  return label;
+}
+
+int current_label() {
+  const std::lock_guard<std::mutex> held(meter::lock);
+  return meter::current;
+}
+
 } // namespace lora::dry
 
 extern "C" {
@@ -141,11 +152,7 @@ void lora_dry_limit(int64_t bytes) {
 }
 
 // What is allocated from now on has this label; gives the one before.
-int lora_dry_label(int label) {
-  const std::lock_guard<std::mutex> held(meter::lock);
-  std::swap(meter::current, label);
-  return label;
-}
+int lora_dry_label(int label) { return lora::dry::set_label(label); }
 
 // All that lives under one label has another from now on.
 void lora_dry_relabel_all(int from, int to) {

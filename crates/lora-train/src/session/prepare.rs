@@ -104,7 +104,11 @@ impl Session {
         let opening = Opening::new(config, &materials.checkpoint, device, precision);
         let mut base = plugins.bases.open(&opening)?;
         let networks = base.networks().to_vec();
-        let mut loader = Loader::new(config, device)?;
+        // What passes through the ring are the weights of the network that steps are made of, above all.
+        let mut loader = {
+            let _label = networks.last().map(|network| Part::Weights(network.title).label());
+            Loader::new(config, device)?
+        };
 
         // What is encoded of examples: before anything else, and before it is known which examples are usable.
         let disk = materials.disk.as_ref();
