@@ -63,8 +63,7 @@ impl Component {
         if let Some(known) = Self::KNOWN.into_iter().find(|known| known.name == name) {
             return Ok(known);
         }
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-        if name.is_empty() || name.len() > Self::LONGEST_NAME || !name.bytes().all(plain) {
+        if !Self::is_name(name) {
             return Err(Error::Option {
                 key: "component",
                 value: name.chars().take(Self::LONGEST_NAME).collect(),
@@ -84,6 +83,35 @@ impl Component {
         Ok(Self { place: u8::MAX, name })
     }
 
+    /// The same of a name in a program's text, for families that are statics.
+    ///
+    /// # Panics
+    ///
+    /// For a name that [`Self::named`] refuses, and for that of a known component, which has a constant: while the program is
+    /// compiled, where a constant is made of it.
+    pub const fn constant(name: &'static str) -> Self {
+        assert!(Self::is_name(name), "a component's name has 1 to 64 ASCII letters, digits, `_` or `-`");
+        let mut index = 0;
+        while index < Self::KNOWN.len() {
+            assert!(!same(Self::KNOWN[index].name, name), "a known component has a constant of its own");
+            index += 1;
+        }
+        Self { place: u8::MAX, name }
+    }
+
+    /// Whether a component may be called so.
+    const fn is_name(name: &str) -> bool {
+        let bytes = name.as_bytes();
+        let mut index = 0;
+        while index < bytes.len() {
+            if !(bytes[index].is_ascii_alphanumeric() || bytes[index] == b'_' || bytes[index] == b'-') {
+                return false;
+            }
+            index += 1;
+        }
+        index > 0 && index <= Self::LONGEST_NAME
+    }
+
     /// Its name in paths.
     pub fn name(self) -> &'static str {
         self.name
@@ -93,6 +121,16 @@ impl Component {
     pub fn is_text_encoder(self) -> bool {
         matches!(self, Self::TEXT_ENCODER | Self::TEXT_ENCODER_2 | Self::TEXT_ENCODER_3)
     }
+}
+
+/// Whether two texts are the same: `==` is not for constants.
+const fn same(one: &str, other: &str) -> bool {
+    let (one, other) = (one.as_bytes(), other.as_bytes());
+    let mut index = 0;
+    while index < one.len() && index < other.len() && one[index] == other[index] {
+        index += 1;
+    }
+    index == one.len() && index == other.len()
 }
 
 impl Ord for Component {
@@ -184,6 +222,7 @@ mod tests {
         assert_eq!(own, Component::named(&String::from("prior")).unwrap());
         assert_eq!(own.name().as_ptr(), Component::named("prior").unwrap().name().as_ptr());
         assert_eq!(Component::named("unet").unwrap(), Component::UNET);
+        assert_eq!(const { Component::constant("prior") }, own);
         let mut sorted = [own, Component::MODEL, Component::named("decoder").unwrap(), Component::UNET];
         sorted.sort();
         assert_eq!(sorted.map(Component::name), ["unet", "model", "decoder", "prior"]);
@@ -196,5 +235,8 @@ mod tests {
             assert!(Component::named(name).unwrap_err().to_string().contains("component"), "{name}");
         }
         assert!(Component::named(&"x".repeat(64)).is_ok());
+        for name in ["", "a.b", "größe", "unet"] {
+            assert!(std::panic::catch_unwind(|| Component::constant(name)).is_err(), "{name}");
+        }
     }
 }

@@ -34,7 +34,10 @@ pub struct Pass {
 
 impl Pass {
     /// The output of a block; where its activations are to be computed again, only its inputs are kept.
-    pub(crate) fn block<B: Send + 'static>(
+    ///
+    /// # Errors
+    /// What the block's own pass gives.
+    pub fn block<B: Send + 'static>(
         &self,
         block: &Shared<B>,
         inputs: &[&Tensor],
@@ -84,7 +87,7 @@ fn torch(error: Error) -> lora_torch::Error {
 ///
 /// # Errors
 /// [`Error::InUse`] while a graph that was made with it is alive: adapters come and go between steps.
-pub(crate) fn exclusive<B: Send>(block: &mut Shared<B>) -> Result<&mut B> {
+pub fn exclusive<B: Send>(block: &mut Shared<B>) -> Result<&mut B> {
     block.get_mut().ok_or(Error::InUse)
 }
 

@@ -52,6 +52,12 @@ pub enum Error {
         /// The tensor.
         name: &'static str,
     },
+    /// A network is asked to encode that does not.
+    #[error("`{network}` of this base encodes neither examples nor captions")]
+    EncodesNothing {
+        /// The network.
+        network: lora_core::Component,
+    },
     /// A loss reads a tensor that the micro-batch has not.
     #[error("a micro-batch has no tensor `{name}`, which the loss reads")]
     MissingInput {
@@ -206,8 +212,8 @@ pub enum Error {
     /// NaN or infinity, by the stage that made it first.
     #[error("NaN or infinity in {stage}{place}; {remedy}")]
     NotFinite {
-        /// VAE, text encoder, U-Net or LoRA.
-        stage: &'static str,
+        /// What made it: "the VAE", "the U-Net", "the gradients".
+        stage: std::borrow::Cow<'static, str>,
         /// The step or picture.
         place: String,
         /// What helps.

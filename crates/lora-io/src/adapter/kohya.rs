@@ -18,7 +18,7 @@ use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, names, parts};
-use crate::family::Family;
+use crate::family::{FAMILIES, Family};
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
@@ -28,10 +28,10 @@ pub const ZERO_PARTNERS: &str = "lora_zero_partners";
 pub const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
 /// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
-/// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Returns what could not be kept as it was.
-pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+/// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters for the family
+/// are; [`super::family`] tells it where nobody knows. Returns what could not be kept as it was.
+pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
-    let family = super::family(adapter);
     let common = common_alpha(adapter);
     let mut notes = Vec::new();
     let (mut folded, mut peft_dora) = (0, 0);
@@ -96,8 +96,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
 }
 
 /// Whether the layout has a form of every module, before hours are spent on training one that it has not.
-pub fn check(adapter: &Adapter) -> Result<()> {
-    let family = super::family(adapter);
+pub fn check(adapter: &Adapter, family: Option<&Family>) -> Result<()> {
     for (path, module) in &adapter.modules {
         named(path, family)?;
         parts::spell(module, DType::F32).map_err(|reason| Error::Module { module: path.to_string(), reason })?;
@@ -118,10 +117,11 @@ fn is_custom(variant: &str) -> bool {
 
 /// Reads a file of this layout.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
-    from_file(&SafetensorsFile::open(path)?)
+    from_file(&SafetensorsFile::open(path)?, &FAMILIES)
 }
 
-pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
+pub(super) fn from_file(file: &SafetensorsFile, families: &[&'static Family]) -> Result<AdapterFile> {
+    let path_of = |name: &str| names::from_kohya(name, families);
     let listed = |key: &str| -> BTreeSet<String> {
         file.metadata().get(key).map(|list| list.split(',').map(str::to_owned).collect()).unwrap_or_default()
     };
@@ -157,13 +157,13 @@ pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
     }
     if sorted.modules.is_empty() && sorted.problems.is_empty() && !own.is_empty() {
         let mut adapter = Adapter { metadata: file.metadata().clone(), ..Adapter::default() };
-        adapter.modules = own.into_iter().map(|(name, module)| (names::from_kohya(&name), module)).collect();
+        adapter.modules = own.into_iter().map(|(name, module)| (path_of(&name), module)).collect();
         let family = super::family(&adapter);
         let dtypes = file.names().filter_map(|name| file.get(name).ok()).map(|view| view.dtype()).collect();
         return Ok(AdapterFile { path: file.path().to_owned(), adapter, format: Format::Kohya, family, dtypes });
     }
-    let mut read = super::assemble(file, Format::Kohya, sorted, names::from_kohya, |_, _| None)?;
-    read.adapter.modules.extend(own.into_iter().map(|(name, module)| (names::from_kohya(&name), module)));
+    let mut read = super::assemble(file, Format::Kohya, sorted, path_of, |_, _| None)?;
+    read.adapter.modules.extend(own.into_iter().map(|(name, module)| (path_of(&name), module)));
     Ok(read)
 }
 
@@ -260,6 +260,11 @@ mod tests {
             (layer.path, AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha })
         });
         Adapter { modules: modules.collect(), metadata: BTreeMap::from([("ss_x".into(), "1".into())]) }
+    }
+
+    /// As adapters for the family that they show.
+    fn write(path: &Path, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+        super::write(path, adapter, crate::adapter::family(adapter), dtype)
     }
 
     #[test]

@@ -24,7 +24,7 @@ use lora_core::{Adapter, AdapterModule, DType, HostTensor, ModulePath};
 
 use crate::error::listed;
 use crate::family::adapter::Module;
-use crate::family::{self, Family};
+use crate::family::{self, FAMILIES, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
 use parts::{Parts, PeftContext, Tool};
@@ -95,6 +95,11 @@ impl AdapterFile {
 
 /// Reads an adapter of any format: a `.safetensors` or `.gguf` file, or a PEFT folder.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
+    read_among(path, &FAMILIES)
+}
+
+/// The same, where kohya's names may be of any of these families: a program's own beside [`FAMILIES`].
+pub fn read_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Result<AdapterFile> {
     let path = path.as_ref();
     if path.is_dir() {
         return peft::read(path);
@@ -117,7 +122,7 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
         name.split_once('.')
             .is_some_and(|(module, _)| ["lora_", "lycoris_"].iter().any(|prefix| module.starts_with(prefix)))
     };
-    if names.iter().any(|name| kohya(name)) { kohya::from_file(&file) } else { diffusers::from_file(&file) }
+    if names.iter().any(|name| kohya(name)) { kohya::from_file(&file, families) } else { diffusers::from_file(&file) }
 }
 
 /// Whether a file begins as GGUF does.
@@ -132,7 +137,7 @@ pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
     match format {
-        Format::Kohya => kohya::write(path, adapter, dtype),
+        Format::Kohya => kohya::write(path, adapter, family(adapter), dtype),
         Format::Diffusers => diffusers::write(path, adapter, dtype),
         Format::DiffusersOld => diffusers::write_old(path, adapter, dtype),
         Format::Peft => peft::write(path, adapter, dtype, &peft::Extra::default()),

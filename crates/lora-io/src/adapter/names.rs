@@ -17,10 +17,10 @@ use lora_core::{Component, ModulePath};
 use crate::family::tree::clip::with_text_model;
 use crate::family::tree::ldm::LdmUnet;
 use crate::family::tree::{Depths, Tree};
-use crate::family::{FAMILIES, Family, sd1, sdxl};
+use crate::family::{Family, sd1, sdxl};
 
-/// The dotted path of an underscored one that is made of known words and numbers; `None` for any other.
-fn dotted(name: &str) -> Option<String> {
+/// The dotted path of an underscored one that is made of these families' words and numbers; `None` for any other.
+fn dotted(name: &str, families: &[&Family]) -> Option<String> {
     let mut path = String::with_capacity(name.len());
     let mut rest = name;
     loop {
@@ -28,7 +28,7 @@ fn dotted(name: &str) -> Option<String> {
         let ends = |length: usize| rest.len() == length || rest.as_bytes()[length] == b'_';
         let length = match digits {
             0 => {
-                let words = FAMILIES.into_iter().flat_map(|family| family.words).copied().flatten();
+                let words = families.iter().flat_map(|family| family.words).copied().flatten();
                 words.filter(|word| rest.starts_with(**word) && ends(word.len())).map(|word| word.len()).max()?
             }
             _ if ends(digits) => digits,
@@ -55,12 +55,12 @@ fn unet_path(path: &str) -> Option<String> {
     canonical.strip_suffix(".weight").map(str::to_owned)
 }
 
-/// The module that a kohya name means.
-pub(crate) fn from_kohya(name: &str) -> ModulePath {
-    let prefixes = FAMILIES.into_iter().flat_map(|family| family.components);
+/// The module that a kohya name means, in adapters for one of these families.
+pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
+    let prefixes = families.iter().flat_map(|family| family.components);
     let prefixes = prefixes.filter_map(|names| Some((names.kohya?.prefix, names.component)));
     let module = prefixes.chain([("lycoris", Component::UNET)]).find_map(|(prefix, component)| {
-        let path = dotted(name.strip_prefix(prefix)?.strip_prefix('_')?)?;
+        let path = dotted(name.strip_prefix(prefix)?.strip_prefix('_')?, families)?;
         let path = match component {
             Component::UNET if path.starts_with("text_model.") => return None,
             Component::UNET => unet_path(&path)?,
@@ -134,6 +134,7 @@ pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::FAMILIES;
 
     fn unet(path: &str) -> ModulePath {
         ModulePath::new(Component::UNET, path)
@@ -154,14 +155,14 @@ mod tests {
         for family in [Some(&sd1::FAMILY), Some(&sdxl::FAMILY)] {
             for path in paths {
                 let name = kohya(&unet(path), family).unwrap();
-                assert_eq!(from_kohya(&name), unet(path), "{name}");
+                assert_eq!(from_kohya(&name, &FAMILIES), unet(path), "{name}");
             }
         }
         for (component, prefix) in [(Component::TEXT_ENCODER, "lora_te1_"), (Component::TEXT_ENCODER_2, "lora_te2_")] {
             let module = ModulePath::new(component, "text_model.encoder.layers.11.self_attn.out_proj");
             let name = kohya(&module, Some(&sdxl::FAMILY)).unwrap();
             assert!(name.starts_with(prefix));
-            assert_eq!(from_kohya(&name), module);
+            assert_eq!(from_kohya(&name, &FAMILIES), module);
         }
     }
 
@@ -176,7 +177,7 @@ mod tests {
             ("up_blocks.2.resnets.2.conv1", "lora_unet_output_blocks_8_0_in_layers_2"),
         ] {
             assert_eq!(kohya(&unet(path), Some(&sdxl::FAMILY)).as_deref(), Some(name));
-            assert_eq!(from_kohya(name), unet(path));
+            assert_eq!(from_kohya(name, &FAMILIES), unet(path));
         }
     }
 
@@ -202,12 +203,12 @@ mod tests {
     fn names_of_other_models_keep_their_spelling() {
         for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
         {
-            let module = from_kohya(name);
+            let module = from_kohya(name, &FAMILIES);
             assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
             assert_eq!(kohya(&module, None).as_deref(), Some(name));
         }
-        assert_eq!(dotted("down_blocks_"), None);
-        assert_eq!(dotted(""), None);
-        assert_eq!(dotted("proj_inside"), None);
+        assert_eq!(dotted("down_blocks_", &FAMILIES), None);
+        assert_eq!(dotted("", &FAMILIES), None);
+        assert_eq!(dotted("proj_inside", &FAMILIES), None);
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::adapter::{names, parts};
 use crate::family::adapter::Module;
-use crate::family::{self, Family, language, sd1, sdxl};
+use crate::family::{self, FAMILIES, Family, language, sd1, sdxl};
 use crate::gguf::{GgufFile, TensorType};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
@@ -129,7 +129,7 @@ impl Inventory {
         let tensors = self.tensors.iter().map(|(name, (_, shape))| {
             let (module, part) = parts::split(name).unwrap_or((name, ""));
             let kohya = name.starts_with("lora_") || name.starts_with("lycoris_");
-            let path = if kohya { names::from_kohya(module) } else { names::from_dotted(module) };
+            let path = if kohya { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
             let inputs = ["lora_down", "hada_w1_b"].contains(&part).then(|| shape.get(1).copied()).flatten();
             Module { name: module, path, inputs }
         });

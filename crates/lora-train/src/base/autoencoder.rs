@@ -105,7 +105,7 @@ impl Autoencoder {
             return self.encode_here(checkpoint, path, picture);
         }
         Err(Error::NotFinite {
-            stage: "the VAE",
+            stage: "the VAE".into(),
             place: format!(" for {}", path.display()),
             remedy: "the base model's autoencoder is damaged; take the base from another source",
         })

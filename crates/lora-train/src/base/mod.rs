@@ -83,11 +83,9 @@ pub struct Item {
 impl Item {
     /// The same once more; tensors are shared.
     pub(crate) fn again(&self) -> Self {
-        let shared =
-            |tensors: &Tensors| tensors.iter().map(|(name, own)| (name.clone(), own.shallow_clone())).collect();
         Self {
             caption: self.caption.clone(),
-            encoded: self.encoded.iter().map(|(network, tensors)| (*network, shared(tensors))).collect(),
+            encoded: self.encoded.iter().map(|(network, tensors)| (*network, shallow(tensors))).collect(),
             example: self.example.clone(),
             weight: self.weight,
             draw: self.draw.clone(),
@@ -127,24 +125,31 @@ pub trait Base: fmt::Debug + Send {
     /// The learning rate of a network, before its schedule.
     fn learning_rate(&self, network: Component) -> f64;
 
-    /// What a loaded network makes of an example or a caption, on the device, without gradients.
+    /// What a loaded network makes of an example or a caption, on the device, without gradients. A base of which no network encodes
+    /// has nothing to say here.
     ///
     /// # Errors
     /// Where what it makes is not finite, and where memory runs out.
-    fn encode(&mut self, network: Component, what: Encoded<'_>) -> Result<Tensors>;
+    fn encode(&mut self, network: Component, _what: Encoded<'_>) -> Result<Tensors> {
+        Err(Error::EncodesNothing { network })
+    }
 
     /// Everything besides the example or caption that [`Base::encode`]'s answer depends on: what files that keep it are kept
     /// apart by.
     ///
     /// # Errors
     /// Where a file cannot be read.
-    fn encoding_identity(&self, network: Component) -> Result<String>;
+    fn encoding_identity(&self, network: Component) -> Result<String> {
+        Err(Error::EncodesNothing { network })
+    }
 
-    /// What training sees of an encoded example: one sample where the encoding is a distribution.
+    /// What training sees of an encoded example: the encoding, or one sample of it where it is a distribution.
     ///
     /// # Errors
     /// [`Error::MissingEncoding`] where a tensor is not there, as in a file that another program wrote.
-    fn draw(&self, network: Component, encoded: &Tensors, draw: &Stream) -> Result<Tensors>;
+    fn draw(&self, _network: Component, encoded: &Tensors, _draw: &Stream) -> Result<Tensors> {
+        Ok(shallow(encoded))
+    }
 
     /// Number of tokens in a caption; `None` for a base whose captions are not cut.
     fn caption_length(&self, _caption: &str) -> Option<usize> {
@@ -195,6 +200,11 @@ pub trait Base: fmt::Debug + Send {
 
     /// What the file of an adapter says of the base and of what only the base knows.
     fn record(&self, _record: &mut TrainingRecord) {}
+}
+
+/// The same tensors once more.
+pub(crate) fn shallow(tensors: &Tensors) -> Tensors {
+    tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
 /// Whether all elements are finite; waits for the device.

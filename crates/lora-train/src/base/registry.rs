@@ -66,6 +66,17 @@ impl Bases {
         Ok(())
     }
 
+    /// All families that are known, in the order in which files are told: a program's own, then [`FAMILIES`].
+    pub fn families(&self) -> Vec<&'static Family> {
+        let added = self.0.iter().map(|known| known.family).filter(|family| !FAMILIES.contains(family));
+        added.chain(FAMILIES).collect()
+    }
+
+    /// Keys that bases bring.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = &'static Group> {
+        self.0.iter().flat_map(|known| known.keys).copied()
+    }
+
     /// Opens the files of a base that can be trained.
     ///
     /// # Errors
@@ -73,9 +84,7 @@ impl Bases {
     pub fn checkpoint(&self, path: &Path) -> Result<Checkpoint> {
         let expected = || self.0.iter().map(|known| known.family.title).collect::<Vec<_>>().join(", ");
         let refused = |found: String| Error::Base { path: path.to_owned(), found, expected: expected() };
-        let added = self.0.iter().map(|known| known.family).filter(|family| !FAMILIES.contains(family));
-        let families: Vec<&'static Family> = added.chain(FAMILIES).collect();
-        match Checkpoint::open_among(path, &families) {
+        match Checkpoint::open_among(path, &self.families()) {
             Ok(checkpoint) if self.of(&checkpoint).is_some() => Ok(checkpoint),
             Ok(checkpoint) => {
                 Err(refused(format!("{}, which can be merged into and converted, not trained", checkpoint.family())))

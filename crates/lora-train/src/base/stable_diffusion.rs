@@ -275,7 +275,7 @@ impl Base for StableDiffusion {
                 match is_finite(&states)? {
                     true => Ok(Tensors::from([("states".into(), states)])),
                     false => Err(Error::NotFinite {
-                        stage: "the text encoder",
+                        stage: "the text encoder".into(),
                         place: format!(" for the caption {caption:?}"),
                         remedy: "use precision = \"bf16\" or \"fp32\"",
                     }),

@@ -35,25 +35,14 @@ pub enum Phase {
     Validation,
 }
 
-impl Phase {
-    /// Its name in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Pictures => "encode pictures",
-            Phase::Captions => "encode captions",
-            Phase::Loading => "load the U-Net",
-            Phase::Training => "train",
-            Phase::Samples => "draw samples",
-            Phase::Validation => "validate",
-        }
-    }
-}
-
 /// The peak of one phase.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct PhasePeak {
     /// The phase.
     pub phase: Phase,
+    /// The network that was loaded last.
+    #[serde(skip)]
+    pub network: &'static str,
     /// Bytes by part at the moment when most were held.
     pub parts: Usage,
     /// Bytes beside tensors: what the allocator holds without using it, the driver's context or the process itself.
@@ -61,6 +50,18 @@ pub struct PhasePeak {
 }
 
 impl PhasePeak {
+    /// The phase's name in reports.
+    pub fn name(&self) -> String {
+        match self.phase {
+            Phase::Pictures => "encode pictures".into(),
+            Phase::Captions => "encode captions".into(),
+            Phase::Loading => format!("load the {}", self.network),
+            Phase::Training => "train".into(),
+            Phase::Samples => "draw samples".into(),
+            Phase::Validation => "validate".into(),
+        }
+    }
+
     /// All bytes.
     pub fn total(&self) -> u64 {
         self.parts.total() + self.overhead
@@ -116,7 +117,7 @@ pub(super) fn predict(
     plugins: &Plugins,
 ) -> Result<Prediction> {
     let run = DryRun::begin(machine.platform)?;
-    let mut peaks = Peaks { run: &run, machine, phases: Vec::new() };
+    let mut peaks = Peaks { run: &run, machine, network: "", phases: Vec::new() };
     lora_torch::caught(|| follow(config, checkpoint, plugins, &mut peaks))?;
     let recorded = !machine.platform.is_cpu() && can_record(config);
     let phases = peaks.phases;
@@ -191,16 +192,22 @@ fn recordings(phases: &[PhasePeak], machine: &Machine) -> Option<Recordings> {
 struct Peaks<'r> {
     run: &'r DryRun,
     machine: &'r Machine,
+    /// The network that was loaded last.
+    network: &'static str,
     phases: Vec<PhasePeak>,
 }
 
 impl Watch for Peaks<'_> {
-    fn now(&mut self, _preparing: Preparing) {}
+    fn now(&mut self, preparing: Preparing) {
+        if let Preparing::Loading(network) = preparing {
+            self.network = network;
+        }
+    }
 
     fn done(&mut self, phase: Phase) {
         let parts = Usage::of_peak(&self.run.peak());
         let overhead = self.machine.fixed + (parts.total() as f64 * self.machine.share) as u64;
-        self.phases.push(PhasePeak { phase, parts, overhead });
+        self.phases.push(PhasePeak { phase, network: self.network, parts, overhead });
         self.run.reset_peak();
     }
 }
@@ -239,7 +246,7 @@ mod tests {
         // The rest of a step is left less and less.
         for (share, pictures, tried) in [(1.0, 4, 0), (0.8, 2, 1), (0.35, 1, 2)] {
             let run = DryRun::begin(machine.platform).unwrap();
-            let mut peaks = Peaks { run: &run, machine: &machine, phases: Vec::new() };
+            let mut peaks = Peaks { run: &run, machine: &machine, network: "", phases: Vec::new() };
             let (config, pictures_of_run) = stand_ins(&config, machine.platform);
             let materials =
                 Materials::dry(config, Arc::clone(&checkpoint), pictures_of_run, run.device(), &plugins).unwrap();

@@ -49,8 +49,8 @@ fn table(f: &mut fmt::Formatter<'_>, prediction: &Prediction) -> fmt::Result {
     parts.sort();
     parts.dedup();
     let mebibytes = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
-    let names = prediction.phases.iter().map(|phase| phase.phase.name());
-    let mut rows: Vec<Vec<String>> = vec![std::iter::once("MiB").chain(names).map(str::to_owned).collect()];
+    let names = prediction.phases.iter().map(|phase| phase.name());
+    let mut rows: Vec<Vec<String>> = vec![std::iter::once("MiB".to_owned()).chain(names).collect()];
     let mut row = |name: &str, bytes: &dyn Fn(&super::PhasePeak) -> u64| {
         let cells = prediction.phases.iter().map(|phase| mebibytes(bytes(phase)));
         rows.push(std::iter::once(name.to_owned()).chain(cells).collect());

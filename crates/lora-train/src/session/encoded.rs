@@ -19,7 +19,7 @@ use lora_torch::tch::Device;
 use lora_torch::tensor::{from_host, to_host};
 
 use super::{Preparing, Watch};
-use crate::base::{Base, Encoded, Tensors};
+use crate::base::{Base, Encoded, Tensors, shallow};
 use crate::config::TrainConfig;
 use crate::{Error, Result};
 
@@ -61,6 +61,11 @@ impl Examples {
         Self::Fresh(network, loaded.peekable())
     }
 
+    /// Whether they were encoded before training.
+    pub(super) fn are_kept(&self) -> bool {
+        matches!(self, Self::Kept(..))
+    }
+
     /// The network that encodes at each visit.
     pub(super) fn encoder(&self) -> Option<Component> {
         match self {
@@ -86,11 +91,6 @@ impl Examples {
             Self::Fresh(..) => None,
         }
     }
-}
-
-/// The same tensors once more.
-pub(super) fn shallow(tensors: &Tensors) -> Tensors {
-    tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
 /// What a thread makes of an item before it is encoded.

@@ -40,7 +40,7 @@ use lora_torch::tch::{Device, Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
 use lora_torch::{LossScaler, dry, foreach};
 
-use crate::base::{Base, Encoded, Inputs, Item, Network, Tensors};
+use crate::base::{Base, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
 use crate::parameters::ParameterList;
 use crate::plan::Part;
@@ -49,7 +49,7 @@ use crate::state::{Economy, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
-use encoded::{Examples, shallow};
+use encoded::Examples;
 use graphs::{Recording, StepGraphs};
 
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
@@ -245,7 +245,7 @@ impl Session {
         self.step += 1;
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
             return Err(Error::NotFinite {
-                stage: "the gradients",
+                stage: "the gradients".into(),
                 place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.step),
                 remedy: "use precision = \"bf16\", or a lower learning_rate",
             });
@@ -413,7 +413,9 @@ impl Session {
     fn name_the_culprit(&mut self, batches: &[Vec<Visit>]) -> Result<()> {
         let _guard = no_grad_guard();
         let place = format!(" at step {}", self.step + 1);
-        let culprit = |stage, remedy| Err(Error::NotFinite { stage, place: place.clone(), remedy });
+        let culprit = |stage: &str, remedy| {
+            Err(Error::NotFinite { stage: stage.to_owned().into(), place: place.clone(), remedy })
+        };
         if !self.parameters.is_finite()? {
             return culprit("the trained weights", "use a lower learning_rate, or max_grad_norm = 1.0");
         }
@@ -427,7 +429,8 @@ impl Session {
         if self.precision == DType::F16 {
             return Ok(());
         }
-        culprit("the U-Net", "use precision = \"fp32\", or a lower learning_rate")
+        let last = self.base.networks().last().map_or("network", |network| network.title);
+        culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
 }
 
@@ -438,8 +441,12 @@ fn trained(base: &dyn Base) -> Vec<Network> {
 
 /// While the answer lives, what is allocated counts as the weights of a network.
 fn label(base: &dyn Base, network: Component) -> dry::Labelled {
-    let title = base.networks().iter().find(|own| own.component == network).map(|own| own.title);
-    Part::Weights(title.unwrap_or("other")).label()
+    Part::Weights(title(base, network)).label()
+}
+
+/// What people call a network of a base.
+fn title(base: &dyn Base, network: Component) -> &'static str {
+    base.networks().iter().find(|own| own.component == network).map_or("other", |own| own.title)
 }
 
 #[cfg(test)]

@@ -175,7 +175,7 @@ impl Session {
                 let _label = Part::Adapter.label();
                 let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
                 if !dry::is_dry(device) {
-                    adapter::kohya::check(&adapter.adapter.export()?)?;
+                    adapter::kohya::check(&adapter.adapter.export()?, Some(materials.checkpoint.family()))?;
                 }
                 (Trained::Adapter(adapter), from)
             }
@@ -305,7 +305,8 @@ fn attach(
         }
     }
     let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
-    let from = config.init_from.as_ref().map(|path| load_initial(path, config, &layers, &targets)).transpose()?;
+    let from =
+        config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &targets)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
     let initial = from.as_ref().map(|(adapter, _)| adapter);
@@ -342,10 +343,11 @@ fn buckets_note(sampler: &EpochSampler) -> String {
 fn load_initial(
     path: &Path,
     config: &TrainConfig,
+    plugins: &Plugins,
     layers: &[TargetLayer],
     targets: &[TargetLayer],
 ) -> Result<(Adapter, (String, String))> {
-    let mut adapter = adapter::read(path)?.adapter;
+    let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
     adapter::fit(path, &mut adapter, layers)?;
     let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
     if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.rank != config.lora_rank) {

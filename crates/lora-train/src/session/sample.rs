@@ -8,9 +8,8 @@ use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::no_grad_guard;
 
 use super::Session;
-use super::encoded::shallow;
 use crate::Result;
-use crate::base::{Base, Encoded, Prompt, Subject, Tensors};
+use crate::base::{Base, Encoded, Prompt, Subject, Tensors, shallow};
 
 impl Session {
     /// Draws pictures with what is trained as it is now; with its running average, where there is one.

@@ -19,7 +19,7 @@ impl Session {
     pub fn save(&mut self, name: &str) -> Result<PathBuf> {
         if !self.parameters.is_finite()? {
             return Err(Error::NotFinite {
-                stage: "the trained weights",
+                stage: "the trained weights".into(),
                 place: format!(" at step {}", self.step),
                 remedy: "use a lower learning_rate; nothing was written",
             });
@@ -30,7 +30,8 @@ impl Session {
                 Trained::Adapter(trained) => {
                     let mut adapter = trained.adapter.export()?;
                     adapter.metadata = session.record(name).to_metadata();
-                    kohya::write(&path, &adapter, session.config.save_precision)?;
+                    let family = session.checkpoint.family();
+                    kohya::write(&path, &adapter, Some(family), session.config.save_precision)?;
                 }
                 Trained::Whole(whole) => {
                     let mut metadata = BTreeMap::from([("modelspec.title".to_owned(), name.to_owned())]);
@@ -94,7 +95,7 @@ impl Session {
             record.shuffle_caption = captions.shuffle;
             record.keep_tokens = captions.keep_tokens;
         }
-        record.cache_latents = config.cache_latents;
+        record.cache_latents = self.examples.are_kept();
         record.gradient_checkpointing = config.gradient_checkpointing;
         record.base_name =
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();

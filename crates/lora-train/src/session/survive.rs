@@ -6,7 +6,7 @@ use lora_data::sampler::Visit;
 use lora_torch::{dry, memory};
 
 use super::graphs::StepGraphs;
-use super::{Session, StepGradients};
+use super::{Session, StepGradients, title};
 use crate::{Error, Result};
 
 /// What helps and cannot be done in the middle of a run.
@@ -102,7 +102,8 @@ impl Session {
         } else if let Some(encoder) = self.examples.encoder().filter(|_| !self.economy.encoder_leaves) {
             self.economy.encoder_leaves = true;
             self.base.unload(encoder);
-            ("the autoencoder leaves the device between pictures".into(), "cache_latents = true".to_owned())
+            let title = title(&*self.base, encoder);
+            (format!("the {title} leaves the device between pictures"), "cache_latents = true".to_owned())
         } else {
             return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));
         };

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::{Group, Key, Reads, adapter, data, memory, optimisation, pictures, saving, stable_diffusion};
+use super::{Group, Key, Reads, adapter, data, memory, optimisation, pictures, saving};
+use crate::base::Bases;
 use crate::config::datasets::DatasetValues;
 use crate::config::read::{Reader, near};
 use crate::config::{TrainConfig, TrainMode};
@@ -62,7 +63,7 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("save_n_steps", "save_every_n_steps"),
 ];
 
-/// The keys that a configuration may have: the general ones, those of Stable Diffusion, and what a program registers.
+/// The keys that a configuration may have: the general ones, those of the bases of this crate, and what a program registers.
 ///
 /// ```
 /// use lora_train::Plugins;
@@ -94,7 +95,13 @@ pub struct Keys(Vec<&'static Group>);
 
 impl Default for Keys {
     fn default() -> Self {
-        Self(GENERAL.iter().chain(stable_diffusion::KEYS).copied().collect())
+        let mut keys = Self(GENERAL.to_vec());
+        for group in Bases::default().groups() {
+            if !keys.has(group) {
+                keys.0.push(group);
+            }
+        }
+        keys
     }
 }
 
@@ -105,7 +112,7 @@ impl Keys {
     /// [`Error::DuplicateKey`] where another key has one of their names.
     pub fn register(&mut self, groups: &'static [&'static Group]) -> Result<()> {
         for group in groups {
-            if self.0.iter().any(|known| std::ptr::eq(*known, *group)) {
+            if self.has(group) {
                 continue;
             }
             if let Some(key) = group.keys.iter().find(|key| self.get(key.name).is_some()) {
@@ -114,6 +121,10 @@ impl Keys {
             self.0.push(group);
         }
         Ok(())
+    }
+
+    fn has(&self, group: &Group) -> bool {
+        self.0.iter().any(|known| std::ptr::eq(*known, group))
     }
 
     /// All keys, in the order in which they are read: those that are registered last come last.
@@ -228,7 +239,7 @@ mod tests {
     use super::*;
     use crate::Plugins;
     use crate::config::Format;
-    use crate::config::keys::{Resumed, Setting};
+    use crate::config::keys::{Resumed, Setting, stable_diffusion};
 
     fn read(text: &str, plugins: &Plugins) -> std::result::Result<TrainConfig, String> {
         let text = format!("base_model = \"b\"\ntrain_data_dir = \"d\"\noutput_dir = \"o\"\n{text}");
