@@ -30,10 +30,10 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut BufWriter<File>) -> 
     write_with(path.as_ref(), Durability::Synced, fill)
 }
 
-/// As [`write`], with or without waiting for the disk.
+/// As [`write()`], with or without waiting for the disk.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_with(
     path: &Path,
     durability: Durability,

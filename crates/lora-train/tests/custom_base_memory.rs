@@ -1,9 +1,8 @@
 //! What is planned of a base of a program's own is what its run takes, byte by byte. One test, alone in its process, as whatever
 //! another thread allocates would count too (see `plan_memory`).
 //!
-//! For one small picture they are equal. Of more pixels at once oneDNN computes the gradients of convolutions in another way, with a
-//! scratchpad of 8 KiB (0.1% here); where an adapter's inner layer has fewer channels than its blocks of 16, it fills them up
-//! (4% here).
+//! For one small picture they are equal. Of more pixels at once oneDNN computes the gradients of convolutions in another way, with
+//! scratchpads of a few KiB that are not known (0.2% here).
 
 #[path = "../../../examples/examples/custom_base/base.rs"]
 mod base;
@@ -42,9 +41,9 @@ fn predictions_for_a_base_of_a_programs_own_are_what_is_counted() {
         (&["base_storage=int8"], 0.0),
         (&["optimizer=adamw8bit"], 0.0),
         (&[&validation], 0.0),
-        (&["batch_size=2"], 0.1),
-        (&["batch_size=4", "gradient_checkpointing=true"], 0.1),
-        (&["batch_size=4", "lora_rank=4"], 4.0),
+        (&["batch_size=2"], 0.2),
+        (&["batch_size=4", "gradient_checkpointing=true"], 0.2),
+        (&["batch_size=4", "lora_rank=4"], 0.2),
     ] {
         // Within a budget that is enough, alternatives are not looked for.
         let keys = [keys, &["vram_budget=100GiB"]].concat();

@@ -29,7 +29,7 @@ pub const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
 /// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
 /// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters for the family
-/// are; [`super::family`] tells it where nobody knows. Returns what could not be kept as it was.
+/// are; [`super::family()`] tells it where nobody knows. Returns what could not be kept as it was.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
     let common = common_alpha(adapter);

@@ -54,10 +54,10 @@ pub fn write(path: impl AsRef<Path>, source: &dyn TensorSource, metadata: &BTree
     write_with(path.as_ref(), Durability::Synced, source, metadata)
 }
 
-/// As [`write`], with or without waiting for the disk.
+/// As [`write()`], with or without waiting for the disk.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_with(
     path: &Path,
     durability: Durability,

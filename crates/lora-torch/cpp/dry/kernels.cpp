@@ -85,6 +85,13 @@ Tensor convolution(const Tensor &input, const Tensor &weight, const optional<Ten
   return product(input, weight, shape, transposed, side(stride, 0), input);
 }
 
+// Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does in fp32.
+int64_t filled(const Tensor &tensor) {
+  const auto size = static_cast<int64_t>(tensor.nbytes()), channels = tensor.size(1);
+  if (!plays(Platform::Cpu) || tensor.scalar_type() != at::kFloat) return size;
+  return size / channels * ((channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS);
+}
+
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, const Tensor &input, const Tensor &weight,
                                                         at::OptionalIntArrayRef bias, IntArrayRef stride, IntArrayRef, IntArrayRef,
                                                         bool transposed, IntArrayRef, int64_t, std::array<bool, 3> mask) {
@@ -94,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
   if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0), input);
   if (mask[1]) {
     to_weight = at::empty_like(weight);
-    bytes(static_cast<int64_t>(given.nbytes() + input.nbytes() + weight.nbytes()));
+    bytes(filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
   }
   if (mask[2]) to_bias = make(bias.has_value() ? *bias : IntArrayRef({given.size(1)}), given);
   return {to_input, to_weight, to_bias};
