@@ -8,6 +8,7 @@ use std::sync::Arc;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
 use lora_data::bucket::Framing;
+use lora_data::cache::DiskCache;
 use lora_data::sampler::EpochSampler;
 use lora_data::{Pictures, Source};
 use lora_io::adapter;
@@ -21,7 +22,7 @@ use super::encoded::{self, Examples};
 use super::materials::Materials;
 use super::survive::REMEDIES;
 use super::{Session, Trained, TrainedAdapter, resume, trained};
-use crate::base::{Base, Network, Opening, Subject};
+use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::parameters::ParameterList;
 use crate::plan::{Part, Phase};
@@ -110,29 +111,14 @@ impl Session {
             Loader::new(config, device)?
         };
 
-        // What is encoded of examples: before anything else, and before it is known which examples are usable.
-        let disk = materials.disk.as_ref();
+        // Before anything else, and before it is known which examples are usable.
         let encoder = networks.iter().find(|network| network.encodes == Some(Subject::Examples));
-        let (pictures, kept) = match encoder {
-            Some(encoder) if config.cache_latents => {
-                loader.load(&mut *base, encoder, false, watch)?;
-                let network = encoder.component;
-                let (left, all) =
-                    encoded::examples(&mut *base, network, config, materials.pictures, disk, device, watch)?;
-                base.unload(network);
-                if left.is_random() {
-                    let note =
-                        "latents are cached, so random processors act once; cache_latents = false lets them act anew";
-                    notes.push(note.into());
-                }
-                (left, Some((network, all)))
-            }
-            Some(encoder) => {
-                loader.load(&mut *base, encoder, true, watch)?;
-                (encoded::check(config, materials.pictures)?, None)
-            }
-            None => (encoded::check(config, materials.pictures)?, None),
-        };
+        let disk = materials.disk.as_ref();
+        let (pictures, kept) = loader.encode_examples(&mut *base, encoder, materials.pictures, disk, watch)?;
+        if kept.is_some() && pictures.is_random() {
+            let note = "latents are cached, so random processors act once; cache_latents = false lets them act anew";
+            notes.push(note.into());
+        }
         notes.extend(enlarged_note(&pictures));
         let pictures = Arc::new(pictures);
         let mut sampler = pictures.sampler(config.seed);
@@ -150,19 +136,7 @@ impl Session {
         memory::empty_cache(device)?;
         watch.done(Phase::Pictures);
 
-        let captions = captions_of(config, &pictures);
-        let mut kept = BTreeMap::new();
-        for network in networks.iter().filter(|network| network.encodes == Some(Subject::Captions)) {
-            let stays = network.trains || !pictures.captions_are_fixed();
-            loader.load(&mut *base, network, stays, watch)?;
-            if !stays {
-                let component = network.component;
-                kept.insert(component, encoded::captions(&mut *base, component, &captions, disk, device, watch)?);
-                // It makes room before the next one comes.
-                base.unload(component);
-            }
-            memory::empty_cache(device)?;
-        }
+        let kept = loader.encode_captions(&mut *base, &pictures, disk, watch)?;
         watch.done(Phase::Captions);
 
         for network in networks.iter().filter(|network| network.encodes.is_none()) {
@@ -239,9 +213,13 @@ impl Session {
     }
 }
 
+/// What a network made of each example.
+type KeptExamples = (Component, Vec<Tensors>);
+
 /// Loads networks as a configuration has them held, and keeps the weights that train.
 struct Loader<'c> {
     config: &'c TrainConfig,
+    device: Device,
     staging: Option<Staging>,
     trained: BTreeMap<Component, TrainedWeights>,
 }
@@ -249,7 +227,7 @@ struct Loader<'c> {
 impl<'c> Loader<'c> {
     fn new(config: &'c TrainConfig, device: Device) -> Result<Self> {
         let staging = config.offload_base.then(|| Staging::new(device)).transpose()?;
-        Ok(Self { config, staging, trained: BTreeMap::new() })
+        Ok(Self { config, device, staging, trained: BTreeMap::new() })
     }
 
     /// Loads a network; `stays`: it is there while steps are taken.
@@ -265,6 +243,54 @@ impl<'c> Loader<'c> {
         };
         let _label = Part::Weights(network.title).label();
         base.load(network.component, held)
+    }
+
+    /// What the network that encodes examples makes of them, where that is kept, and the examples that are usable. It leaves the
+    /// device where everything is encoded.
+    fn encode_examples(
+        &mut self,
+        base: &mut dyn Base,
+        encoder: Option<&Network>,
+        pictures: Pictures,
+        disk: Option<&Arc<DiskCache>>,
+        watch: &mut dyn Watch,
+    ) -> Result<(Pictures, Option<KeptExamples>)> {
+        let keeps = self.config.cache_latents;
+        if let Some(encoder) = encoder {
+            self.load(base, encoder, !keeps, watch)?;
+        }
+        let Some(network) = encoder.map(|network| network.component).filter(|_| keeps) else {
+            return Ok((encoded::check(self.config, pictures)?, None));
+        };
+        let (left, all) = encoded::examples(base, network, self.config, pictures, disk, self.device, watch)?;
+        base.unload(network);
+        Ok((left, Some((network, all))))
+    }
+
+    /// What networks make of captions that do not change, by network and caption. Those that are done leave the device.
+    fn encode_captions(
+        &mut self,
+        base: &mut dyn Base,
+        pictures: &Pictures,
+        disk: Option<&Arc<DiskCache>>,
+        watch: &mut dyn Watch,
+    ) -> Result<BTreeMap<Component, BTreeMap<String, Tensors>>> {
+        let mut kept = BTreeMap::new();
+        for network in base.networks().to_vec() {
+            if network.encodes != Some(Subject::Captions) {
+                continue;
+            }
+            let stays = network.trains || !pictures.captions_are_fixed();
+            self.load(base, &network, stays, watch)?;
+            if !stays {
+                let (component, captions) = (network.component, captions_of(self.config, pictures));
+                kept.insert(component, encoded::captions(base, component, &captions, disk, self.device, watch)?);
+                // It makes room before the next one comes.
+                base.unload(component);
+            }
+            memory::empty_cache(self.device)?;
+        }
+        Ok(kept)
     }
 
     /// The weights of whole networks, taken into the list of what is trained.
