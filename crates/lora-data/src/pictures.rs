@@ -1,10 +1,14 @@
-//! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees.
+//! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees. What a run
+//! says of them is in `describe`.
+
+mod describe;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_io::hash::sha256;
+use lora_io::metadata::TrainingRecord;
 
 use crate::bucket::Framing;
 use crate::cache::DiskCache;
@@ -16,7 +20,7 @@ use crate::picture::{self, decode_bytes};
 use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
 use crate::sampler::{Visit, Visits};
-use crate::source::{Example, Identity, Shape, Source};
+use crate::source::{Example, Identity, Overview, Shape, Source};
 use crate::{Error, Result, RgbPicture};
 
 /// Whether and how pixels are weighted in the loss.
@@ -114,8 +118,7 @@ impl Pictures {
         pictures
     }
 
-    /// The pictures of another place, treated as the first dataset's are: for validation.
-    pub fn of_another(&self, path: impl Into<PathBuf>) -> Result<Self> {
+    fn treated_alike(&self, path: PathBuf) -> Result<Self> {
         if self.stand_ins {
             return Ok(Self::stand_ins(self.datasets().take(1).map(|options| (options.clone(), 1)).collect()));
         }
@@ -367,6 +370,19 @@ impl Source for Pictures {
 
     fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+
+    /// Treated as the first dataset's are.
+    fn of_another(&self, path: &Path) -> Result<Box<dyn Source>> {
+        self.treated_alike(path.into()).map(|pictures| Box::new(pictures) as Box<dyn Source>)
+    }
+
+    fn overview(&self) -> Overview {
+        describe::overview(self)
+    }
+
+    fn record(&self, record: &mut TrainingRecord) {
+        describe::record(self, record);
     }
 
     fn leave_out(&mut self, unusable: Vec<(usize, Error)>) {

@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_io::metadata::TrainingRecord;
 
 use crate::cache::DiskCache;
 use crate::finding::Finding;
@@ -54,6 +55,21 @@ pub struct Identity {
     pub items: Vec<(String, String)>,
 }
 
+/// What people get wrong most about data, to be read before the first step.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Overview {
+    /// What an item is called, in the plural.
+    pub noun: &'static str,
+    /// Items that are used.
+    pub items: usize,
+    /// Items that were left out.
+    pub left_out: usize,
+    /// What else there is to see, by its subject; a subject may have several lines.
+    pub lines: Vec<(&'static str, Vec<String>)>,
+    /// What was noticed.
+    pub notes: Vec<String>,
+}
+
 /// A dataset, or several as one. Items are numbered from 0.
 ///
 /// All that is random comes from the `draw` that a method is given, which belongs to the visit: order, threads and resuming
@@ -99,6 +115,12 @@ pub trait Source: fmt::Debug + Send + Sync {
         1.0
     }
 
+    /// How much of a step's loss an item makes up: a picture counts 1, a text the number of its trained tokens. The loss of a
+    /// step is the mean over all that its items measure, however they are split into micro-batches.
+    fn measure(&self, _item: usize) -> f64 {
+        1.0
+    }
+
     /// All that an item's example depends on, as parts of a cache entry's key.
     ///
     /// # Errors
@@ -113,6 +135,18 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// Leaves items out that turned out unusable; the reasons go into the findings. Those that stay are numbered anew.
     fn leave_out(&mut self, unusable: Vec<(usize, Error)>);
+
+    /// Items of another place, treated as these are but for what is random: for validation.
+    ///
+    /// # Errors
+    /// Where there are none, or one cannot be used.
+    fn of_another(&self, path: &Path) -> Result<Box<dyn Source>>;
+
+    /// What to read before the first step.
+    fn overview(&self) -> Overview;
+
+    /// What the file of an adapter says of the data that it was trained on.
+    fn record(&self, _record: &mut TrainingRecord) {}
 
     /// The order of all items.
     fn sampler(&self, seed: u64) -> EpochSampler {

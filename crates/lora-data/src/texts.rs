@@ -17,7 +17,7 @@ use crate::cache::DiskCache;
 use crate::dataset::Strictness;
 use crate::finding::{Finding, FindingKind};
 use crate::sampler::Visits;
-use crate::source::{Example, Identity, Shape, Source};
+use crate::source::{Example, Identity, Overview, Shape, Source};
 use crate::{Error, Result};
 
 /// Who speaks.
@@ -271,6 +271,15 @@ impl Source for Texts {
 
     fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+
+    fn of_another(&self, path: &Path) -> Result<Box<dyn Source>> {
+        let options = TextOptions { path: path.to_owned(), repeats: 1, ..self.options.clone() };
+        Self::open(options).map(|texts| Box::new(texts) as Box<dyn Source>)
+    }
+
+    fn overview(&self) -> Overview {
+        Overview { noun: "texts", items: self.count(), left_out: self.findings.len(), ..Overview::default() }
     }
 
     fn leave_out(&mut self, unusable: Vec<(usize, Error)>) {
