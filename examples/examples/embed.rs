@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             break;
         }
     }
-    let pictures = session.sample(&["red apple, fruit".to_owned()])?;
-    println!("best loss {best:.4}; drew {:?}; saved {}", pictures[0], session.save("embedded")?.display());
+    let samples = session.sample(&["red apple, fruit".to_owned()])?;
+    println!("best loss {best:.4}; made {:?}; saved {}", samples[0], session.save("embedded")?.display());
     Ok(())
 }

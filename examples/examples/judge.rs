@@ -93,11 +93,15 @@ fn judge_base(base: &str, pictures: &Path, samples: Option<&Path>) -> Answer<()>
     let mut rows = Vec::new();
     for style in SAMPLE_STYLES {
         let prompts: Vec<String> = SUBJECTS.iter().map(|subject| format!("{subject}{style}")).collect();
-        rows.push(row(style.trim_start_matches(", "), &session.sample(&prompts)?));
+        rows.push(row(style.trim_start_matches(", "), &draw(&mut session, &prompts)?));
     }
     grid::draw(&rows, &SUBJECTS.map(str::to_owned)).save(path)?;
     println!("samples: {}", path.display());
     Ok(())
+}
+
+fn draw(session: &mut Session, prompts: &[String]) -> lora_train::Result<Vec<RgbPicture>> {
+    Ok(session.sample(prompts)?.into_iter().filter_map(Sample::into_picture).collect())
 }
 
 fn row(label: &str, pictures: &[RgbPicture]) -> GridRow {
@@ -118,11 +122,11 @@ fn judge_style(config: &str, pictures: &Path, overrides: &[&str]) -> Answer<()> 
     let trained = lora_data::Pictures::open(options, &lora_data::processor::ProcessorRegistry::default())?;
     let mut prompts: Vec<String> = validation.captions().map(str::to_owned).collect();
     prompts.extend(trained.items().iter().step_by(3).map(|item| item.caption.clone()).take(20));
-    let before = (session.validation_loss(&validation)?, session.sample(&prompts)?);
+    let before = (session.validation_loss(&validation)?, draw(&mut session, &prompts)?);
     let start = std::time::Instant::now();
     while session.step()?.is_some() {}
     let seconds = start.elapsed().as_secs_f64();
-    let after = (session.validation_loss(&validation)?, session.sample(&prompts)?);
+    let after = (session.validation_loss(&validation)?, draw(&mut session, &prompts)?);
 
     println!(
         "loss on held-out pictures: {:.4} before, {:.4} after ({:+.1} %)",

@@ -50,7 +50,7 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
                 eprintln!("loading the {part}");
                 return;
             }
-            Preparing::Latents(done, of) => ("encoding pictures", done, of),
+            Preparing::Examples(done, of) => ("encoding examples", done, of),
             Preparing::Captions(done, of) => ("encoding captions", done, of),
         };
         let due = last.is_none_or(|last: Instant| last.elapsed() > Duration::from_secs(2));
@@ -62,7 +62,7 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
     }
 }
 
-/// The bar of a run: loss, learning rate, pictures per second, memory, time left.
+/// The bar of a run: loss, learning rate, what is trained on per second, memory, time left.
 pub(crate) struct TrainingBar {
     terminal: bool,
     mean: Option<f64>,
@@ -102,7 +102,7 @@ impl Callback for TrainingBar {
     }
 
     fn on_step(&mut self, _session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
-        self.pictures += report.pictures;
+        self.pictures += report.items;
         if report.loss.is_finite() {
             self.mean = Some(self.mean.map_or(report.loss, |mean| mean + (report.loss - mean) * 0.05));
         }

@@ -1,6 +1,7 @@
 //! Which layers carry an adapter: names, globs, regular expressions and presets, matched against a model's own list.
 //!
-//! - A **preset**: `attention`, `attention-mlp` (what sd-scripts adapts by default) or `all-conv`.
+//! - A **preset**: `attention`, `attention-mlp` (what sd-scripts adapts by default), `all-linear` (PEFT's: every linear layer
+//!   but a language model's head) or `all-conv`.
 //! - A **name**: `to_q`, `ff.net.0.proj`, or a whole path. It matches the end of a path at a dot. The names that people
 //!   know from language models and PEFT configs mean both networks: `q_proj` is the text encoder's `q_proj` and the
 //!   U-Net's `to_q`, and so on.
@@ -37,10 +38,12 @@ const SYNONYMS: &[(&str, &[&str])] = &[
     ("fc2", &["fc2", "ff.net.2"]),
 ];
 
-const ATTENTION: &[&str] = &["q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0"];
+const ATTENTION: &[&str] = &[
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0",
+];
 
 /// Names of the presets.
-pub const PRESETS: &[&str] = &["attention", "attention-mlp", "all-conv"];
+pub const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
 
 /// A parsed list of targets.
 #[derive(Debug, Clone)]
@@ -50,6 +53,7 @@ pub struct Targets(Vec<(String, Matcher)>);
 enum Matcher {
     Attention,
     AttentionMlp,
+    AllLinear,
     AllConv,
     Ends(Vec<String>),
     Pattern(Regex),
@@ -116,6 +120,7 @@ impl Matcher {
         Ok(match entry {
             "attention" => Matcher::Attention,
             "attention-mlp" => Matcher::AttentionMlp,
+            "all-linear" => Matcher::AllLinear,
             "all-conv" => Matcher::AllConv,
             _ => {
                 if let Some(expression) = entry.strip_prefix("re:") {
@@ -146,6 +151,9 @@ impl Matcher {
         match self {
             Matcher::Attention => in_transformer && ATTENTION.iter().any(|end| ends_with(path, end)),
             Matcher::AttentionMlp => in_transformer && !layer.geometry.is_spatial(),
+            Matcher::AllLinear => {
+                matches!(layer.geometry, LayerGeometry::Linear { .. }) && !ends_with(path, "lm_head")
+            }
             Matcher::AllConv => {
                 let in_block = ["resnets.", "downsamplers.", "upsamplers."].iter().any(|part| path.contains(part));
                 in_transformer && !layer.geometry.is_spatial() || unet && in_block

@@ -207,7 +207,7 @@ pub enum Error {
         /// What was done before, in order.
         tried: Vec<String>,
         /// What would change the run, and help.
-        remedies: &'static str,
+        remedies: String,
     },
     /// NaN or infinity, by the stage that made it first.
     #[error("NaN or infinity in {stage}{place}; {remedy}")]
@@ -221,7 +221,7 @@ pub enum Error {
     },
     /// No remedy makes the run fit into the memory that it may use.
     #[error(
-        "vram_budget: {budget} is too little for this run: it needs at least {smallest}, {with}; give it more memory, train fewer layers (target_modules, train_text_encoder = false) or smaller pictures (max_resolution, allow_lower_resolution)"
+        "vram_budget: {budget} is too little for this run: it needs at least {smallest}, {with}; give it more memory, train fewer layers (target_modules), or: {remedies}"
     )]
     Budget {
         /// The budget.
@@ -230,6 +230,8 @@ pub enum Error {
         smallest: String,
         /// What would have to be set for it.
         with: String,
+        /// What of the base's keys makes a run smaller.
+        remedies: &'static str,
     },
     /// A callback of the user's gave up.
     #[error("callback `{name}`: {reason}")]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::{HealthCheck, Metrics, SampleGrid, SaveCheckpoints, SaveStates, ValidationLoss};
+use crate::callbacks::{HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss};
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
@@ -37,7 +37,7 @@ pub fn train(
         Box::new(Metrics::new(&config)),
         Box::new(HealthCheck::default()),
         Box::new(ValidationLoss::new(&config)),
-        Box::new(SampleGrid::new(&config)),
+        Box::new(Samples::new(&config)),
         Box::new(SaveCheckpoints::new(&config)),
         Box::new(SaveStates::new(&config)),
     ];

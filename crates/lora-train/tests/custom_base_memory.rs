@@ -69,7 +69,7 @@ fn predictions_for_a_base_of_a_programs_own_are_what_is_counted() {
         let mut unplanned = config.clone();
         unplanned.vram_budget = None;
         let mut session = Session::prepare(unplanned, &plugins, &mut |_| {}).unwrap();
-        agree(predicted(&[Phase::Pictures, Phase::Captions, Phase::Loading]), counted(), "prepare");
+        agree(predicted(&[Phase::Examples, Phase::Captions, Phase::Loading]), counted(), "prepare");
         if let Some(folder) = config.validation_data_dir.clone() {
             let validation = session.load_validation(&folder).unwrap();
             session.validation_loss(&validation).unwrap();

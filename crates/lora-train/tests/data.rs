@@ -39,8 +39,8 @@ fn pictures_of_other_aspects_train_in_buckets_of_their_own() {
     // 8 pictures of nearly a square in four batches, 3 wide ones in two.
     assert_eq!((session.plan().visits_per_epoch, session.plan().steps), (11, 6));
     let reports: Vec<StepReport> = std::iter::from_fn(|| session.step().unwrap()).collect();
-    assert_eq!(reports.iter().map(|report| report.pictures).sum::<usize>(), 11);
-    assert!(reports.iter().all(|report| report.loss.is_finite() && report.pictures <= 2));
+    assert_eq!(reports.iter().map(|report| report.items).sum::<usize>(), 11);
+    assert!(reports.iter().all(|report| report.loss.is_finite() && report.items <= 2));
     let saved = session.save("buckets").unwrap();
     let metadata = SafetensorsFile::open(saved).unwrap().metadata().clone();
     assert_eq!((&*metadata["ss_enable_bucket"], &*metadata["ss_min_bucket_reso"]), ("True", "64"));

@@ -269,10 +269,10 @@ fn the_documentation_shows_the_phases() {
                 plan.as_configured.phases.iter().find(|own| own.phase == phase).map_or(0, PhasePeak::total)
             };
             for (plan, phase) in [
-                (&whole, Phase::Pictures),
+                (&whole, Phase::Examples),
                 (&whole, Phase::Training),
                 (&whole, Phase::Samples),
-                (&tiled, Phase::Pictures),
+                (&tiled, Phase::Examples),
                 (&tiled, Phase::Samples),
             ] {
                 write!(table, " {:.2} |", peak(plan, phase) as f64 / GIB as f64).unwrap();

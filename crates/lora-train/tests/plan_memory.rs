@@ -59,7 +59,7 @@ fn counted(config: TrainConfig) -> Vec<(&'static [Phase], u64)> {
         Err(Error::File(lora_io::Error::Module { .. })) => return Vec::new(),
         session => session.unwrap(),
     };
-    peak(&[Phase::Pictures, Phase::Captions, Phase::Loading]);
+    peak(&[Phase::Examples, Phase::Captions, Phase::Loading]);
     if !prompts.is_empty() {
         session.sample(&prompts).unwrap();
         peak(&[Phase::Samples]);

@@ -204,7 +204,8 @@ fn what_cannot_work_is_said_before_training() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     let session = prepare(folder.path(), &[]);
-    assert_eq!(session.summary().pictures, (7, 1));
+    let data = session.summary().data;
+    assert_eq!((data.items, data.left_out), (7, 1));
     assert!(error(&["strict=true"]).contains("3.png"));
 }
 

@@ -52,8 +52,8 @@ fn runs_are_trained_saved_resumed_planned_and_sampled() {
         std::fs::read(session.save("lora").unwrap()).unwrap()
     };
     assert_eq!(finish(&mut session), finish(&mut resumed));
-    let pictures = resumed.sample(&["a cat".to_owned()]).unwrap();
-    assert_eq!((pictures[0].width(), pictures[0].height()), (64, 64));
+    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
+    assert_eq!((picture.width(), picture.height()), (64, 64));
 
     // Another answer to what the base predicts is another run.
     let error = common::refusal(folder.path(), &["v_parameterization=false", "min_snr_gamma=5", "resume=true"]);

@@ -50,7 +50,7 @@ fn a_run_that_outgrows_memory_goes_on_in_smaller_pieces_to_the_same_result() {
         let survived = run(&mut session);
         // Each halving failed once, in the first step; then it fits.
         assert_eq!(fault.failed(), if micro == 2 { 1 } else { 2 });
-        assert!(survived.1.iter().all(|report| report.micro_batch == micro && report.pictures == 8));
+        assert!(survived.1.iter().all(|report| report.micro_batch == micro && report.items == 8));
         same(&survived, &expected);
         drop(fault);
         // And it is the large batch's update to rounding.

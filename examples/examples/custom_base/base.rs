@@ -18,7 +18,7 @@ use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::{from_f32, kind_of};
-use lora_train::base::{Base, Inputs, Item, Network, Opening, Registration};
+use lora_train::base::{Base, Inputs, Item, Network, Opening, PICTURES, Registration};
 use lora_train::config::keys::{Group, Key, Reads, Resumed, Setting};
 use lora_train::{Error, Result};
 
@@ -64,7 +64,8 @@ static KEYS: &[&Group] = &[&Group {
 }];
 
 /// What [`lora_train::Plugins::register_base`] takes.
-pub(crate) const PIXEL_DENOISER: Registration = Registration { family: &FAMILY, keys: KEYS, open };
+pub(crate) const PIXEL_DENOISER: Registration =
+    Registration { family: &FAMILY, keys: KEYS, data: PICTURES, remedies: "a lower max_resolution", open };
 
 /// Channels that the network computes with.
 const WIDTH: usize = 32;

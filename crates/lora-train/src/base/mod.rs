@@ -5,10 +5,12 @@
 
 mod autoencoder;
 mod captions;
+mod data;
 mod inputs;
 mod registry;
 mod stable_diffusion;
 
+pub use data::{Data, DataOpening, PICTURES};
 pub(crate) use inputs::InputShapes;
 pub use inputs::Inputs;
 pub use registry::{Bases, Opening, Registration};
@@ -93,13 +95,34 @@ impl Item {
     }
 }
 
-/// What to draw a sample of.
+/// What to make a sample of.
 #[derive(Debug)]
 pub struct Prompt {
+    /// The prompt itself.
+    pub text: String,
     /// What networks made of the prompt.
     pub with: BTreeMap<Component, Tensors>,
     /// What they made of the negative prompt.
     pub without: BTreeMap<Component, Tensors>,
+}
+
+/// What a base makes of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sample {
+    /// A picture.
+    Picture(RgbPicture),
+    /// A text: the answer to the prompt, or what follows it.
+    Text(String),
+}
+
+impl Sample {
+    /// The picture, if it is one.
+    pub fn into_picture(self) -> Option<RgbPicture> {
+        match self {
+            Sample::Picture(picture) => Some(picture),
+            Sample::Text(_) => None,
+        }
+    }
 }
 
 /// A base model that adapters are trained on.
@@ -184,16 +207,16 @@ pub trait Base: fmt::Debug + Send {
         Ok(None)
     }
 
-    /// Pictures of prompts. `beside_recordings`: recorded steps keep memory that can be had instead of going to the CPU.
+    /// A sample of each prompt. `beside_recordings`: recorded steps keep memory that can be had instead of going to the CPU.
     ///
     /// # Errors
-    /// [`Error::NoSamples`] for a base that draws none; where memory runs out.
+    /// [`Error::NoSamples`] for a base that makes none; where memory runs out.
     fn sample(
         &mut self,
         prompts: &[Prompt],
         config: &SampleConfig,
         beside_recordings: bool,
-    ) -> Result<Vec<RgbPicture>> {
+    ) -> Result<Vec<Sample>> {
         let _ = (prompts, config, beside_recordings);
         Err(Error::NoSamples)
     }

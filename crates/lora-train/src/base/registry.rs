@@ -8,7 +8,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{FAMILIES, Family};
 use lora_torch::tch::Device;
 
-use super::{Base, stable_diffusion};
+use super::{Base, Data, stable_diffusion};
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, Keys};
 use crate::{Error, Result};
@@ -20,6 +20,10 @@ pub struct Registration {
     pub family: &'static Family,
     /// Configuration keys that only such bases have.
     pub keys: &'static [&'static Group],
+    /// What they are trained on.
+    pub data: Data,
+    /// What of their keys helps where memory runs out, for people: "a lower max_resolution".
+    pub remedies: &'static str,
     /// Opens one; no network is loaded yet.
     pub open: fn(&Opening<'_>) -> Result<Box<dyn Base>>,
 }
@@ -36,6 +40,25 @@ pub struct Opening<'o> {
     pub device: Device,
     /// What they compute in.
     pub precision: DType,
+}
+
+impl Registration {
+    /// Whether a configuration gives only keys that such a base has.
+    ///
+    /// # Errors
+    /// [`Error::KeyOfAnotherBase`] where it gives another's.
+    pub(crate) fn check(&self, config: &TrainConfig) -> Result<()> {
+        let own: Vec<&Group> = self.groups().collect();
+        match config.keys_of_other_bases(&own).first() {
+            Some(key) => Err(Error::KeyOfAnotherBase { key, family: self.family.title }),
+            None => Ok(()),
+        }
+    }
+
+    /// The keys of such bases and of their data.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = &'static Group> {
+        self.keys.iter().chain(self.data.keys).copied()
+    }
 }
 
 impl<'o> Opening<'o> {
@@ -61,6 +84,7 @@ impl Bases {
     /// [`Error::DuplicateKey`] where another base has a key of the same name.
     pub(crate) fn register(&mut self, registration: Registration, keys: &mut Keys) -> Result<()> {
         keys.register(registration.keys)?;
+        keys.register(registration.data.keys)?;
         self.0.retain(|known| known.family != registration.family);
         self.0.push(registration);
         Ok(())
@@ -74,7 +98,7 @@ impl Bases {
 
     /// Keys that bases bring.
     pub(crate) fn groups(&self) -> impl Iterator<Item = &'static Group> {
-        self.0.iter().flat_map(|known| known.keys).copied()
+        self.0.iter().flat_map(Registration::groups)
     }
 
     /// Opens the files of a base that can be trained.
@@ -94,19 +118,25 @@ impl Bases {
         }
     }
 
+    /// How bases of a checkpoint's family are opened.
+    ///
+    /// # Errors
+    /// [`Error::Base`] where they are not trained.
+    pub(crate) fn registration(&self, checkpoint: &Checkpoint) -> Result<&Registration> {
+        self.of(checkpoint).ok_or_else(|| Error::Base {
+            path: checkpoint.path().to_owned(),
+            found: checkpoint.family().to_string(),
+            expected: "another".into(),
+        })
+    }
+
     /// Opens a base.
     ///
     /// # Errors
     /// Where keys are given that only other bases have, or the base is not what its family promises.
     pub(crate) fn open(&self, opening: &Opening<'_>) -> Result<Box<dyn Base>> {
-        let checkpoint = &opening.checkpoint;
-        let Some(registration) = self.of(checkpoint) else {
-            let found = checkpoint.family().to_string();
-            return Err(Error::Base { path: checkpoint.path().to_owned(), found, expected: "another".into() });
-        };
-        if let Some(key) = opening.config.keys_of_other_bases(registration.keys).first() {
-            return Err(Error::KeyOfAnotherBase { key, family: registration.family.title });
-        }
+        let registration = self.registration(&opening.checkpoint)?;
+        registration.check(opening.config)?;
         (registration.open)(opening)
     }
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::{Component, DType};
-use lora_data::RgbPicture;
 use lora_data::source::Example;
 use lora_data::tokenizer::{ClipTokenizer, Padding};
 use lora_io::checkpoint::Checkpoint;
@@ -21,16 +20,23 @@ use lora_torch::tensor::{from_f32, kind_of, upload};
 
 use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
 use super::captions::{TextEncoding, Tokens};
-use super::{Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Subject, Tensors, is_finite};
+use super::{
+    Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
+};
 use crate::config::keys::stable_diffusion::KEYS;
 use crate::config::{SampleConfig, TrainConfig};
 use crate::loss::{Denoising, LossWeights};
 use crate::{Error, Result};
 
+/// What makes a run of theirs smaller.
+const REMEDIES: &str = "a lower max_resolution (512 to 448 to 384), train_text_encoder = false";
+
 /// Stable Diffusion 1.x.
 pub(super) const SD1: Registration = Registration {
     family: &sd1::FAMILY,
     keys: KEYS,
+    data: PICTURES,
+    remedies: REMEDIES,
     open: |opening| {
         let kind = Kind { padding: Padding::End, exact_gelu: false, predicts: Some(Prediction::Epsilon) };
         Ok(Box::new(StableDiffusion::open(opening, kind)?))
@@ -41,6 +47,8 @@ pub(super) const SD1: Registration = Registration {
 pub(super) const SD2: Registration = Registration {
     family: &sd2::FAMILY,
     keys: KEYS,
+    data: PICTURES,
+    remedies: REMEDIES,
     open: |opening| {
         let kind = Kind { padding: Padding::Zero, exact_gelu: true, predicts: None };
         Ok(Box::new(StableDiffusion::open(opening, kind)?))
@@ -378,7 +386,7 @@ impl Base for StableDiffusion {
         prompts: &[Prompt],
         config: &SampleConfig,
         beside_recordings: bool,
-    ) -> Result<Vec<RgbPicture>> {
+    ) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
         let vae = self.vae_config()?;
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
@@ -406,7 +414,7 @@ impl Base for StableDiffusion {
                 true => decoder.decode_here(&self.checkpoint, &latents)?,
             });
         }
-        Ok(pictures)
+        Ok(pictures.into_iter().map(Sample::Picture).collect())
     }
 
     fn record(&self, record: &mut TrainingRecord) {

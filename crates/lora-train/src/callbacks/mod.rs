@@ -10,6 +10,6 @@ mod validation;
 
 pub use health::{Finding, HealthCheck, LossHealth};
 pub use metrics::Metrics;
-pub use samples::SampleGrid;
+pub use samples::Samples;
 pub use save::{SaveCheckpoints, SaveStates};
 pub use validation::ValidationLoss;

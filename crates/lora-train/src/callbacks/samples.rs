@@ -1,87 +1,132 @@
-//! Samples before, during and after training, in one grid: rows are steps, columns prompts.
+//! Samples before, during and after training: pictures in one grid, where rows are steps and columns prompts; texts in one
+//! page, by prompt and step.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use crate::Result;
+use crate::base::Sample;
 use crate::callback::{Callback, Control};
 use crate::config::TrainConfig;
 use crate::report::grid::{self, GridPicture, GridRow};
 use crate::session::{Session, StepReport};
 
-/// Draws the configuration's prompts and keeps `samples.png` up to date.
+/// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.
 #[derive(Debug)]
-pub struct SampleGrid {
-    path: PathBuf,
+pub struct Samples {
+    folder: PathBuf,
     prompts: Vec<String>,
     every: Option<usize>,
     rows: Vec<GridRow>,
+    /// What was answered at each label, prompt by prompt.
+    answers: Vec<(String, Vec<String>)>,
 }
 
-impl SampleGrid {
-    /// For a run; without prompts it draws nothing.
+impl Samples {
+    /// For a run; without prompts it makes nothing.
     pub fn new(config: &TrainConfig) -> Self {
-        let path = config.output_dir.join("samples.png");
-        Self { path, prompts: config.samples.prompts.clone(), every: config.samples.every_n_steps, rows: Vec::new() }
+        Self {
+            folder: config.output_dir.clone(),
+            prompts: config.samples.prompts.clone(),
+            every: config.samples.every_n_steps,
+            rows: Vec::new(),
+            answers: Vec::new(),
+        }
     }
 
-    fn draw(&mut self, session: &mut Session, label: String) -> Result<()> {
+    fn make(&mut self, session: &mut Session, label: String) -> Result<()> {
         if self.prompts.is_empty() {
             return Ok(());
         }
-        let pictures = match session.sample(&self.prompts) {
+        let samples = match session.sample(&self.prompts) {
             // Samples are worth less than the run.
             Err(error) if error.is_out_of_memory() => {
                 session.empty_cache()?;
                 tracing::warn!(
-                    "no samples are drawn for \"{label}\": {error}; a lower sample_resolution takes less memory"
+                    "no samples are made for \"{label}\": {error}; smaller samples take less memory"
                 );
                 return Ok(());
             }
-            pictures => pictures?,
+            samples => samples?,
         };
-        let pictures = pictures.into_iter().map(|picture| GridPicture {
-            width: picture.width(),
-            height: picture.height(),
-            rgb: picture.data().to_vec(),
-        });
-        self.rows.push(GridRow { label, pictures: pictures.collect() });
-        let picture = grid::draw(&self.rows, &self.prompts);
-        lora_io::atomic::write(&self.path, |file| {
-            picture.write_to(file, image::ImageFormat::Png).map_err(std::io::Error::other)
-        })?;
+        let (mut pictures, mut texts) = (Vec::new(), Vec::new());
+        for sample in samples {
+            match sample {
+                Sample::Picture(picture) => pictures.push(GridPicture {
+                    width: picture.width(),
+                    height: picture.height(),
+                    rgb: picture.data().to_vec(),
+                }),
+                Sample::Text(text) => texts.push(text),
+            }
+        }
+        if !texts.is_empty() {
+            for (prompt, text) in self.prompts.iter().zip(&texts) {
+                tracing::info!("{label}: \"{prompt}\" → {text}");
+            }
+            self.answers.push((label.clone(), texts));
+            lora_io::atomic::write(self.folder.join("samples.md"), |file| file.write_all(self.page().as_bytes()))?;
+        }
+        if !pictures.is_empty() {
+            self.rows.push(GridRow { label, pictures });
+            let picture = grid::draw(&self.rows, &self.prompts);
+            lora_io::atomic::write(self.folder.join("samples.png"), |file| {
+                picture.write_to(file, image::ImageFormat::Png).map_err(std::io::Error::other)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The answers so far, by prompt.
+    fn page(&self) -> String {
+        let mut page = String::new();
+        for (index, prompt) in self.prompts.iter().enumerate() {
+            page.push_str(&format!("## {prompt}\n\n"));
+            for (label, answers) in &self.answers {
+                let answer = answers.get(index).map_or("", |answer| answer.trim());
+                page.push_str(&format!("**{label}**\n\n> {}\n\n", answer.replace('\n', "\n> ")));
+            }
+        }
+        page
+    }
+
+    /// What was sampled before a state belongs to the steps before: it is kept under another name.
+    fn keep(&self, file: &str, step: usize) -> Result<()> {
+        let (path, name) = (self.folder.join(file), file.replacen("samples", &format!("samples-to-step{step:06}"), 1));
+        let kept = self.folder.join(name);
+        if path.exists() && !kept.exists() {
+            let moved = |source| lora_io::Error::Io { path: kept.clone(), action: "move the samples to", source };
+            std::fs::rename(&path, &kept).map_err(moved)?;
+        }
         Ok(())
     }
 }
 
-impl Callback for SampleGrid {
+impl Callback for Samples {
     fn on_start(&mut self, session: &mut Session) -> Result<Control> {
         let label = match session.resumed() {
-            // The grid that was there belongs to the steps before.
             Some(resumed) => {
-                let kept = self.path.with_file_name(format!("samples-to-step{:06}.png", resumed.step));
-                if self.path.exists() && !kept.exists() && !self.prompts.is_empty() {
-                    std::fs::rename(&self.path, &kept).map_err(|source| lora_io::Error::Io {
-                        path: kept,
-                        action: "move the samples to",
-                        source,
-                    })?;
+                let step = resumed.step;
+                if !self.prompts.is_empty() {
+                    self.keep("samples.png", step)?;
+                    self.keep("samples.md", step)?;
                 }
-                format!("step {}", resumed.step)
+                format!("step {step}")
             }
             None => "before".into(),
         };
-        self.draw(session, label)?;
+        self.make(session, label)?;
         Ok(Control::Continue)
     }
 
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         if self.every.is_some_and(|every| report.step.is_multiple_of(every)) && report.step < report.steps {
-            self.draw(session, format!("step {}", report.step))?;
+            self.make(session, format!("step {}", report.step))?;
         }
         Ok(Control::Continue)
     }
 
     fn on_end(&mut self, session: &mut Session) -> Result<()> {
-        self.draw(session, format!("step {}", session.steps_done()))
+        self.make(session, format!("step {}", session.steps_done()))
     }
 }

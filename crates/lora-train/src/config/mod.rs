@@ -306,6 +306,12 @@ impl TrainConfig {
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
 
+    /// Whether a base that brings these groups has a key.
+    pub(crate) fn has_key(&self, key: &str, own: &[&Group]) -> bool {
+        let keys = &self.read_by.keys;
+        keys.get(key).is_some() && keys.of_other_bases(own).all(|other| other != key)
+    }
+
     /// Rows of 77 tokens that a caption takes.
     pub fn caption_chunks(&self) -> usize {
         self.max_token_length / 75

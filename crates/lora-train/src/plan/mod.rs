@@ -120,7 +120,8 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
     };
     let as_configured = peaks(config)?;
 
-    let ladder = ladder(config, &machine);
+    let registration = plugins.bases.registration(&checkpoint)?;
+    let ladder = ladder(config, &machine, registration);
     let mut alternatives = Vec::new();
     // Where there is a budget, remedies are searched for together.
     for change in ladder.iter().flatten().filter(|_| budget.is_none()) {
@@ -131,7 +132,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
     }
 
     let chosen = match budget {
-        Some(budget) if as_configured.peak() > budget => search(config, &ladder, budget, &peaks)?,
+        Some(budget) if as_configured.peak() > budget => search(config, &ladder, budget, registration.remedies, &peaks)?,
         _ => Vec::new(),
     };
     let (mut now, mut planned, mut remedies) = (config.clone(), as_configured.clone(), Vec::new());
@@ -185,6 +186,7 @@ fn search(
     config: &TrainConfig,
     ladder: &[Vec<Change>],
     budget: u64,
+    remedies: &'static str,
     peaks: &dyn Fn(&TrainConfig) -> Result<Prediction>,
 ) -> Result<Vec<Change>> {
     let changes = |levels: &[usize]| -> Vec<Change> {
@@ -222,6 +224,7 @@ fn search(
         return Err(Error::Budget {
             budget: show(budget),
             smallest: show(least),
+            remedies,
             with: if tried.is_empty() { "as it is configured".into() } else { format!("with {}", tried.join(", ")) },
         });
     }

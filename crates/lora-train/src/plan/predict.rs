@@ -1,11 +1,11 @@
 //! From a configuration to the peak of each phase of its run: the run itself, by [`Session`], on the device without memory and
-//! on pictures that stand in for the real ones. Nothing of networks, adapters, optimisers or their order is said here.
+//! on data that stand in for the real ones. Nothing of networks, adapters, optimisers or their order is said here.
 
 use std::sync::Arc;
 
 use lora_core::DType;
 use lora_data::bucket::Framing;
-use lora_data::{DatasetOptions, Pictures};
+use lora_data::{DatasetOptions, Source};
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
 use lora_torch::dry::{DryRun, Platform};
@@ -13,6 +13,7 @@ use lora_torch::tch::{Kind, Tensor};
 
 use super::meter::{Part, Usage};
 use crate::Result;
+use crate::base::Data;
 use crate::config::{Resume, RunLength, TrainConfig};
 use crate::plugins::Plugins;
 use crate::session::{Materials, Preparing, Session, Watch, can_record};
@@ -21,17 +22,17 @@ use crate::session::{Materials, Preparing, Session, Watch, can_record};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// The autoencoder is loaded; pictures are encoded, where that is done before training.
-    Pictures,
-    /// The text encoder is loaded; captions are encoded, where they do not change.
+    /// The network that encodes examples is loaded; they are encoded, where that is done before training.
+    Examples,
+    /// Those that encode captions are loaded; captions are encoded, where they do not change.
     Captions,
     /// What trains is loaded.
     Loading,
     /// Steps.
     Training,
-    /// Pictures are drawn.
+    /// Samples are made.
     Samples,
-    /// The loss on other pictures.
+    /// The loss on other items.
     Validation,
 }
 
@@ -53,11 +54,11 @@ impl PhasePeak {
     /// The phase's name in reports.
     pub fn name(&self) -> String {
         match self.phase {
-            Phase::Pictures => "encode pictures".into(),
+            Phase::Examples => "encode examples".into(),
             Phase::Captions => "encode captions".into(),
             Phase::Loading => format!("load the {}", self.network),
             Phase::Training => "train".into(),
-            Phase::Samples => "draw samples".into(),
+            Phase::Samples => "make samples".into(),
             Phase::Validation => "validate".into(),
         }
     }
@@ -83,7 +84,7 @@ pub struct Recordings {
     /// Bytes of a step, as they are part of the training's peak.
     pub bytes: u64,
     /// Bytes in all when something else comes on top of them: samples, validation, the first visit of a further shape of
-    /// pictures.
+    /// items.
     pub most: u64,
 }
 
@@ -134,9 +135,10 @@ fn follow(config: &TrainConfig, checkpoint: &Arc<Checkpoint>, plugins: &Plugins,
         Platform::Cuda => Some((workspace()?, workspace()?)),
         Platform::Cpu { .. } => None,
     };
-    let (config, pictures) = stand_ins(config, peaks.machine.platform);
+    let data = plugins.bases.registration(checkpoint)?.data;
+    let (config, source) = stand_ins(config, peaks.machine.platform, data)?;
     let (prompts, validation) = (config.samples.prompts.clone(), config.validation_data_dir.clone());
-    let materials = Materials::dry(config, Arc::clone(checkpoint), pictures, device, plugins)?;
+    let materials = Materials::dry(config, Arc::clone(checkpoint), source, device, plugins)?;
     let mut session = Session::assemble(materials, plugins, peaks)?;
     if let Some(prompt) = prompts.first() {
         session.sample(std::slice::from_ref(prompt))?;
@@ -152,8 +154,8 @@ fn follow(config: &TrainConfig, checkpoint: &Arc<Checkpoint>, plugins: &Plugins,
     Ok(())
 }
 
-/// A configuration whose run takes one step of each kind that the given one's steps have, and pictures for it.
-fn stand_ins(config: &TrainConfig, platform: Platform) -> (TrainConfig, Pictures) {
+/// A configuration whose run takes one step of each kind that the given one's steps have, and data for it.
+fn stand_ins(config: &TrainConfig, platform: Platform, data: Data) -> Result<(TrainConfig, Box<dyn Source>)> {
     let mut config = config.clone();
     // From the second micro-batch on the gradients of the first are there from the beginning; where steps are recorded, they
     // always are.
@@ -167,16 +169,13 @@ fn stand_ins(config: &TrainConfig, platform: Platform) -> (TrainConfig, Pictures
             datasets.push(DatasetOptions { framing: Framing::Fixed(resolution), ..dataset.clone() });
         }
     }
-    config.datasets.clone_from(&datasets);
+    config.datasets = datasets;
     config.length = RunLength::Epochs(1);
     (config.resume, config.cache_dir) = (Resume::No, None);
     (config.vram_budget, config.auto) = (None, false);
     config.samples.steps = config.samples.steps.min(2);
-    let visits = |dataset: DatasetOptions| {
-        let visits = dataset.batch_size * config.gradient_accumulation_steps;
-        (dataset, visits)
-    };
-    (config.clone(), Pictures::stand_ins(datasets.into_iter().map(visits).collect()))
+    let source = (data.stand_ins)(&config, config.gradient_accumulation_steps)?;
+    Ok((config, source))
 }
 
 fn recordings(phases: &[PhasePeak], machine: &Machine) -> Option<Recordings> {
@@ -225,6 +224,7 @@ mod tests {
     use lora_models::synthetic::SyntheticModel;
 
     use super::*;
+    use crate::base::PICTURES;
     use crate::config::Format;
 
     /// What a run does when memory runs out, at Stable Diffusion 1.5's size on a GPU that is not there: the step is taken back,
@@ -247,14 +247,14 @@ mod tests {
         for (share, pictures, tried) in [(1.0, 4, 0), (0.8, 2, 1), (0.35, 1, 2)] {
             let run = DryRun::begin(machine.platform).unwrap();
             let mut peaks = Peaks { run: &run, machine: &machine, network: "", phases: Vec::new() };
-            let (config, pictures_of_run) = stand_ins(&config, machine.platform);
+            let (config, source) = stand_ins(&config, machine.platform, PICTURES).unwrap();
             let materials =
-                Materials::dry(config, Arc::clone(&checkpoint), pictures_of_run, run.device(), &plugins).unwrap();
+                Materials::dry(config, Arc::clone(&checkpoint), source, run.device(), &plugins).unwrap();
             let mut session = Session::assemble(materials, &plugins, &mut peaks).unwrap();
             let limit = run.live() + ((peak - run.live()) as f64 * share) as u64;
             run.limit(limit);
             let report = session.step().unwrap().unwrap();
-            assert!(report.pictures == 4 && report.micro_batch <= pictures, "{share}: {report:?}");
+            assert!(report.items == 4 && report.micro_batch <= pictures, "{share}: {report:?}");
             assert!(session.remedies_tried() >= tried, "{share}: {}", session.remedies_tried());
             assert!(run.peak().total() <= limit, "{share}");
         }

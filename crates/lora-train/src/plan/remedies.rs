@@ -6,6 +6,7 @@ use lora_torch::dry::Platform;
 use lora_torch::frozen::Storage;
 
 use super::predict::{Machine, precision_on};
+use crate::base::Registration;
 use crate::config::{TrainConfig, TrainMode};
 
 /// One change of a configuration.
@@ -41,15 +42,17 @@ pub(super) enum Change {
     KeepMost,
     /// Micro-batches larger by this factor, and so many times fewer of them.
     LargerBatch(usize),
-    /// More pictures a step.
-    MorePictures(usize),
+    /// More items a step.
+    MoreItems(usize),
     /// A rank larger by this factor, at an equal scale.
     Rank(usize),
 }
 
 /// Kinds of remedies, the first to be tried first, each mildest first. A kind that does not apply is empty.
-pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>> {
+pub(super) fn ladder(config: &TrainConfig, machine: &Machine, registration: &Registration) -> Vec<Vec<Change>> {
     let full = config.train == TrainMode::Full;
+    let own: Vec<_> = registration.groups().collect();
+    let has = |key: &str| config.has_key(key, &own);
     let divisors = (2..=config.batch_size)
         .filter(|&by| config.datasets.iter().map(|dataset| dataset.batch_size).all(|size| size.is_multiple_of(by)))
         .filter(|&by| config.batch_size.is_multiple_of(by));
@@ -72,14 +75,14 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine) -> Vec<Vec<Change>
         (true, true) => vec![],
     };
     let on_device = machine.platform == Platform::Cuda;
-    let resolutions = if config.allow_lower_resolution { vec![7, 6] } else { vec![] };
+    let resolutions = if config.allow_lower_resolution && has("max_resolution") { vec![7, 6] } else { vec![] };
     vec![
         divisors.map(Change::SmallerBatch).collect(),
         recomputation,
-        (!config.cache_latents).then_some(Change::CacheLatents).into_iter().collect(),
+        (has("cache_latents") && !config.cache_latents).then_some(Change::CacheLatents).into_iter().collect(),
         (arithmetic == DType::F32).then_some(Change::Precision(half)).into_iter().collect(),
         resolutions.into_iter().map(Change::Resolution).collect(),
-        (!config.vae_tiling).then_some(Change::Tiles).into_iter().collect(),
+        (has("vae_tiling") && !config.vae_tiling).then_some(Change::Tiles).into_iter().collect(),
         storages.into_iter().map(Change::Storage).collect(),
         (config.optimizer == "adamw").then_some(Change::Optimiser8bit).into_iter().collect(),
         (on_device && !config.cpu_offload_checkpointing).then_some(Change::InputsInHost).into_iter().collect(),
@@ -99,7 +102,7 @@ pub(super) fn wishes(config: &TrainConfig) -> Vec<Vec<Change>> {
             (false, false) => vec![],
         },
         match accumulation {
-            1 => vec![Change::MorePictures(2)],
+            1 => vec![Change::MoreItems(2)],
             _ => factors.collect(),
         },
         has_rank.then_some(Change::Rank(2)).into_iter().collect(),
@@ -123,7 +126,7 @@ impl Change {
                 batches(&mut config, &|size| size * by);
                 config.gradient_accumulation_steps /= by;
             }
-            Change::MorePictures(by) => batches(&mut config, &|size| size * by),
+            Change::MoreItems(by) => batches(&mut config, &|size| size * by),
             Change::RecomputeFeedForward => config.recompute_feed_forward = true,
             Change::Recompute => config.gradient_checkpointing = true,
             Change::RecomputeAll => (config.gradient_checkpointing, config.recompute_feed_forward) = (true, true),
@@ -201,8 +204,8 @@ impl Change {
             Change::Keep => "same update; less time a step: about a quarter where blocks were computed again".into(),
             Change::KeepMost => "same update; about a fifth less time a step".into(),
             Change::LargerBatch(by) => format!("same update; {by} times fewer passes a step"),
-            Change::MorePictures(by) => {
-                format!("{by} times as many pictures a step: steadier gradients, fewer steps an epoch")
+            Change::MoreItems(by) => {
+                format!("{by} times as many items a step: steadier gradients, fewer steps an epoch")
             }
             Change::Rank(_) => "the adapter can learn more; a larger file, a little more time".into(),
         }

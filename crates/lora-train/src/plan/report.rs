@@ -29,7 +29,7 @@ impl fmt::Display for Plan {
             writeln!(
                 f,
                 "\nCUDA graphs keep the {} of a step for themselves. Samples, validation and the first visit of each\n\
-                 further shape of pictures come on top, to {} at most; where that does not fit, they make room.",
+                 further shape of items come on top, to {} at most; where that does not fit, they make room.",
                 show(own.bytes),
                 show(own.most)
             )?;

@@ -13,7 +13,7 @@ use lora_data::cache::{self, DiskCache, Key};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Example;
-use lora_data::{Pictures, Source};
+use lora_data::Source;
 use lora_torch::dry;
 use lora_torch::tch::Device;
 use lora_torch::tensor::{from_host, to_host};
@@ -47,7 +47,7 @@ impl Examples {
     /// Made at each visit; those of the visits to come are loaded meanwhile.
     pub(super) fn fresh(
         network: Option<Component>,
-        source: &Arc<Pictures>,
+        source: &Arc<dyn Source>,
         sampler: &EpochSampler,
         config: &TrainConfig,
     ) -> Self {
@@ -106,16 +106,15 @@ pub(super) fn examples(
     base: &mut dyn Base,
     network: Component,
     config: &TrainConfig,
-    source: Pictures,
+    source: &mut Arc<dyn Source>,
     disk: Option<&Arc<DiskCache>>,
     device: Device,
     watch: &mut dyn Watch,
-) -> Result<(Pictures, Vec<Tensors>)> {
+) -> Result<Vec<Tensors>> {
     let identity = disk.map(|_| base.encoding_identity(network)).transpose()?.unwrap_or_default();
     let (count, seed) = (source.count(), config.seed);
     let random = move |item: usize| Stream::new(seed).at("cache").with(item as u64);
-    let shared = Arc::new(source);
-    let (own, cache) = (Arc::clone(&shared), disk.cloned());
+    let (own, cache) = (Arc::clone(source), disk.cloned());
     let find = move |item: usize| -> Result<Found, lora_data::Error> {
         let Some(cache) = &cache else { return Ok(Found::New(own.example(item, &random(item))?, None)) };
         let parts = own.key_parts(item, &random(item), cache)?;
@@ -131,7 +130,7 @@ pub(super) fn examples(
         let tensors = match found {
             Ok(Found::Known(tensors)) => from_disk(&tensors, device)?,
             Ok(Found::New(example, key)) => {
-                let tensors = base.encode(network, Encoded::Example(&example, shared.path(item)))?;
+                let tensors = base.encode(network, Encoded::Example(&example, source.path(item)))?;
                 if let (Some(disk), Some(key)) = (disk, key) {
                     disk.put(&key, &to_disk(&tensors)?)?;
                 }
@@ -144,16 +143,16 @@ pub(super) fn examples(
             Err(error) => return Err(error.into()),
         };
         encoded.push(base.draw(network, &tensors, &random(item))?);
-        watch.now(Preparing::Latents(item + 1, count));
+        watch.now(Preparing::Examples(item + 1, count));
     }
-    Ok((usable(shared, unusable)?, encoded))
+    leave_out(source, unusable)?;
+    Ok(encoded)
 }
 
 /// Loads every example once, so that a broken one is met now and not hours into the run.
-pub(super) fn check(config: &TrainConfig, source: Pictures) -> Result<Pictures> {
-    let shared = Arc::new(source);
-    let (own, random) = (Arc::clone(&shared), Stream::new(config.seed).at("check"));
-    let checked = ahead(0..shared.count(), cores(), 4 * cores(), move |item| own.example(item, &random).map(drop));
+pub(super) fn check(config: &TrainConfig, source: &mut Arc<dyn Source>) -> Result<()> {
+    let (own, random) = (Arc::clone(source), Stream::new(config.seed).at("check"));
+    let checked = ahead(0..source.count(), cores(), 4 * cores(), move |item| own.example(item, &random).map(drop));
     let mut unusable = Vec::new();
     for (item, result) in checked.enumerate() {
         match result {
@@ -162,19 +161,19 @@ pub(super) fn check(config: &TrainConfig, source: Pictures) -> Result<Pictures> 
             Err(error) => return Err(error.into()),
         }
     }
-    usable(shared, unusable)
+    leave_out(source, unusable)
 }
 
-/// A source without what turned out unusable; an error where nothing is left.
-fn usable(shared: Arc<Pictures>, unusable: Vec<(usize, lora_data::Error)>) -> Result<Pictures> {
-    // The threads are gone with their iterator.
-    let mut source = Arc::into_inner(shared).ok_or(Error::InUse { what: "the dataset" })?;
-    source.leave_out(unusable);
-    if let Some(first) = source.lost().next().filter(|_| source.count() == 0) {
-        let reason = format!("no picture could be decoded; the first: {}", first.detail);
-        return Err(lora_data::Error::Picture { path: first.path.clone(), reason }.into());
+/// Leaves out of a source what turned out unusable; an error where nothing is left.
+fn leave_out(source: &mut Arc<dyn Source>, mut unusable: Vec<(usize, lora_data::Error)>) -> Result<()> {
+    if unusable.len() == source.count() && !unusable.is_empty() {
+        let (item, first) = unusable.swap_remove(0);
+        let reason = format!("none could be decoded; the first: {}", first.reason());
+        return Err(lora_data::Error::Picture { path: source.path(item).to_owned(), reason }.into());
     }
-    Ok(source)
+    // The threads are gone with their iterator.
+    Arc::get_mut(source).ok_or(Error::InUse { what: "the dataset" })?.leave_out(unusable);
+    Ok(())
 }
 
 /// Encodes captions, each once.

@@ -1,10 +1,10 @@
 //! What a run is made of and what is known of it before the first network is loaded: the configuration as it was planned, the
-//! pictures, the base's files, the device. What is made of that is `prepare`'s business.
+//! data, the base's files, the device. What is made of that is `prepare`'s business.
 
 use std::sync::Arc;
 
 use lora_core::DType;
-use lora_data::Pictures;
+use lora_data::Source;
 use lora_data::cache::DiskCache;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::graph::Recorder;
@@ -15,6 +15,7 @@ use lora_torch::{device, dry};
 
 use super::graphs::{self, StepGraphs};
 use super::resume;
+use crate::base::DataOpening;
 use crate::config::{LrScheduler, TrainConfig};
 use crate::optimiser::OptimiserState;
 use crate::plan;
@@ -27,7 +28,7 @@ use crate::{Error, Result};
 pub(crate) struct Materials {
     pub(super) config: TrainConfig,
     pub(super) optimiser: OptimiserState,
-    pub(super) pictures: Pictures,
+    pub(super) source: Arc<dyn Source>,
     pub(super) disk: Option<Arc<DiskCache>>,
     pub(super) checkpoint: Arc<Checkpoint>,
     /// Hashes of a base in one file: as older programs make it, and SHA-256.
@@ -57,9 +58,12 @@ impl Materials {
         lora_io::atomic::clear_partial(&config.output_dir);
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
-        let pictures = Pictures::open(config.datasets.clone(), &plugins.processors)?;
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
+        let registration = plugins.bases.registration(&checkpoint)?;
+        registration.check(&config)?;
+        let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
+        let source: Arc<dyn Source> = (registration.data.open)(&opening)?.into();
         let device = device::resolve(&config.device)?;
         let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
         let limit = limit.transpose().unwrap_or_else(|error| {
@@ -73,7 +77,7 @@ impl Materials {
         // A state that is another run's is refused before anything takes time.
         let state = resume::open(&config)?;
         if let Some(state) = &state {
-            resume::agree(state, &Settings::new(&config, &pictures, precision), false)?;
+            resume::agree(state, &Settings::new(&config, &*source, precision), false)?;
         }
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
@@ -89,7 +93,7 @@ impl Materials {
         Ok(Self {
             config,
             optimiser,
-            pictures,
+            source,
             disk,
             checkpoint,
             base_hashes,
@@ -107,7 +111,7 @@ impl Materials {
     pub(crate) fn dry(
         config: TrainConfig,
         checkpoint: Arc<Checkpoint>,
-        pictures: Pictures,
+        source: Box<dyn Source>,
         device: Device,
         plugins: &Plugins,
     ) -> Result<Self> {
@@ -116,7 +120,7 @@ impl Materials {
         let recorded = !dry::platform(device).is_cpu() && graphs::can_record(&config);
         Ok(Self {
             optimiser,
-            pictures,
+            source: source.into(),
             disk: None,
             checkpoint,
             base_hashes: None,

@@ -31,7 +31,7 @@ use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
 use lora_data::sampler::{EpochSampler, Visit};
-use lora_data::{Pictures, Source};
+use lora_data::Source;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_torch::graph::{Recorder, Scope};
@@ -62,9 +62,13 @@ pub struct Session {
     device: Device,
     precision: DType,
     checkpoint: Arc<Checkpoint>,
-    pictures: Arc<Pictures>,
+    source: Arc<dyn Source>,
     base: Box<dyn Base>,
     examples: Examples,
+    /// What people call an item.
+    noun: &'static str,
+    /// What of the base's keys helps where memory runs out.
+    remedies: &'static str,
     /// What networks made of captions, by network and caption.
     kept: BTreeMap<Component, BTreeMap<String, Tensors>>,
     trained: Trained,
@@ -125,7 +129,7 @@ pub struct StepReport {
     pub steps: usize,
     /// The epoch, from 1.
     pub epoch: u64,
-    /// Mean loss of the step's pictures.
+    /// Mean loss of the step's items.
     pub loss: f64,
     /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
     pub learning_rate: f64,
@@ -137,9 +141,9 @@ pub struct StepReport {
     pub skipped_steps: usize,
     /// The loss scale.
     pub loss_scale: f64,
-    /// Pictures of the step.
-    pub pictures: usize,
-    /// Most pictures at once: less than asked for where memory ran out.
+    /// Items of the step.
+    pub items: usize,
+    /// Most items at once: less than asked for where memory ran out.
     pub micro_batch: usize,
     /// Seconds that the step took.
     pub seconds: f64,
@@ -220,7 +224,7 @@ impl Session {
         };
         let StepGradients { loss: total, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
-        let pictures: usize = batches.iter().map(Vec::len).sum();
+        let items: usize = batches.iter().map(Vec::len).sum();
 
         let factor = self.lr_schedule.factor(self.step);
         let (base, ratio) = (&*self.base, self.config.loraplus_lr_ratio);
@@ -264,7 +268,7 @@ impl Session {
             skipped: !finite,
             skipped_steps: self.skipped,
             loss_scale: self.scaler.scale(),
-            pictures,
+            items,
             micro_batch: self.micro_batch(&batches),
             seconds: start.elapsed().as_secs_f64(),
             memory,
@@ -272,7 +276,7 @@ impl Session {
     }
 
     /// The micro-batches of the next step: drawn before any of them is computed, as the loss of each is weighted by its share
-    /// of all their pictures, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
+    /// of all that their items measure, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
     fn next_batches(&mut self) -> Vec<Vec<Visit>> {
         let mut batches: Vec<Vec<Visit>> = Vec::new();
         for _ in 0..self.config.gradient_accumulation_steps {
@@ -286,11 +290,11 @@ impl Session {
 
     /// The gradients of a step, unscaled and clipped, in the parameters.
     fn gradients(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
-        let pictures: usize = batches.iter().map(Vec::len).sum();
+        let all: f64 = batches.iter().map(|batch| self.measure(batch)).sum();
         let most = self.economy.micro_batch.unwrap_or(usize::MAX);
         let mut losses = Vec::with_capacity(batches.len());
         for batch in batches.iter().flat_map(|batch| batch.chunks(most)) {
-            let share = batch.len() as f64 / pictures as f64;
+            let share = self.measure(batch) / all;
             let (inputs, pass) = self.batch_inputs(batch, share * self.scaler.scale())?;
             let loss = self.run_passes(inputs, &pass, losses.is_empty())?;
             losses.push(loss.f_mul_scalar(share)?);
@@ -305,6 +309,11 @@ impl Session {
         let finite = settled.finite && settled.loss.is_finite();
         self.scaler.update(finite);
         Ok(StepGradients { loss: settled.loss, gradient_norm: finite.then_some(settled.norm) })
+    }
+
+    /// How much of a step's loss visits make up.
+    fn measure(&self, visits: &[Visit]) -> f64 {
+        visits.iter().map(|visit| self.source.measure(visit.index)).sum()
     }
 
     /// The run's own stream is the current one while the answer lives.
@@ -374,21 +383,21 @@ impl Session {
         for visit in batch {
             let draw = visit.draws(self.config.seed);
             let mut encoded = BTreeMap::from_iter(self.examples.kept(visit.index));
-            let mut example = self.examples.load(visit, &draw, &*self.pictures)?;
+            let mut example = self.examples.load(visit, &draw, &*self.source)?;
             if let (Some(network), Some(loaded)) = (self.examples.encoder(), &example) {
                 if !self.base.is_loaded(network) {
                     self.load(network)?;
                 }
-                let what = Encoded::Example(loaded, self.pictures.path(visit.index));
+                let what = Encoded::Example(loaded, self.source.path(visit.index));
                 let tensors = self.base.encode(network, what)?;
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.pictures.caption(visit, &draw);
+            let caption = self.source.caption(visit, &draw);
             for (network, captions) in &self.kept {
                 encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
             }
-            let weight = self.pictures.loss_weight(visit.index);
+            let weight = self.source.loss_weight(visit.index);
             items.push(Item { caption, encoded, example, weight, draw });
         }
         if let Some(network) = self.examples.encoder().filter(|_| self.economy.encoder_leaves) {

@@ -7,10 +7,8 @@ use std::sync::Arc;
 
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::bucket::Framing;
 use lora_data::cache::DiskCache;
-use lora_data::sampler::EpochSampler;
-use lora_data::{Pictures, Source};
+use lora_data::Source;
 use lora_io::adapter;
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;
@@ -20,7 +18,7 @@ use lora_torch::{LossScaler, dry, memory};
 
 use super::encoded::{self, Examples};
 use super::materials::Materials;
-use super::survive::REMEDIES;
+use super::survive::remedies;
 use super::{Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
@@ -38,8 +36,8 @@ use crate::{Error, Result};
 pub enum Preparing {
     /// Reading the base model's part of this name.
     Loading(&'static str),
-    /// Encoding pictures: done, of.
-    Latents(usize, usize),
+    /// Encoding examples: done, of.
+    Examples(usize, usize),
     /// Encoding captions: done, of.
     Captions(usize, usize),
 }
@@ -48,7 +46,7 @@ impl fmt::Display for Preparing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Preparing::Loading(part) => write!(f, "while loading the {part}"),
-            Preparing::Latents(done, of) => write!(f, "while encoding pictures ({done} of {of} done)"),
+            Preparing::Examples(done, of) => write!(f, "while encoding examples ({done} of {of} done)"),
             Preparing::Captions(done, of) => write!(f, "while encoding captions ({done} of {of} done)"),
         }
     }
@@ -82,14 +80,18 @@ impl Session {
             stage = Some(now);
             progress(now);
         };
-        let result =
-            lora_torch::caught(|| Self::assemble(Materials::open(config, plugins)?, plugins, &mut Told(&mut watched)));
+        let mut of_base = "a smaller batch_size";
+        let result = lora_torch::caught(|| {
+            let materials = Materials::open(config, plugins)?;
+            of_base = plugins.bases.registration(&materials.checkpoint)?.remedies;
+            Self::assemble(materials, plugins, &mut Told(&mut watched))
+        });
         result.map_err(|error| match stage {
             Some(stage) if error.is_out_of_memory() => Error::OutOfMemory {
                 place: stage.to_string(),
                 reason: error.to_string(),
                 tried: Vec::new(),
-                remedies: REMEDIES,
+                remedies: remedies(of_base),
             },
             _ => error,
         })
@@ -103,6 +105,7 @@ impl Session {
         let (config, device, precision) = (&materials.config, materials.device, materials.precision);
         let mut notes = materials.notes;
         let opening = Opening::new(config, &materials.checkpoint, device, precision);
+        let registration = plugins.bases.registration(&materials.checkpoint)?;
         let mut base = plugins.bases.open(&opening)?;
         let networks = base.networks().to_vec();
         // What passes through the ring are the weights of the network that steps are made of, above all.
@@ -114,15 +117,14 @@ impl Session {
         // Before anything else, and before it is known which examples are usable.
         let encoder = networks.iter().find(|network| network.encodes == Some(Subject::Examples));
         let disk = materials.disk.as_ref();
-        let (pictures, kept) = loader.encode_examples(&mut *base, encoder, materials.pictures, disk, watch)?;
-        if kept.is_some() && pictures.is_random() {
+        let mut source = materials.source;
+        let kept = loader.encode_examples(&mut *base, encoder, &mut source, disk, watch)?;
+        if kept.is_some() && source.is_random() {
             let note = "latents are cached, so random processors act once; cache_latents = false lets them act anew";
             notes.push(note.into());
         }
-        notes.extend(enlarged_note(&pictures));
-        let pictures = Arc::new(pictures);
-        let mut sampler = pictures.sampler(config.seed);
-        let mut settings = Settings::new(config, &*pictures, precision);
+        let mut sampler = source.sampler(config.seed);
+        let mut settings = Settings::new(config, &*source, precision);
         if let Some(state) = &materials.state {
             let hashes = materials.base_hashes.as_ref();
             settings.set_base(resume::base_identity(hashes, &materials.checkpoint, config)?);
@@ -131,13 +133,17 @@ impl Session {
         }
         let examples = match kept {
             Some((network, all)) => Examples::Kept(network, all),
-            None => Examples::fresh(encoder.map(|network| network.component), &pictures, &sampler, config),
+            None => Examples::fresh(encoder.map(|network| network.component), &source, &sampler, config),
         };
         memory::empty_cache(device)?;
-        watch.done(Phase::Pictures);
+        if encoder.is_some() {
+            watch.done(Phase::Examples);
+        }
 
-        let kept = loader.encode_captions(&mut *base, &pictures, disk, watch)?;
-        watch.done(Phase::Captions);
+        let kept = loader.encode_captions(&mut *base, &*source, disk, watch)?;
+        if networks.iter().any(|network| network.encodes == Some(Subject::Captions)) {
+            watch.done(Phase::Captions);
+        }
 
         for network in networks.iter().filter(|network| network.encodes.is_none()) {
             loader.load(&mut *base, network, true, watch)?;
@@ -148,7 +154,7 @@ impl Session {
             TrainMode::Adapter => {
                 let _label = Part::Adapter.label();
                 let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
-                if !dry::is_dry(device) {
+                if !dry::is_dry(device) && materials.checkpoint.family().image {
                     adapter::kohya::check(&adapter.adapter.export()?, Some(materials.checkpoint.family()))?;
                 }
                 (Trained::Adapter(adapter), from)
@@ -156,9 +162,6 @@ impl Session {
         };
         watch.done(Phase::Loading);
 
-        if pictures.datasets().any(|dataset| matches!(dataset.framing, Framing::Buckets(_))) {
-            notes.push(buckets_note(&sampler));
-        }
         let plan = StepPlan::of_batches(
             sampler.epoch_length(),
             sampler.batches_per_epoch(),
@@ -185,7 +188,9 @@ impl Session {
             precision,
             config: materials.config,
             checkpoint: materials.checkpoint,
-            pictures,
+            source,
+            noun: registration.data.noun,
+            remedies: registration.remedies,
             trained,
             parameters,
             scaler,
@@ -251,27 +256,28 @@ impl<'c> Loader<'c> {
         &mut self,
         base: &mut dyn Base,
         encoder: Option<&Network>,
-        pictures: Pictures,
+        source: &mut Arc<dyn Source>,
         disk: Option<&Arc<DiskCache>>,
         watch: &mut dyn Watch,
-    ) -> Result<(Pictures, Option<KeptExamples>)> {
+    ) -> Result<Option<KeptExamples>> {
         let keeps = self.config.cache_latents;
         if let Some(encoder) = encoder {
             self.load(base, encoder, !keeps, watch)?;
         }
         let Some(network) = encoder.map(|network| network.component).filter(|_| keeps) else {
-            return Ok((encoded::check(self.config, pictures)?, None));
+            encoded::check(self.config, source)?;
+            return Ok(None);
         };
-        let (left, all) = encoded::examples(base, network, self.config, pictures, disk, self.device, watch)?;
+        let all = encoded::examples(base, network, self.config, source, disk, self.device, watch)?;
         base.unload(network);
-        Ok((left, Some((network, all))))
+        Ok(Some((network, all)))
     }
 
     /// What networks make of captions that do not change, by network and caption. Those that are done leave the device.
     fn encode_captions(
         &mut self,
         base: &mut dyn Base,
-        pictures: &Pictures,
+        source: &dyn Source,
         disk: Option<&Arc<DiskCache>>,
         watch: &mut dyn Watch,
     ) -> Result<BTreeMap<Component, BTreeMap<String, Tensors>>> {
@@ -280,10 +286,10 @@ impl<'c> Loader<'c> {
             if network.encodes != Some(Subject::Captions) {
                 continue;
             }
-            let stays = network.trains || !pictures.captions_are_fixed();
+            let stays = network.trains || !source.captions_are_fixed();
             self.load(base, &network, stays, watch)?;
             if !stays {
-                let (component, captions) = (network.component, captions_of(self.config, pictures));
+                let (component, captions) = (network.component, captions_of(self.config, source));
                 kept.insert(component, encoded::captions(base, component, &captions, disk, self.device, watch)?);
                 // It makes room before the next one comes.
                 base.unload(component);
@@ -306,8 +312,8 @@ impl<'c> Loader<'c> {
 }
 
 /// All captions of a run whose captions do not change: of the items, of dropped captions, of samples.
-fn captions_of(config: &TrainConfig, pictures: &Pictures) -> Vec<String> {
-    let mut captions: Vec<String> = (0..pictures.count()).map(|item| pictures.plain_caption(item)).collect();
+fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
+    let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
     captions.push(config.samples.negative_prompt.clone());
     captions.extend(config.samples.prompts.iter().cloned());
@@ -342,27 +348,6 @@ fn attach(
         }
     }
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
-}
-
-/// How many pictures are enlarged, and which the most.
-fn enlarged_note(pictures: &Pictures) -> Option<String> {
-    let scale = |index: usize| pictures.plan(index).scale(pictures.items()[index].size);
-    let enlarged: Vec<usize> = (0..pictures.items().len()).filter(|&index| scale(index) > 1.0).collect();
-    let most = enlarged.iter().copied().max_by(|&a, &b| scale(a).total_cmp(&scale(b)))?;
-    let name = pictures.items()[most].file.path.file_name().map(|name| name.to_string_lossy().into_owned());
-    Some(format!(
-        "{} picture(s) are smaller than the size that they are trained at and were enlarged, {} the most, {:.1} times",
-        enlarged.len(),
-        name.unwrap_or_default(),
-        scale(most)
-    ))
-}
-
-/// Which buckets are in use.
-fn buckets_note(sampler: &EpochSampler) -> String {
-    let buckets = sampler.visits_by_shape();
-    let list: Vec<_> = buckets.iter().map(|(shape, visits)| format!("{shape}: {visits}")).collect();
-    format!("{} bucket(s), visits an epoch: {}", buckets.len(), list.join(", "))
 }
 
 /// The adapter to go on from, with its file name and hash: the same layers and rank as the configuration's.

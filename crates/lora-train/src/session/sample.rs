@@ -1,33 +1,32 @@
-//! Drawing samples with what is trained as it is.
+//! Samples of what is trained as it is.
 
 use std::collections::BTreeMap;
 
 use lora_core::Component;
-use lora_data::RgbPicture;
 use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::no_grad_guard;
 
 use super::Session;
 use crate::Result;
-use crate::base::{Base, Encoded, Prompt, Subject, Tensors, shallow};
+use crate::base::{Base, Encoded, Prompt, Sample, Subject, Tensors, shallow};
 
 impl Session {
-    /// Draws pictures with what is trained as it is now; with its running average, where there is one.
+    /// Makes a sample of each prompt with what is trained as it is now; with its running average, where there is one.
     ///
     /// # Errors
-    /// Where the base draws none, and where memory runs out.
-    pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
+    /// Where the base makes none, and where memory runs out.
+    pub fn sample(&mut self, prompts: &[String]) -> Result<Vec<Sample>> {
         let _scope = self.scope()?;
         self.with_averages(|session| session.beside_recordings(|session| session.draw(prompts)))
     }
 
-    fn draw(&mut self, prompts: &[String]) -> Result<Vec<RgbPicture>> {
+    fn draw(&mut self, prompts: &[String]) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
         let config = self.config.samples.clone();
         let mut all = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let without = self.caption_encodings(&config.negative_prompt)?;
-            all.push(Prompt { with: self.caption_encodings(prompt)?, without });
+            all.push(Prompt { text: prompt.clone(), with: self.caption_encodings(prompt)?, without });
         }
         let recordings = self.recorded_shapes() > 0;
         self.base.sample(&all, &config, recordings)

@@ -1,5 +1,5 @@
 //! Out of memory in the middle of a step: what was computed is dropped, the next remedy applied and the same step run again
-//! with the same draws, as those belong to the pictures. All remedies here leave the update what it is; others are named
+//! with the same draws, as those belong to the items. All remedies here leave the update what it is; others are named
 //! when nothing is left. Also what gives way to samples and validation where there is no room for both.
 
 use lora_data::sampler::Visit;
@@ -9,8 +9,12 @@ use super::graphs::StepGraphs;
 use super::{Session, StepGradients, title};
 use crate::{Error, Result};
 
-/// What helps and cannot be done in the middle of a run.
-pub(super) const REMEDIES: &str = "what helps beyond that takes a new start: offload_base = true, to the same result; or, to another, base_storage = \"int8\" or \"nf4\", precision = \"bf16\" (\"fp16\" on older GPUs), a lower max_resolution (512 to 448 to 384), train_text_encoder = false, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free";
+/// What helps and cannot be done in the middle of a run, beside what of the base's own keys does.
+pub(super) fn remedies(of_base: &str) -> String {
+    format!(
+        "what helps beyond that takes a new start: offload_base = true, to the same result; or, to another, base_storage = \"int8\" or \"nf4\", precision = \"bf16\" (\"fp16\" on older GPUs), {of_base}, target_modules = \"attention\", a lower lora_rank; or other programs that give the device free"
+    )
+}
 
 impl Session {
     /// The gradients of a step, whatever it takes.
@@ -54,7 +58,7 @@ impl Session {
         }
     }
 
-    /// Most pictures at once.
+    /// Most items at once.
     pub(super) fn micro_batch(&self, batches: &[Vec<Visit>]) -> usize {
         let largest = batches.iter().map(Vec::len).max().unwrap_or(0);
         self.economy.micro_batch.map_or(largest, |most| most.min(largest))
@@ -78,13 +82,13 @@ impl Session {
 
     /// Applies the next remedy.
     fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
-        let pictures = self.micro_batch(batches);
-        let (remedy, permanent) = if pictures > 1 {
-            let fewer = pictures.div_ceil(2);
+        let (most, noun) = (self.micro_batch(batches), self.noun);
+        let (remedy, permanent) = if most > 1 {
+            let fewer = most.div_ceil(2);
             self.economy.micro_batch = Some(fewer);
             let all: usize = batches.iter().map(Vec::len).sum();
             (
-                format!("{fewer} picture(s) at once instead of {pictures}, accumulated to the same {all} a step"),
+                format!("{fewer} {noun}(s) at once instead of {most}, accumulated to the same {all} a step"),
                 format!("batch_size = {fewer} with gradient_accumulation_steps = {}", all.div_ceil(fewer)),
             )
         } else if !self.recomputes() && !self.recomputes_feed_forward() {
@@ -103,7 +107,7 @@ impl Session {
             self.economy.encoder_leaves = true;
             self.base.unload(encoder);
             let title = title(&*self.base, encoder);
-            (format!("the {title} leaves the device between pictures"), "cache_latents = true".to_owned())
+            (format!("the {title} leaves the device between {noun}s"), "cache_latents = true".to_owned())
         } else {
             return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));
         };
@@ -126,7 +130,7 @@ impl Session {
             place,
             reason: error.to_string(),
             tried: std::mem::take(&mut self.tried),
-            remedies: REMEDIES,
+            remedies: remedies(self.remedies),
         }
     }
 

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::random::Stream;
-use lora_data::Source;
 use lora_models::layers::Pass;
 use lora_torch::tch::no_grad_guard;
 
@@ -17,6 +16,8 @@ use crate::base::{Encoded, Item, Subject};
 #[derive(Debug)]
 pub struct Validation {
     items: Vec<Item>,
+    /// How much each makes up of the mean.
+    measures: Vec<f64>,
 }
 
 impl Validation {
@@ -27,16 +28,16 @@ impl Validation {
 }
 
 impl Session {
-    /// Encodes the pictures of a folder, framed and captioned as the first training dataset is, without what is random in
-    /// its captions.
+    /// Encodes the items of another place, treated as those that are trained on are, without what is random in them.
     ///
     /// # Errors
-    /// Where the folder has no pictures or one cannot be decoded, and where memory runs out.
+    /// Where there are none or one cannot be read, and where memory runs out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
         let _scope = self.scope()?;
         let _guard = no_grad_guard();
-        let source = self.pictures.of_another(folder)?;
+        let source = self.source.of_another(folder)?;
         let (seed, device) = (self.config.seed, self.device);
+        let measures = (0..source.count()).map(|item| source.measure(item)).collect();
         let encoder = self.base.networks().iter().find(|network| network.encodes == Some(Subject::Examples)).copied();
         let item = |index: usize, caption: String| Item {
             caption,
@@ -50,7 +51,7 @@ impl Session {
             for (index, item) in items.iter_mut().enumerate() {
                 item.example = Some(source.example(index, &item.draw)?);
             }
-            return Ok(Validation { items });
+            return Ok(Validation { items, measures });
         };
         self.with_network(encoder, |base| {
             for (index, item) in items.iter_mut().enumerate() {
@@ -61,7 +62,7 @@ impl Session {
             }
             Ok(())
         })?;
-        Ok(Validation { items })
+        Ok(Validation { items, measures })
     }
 
     /// The mean loss of each item at the same draws at every look, unweighted, without dropout. `caption` says which caption an item
@@ -90,12 +91,13 @@ impl Session {
         })
     }
 
-    /// The mean of [`Session::validation_losses`] with the items' own captions.
+    /// The mean of [`Session::validation_losses`] with the items' own captions, over all that the items measure.
     ///
     /// # Errors
     /// As [`Session::validation_losses`].
     pub fn validation_loss(&mut self, validation: &Validation) -> Result<f64> {
         let losses = self.validation_losses(validation, |_, own| own.to_owned())?;
-        Ok(losses.iter().sum::<f64>() / losses.len() as f64)
+        let weighted = losses.iter().zip(&validation.measures).map(|(loss, measure)| loss * measure);
+        Ok(weighted.sum::<f64>() / validation.measures.iter().sum::<f64>())
     }
 }

@@ -120,7 +120,7 @@ pub(super) static KEYS: Group = Group {
             name: "target_modules",
             values: "preset, name or list",
             default: "\"attention-mlp\"",
-            meaning: "Layers to adapt: `attention`, `attention-mlp` (what sd-scripts adapts), `all-conv`, layer names (`q_proj` means the U-Net's `to_q` too), globs, or `re:` expressions.",
+            meaning: "Layers to adapt: `attention`, `attention-mlp` (what sd-scripts adapts), `all-linear` (PEFT's), `all-conv`, layer names (`q_proj` means the U-Net's `to_q` too), globs, or `re:` expressions.",
             memory: "More layers, more of the above, and more activations kept.",
             resumed: Resumed::Fixed(|config| shown(&config.target_modules)),
             reads: Reads::Adapter(|given, config| config.target_modules = target_modules(given)),

@@ -9,7 +9,7 @@ mod adapter;
 mod data;
 mod memory;
 mod optimisation;
-mod pictures;
+pub mod pictures;
 mod saving;
 pub mod stable_diffusion;
 mod table;

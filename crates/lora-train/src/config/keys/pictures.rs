@@ -7,7 +7,7 @@ use super::stable_diffusion::KEPT_ENCODER;
 use super::{Given, Group, Key, Reads, Resumed, size};
 
 /// The keys, in the order of the reference.
-pub(super) static KEYS: Group = Group {
+pub static KEYS: Group = Group {
     section: "Pictures and captions",
     behind: None,
     keys: &[

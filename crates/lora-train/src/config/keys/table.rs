@@ -9,7 +9,8 @@ use crate::config::read::{Reader, near};
 use crate::config::{TrainConfig, TrainMode};
 use crate::{Error, Result};
 
-/// Keys that every base has, a section each, in the order of the reference. A key's default may depend on one before it.
+/// Keys that every base has and those of pictures, a section each, in the order of the reference. A key's default may depend
+/// on one before it.
 static GENERAL: [&Group; 6] =
     [&data::KEYS, &adapter::KEYS, &optimisation::KEYS, &pictures::KEYS, &memory::KEYS, &saving::KEYS];
 
@@ -124,7 +125,7 @@ impl Keys {
     }
 
     fn has(&self, group: &Group) -> bool {
-        self.0.iter().any(|known| std::ptr::eq(*known, group))
+        among(&self.0, group)
     }
 
     /// All keys, in the order in which they are read: those that are registered last come last.
@@ -147,10 +148,10 @@ impl Keys {
         self.iter().filter(|key| matches!(key.reads, Reads::Dataset(_) | Reads::Both(..))).map(|key| key.name)
     }
 
-    /// Names of the keys that bases bring, but for the one that brings these groups.
+    /// Names of the keys that bases and their data bring, but for those of these groups.
     pub(in crate::config) fn of_other_bases(&self, own: &[&Group]) -> impl Iterator<Item = &'static str> {
-        let groups =
-            self.0.iter().skip(GENERAL.len()).filter(|group| !own.iter().any(|own| std::ptr::eq(**group, *own)));
+        let general = |group: &Group| among(&GENERAL, group) && !among(&[&pictures::KEYS], group);
+        let groups = self.0.iter().filter(move |group| !general(group) && !among(own, group));
         groups.flat_map(|group| group.keys).map(|key| key.name)
     }
 
@@ -230,6 +231,11 @@ impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.names()).finish()
     }
+}
+
+/// Whether a group is one of these.
+fn among(groups: &[&Group], one: &Group) -> bool {
+    groups.iter().any(|group| std::ptr::eq(*group, one))
 }
 
 #[cfg(test)]

@@ -1,0 +1,70 @@
+//! What bases are trained on: how the data of a run are opened, and what stands in for them in a plan. What an item is, and how
+//! it is read, is `lora_data`'s business.
+
+use std::fmt;
+use std::sync::Arc;
+
+use lora_data::cache::DiskCache;
+use lora_data::processor::ProcessorRegistry;
+use lora_data::{Pictures, Source};
+use lora_io::checkpoint::Checkpoint;
+
+use crate::Result;
+use crate::config::TrainConfig;
+use crate::config::keys::{Group, pictures};
+
+/// What data are opened with.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct DataOpening<'o> {
+    /// The configuration of the run.
+    pub config: &'o TrainConfig,
+    /// Picture processors by name.
+    pub processors: &'o ProcessorRegistry,
+    /// The base's files: texts are split by its tokenizer.
+    pub checkpoint: &'o Checkpoint,
+    /// Where what was made of items is kept.
+    pub disk: Option<&'o Arc<DiskCache>>,
+}
+
+impl<'o> DataOpening<'o> {
+    pub(crate) fn new(
+        config: &'o TrainConfig,
+        processors: &'o ProcessorRegistry,
+        checkpoint: &'o Checkpoint,
+        disk: Option<&'o Arc<DiskCache>>,
+    ) -> Self {
+        Self { config, processors, checkpoint, disk }
+    }
+}
+
+/// A kind of data.
+#[derive(Clone, Copy)]
+pub struct Data {
+    /// What people call an item, `picture`.
+    pub noun: &'static str,
+    /// Configuration keys that only such data have.
+    pub keys: &'static [&'static Group],
+    /// Opens the data that a configuration names.
+    pub open: fn(&DataOpening<'_>) -> Result<Box<dyn Source>>,
+    /// Data of no file, as large as those of the configuration can be: of each dataset one item, with as many visits as make
+    /// this many micro-batches. A plan runs on them before anybody has looked at the real ones.
+    pub stand_ins: fn(&TrainConfig, usize) -> Result<Box<dyn Source>>,
+}
+
+impl fmt::Debug for Data {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Data({})", self.noun)
+    }
+}
+
+/// Pictures with captions.
+pub const PICTURES: Data = Data {
+    noun: "picture",
+    keys: &[&pictures::KEYS],
+    open: |opening| Ok(Box::new(Pictures::open(opening.config.datasets.clone(), opening.processors)?)),
+    stand_ins: |config, batches| {
+        let visits = |dataset: &lora_data::DatasetOptions| (dataset.clone(), dataset.batch_size * batches);
+        Ok(Box::new(Pictures::stand_ins(config.datasets.iter().map(visits).collect())))
+    },
+};
