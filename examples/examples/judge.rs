@@ -18,6 +18,7 @@ use lora_models::weights::Held;
 use lora_torch::memory::host_memory;
 use lora_torch::tch::nn::{self, Module, OptimizerConfig};
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};
+use lora_train::base::Sample;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::report::grid::{self, GridPicture, GridRow};
 use lora_train::{Plugins, Session};

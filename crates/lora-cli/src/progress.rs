@@ -67,14 +67,14 @@ pub(crate) struct TrainingBar {
     terminal: bool,
     mean: Option<f64>,
     start: Instant,
-    pictures: usize,
+    measured: f64,
     printed: Instant,
 }
 
 impl Default for TrainingBar {
     fn default() -> Self {
         let now = Instant::now();
-        Self { terminal: io::stderr().is_terminal(), mean: None, start: now, pictures: 0, printed: now }
+        Self { terminal: io::stderr().is_terminal(), mean: None, start: now, measured: 0.0, printed: now }
     }
 }
 
@@ -101,17 +101,18 @@ impl Callback for TrainingBar {
         Ok(Control::Continue)
     }
 
-    fn on_step(&mut self, _session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
-        self.pictures += report.items;
+    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
+        self.measured += report.measure;
         if report.loss.is_finite() {
             self.mean = Some(self.mean.map_or(report.loss, |mean| mean + (report.loss - mean) * 0.05));
         }
         let elapsed = self.start.elapsed().as_secs_f64();
         let message = format!(
-            "loss {:.4} lr {:.2e} {:.2} img/s {:.1} GiB{}",
+            "loss {:.4} lr {:.2e} {:.2} {}/s {:.1} GiB{}",
             self.mean.unwrap_or(f64::NAN),
             report.learning_rate,
-            self.pictures as f64 / elapsed,
+            self.measured / elapsed,
+            session.data().unit,
             report.memory as f64 / f64::from(1 << 30),
             if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
         );

@@ -38,9 +38,8 @@ const SYNONYMS: &[(&str, &[&str])] = &[
     ("fc2", &["fc2", "ff.net.2"]),
 ];
 
-const ATTENTION: &[&str] = &[
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0",
-];
+const ATTENTION: &[&str] =
+    &["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0"];
 
 /// Names of the presets.
 pub const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
@@ -151,9 +150,7 @@ impl Matcher {
         match self {
             Matcher::Attention => in_transformer && ATTENTION.iter().any(|end| ends_with(path, end)),
             Matcher::AttentionMlp => in_transformer && !layer.geometry.is_spatial(),
-            Matcher::AllLinear => {
-                matches!(layer.geometry, LayerGeometry::Linear { .. }) && !ends_with(path, "lm_head")
-            }
+            Matcher::AllLinear => matches!(layer.geometry, LayerGeometry::Linear { .. }) && !ends_with(path, "lm_head"),
             Matcher::AllConv => {
                 let in_block = ["resnets.", "downsamplers.", "upsamplers."].iter().any(|part| path.contains(part));
                 in_transformer && !layer.geometry.is_spatial() || unet && in_block

@@ -39,7 +39,7 @@ fn accumulation_gives_the_same_update_as_a_large_batch() {
         let (split, others) = run(batch, accumulation);
         for (a, b) in reports.iter().zip(&others) {
             assert!((a.loss / b.loss - 1.0).abs() < tolerance(1e-5), "{batch}: {} {}", a.loss, b.loss);
-            assert_eq!(a.pictures, b.pictures);
+            assert_eq!(a.items, b.items);
         }
         // With ε = 1 the update is the gradient. (With a small ε AdamW blows rounding up: where a gradient is nearly zero
         // its first steps have the size of the learning rate all the same.)
@@ -47,7 +47,7 @@ fn accumulation_gives_the_same_update_as_a_large_batch() {
     }
     // Five of eight pictures are left for a second, smaller micro-batch: nothing is dropped.
     let (_, uneven) = run("batch_size=5", "gradient_accumulation_steps=2");
-    assert_eq!(uneven[0].pictures, 8);
+    assert_eq!(uneven[0].items, 8);
     assert!((uneven[0].loss / reports[0].loss - 1.0).abs() < tolerance(1e-5));
 }
 

@@ -18,7 +18,8 @@ pub(super) fn overview(pictures: &Pictures) -> Overview {
     let items = pictures.items();
     let mut sources: BTreeMap<CaptionSource, usize> = BTreeMap::new();
     items.iter().for_each(|item| *sources.entry(item.caption_source).or_default() += 1);
-    let sources: Vec<String> = sources.iter().map(|(source, count)| format!("{count} from {}", source.name())).collect();
+    let sources: Vec<String> =
+        sources.iter().map(|(source, count)| format!("{count} from {}", source.name())).collect();
     let shown = items.iter().take(SHOWN).map(|item| {
         let caption = if item.caption.is_empty() { "(no caption)" } else { &item.caption };
         format!("{}: {caption}", name(&item.file.path))

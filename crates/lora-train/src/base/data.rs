@@ -43,6 +43,8 @@ impl<'o> DataOpening<'o> {
 pub struct Data {
     /// What people call an item, `picture`.
     pub noun: &'static str,
+    /// What [`Source::measure`] counts, in the plural, short enough for a rate: `img`.
+    pub unit: &'static str,
     /// Configuration keys that only such data have.
     pub keys: &'static [&'static Group],
     /// Opens the data that a configuration names.
@@ -61,6 +63,7 @@ impl fmt::Debug for Data {
 /// Pictures with captions.
 pub const PICTURES: Data = Data {
     noun: "picture",
+    unit: "img",
     keys: &[&pictures::KEYS],
     open: |opening| Ok(Box::new(Pictures::open(opening.config.datasets.clone(), opening.processors)?)),
     stand_ins: |config, batches| {

@@ -211,12 +211,7 @@ pub trait Base: fmt::Debug + Send {
     ///
     /// # Errors
     /// [`Error::NoSamples`] for a base that makes none; where memory runs out.
-    fn sample(
-        &mut self,
-        prompts: &[Prompt],
-        config: &SampleConfig,
-        beside_recordings: bool,
-    ) -> Result<Vec<Sample>> {
+    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
         let _ = (prompts, config, beside_recordings);
         Err(Error::NoSamples)
     }

@@ -381,12 +381,7 @@ impl Base for StableDiffusion {
         Ok((!is_finite(&states)?).then_some(("the text encoder", remedy)))
     }
 
-    fn sample(
-        &mut self,
-        prompts: &[Prompt],
-        config: &SampleConfig,
-        beside_recordings: bool,
-    ) -> Result<Vec<Sample>> {
+    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
         let vae = self.vae_config()?;
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());

@@ -42,9 +42,7 @@ impl Samples {
             // Samples are worth less than the run.
             Err(error) if error.is_out_of_memory() => {
                 session.empty_cache()?;
-                tracing::warn!(
-                    "no samples are made for \"{label}\": {error}; smaller samples take less memory"
-                );
+                tracing::warn!("no samples are made for \"{label}\": {error}; smaller samples take less memory");
                 return Ok(());
             }
             samples => samples?,

@@ -132,7 +132,9 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
     }
 
     let chosen = match budget {
-        Some(budget) if as_configured.peak() > budget => search(config, &ladder, budget, registration.remedies, &peaks)?,
+        Some(budget) if as_configured.peak() > budget => {
+            search(config, &ladder, budget, registration.remedies, &peaks)?
+        }
         _ => Vec::new(),
     };
     let (mut now, mut planned, mut remedies) = (config.clone(), as_configured.clone(), Vec::new());

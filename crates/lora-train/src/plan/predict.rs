@@ -248,8 +248,7 @@ mod tests {
             let run = DryRun::begin(machine.platform).unwrap();
             let mut peaks = Peaks { run: &run, machine: &machine, network: "", phases: Vec::new() };
             let (config, source) = stand_ins(&config, machine.platform, PICTURES).unwrap();
-            let materials =
-                Materials::dry(config, Arc::clone(&checkpoint), source, run.device(), &plugins).unwrap();
+            let materials = Materials::dry(config, Arc::clone(&checkpoint), source, run.device(), &plugins).unwrap();
             let mut session = Session::assemble(materials, &plugins, &mut peaks).unwrap();
             let limit = run.live() + ((peak - run.live()) as f64 * share) as u64;
             run.limit(limit);

@@ -30,8 +30,8 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
-use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::Source;
+use lora_data::sampler::{EpochSampler, Visit};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_torch::graph::{Recorder, Scope};
@@ -40,7 +40,7 @@ use lora_torch::tch::{Device, Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
 use lora_torch::{LossScaler, dry, foreach};
 
-use crate::base::{Base, Encoded, Inputs, Item, Network, Tensors, shallow};
+use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
 use crate::parameters::ParameterList;
 use crate::plan::Part;
@@ -65,8 +65,7 @@ pub struct Session {
     source: Arc<dyn Source>,
     base: Box<dyn Base>,
     examples: Examples,
-    /// What people call an item.
-    noun: &'static str,
+    data: Data,
     /// What of the base's keys helps where memory runs out.
     remedies: &'static str,
     /// What networks made of captions, by network and caption.
@@ -143,6 +142,8 @@ pub struct StepReport {
     pub loss_scale: f64,
     /// Items of the step.
     pub items: usize,
+    /// What the items measure in all: pictures, trained tokens.
+    pub measure: f64,
     /// Most items at once: less than asked for where memory ran out.
     pub micro_batch: usize,
     /// Seconds that the step took.
@@ -155,6 +156,11 @@ impl Session {
     /// The configuration of the run.
     pub fn config(&self) -> &TrainConfig {
         &self.config
+    }
+
+    /// What is trained on.
+    pub fn data(&self) -> Data {
+        self.data
     }
 
     /// The arithmetic of the run.
@@ -269,6 +275,7 @@ impl Session {
             skipped_steps: self.skipped,
             loss_scale: self.scaler.scale(),
             items,
+            measure: batches.iter().map(|batch| self.measure(batch)).sum(),
             micro_batch: self.micro_batch(&batches),
             seconds: start.elapsed().as_secs_f64(),
             memory,

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::cache::DiskCache;
 use lora_data::Source;
+use lora_data::cache::DiskCache;
 use lora_io::adapter;
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;
@@ -189,7 +189,7 @@ impl Session {
             config: materials.config,
             checkpoint: materials.checkpoint,
             source,
-            noun: registration.data.noun,
+            data: registration.data,
             remedies: registration.remedies,
             trained,
             parameters,

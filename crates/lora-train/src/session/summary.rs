@@ -40,7 +40,9 @@ impl Session {
         let tokens = |item: usize| self.base.caption_length(&self.source.plain_caption(item));
         Summary {
             data,
-            cut_captions: (0..self.source.count()).filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit)).count(),
+            cut_captions: (0..self.source.count())
+                .filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit))
+                .count(),
             modules: match &self.trained {
                 Trained::Adapter(trained) => Some((trained.adapter.modules(), trained.candidates)),
                 Trained::Whole(_) => None,

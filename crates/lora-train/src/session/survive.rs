@@ -82,7 +82,7 @@ impl Session {
 
     /// Applies the next remedy.
     fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
-        let (most, noun) = (self.micro_batch(batches), self.noun);
+        let (most, noun) = (self.micro_batch(batches), self.data.noun);
         let (remedy, permanent) = if most > 1 {
             let fewer = most.div_ceil(2);
             self.economy.micro_batch = Some(fewer);

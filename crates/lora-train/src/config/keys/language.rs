@@ -1,0 +1,163 @@
+//! Keys of texts and of language models: how records become rows of tokens, what of them is learned, and how answers are
+//! sampled. Which files there are is in [`super::data`].
+
+use super::{Extra, Given, Group, Key, Reads, Resumed, Setting};
+
+/// The keys of a language model.
+pub static KEYS: &[&Group] = &[&LOSS, &SAMPLES];
+
+/// How records become rows.
+pub static TEXTS: Group = Group {
+    section: "Texts",
+    behind: None,
+    keys: &[
+        Key {
+            name: "max_seq_length",
+            values: "16 …",
+            default: "2048",
+            meaning: "Tokens of a row at most. What is longer is treated as `long_documents` says.",
+            memory: "Activations grow with it; attention's work with its square.",
+            resumed: Resumed::Fixed(|config| config.extra.shown("max_seq_length")),
+            reads: Reads::Extra(|given| {
+                let length = given.count(1).unwrap_or(2048);
+                if !(16..=1 << 20).contains(&length) {
+                    given.problem(format!("expected 16 to {}, found {length}", 1 << 20));
+                }
+                Setting::Whole(length)
+            }),
+        },
+        Key {
+            name: "packing",
+            values: "true/false",
+            default: "false",
+            meaning: "Fill rows with several documents, up to `max_seq_length`. Each attends to itself alone and counts its positions from 0, so that the loss is that of single rows; fewer tokens are padding.",
+            memory: "Every row is as long as the longest.",
+            resumed: Resumed::Fixed(|config| config.extra.shown("packing")),
+            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        },
+        Key {
+            name: "train_on_inputs",
+            values: "true/false",
+            default: "false",
+            meaning: "Learn what the user and the system say, too. By default only answers are learned, with the token that ends them.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("train_on_inputs")),
+            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        },
+        Key {
+            name: "chat_template",
+            values: "a name or a path",
+            default: "the base's own",
+            meaning: "How conversations are laid out: the name of a known template, or a file with one (Jinja).",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("chat_template")),
+            reads: Reads::Extra(|given| given.text().map_or(Setting::Nothing, Setting::Text)),
+        },
+        Key {
+            name: "system_prompt",
+            values: "text",
+            default: "none",
+            meaning: "What the system says at the beginning of conversations in which it says nothing.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("system_prompt")),
+            reads: Reads::Extra(|given| given.text().map_or(Setting::Nothing, Setting::Text)),
+        },
+        Key {
+            name: "long_documents",
+            values: "split, truncate, skip, error",
+            default: "\"split\"",
+            meaning: "What becomes of documents longer than `max_seq_length`: `split` makes several rows of one, `truncate` leaves its end out, `skip` leaves it out, `error` ends the run. Whatever is left out is counted and named.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("long_documents")),
+            reads: Reads::Extra(|given| {
+                let known = ["split", "truncate", "skip", "error"].map(|name| (name, name));
+                Setting::Text(given.choice(&known).unwrap_or("split").to_owned())
+            }),
+        },
+        Key {
+            name: "overlap",
+            values: "0 …",
+            default: "0",
+            meaning: "Tokens that the rows of a split document share: the second row sees them as context and learns only what comes after.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("overlap")),
+            reads: Reads::Extra(|given| Setting::Whole(given.count(0).unwrap_or(0))),
+        },
+    ],
+};
+
+/// What is made of the loss.
+static LOSS: Group = Group {
+    section: "Texts",
+    behind: None,
+    keys: &[
+        Key {
+            name: "label_smoothing",
+            values: "0 … below 1",
+            default: "0",
+            meaning: "Share of each target that goes to all other tokens.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("label_smoothing")),
+            reads: Reads::Extra(|given| Setting::Number(given.probability().unwrap_or(0.0))),
+        },
+        Key {
+            name: "neftune_noise_alpha",
+            values: "above 0",
+            default: "none",
+            meaning: "Noise on the embeddings while training (NEFTune); 5 in the paper.",
+            memory: "A number for each element of the embedded rows.",
+            resumed: Resumed::Fixed(|config| config.extra.shown("neftune_noise_alpha")),
+            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
+        },
+    ],
+};
+
+/// How answers are sampled.
+static SAMPLES: Group = Group {
+    section: "Saving and looking",
+    behind: Some("sample_every_n_steps"),
+    keys: &[
+        Key {
+            name: "sample_max_new_tokens",
+            values: "1 …",
+            default: "128",
+            meaning: "Tokens of a sampled answer at most.",
+            memory: "Keys and values of its tokens, while it is sampled.",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Extra(|given| Setting::Whole(within(given, 128, 1 << 16))),
+        },
+        Key {
+            name: "sample_temperature",
+            values: "0 …",
+            default: "0",
+            meaning: "Temperature of sampled answers; 0 takes the likeliest token.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(0.0))),
+        },
+        Key {
+            name: "sample_top_p",
+            values: "above 0 … 1",
+            default: "1",
+            meaning: "Of sampled answers: the likeliest tokens that together have this probability.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Extra(|given| {
+                Setting::Number(given.number("a number above 0, up to 1", |p| p > 0.0 && p <= 1.0).unwrap_or(1.0))
+            }),
+        },
+    ],
+};
+
+fn within(given: &mut Given<'_>, default: usize, most: usize) -> usize {
+    let count = given.count(1).unwrap_or(default);
+    if count > most {
+        given.problem(format!("expected 1 to {most}, found {count}"));
+    }
+    count
+}
+
+/// A switch; off where there is no such key.
+pub(crate) fn switch(extra: &Extra, key: &str) -> bool {
+    extra.switch(key).unwrap_or(false)
+}
