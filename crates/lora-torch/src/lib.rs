@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod backend;
+pub mod blocks;
 pub mod checkpoint;
 mod cuda;
 pub mod device;
