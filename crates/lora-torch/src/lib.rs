@@ -17,6 +17,7 @@ pub mod memory;
 pub mod nf4;
 pub mod norm;
 pub mod profile;
+pub mod rotary;
 mod scaler;
 mod shim;
 pub mod staging;
