@@ -4,6 +4,7 @@ pub mod activation;
 pub mod backend;
 pub mod blocks;
 pub mod checkpoint;
+pub mod cross_entropy;
 mod cuda;
 pub mod device;
 pub mod dry;
