@@ -11,7 +11,7 @@
 #include <limits>
 #include <mutex>
 
-namespace {
+namespace lora::allocations {
 
 std::atomic<int64_t> live{0}, peak{0};
 
@@ -55,8 +55,6 @@ struct Counting final : c10::Allocator {
   void copy_data(void *to, const void *from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-} // namespace
-
 extern "C" {
 
 // Begins to count, once for the process. 1 if it counts; 0 where another allocator of a higher priority stands, or libtorch's
@@ -82,3 +80,5 @@ void lora_allocations_read(int64_t *now, int64_t *most) {
 void lora_allocations_reset_peak() { peak.store(live.load(std::memory_order_relaxed), std::memory_order_relaxed); }
 
 } // extern "C"
+
+} // namespace lora::allocations

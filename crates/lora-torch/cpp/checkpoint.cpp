@@ -13,7 +13,7 @@
 #include "guard.h"
 #include "dry/dry.h"
 
-namespace {
+namespace lora::checkpoint {
 
 // Computes the part: gives a new tensor, or null with a text that stays until this thread's next call.
 using Run = torch::Tensor *(*)(void *part, torch::Tensor **inputs, size_t count, const char **error);
@@ -95,8 +95,6 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
   }
 };
 
-} // namespace
-
 extern "C" {
 
 // Takes over `part`, whatever happens. Inputs of `host_from` bytes and more wait in host memory. The output is a new tensor.
@@ -113,3 +111,5 @@ int lora_checkpoint(void *part, Run run, Drop drop, torch::Tensor **inputs, size
 }
 
 } // extern "C"
+
+} // namespace lora::checkpoint

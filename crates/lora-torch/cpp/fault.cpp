@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <mutex>
 
-namespace {
+namespace lora::fault {
 
 // What is to fail on a thread; allocations are counted from 0 since it was set.
 struct Plan {
@@ -45,8 +45,6 @@ struct Failing : c10::Allocator {
   c10::Allocator *inner;
 };
 
-} // namespace
-
 extern "C" {
 
 // Lets allocations `first` to `first + count` of this thread fail, and all of at least `bytes` where that is not 0.
@@ -68,3 +66,5 @@ void lora_fault_counts(uint64_t *seen, uint64_t *failed, uint64_t *largest) {
 }
 
 } // extern "C"
+
+} // namespace lora::fault

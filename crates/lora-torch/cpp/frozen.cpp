@@ -1,6 +1,6 @@
 // Frozen linear layers and convolutions. Of an input nothing but its shape is kept (libtorch's own convolution keeps it for
 // a gradient of the weight that nobody asks for), and a weight that is stored in fewer bytes than it computes in is made
-// anew in the forward and again in the backward pass. How NF4 is made is in nf4.cpp.
+// anew in the forward and again in the backward pass. How weights are made whole is in stored.cpp.
 
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -8,129 +8,14 @@
 #include <torch/types.h>
 
 #include <algorithm>
-#include <memory>
-#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "guard.h"
-#include "kernels.h"
-#include "nf4.h"
-#include "staging.h"
-#include "dry/dry.h"
+#include "stored.h"
 
-extern "C" {
-
-// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null. With
-// `staging`, the tensors are in host memory, and the weight of that number there.
-struct LoraStored {
-  const torch::Tensor *values, *scale, *absmax, *nested, *offset;
-  const int64_t *shape;
-  size_t axes;
-  int portable;
-  const void *staging;
-  int64_t staged;
-};
-
-} // extern "C"
-
-namespace {
-
-// On the CPU large weights are worked on in tiles of about this many numbers, 8 MiB in f32: what is as large as some weights
-// (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of dequantising. Of
-// an f32 weight in one piece oneDNN makes such a copy itself.
-constexpr int64_t TILE = 1 << 21;
-
-// Outputs of a tile, each of `row` numbers; all of them where one tile is enough.
-int64_t tile_of(int64_t outputs, int64_t row) {
-  if (row * outputs <= TILE) return outputs;
-  // A tile of NF4 begins a block, and oneDNN fills channels up to sixteen.
-  const int64_t whole = std::lcm(lora::nf4::BLOCK / std::gcd(lora::nf4::BLOCK, row), int64_t(16));
-  return std::min(outputs, std::max(whole, TILE / row / whole * whole));
-}
-
-at::Tensor or_none(const torch::Tensor *tensor) { return tensor == nullptr ? at::Tensor() : *tensor; }
-
-struct Stored {
-  explicit Stored(const LoraStored &raw)
-      : values(*raw.values), scale(or_none(raw.scale)), nf4{values, or_none(raw.absmax), or_none(raw.nested), or_none(raw.offset)},
-        shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0), id(raw.staged) {
-    TORCH_CHECK(raw.axes >= 1, "a weight has a shape");
-    for (size_t axis = 1; axis < raw.axes; ++axis) row *= shape[axis];
-    if (raw.staging != nullptr) staging = *static_cast<const std::shared_ptr<lora::Staging> *>(raw.staging);
-  }
-
-  bool is_nf4() const { return nf4.absmax.defined(); }
-
-  int64_t tile() const { return lora::dry::as_on_cpu(values) ? tile_of(shape[0], row) : shape[0]; }
-
-  at::Tensor values, scale;
-  lora::nf4::Quantised nf4;
-  std::vector<int64_t> shape;
-  // Numbers of one output.
-  int64_t row = 1;
-  bool portable;
-  // Where it passes through on its way to the device, if it does.
-  std::shared_ptr<lora::Staging> staging;
-  int64_t id;
-};
-
-// A weight where it computes, for as long as this lives.
-class Present {
-public:
-  explicit Present(const Stored &own) : weight(own) {
-    if (!own.staging) return;
-    lease.emplace(own.staging, own.id);
-    const auto &parts = lease->parts;
-    weight.values = parts[0];
-    weight.scale = parts[1];
-    weight.nf4 = {parts[0], parts[2], parts[3], parts[4]};
-  }
-
-  const Stored &operator*() const { return weight; }
-
-private:
-  Stored weight;
-  std::optional<lora::Lease> lease;
-};
-
-// A weight while it is being made, rows of it or all.
-class Rows {
-public:
-  Rows(const Stored &own, at::ScalarType kind) : own(own), kind(kind) {
-    if (own.is_nf4() && !lora::nf4::by_kernel(own.nf4, own.portable)) most = lora::nf4::magnitudes(own.nf4);
-  }
-
-  at::Tensor operator()(int64_t start, int64_t count) const {
-    if (own.is_nf4()) {
-      std::vector<int64_t> shape = own.shape;
-      shape[0] = count;
-      return lora::nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
-    }
-    const at::Tensor stored = own.values.narrow(0, start, count);
-    if (own.scale.defined() && lora::dry::as_on_cuda(stored)) return at::empty(stored.sizes(), stored.options().dtype(kind));
-    const lora::Kernels *kernels = own.scale.defined() && stored.is_cuda() ? lora::kernels.load() : nullptr;
-    // It reads eight numbers at once.
-    if (kernels != nullptr && stored.is_contiguous() && start * own.row % 8 == 0) {
-      const at::Tensor rows = at::empty(stored.sizes(), stored.options().dtype(kind));
-      const float *scale = own.scale.const_data_ptr<float>() + start;
-      const bool fp8 = stored.scalar_type() == at::kFloat8_e4m3fn;
-      if (lora::done(kernels->scaled(stored.const_data_ptr(), fp8, scale, own.row, stored.numel(), static_cast<int>(kind),
-                                     rows.get_device(), rows.mutable_data_ptr()))) {
-        return rows;
-      }
-    }
-    const at::Tensor rows = stored.to(kind);
-    // With a factor the values are of 8 bits, so that these are a copy.
-    return own.scale.defined() ? rows.mul_(own.scale.narrow(0, start, count).to(kind)) : rows;
-  }
-
-private:
-  const Stored &own;
-  at::ScalarType kind;
-  at::Tensor most;
-};
+namespace lora::frozen {
 
 struct Layer : torch::CustomClassHolder {
   explicit Layer(const LoraStored &raw) : weight(raw) {}
@@ -141,7 +26,7 @@ struct Layer : torch::CustomClassHolder {
     const Present present(weight);
     const Stored &own = *present;
     // A product reads what is whole already where it is.
-    const bool as_it_is = !convolution && own.values.scalar_type() == kind && !own.scale.defined();
+    const bool as_it_is = !convolution && own.is_whole(kind);
     const int64_t outputs = own.shape[0], tile = groups > 1 || as_it_is ? outputs : own.tile();
     const Rows rows(own, kind);
     for (int64_t start = 0; start < outputs; start += tile) {
@@ -256,12 +141,7 @@ c10::IValue capsule_of(c10::intrusive_ptr<Layer> layer) {
   return c10::IValue::make_capsule(c10::static_intrusive_pointer_cast<torch::CustomClassHolder>(std::move(layer)));
 }
 
-} // namespace
-
 extern "C" {
-
-// What is made whole on CUDA is made so by these from now on; they stay.
-void lora_kernels(const lora::Kernels *kernels) { lora::kernels.store(kernels); }
 
 // The layer's output, a new tensor. `bias` may be null.
 int lora_frozen(const torch::Tensor *input, const LoraStored *weight, const torch::Tensor *bias, int convolution, int64_t stride,
@@ -285,16 +165,6 @@ int lora_frozen_low_rank(const torch::Tensor *input, const LoraStored *weight, c
   });
 }
 
-// The whole weight, a new tensor in `kind`.
-int lora_frozen_whole(const LoraStored *weight, int kind, torch::Tensor **output) {
-  return lora::guarded([&] {
-    const torch::NoGradGuard no_grad;
-    const Stored own(*weight);
-    const Present present(own);
-    const at::Tensor whole = Rows(*present, static_cast<at::ScalarType>(kind))(0, own.shape[0]);
-    // What is in the ring will be written over.
-    *output = new torch::Tensor(own.staging ? whole.clone() : whole);
-  });
-}
-
 } // extern "C"
+
+} // namespace lora::frozen

@@ -7,7 +7,7 @@
 
 #include "guard.h"
 
-namespace {
+namespace lora::geglu {
 
 struct Geglu : torch::autograd::Function<Geglu> {
   static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &projection) {
@@ -31,8 +31,6 @@ struct Geglu : torch::autograd::Function<Geglu> {
   }
 };
 
-} // namespace
-
 extern "C" {
 
 // A new tensor, half as wide.
@@ -44,3 +42,5 @@ int lora_geglu(const torch::Tensor *projection, torch::Tensor **output) {
 }
 
 } // extern "C"
+
+} // namespace lora::geglu

@@ -7,7 +7,7 @@
 
 #include "guard.h"
 
-namespace {
+namespace lora::norm_silu {
 
 struct Shape {
   explicit Shape(const at::Tensor &input) : items(input.size(0)), channels(input.size(1)), pixels(input.numel() / (items * channels)) {}
@@ -47,8 +47,6 @@ struct NormSilu : torch::autograd::Function<NormSilu> {
   }
 };
 
-} // namespace
-
 extern "C" {
 
 // A new tensor. The input has at least one element.
@@ -63,3 +61,5 @@ int lora_norm_silu(const torch::Tensor *input, const torch::Tensor *weight, cons
 }
 
 } // extern "C"
+
+} // namespace lora::norm_silu

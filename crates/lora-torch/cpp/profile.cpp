@@ -14,7 +14,7 @@
 
 #include "guard.h"
 
-namespace {
+namespace lora::profile {
 
 struct Counts {
   uint64_t work = 0, waits = 0;
@@ -91,8 +91,6 @@ void end(const at::RecordFunction &, at::ObserverContext *context) {
   own.waits += frame->waits;
 }
 
-} // namespace
-
 extern "C" {
 
 // Begins to count, on all threads. Not while it is counting already.
@@ -123,3 +121,5 @@ const char *lora_profile_stop() {
 }
 
 } // extern "C"
+
+} // namespace lora::profile

@@ -28,7 +28,7 @@
 #include "guard.h"
 #include "dry/dry.h"
 
-namespace {
+namespace lora::shim {
 
 using lora::guarded;
 
@@ -45,8 +45,6 @@ bool has_accelerator() {
   at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
   return true;
 }
-
-} // namespace
 
 extern "C" {
 
@@ -230,3 +228,5 @@ int lora_shim_foreach_norms(torch::Tensor **tensors, size_t count, double order,
 }
 
 } // extern "C"
+
+} // namespace lora::shim

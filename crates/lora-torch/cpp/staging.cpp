@@ -19,7 +19,7 @@
 #include "guard.h"
 #include "dry/dry.h"
 
-namespace {
+namespace lora::staging {
 
 // What every kernel is content with as the beginning of a tensor, and libtorch's own allocator gives.
 constexpr int64_t ALIGNMENT = 512;
@@ -315,8 +315,6 @@ private:
 
 using Handle = std::shared_ptr<lora::Staging>;
 
-} // namespace
-
 extern "C" {
 
 // The ring of a device (-1 the CPU, -2 the device without memory), to be freed by `lora_staging_drop`; layers that use it keep it
@@ -344,3 +342,5 @@ int lora_staging_add(void *staging, const torch::Tensor **parts, size_t count, t
 void lora_staging_counts(const void *staging, int64_t *out) { (*static_cast<const Handle *>(staging))->counts(out); }
 
 } // extern "C"
+
+} // namespace lora::staging

@@ -12,7 +12,7 @@
 
 #include "guard.h"
 
-namespace {
+namespace lora::stream {
 
 // Makes `stream` the current one of this thread while it lives. Each waits for what the other was given before, so that
 // memory may pass from one to the other.
@@ -56,8 +56,6 @@ struct Free {
   }
 };
 
-} // namespace
-
 extern "C" {
 
 // A stream that nobody else has; to be given back by `lora_stream_drop`.
@@ -94,3 +92,5 @@ int lora_stream_enter(const void *stream, void **scope) {
 void lora_stream_leave(void *scope) { delete static_cast<Scope *>(scope); }
 
 } // extern "C"
+
+} // namespace lora::stream

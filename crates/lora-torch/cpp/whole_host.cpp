@@ -9,7 +9,7 @@
 
 #include "guard.h"
 
-namespace {
+namespace lora::whole_host {
 
 // What CUDA gives to kernels.
 struct Index {
@@ -73,8 +73,6 @@ template <typename F> void threads(int64_t count, F &&kernel) {
   }
 }
 
-} // namespace
-
 extern "C" {
 
 // `parts` are packed, absmax, nested, offset, the dynamic map and the codes; `kind` is 0 for f32, 1 for f16, 2 for bf16.
@@ -104,3 +102,12 @@ int lora_host_scaled(const void *bytes, int fp8, const float *scale, int64_t row
 }
 
 } // extern "C"
+
+} // namespace lora::whole_host
+
+#undef __device__
+#undef __shared__
+#undef KERNEL
+#undef NUMBER
+#undef FROM_FLOAT
+#undef FROM_NUMBER

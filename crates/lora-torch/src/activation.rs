@@ -1,5 +1,5 @@
-//! GEGLU (Shazeer, "GLU Variants Improve Transformer", 2020), of which only the input is kept for the backward pass. Activations
-//! without a gate are libtorch's own; SiLU after a norm is in [`crate::norm`].
+//! Gated activations (Shazeer, "GLU Variants Improve Transformer", 2020), of which only the inputs are kept for the backward pass.
+//! Activations without a gate are libtorch's own; SiLU after a norm is in [`crate::norm`].
 
 use tch::Tensor;
 
@@ -8,6 +8,12 @@ use crate::shim::{RawTensor, new_tensor};
 
 unsafe extern "C" {
     fn lora_geglu(projection: *const RawTensor, output: *mut *mut RawTensor) -> std::ffi::c_int;
+    fn lora_gated(
+        gate: *const RawTensor,
+        up: *const RawTensor,
+        act: std::ffi::c_int,
+        output: *mut *mut RawTensor,
+    ) -> std::ffi::c_int;
 }
 
 /// The first half of the last axis times the exact GELU of the second, `[…, 2 · width]` to `[…, width]`. Output and gradients are
@@ -15,6 +21,40 @@ unsafe extern "C" {
 pub fn geglu(projection: &Tensor) -> Result<Tensor> {
     // SAFETY: a live `torch::Tensor*` for the length of the call; the shim takes references of its own.
     new_tensor(|output| unsafe { lora_geglu(projection.as_ptr(), output) })
+}
+
+/// The activation of a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// `x · sigmoid(x)`: SwiGLU, as Llama's.
+    Silu,
+    /// GELU by the error function.
+    Gelu,
+    /// GELU by the hyperbolic tangent, as Gemma's.
+    GeluTanh,
+}
+
+/// `act(gate) · up`, both of one shape and type; a new tensor. Output and gradients are those of libtorch's separate operations to
+/// the bit; nothing but the two is kept.
+///
+/// # Errors
+/// Where shapes or types differ, or memory runs out.
+pub fn gated(gate: &Tensor, up: &Tensor, act: Gate) -> Result<Tensor> {
+    let act = match act {
+        Gate::Silu => 0,
+        Gate::Gelu => 1,
+        Gate::GeluTanh => 2,
+    };
+    // SAFETY: live `torch::Tensor*` for the length of the call; the shim takes references of its own.
+    new_tensor(|output| unsafe { lora_gated(gate.as_ptr(), up.as_ptr(), act, output) })
+}
+
+/// `silu(gate) · up`: [`gated`] as most language models have it.
+///
+/// # Errors
+/// As [`gated`].
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gated(gate, up, Gate::Silu)
 }
 
 #[cfg(test)]
@@ -48,5 +88,40 @@ mod tests {
             }
         }
         assert!(geglu(&Tensor::ones([2, 3], (Kind::Float, Device::Cpu))).is_err());
+    }
+    #[test]
+    fn a_gate_is_the_two_operations_to_the_bit() {
+        seed(7);
+        for act in [Gate::Silu, Gate::Gelu, Gate::GeluTanh] {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+                // Halves of one projection, and tensors of their own.
+                let both = random(&[3, 7, 48]);
+                let halves = both.chunk(2, -1);
+                let own = [random(&[2, 40]), random(&[2, 40])];
+                for [gate, up] in [[&halves[0], &halves[1]], [&own[0], &own[1]]] {
+                    let toward = random(&gate.size());
+                    let run = |own: bool, trained: [bool; 2]| {
+                        let gate = gate.detach().set_requires_grad(trained[0]);
+                        let up = up.detach().set_requires_grad(trained[1]);
+                        let output = match (own, act) {
+                            (true, _) => gated(&gate, &up, act).unwrap(),
+                            (false, Gate::Silu) => gate.silu() * &up,
+                            (false, Gate::Gelu) => gate.gelu("none") * &up,
+                            (false, Gate::GeluTanh) => gate.gelu("tanh") * &up,
+                        };
+                        (&output * &toward).sum(Kind::Float).backward();
+                        let gradients = [gate, up].map(|leaf| leaf.grad()).into_iter().filter(Tensor::defined);
+                        (output.detach(), gradients.collect::<Vec<_>>())
+                    };
+                    for trained in [[true, true], [true, false], [false, true]] {
+                        assert_eq!(run(true, trained), run(false, trained), "{act:?} {kind:?} {trained:?}");
+                    }
+                }
+            }
+        }
+        let of = |shape: &[i64], kind| Tensor::ones(shape, (kind, Device::Cpu));
+        assert!(swiglu(&of(&[2, 3], Kind::Float), &of(&[2, 4], Kind::Float)).is_err());
+        assert!(swiglu(&of(&[2, 3], Kind::Float), &of(&[2, 3], Kind::Half)).is_err());
     }
 }

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use lora_core::Error as CoreError;
 use tch::TchError;
 
+use crate::blocks::BlockKind;
 use crate::frozen::Storage;
 
 /// What can go wrong between Rust and libtorch.
@@ -60,6 +61,16 @@ pub enum Error {
         shape: Vec<i64>,
         /// What it was to be stored as.
         storage: Storage,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A frozen weight cannot stay in the blocks that it has in a file.
+    #[error("a weight of shape {shape:?} cannot be used in blocks of {blocks}: {reason}")]
+    Blocks {
+        /// The weight's shape.
+        shape: Vec<i64>,
+        /// Its blocks.
+        blocks: BlockKind,
         /// Why not.
         reason: &'static str,
     },

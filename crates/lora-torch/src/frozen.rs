@@ -1,6 +1,7 @@
-//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output, or
-//! NF4 ([`crate::nf4`]), and made whole for one layer at a time, in the forward pass and again in the backward pass. Those of
-//! any of these forms may live in host memory and come to the device when they are needed ([`crate::staging`]).
+//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output,
+//! NF4 ([`crate::nf4`]), or as they lie in a file, in GGUF's blocks ([`crate::blocks`]) or 8-bit floats. They are made whole for
+//! one layer at a time, in the forward pass and again in the backward pass. Those of any of these forms may live in host memory
+//! and come to the device when they are needed ([`crate::staging`]).
 
 use std::ffi::{c_int, c_void};
 use std::fmt;
@@ -9,9 +10,11 @@ use lora_core::LayerGeometry;
 use tch::{Kind, Tensor};
 
 use crate::backend::apply_layer;
+use crate::blocks::BlockKind;
 use crate::nf4::Nf4;
 use crate::shim::{RawTensor, new_tensor};
 use crate::staging::Staging;
+use crate::tensor::from_bytes;
 use crate::{Error, Result};
 
 /// How frozen weights are stored.
@@ -58,13 +61,15 @@ enum Stored {
     Plain(Tensor),
     /// With a factor for each output, `[outputs, 1, …]`.
     Scaled { values: Tensor, scale: Tensor },
-    /// In blocks.
+    /// In blocks of 64.
     Nf4(Nf4),
+    /// Bytes of blocks as in GGUF files. `portable`: made whole by libtorch's operations alone.
+    Blocks { bytes: Tensor, kind: BlockKind, portable: bool },
 }
 
-/// `LoraStored` of `cpp/frozen.cpp`.
+/// `LoraStored` of `cpp/stored.h`.
 #[repr(C)]
-struct RawStored {
+pub(crate) struct RawStored {
     values: *const RawTensor,
     scale: *const RawTensor,
     absmax: *const RawTensor,
@@ -73,6 +78,7 @@ struct RawStored {
     shape: *const i64,
     axes: usize,
     portable: c_int,
+    blocks: c_int,
     staging: *const c_void,
     staged: i64,
 }
@@ -142,6 +148,57 @@ impl FrozenWeight {
         Ok(Self { stored, shape, kind, staged: None })
     }
 
+    /// As it lies in a GGUF file: `bytes` of a weight `[outputs, inputs]` in whole blocks, row after row, which stay as they are. It
+    /// computes in `kind`: f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// Where rows are not whole blocks, the number of bytes is not the shape's, `kind` is another, or memory runs out.
+    pub fn packed(bytes: &[u8], blocks: BlockKind, shape: [usize; 2], kind: Kind, device: tch::Device) -> Result<Self> {
+        let own_shape = shape.map(|side| side as i64).to_vec();
+        let refused = |reason| Err(Error::Blocks { shape: own_shape.clone(), blocks, reason });
+        if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {
+            return refused("what computes with it is not in f32, bf16 or f16");
+        }
+        let Some(expected) = blocks.bytes(shape) else { return refused("its rows are not whole blocks") };
+        if expected == 0 {
+            return refused("it has no elements");
+        }
+        if bytes.len() != expected {
+            return Err(Error::Size { what: format!("a weight in {blocks}"), expected, found: bytes.len() });
+        }
+        let bytes = from_bytes("blocks", bytes, Kind::Uint8, &[expected], Kind::Uint8, device)?;
+        Ok(Self {
+            stored: Stored::Blocks { bytes, kind: blocks, portable: false },
+            shape: own_shape,
+            kind,
+            staged: None,
+        })
+    }
+
+    /// As it lies in a file of 8-bit floats: `values` are of e4m3, `scale`, where there is one, is a factor for all of them (one
+    /// number) or for each output (`[outputs]`, or that with further axes of 1). It computes in `kind`, to which the factors
+    /// are rounded as well.
+    ///
+    /// # Errors
+    /// Where `values` are of another type, the scale is of another shape, as one for each tile of a matrix, or memory runs out.
+    pub fn float8(values: Tensor, scale: Option<&Tensor>, kind: Kind) -> Result<Self> {
+        let shape = values.size();
+        let refused = |reason| Err(Error::Storage { shape: values.size(), storage: Storage::Float8, reason });
+        if values.kind() != Kind::Float8e4m3fn || shape.is_empty() || values.numel() == 0 {
+            return refused("its values are not numbers of e4m3 along axes");
+        }
+        let Some(scale) = scale else { return Ok(Self { stored: Stored::Plain(values), shape, kind, staged: None }) };
+        let mut one_each = vec![1; shape.len()];
+        one_each[0] = shape[0];
+        let scale = match scale.numel() as i64 {
+            1 => scale.f_reshape([1])?.f_expand([shape[0]], false)?,
+            count if count == shape[0] && scale.size().first() == Some(&count) => scale.f_reshape([count])?,
+            _ => return refused("its scale is neither one number nor one for each output"),
+        };
+        let scale = scale.f_to_device(values.device())?.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(&*one_each)?;
+        Ok(Self { stored: Stored::Scaled { values, scale }, shape, kind, staged: None })
+    }
+
     /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are moved before
     /// the first is used.
     pub fn staged(self, staging: &Staging) -> Result<Self> {
@@ -158,6 +215,10 @@ impl FrozenWeight {
                 let parts = [Some(own.packed()), None, Some(own.absmax()), Some(own.nested()), Some(own.offset())];
                 let ([packed, _, absmax, nested, offset], id) = staging.add(parts)?;
                 (Stored::Nf4(own.moved(host(packed)?, host(absmax)?, host(nested)?, host(offset)?)), id)
+            }
+            Stored::Blocks { bytes, kind, portable } => {
+                let ([bytes, ..], id) = staging.add([Some(&bytes), None, None, None, None])?;
+                (Stored::Blocks { bytes: host(bytes)?, kind, portable }, id)
             }
         };
         Ok(Self { stored, staged: Some((staging.clone(), id)), ..self })
@@ -182,6 +243,7 @@ impl FrozenWeight {
         match &self.stored {
             Stored::Plain(values) | Stored::Scaled { values, .. } => values.device(),
             Stored::Nf4(own) => own.packed().device(),
+            Stored::Blocks { bytes, .. } => bytes.device(),
         }
     }
 
@@ -192,6 +254,7 @@ impl FrozenWeight {
             Stored::Plain(values) => of(values),
             Stored::Scaled { values, scale } => of(values) + of(scale),
             Stored::Nf4(own) => [own.packed(), own.absmax(), own.nested(), own.offset()].into_iter().map(of).sum(),
+            Stored::Blocks { bytes, .. } => of(bytes),
         }
     }
 
@@ -250,12 +313,13 @@ impl FrozenWeight {
     }
 
     /// Pointers into `self`.
-    fn raw(&self) -> RawStored {
+    pub(crate) fn raw(&self) -> RawStored {
         let none = std::ptr::null();
-        let (values, scale, nf4) = match &self.stored {
-            Stored::Plain(values) => (values.as_ptr(), none, None),
-            Stored::Scaled { values, scale } => (values.as_ptr(), scale.as_ptr(), None),
-            Stored::Nf4(own) => (own.packed().as_ptr(), none, Some(own)),
+        let (values, scale, nf4, blocks, portable) = match &self.stored {
+            Stored::Plain(values) => (values.as_ptr(), none, None, None, false),
+            Stored::Scaled { values, scale } => (values.as_ptr(), scale.as_ptr(), None, None, false),
+            Stored::Nf4(own) => (own.packed().as_ptr(), none, Some(own), None, own.is_portable()),
+            Stored::Blocks { bytes, kind, portable } => (bytes.as_ptr(), none, None, Some(kind), *portable),
         };
         RawStored {
             values,
@@ -265,7 +329,8 @@ impl FrozenWeight {
             offset: nf4.map_or(none, |own| own.offset().as_ptr()),
             shape: self.shape.as_ptr(),
             axes: self.shape.len(),
-            portable: nf4.is_some_and(Nf4::is_portable).into(),
+            portable: portable.into(),
+            blocks: blocks.map_or(0, |kind| kind.gguf() as c_int),
             staging: self.staged.as_ref().map_or(std::ptr::null(), |(staging, _)| staging.as_ptr()),
             staged: self.staged.as_ref().map_or(0, |(_, id)| *id),
         }
@@ -430,6 +495,90 @@ mod tests {
             output.kind() == Kind::BFloat16 && down.grad().defined() && !input.grad().defined() && !up.grad().defined()
         );
         assert!(own.apply_low_rank(&input, None, &up, &down, 1.0).is_err());
+    }
+
+    /// Random blocks with factors from 1e-3 to 0.1, as weights have them.
+    fn random_blocks(blocks: BlockKind, shape: [usize; 2]) -> Vec<u8> {
+        let (size, factors) = match blocks {
+            BlockKind::Q4_0 | BlockKind::Q5_0 | BlockKind::Q8_0 => (blocks.block().1, &[0][..]),
+            BlockKind::Q6_K => (blocks.block().1, &[208][..]),
+            _ => (blocks.block().1, &[0, 2][..]),
+        };
+        let mut stream = lora_core::random::Stream::new(blocks.gguf().into());
+        let mut bytes: Vec<u8> = (0..blocks.bytes(shape).unwrap()).map(|_| stream.next_u32() as u8).collect();
+        for block in bytes.chunks_exact_mut(size) {
+            for &place in factors {
+                let factor = half::f16::from_f32(1e-3 + 0.099 * stream.next_u32() as f32 / u32::MAX as f32);
+                block[place..place + 2].copy_from_slice(&factor.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// What runs where there are no loops, tried on the CPU: several chunks, and tiles.
+    #[test]
+    fn blocks_by_libtorchs_operations_are_those_of_the_loops() {
+        for blocks in BlockKind::ALL {
+            for (shape, kind) in [
+                ([3, 512], Kind::Half),
+                ([1100, 4096], Kind::BFloat16),
+                ([2, 768], Kind::Float),
+                ([1, 256], Kind::Float),
+            ] {
+                let bytes = random_blocks(blocks, shape);
+                let own = FrozenWeight::packed(&bytes, blocks, shape, kind, Device::Cpu).unwrap();
+                let mut other = FrozenWeight::packed(&bytes, blocks, shape, kind, Device::Cpu).unwrap();
+                let Stored::Blocks { portable, .. } = &mut other.stored else { panic!("{other:?}") };
+                *portable = true;
+                assert!(own.whole().unwrap().equal(&other.whole().unwrap()), "{blocks} {shape:?} {kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn layers_in_blocks_compute_what_their_whole_weights_do() {
+        let staging = Staging::new(Device::Cpu).unwrap();
+        let layers = BlockKind::ALL.map(|blocks| {
+            // Two tiles.
+            let shape = [1100, 2048];
+            let bytes = random_blocks(blocks, shape);
+            let own = FrozenWeight::packed(&bytes, blocks, shape, Kind::Float, Device::Cpu).unwrap();
+            let whole = own.whole().unwrap();
+            (blocks, own.staged(&staging).unwrap(), whole)
+        });
+        for (blocks, own, whole) in layers {
+            let (a, b) = (random(&[3, 2048]).set_requires_grad(true), random(&[3, 2048]).set_requires_grad(true));
+            let output = own.apply(&LayerGeometry::linear(2048, 1100), &a, None).unwrap();
+            let expected = b.linear(&whole, None::<&Tensor>);
+            let toward = random(&[3, 1100]);
+            (&output * &toward).sum(Kind::Float).backward();
+            (&expected * &toward).sum(Kind::Float).backward();
+            for (own, expected) in [(output, expected), (a.grad(), b.grad())] {
+                let apart = largest(&(&own - &expected)) / largest(&expected);
+                assert!(apart < 2e-6, "{blocks}: {apart}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_of_8_bits_come_from_a_file_as_they_are() {
+        let whole = random(&[6, 10]);
+        let values = whole.to_kind(Kind::Float8e4m3fn);
+        let back = values.to_kind(Kind::Float);
+        let of = |scale: Option<&Tensor>| FrozenWeight::float8(values.shallow_clone(), scale, Kind::Float);
+        assert!(of(None).unwrap().whole().unwrap().equal(&back));
+        let one = Tensor::from(0.25f32);
+        assert!(of(Some(&one)).unwrap().whole().unwrap().equal(&(&back * &one)));
+        assert!(of(Some(&one.view([1]))).unwrap().whole().unwrap().equal(&(&back * &one)));
+        let each = random(&[6, 1]);
+        assert!(of(Some(&each)).unwrap().whole().unwrap().equal(&(&back * &each)));
+        assert!(of(Some(&each.view([6]))).unwrap().whole().unwrap().equal(&(&back * &each)));
+        let output = of(Some(&each)).unwrap().apply(&LayerGeometry::linear(10, 6), &random(&[2, 10]), None).unwrap();
+        assert_eq!(output.size(), [2, 6]);
+        // A factor for each tile of a matrix, and values of another type.
+        for refused in [of(Some(&random(&[3, 2]))), FrozenWeight::float8(whole, None, Kind::Float)] {
+            assert!(matches!(refused, Err(Error::Storage { storage: Storage::Float8, .. })));
+        }
     }
 
     unsafe extern "C" {

@@ -2,7 +2,9 @@
 
 pub mod activation;
 pub mod backend;
+pub mod blocks;
 pub mod checkpoint;
+pub mod cross_entropy;
 mod cuda;
 pub mod device;
 pub mod dry;
@@ -16,6 +18,7 @@ pub mod memory;
 pub mod nf4;
 pub mod norm;
 pub mod profile;
+pub mod rotary;
 mod scaler;
 mod shim;
 pub mod staging;
