@@ -10,7 +10,7 @@ use lora_core::random::Stream;
 use crate::cache::DiskCache;
 use crate::finding::Finding;
 use crate::sampler::{EpochSampler, Visit, Visits};
-use crate::texts::TextSample;
+use crate::texts::TokenRow;
 use crate::{Error, Result, Sample};
 
 /// What decides which items may share a batch: only those of equal shape do.
@@ -41,8 +41,8 @@ impl fmt::Display for Shape {
 pub enum Example {
     /// A picture at the size that it is trained at, with its mask.
     Picture(Sample),
-    /// A text as it was read.
-    Text(TextSample),
+    /// A row of tokens.
+    Tokens(TokenRow),
 }
 
 /// What makes the data of a run what they are: names and values, which a resumed run must share.
@@ -96,6 +96,12 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// How much an item counts in the loss.
     fn loss_weight(&self, _item: usize) -> f64 {
+        1.0
+    }
+
+    /// How much of a step's loss an item is: the number of its learned tokens for texts, 1 for a picture. The losses of a
+    /// step's items are weighed by it.
+    fn measure(&self, _item: usize) -> f64 {
         1.0
     }
 
