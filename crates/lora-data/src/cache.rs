@@ -24,6 +24,8 @@ use crate::{Error, Result};
 const FORMAT: &str = "lora-cache-1";
 /// Where an entry's file says what its bytes hash to.
 const CHECKSUM: &str = "sha256";
+/// Hexadecimal digits of a checksum.
+const CHECKSUM_LENGTH: usize = 64;
 /// Hashes of files by what the file system says of them.
 const INDEX: &str = "contents.tsv";
 /// A file this young may change again without its times changing.
@@ -127,6 +129,25 @@ impl DiskCache {
         let metadata = BTreeMap::from([(CHECKSUM.to_owned(), checksum(tensors))]);
         safetensors::write_with(&path, Durability::Unsynced, tensors, &metadata)?;
         Ok(())
+    }
+
+    /// An entry that is no tensors; `None` where there is none or it is damaged.
+    pub fn get_bytes(&self, key: &Key) -> Option<Vec<u8>> {
+        let whole = fs::read(self.path(key).with_extension("bin")).ok()?;
+        let (checksum, bytes) = whole.split_at_checked(CHECKSUM_LENGTH)?;
+        (checksum == digest([bytes]).as_bytes()).then(|| bytes.to_vec())
+    }
+
+    /// Puts an entry into place that is no tensors: its checksum, then its bytes.
+    pub fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<()> {
+        let path = self.path(key).with_extension("bin");
+        let folder = path.parent().unwrap_or(&self.folder);
+        fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
+        let checksum = digest([bytes]);
+        Ok(atomic::write_with(&path, Durability::Unsynced, |file| {
+            file.write_all(checksum.as_bytes())?;
+            file.write_all(bytes)
+        })?)
     }
 
     /// Keeps the hashes of files for the next run.
@@ -250,6 +271,22 @@ mod tests {
         }
         cache.put(&key, &tensors(1.0)).unwrap();
         assert!(cache.get(&key).is_some());
+    }
+
+    #[test]
+    fn entries_of_bytes_come_back_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = DiskCache::open(folder.path()).unwrap();
+        let key = cache.key(&["bytes"]);
+        assert_eq!(cache.get_bytes(&key), None);
+        cache.put_bytes(&key, b"tokens").unwrap();
+        assert_eq!(cache.get_bytes(&key).as_deref(), Some(b"tokens".as_slice()));
+        let path = cache.path(&key).with_extension("bin");
+        let whole = fs::read(&path).unwrap();
+        for damaged in [&whole[..whole.len() - 1], &whole[..10], b""] {
+            fs::write(&path, damaged).unwrap();
+            assert_eq!(cache.get_bytes(&key), None);
+        }
     }
 
     #[test]

@@ -34,6 +34,22 @@ pub enum Error {
         /// What was expected and what found.
         reason: String,
     },
+    /// A tokenizer that cannot be read or used.
+    #[error("{path}: not a usable tokenizer: {reason}", path = path.display())]
+    Tokenizer {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is the matter, and what would work.
+        reason: String,
+    },
+    /// A chat template that cannot be read, or that refuses a conversation.
+    #[error("chat template of {origin}: {reason}")]
+    Template {
+        /// Where the template is from: a file, or its name in one.
+        origin: String,
+        /// What the template itself says, or what is wrong with it.
+        reason: String,
+    },
     /// A folder without pictures.
     #[error("{path}: no pictures found (looked for {looked_for}); {found}", path = path.display())]
     Empty {
@@ -78,6 +94,7 @@ impl Error {
             Error::Io { path, .. }
             | Error::Picture { path, .. }
             | Error::Caption { path, .. }
+            | Error::Tokenizer { path, .. }
             | Error::Empty { path, .. } => Some(path),
             _ => None,
         }
@@ -87,7 +104,7 @@ impl Error {
     pub fn reason(&self) -> String {
         match self {
             Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
-            Error::Picture { reason, .. } => reason.clone(),
+            Error::Picture { reason, .. } | Error::Tokenizer { reason, .. } => reason.clone(),
             Error::Caption { line: Some(line), reason, .. } => format!("line {line}: {reason}"),
             Error::Caption { reason, .. } => reason.clone(),
             other => other.to_string(),
@@ -101,6 +118,10 @@ impl Error {
 
     pub(crate) fn picture(path: &Path, reason: impl Into<String>) -> Self {
         Error::Picture { path: path.to_owned(), reason: reason.into() }
+    }
+
+    pub(crate) fn tokenizer(path: &Path, reason: impl Into<String>) -> Self {
+        Error::Tokenizer { path: path.to_owned(), reason: reason.into() }
     }
 
     pub(crate) fn caption(path: &Path, line: Option<usize>, reason: impl Into<String>) -> Self {

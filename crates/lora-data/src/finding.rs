@@ -18,6 +18,11 @@ macro_rules! kinds {
                 match self { $(Self::$variant => $name),* }
             }
 
+            /// By its name.
+            pub(crate) fn of_name(name: &str) -> Option<Self> {
+                match name { $($name => Some(Self::$variant),)* _ => None }
+            }
+
             /// What to do about it.
             pub fn remedy(self) -> &'static str {
                 match self { $(Self::$variant => $remedy),* }
@@ -78,6 +83,22 @@ kinds! {
     Bright "bright" Advice "darken or remove it";
     /// A picture whose mask could not be found.
     MissingMask "missing-mask" Advice "add the mask; without one all of the picture counts";
+    /// A record of a text dataset that cannot be used.
+    TextRecord "text-record" Lost "correct the record as the message says";
+    /// A conversation that its chat template refuses.
+    TemplateRefused "template-refused" Lost "bring its turns into the form that the template asks for, or choose another chat_template";
+    /// A record of which no token is learned.
+    NothingLearned "nothing-learned" Lost "give it an answer, or set train_on_inputs = true";
+    /// A record that is left out because it is too long.
+    TextSkipped "text-skipped" Lost "raise max_seq_length, or set long_documents = split";
+    /// A record of which the end is cut off.
+    TextCut "text-cut" Warning "raise max_seq_length, or set long_documents = split";
+    /// A record that became several rows.
+    TextSplit "text-split" Advice "raise max_seq_length where the pieces need each other";
+    /// A special token in what somebody says.
+    SpecialToken "special-token" Warning "remove it, unless it is meant: it acts as that token wherever it is written";
+    /// An answer that no special token ends.
+    EndlessAnswer "endless-answer" Warning "choose a chat_template that ends a turn with a special token";
 }
 
 /// How much a finding matters.

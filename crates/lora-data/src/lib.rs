@@ -17,6 +17,7 @@ pub mod report;
 pub mod sample;
 pub mod sampler;
 pub mod source;
+pub mod template;
 pub mod texts;
 pub mod tokenizer;
 

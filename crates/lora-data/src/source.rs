@@ -11,7 +11,7 @@ use lora_io::metadata::TrainingRecord;
 use crate::cache::DiskCache;
 use crate::finding::Finding;
 use crate::sampler::{EpochSampler, Visit, Visits};
-use crate::texts::TextSample;
+use crate::texts::TokenRow;
 use crate::{Error, Result, Sample};
 
 /// What decides which items may share a batch: only those of equal shape do.
@@ -42,8 +42,8 @@ impl fmt::Display for Shape {
 pub enum Example {
     /// A picture at the size that it is trained at, with its mask.
     Picture(Sample),
-    /// A text as it was read.
-    Text(TextSample),
+    /// A row of tokens.
+    Tokens(TokenRow),
 }
 
 /// What makes the data of a run what they are: names and values, which a resumed run must share.
@@ -68,6 +68,22 @@ pub struct Overview {
     pub lines: Vec<(&'static str, Vec<String>)>,
     /// What was noticed.
     pub notes: Vec<String>,
+}
+
+impl fmt::Display for Overview {
+    /// A line for each subject and its further ones below; notes are not among them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let left_out = if self.left_out > 0 { format!(" ({} skipped)", self.left_out) } else { String::new() };
+        write!(f, "{:<10} {}{left_out}", format!("{}:", self.noun), self.items)?;
+        for (subject, lines) in &self.lines {
+            let mut label = format!("{subject}:");
+            for line in lines {
+                write!(f, "\n{label:<10} {line}")?;
+                label.clear();
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A dataset, or several as one. Items are numbered from 0.
