@@ -41,7 +41,7 @@ impl Pass {
         &self,
         block: &Shared<B>,
         inputs: &[&Tensor],
-        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+        run: impl Fn(&B, &[Tensor], &Pass) -> Result<Tensor> + Send + 'static,
     ) -> Result<Tensor> {
         let wait = if self.inputs_in_host { Inputs::InHost } else { Inputs::Kept };
         self.part(self.recompute.then_some(wait), block, inputs, run)
@@ -52,7 +52,7 @@ impl Pass {
         &self,
         part: &Shared<B>,
         inputs: &[&Tensor],
-        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+        run: impl Fn(&B, &[Tensor], &Pass) -> Result<Tensor> + Send + 'static,
     ) -> Result<Tensor> {
         self.part(self.recompute_feed_forward.then_some(Inputs::Kept), part, inputs, run)
     }
@@ -63,7 +63,7 @@ impl Pass {
         wait: Option<Inputs>,
         block: &Shared<B>,
         inputs: &[&Tensor],
-        run: fn(&B, &[Tensor], &Pass) -> Result<Tensor>,
+        run: impl Fn(&B, &[Tensor], &Pass) -> Result<Tensor> + Send + 'static,
     ) -> Result<Tensor> {
         let Some(wait) = wait else {
             let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
@@ -76,7 +76,7 @@ impl Pass {
 }
 
 /// An error as the crates below know it.
-fn torch(error: Error) -> lora_torch::Error {
+pub(crate) fn torch(error: Error) -> lora_torch::Error {
     match error {
         Error::Torch(error) => error,
         other => lora_torch::Error::Torch(other.to_string()),
@@ -169,6 +169,23 @@ impl AdaptableLayer {
     /// A convolution with bias, padded so that a stride of 1 keeps the size.
     pub fn conv2d(weights: &Weights<'_>, inputs: usize, outputs: usize, kernel: usize, stride: usize) -> Result<Self> {
         Self::new(weights, LayerGeometry::conv2d(inputs, outputs, kernel, stride, kernel / 2), true)
+    }
+
+    /// A table that row numbers look up, `[entries, width]`, held as it is on the device: a look-up reads few of its
+    /// rows, so that making all of it whole, or bringing it from elsewhere, would not pay.
+    pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize) -> Result<Self> {
+        Self::new(&weights.resident(), LayerGeometry::Embedding { entries, width }, false)
+    }
+
+    /// The linear layer that an embedding's table is when it is read the other way round, `y = W x`; the table is held
+    /// once. `path` is the layer's own.
+    pub fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
+        let weight = match &embedding.weight {
+            LayerWeight::Frozen(weight) => LayerWeight::Frozen(FrozenWeight::plain(weight.whole()?)),
+            LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },
+        };
+        let geometry = LayerGeometry::linear(embedding.geometry.outputs(), embedding.geometry.inputs());
+        Ok(Self { path: path.to_owned(), weight, bias: None, geometry, adapter: None })
     }
 
     /// A layer of any geometry.

@@ -6,8 +6,8 @@
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
 
-use lora_core::HostTensor;
 use lora_core::random::{fnv1a64, philox4x32};
+use lora_core::{DType, HostTensor};
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -121,6 +121,26 @@ impl<'s> Weights<'s> {
         Self { held, ..self }
     }
 
+    /// The same where frozen weights are in the compute dtype on the device, whatever was asked for.
+    #[must_use]
+    pub fn resident(&self) -> Self {
+        let held = match &self.held {
+            Held::Frozen(_) => Held::default(),
+            trained @ Held::Trained(_) => trained.clone(),
+        };
+        Self { held, ..self.clone() }
+    }
+
+    /// The same where frozen weights are in the compute dtype, wherever they were asked to be.
+    #[must_use]
+    pub fn unpacked(&self) -> Self {
+        let held = match &self.held {
+            Held::Frozen(frozen) => Held::Frozen(Frozen { storage: None, staging: frozen.staging.clone() }),
+            trained @ Held::Trained(_) => trained.clone(),
+        };
+        Self { held, ..self.clone() }
+    }
+
     /// The weight of a layer, held as was asked for; small frozen ones are in the compute dtype on the device.
     pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
         let weight = self.tensor(name, shape)?;
@@ -143,6 +163,16 @@ impl<'s> Weights<'s> {
     /// What the network computes in.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Where it computes.
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Whether the source has a weight of this scope.
+    pub fn contains(&self, name: &str) -> bool {
+        self.source.contains(&self.path(name))
     }
 
     /// The scope below this one.
@@ -254,6 +284,17 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.
     fn load(&self, name: &str, _shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        if self.gguf().is_some() {
+            let values = self.values(name)?;
+            self.release(name);
+            let shape = values.shape();
+            let stored = match values.dtype() {
+                DType::F16 => Kind::Half,
+                DType::BF16 => Kind::BFloat16,
+                _ => Kind::Float,
+            };
+            return Ok(lora_torch::tensor::from_bytes(name, values.bytes(), stored, shape, kind, device)?);
+        }
         let view = self.tensor(name)?;
         let stored = match view.dtype() {
             lora_io::safetensors::StoredDType::F16 => Kind::Half,

@@ -1,13 +1,15 @@
 //! Reading diffusers' layout: a folder with a folder of weights and their `config.json` for each component.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
 use lora_core::Component;
 
 use super::{Checkpoint, Group, read_json, refused, shapes};
-use crate::family::{BaseNames, Family};
+use crate::error::listed;
+use crate::family::{BaseNames, Family, language};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -31,7 +33,7 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
         .map(|name| Ok(Folder { name, files: open_files(&path.join(name))? }))
         .collect::<Result<_>>()?;
     if folders.is_empty() {
-        return Err(without_components(path, families));
+        return without_components(path, families);
     }
     let mut names = BaseNames::default();
     for folder in &folders {
@@ -64,22 +66,27 @@ impl Checkpoint {
     }
 }
 
-/// The error of a folder that holds no component's folder.
-fn without_components(path: &Path, families: &[&'static Family]) -> Error {
+/// A folder that holds no component's folder: a language model, or an error that says what it is.
+fn without_components(path: &Path, families: &[&'static Family]) -> Result<Checkpoint> {
     if path.join("adapter_config.json").exists() {
-        return Error::Family { path: path.to_owned(), found: "a PEFT adapter, not a base model".into() };
+        return Err(Error::Family { path: path.to_owned(), found: "a PEFT adapter, not a base model".into() });
     }
-    match open_files(path) {
-        Ok(files) => {
-            let mut names = BaseNames::default();
-            files.iter().for_each(|file| names.add(None, shapes(file)));
-            refused(path, Family::of_base(&names, families).ok_or(families), &names, &files)
-        }
-        Err(_) => {
-            let folders: Vec<&str> = component_folders(families).into_iter().collect();
-            let found = format!("a folder without weights and without any of the folders {}", folders.join(", "));
-            Error::Family { path: path.to_owned(), found }
-        }
+    let has_weights = fs::read_dir(path).map_err(Error::io(path, "list"))?.flatten().any(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name.contains("model") && ["safetensors", ".index.json", ".bin"].iter().any(|end| name.ends_with(end))
+    });
+    if !has_weights {
+        let folders: Vec<&str> = component_folders(families).into_iter().collect();
+        let found = format!("a folder without weights and without any of the folders {}", folders.join(", "));
+        return Err(Error::Family { path: path.to_owned(), found });
+    }
+    let files = open_files(path)?;
+    let mut names = BaseNames::default();
+    files.iter().for_each(|file| names.add(None, shapes(file)));
+    match Family::of_base(&names, families) {
+        Some(family) if *family == language::FAMILY => super::language::open_folder(path, &files),
+        other => Err(refused(path, other.ok_or(families), &names, &files)),
     }
 }
 
@@ -87,7 +94,7 @@ fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
     weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(SafetensorsFile::open(file)?))).collect()
 }
 
-/// The weight files of a diffusers component: one file, or the shards of an index.
+/// The weight files of a folder: one file, or the shards of an index.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     for stem in ["diffusion_pytorch_model", "model"] {
         for variant in ["", ".fp16"] {
@@ -122,6 +129,20 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
             return Err(Error::format(index, format!("shard `{name}` is not a file of this folder")));
         }
         files.insert(folder.join(name));
+    }
+    let missing: Vec<String> = files
+        .iter()
+        .filter(|file| !file.exists())
+        .map(|file| format!("`{}`", file.file_name().unwrap_or_default().to_string_lossy()))
+        .collect();
+    if !missing.is_empty() {
+        let reason = format!(
+            "names {} of {} files that are not there: {}; is the download complete?",
+            missing.len(),
+            files.len(),
+            listed(&missing)
+        );
+        return Err(Error::format(index, reason));
     }
     Ok(files.into_iter().collect())
 }

@@ -5,9 +5,11 @@
 //! |---|---|
 //! | `ldm` | reading the original layout: one file with a prefix for each component |
 //! | `diffusers` | reading a folder with a folder for each component |
+//! | `language` | reading a language model: a folder of its own, or one GGUF file |
 //! | `write` | writing the original layout |
 
 mod diffusers;
+mod language;
 mod ldm;
 mod write;
 
@@ -19,11 +21,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use lora_core::Component;
+use lora_core::{Component, HostTensor};
 use sha2::{Digest, Sha256};
 
 use crate::family::tree::{Depths, Piece, Tree};
 use crate::family::{BaseNames, FAMILIES, Family, describe};
+use crate::gguf::{GgufFile, LanguageModel, Packed};
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
@@ -41,12 +44,15 @@ pub struct Checkpoint {
 }
 
 /// The weights of one component under diffusers' (U-Net, transformer, autoencoder) or transformers' (text encoder, CLIP's
-/// always with its `text_model.` level) names.
+/// always with its `text_model.` level; language model) names.
 #[derive(Debug)]
 pub struct ComponentWeights {
     path: PathBuf,
     files: Vec<Arc<SafetensorsFile>>,
+    /// Weights of the files.
     entries: BTreeMap<String, Place>,
+    /// Or a file that holds all of them under other names, and quantised.
+    gguf: Option<LanguageModel>,
     config: Option<serde_json::Value>,
 }
 
@@ -89,7 +95,8 @@ impl<'n> Group<'n> {
 }
 
 impl Checkpoint {
-    /// Opens a single file in the original layout or a diffusers folder.
+    /// Opens a single file in the original layout, a diffusers folder, or a language model: Hugging Face's folder or one
+    /// GGUF file.
     ///
     /// # Errors
     ///
@@ -107,7 +114,13 @@ impl Checkpoint {
     pub fn open_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Result<Self> {
         let path = path.as_ref();
         let kind = fs::metadata(path).map_err(Error::io(path, "open the base model"))?;
-        if kind.is_dir() { diffusers::open(path, families) } else { ldm::open(path, families) }
+        if kind.is_dir() {
+            diffusers::open(path, families)
+        } else if language::is_gguf(path, families)? {
+            language::open_gguf(path)
+        } else {
+            ldm::open(path, families)
+        }
     }
 
     fn new(path: &Path, family: &'static Family) -> Self {
@@ -184,7 +197,7 @@ impl Checkpoint {
     }
 
     fn complete(self) -> Result<Self> {
-        let there = |component| self.components.get(&component).is_some_and(|weights| !weights.entries.is_empty());
+        let there = |component| self.components.get(&component).is_some_and(|weights| weights.names().next().is_some());
         let required = self.family.components.iter().filter(|names| names.required);
         match required.map(|names| names.component).find(|&component| !there(component)) {
             Some(component) => Err(self.lacks(component)),
@@ -244,7 +257,7 @@ impl Place {
 
 impl ComponentWeights {
     fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), config: None }
+        Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), gguf: None, config: None }
     }
 
     fn add(&mut self, file: &Arc<SafetensorsFile>, stored: &str, canonical: String, piece: Piece) -> Result<()> {
@@ -272,29 +285,64 @@ impl ComponentWeights {
         &self.path
     }
 
-    /// The folder's `config.json`; `None` in a single file.
+    /// The folder's `config.json`, or what a GGUF file's header says in its words; `None` in a single safetensors file.
     pub fn config(&self) -> Option<&serde_json::Value> {
         self.config.as_ref()
     }
 
     /// Names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        self.entries.keys().map(String::as_str).chain(self.gguf.iter().flat_map(LanguageModel::names))
     }
 
     /// Whether there is a weight.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
+        self.shape(name).is_some()
     }
 
     /// The shape of a weight.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.entries.get(name).map(|place| place.shape.as_slice())
+        match &self.gguf {
+            Some(model) => model.shape(name),
+            None => self.entries.get(name).map(|place| place.shape.as_slice()),
+        }
     }
 
-    /// A weight in the memory map. A transposed one is copied when it is first asked for.
+    /// The GGUF file that holds the weights, with the tokenizer in its header; `None` for safetensors.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        self.gguf.as_ref().map(LanguageModel::file)
+    }
+
+    /// A weight's values, copied: F32, F16 and BF16 as they are, quantised ones in f32.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such weight, or its element type is not read here.
+    pub fn values(&self, name: &str) -> Result<HostTensor> {
+        match &self.gguf {
+            Some(model) => model.tensor(name),
+            None => self.tensor(name)?.to_host(),
+        }
+    }
+
+    /// A quantised matrix of a GGUF file as it is stored, its rows in Hugging Face's order; `None` for all others.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::values`].
+    pub fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        self.gguf.as_ref().map_or(Ok(None), |model| model.packed(name))
+    }
+
+    /// A weight in the memory map of a safetensors file. A transposed one is copied when it is first asked for.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such weight, or the weights are in GGUF, which has no views of them.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, "is missing"))?;
+        let missing =
+            if self.gguf.is_some() { "is in GGUF, where weights have values and no view" } else { "is missing" };
+        let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, missing))?;
         let view = self.files[place.file].get(&place.stored)?;
         match place.piece {
             Piece::All | Piece::Pointwise => Ok(view.with_shape(&place.shape)),
@@ -310,6 +358,13 @@ impl ComponentWeights {
     pub fn sha256(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for name in self.names() {
+            if let Some(model) = &self.gguf {
+                let values = model.tensor(name)?;
+                hash.update(format!("{name} {} {:?}\n", values.dtype(), values.shape()));
+                hash.update(values.bytes());
+                model.release(name);
+                continue;
+            }
             let tensor = self.tensor(name)?;
             hash.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()));
             hash.update(tensor.bytes());
@@ -319,6 +374,9 @@ impl ComponentWeights {
 
     /// Tells the kernel that a weight's pages are not needed any more.
     pub fn release(&self, name: &str) {
+        if let Some(model) = &self.gguf {
+            model.release(name);
+        }
         if let Some(place) = self.entries.get(name) {
             let (part, parts) = match place.piece {
                 Piece::Rows { part, parts } => (part, parts),

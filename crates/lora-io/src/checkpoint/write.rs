@@ -54,7 +54,7 @@ impl CheckpointSource for Replaced<'_> {
     fn values(&self, component: Component, name: &str, _shape: &[usize]) -> Result<HostTensor> {
         match self.weights.get(&(component, name.to_owned())) {
             Some(own) => Ok(own.clone()),
-            None => self.checkpoint.component(component)?.tensor(name)?.to_host(),
+            None => self.checkpoint.component(component)?.values(name),
         }
     }
 

@@ -7,10 +7,25 @@ use std::path::Path;
 
 use lora_core::{DType, HostTensor};
 
-use super::GgufFile;
 use super::names::{Architecture, Order, from_gguf, reorder};
+use super::{GgufFile, TensorType, config};
 use crate::safetensors::{self, Entry, TensorSource};
 use crate::{Error, Result};
+
+/// The divisors of the rotary frequencies: no weight, but a part of the configuration.
+const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
+
+/// A quantised weight as it is stored.
+#[derive(Debug, Clone)]
+pub struct Packed<'f> {
+    /// Whole blocks, row-major, the rows in the order of Hugging Face's files. Borrowed from the map where the file has
+    /// that order too.
+    pub bytes: Cow<'f, [u8]>,
+    /// What the blocks mean.
+    pub kind: TensorType,
+    /// The shape, the slowest axis first.
+    pub shape: &'f [usize],
+}
 
 /// Architectures whose tensors are Hugging Face's but for names and the order of rows.
 const READ: [&str; 3] = ["llama", "qwen2", "qwen3"];
@@ -41,8 +56,7 @@ impl LanguageModel {
         }
         let mut entries = BTreeMap::new();
         for name in file.names() {
-            // Factors that the runtime computes from the configuration.
-            if name == "rope_freqs.weight" {
+            if name == ROPE_FREQUENCIES {
                 continue;
             }
             let module = name.rsplit_once('.').and_then(|(own, kind)| Some(format!("{}.{kind}", from_gguf(own)?)));
@@ -64,6 +78,20 @@ impl LanguageModel {
         &self.file
     }
 
+    /// The `config.json` that Hugging Face's folder of this model would have.
+    ///
+    /// # Errors
+    /// If the header lacks a size, or scales rotary positions in a way that is not known here.
+    pub fn config(&self) -> Result<serde_json::Value> {
+        let vocabulary = self.shape("model.embed_tokens.weight").and_then(|shape| shape.first().copied());
+        let divisors = match self.file.shape(ROPE_FREQUENCIES) {
+            Some(_) => Some(self.file.tensor(ROPE_FREQUENCIES)?.to_f32().into_owned()),
+            None => None,
+        };
+        let tied = !self.entries.contains_key("lm_head.weight");
+        config::of(&self.file, &self.architecture, vocabulary, tied, divisors)
+    }
+
     /// Names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
@@ -75,18 +103,63 @@ impl LanguageModel {
     }
 
     /// A tensor as Hugging Face's file holds it: F32, F16 and BF16 as they are, quantised ones in f32.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or its type is not read here.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
-        let missing = || Error::tensor(self.file.path(), name, "is missing");
-        let stored = self.entries.get(name).ok_or_else(missing)?;
+        let stored = self.stored(name)?;
         let tensor = self.file.tensor(stored)?;
-        let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-        let Some(heads) = self.architecture.reordered(module) else { return Ok(tensor) };
+        let Some(heads) = self.reordered(name) else { return Ok(tensor) };
         let rows = tensor.shape().first().copied().unwrap_or(0);
-        let wrong = || Error::tensor(self.file.path(), stored, format!("{rows} rows are no pairs in {heads} heads"));
-        let ordered = reorder(&tensor.to_f32(), rows, heads, Order::FromGguf).ok_or_else(wrong)?;
+        let ordered = reorder(&tensor.to_f32(), rows, heads, Order::FromGguf);
+        let ordered = ordered.ok_or_else(|| self.no_pairs(stored, rows, heads))?;
         let ordered = HostTensor::from_f32(tensor.shape(), ordered);
         let ordered = ordered.map_err(|error| Error::tensor(self.file.path(), stored, error.to_string()))?;
         Ok(ordered.to_dtype(tensor.dtype()))
+    }
+
+    /// A quantised matrix as it is stored; `None` for one of plain numbers (F32, F16, BF16), and for what is no matrix.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        let stored = self.stored(name)?;
+        let (kind, bytes) = self.file.blocks(stored)?;
+        let Some(shape @ &[rows, _]) = self.file.shape(stored) else { return Ok(None) };
+        if kind.block().0 == 1 {
+            return Ok(None);
+        }
+        // A row is whole blocks, so that rows can change places as they are.
+        let bytes = match self.reordered(name) {
+            None => Cow::Borrowed(bytes),
+            Some(heads) => {
+                let ordered = reorder(bytes, rows, heads, Order::FromGguf);
+                Cow::Owned(ordered.ok_or_else(|| self.no_pairs(stored, rows, heads))?)
+            }
+        };
+        Ok(Some(Packed { bytes, kind, shape }))
+    }
+
+    /// Tells the kernel that a tensor's pages are not needed any more.
+    pub fn release(&self, name: &str) {
+        if let Some(stored) = self.entries.get(name) {
+            self.file.release(stored);
+        }
+    }
+
+    /// The file's name of a tensor.
+    fn stored(&self, name: &str) -> Result<&str> {
+        let missing = || Error::tensor(self.file.path(), name, "is missing");
+        Ok(self.entries.get(name).ok_or_else(missing)?)
+    }
+
+    /// The heads of a tensor whose rows the file has in another order.
+    fn reordered(&self, name: &str) -> Option<usize> {
+        self.architecture.reordered(name.rsplit_once('.').map_or(name, |(module, _)| module))
+    }
+
+    fn no_pairs(&self, stored: &str, rows: usize, heads: usize) -> Error {
+        Error::tensor(self.file.path(), stored, format!("{rows} rows are no pairs in {heads} heads"))
     }
 }
 

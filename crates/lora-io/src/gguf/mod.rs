@@ -5,13 +5,14 @@
 //! Format: github.com/ggml-org/ggml, `docs/gguf.md`.
 
 pub mod blocks;
+mod config;
 mod dequantise;
 pub mod names;
 mod reader;
 mod writer;
 
 pub use blocks::TensorType;
-pub use dequantise::{LanguageModel, dequantise};
+pub use dequantise::{LanguageModel, Packed, dequantise};
 pub use reader::{GgufFile, Value};
 pub use writer::write;
 

@@ -111,6 +111,11 @@ impl Architecture {
         Ok(Self { name: name.to_owned(), heads, kv_heads })
     }
 
+    /// Hugging Face's `model_type`; the first of several.
+    pub(super) fn model_type(&self) -> &'static str {
+        ARCHITECTURES.iter().find(|(_, own)| *own == self.name).map_or("", |(kind, _)| kind)
+    }
+
     /// The header values that say it.
     pub(crate) fn values(&self) -> [(String, Value); 3] {
         let key = |part: &str| format!("{}.attention.{part}", self.name);

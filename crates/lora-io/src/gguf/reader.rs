@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use lora_core::HostTensor;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use super::{ALIGNMENT, MAGIC, TensorType};
 use crate::{Error, Result};
@@ -128,7 +128,20 @@ impl GgufFile {
     }
 
     /// A tensor: F32, F16 and BF16 as they are, quantised ones in f32.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or its type is not read here.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
+        let (kind, bytes) = self.blocks(name)?;
+        let shape = self.shape(name).unwrap_or_default();
+        HostTensor::new(shape, kind.decode(bytes)).map_err(|error| Error::tensor(&self.path, name, error.to_string()))
+    }
+
+    /// The type of a tensor and its bytes as they are stored, in whole blocks, row-major.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn blocks(&self, name: &str) -> Result<(TensorType, &[u8])> {
         let error = |reason: String| Error::tensor(&self.path, name, reason);
         let location = self.tensors.get(name).ok_or_else(|| error("is not in this file".into()))?;
         let Some(kind) = TensorType::from_id(location.kind) else {
@@ -138,8 +151,21 @@ impl GgufFile {
                 location.kind
             )));
         };
-        let data = kind.decode(&self.map[location.bytes.clone()]);
-        HostTensor::new(&*location.shape, data).map_err(|failure| error(failure.to_string()))
+        Ok((kind, &self.map[location.bytes.clone()]))
+    }
+
+    /// Tells the kernel that a tensor's pages are not needed any more, so that resident memory while a model is loaded
+    /// stays near one tensor. Reading it again is correct, only slower.
+    pub fn release(&self, name: &str) {
+        const PAGE: usize = 4096;
+        let Some(Location { bytes, .. }) = self.tensors.get(name) else { return };
+        // Whole pages inside the tensor only: its neighbours may be in use.
+        let (begin, end) = (bytes.start.next_multiple_of(PAGE), bytes.end / PAGE * PAGE);
+        if begin < end {
+            // SAFETY: the map is private to this process, read-only and backed by the file, so dropped pages come back
+            // with the same content. A refusal costs memory only.
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Device, Kind};
 
-use super::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use super::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
 use crate::Result;
 use crate::weights::{Held, Weights};
 
@@ -25,4 +25,10 @@ pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held
 pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
     let component = checkpoint.component(Component::VAE)?;
     Vae::new(&Weights::new(component, kind, device).held(held), VaeConfig::detect(component)?)
+}
+
+/// The language model.
+pub fn load_decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Decoder> {
+    let component = checkpoint.component(Component::LANGUAGE_MODEL)?;
+    Decoder::load(&Weights::new(component, kind, device).held(held), DecoderConfig::detect(component)?)
 }

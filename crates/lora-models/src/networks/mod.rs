@@ -1,10 +1,11 @@
-//! Networks, one file each: a network knows its sizes, its weights under diffusers' and transformers' names, and its
+//! Networks, one file or folder each: a network knows its sizes, its weights under diffusers' and transformers' names, and its
 //! forward pass. What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`],
 //! losses are the trainer's.
 
 mod blocks;
 mod clip;
 mod config;
+pub mod decoder;
 mod load;
 mod tiles;
 mod transformer;
@@ -12,7 +13,8 @@ mod unet;
 mod vae;
 
 pub use clip::{ClipConfig, ClipTextEncoder};
-pub use load::{load_text_encoder, load_unet, load_vae};
+pub use decoder::{Decoder, DecoderConfig};
+pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
 pub use tiles::tiles_along;
 pub use unet::{Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

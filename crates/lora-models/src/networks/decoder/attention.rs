@@ -1,0 +1,224 @@
+//! Attention of a decoder: which tokens see which, and the sums. Layers' projections, norms and positions are
+//! [`super::layer`]'s.
+//!
+//! Tokens see themselves and earlier ones of their document, at most a window of them. Where that is all earlier tokens
+//! of a row, libtorch's kernels know it without a mask. Otherwise queries are taken in blocks, each with the keys that
+//! any of them may see, so that a mask is made for a block: `[batch, 1, queries, keys]`, once for all layers and heads of
+//! a kind. Scores of all queries and keys exist nowhere; those of a block only where they have to be looked at
+//! (soft caps), and then they are computed again in the backward pass.
+
+use std::ops::Range;
+
+use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
+use lora_torch::dry::{Platform, platform};
+use lora_torch::tch::{Device, Kind, Tensor};
+
+use crate::Result;
+
+/// Queries that one mask is made for.
+pub(super) const BLOCK: i64 = 1024;
+
+/// Which keys the queries of a row see.
+#[derive(Debug)]
+pub(super) enum Mask {
+    /// All that are not after them.
+    Causal,
+    /// All: a query by itself, behind its keys.
+    All,
+    /// Block by block.
+    Blocks(Shared<Vec<Block>>),
+}
+
+/// Some queries, the keys that any of them sees, and which ones each does.
+#[derive(Debug)]
+pub(super) struct Block {
+    queries: Range<i64>,
+    keys: Range<i64>,
+    /// Added to scores, `[batch or 1, 1, queries, keys]` in the compute dtype: 0, or so little that nothing remains.
+    bias: Tensor,
+}
+
+/// What masks of a batch are made from.
+#[derive(Debug)]
+pub(super) struct Rows<'r> {
+    /// `[batch, tokens]`: equal numbers are a document. Without, a row is one.
+    pub(super) documents: Option<&'r Tensor>,
+    pub(super) tokens: i64,
+    pub(super) kind: Kind,
+    pub(super) device: Device,
+    /// Queries of a block.
+    pub(super) block: i64,
+}
+
+impl Rows<'_> {
+    /// The mask of layers with this window. `looked_at`: scores pass through a function of their own, which is done block
+    /// by block.
+    pub(super) fn mask(&self, window: Option<usize>, looked_at: bool) -> Result<Mask> {
+        let window = window.map(|window| window as i64).filter(|window| *window < self.tokens);
+        if self.documents.is_none() && window.is_none() && !looked_at {
+            return Ok(Mask::Causal);
+        }
+        let mut blocks = Vec::new();
+        for first in (0..self.tokens).step_by(self.block as usize) {
+            let queries = first..self.tokens.min(first + self.block);
+            let keys = window.map_or(0, |window| (first + 1 - window).max(0))..queries.end;
+            let bias = self.bias(&queries, &keys, window)?;
+            blocks.push(Block { queries, keys, bias });
+        }
+        Ok(Mask::Blocks(Shared::new(blocks)))
+    }
+
+    fn bias(&self, queries: &Range<i64>, keys: &Range<i64>, window: Option<i64>) -> Result<Tensor> {
+        let places = |range: &Range<i64>| Tensor::f_arange_start(range.start, range.end, (Kind::Int64, self.device));
+        let (rows, columns) = (places(queries)?.f_unsqueeze(1)?, places(keys)?.f_unsqueeze(0)?);
+        let mut seen = columns.f_le_tensor(&rows)?;
+        if let Some(window) = window {
+            seen = seen.f_bitwise_and_tensor(&rows.f_sub(&columns)?.f_lt(window)?)?;
+        }
+        seen = seen.f_unsqueeze(0)?;
+        if let Some(documents) = self.documents {
+            let of = |range: &Range<i64>| documents.f_narrow(1, range.start, range.end - range.start);
+            let same = of(queries)?.f_unsqueeze(2)?.f_eq_tensor(&of(keys)?.f_unsqueeze(1)?)?;
+            seen = seen.f_bitwise_and_tensor(&same)?;
+        }
+        // A finite number: infinities in a whole tile of keys are nothing less infinities, which is no number.
+        let least = if self.kind == Kind::Half { -3e4 } else { -1e30 };
+        let bias = Tensor::f_zeros(seen.size(), (self.kind, self.device))?;
+        Ok(bias.f_masked_fill(&seen.f_logical_not()?, least)?.f_unsqueeze(1)?)
+    }
+}
+
+/// What scores go through before they are weighed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scores {
+    /// They are multiplied by this,
+    pub(super) scale: f64,
+    /// and squashed to within ± this.
+    pub(super) cap: Option<f64>,
+}
+
+/// Values weighed by what queries see: `[batch, heads, queries, head]`, of keys and values `[batch, kv heads, keys, head]`.
+pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, scores: Scores) -> Result<Tensor> {
+    let groups = query.size4()?.1 / key.size4()?.1;
+    // CUDA's flash attention reads the keys of a group of heads where they are; other kernels want a copy for each head.
+    let as_they_are = matches!(platform(query.device()), Platform::Cuda)
+        && query.kind() != Kind::Float
+        && !matches!(mask, Mask::Blocks(_))
+        && scores.cap.is_none();
+    let (key, value) = if groups == 1 || as_they_are {
+        (key.shallow_clone(), value.shallow_clone())
+    } else {
+        (repeated(key, groups)?, repeated(value, groups)?)
+    };
+    match mask {
+        Mask::Causal => fused(query, &key, &value, None, true, scores.scale, groups > 1 && as_they_are),
+        Mask::All if scores.cap.is_some() => looked_at(query, &key, &value, None, scores),
+        Mask::All => fused(query, &key, &value, None, false, scores.scale, groups > 1 && as_they_are),
+        Mask::Blocks(blocks) => {
+            let part = |index: usize| -> Result<Tensor> {
+                let Block { queries, keys, bias } = &blocks[index];
+                let query = query.f_narrow(2, queries.start, queries.end - queries.start)?;
+                let [key, value] = [&key, &value].map(|all| all.f_narrow(2, keys.start, keys.end - keys.start));
+                let (key, value) = (key?, value?);
+                if scores.cap.is_none() {
+                    return fused(&query, &key, &value, Some(bias), false, scores.scale, false);
+                }
+                let blocks = blocks.clone();
+                Ok(checkpoint(&[&query, &key, &value], Inputs::Kept, move |inputs| {
+                    let [query, key, value] = inputs else { return Ok(inputs[0].shallow_clone()) };
+                    Ok(looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(crate::layers::torch)?)
+                })?)
+            };
+            let parts: Vec<Tensor> = (0..blocks.len()).map(part).collect::<Result<_>>()?;
+            Ok(if let [one] = parts.as_slice() { one.shallow_clone() } else { Tensor::f_cat(&parts, 2)? })
+        }
+    }
+}
+
+/// Each head as often as there are queries' heads to it, side by side.
+fn repeated(heads: &Tensor, groups: i64) -> Result<Tensor> {
+    let (batch, count, tokens, width) = heads.size4()?;
+    let each = heads.f_unsqueeze(2)?.f_expand([batch, count, groups, tokens, width], false)?;
+    Ok(each.f_reshape([batch, count * groups, tokens, width])?)
+}
+
+fn fused(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    bias: Option<&Tensor>,
+    causal: bool,
+    scale: f64,
+    grouped: bool,
+) -> Result<Tensor> {
+    Ok(Tensor::f_scaled_dot_product_attention(query, key, value, bias, 0.0, causal, Some(scale), grouped)?)
+}
+
+/// The same operation by operation, for scores that no kernel knows.
+fn looked_at(query: &Tensor, key: &Tensor, value: &Tensor, bias: Option<&Tensor>, scores: Scores) -> Result<Tensor> {
+    let mut own = query.f_matmul(&key.f_transpose(2, 3)?)?.f_mul_scalar(scores.scale)?;
+    if let Some(cap) = scores.cap {
+        own = own.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
+    }
+    if let Some(bias) = bias {
+        own = own.f_add(bias)?;
+    }
+    Ok(own.f_softmax(-1, Kind::Float)?.f_to_kind(value.kind())?.f_matmul(value)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f64 {
+        f64::try_from((a - b).abs().max()).unwrap()
+    }
+
+    /// Against a loop over queries that looks at each key by the rule.
+    #[test]
+    fn queries_see_their_document_and_window_whatever_the_blocks() {
+        lora_torch::tch::manual_seed(1);
+        let (tokens, scale) = (11, 0.4);
+        let (query, key, value) = (random(&[2, 4, tokens, 8]), random(&[2, 2, tokens, 8]), random(&[2, 2, tokens, 8]));
+        let documents = Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 9]);
+        let documents = documents.view([2, tokens]);
+        for (documents, window, cap) in [
+            (None, None, None),
+            (Some(&documents), None, None),
+            (None, Some(3), None),
+            (Some(&documents), Some(4), None),
+            (Some(&documents), Some(4), Some(2.0)),
+            (None, None, Some(2.0)),
+        ] {
+            let mut expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
+            for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
+                let seen: Vec<i64> = (0..=at)
+                    .filter(|&other| window.is_none_or(|window: usize| at - other < window as i64))
+                    .filter(|&other| {
+                        documents.is_none_or(|all| all.int64_value(&[row, other]) == all.int64_value(&[row, at]))
+                    })
+                    .collect();
+                let seen = Tensor::from_slice(&seen);
+                let keys = key.get(row).get(head / 2).index_select(0, &seen);
+                let mut scores = keys.mv(&query.get(row).get(head).get(at)) * scale;
+                if let Some(cap) = cap {
+                    scores = (scores / cap).tanh() * cap;
+                }
+                let values = value.get(row).get(head / 2).index_select(0, &seen);
+                let mixed = values.tr().mv(&scores.softmax(0, Kind::Float));
+                expected.get(row).get(head).get(at).copy_(&mixed);
+            }
+            for block in [1, 4, 64] {
+                let rows = Rows { documents, tokens, kind: Kind::Float, device: Device::Cpu, block };
+                let mask = rows.mask(window, cap.is_some()).unwrap();
+                let found = attend(&query, &key, &value, &mask, Scores { scale, cap }).unwrap();
+                let apart = worst(&found, &expected);
+                assert!(apart < 1e-5, "{documents:?} {window:?} {cap:?} {block}: {apart:e}");
+            }
+        }
+    }
+}

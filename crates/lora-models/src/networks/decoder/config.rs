@@ -1,0 +1,738 @@
+//! What a decoder is built like, read from its `config.json`. Families differ in a few switches; keys that a file leaves
+//! out have the defaults of its family in transformers. Names and shapes of weights are not checked here.
+
+use lora_io::checkpoint::ComponentWeights;
+use serde_json::Value;
+
+use super::rotary::{Rope, RopeDefaults};
+use crate::{Error, Result};
+
+/// How a decoder is built.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    /// transformers' `model_type`.
+    pub architecture: &'static str,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Width of the hidden states.
+    pub width: usize,
+    /// The layers, first to last.
+    pub layers: Vec<LayerConfig>,
+    /// The rotary positions that layers choose among.
+    pub ropes: Vec<Rope>,
+    /// How norms multiply by their weight.
+    pub norm: NormWeight,
+    /// Added to the mean square in norms.
+    pub epsilon: f64,
+    /// Which norms a layer has, and their names.
+    pub norms: LayerNorms,
+    /// What of queries and keys is normed before they turn.
+    pub query_key_norm: QueryKeyNorm,
+    /// Whether values are normed, without a weight.
+    pub value_norm: bool,
+    /// Query, key and value are one layer, `qkv_proj`.
+    pub fused_attention: bool,
+    /// Gate and up-projection are one layer, `gate_up_proj`.
+    pub fused_feed_forward: bool,
+    /// Of the feed-forward's gate.
+    pub activation: Activation,
+    /// Scores of attention are squashed to within ± this.
+    pub attention_cap: Option<f64>,
+    /// Logits are squashed to within ± this.
+    pub logits_cap: Option<f64>,
+    /// Embeddings are multiplied by this, rounded to the compute dtype.
+    pub embedding_scale: f64,
+    /// What attention and feed-forward add is multiplied by this.
+    pub residual_scale: f64,
+    /// Logits are multiplied by this.
+    pub logits_scale: f64,
+    /// The head is the embedding's table.
+    pub tied: bool,
+    /// Queries grow with the position: the factor on the logarithm, and the length of a step.
+    pub query_growth: Option<(f64, usize)>,
+    /// Inputs of each layer beside the hidden states, from a second embedding: its rows, and their width by layer.
+    pub layer_inputs: Option<(usize, usize)>,
+    /// Tokens after which the model's answers end, as its config names them.
+    pub end_tokens: Vec<i64>,
+}
+
+/// How one layer is built.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerConfig {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, which divide the query heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head: usize,
+    /// Scores are multiplied by this.
+    pub scale: f64,
+    /// Tokens that are seen, the token itself among them; all without.
+    pub window: Option<usize>,
+    /// Its rotary positions among [`DecoderConfig::ropes`]; none without.
+    pub rope: Option<usize>,
+    /// Width inside the feed-forward, or inside one expert.
+    pub intermediate: usize,
+    /// Its feed-forward is a mixture of experts.
+    pub experts: Option<Experts>,
+    /// It attends to the keys and values of this earlier layer and has none of its own.
+    pub borrows: Option<usize>,
+    /// Its keys, before their norm, are its values too.
+    pub keys_are_values: bool,
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token goes through.
+    pub chosen: usize,
+    /// The weights of the chosen ones add up to 1.
+    pub normalised: bool,
+}
+
+/// How an RMS norm multiplies by its weight. In f32 arithmetic the first two are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormWeight {
+    /// In the compute dtype.
+    Cast,
+    /// In f32, and rounded afterwards.
+    Single,
+    /// By 1 + weight in f32, and rounded afterwards.
+    OnePlus,
+}
+
+/// The norms of a layer by their names in the file, where there are such.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerNorms {
+    /// On what attention reads.
+    pub before_attention: Option<&'static str>,
+    /// On what attention adds.
+    pub after_attention: Option<&'static str>,
+    /// On what the feed-forward reads.
+    pub before_feed_forward: Option<&'static str>,
+    /// On what the feed-forward adds.
+    pub after_feed_forward: Option<&'static str>,
+}
+
+/// What of queries and keys is normed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueryKeyNorm {
+    /// Nothing.
+    None,
+    /// Each head by itself.
+    Heads,
+    /// All heads together.
+    All,
+}
+
+/// The activation of a feed-forward's gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// GELU with tanh.
+    Gelu,
+}
+
+const BEFORE: LayerNorms = LayerNorms {
+    before_attention: Some("input_layernorm"),
+    after_attention: None,
+    before_feed_forward: Some("post_attention_layernorm"),
+    after_feed_forward: None,
+};
+
+const AFTER: LayerNorms = LayerNorms {
+    before_attention: None,
+    after_attention: Some("post_attention_layernorm"),
+    before_feed_forward: None,
+    after_feed_forward: Some("post_feedforward_layernorm"),
+};
+
+const GEMMA_NORMS: LayerNorms = LayerNorms {
+    before_attention: Some("input_layernorm"),
+    after_attention: Some("post_attention_layernorm"),
+    before_feed_forward: Some("pre_feedforward_layernorm"),
+    after_feed_forward: Some("post_feedforward_layernorm"),
+};
+
+const GLM_NORMS: LayerNorms = LayerNorms {
+    before_attention: Some("input_layernorm"),
+    after_attention: Some("post_self_attn_layernorm"),
+    before_feed_forward: Some("post_attention_layernorm"),
+    after_feed_forward: Some("post_mlp_layernorm"),
+};
+
+/// What a family decides before the general keys are read: the switches that no key names, and defaults of keys.
+struct Switches {
+    norm: NormWeight,
+    norms: LayerNorms,
+    query_key_norm: QueryKeyNorm,
+    value_norm: bool,
+    fused_attention: bool,
+    fused_feed_forward: bool,
+    tied: bool,
+    epsilon: f64,
+    /// Width of a head where the file names none; else the width over the heads.
+    head: Option<usize>,
+    scale: Option<f64>,
+    embedding_scale: f64,
+    residual_scale: f64,
+    logits_scale: f64,
+    attention_cap: Option<f64>,
+    logits_cap: Option<f64>,
+    rope: RopeDefaults,
+    /// Width of the window, and the layers that have one where the file does not list the layers' types.
+    window: Option<usize>,
+    slides: Vec<bool>,
+    /// The file's list of layers' types counts.
+    reads_types: bool,
+    /// Layers without positions.
+    no_rope: Vec<bool>,
+}
+
+/// A family: transformers' `model_type` and its switches.
+type Family = (&'static str, fn(&Reader<'_>, &mut Switches) -> Result<()>);
+
+/// The families that are known here.
+const FAMILIES: &[Family] = &[
+    ("llama", |_, _| Ok(())),
+    ("mistral", |config, own| {
+        own.window = config.window(Some(4096))?;
+        own.reads_types = false;
+        Ok(())
+    }),
+    ("ministral", |config, own| {
+        own.window = config.window(Some(4096))?;
+        Ok(())
+    }),
+    ("ministral3", |config, own| {
+        own.rope.theta = 1e6;
+        (own.head, own.window, own.reads_types) = (Some(128), config.window(None)?, false);
+        Ok(())
+    }),
+    ("qwen2", qwen),
+    ("qwen3", |config, own| {
+        (own.head, own.query_key_norm) = (Some(128), QueryKeyNorm::Heads);
+        qwen(config, own)
+    }),
+    ("qwen3_moe", |config, own| {
+        (own.head, own.query_key_norm) = (Some(128), QueryKeyNorm::Heads);
+        qwen(config, own)?;
+        own.slides.fill(true);
+        own.reads_types = false;
+        Ok(())
+    }),
+    ("smollm3", smollm3),
+    ("gemma", |config, own| {
+        gemma(config, own)?;
+        (own.norms, own.scale) = (BEFORE, None);
+        Ok(())
+    }),
+    ("gemma2", |config, own| {
+        gemma(config, own)?;
+        own.attention_cap = config.cap("attn_logit_softcapping", Some(50.0))?;
+        own.logits_cap = config.cap("final_logit_softcapping", Some(30.0))?;
+        own.window = config.window(Some(4096))?;
+        own.slide(|layer| layer % 2 == 0);
+        Ok(())
+    }),
+    ("gemma3_text", |config, own| {
+        gemma(config, own)?;
+        own.query_key_norm = QueryKeyNorm::Heads;
+        own.rope.theta = 1e6;
+        own.attention_cap = config.cap("attn_logit_softcapping", None)?;
+        own.logits_cap = config.cap("final_logit_softcapping", None)?;
+        own.window = config.window(Some(4096))?;
+        let pattern = config.size_or("sliding_window_pattern", 6)?;
+        own.slide(|layer| (layer + 1) % pattern != 0);
+        Ok(())
+    }),
+    ("gemma4_text", gemma4),
+    ("phi3", |config, own| {
+        (own.fused_attention, own.fused_feed_forward, own.reads_types) = (true, true, false);
+        own.rope.always_longrope = true;
+        own.window = config.window(None)?;
+        Ok(())
+    }),
+    ("olmo2", |_, own| {
+        (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
+        Ok(())
+    }),
+    ("olmo3", |config, own| {
+        (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
+        own.rope.theta = 5e5;
+        own.window = config.window(Some(4096))?;
+        own.slide(|layer| (layer + 1) % 4 != 0);
+        Ok(())
+    }),
+    ("granite", |config, own| {
+        own.embedding_scale = config.real("embedding_multiplier")?.unwrap_or(1.0);
+        own.residual_scale = config.real("residual_multiplier")?.unwrap_or(1.0);
+        own.scale = Some(config.real("attention_multiplier")?.unwrap_or(1.0));
+        own.logits_scale = 1.0 / config.real("logits_scaling")?.unwrap_or(1.0);
+        Ok(())
+    }),
+    ("glm", |_, own| {
+        glm(own);
+        Ok(())
+    }),
+    ("glm4", |_, own| {
+        glm(own);
+        own.norms = GLM_NORMS;
+        Ok(())
+    }),
+    ("seed_oss", |_, own| {
+        own.head = Some(128);
+        Ok(())
+    }),
+];
+
+fn qwen(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
+    // Most files have a window and say that it is not used.
+    if config.flag("use_sliding_window")?.unwrap_or(false) {
+        own.window = config.window(Some(4096))?;
+        let first = config.count_or("max_window_layers", 28)?;
+        own.slide(|layer| layer >= first);
+    }
+    Ok(())
+}
+
+fn smollm3(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
+    own.tied = true;
+    own.rope.theta = 2e6;
+    let interval = config.size_or("no_rope_layer_interval", 4)?;
+    let layers = own.slides.len();
+    own.no_rope = match config.list("no_rope_layers")? {
+        // 1 is a layer with positions, despite the key's name.
+        Some(list) if list.len() == layers => list.iter().map(|has| has.as_u64() == Some(0)).collect(),
+        Some(list) => {
+            return Err(config.wrong(format!("no_rope_layers has {} entries for {layers} layers", list.len())));
+        }
+        None => (1..=layers).map(|layer| layer % interval == 0).collect(),
+    };
+    if config.flag("use_sliding_window")?.unwrap_or(false) {
+        own.window = config.window(None)?;
+        own.slides = own.no_rope.clone();
+    }
+    Ok(())
+}
+
+fn gemma(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
+    (own.norm, own.norms, own.tied, own.head) = (NormWeight::OnePlus, GEMMA_NORMS, true, Some(256));
+    own.embedding_scale = (config.size("hidden_size")? as f64).sqrt();
+    own.scale = Some(config.real("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5));
+    Ok(())
+}
+
+fn gemma4(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
+    gemma(config, own)?;
+    if config.flag("enable_moe_block")?.unwrap_or(false) {
+        return Err(config.wrong("enable_moe_block is true: Gemma 4 with experts is not built here".into()));
+    }
+    (own.norm, own.query_key_norm, own.value_norm) = (NormWeight::Single, QueryKeyNorm::Heads, true);
+    own.scale = Some(1.0);
+    own.logits_cap = config.cap("final_logit_softcapping", None)?;
+    own.window = config.window(Some(512))?;
+    let last = own.slides.len().saturating_sub(1);
+    own.slide(|layer| (layer + 1) % 6 != 0 && layer != last);
+    Ok(())
+}
+
+fn glm(own: &mut Switches) {
+    own.fused_feed_forward = true;
+    own.head = Some(128);
+    (own.rope.interleaved, own.rope.share) = (true, 0.5);
+}
+
+impl Switches {
+    fn new(layers: usize) -> Self {
+        Self {
+            norm: NormWeight::Cast,
+            norms: BEFORE,
+            query_key_norm: QueryKeyNorm::None,
+            value_norm: false,
+            fused_attention: false,
+            fused_feed_forward: false,
+            tied: false,
+            epsilon: 1e-6,
+            head: None,
+            scale: None,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logits_scale: 1.0,
+            attention_cap: None,
+            logits_cap: None,
+            rope: RopeDefaults { theta: 10000.0, share: 1.0, interleaved: false, always_longrope: false },
+            window: None,
+            slides: vec![true; layers],
+            reads_types: true,
+            no_rope: vec![false; layers],
+        }
+    }
+
+    fn slide(&mut self, slides: impl Fn(usize) -> bool) {
+        self.slides = (0..self.slides.len()).map(slides).collect();
+    }
+}
+
+impl DecoderConfig {
+    /// Names of the architectures that are known here.
+    pub fn known() -> impl Iterator<Item = &'static str> {
+        FAMILIES.iter().map(|(name, _)| *name)
+    }
+
+    /// Of a language model on disk.
+    ///
+    /// # Errors
+    /// As [`Self::read`], and without a `config.json`.
+    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+        let source = component.path().display().to_string();
+        match component.config() {
+            Some(config) => Self::read(config, &source),
+            None => Err(Error::Architecture { source_name: source, reason: "has no config.json".into() }),
+        }
+    }
+
+    /// Out of a `config.json`; `source` is what to call it in errors. A wrapper of several kinds of input is read where it
+    /// describes its language model.
+    ///
+    /// # Errors
+    /// If the architecture is not known, which is never guessed, a key is missing or of another kind, or the weights
+    /// are quantised in a way that is not read here.
+    pub fn read(config: &Value, source: &str) -> Result<Self> {
+        let whole = Reader { values: config, source };
+        let inner = config.get("text_config").filter(|inner| inner.is_object());
+        let config = Reader { values: inner.unwrap_or(config), source };
+        let kind = config.text("model_type")?.unwrap_or_default();
+        let Some((architecture, adjust)) = FAMILIES.iter().find(|(name, _)| *name == kind) else {
+            let known: Vec<&str> = Self::known().collect();
+            let reason = format!("model_type is `{kind}`, which is not built here; known are {}", known.join(", "));
+            return Err(config.wrong(reason));
+        };
+        whole.refuse_quantised()?;
+        let layers = config.size("num_hidden_layers")?;
+        if layers > MOST_LAYERS {
+            return Err(config.wrong(format!("num_hidden_layers is {layers}; expected at most {MOST_LAYERS}")));
+        }
+        let mut own = Switches::new(layers);
+        adjust(&config, &mut own)?;
+        if own.reads_types {
+            own.slides = config.layer_types(layers)?.unwrap_or(own.slides);
+        }
+        let ropes = ropes(&config, &own)?;
+        let (layers, query_growth) = (config.layers(&own, ropes.len())?, config.query_growth()?);
+        let tied = config.flag("tie_word_embeddings")?.or(whole.flag("tie_word_embeddings")?).unwrap_or(own.tied);
+        Ok(Self {
+            architecture,
+            vocabulary: config.size("vocab_size")?,
+            width: config.size("hidden_size")?,
+            layers,
+            ropes,
+            norm: own.norm,
+            epsilon: config.real("rms_norm_eps")?.unwrap_or(own.epsilon),
+            norms: own.norms,
+            query_key_norm: own.query_key_norm,
+            value_norm: own.value_norm,
+            fused_attention: own.fused_attention,
+            fused_feed_forward: own.fused_feed_forward,
+            activation: config.activation(architecture)?,
+            attention_cap: own.attention_cap,
+            logits_cap: own.logits_cap,
+            embedding_scale: own.embedding_scale,
+            residual_scale: own.residual_scale,
+            logits_scale: own.logits_scale,
+            tied,
+            query_growth,
+            layer_inputs: config.layer_inputs(architecture)?,
+            end_tokens: config.end_tokens(),
+        })
+    }
+}
+
+/// More layers than any model has: a number in a file must not make anyone reserve memory.
+const MOST_LAYERS: usize = 1024;
+
+/// The rotary positions of full attention, and behind them those of layers with a window where they differ.
+fn ropes(config: &Reader<'_>, own: &Switches) -> Result<Vec<Rope>> {
+    let full = config.rope(FULL, own)?;
+    let slides = own.window.is_some() && own.slides.contains(&true);
+    let sliding = if slides { Some(config.rope(SLIDING, own)?) } else { None };
+    Ok([full].into_iter().chain(sliding).collect())
+}
+
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
+
+/// A configuration's values, with errors that name the key.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reader<'c> {
+    values: &'c Value,
+    source: &'c str,
+}
+
+impl<'c> Reader<'c> {
+    pub(super) fn wrong(&self, reason: String) -> Error {
+        Error::Architecture { source_name: self.source.to_owned(), reason: format!("config.json: {reason}") }
+    }
+
+    /// The value of a key; `None` without the key or where its value is null.
+    fn value(&self, key: &str) -> Option<&'c Value> {
+        self.values.get(key).filter(|value| !value.is_null())
+    }
+
+    fn typed<T>(&self, key: &str, expected: &str, convert: impl Fn(&'c Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        convert(value).map(Some).ok_or_else(|| self.wrong(format!("{key} is {value}; expected {expected}")))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        self.wrong(format!("{key} is missing; is the file complete?"))
+    }
+
+    /// A whole number that a size may be: it leaves products of two room.
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        self.typed(key, "a whole number below 2^31", |value| {
+            value.as_u64().filter(|number| *number < 1 << 31).and_then(|number| usize::try_from(number).ok())
+        })
+    }
+
+    fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        Ok(self.count(key)?.unwrap_or(default))
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let number = self.count(key)?.ok_or_else(|| self.missing(key))?;
+        if number == 0 { Err(self.wrong(format!("{key} is 0; expected more"))) } else { Ok(number) }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.value(key).is_some() { self.size(key) } else { Ok(default) }
+    }
+
+    pub(super) fn real(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a number", Value::as_f64)
+    }
+
+    pub(super) fn needed_real(&self, key: &str) -> Result<f64> {
+        self.real(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    pub(super) fn reals(&self, key: &str, count: usize) -> Result<Vec<f64>> {
+        let expected = format!("a list of {count} numbers");
+        let list = self.typed(key, &expected, |value| {
+            value.as_array().filter(|list| list.len() == count)?.iter().map(Value::as_f64).collect()
+        })?;
+        list.ok_or_else(|| self.missing(key))
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", Value::as_bool)
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'c str>> {
+        self.typed(key, "a text", Value::as_str)
+    }
+
+    fn list(&self, key: &str) -> Result<Option<&'c Vec<Value>>> {
+        self.typed(key, "a list", Value::as_array)
+    }
+
+    /// A soft cap: null is none, a missing key the default.
+    fn cap(&self, key: &str, default: Option<f64>) -> Result<Option<f64>> {
+        if self.values.get(key).is_none() { Ok(default) } else { self.real(key) }
+    }
+
+    /// The width of a window: null is none, a missing key the default.
+    fn window(&self, default: Option<usize>) -> Result<Option<usize>> {
+        match self.values.get("sliding_window") {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => Ok(Some(self.size("sliding_window")?)),
+        }
+    }
+
+    /// Whether each layer has a window, as the file lists it.
+    fn layer_types(&self, layers: usize) -> Result<Option<Vec<bool>>> {
+        let Some(list) = self.list("layer_types")? else { return Ok(None) };
+        if list.len() != layers {
+            return Err(self.wrong(format!("layer_types has {} entries for {layers} layers", list.len())));
+        }
+        let slides = |kind: &Value| match kind.as_str() {
+            Some(FULL) => Ok(false),
+            Some(SLIDING) => Ok(true),
+            _ => Err(self.wrong(format!("layer_types names {kind}; known here are {FULL} and {SLIDING}"))),
+        };
+        list.iter().map(slides).collect::<Result<_>>().map(Some)
+    }
+
+    /// The rotary positions of a type of layers.
+    fn rope(&self, layers: &str, own: &Switches) -> Result<Rope> {
+        let none = Value::Null;
+        let object = |key: &str| self.value(key).filter(|value| value.is_object());
+        let (parameters, mut defaults) = match (object("rope_parameters"), object("rope_scaling")) {
+            (Some(all), _) if all.get(FULL).or(all.get(SLIDING)).is_some() => {
+                (all.get(layers).unwrap_or(&none), own.rope)
+            }
+            (Some(all), _) => (all, own.rope),
+            (None, scaling) => (scaling.unwrap_or(&none), own.rope),
+        };
+        // Older files say of layers with a window their base alone: they are not scaled.
+        let old = object("rope_parameters").is_none();
+        let differs = matches!(self.text("model_type")?, Some("gemma3_text" | "olmo3"));
+        let top = Reader { values: self.values, source: self.source };
+        let head = self.head(layers, own)?;
+        if layers == SLIDING && old && differs {
+            defaults.theta = match self.real("rope_local_base_freq")? {
+                Some(theta) => theta,
+                None if self.text("model_type")? == Some("gemma3_text") => 10000.0,
+                None => self.real("rope_theta")?.unwrap_or(defaults.theta),
+            };
+            let plain = Reader { values: &none, source: self.source };
+            return Rope::read(&plain, &plain, head, defaults);
+        }
+        if layers == SLIDING && matches!(self.text("model_type")?, Some("gemma3_text" | "gemma4_text")) {
+            defaults.theta = 10000.0;
+        }
+        Rope::read(&Reader { values: parameters, source: self.source }, &top, head, defaults)
+    }
+
+    /// The width of heads in a type of layers.
+    fn head(&self, layers: &str, own: &Switches) -> Result<usize> {
+        let general = match self.count("head_dim")?.or(own.head) {
+            Some(head) => head,
+            None => self.size("hidden_size")? / self.size("num_attention_heads")?,
+        };
+        if layers == SLIDING || self.text("model_type")? != Some("gemma4_text") {
+            return Ok(general);
+        }
+        // Gemma 4's full attention has wider heads, said in one of two ways.
+        if self.value("global_head_dim").is_some() {
+            return self.size("global_head_dim");
+        }
+        let by_layer = self.value("per_layer_config").and_then(Value::as_object);
+        let full = by_layer.and_then(|layers| layers.values().find_map(|own| own.get("head_dim")?.as_u64()));
+        Ok(full
+            .and_then(|head| usize::try_from(head).ok())
+            .filter(|head| (1..1 << 16).contains(head))
+            .unwrap_or(general))
+    }
+
+    /// The layers one by one.
+    fn layers(&self, own: &Switches, ropes: usize) -> Result<Vec<LayerConfig>> {
+        let heads = self.size("num_attention_heads")?;
+        let kv_heads = self.size_or("num_key_value_heads", heads)?;
+        if !heads.is_multiple_of(kv_heads) {
+            let reason = format!("{heads} query heads are no multiple of {kv_heads} key and value heads");
+            return Err(self.wrong(reason));
+        }
+        let intermediate = self.size("intermediate_size")?;
+        let count = own.slides.len();
+        let shared = self.count_or("num_kv_shared_layers", 0)?;
+        let own_keys = count.checked_sub(shared).filter(|first| shared == 0 || *first > 0);
+        let own_keys = own_keys.ok_or_else(|| self.wrong(format!("num_kv_shared_layers is {shared} of {count}")))?;
+        let doubled = self.flag("use_double_wide_mlp")?.unwrap_or(false);
+        let keys_are_values = self.flag("attention_k_eq_v")?.unwrap_or(false);
+        let global_kv = self.count("num_global_key_value_heads")?;
+        let mut layers = Vec::with_capacity(count);
+        for index in 0..count {
+            let slides = own.window.is_some() && own.slides[index];
+            let head = self.head(if slides { SLIDING } else { FULL }, own)?;
+            if head == 0 || !head.is_multiple_of(2) {
+                return Err(self.wrong(format!("heads are {head} wide; expected an even number")));
+            }
+            let borrows = match index >= own_keys {
+                false => None,
+                true => {
+                    Some((0..own_keys).rfind(|&earlier| own.slides[earlier] == own.slides[index]).ok_or_else(|| {
+                        self.wrong(format!("layer {index} shares keys with an earlier one of its type; there is none"))
+                    })?)
+                }
+            };
+            let (experts, intermediate) = match self.experts(index)? {
+                Some((experts, width)) => (Some(experts), width),
+                None => (None, if doubled && borrows.is_some() { 2 * intermediate } else { intermediate }),
+            };
+            layers.push(LayerConfig {
+                heads,
+                kv_heads: global_kv.filter(|_| keys_are_values && !slides).unwrap_or(kv_heads),
+                head,
+                scale: own.scale.unwrap_or((head as f64).powf(-0.5)),
+                window: own.window.filter(|_| slides),
+                rope: (!own.no_rope[index]).then_some(if slides { ropes - 1 } else { 0 }),
+                intermediate,
+                experts,
+                borrows,
+                keys_are_values: keys_are_values && !slides,
+            });
+        }
+        Ok(layers)
+    }
+
+    /// A layer's experts and their width.
+    fn experts(&self, layer: usize) -> Result<Option<(Experts, usize)>> {
+        if self.text("model_type")? != Some("qwen3_moe") {
+            return Ok(None);
+        }
+        let plain = self.list("mlp_only_layers")?.is_some_and(|list| list.iter().any(|own| own == layer));
+        if plain || (layer + 1) % self.size_or("decoder_sparse_step", 1)? != 0 {
+            return Ok(None);
+        }
+        let count = if self.value("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+        let count = self.size_or(count, 128)?;
+        let chosen = self.size_or("num_experts_per_tok", 8)?;
+        if chosen > count || count > 1 << 16 {
+            return Err(self.wrong(format!("{chosen} of {count} experts a token")));
+        }
+        let normalised = self.flag("norm_topk_prob")?.unwrap_or(false);
+        Ok(Some((Experts { count, chosen, normalised }, self.size_or("moe_intermediate_size", 768)?)))
+    }
+
+    fn activation(&self, architecture: &str) -> Result<Activation> {
+        let gemma = architecture.starts_with("gemma");
+        let named = self.text("hidden_activation")?.or(self.text("hidden_act")?);
+        match named.unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" }) {
+            "silu" | "swish" => Ok(Activation::Silu),
+            // Files of the first Gemma say `gelu` and mean this form.
+            "gelu_pytorch_tanh" => Ok(Activation::Gelu),
+            "gelu" if gemma => Ok(Activation::Gelu),
+            other => Err(self.wrong(format!("the activation is `{other}`; known here are silu and gelu_pytorch_tanh"))),
+        }
+    }
+
+    /// Ministral 3's growth of queries.
+    fn query_growth(&self) -> Result<Option<(f64, usize)>> {
+        let Some(parameters) = self.value("rope_parameters").or(self.value("rope_scaling")) else { return Ok(None) };
+        let parameters = Reader { values: parameters, source: self.source };
+        let Some(beta) = parameters.real("llama_4_scaling_beta")? else { return Ok(None) };
+        Ok(Some((beta, parameters.size("original_max_position_embeddings")?)))
+    }
+
+    fn layer_inputs(&self, architecture: &str) -> Result<Option<(usize, usize)>> {
+        if architecture != "gemma4_text" {
+            return Ok(None);
+        }
+        match self.count_or("hidden_size_per_layer_input", 256)? {
+            0 => Ok(None),
+            width => Ok(Some((self.size_or("vocab_size_per_layer_input", 262_144)?, width))),
+        }
+    }
+
+    fn end_tokens(&self) -> Vec<i64> {
+        match self.value("eos_token_id") {
+            Some(Value::Array(list)) => list.iter().filter_map(Value::as_i64).collect(),
+            Some(one) => one.as_i64().into_iter().collect(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Weights that another program has quantised are none that are read here.
+    fn refuse_quantised(&self) -> Result<()> {
+        let Some(quantisation) = self.value("quantization_config") else { return Ok(()) };
+        let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("a method without a name");
+        Err(self.wrong(format!(
+            "the weights are quantised by {method}, which is not read here; take the model in bf16 or fp16, or as GGUF"
+        )))
+    }
+}

@@ -1,0 +1,174 @@
+//! The feed-forward of a decoder's layer: gated, or a mixture of experts.
+
+use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
+use lora_torch::tch::{Kind, Tensor};
+
+use super::config::{Activation, DecoderConfig, Experts, LayerConfig};
+use crate::Result;
+use crate::layers::{AdaptableLayer, Pass, exclusive, torch};
+use crate::weights::Weights;
+
+/// `down(activation(gate(x)) · up(x))`, or such a one for each of several experts.
+#[derive(Debug)]
+pub(super) enum FeedForward {
+    Gated(Gated),
+    Mixture(Mixture),
+}
+
+#[derive(Debug)]
+pub(super) struct Gated {
+    gate: Shared<Gate>,
+    down_proj: AdaptableLayer,
+}
+
+/// The wide inner part, which may be computed again for itself.
+#[derive(Debug)]
+struct Gate {
+    projections: GateProjections,
+    activation: Activation,
+}
+
+#[derive(Debug)]
+enum GateProjections {
+    Separate { gate_proj: AdaptableLayer, up_proj: AdaptableLayer },
+    Fused(AdaptableLayer),
+}
+
+/// A linear layer that has a bias where the file has one.
+pub(super) fn linear(weights: &Weights<'_>, inputs: usize, outputs: usize) -> Result<AdaptableLayer> {
+    AdaptableLayer::linear(weights, inputs, outputs, weights.contains("bias"))
+}
+
+/// The activation of a gate.
+pub(super) fn activate(activation: Activation, input: &Tensor) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Silu => input.f_silu()?,
+        Activation::Gelu => input.f_gelu("tanh")?,
+    })
+}
+
+impl FeedForward {
+    pub(super) fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig) -> Result<Self> {
+        match layer.experts {
+            Some(experts) => Ok(Self::Mixture(Mixture::new(weights, config, layer, experts)?)),
+            None => Ok(Self::Gated(Gated::new(weights, config, layer)?)),
+        }
+    }
+
+    /// `[batch, tokens, width]`.
+    pub(super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        match self {
+            Self::Gated(own) => own.forward(input, pass),
+            Self::Mixture(own) => own.forward(input, pass),
+        }
+    }
+
+    pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        match self {
+            Self::Gated(own) => own.visit(visit),
+            // Experts stay as they are.
+            Self::Mixture(_) => Ok(()),
+        }
+    }
+}
+
+impl Gated {
+    fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig) -> Result<Self> {
+        let (width, inner) = (config.width, layer.intermediate);
+        let projections = if config.fused_feed_forward {
+            GateProjections::Fused(linear(&weights.at("gate_up_proj"), width, 2 * inner)?)
+        } else {
+            GateProjections::Separate {
+                gate_proj: linear(&weights.at("gate_proj"), width, inner)?,
+                up_proj: linear(&weights.at("up_proj"), width, inner)?,
+            }
+        };
+        Ok(Self {
+            gate: Shared::new(Gate { projections, activation: config.activation }),
+            down_proj: linear(&weights.at("down_proj"), inner, width)?,
+        })
+    }
+
+    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let inner = pass.feed_forward(&self.gate, &[input], |gate, inputs, pass| gate.forward(&inputs[0], pass))?;
+        self.down_proj.forward(&inner, pass)
+    }
+
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        match &mut exclusive(&mut self.gate)?.projections {
+            GateProjections::Separate { gate_proj, up_proj } => {
+                visit(gate_proj);
+                visit(up_proj);
+            }
+            GateProjections::Fused(gate_up_proj) => visit(gate_up_proj),
+        }
+        visit(&mut self.down_proj);
+        Ok(())
+    }
+}
+
+impl Gate {
+    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let (gate, up) = match &self.projections {
+            GateProjections::Separate { gate_proj, up_proj } => {
+                (gate_proj.forward(input, pass)?, up_proj.forward(input, pass)?)
+            }
+            GateProjections::Fused(both) => {
+                let both = both.forward(input, pass)?;
+                let inner = both.size().last().copied().unwrap_or(0) / 2;
+                (both.f_narrow(-1, 0, inner)?, both.f_narrow(-1, inner, inner)?)
+            }
+        };
+        Ok(activate(self.activation, &gate)?.f_mul(&up)?)
+    }
+}
+
+/// Experts, of which each token goes through a few (Shazeer et al., 2017, arXiv:1701.06538): softmax over all, the
+/// largest chosen. They are frozen. Every token is computed by every expert and counts where it chose it: shapes then
+/// depend on no values, at the price of as many times the work as there are experts to one that is chosen.
+#[derive(Debug)]
+pub(super) struct Mixture {
+    /// `[experts, width]`.
+    router: Tensor,
+    experts: Vec<Shared<Gated>>,
+    chosen: i64,
+    normalised: bool,
+}
+
+impl Mixture {
+    fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig, experts: Experts) -> Result<Self> {
+        let own = |index| Gated::new(&weights.at("experts").at(index), config, layer).map(Shared::new);
+        Ok(Self {
+            router: weights.at("gate").tensor("weight", &[experts.count, config.width])?,
+            experts: (0..experts.count).map(own).collect::<Result<_>>()?,
+            chosen: experts.chosen as i64,
+            normalised: experts.normalised,
+        })
+    }
+
+    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let scores = input.f_linear(&self.router.f_to_kind(input.kind())?, None::<&Tensor>)?;
+        let shares = scores.f_softmax(-1, Kind::Float)?;
+        let (values, indices) = shares.f_topk(self.chosen, -1, true, true)?;
+        let values = if self.normalised {
+            values.f_div(&values.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?)?
+        } else {
+            values
+        };
+        let shares = shares.f_zeros_like()?.f_scatter(-1, &indices, &values)?.f_to_kind(input.kind())?;
+        let mut sum: Option<Tensor> = None;
+        for (index, expert) in self.experts.iter().enumerate() {
+            let (expert, pass) = (expert.clone(), pass.clone());
+            let share = shares.f_narrow(-1, index as i64, 1)?;
+            let own = checkpoint(&[input, &share], Inputs::Kept, move |inputs| {
+                let own = expert.forward(&inputs[0], &pass).map_err(torch)?;
+                Ok(own.f_mul(&inputs[1])?)
+            })?;
+            sum = Some(match sum {
+                Some(sum) => sum.f_add(&own)?,
+                None => own,
+            });
+        }
+        Ok(sum.map_or_else(|| input.f_zeros_like(), Ok)?)
+    }
+}
