@@ -6,6 +6,7 @@ mod adapters;
 mod check;
 mod dataset;
 mod doctor;
+mod generate;
 mod info;
 mod plan;
 mod progress;
@@ -31,6 +32,10 @@ enum Command {
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
+    /// Let a language model answer, with adapters or without.
+    Generate(generate::GenerateArguments),
+    /// Loss and perplexity of a language model on texts, with adapters or without.
+    Evaluate(generate::EvaluateArguments),
     /// Merge adapters into a base model.
     Merge(adapters::MergeArguments),
     /// Write an adapter in another format.
@@ -95,6 +100,8 @@ fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
+        Command::Generate(arguments) => generate::generate(&arguments),
+        Command::Evaluate(arguments) => generate::evaluate(&arguments),
         Command::Merge(arguments) => adapters::merge(&arguments),
         Command::Convert(arguments) => adapters::convert(&arguments),
         Command::Combine(arguments) => adapters::combine(&arguments),

@@ -9,6 +9,7 @@ pub mod dataset;
 mod error;
 pub mod finding;
 pub mod focus;
+mod joined;
 pub mod picture;
 mod pictures;
 pub mod prefetch;
@@ -22,6 +23,7 @@ pub mod texts;
 pub mod tokenizer;
 
 pub use error::{Error, Result};
+pub use joined::Joined;
 pub use picture::RgbPicture;
 pub use pictures::{DatasetOptions, MaskOptions, Pictures};
 pub use sample::{Mask, Sample};

@@ -219,6 +219,14 @@ impl AdaptableLayer {
         self.weight.device()
     }
 
+    /// Its weight, where that alone makes its output: frozen, without a bias and without an adapter.
+    pub(crate) fn frozen(&self) -> Option<&FrozenWeight> {
+        match &self.weight {
+            LayerWeight::Frozen(weight) if self.bias.is_none() && self.adapter.is_none() => Some(weight),
+            _ => None,
+        }
+    }
+
     /// Bytes of its weight as it is held.
     pub fn weight_bytes(&self) -> usize {
         self.weight.bytes()

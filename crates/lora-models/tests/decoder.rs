@@ -174,7 +174,8 @@ fn packed(reference: &Reference) -> (Rows, Tensor) {
         documents.extend(filler(left, width - 1));
     }
     let shaped = |values: Vec<i64>| Tensor::from_slice(&values).view([-1, width]);
-    let rows = Rows { tokens: shaped(tokens), positions: shaped(positions), documents: Some(shaped(documents)) };
+    let rows =
+        Rows { tokens: shaped(tokens), positions: shaped(positions), documents: Some(shaped(documents)), noise: None };
     (rows, shaped(targets))
 }
 
@@ -372,7 +373,8 @@ fn every_family_runs_on_the_device_without_memory() {
                 decoder.visit_layers(&mut attach).unwrap();
                 let there = |own: &Tensor| own.to_device(run.device());
                 let documents = rows.documents.as_ref().map(there);
-                let rows = Rows { tokens: there(&rows.tokens), positions: there(&rows.positions), documents };
+                let rows =
+                    Rows { tokens: there(&rows.tokens), positions: there(&rows.positions), documents, noise: None };
                 for recompute in [false, true] {
                     let pass = Pass { recompute, ..Pass::default() };
                     let hidden = decoder.hidden(&rows, &pass).unwrap_or_else(|error| panic!("{family}: {error}"));

@@ -73,8 +73,50 @@ pub enum Error {
         /// What is held.
         what: &'static str,
     },
-    /// Samples of a base that draws none.
-    #[error("this base draws no samples; take sample_prompts out")]
+    /// A base of which only adapters are trained.
+    #[error(
+        "{path}: train = \"full\" is for image models; of a language model adapters are trained (train = \"lora\")"
+    )]
+    NotTrainedWhole {
+        /// The base.
+        path: PathBuf,
+    },
+    /// A tokenizer has tokens that its model has no embedding of.
+    #[error(
+        "{path}: the tokenizer has {tokens} tokens, the model's embedding {rows} rows; the files are not of one model"
+    )]
+    Vocabulary {
+        /// The tokenizer.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: usize,
+        /// Rows of the embedding.
+        rows: usize,
+    },
+    /// An adapter of another base.
+    #[error("{path}: the base has no layer `{module}`; the adapter was made for another model")]
+    NotOfThisBase {
+        /// The adapter.
+        path: PathBuf,
+        /// A layer that it adapts.
+        module: String,
+    },
+    /// A conversation, and no template to lay it out by.
+    #[error("{path}: there is no chat template; set chat_template to a file or the name of one")]
+    NoTemplate {
+        /// The tokenizer.
+        path: PathBuf,
+    },
+    /// A prompt that looks like a conversation and is none.
+    #[error("the prompt `{prompt}` is no JSON list of messages: {reason}")]
+    Prompt {
+        /// The prompt.
+        prompt: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Samples of a base that makes none.
+    #[error("this base makes no samples; take sample_prompts out")]
     NoSamples,
     /// The dataset cannot be used.
     #[error(transparent)]

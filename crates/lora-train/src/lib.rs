@@ -6,6 +6,7 @@ pub mod callback;
 pub mod callbacks;
 pub mod config;
 mod error;
+pub mod inference;
 pub mod loss;
 pub mod optimiser;
 pub mod parameters;

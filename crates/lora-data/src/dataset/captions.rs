@@ -200,8 +200,11 @@ pub(super) fn caption_lines(text: &str) -> Vec<String> {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
 }
 
-/// A text file without its byte-order mark; anything but UTF-8 is an error that says where.
-pub(crate) fn read_text(path: &Path) -> Result<String> {
+/// A text file without its byte-order mark.
+///
+/// # Errors
+/// Where it cannot be read, and where it is anything but UTF-8, which says where.
+pub fn read_text(path: &Path) -> Result<String> {
     let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
     match String::from_utf8(bytes) {
         Ok(text) => Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)),

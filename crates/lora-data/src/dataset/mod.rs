@@ -20,7 +20,7 @@ mod stored;
 #[cfg(feature = "parquet")]
 pub(crate) mod table;
 
-pub(crate) use captions::read_text;
+pub use captions::read_text;
 pub use regularisation::balance;
 pub use stored::Stored;
 

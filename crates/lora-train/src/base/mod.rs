@@ -7,6 +7,7 @@ mod autoencoder;
 mod captions;
 mod data;
 mod inputs;
+pub mod language;
 mod registry;
 mod stable_diffusion;
 

@@ -8,7 +8,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{FAMILIES, Family};
 use lora_torch::tch::Device;
 
-use super::{Base, Data, stable_diffusion};
+use super::{Base, Data, language, stable_diffusion};
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, Keys};
 use crate::{Error, Result};
@@ -73,7 +73,7 @@ pub struct Bases(Vec<Registration>);
 
 impl Default for Bases {
     fn default() -> Self {
-        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2])
+        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2, language::LANGUAGE])
     }
 }
 

@@ -1,10 +1,12 @@
 //! Writing what is trained, with what its file says of the run.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
 
 use lora_core::DType;
 use lora_io::adapter::{kohya, peft};
+use lora_io::atomic;
 use lora_io::metadata::TrainingRecord;
 
 use super::{Session, Trained};
@@ -38,6 +40,8 @@ impl Session {
                         let dropout = session.config.lora_dropout;
                         let extra = peft::Extra { base_model: Some(base_model), dropout };
                         peft::write(&path, &adapter, precision, &extra)?;
+                        let card = session.card(name);
+                        atomic::write(path.join("README.md"), |file| file.write_all(card.as_bytes()))?;
                     } else {
                         kohya::write(&path, &adapter, Some(session.checkpoint.family()), precision)?;
                     }
@@ -61,6 +65,27 @@ impl Session {
         let result = action(self);
         self.parameters.exchange_averages()?;
         result
+    }
+
+    /// The model card of a folder: what it is an adapter of, and how it was trained.
+    fn card(&self, name: &str) -> String {
+        let config = &self.config;
+        let base = config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let modules = config.target_modules.join(", ");
+        format!(
+            "---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# {name}\n\nAn adapter ({}) for {base}, of rank \
+             {} and alpha {}, on {modules}. Trained for {} of {} steps with {} at a learning rate of {:e}, on {} rows of \
+             text, by lora {}.\n\nLoad it with `PeftModel.from_pretrained(model, \"{name}\")`.\n",
+            config.variant,
+            config.lora_rank,
+            config.lora_alpha,
+            self.step,
+            self.plan.steps,
+            config.optimizer,
+            config.learning_rate,
+            self.source.count(),
+            env!("CARGO_PKG_VERSION"),
+        )
     }
 
     fn record(&self, name: &str) -> TrainingRecord {

@@ -61,16 +61,7 @@ impl Session {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Overview { noun, items, left_out, lines, .. } = &self.data;
-        let left_out = if *left_out > 0 { format!(" ({left_out} skipped)") } else { String::new() };
-        writeln!(f, "{:<10} {items}{left_out}", format!("{noun}:"))?;
-        for (subject, lines) in lines {
-            let mut label = format!("{subject}:");
-            for line in lines {
-                writeln!(f, "{label:<10} {line}")?;
-                label.clear();
-            }
-        }
+        writeln!(f, "{}", self.data)?;
         if self.cut_captions > 0 {
             writeln!(f, "           {} caption(s) are longer than max_token_length and are cut", self.cut_captions)?;
         }

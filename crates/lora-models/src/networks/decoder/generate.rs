@@ -4,6 +4,7 @@
 use std::ops::ControlFlow;
 
 use lora_core::random::Stream;
+use lora_torch::dry;
 use lora_torch::tch::{Kind, Tensor, no_grad};
 use lora_torch::tensor::to_host;
 
@@ -104,8 +105,12 @@ impl Decoder {
             let rows = Rows::of(&tokens, given)?;
             let hidden = self.continue_hidden(&rows, room, &mut caches, &Pass::default())?;
             let last = hidden.f_narrow(1, next.len() as i64 - 1, 1)?.f_reshape([-1])?;
-            let logits = to_host(&self.logits(&last, &Pass::default())?.f_to_kind(Kind::Float)?)?;
-            let token = draw(&logits.to_f32(), sampling, drawn.len() as u64) as i64;
+            let logits = self.logits(&last, &Pass::default())?.f_to_kind(Kind::Float)?;
+            // Where there is no memory there is nothing to draw from.
+            let token = match dry::is_dry(self.device()) {
+                true => 0,
+                false => draw(&to_host(&logits)?.to_f32(), sampling, drawn.len() as u64) as i64,
+            };
             given += next.len() as i64;
             (next = vec![token], drawn.push(token));
             if each(token).is_break() || sampling.stop.contains(&token) {

@@ -2,6 +2,7 @@
 //! at a time, computed again in the backward pass.
 
 use lora_torch::checkpoint::{Inputs, checkpoint};
+use lora_torch::cross_entropy::CrossEntropy;
 use lora_torch::tch::{Reduction, Tensor};
 
 use super::Decoder;
@@ -45,6 +46,11 @@ impl Head {
         Ok(logits)
     }
 
+    /// The kernel that takes over where the head is frozen: it needs no second computation.
+    fn kernel(&self, label_smoothing: f64) -> CrossEntropy {
+        CrossEntropy { label_smoothing, soft_cap: self.cap, logit_scale: self.scale }
+    }
+
     /// Cross entropies of tokens `[batch, tokens]`, in f32; 0 where there is no label.
     fn cross_entropy(&self, hidden: &Tensor, labels: &Tensor, smoothing: f64, pass: &Pass) -> Result<Tensor> {
         let logits = self.logits(hidden, pass)?.f_to_kind(lora_torch::tch::Kind::Float)?.f_flatten(0, 1)?;
@@ -73,6 +79,13 @@ impl Decoder {
     /// # Errors
     /// If the shapes do not fit, or memory runs out.
     pub fn loss(&self, hidden: &Tensor, labels: &Tensor, options: &LossOptions<'_>, pass: &Pass) -> Result<Tensor> {
+        if let Some(head) = self.head().lm_head.frozen() {
+            self.check_labels(hidden, labels)?;
+            let last = labels.size2()?.1 - 1;
+            let (hidden, labels) = (hidden.f_narrow(1, 0, last)?, labels.f_narrow(1, 1, last)?);
+            let weights = options.weights.map(|weights| weights.f_narrow(1, 1, last)).transpose()?;
+            return Ok(self.head().kernel(options.smoothing).sum(&hidden, head, &labels, weights.as_ref())?);
+        }
         let mut losses = self.token_losses(hidden, labels, options.smoothing, pass)?;
         if let Some(weights) = options.weights {
             losses = losses.f_mul(&weights.f_narrow(1, 1, labels.size2()?.1 - 1)?)?;
@@ -80,11 +93,7 @@ impl Decoder {
         Ok(losses.f_sum(lora_torch::tch::Kind::Float)?)
     }
 
-    /// The cross entropy of each label but a row's first, `[batch, tokens - 1]`, f32; 0 for [`NO_LABEL`].
-    ///
-    /// # Errors
-    /// As [`Decoder::loss`].
-    pub fn token_losses(&self, hidden: &Tensor, labels: &Tensor, smoothing: f64, pass: &Pass) -> Result<Tensor> {
+    fn check_labels(&self, hidden: &Tensor, labels: &Tensor) -> Result<()> {
         let (batch, tokens) = labels.size2()?;
         if hidden.size() != [batch, tokens, self.config().width as i64] || tokens < 2 {
             return Err(Error::Input {
@@ -93,7 +102,16 @@ impl Decoder {
                 found: format!("{:?}", labels.size()),
             });
         }
-        // The one place where a kernel that needs no second computation may take over: where the head's layer is frozen.
+        Ok(())
+    }
+
+    /// The cross entropy of each label but a row's first, `[batch, tokens - 1]`, f32; 0 for [`NO_LABEL`].
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`].
+    pub fn token_losses(&self, hidden: &Tensor, labels: &Tensor, smoothing: f64, pass: &Pass) -> Result<Tensor> {
+        self.check_labels(hidden, labels)?;
+        let (batch, tokens) = labels.size2()?;
         let chunk = (LOGITS / self.config().vocabulary as i64).max(FEWEST) / batch;
         let chunk = chunk.max(1);
         let hidden = hidden.f_narrow(1, 0, tokens - 1)?.f_split(chunk, 1)?;

@@ -63,6 +63,8 @@ pub struct Rows {
     /// Which document of its row a token is of, `[batch, tokens]`: numbers from 0 and below the number of tokens. Tokens
     /// of a document lie side by side and see none of another; padding is a document of its own. Without, a row is one.
     pub documents: Option<Tensor>,
+    /// Added to the embeddings, `[batch, tokens, width]`, f32: noise, while training (NEFTune).
+    pub noise: Option<Tensor>,
 }
 
 impl Rows {
@@ -73,7 +75,7 @@ impl Rows {
     pub fn of(tokens: &Tensor, first: i64) -> Result<Self> {
         let (_, count) = tokens.size2()?;
         let positions = Tensor::f_arange_start(first, first + count, (Kind::Int64, tokens.device()))?;
-        Ok(Self { tokens: tokens.shallow_clone(), positions: positions.f_unsqueeze(0)?, documents: None })
+        Ok(Self { tokens: tokens.shallow_clone(), positions: positions.f_unsqueeze(0)?, documents: None, noise: None })
     }
 
     /// The length of each token's document, or of a row's longest where documents are not told apart, in a shape that
@@ -276,7 +278,10 @@ impl Decoder {
 
     fn run(&self, rows: &Rows, after: &[usize], pass: &Pass, mut work: Work<'_>) -> Result<Vec<Tensor>> {
         let context = Shared::new(self.context(rows, &work)?);
-        let embedded = self.embed_tokens.forward(&rows.tokens, pass)?.f_to_kind(self.kind)?;
+        let mut embedded = self.embed_tokens.forward(&rows.tokens, pass)?.f_to_kind(self.kind)?;
+        if let Some(noise) = &rows.noise {
+            embedded = embedded.f_add(&noise.f_to_kind(self.kind)?)?;
+        }
         let mut hidden = scaled(&embedded, self.config.embedding_scale)?;
         let inputs = self.layer_inputs.as_ref().map(|own| own.forward(&rows.tokens, &hidden, pass)).transpose()?;
         let depth = after.iter().copied().max().unwrap_or(0);

@@ -1,7 +1,7 @@
 //! Keys of texts and of language models: how records become rows of tokens, what of them is learned, and how answers are
 //! sampled. Which files there are is in [`super::data`].
 
-use super::{Extra, Given, Group, Key, Reads, Resumed, Setting};
+use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// The keys of a language model.
 pub static KEYS: &[&Group] = &[&LOSS, &SAMPLES];
@@ -155,9 +155,4 @@ fn within(given: &mut Given<'_>, default: usize, most: usize) -> usize {
         given.problem(format!("expected 1 to {most}, found {count}"));
     }
     count
-}
-
-/// A switch; off where there is no such key.
-pub(crate) fn switch(extra: &Extra, key: &str) -> bool {
-    extra.switch(key).unwrap_or(false)
 }

@@ -1,0 +1,314 @@
+//! What a language model with its adapters does: it writes, and is judged on texts. Training is [`crate::session`]'s business.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lora_core::compose::{self, Method};
+use lora_core::variant::{Parameters, VariantRegistry};
+use lora_core::{Adapter, Component, DType, ModulePath, Strength};
+use lora_data::Source;
+use lora_data::source::Example;
+use lora_data::texts::{TextOptions, Texts, TokenRow};
+use lora_io::adapter;
+use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
+pub use lora_models::networks::decoder::Sampling;
+use lora_models::networks::decoder::{Decoder, DecoderConfig, NO_LABEL, Rows};
+use lora_models::weights::{Frozen, Held, Weights};
+use lora_torch::TchBackend;
+use lora_torch::frozen::Storage;
+use lora_torch::tch::{Kind, Tensor, no_grad_guard};
+use lora_torch::tensor::{from_host, kind_of};
+
+use crate::base::language::{Prompts, Writer};
+use crate::{Error, Plugins, Result};
+
+/// What a text model is made of.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct TextModelOptions {
+    /// The base: a folder or a GGUF file.
+    pub base: PathBuf,
+    /// Adapters, and how strongly each is applied.
+    pub adapters: Vec<(PathBuf, f64)>,
+    /// Where it computes, as the key `device` says it.
+    pub device: String,
+    /// What it computes in.
+    pub precision: DType,
+    /// How the base's weights are held; as they compute without.
+    pub base_storage: Option<Storage>,
+    /// A chat template's file or name; the base's own without.
+    pub chat_template: Option<String>,
+    /// What the system says before a prompt that is no conversation.
+    pub system_prompt: Option<String>,
+}
+
+impl TextModelOptions {
+    /// A base without adapters, on the best device, in fp32.
+    pub fn new(base: impl Into<PathBuf>) -> Self {
+        Self {
+            base: base.into(),
+            adapters: Vec::new(),
+            device: "auto".into(),
+            precision: DType::F32,
+            base_storage: None,
+            chat_template: None,
+            system_prompt: None,
+        }
+    }
+}
+
+/// A language model with its adapters, loaded.
+#[derive(Debug)]
+pub struct TextModel {
+    decoder: Decoder,
+    writer: Arc<Writer>,
+    end_tokens: Vec<i64>,
+}
+
+/// How a model judges texts.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Evaluation {
+    /// Mean cross entropy of a token, in nats.
+    pub loss: f64,
+    /// Its exponential.
+    pub perplexity: f64,
+    /// Tokens that were predicted.
+    pub tokens: usize,
+    /// Windows of a text, or records.
+    pub rows: usize,
+}
+
+impl fmt::Display for Evaluation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { loss, perplexity, tokens, rows } = self;
+        write!(f, "loss {loss:.4}, perplexity {perplexity:.3}, over {tokens} tokens of {rows} rows")
+    }
+}
+
+impl TextModel {
+    /// Loads a base and hangs adapters on it. Of several, all must be plain LoRAs: they become their exact sum.
+    ///
+    /// # Errors
+    /// Where a file is missing or damaged, an adapter does not fit the base, and where memory runs out.
+    pub fn open(options: &TextModelOptions, plugins: &Plugins) -> Result<Self> {
+        let checkpoint = plugins.bases.checkpoint(&options.base)?;
+        let device = lora_torch::device::resolve(&options.device)?;
+        let component = checkpoint.component(Component::LANGUAGE_MODEL)?;
+        let config = DecoderConfig::detect(component)?;
+        let end_tokens = config.end_tokens.clone();
+        let weights = Weights::new(component, kind_of(options.precision), device)
+            .held(Held::Frozen(Frozen::stored(options.base_storage)));
+        let mut decoder = Decoder::load(&weights, config)?;
+        if let Some(adapter) = joined(&options.adapters, &mut decoder, plugins)? {
+            attach(&adapter, &mut decoder, &plugins.variants)?;
+        }
+        let prompts = Prompts::new(&options.base, options.chat_template.clone(), options.system_prompt.clone());
+        Ok(Self { decoder, writer: prompts.writer()?, end_tokens })
+    }
+
+    /// The tokenizer with its chat template.
+    pub fn writer(&self) -> &Writer {
+        &self.writer
+    }
+
+    /// The answer to tokens that [`Writer`] laid out. `each` is given every piece of text as soon as its characters are whole.
+    ///
+    /// # Errors
+    /// Where the prompt is empty, and where memory runs out.
+    pub fn generate(&self, prompt: &[i64], sampling: &Sampling, each: &mut dyn FnMut(&str)) -> Result<String> {
+        let stop = self.writer.ends().chain(self.end_tokens.iter().copied()).chain(sampling.stop.iter().copied());
+        let sampling = Sampling { stop: stop.collect(), ..sampling.clone() };
+        let (mut drawn, mut told) = (Vec::new(), String::new());
+        let answer = self.decoder.generate(prompt, &sampling, &mut |token| {
+            drawn.push(token);
+            // A character of several tokens is not a text before its last one is there.
+            if let Ok(text) = self.writer.text(&drawn)
+                && let Some(more) = text.strip_prefix(&told)
+                && !more.is_empty()
+                && !text.ends_with(char::REPLACEMENT_CHARACTER)
+            {
+                each(more);
+                told = text;
+            }
+            ControlFlow::Continue(())
+        })?;
+        self.writer.text(&answer)
+    }
+
+    /// The loss on texts: of records on what is learned of them, of a plain text file on windows of `max_seq_length` tokens, side by
+    /// side, in which every token but the first is predicted. `progress` is told rows done, of.
+    ///
+    /// # Errors
+    /// Where the texts cannot be read, and where memory runs out.
+    pub fn evaluate(&self, options: &EvaluationOptions, progress: &mut dyn FnMut(usize, usize)) -> Result<Evaluation> {
+        let _guard = no_grad_guard();
+        let rows = self.rows(options)?;
+        let count = options.limit.unwrap_or(usize::MAX).min(rows.len());
+        let (mut sum, mut tokens) = (0.0, 0);
+        for (index, row) in rows.iter().take(count).enumerate() {
+            let learned = row.trained.iter().skip(1).filter(|&&trained| trained).count();
+            if learned > 0 {
+                let loss = self.loss(row)?;
+                if !loss.is_finite() {
+                    let place = format!(" in row {}", index + 1);
+                    let remedy = "compute in another --precision";
+                    return Err(Error::NotFinite { stage: "the loss".into(), place, remedy });
+                }
+                sum += loss;
+                tokens += learned;
+            }
+            progress(index + 1, count);
+        }
+        let loss = sum / tokens.max(1) as f64;
+        Ok(Evaluation { loss, perplexity: loss.exp(), tokens, rows: count })
+    }
+
+    /// The sum of the cross entropies of a row's learned tokens.
+    fn loss(&self, row: &TokenRow) -> Result<f64> {
+        let device = self.decoder.device();
+        let numbers = |values: Vec<i64>| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(&values)?.f_unsqueeze(0)?.f_to_device(device)?)
+        };
+        let tokens = numbers(row.ids.iter().map(|&id| i64::from(id)).collect())?;
+        let label = |(&id, &trained): (&u32, &bool)| if trained { i64::from(id) } else { NO_LABEL };
+        let labels = numbers(row.ids.iter().zip(&row.trained).map(label).collect())?;
+        let pass = Pass::default();
+        let hidden = self.decoder.hidden(&Rows::of(&tokens, 0)?, &pass)?;
+        let losses = self.decoder.token_losses(&hidden, &labels, 0.0, &pass)?;
+        Ok(f64::try_from(losses.f_sum(Kind::Double)?)?)
+    }
+
+    fn rows(&self, options: &EvaluationOptions) -> Result<Vec<TokenRow>> {
+        let is_text = options.data.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"));
+        if options.data.is_file() && is_text {
+            let text = lora_data::dataset::read_text(&options.data)?;
+            let encoding = self.writer.tokenizer().encode(&text)?;
+            return Ok(windows(&encoding.ids, options.max_seq_length));
+        }
+        let texts = TextOptions {
+            path: options.data.clone(),
+            max_seq_length: options.max_seq_length,
+            chat_template: options.chat_template.clone(),
+            system_prompt: options.system_prompt.clone(),
+            train_on_inputs: options.train_on_inputs,
+            ..TextOptions::default()
+        };
+        let texts = Texts::open(texts, self.writer.shared_tokenizer(), None)?;
+        let count = options.limit.unwrap_or(usize::MAX).min(texts.count());
+        let draw = lora_core::random::Stream::new(0);
+        let row = |item| match texts.example(item, &draw)? {
+            Example::Tokens(row) => Ok(row),
+            _ => Err(Error::MissingInput { name: "tokens" }),
+        };
+        (0..count).map(row).collect()
+    }
+}
+
+/// Texts to judge a model on.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct EvaluationOptions {
+    /// A file or a folder.
+    pub data: PathBuf,
+    /// Tokens of a row at most.
+    pub max_seq_length: usize,
+    /// Windows or records at most.
+    pub limit: Option<usize>,
+    /// Judged on what is given, too.
+    pub train_on_inputs: bool,
+    /// As in training.
+    pub chat_template: Option<String>,
+    /// As in training.
+    pub system_prompt: Option<String>,
+}
+
+impl EvaluationOptions {
+    /// All of these data, in rows of 2048 tokens at most.
+    pub fn new(data: impl Into<PathBuf>) -> Self {
+        Self {
+            data: data.into(),
+            max_seq_length: 2048,
+            limit: None,
+            train_on_inputs: false,
+            chat_template: None,
+            system_prompt: None,
+        }
+    }
+}
+
+/// Tokens in windows side by side, each predicted but for its first; a shorter rest counts only where it is all there is.
+fn windows(ids: &[u32], length: usize) -> Vec<TokenRow> {
+    let whole: Vec<&[u32]> = match ids.chunks_exact(length.max(2)) {
+        chunks if chunks.len() > 0 => chunks.collect(),
+        _ => vec![ids],
+    };
+    let row = |ids: &[u32]| {
+        let trained = (0..ids.len()).map(|place| place > 0).collect();
+        TokenRow { ids: ids.to_vec(), trained, documents: vec![ids.len()] }
+    };
+    whole.into_iter().filter(|ids| ids.len() > 1).map(row).collect()
+}
+
+/// The sum of adapters as one; the very adapter where it is one at full strength.
+fn joined(files: &[(PathBuf, f64)], decoder: &mut Decoder, plugins: &Plugins) -> Result<Option<Adapter>> {
+    let layers = decoder.adaptable_layers()?;
+    let mut adapters = Vec::with_capacity(files.len());
+    for (path, strength) in files {
+        let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
+        adapter::fit(path, &mut adapter, &layers)?;
+        let unknown = adapter.modules.keys().find(|module| !layers.iter().any(|layer| layer.path == **module));
+        if let Some(module) = unknown {
+            return Err(Error::NotOfThisBase { path: path.clone(), module: module.to_string() });
+        }
+        adapters.push((adapter, Strength::from(*strength)));
+    }
+    match adapters.as_slice() {
+        [] => Ok(None),
+        [(adapter, strength)] if *strength == Strength::default() => Ok(Some(adapter.clone())),
+        several => {
+            let weighted: Vec<_> = several.iter().map(|(adapter, strength)| (adapter, strength)).collect();
+            Ok(Some(compose::combine(&weighted, Method::Concatenate)?.0))
+        }
+    }
+}
+
+/// Hangs an adapter on a network's layers; nothing of it is trained.
+fn attach(adapter: &Adapter, network: &mut dyn Adaptable, variants: &VariantRegistry<TchBackend>) -> Result<()> {
+    let component = network.component();
+    let mut result = Ok(());
+    network.visit_layers(&mut |layer| {
+        let Some(module) = adapter.modules.get(&ModulePath::new(component, layer.path())) else { return };
+        let mut hang = || -> Result<()> {
+            let variant = variants.get(&module.variant)?;
+            let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
+            let kind = if half { layer.kind() } else { Kind::Float };
+            let put = |host| -> Result<Tensor> { Ok(from_host(host, layer.device())?.f_to_kind(kind)?) };
+            let tensors = module.tensors.iter().map(|(name, host)| Ok((name.clone(), put(host)?)));
+            let tensors = tensors.collect::<Result<_>>()?;
+            let parameters = Parameters { tensors, scale: module.alpha / module.rank.max(1) as f64 };
+            layer.attach(AttachedAdapter { variant, parameters });
+            Ok(())
+        };
+        if result.is_ok() {
+            result = hang();
+        }
+    })?;
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_lie_side_by_side_and_a_rest_counts_only_alone() {
+        let ids: Vec<u32> = (0..10).collect();
+        let rows = windows(&ids, 4);
+        assert_eq!(rows.iter().map(|row| row.ids.clone()).collect::<Vec<_>>(), [vec![0, 1, 2, 3], vec![4, 5, 6, 7]]);
+        assert_eq!(rows[0].trained, [false, true, true, true]);
+        assert_eq!(windows(&ids[..3], 4)[0].ids, [0, 1, 2]);
+        assert!(windows(&ids[..1], 4).is_empty());
+    }
+}

@@ -1,0 +1,210 @@
+//! Language models from the configuration to PEFT's folder: a tiny Qwen2 with random weights, twelve conversations. Losses
+//! are transformers' and PEFT's (`golden/language/README.md`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lora_io::adapter;
+use lora_train::base::Sample;
+use lora_train::config::{Format, TrainConfig};
+use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
+use lora_train::session::StepReport;
+use lora_train::{Plugins, Session, train};
+
+/// Mean cross entropy of all conversations' answers without an adapter.
+const LOSS: f64 = 6.576780228273052;
+/// The same with PEFT's adapter.
+const LOSS_WITH_ADAPTER: f64 = 5.760379094902991;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/language").join(name)
+}
+
+/// A folder with the base, as it is published, in `base`.
+fn workspace() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    fs::create_dir(&base).unwrap();
+    let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-models/tests/golden/llm/qwen2/model");
+    for from in [weights, golden("")] {
+        for entry in fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+            fs::copy(&entry, base.join(entry.file_name().unwrap())).unwrap();
+        }
+    }
+    folder
+}
+
+fn try_config(folder: &Path, keys: &[&str]) -> Result<TrainConfig, String> {
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\ndevice: cpu\nprecision: fp32\nlora_rank: 4\nlora_alpha: 8\n\
+         target_modules: all-linear\nlearning_rate: 5e-3\nmax_seq_length: 160\nmax_train_steps: 6\nbatch_size: 2\n\
+         save_precision: fp32\n",
+        folder.join("base").display(),
+        golden("chat.jsonl").display(),
+        folder.join("out").display(),
+    );
+    TrainConfig::from_text(&text, Format::Yaml, keys).map_err(|error| error.to_string())
+}
+
+fn prepare(folder: &Path, keys: &[&str]) -> Session {
+    Session::prepare(try_config(folder, keys).unwrap(), &Plugins::default(), &mut |_| {}).unwrap()
+}
+
+fn refusal(folder: &Path, keys: &[&str]) -> String {
+    let prepared =
+        |config| Session::prepare(config, &Plugins::default(), &mut |_| {}).map_err(|error| error.to_string());
+    try_config(folder, keys).and_then(prepared).unwrap_err()
+}
+
+/// The loss on all conversations.
+fn loss(session: &mut Session) -> f64 {
+    let validation = session.load_validation(&golden("chat.jsonl")).unwrap();
+    session.validation_loss(&validation).unwrap()
+}
+
+fn steps(session: &mut Session) -> Vec<StepReport> {
+    std::iter::from_fn(|| session.step().unwrap()).collect()
+}
+
+#[test]
+fn losses_are_those_of_transformers_and_peft() {
+    let folder = workspace();
+    let bare = loss(&mut prepare(folder.path(), &[]));
+    assert!((bare - LOSS).abs() < 1e-5, "{bare}");
+    let init_from = format!("init_from={}", golden("adapter").display());
+    for keys in [&[][..], &["packing=true"], &["gradient_checkpointing=true", "batch_size=1"]] {
+        let keys = [&[&*init_from], keys].concat();
+        let with = loss(&mut prepare(folder.path(), &keys));
+        assert!((with - LOSS_WITH_ADAPTER).abs() < 1e-5, "{keys:?}: {with}");
+    }
+    let both = loss(&mut prepare(folder.path(), &["train_on_inputs=true"]));
+    assert!((both - LOSS).abs() > 1e-2, "{both}");
+}
+
+/// What is written is what was trained: PEFT's layout, read back.
+#[test]
+fn a_run_learns_and_its_folder_gives_the_same_loss() {
+    let folder = workspace();
+    let mut session = prepare(folder.path(), &["epochs=8", "max_train_steps=40"]);
+    let before = loss(&mut session);
+    let reports = steps(&mut session);
+    let after = loss(&mut session);
+    assert!(after < before - 1.0, "{before} to {after}");
+    // The trained tokens of a step are what it measures: 239 in each of the epochs.
+    let measured: f64 = reports.iter().take(session.plan().steps_per_epoch).map(|report| report.measure).sum();
+    assert_eq!(measured, 239.0);
+
+    let saved = session.save("voice").unwrap();
+    assert_eq!(saved, folder.path().join("out/voice"));
+    let file = adapter::read(&saved).unwrap();
+    assert_eq!((file.format.name(), file.adapter.modules.len()), ("peft", session.targets().len()));
+    let init_from = format!("init_from={}", saved.display());
+    let again = loss(&mut prepare(folder.path(), &[&init_from]));
+    assert!((again - after).abs() < 1e-6, "{after} against {again}");
+
+    let options = EvaluationOptions::new(golden("chat.jsonl"));
+    let mut model = TextModelOptions::new(folder.path().join("base"));
+    model.device = "cpu".into();
+    let mut judged = |adapters: &[(&Path, f64)]| {
+        model.adapters = adapters.iter().map(|(path, strength)| ((*path).to_owned(), *strength)).collect();
+        TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap()
+    };
+    let (bare, with) = (judged(&[]), judged(&[(&saved, 1.0)]));
+    assert!((bare.loss - LOSS).abs() < 1e-5 && (with.loss - after).abs() < 1e-5, "{bare} and {with}");
+    assert_eq!((with.tokens, with.rows), (239, 12));
+    assert!((with.perplexity - after.exp()).abs() < 1e-2);
+    // Half of it twice is all of it.
+    let halves = judged(&[(&saved, 0.5), (&saved, 0.5)]);
+    assert!((halves.loss - after).abs() < 1e-5, "{halves}");
+}
+
+/// The loss is divided by all trained tokens of a step, however they are split.
+#[test]
+fn rows_that_are_accumulated_give_the_step_of_a_whole_batch() {
+    let folder = workspace();
+    // Rows of one length share batches, so that both ways take the same rows.
+    let keys = &["packing=true", "max_train_steps=3"][..];
+    let one = steps(&mut prepare(folder.path(), &[keys, &["batch_size=4"]].concat()));
+    for split in [
+        &["batch_size=2", "gradient_accumulation_steps=2"][..],
+        &["batch_size=1", "gradient_accumulation_steps=4"],
+        &["batch_size=4", "gradient_checkpointing=true"],
+    ] {
+        let other = steps(&mut prepare(folder.path(), &[keys, split].concat()));
+        for (a, b) in one.iter().zip(&other) {
+            assert!((a.loss - b.loss).abs() < 1e-5, "{split:?}: {} and {}", a.loss, b.loss);
+            assert_eq!((a.measure, a.items), (b.measure, b.items));
+            let [a, b] = [a, b].map(|report| report.gradient_norm.unwrap());
+            assert!((a / b - 1.0).abs() < 1e-4, "{split:?}: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() {
+    let folder = workspace();
+    let keys = ["max_train_steps=8", "lora_dropout=0.1", "neftune_noise_alpha=5", "label_smoothing=0.1"];
+    let end = |session: &mut Session| {
+        steps(session);
+        session.adapter().unwrap().export().unwrap()
+    };
+    let whole = end(&mut prepare(folder.path(), &keys));
+    let mut session = prepare(folder.path(), &keys);
+    for _ in 0..3 {
+        session.step().unwrap();
+    }
+    session.save_state().unwrap();
+    drop(session);
+    let mut resumed = prepare(folder.path(), &[&keys[..], &["resume=true"]].concat());
+    assert_eq!((resumed.steps_done(), end(&mut resumed) == whole), (3, true));
+    let error = refusal(folder.path(), &[&keys[..], &["resume=true", "max_seq_length=128"]].concat());
+    assert!(error.contains("max_seq_length"), "{error}");
+}
+
+#[test]
+fn answers_to_prompts_are_samples() {
+    let folder = workspace();
+    let keys = ["sample_max_new_tokens=12", "sample_prompts=[\"What is a fathom?\", \"2 + 2?\"]", "max_train_steps=2"];
+    let config = try_config(folder.path(), &keys).unwrap();
+    let mut session = prepare(folder.path(), &keys);
+    let prompts = config.samples.prompts.clone();
+    let answers = session.sample(&prompts).unwrap();
+    assert!(answers.iter().all(|answer| matches!(answer, Sample::Text(text) if !text.is_empty())), "{answers:?}");
+    assert_eq!(answers, session.sample(&prompts).unwrap());
+    let conversation = "[{\"role\": \"user\", \"content\": \"What is a fathom?\"}]".to_owned();
+    assert_eq!(session.sample(&[conversation]).unwrap()[0], answers[0]);
+    drop(session);
+
+    let stop = std::sync::Arc::default();
+    let result = train(config, &Plugins::default(), Vec::new(), &stop, &mut |_| {}).unwrap();
+    assert_eq!(result.steps, 2);
+    let page = fs::read_to_string(folder.path().join("out/samples.md")).unwrap();
+    assert!(page.contains("## 2 + 2?") && page.contains("**before**") && page.contains("**step 2**"), "{page}");
+    assert!(result.lora.join("adapter_config.json").exists() && result.lora.join("README.md").exists());
+}
+
+#[test]
+fn what_means_nothing_for_a_language_model_is_refused() {
+    let folder = workspace();
+    for (keys, said) in [
+        (&["max_resolution=64"][..], "max_resolution"),
+        (&["clip_skip=2"], "clip_skip"),
+        (&["variant=loha"], "PEFT"),
+        (&["chat_template=nowhere"], "chat_template"),
+        (&["long_documents=error", "max_seq_length=32"], "long_documents"),
+    ] {
+        let error = refusal(folder.path(), keys);
+        assert!(error.contains(said), "{keys:?}: {error}");
+    }
+    // A tokenizer of another model.
+    let tokenizer = folder.path().join("base/tokenizer.json");
+    let text = fs::read_to_string(&tokenizer).unwrap();
+    let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    value["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+        "id": 100_000, "content": "<|far|>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true
+    }));
+    fs::write(&tokenizer, value.to_string()).unwrap();
+    let error = refusal(folder.path(), &[]);
+    assert!(error.contains("tokenizer"), "{error}");
+}
