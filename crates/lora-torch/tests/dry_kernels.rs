@@ -471,6 +471,42 @@ fn cross_entropy() {
     }
 }
 
+/// What a decoder consists of, where there is no GPU to count on: all of it has kernels, and nothing but what is said is kept.
+#[test]
+fn a_decoder_runs_on_a_dry_gpu() {
+    let (_turn, _) = begin(11);
+    let run = DryRun::begin(Platform::Cuda).unwrap();
+    let of = |shape: &[i64]| Tensor::zeros(shape, (Kind::BFloat16, run.device()));
+    let (tokens, width) = (64, 1024);
+    let blocks = BlockKind::Q4_K;
+    let weight = |outputs: usize, kind| {
+        let bytes = vec![0; blocks.bytes([outputs, width as usize]).unwrap()];
+        FrozenWeight::packed(&bytes, blocks, [outputs, width as usize], kind, run.device()).unwrap()
+    };
+    let (norm, table) = (of(&[width]), Tensor::zeros([1, tokens, 32], (Kind::Float, run.device())));
+    let words = Tensor::zeros([1, tokens], (Kind::Int64, run.device()));
+    let head = weight(2048, Kind::BFloat16);
+    let leaf = head.embed(&words).unwrap().set_requires_grad(true);
+    for way in [RmsWeight::Rounded, RmsWeight::Single, RmsWeight::OnePlus] {
+        let held = run.live();
+        let normed = rms_norm(&leaf, Some(&norm), 1e-6, way).unwrap();
+        // The output in bf16, and a number a row in f32.
+        assert_eq!(run.live() - held, (2 * tokens * width + 512.max(4 * tokens)) as u64, "{way:?}");
+        drop(normed);
+    }
+    let normed = rms_norm(&leaf, Some(&norm), 1e-6, RmsWeight::Rounded).unwrap();
+    let query = normed.view([1, tokens, 16, 64]).transpose(1, 2);
+    let turned = rotary(&query, &table, &table, RotaryLayout::Halves).unwrap();
+    let hidden = turned.transpose(1, 2).reshape([1, tokens, width]);
+    let gate = weight(width as usize, Kind::BFloat16);
+    let geometry = LayerGeometry::linear(width as usize, width as usize);
+    let hidden = swiglu(&gate.apply(&geometry, &hidden, None).unwrap(), &hidden).unwrap();
+    let ways = CrossEntropy { label_smoothing: 0.1, soft_cap: Some(30.0), logit_scale: 1.0 };
+    let loss = ways.sum(&hidden, &head, &words, None).unwrap();
+    loss.backward();
+    assert_eq!((leaf.grad().size(), leaf.grad().kind()), (vec![1, tokens, width], Kind::BFloat16));
+}
+
 #[test]
 fn logits_are_never_there_as_a_whole() {
     let (_turn, _) = begin(10);
