@@ -1,5 +1,5 @@
-// Weights in GGUF's blocks made whole, number for number as ggml's reference does it in f32: by loops of our own on the CPU and
-// by libtorch's operations elsewhere, which the tests hold together. What lies where in a block, and what it means, is told in
+// Weights in GGUF's blocks made whole, number for number as ggml's reference does it in f32: by loops of our own on the CPU, by a
+// kernel of our own on CUDA (cuda/whole.cu) and by libtorch's operations elsewhere, which the tests hold together. What lies where in a block, and what it means, is told in
 // lora-io's `gguf::blocks`. Quantising is not here.
 
 #include "blocks.h"
@@ -14,7 +14,7 @@
 #include <cstring>
 #include <vector>
 
-#include "guard.h"
+#include "kernels.h"
 #include "dry/dry.h"
 
 namespace lora::blocks {
@@ -238,21 +238,28 @@ Tensor dequantise(const Tensor &packed, Type type, int64_t start, int64_t count,
   const c10::NoGradGuard no_grad;
   const Size size = size_of(type);
   TORCH_CHECK(start % size.numbers == 0 && count % size.numbers == 0, "blocks come back as a whole, not ", count, " numbers from ", start);
+  TORCH_CHECK(kind == at::kFloat || kind == at::kHalf || kind == at::kBFloat16, "weights in blocks compute in f32, f16 or bf16, not in ", kind);
   const Tensor result = at::empty({count}, packed.options().dtype(kind));
+  if (lora::dry::as_on_cuda(packed) && !portable) return result;
   const Tensor own = packed.narrow(0, start / size.numbers * size.bytes, count / size.numbers * size.bytes);
+  if (const Kernels *own_kernels = packed.is_cuda() && !portable ? kernels.load() : nullptr) {
+    if (done(own_kernels->blocks(own.const_data_ptr(), static_cast<int>(type), static_cast<int>(size.numbers), static_cast<int>(size.bytes),
+                                 count, static_cast<int>(kind), result.get_device(), result.mutable_data_ptr()))) {
+      return result;
+    }
+  }
   if (lora::dry::as_on_cpu(packed) && !portable) {
     if (lora::dry::is_dry(packed)) return result;
     if (kind == at::kFloat) by_loops<float>(own, type, result);
     else if (kind == at::kHalf) by_loops<c10::Half>(own, type, result);
-    else if (kind == at::kBFloat16) by_loops<c10::BFloat16>(own, type, result);
-    else TORCH_CHECK(false, "weights in blocks compute in f32, f16 or bf16, not in ", kind);
+    else by_loops<c10::BFloat16>(own, type, result);
     return result;
   }
   const Tensor rows = own.view({-1, size.bytes}), values = result.view({-1, size.numbers});
   const int64_t step = CHUNK / size.numbers;
-  for (int64_t done = 0; done < rows.size(0); done += step) {
-    const int64_t length = std::min(step, rows.size(0) - done);
-    values.narrow(0, done, length).copy_(by_operations(rows.narrow(0, done, length), type).view({length, size.numbers}));
+  for (int64_t first = 0; first < rows.size(0); first += step) {
+    const int64_t length = std::min(step, rows.size(0) - first);
+    values.narrow(0, first, length).copy_(by_operations(rows.narrow(0, first, length), type).view({length, size.numbers}));
   }
   return result;
 }

@@ -27,6 +27,8 @@ struct Kernels {
   // Makes `count` numbers of int8 or fp8 (e4m3), each `row` of which have a factor.
   const char *(*scaled)(const void *bytes, int fp8, const float *scale, int64_t row, int64_t count, int kind, int device,
                         void *values);
+  // Makes `count` numbers of GGUF's blocks, of a type by its number there, each block of `numbers` numbers in `bytes` bytes.
+  const char *(*blocks)(const void *packed, int type, int numbers, int bytes, int64_t count, int kind, int device, void *values);
 };
 
 // Null where there are none, or no more, as one has failed.

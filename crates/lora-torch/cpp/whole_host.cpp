@@ -101,6 +101,17 @@ int lora_host_scaled(const void *bytes, int fp8, const float *scale, int64_t row
   });
 }
 
+// `type` is GGUF's number of the blocks, which are of `numbers` numbers in `size` bytes each.
+int lora_host_blocks(const void *packed, int type, int numbers, int size, int64_t count, int kind, void *values) {
+  return lora::guarded([&] {
+    const auto run = [&](auto kernel, auto *values) {
+      threads(count, [&] { kernel(static_cast<const unsigned char *>(packed), type, numbers, size, count, values); });
+    };
+    if (kind == 0) return run(single::gguf_blocks, static_cast<float *>(values));
+    run(kind == 1 ? half::gguf_blocks : bfloat::gguf_blocks, static_cast<unsigned short *>(values));
+  });
+}
+
 } // extern "C"
 
 } // namespace lora::whole_host

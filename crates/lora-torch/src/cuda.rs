@@ -26,6 +26,7 @@ unsafe extern "C" {
 struct Kernels {
     nf4: unsafe extern "C" fn(),
     scaled: unsafe extern "C" fn(),
+    blocks: unsafe extern "C" fn(),
 }
 
 /// The functions of the object, under the names that it gives them.
@@ -110,7 +111,11 @@ fn open() -> std::result::Result<Calls, String> {
         graph_replay: symbol!("lora_graph_replay"),
         graph_drop: symbol!("lora_graph_drop"),
         memory_limit: symbol!("lora_memory_limit"),
-        kernels: Kernels { nf4: symbol!("lora_cuda_nf4"), scaled: symbol!("lora_cuda_scaled") },
+        kernels: Kernels {
+            nf4: symbol!("lora_cuda_nf4"),
+            scaled: symbol!("lora_cuda_scaled"),
+            blocks: symbol!("lora_cuda_blocks"),
+        },
     })
 }
 

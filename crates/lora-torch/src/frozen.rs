@@ -274,6 +274,31 @@ impl FrozenWeight {
         new_tensor(|output| unsafe { lora_frozen_whole(&self.raw(), kind, output) })
     }
 
+    /// Rows of a weight `[words, width]`, as an embedding looks them up: `[…, width]` in the type that it computes in, for `words`
+    /// `[…]` (i64). No other row is made whole, but for weights in NF4 or in host memory.
+    ///
+    /// # Errors
+    /// Where the weight has not two axes, a word is not below their number, or memory runs out.
+    pub fn embed(&self, words: &Tensor) -> Result<Tensor> {
+        let &[outputs, width] = &*self.shape else {
+            return Err(Error::Torch(format!("an embedding has two axes, and this weight is {:?}", self.shape)));
+        };
+        let places = words.f_reshape([-1])?;
+        let stored = match &self.stored {
+            Stored::Plain(values) if self.staged.is_none() => Stored::Plain(select(values, &places)?),
+            Stored::Scaled { values, scale } if self.staged.is_none() => {
+                Stored::Scaled { values: select(values, &places)?, scale: select(scale, &places)? }
+            }
+            Stored::Blocks { bytes, kind, portable } if self.staged.is_none() => {
+                let bytes = select(&bytes.f_view([outputs, -1])?, &places)?.f_view([-1])?;
+                Stored::Blocks { bytes, kind: *kind, portable: *portable }
+            }
+            _ => Stored::Plain(select(&self.whole()?, &places)?),
+        };
+        let rows = Self { stored, shape: vec![places.size1()?, width], kind: self.kind, staged: None };
+        Ok(rows.whole()?.f_view(&*[&words.size()[..], &[width]].concat())?)
+    }
+
     /// The layer's output, as [`apply_layer`] gives it.
     pub fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (convolution, stride, padding, groups) = match *geometry {
@@ -335,6 +360,16 @@ impl FrozenWeight {
             staged: self.staged.as_ref().map_or(0, |(_, id)| *id),
         }
     }
+}
+
+/// Rows of a matrix.
+fn select(values: &Tensor, places: &Tensor) -> Result<Tensor> {
+    let kind = values.kind();
+    if kind != Kind::Float8e4m3fn {
+        return Ok(values.f_index_select(0, places)?);
+    }
+    // libtorch looks nothing up in them.
+    Ok(values.f_view_dtype(Kind::Uint8)?.f_index_select(0, places)?.f_view_dtype(kind)?)
 }
 
 /// A tensor that was given to be moved comes back.
@@ -561,6 +596,31 @@ mod tests {
     }
 
     #[test]
+    fn an_embedding_looks_up_rows_of_the_whole_weight() {
+        let weight = random(&[20, 256]);
+        let words = Tensor::from_slice(&[3i64, 0, 19, 3, 7, 7]).view([2, 3]);
+        let mut all: Vec<FrozenWeight> =
+            ALL.iter().map(|&(storage, _)| FrozenWeight::stored(&weight, storage).unwrap()).collect();
+        all.push(FrozenWeight::plain(weight.shallow_clone()));
+        all.push(FrozenWeight::float8(weight.to_kind(Kind::Float8e4m3fn), None, Kind::BFloat16).unwrap());
+        all.extend(BlockKind::ALL.map(|blocks| {
+            let bytes = random_blocks(blocks, [20, 256]);
+            FrozenWeight::packed(&bytes, blocks, [20, 256], Kind::BFloat16, Device::Cpu).unwrap()
+        }));
+        let staging = Staging::new(Device::Cpu).unwrap();
+        let bytes = random_blocks(BlockKind::Q8_0, [20, 256]);
+        let staged = FrozenWeight::packed(&bytes, BlockKind::Q8_0, [20, 256], Kind::Half, Device::Cpu).unwrap();
+        all.push(staged.staged(&staging).unwrap());
+        for own in &all {
+            let found = own.embed(&words).unwrap();
+            let expected = own.whole().unwrap().index_select(0, &words.view([-1])).view([2, 3, 256]);
+            assert!(found.equal(&expected) && found.kind() == own.kind(), "{own:?}");
+        }
+        assert!(all[0].embed(&(&words + 1)).is_err());
+        assert!(FrozenWeight::plain(random(&[2, 2, 2])).embed(&words).is_err());
+    }
+
+    #[test]
     fn numbers_of_8_bits_come_from_a_file_as_they_are() {
         let whole = random(&[6, 10]);
         let values = whole.to_kind(Kind::Float8e4m3fn);
@@ -591,6 +651,63 @@ mod tests {
             kind: c_int,
             values: *mut c_void,
         ) -> c_int;
+        fn lora_host_blocks(
+            packed: *const c_void,
+            blocks: c_int,
+            numbers: c_int,
+            size: c_int,
+            count: i64,
+            kind: c_int,
+            values: *mut c_void,
+        ) -> c_int;
+    }
+
+    /// CUDA's kernel, compiled for the host.
+    #[test]
+    fn the_kernel_of_blocks_gives_the_numbers_of_the_loops() {
+        for blocks in BlockKind::ALL {
+            for (number, kind) in [Kind::Float, Kind::Half, Kind::BFloat16].into_iter().enumerate() {
+                let shape = [5, 768];
+                let bytes = random_blocks(blocks, shape);
+                let own = FrozenWeight::packed(&bytes, blocks, shape, kind, Device::Cpu).unwrap();
+                let found = Tensor::empty([5, 768], (kind, Device::Cpu));
+                let (numbers, size) = blocks.block();
+                // SAFETY: bytes of whole blocks, and a contiguous tensor of as many numbers.
+                crate::shim::checked(unsafe {
+                    lora_host_blocks(
+                        bytes.as_ptr().cast(),
+                        blocks.gguf() as c_int,
+                        numbers as c_int,
+                        size as c_int,
+                        found.numel() as i64,
+                        number as c_int,
+                        found.data_ptr(),
+                    )
+                })
+                .unwrap();
+                assert!(found.equal(&own.whole().unwrap()), "{blocks} {kind:?}");
+            }
+        }
+    }
+
+    /// On a machine with a GPU: the kernel gives the bits of the CPU's loops, and nothing else runs.
+    #[test]
+    fn the_kernel_of_blocks_gives_the_same_numbers() {
+        if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
+            println!("not run: {}", crate::device::cuda());
+            return;
+        }
+        for blocks in BlockKind::ALL {
+            for (shape, kind) in [([5, 768], Kind::Float), ([1100, 2048], Kind::Half), ([3, 256], Kind::BFloat16)] {
+                let bytes = random_blocks(blocks, shape);
+                let of = |device| FrozenWeight::packed(&bytes, blocks, shape, kind, device).unwrap();
+                let (there, expected) = (of(Device::Cuda(0)), of(Device::Cpu).whole().unwrap());
+                drop(there.whole().unwrap());
+                let (found, counted) = crate::profile::operations(|| there.whole().unwrap()).unwrap();
+                assert!(found.to_device(Device::Cpu).equal(&expected), "{blocks} {shape:?} {kind:?}");
+                assert_eq!(counted.total().work, 0, "{:?}", counted.by_name);
+            }
+        }
     }
 
     /// CUDA's kernels, compiled for the host.

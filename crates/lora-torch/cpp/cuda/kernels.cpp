@@ -89,7 +89,7 @@ private:
 };
 
 struct Kernels {
-  cudaKernel_t nf4, int8, fp8;
+  cudaKernel_t nf4, int8, fp8, blocks;
 };
 
 // The kernels for a dtype on a device, compiled once and never freed.
@@ -115,6 +115,7 @@ const Kernels &kernels_of(int device, at::ScalarType kind) {
   C10_CUDA_CHECK(cudaLibraryGetKernel(&own.nf4, library, "nf4"));
   C10_CUDA_CHECK(cudaLibraryGetKernel(&own.int8, library, "int8"));
   C10_CUDA_CHECK(cudaLibraryGetKernel(&own.fp8, library, "fp8"));
+  C10_CUDA_CHECK(cudaLibraryGetKernel(&own.blocks, library, "gguf_blocks"));
   return all->emplace(std::make_pair(device, kind), own).first->second;
 }
 
@@ -154,6 +155,15 @@ const char *lora_cuda_scaled(const void *bytes, int fp8, const float *scale, int
     void *arguments[] = {&bytes, &scale, &width, &count, &values};
     const Kernels &own = kernels_of(device, static_cast<at::ScalarType>(kind));
     launch(fp8 ? own.fp8 : own.int8, device, count, arguments);
+  });
+  return failed ? lora::last_error().c_str() : nullptr;
+}
+
+const char *lora_cuda_blocks(const void *packed, int type, int numbers, int bytes, int64_t count, int kind, int device,
+                             void *values) {
+  const int failed = lora::guarded([&] {
+    void *arguments[] = {&packed, &type, &numbers, &bytes, &count, &values};
+    launch(kernels_of(device, static_cast<at::ScalarType>(kind)).blocks, device, count, arguments);
   });
   return failed ? lora::last_error().c_str() : nullptr;
 }

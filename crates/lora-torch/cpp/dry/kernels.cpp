@@ -138,6 +138,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor &given, cons
                                                        const Tensor &, const optional<Tensor> &, const optional<Tensor> &,
                                                        std::array<bool, 3> mask) {
   const Tensor ordered[] = {given.contiguous(), input.contiguous()};
+  // Each thread of the CPU sums up for itself.
+  Tensor sums;
+  if (plays(Platform::Cpu) && (mask[1] || mask[2])) sums = make({2, plan().threads, normalised.back()}, input);
   return {mask[0] ? at::empty_like(input, at::MemoryFormat::Contiguous) : Tensor(), mask[1] ? make(normalised, input) : Tensor(),
           mask[2] ? make(normalised, input) : Tensor()};
 }
@@ -150,6 +153,7 @@ Tensor index_select(const Tensor &own, int64_t axis, const Tensor &index) {
   return make(shape, own);
 }
 Tensor embedding_backward(const Tensor &given, const Tensor &indices, int64_t weights, int64_t, bool) {
+  const Tensor ordered = given.contiguous();
   if (plays(Platform::Cuda)) bytes(4 * 8 * indices.numel());
   return make({weights, given.size(-1)}, given);
 }
@@ -161,7 +165,7 @@ int64_t rows_of(int64_t queries) { return std::min<int64_t>(queries, queries >= 
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor &q, const Tensor &k, const Tensor &v, double, bool, const optional<Tensor> &,
                                          optional<double>) {
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), width = v.size(3);
-  Tensor output = make({batch, queries, heads, width}, q).transpose(1, 2);
+  Tensor output = at::empty_like(q);
   Tensor sums = make({batch, queries, heads}, q, single(q.scalar_type())).transpose(1, 2);
   if (plays(Platform::Cpu)) {
     const int64_t rows = rows_of(queries), columns = std::min<int64_t>(k.size(2), 512), half = q.scalar_type() != at::kFloat;
@@ -170,13 +174,15 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &q, const Tensor &k, const
   }
   return {output, sums};
 }
-std::tuple<Tensor, Tensor, Tensor> attention_cpu_backward(const Tensor &, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &,
+std::tuple<Tensor, Tensor, Tensor> attention_cpu_backward(const Tensor &given, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &,
                                                           const Tensor &, double, bool, const optional<Tensor> &, optional<double>) {
   const auto like = [](const Tensor &of) { return make({of.size(0), of.size(2), of.size(1), of.size(3)}, of).transpose(1, 2); };
   std::tuple<Tensor, Tensor, Tensor> result{like(q), like(k), like(v)};
+  const Tensor ordered = given.transpose(1, 2).contiguous();
   if (plays(Platform::Cpu)) {
     const int64_t half = q.scalar_type() != at::kFloat;
-    bytes(plan().threads * rows_of(q.size(2)) * std::min<int64_t>(k.size(2), 512) * 2 * (4 + 2 * half));
+    const int64_t rows = rows_of(q.size(2)), columns = std::min<int64_t>(k.size(2), 512);
+    bytes(plan().threads * rows * (columns * 2 * (4 + 2 * half) + 4));
   }
   return result;
 }
@@ -269,7 +275,8 @@ Tensor native_dropout_backward(const Tensor &given, const Tensor &, double) { re
 Tensor reduced(const Tensor &from, at::OptionalIntArrayRef axes, bool keep, optional<ScalarType> kind) {
   const ScalarType into = kind.value_or(at::isIntegralType(from.scalar_type(), true) ? at::kLong : from.scalar_type());
   const bool as_it_is = plays(Platform::Cuda) && into == at::kFloat && from.element_size() == 2;
-  if (into != from.scalar_type() && !as_it_is) at::empty_like(from, from.options().dtype(into));
+  Tensor converted;
+  if (into != from.scalar_type() && !as_it_is) converted = at::empty_like(from, from.options().dtype(into));
   const auto gone = at::dim_list_to_bitset(axes, from.dim());
   std::vector<int64_t> shape;
   for (int64_t axis = 0; axis < from.dim(); ++axis) {
