@@ -14,6 +14,7 @@ use lora_torch::dry::{Platform, platform};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
+use crate::layers::torch;
 
 /// Queries that one mask is made for.
 pub(super) const BLOCK: i64 = 1024;
@@ -126,7 +127,7 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
                 let blocks = blocks.clone();
                 Ok(checkpoint(&[&query, &key, &value], Inputs::Kept, move |inputs| {
                     let [query, key, value] = inputs else { return Ok(inputs[0].shallow_clone()) };
-                    Ok(looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(crate::layers::torch)?)
+                    looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(torch)
                 })?)
             };
             let parts: Vec<Tensor> = (0..blocks.len()).map(part).collect::<Result<_>>()?;
@@ -194,7 +195,7 @@ mod tests {
             (Some(&documents), Some(4), Some(2.0)),
             (None, None, Some(2.0)),
         ] {
-            let mut expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
+            let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
                 let seen: Vec<i64> = (0..=at)
                     .filter(|&other| window.is_none_or(|window: usize| at - other < window as i64))

@@ -107,7 +107,8 @@ impl Decoder {
             let logits = to_host(&self.logits(&last, &Pass::default())?.f_to_kind(Kind::Float)?)?;
             let token = draw(&logits.to_f32(), sampling, drawn.len() as u64) as i64;
             given += next.len() as i64;
-            (next = vec![token], drawn.push(token));
+            next = vec![token];
+            drawn.push(token);
             if each(token).is_break() || sampling.stop.contains(&token) {
                 break;
             }
