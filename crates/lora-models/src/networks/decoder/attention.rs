@@ -19,6 +19,9 @@ use crate::layers::torch;
 /// Queries that one mask is made for.
 pub(super) const BLOCK: i64 = 1024;
 
+/// Width of the heads that CUDA's flash attention takes at most.
+const FLASH: i64 = 256;
+
 /// Which keys the queries of a row see.
 #[derive(Debug)]
 pub(super) enum Mask {
@@ -104,6 +107,7 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
     // CUDA's flash attention reads the keys of a group of heads where they are; other kernels want a copy for each head.
     let as_they_are = matches!(platform(query.device()), Platform::Cuda)
         && query.kind() != Kind::Float
+        && query.size4()?.3 <= FLASH
         && !matches!(mask, Mask::Blocks(_))
         && scores.cap.is_none();
     let (key, value) = if groups == 1 || as_they_are {
