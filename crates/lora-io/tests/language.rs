@@ -127,3 +127,89 @@ fn gguf_has_hugging_faces_names_order_and_configuration() {
     gguf::write(&path, &short, &tensors).unwrap();
     assert!(Checkpoint::open(&path).unwrap_err().to_string().contains("the header has no `llama.block_count`"));
 }
+
+/// A GGUF file of an architecture with these values and tensors, opened.
+fn opened(at: &Path, architecture: &str, values: &[(&str, Value)], tensors: &[(&str, HostTensor)]) -> Checkpoint {
+    let own = |(key, value): &(&str, Value)| (format!("{architecture}.{key}"), value.clone());
+    let sizes = [("embedding_length", 4), ("block_count", 1), ("feed_forward_length", 6), ("attention.head_count", 2)];
+    let sizes = sizes.map(|(key, number)| (key, Value::Unsigned(number)));
+    let mut values: BTreeMap<String, Value> = sizes.iter().chain(values).map(own).collect();
+    values.insert("general.architecture".into(), Value::Text(architecture.into()));
+    let tensors = tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
+    let path = at.join(format!("{architecture}.gguf"));
+    gguf::write(&path, &values, &tensors).unwrap();
+    Checkpoint::open(path).unwrap()
+}
+
+#[test]
+fn gemmas_norms_are_stored_with_one_added_and_have_other_names() {
+    let at = tempdir().unwrap();
+    let norm = |value: f32| HostTensor::from_f32([4], vec![value; 4]).unwrap();
+    let tensors = [
+        ("token_embd.weight", numbers([5, 4], 0)),
+        ("output_norm.weight", norm(1.5)),
+        ("blk.0.attn_norm.weight", norm(1.25)),
+        ("blk.0.post_attention_norm.weight", norm(1.0)),
+        ("blk.0.ffn_norm.weight", norm(0.5)),
+        ("blk.0.post_ffw_norm.weight", norm(2.0)),
+        ("blk.0.attn_q.weight", numbers([8, 4], 0)),
+    ];
+    let values = [
+        ("attention.key_length", Value::Unsigned(4)),
+        ("attention.sliding_window", Value::Unsigned(16)),
+        ("attn_logit_softcapping", Value::Float(50.0)),
+        ("final_logit_softcapping", Value::Float(30.0)),
+    ];
+    let checkpoint = opened(at.path(), "gemma2", &values, &tensors);
+    let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+    for (name, value) in [
+        ("model.norm", 0.5),
+        ("model.layers.0.input_layernorm", 0.25),
+        ("model.layers.0.post_attention_layernorm", 0.0),
+        ("model.layers.0.pre_feedforward_layernorm", -0.5),
+        ("model.layers.0.post_feedforward_layernorm", 1.0),
+    ] {
+        assert_eq!(weights.values(&format!("{name}.weight")).unwrap(), norm(value), "{name}");
+    }
+    let query = weights.values("model.layers.0.self_attn.q_proj.weight").unwrap();
+    assert_eq!(query, numbers([8, 4], 0), "in Hugging Face's order already");
+    let config = weights.config().unwrap();
+    assert_eq!((&config["query_pre_attn_scalar"], &config["sliding_window"]), (&4.into(), &16.into()));
+    assert_eq!((&config["attn_logit_softcapping"], &config["final_logit_softcapping"]), (&50.0.into(), &30.0.into()));
+}
+
+#[test]
+fn phis_layers_are_fused_and_its_factors_are_longropes() {
+    let at = tempdir().unwrap();
+    let factors = |values: [f32; 1]| HostTensor::from_f32([1], values.to_vec()).unwrap();
+    let tensors = [
+        ("token_embd.weight", numbers([5, 4], 0)),
+        ("output.weight", numbers([5, 4], 1)),
+        ("blk.0.attn_qkv.weight", numbers([12, 4], 0)),
+        ("blk.0.ffn_up.weight", numbers([12, 4], 1)),
+        ("rope_factors_short.weight", factors([1.0])),
+        ("rope_factors_long.weight", factors([4.0])),
+    ];
+    let values = [
+        ("context_length", Value::Unsigned(512)),
+        ("rope.scaling.original_context_length", Value::Unsigned(64)),
+        ("rope.scaling.attn_factor", Value::Float(1.25)),
+        ("attention.sliding_window", Value::Unsigned(0)),
+    ];
+    let checkpoint = opened(at.path(), "phi3", &values, &tensors);
+    let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+    let layer = "model.layers.0";
+    assert!(weights.names().eq([
+        "lm_head.weight",
+        EMBEDDING,
+        &format!("{layer}.mlp.gate_up_proj.weight"),
+        &format!("{layer}.self_attn.qkv_proj.weight"),
+    ]));
+    let config = weights.config().unwrap();
+    assert_eq!((&config["tie_word_embeddings"], &config["sliding_window"]), (&false.into(), &serde_json::Value::Null));
+    let expected = serde_json::json!({
+        "rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0], "attention_factor": 1.25,
+        "original_max_position_embeddings": 64,
+    });
+    assert_eq!(config["rope_scaling"], expected);
+}
