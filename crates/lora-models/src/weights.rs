@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_core::{DType, HostTensor};
+use lora_io::gguf::Packed;
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -26,6 +27,13 @@ pub trait WeightSource {
     /// A weight in its final dtype and place. `shape` is what the architecture needs; a source that
     /// knows the shape may ignore it: the caller compares the two.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
+    /// A matrix as the blocks that a file holds it in; `None` where the source has its numbers.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    fn packed(&self, _name: &str) -> Result<Option<Packed<'_>>> {
+        Ok(None)
+    }
 }
 
 /// One side of a weight's shape, where an architecture's sizes are read off; a weight that is missing or has fewer axes
@@ -280,6 +288,10 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         self.shape(name).map(<[usize]>::to_vec)
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        Ok(self.packed(name)?)
     }
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.

@@ -288,6 +288,87 @@ fn lora_gradients_are_pefts() {
     }
 }
 
+/// qwen2's token of padding, which is its end of texts too.
+const PADDING: i64 = 2;
+
+/// Adapters of either end of a tied model: each changes its own end alone.
+#[test]
+fn embeddings_and_heads_carry_adapters_as_pefts() {
+    for case in ["embed_lora", "head_lora"] {
+        let golden = SafetensorsFile::open(golden(&format!("tied/{case}.safetensors"))).unwrap();
+        let reference = Reference::of("qwen2");
+        let mut decoder = reference.decoder();
+        let mut leaves = BTreeMap::new();
+        let mut attach = |layer: &mut lora_models::layers::AdaptableLayer| {
+            let path = layer.path().to_owned();
+            let names = [["lora_embedding_A", "embedding_down"], ["lora_embedding_B", "embedding_up"]];
+            let linear = [["lora_A.weight", "down"], ["lora_B.weight", "up"]];
+            for names in [names, linear] {
+                if !golden.contains(&format!("{path}.{}", names[0][0])) {
+                    continue;
+                }
+                let tensors = names.map(|[stored, own]| {
+                    let name = format!("{path}.{stored}");
+                    let leaf = floats(&golden, &name).set_requires_grad(true);
+                    leaves.insert(name, leaf.shallow_clone());
+                    (own.to_owned(), leaf)
+                });
+                let parameters = Parameters { tensors: tensors.into(), scale: 2.0 };
+                layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
+            }
+        };
+        decoder.visit_layers(&mut attach).unwrap();
+        assert_eq!(2 * leaves.len(), golden.len(), "{case}");
+        let loss = mean_loss(&decoder, &reference, &(0..12).collect::<Vec<_>>(), &Pass::default());
+        loss.backward();
+        let (found, expected) = (f64::try_from(&loss).unwrap(), golden.metadata()["loss"].parse::<f64>().unwrap());
+        assert!((found - expected).abs() < 1e-5, "{case}: {found}, expected {expected}");
+        for (name, leaf) in &leaves {
+            let expected = floats(&golden, &format!("grad.{name}"));
+            let found = leaf.grad();
+            if name.ends_with("lora_embedding_A") {
+                // PEFT gives the token of padding no gradient here, even where it also ends texts as any other token.
+                assert!(f64::try_from(expected.select(1, PADDING).norm()).unwrap() == 0.0);
+                let _ = found.select(1, PADDING).zero_();
+            }
+            let apart = f64::try_from((found - &expected).norm() / expected.norm()).unwrap();
+            assert!(apart < 1e-3, "{case}, {name}: {apart:e}");
+        }
+    }
+}
+
+/// All weights of a network may be trained: each is one leaf, and a tied table is one with the gradients of both ends.
+#[test]
+fn whole_decoders_train() {
+    for family in ["llama3", "gemma4", "phi3", "qwen3_moe"] {
+        let reference = Reference::of(family);
+        let checkpoint = reference.checkpoint();
+        let trained = lora_models::weights::TrainedWeights::default();
+        let held = Held::Trained(trained.clone());
+        let decoder = load_decoder(&checkpoint, Kind::BFloat16, CPU, held).unwrap();
+        let names: Vec<String> = trained.all().into_iter().map(|(name, _)| name).collect();
+        let mut sorted = names.clone();
+        sorted.sort();
+        let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+        assert!(weights.names().eq(sorted.iter().map(String::as_str)), "{family}: every weight of the file, once");
+        for pass in [Pass::default(), Pass { recompute: true, ..Pass::default() }] {
+            let loss = mean_loss(&decoder, &reference, &[0, 11], &pass);
+            let expected = f64::try_from(
+                reference.floats("nll_per_token").index_select(0, &Tensor::from_slice(&[0i64, 11])).sum(Kind::Double),
+            )
+            .unwrap();
+            let labels = reference.integers("labels").index_select(0, &Tensor::from_slice(&[0i64, 11]));
+            let count = i64::try_from(labels.narrow(1, 1, labels.size()[1] - 1).ne(NO_LABEL).sum(Kind::Int64)).unwrap();
+            let (found, expected) = (f64::try_from(&loss).unwrap(), expected / count as f64);
+            assert!((found / expected - 1.0).abs() < 2e-2, "{family} in bf16: {found}, in f32 {expected}");
+            loss.backward();
+            for (name, leaf) in trained.all() {
+                assert!(leaf.grad().defined() && leaf.grad().kind() == Kind::Float, "{family}: {name}");
+            }
+        }
+    }
+}
+
 /// Twenty steps of AdamW as the reference takes them.
 #[test]
 fn twenty_steps_have_the_losses_of_peft() {

@@ -2,7 +2,8 @@
 
 usage: trim.py SOURCE TARGET
 
-SOURCE has a folder a family (`llama3`, `gemma2` …) and `gguf`, as `tiny_llm2.py` and `tiny_gguf.py` make them.
+SOURCE has a folder a family (`llama3`, `gemma2` …), `gguf` and `tied`, as `tiny_llm2.py`, `tiny_gguf.py` and
+`tiny_tied.py` make them.
 Numbers are copied as they are, whole ones in 32 bits; the adapters at the start, whose numbers bfloat16 holds exactly, are
 stored in it.
 """
@@ -20,6 +21,7 @@ STATES = ["logits_rows", "hidden_first_layer", "hidden_last"]
 WITH_STATES = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"]
 INFO = ["loss", "packing", "generation", "losses", "tokens_per_record", "training"]
 GRADIENTS = ["llama3", "gemma2", "phi3", "gemma4"]
+TIED = ["embed_lora", "head_lora"]
 GGUF = ["llama3.mixed.gguf", "qwen3.q8_0.gguf"]
 
 
@@ -44,11 +46,26 @@ def family(source, target):
         shutil.copyfile(source / "lora_grads_step1.safetensors", target / "lora_grads_step1.safetensors")
 
 
+def tied(source, target):
+    """An adapter on one end of a tied model: its factors, and their gradients behind `grad.`."""
+    info = json.loads((source / "expected.json").read_text())
+    for case in TIED:
+        found = load_file(source / case / "adapter_model.safetensors")
+        kept = {name: own.to(torch.bfloat16) for name, own in found.items() if "base_layer" not in name}
+        assert all(torch.equal(own.float(), found[name]) for name, own in kept.items())
+        gradients = load_file(source / case / "grads.safetensors")
+        kept |= {"grad." + name.replace(".default", ""): own for name, own in gradients.items()}
+        short = {name.replace("base_model.model.", ""): own for name, own in kept.items()}
+        target.mkdir(exist_ok=True)
+        save_file(short, target / f"{case}.safetensors", {"loss": repr(info[case]["loss"])})
+
+
 def main(source, target):
     source, target = Path(source), Path(target)
     for folder in sorted(source.iterdir()):
         if (folder / "expected.safetensors").exists() and (folder / "model").exists():
             family(folder, target / folder.name)
+    tied(source / "tied", target / "tied")
     (target / "gguf").mkdir(parents=True, exist_ok=True)
     for name in GGUF:
         shutil.copyfile(source / "gguf" / name, target / "gguf" / name)

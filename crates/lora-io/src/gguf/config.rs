@@ -7,7 +7,7 @@ use super::names::Architecture;
 use crate::{Error, Result};
 
 /// The configuration in transformers' words. `vocabulary` is the number of rows of the embedding, `divisors` what each
-/// rotary frequency is divided by.
+/// rotary frequency is divided by in short and in long texts.
 ///
 /// # Errors
 /// If the header lacks a size, or scales rotary positions in a way that is not known here.
@@ -16,7 +16,7 @@ pub(super) fn of(
     architecture: &Architecture,
     vocabulary: Option<usize>,
     tied: bool,
-    divisors: Option<Vec<f32>>,
+    divisors: Option<[Vec<f32>; 2]>,
 ) -> Result<Json> {
     let key = |part: &str| format!("{}.{part}", architecture.name);
     let size = |part: &str| {
@@ -36,7 +36,6 @@ pub(super) fn of(
     set("head_dim", json!(head));
     set("vocab_size", json!(vocabulary));
     set("tie_word_embeddings", json!(tied));
-    set("rope_theta", json!(file.float(&key("rope.freq_base")).unwrap_or(10000.0)));
     let numbers = [("max_position_embeddings", key("context_length"))];
     let tokens = ["bos_token_id", "eos_token_id"].map(|name| (name, format!("tokenizer.ggml.{name}")));
     for (name, key) in numbers.into_iter().chain(tokens) {
@@ -44,8 +43,29 @@ pub(super) fn of(
             set(name, json!(number));
         }
     }
-    if let Some(epsilon) = file.float(&key("attention.layer_norm_rms_epsilon")) {
-        set("rms_norm_eps", json!(epsilon));
+    let reals = [
+        ("rope_theta", "rope.freq_base"),
+        ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+        ("rope_local_base_freq", "rope.freq_base_swa"),
+    ];
+    for (name, part) in reals {
+        if let Some(number) = file.float(&key(part)) {
+            set(name, json!(number));
+        }
+    }
+    if matches!(architecture.name.as_str(), "gemma2" | "gemma3" | "phi3") {
+        set("sliding_window", json!(file.number(&key("attention.sliding_window")).filter(|window| *window > 0)));
+    }
+    // The header has no key for what scores are divided by the root of: the width of a head, but in the largest models.
+    let largest = match architecture.name.as_str() {
+        "gemma2" => size("block_count")? == 46,
+        "gemma3" => size("block_count")? == 62,
+        _ => false,
+    };
+    if architecture.name.starts_with("gemma") {
+        set("query_pre_attn_scalar", json!(if largest { width / architecture.heads as u64 } else { head }));
     }
     if let Some(turned) = file.number(&key("rope.dimension_count")).filter(|turned| *turned < head) {
         set("partial_rotary_factor", json!(turned as f64 / head as f64));
@@ -57,16 +77,16 @@ pub(super) fn of(
 }
 
 /// How positions are scaled.
-fn scaling(file: &GgufFile, own: &str, context: &str, divisors: Option<Vec<f32>>) -> Result<Option<Json>> {
-    if let Some(divisors) = divisors {
-        // A divisor for each frequency is what transformers calls longrope; as one list whatever the length, and
-        // without its factor on the attention.
-        let length = file.number(context).unwrap_or(u64::from(u32::MAX));
+fn scaling(file: &GgufFile, own: &str, context: &str, divisors: Option<[Vec<f32>; 2]>) -> Result<Option<Json>> {
+    let original = file.number(&format!("{own}.original_context_length"));
+    if let Some([short, long]) = divisors {
+        // A divisor for each frequency is what transformers calls longrope, with one list whatever the length too.
+        let length = original.or(file.number(context)).unwrap_or(u64::from(u32::MAX));
         return Ok(Some(json!({
             "rope_type": "longrope",
-            "short_factor": divisors,
-            "long_factor": divisors,
-            "attention_factor": 1.0,
+            "short_factor": short,
+            "long_factor": long,
+            "attention_factor": file.float(&format!("{own}.attn_factor")).unwrap_or(1.0),
             "original_max_position_embeddings": length,
         })));
     }
@@ -79,7 +99,7 @@ fn scaling(file: &GgufFile, own: &str, context: &str, divisors: Option<Vec<f32>>
         }
     };
     let mut scaling = json!({ "rope_type": kind, "factor": file.float(&format!("{own}.factor")).unwrap_or(1.0) });
-    if let Some(length) = file.number(&format!("{own}.original_context_length")) {
+    if let Some(length) = original {
         scaling["original_max_position_embeddings"] = json!(length);
     }
     Ok(Some(scaling))

@@ -7,13 +7,14 @@ use std::path::Path;
 
 use lora_core::{DType, HostTensor};
 
-use super::names::{Architecture, Order, from_gguf, reorder};
+use super::names::{Architecture, Order, reorder};
 use super::{GgufFile, TensorType, config};
 use crate::safetensors::{self, Entry, TensorSource};
 use crate::{Error, Result};
 
-/// The divisors of the rotary frequencies: no weight, but a part of the configuration.
-const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
+/// The divisors of the rotary frequencies: no weights, but a part of the configuration. For all texts, or for short and
+/// for long ones.
+const DIVISORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 
 /// A quantised weight as it is stored.
 #[derive(Debug, Clone)]
@@ -27,8 +28,8 @@ pub struct Packed<'f> {
     pub shape: &'f [usize],
 }
 
-/// Architectures whose tensors are Hugging Face's but for names and the order of rows.
-const READ: [&str; 3] = ["llama", "qwen2", "qwen3"];
+/// Architectures whose tensors are Hugging Face's but for names, the order of rows and what norms are stored with.
+const READ: [&str; 7] = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"];
 
 /// An open model. Tensors stay in the memory map until they are asked for.
 #[derive(Debug)]
@@ -56,10 +57,11 @@ impl LanguageModel {
         }
         let mut entries = BTreeMap::new();
         for name in file.names() {
-            if name == ROPE_FREQUENCIES {
+            if DIVISORS.contains(&name) {
                 continue;
             }
-            let module = name.rsplit_once('.').and_then(|(own, kind)| Some(format!("{}.{kind}", from_gguf(own)?)));
+            let module =
+                name.rsplit_once('.').and_then(|(own, kind)| Some(format!("{}.{kind}", architecture.module(own)?)));
             let Some(module) = module else {
                 return Err(Error::tensor(file.path(), name, "is no part of this architecture that is known here"));
             };
@@ -84,9 +86,15 @@ impl LanguageModel {
     /// If the header lacks a size, or scales rotary positions in a way that is not known here.
     pub fn config(&self) -> Result<serde_json::Value> {
         let vocabulary = self.shape("model.embed_tokens.weight").and_then(|shape| shape.first().copied());
-        let divisors = match self.file.shape(ROPE_FREQUENCIES) {
-            Some(_) => Some(self.file.tensor(ROPE_FREQUENCIES)?.to_f32().into_owned()),
-            None => None,
+        let divisors = |name: &str| match self.file.shape(name) {
+            Some(_) => Ok(Some(self.file.tensor(name)?.to_f32().into_owned())),
+            None => Ok(None),
+        };
+        let [all, short, long] = DIVISORS.map(divisors);
+        let divisors = match (all?, short?, long?) {
+            (Some(all), ..) => Some([all.clone(), all]),
+            (None, Some(short), Some(long)) => Some([short, long]),
+            _ => None,
         };
         let tied = !self.entries.contains_key("lm_head.weight");
         config::of(&self.file, &self.architecture, vocabulary, tied, divisors)
@@ -109,6 +117,12 @@ impl LanguageModel {
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let stored = self.stored(name)?;
         let tensor = self.file.tensor(stored)?;
+        let shift = self.architecture.shift(name);
+        if shift != 0.0 {
+            let values = tensor.to_f32().iter().map(|value| value - shift).collect();
+            let values = HostTensor::from_f32(tensor.shape(), values);
+            return values.map_err(|error| Error::tensor(self.file.path(), stored, error.to_string()));
+        }
         let Some(heads) = self.reordered(name) else { return Ok(tensor) };
         let rows = tensor.shape().first().copied().unwrap_or(0);
         let ordered = reorder(&tensor.to_f32(), rows, heads, Order::FromGguf);

@@ -27,6 +27,7 @@ const ARCHITECTURES: &[(&str, &str)] = &[
     ("gemma", "gemma"),
     ("gemma2", "gemma2"),
     ("gemma3_text", "gemma3"),
+    ("phi3", "phi3"),
 ];
 
 /// Parts of a layer: GGUF after `blk.N.`, Hugging Face after `model.layers.N.`.
@@ -43,6 +44,16 @@ const LAYER: &[(&str, &str)] = &[
     ("attn_norm", "input_layernorm"),
     ("ffn_norm", "post_attention_layernorm"),
 ];
+
+/// Parts that architectures with norms on either side of attention and feed-forward name otherwise.
+const NORMS_ON_BOTH_SIDES: &[(&str, &str)] = &[
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+/// Parts that are several in one.
+const FUSED: &[(&str, &str)] = &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")];
 
 const WHOLE: &[(&str, &str)] =
     &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
@@ -109,6 +120,26 @@ impl Architecture {
             return Err(Error::format(path, "does not say how many attention heads the model has"));
         };
         Ok(Self { name: name.to_owned(), heads, kv_heads })
+    }
+
+    /// The module of Hugging Face's model that a GGUF tensor (without `.weight`) belongs to.
+    pub fn module(&self, name: &str) -> Option<String> {
+        let own = match self.name.as_str() {
+            "gemma2" | "gemma3" => NORMS_ON_BOTH_SIDES,
+            "phi3" => FUSED,
+            _ => &[],
+        };
+        let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+        let own = layer.and_then(|(index, part)| Some((index, own.iter().find(|(stored, _)| *stored == part)?.1)));
+        match own {
+            Some((index, module)) => Some(format!("model.layers.{}.{module}", index.parse::<u32>().ok()?)),
+            None => from_gguf(name),
+        }
+    }
+
+    /// What is added to the numbers of a tensor of Hugging Face's model (with `.weight`) where llama.cpp stores it.
+    pub(super) fn shift(&self, name: &str) -> f32 {
+        if self.name.starts_with("gemma") && name.ends_with("norm.weight") { 1.0 } else { 0.0 }
     }
 
     /// Hugging Face's `model_type`; the first of several.

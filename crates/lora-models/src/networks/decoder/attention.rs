@@ -14,9 +14,13 @@ use lora_torch::dry::{Platform, platform};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
+use crate::layers::torch;
 
 /// Queries that one mask is made for.
 pub(super) const BLOCK: i64 = 1024;
+
+/// Width of the heads that CUDA's flash attention takes at most.
+const FLASH: i64 = 256;
 
 /// Which keys the queries of a row see.
 #[derive(Debug)]
@@ -103,6 +107,7 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
     // CUDA's flash attention reads the keys of a group of heads where they are; other kernels want a copy for each head.
     let as_they_are = matches!(platform(query.device()), Platform::Cuda)
         && query.kind() != Kind::Float
+        && query.size4()?.3 <= FLASH
         && !matches!(mask, Mask::Blocks(_))
         && scores.cap.is_none();
     let (key, value) = if groups == 1 || as_they_are {
@@ -126,7 +131,7 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
                 let blocks = blocks.clone();
                 Ok(checkpoint(&[&query, &key, &value], Inputs::Kept, move |inputs| {
                     let [query, key, value] = inputs else { return Ok(inputs[0].shallow_clone()) };
-                    Ok(looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(crate::layers::torch)?)
+                    looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(torch)
                 })?)
             };
             let parts: Vec<Tensor> = (0..blocks.len()).map(part).collect::<Result<_>>()?;
@@ -194,7 +199,7 @@ mod tests {
             (Some(&documents), Some(4), Some(2.0)),
             (None, None, Some(2.0)),
         ] {
-            let mut expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
+            let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
                 let seen: Vec<i64> = (0..=at)
                     .filter(|&other| window.is_none_or(|window: usize| at - other < window as i64))

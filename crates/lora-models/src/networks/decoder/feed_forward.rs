@@ -10,6 +10,7 @@ use crate::weights::Weights;
 
 /// `down(activation(gate(x)) · up(x))`, or such a one for each of several experts.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a layer has one")]
 pub(super) enum FeedForward {
     Gated(Gated),
     Mixture(Mixture),
@@ -29,6 +30,7 @@ struct Gate {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a layer has one")]
 enum GateProjections {
     Separate { gate_proj: AdaptableLayer, up_proj: AdaptableLayer },
     Fused(AdaptableLayer),

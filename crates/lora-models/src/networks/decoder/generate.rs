@@ -112,7 +112,8 @@ impl Decoder {
                 false => draw(&to_host(&logits)?.to_f32(), sampling, drawn.len() as u64) as i64,
             };
             given += next.len() as i64;
-            (next = vec![token], drawn.push(token));
+            next = vec![token];
+            drawn.push(token);
             if each(token).is_break() || sampling.stop.contains(&token) {
                 break;
             }

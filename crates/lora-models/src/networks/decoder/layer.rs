@@ -177,6 +177,7 @@ struct Attention {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a layer has one")]
 enum Projections {
     /// Keys and values may be another layer's, and values may be the keys.
     Separate {

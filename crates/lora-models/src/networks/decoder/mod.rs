@@ -4,6 +4,8 @@
 //! | here | what |
 //! |---|---|
 //! | `config` | the switches, read from a `config.json` |
+//! | `families` | what families decide about them |
+//! | `keys` | keys of a `config.json` |
 //! | `rotary` | positions |
 //! | `attention` | which tokens see which, and the sums |
 //! | `feed_forward` | gated, or a mixture of experts |
@@ -13,8 +15,10 @@
 
 mod attention;
 mod config;
+mod families;
 mod feed_forward;
 mod generate;
+mod keys;
 mod layer;
 mod loss;
 mod rotary;
@@ -25,6 +29,7 @@ pub use loss::{LossOptions, NO_LABEL};
 pub use rotary::Rope;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use lora_core::Component;
 use lora_torch::checkpoint::Shared;
@@ -196,7 +201,7 @@ impl Decoder {
         let layers = layers.collect::<Result<_>>()?;
         let norm = RmsNorm::new(&model.at("norm"), &config, config.width)?;
         let lm_head = match config.tied {
-            true => AdaptableLayer::tied_to(&embed_tokens, &weights.at("lm_head").prefix().to_owned())?,
+            true => AdaptableLayer::tied_to(&embed_tokens, weights.at("lm_head").prefix())?,
             false => linear(&weights.at("lm_head").unpacked(), config.width, config.vocabulary)?,
         };
         let layer_inputs = config.layer_inputs.map(|(rows, width)| LayerInputs::new(&model, &config, rows, width));
@@ -369,11 +374,11 @@ impl Decoder {
             device,
             block: attention::BLOCK,
         };
+        let looked_at = self.config.attention_cap.is_some();
         let mut masks = BTreeMap::new();
-        for window in self.config.layers.iter().map(|layer| layer.window) {
-            if !masks.contains_key(&window) {
-                let looked_at = self.config.attention_cap.is_some();
-                masks.insert(window, if continues { Mask::All } else { of_rows.mask(window, looked_at)? });
+        for layer in &self.config.layers {
+            if let Entry::Vacant(place) = masks.entry(layer.window) {
+                place.insert(if continues { Mask::All } else { of_rows.mask(layer.window, looked_at)? });
             }
         }
         let growth = self.config.query_growth.map(|(factor, length)| -> Result<Tensor> {

@@ -4,7 +4,7 @@
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_f32;
 
-use super::config::Reader;
+use super::keys::Reader;
 use crate::Result;
 
 /// The rotary positions of some of a decoder's layers.
@@ -53,7 +53,7 @@ impl Rope {
         // Phi has it at the top of the file, some files nowhere.
         let original = || -> Result<f64> {
             let key = "original_max_position_embeddings";
-            Ok(either(key)?.map_or_else(|| top.needed_real("max_position_embeddings"), Ok)?)
+            either(key)?.map_or_else(|| top.needed_real("max_position_embeddings"), Ok)
         };
         let frequencies = plain(width, width / 2);
         match kind {
