@@ -346,6 +346,11 @@ impl Texts {
         tokens.extend(&file.tokens);
         let mut lengths = file.lengths.iter();
         for own in &file.records {
+            let is_pair = |form| form == TextForm::Preference;
+            if self.records.first().is_some_and(|first| is_pair(first.form) != is_pair(own.form)) {
+                let reason = "a dataset is of preference pairs, or of other records; this one follows the other kind";
+                return Err(Error::caption(&path, self::place(own.number), reason));
+            }
             let number = self.records.len() as u32;
             let mut whole = Vec::with_capacity(own.documents as usize);
             for length in lengths.by_ref().take(own.documents as usize) {
