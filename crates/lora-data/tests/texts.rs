@@ -9,6 +9,7 @@ use lora_core::random::Stream;
 use lora_data::cache::DiskCache;
 use lora_data::dataset::Strictness;
 use lora_data::finding::FindingKind;
+use lora_data::report::{html, texts};
 use lora_data::source::{Example, Shape, Source};
 use lora_data::texts::{HeldOut, LongDocuments, TextForm, TextOptions, Texts, TokenRow};
 use lora_data::tokenizer::Tokenizer;
@@ -420,4 +421,34 @@ fn stand_ins_have_the_longest_shape() {
     let row = texts.row(1);
     assert_eq!((row.ids.len(), row.documents, row.trained[0], row.trained[99]), (100, vec![100], false, true));
     assert_eq!(texts.of_another("elsewhere", None).unwrap().count(), 1);
+}
+
+#[test]
+fn a_report_tells_lengths_scripts_and_what_is_the_matter() {
+    let lines = r#"{"text": "the tide is in"}
+{"text": "Прилив и отлив"}
+{"text": "the tide is in"}
+{"messages": [{"role": "user", "content": "<b>q</b>"}, {"role": "assistant", "content": ""}]}
+{"messages": [{"role": "user", "content": "nobody answers"}]}
+"#;
+    let dataset = Dataset::of(&[("a.jsonl", lines)]);
+    let options = TextOptions { strictness: Strictness::Inspect, ..dataset.options() };
+    let texts = Texts::open(options, tokenizer("chatml"), None).unwrap();
+    let report = texts::inspect(&texts, 10);
+    assert_eq!(report.scripts, [("Latin".to_owned(), 3), ("Cyrillic".to_owned(), 1)]);
+    assert_eq!(report.lengths.iter().map(|(_, count)| count).sum::<usize>(), 4);
+    let found: Vec<_> = report.findings.iter().map(|own| (own.kind, own.detail.as_str())).collect();
+    assert!(found[0].0 == FindingKind::TextRecord && found[0].1.starts_with("line 5: "), "{found:?}");
+    assert!(found.contains(&(FindingKind::EmptyAnswer, "line 4: an answer has no words")), "{found:?}");
+    assert!(found.contains(&(FindingKind::DuplicateText, "line 3: the same as a.jsonl, line 1")), "{found:?}");
+    assert_eq!(report.shown.len(), 4);
+    let page = html::page_of_texts("texts & more", &report);
+    for fragment in ["texts &amp; more", "&lt;b&gt;q&lt;/b&gt;", "<mark>&lt;|im_end|&gt;</mark>", "duplicate-text"] {
+        assert!(page.contains(fragment), "{fragment}");
+    }
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(
+        (&json["summary"]["forms"]["plain texts"], &json["summary"]["findings"]["text-record"]),
+        (&3.into(), &1.into())
+    );
 }

@@ -384,7 +384,7 @@ impl Texts {
     /// Names what became of documents that were too long.
     fn report_long(&mut self) {
         let most = self.options.max_seq_length;
-        let Long { cut, split, skipped } = self.long.clone();
+        let Long { cut, split, skipped, emptied } = self.long.clone();
         let cut = cut.into_iter().map(|(record, tokens)| {
             (record, FindingKind::TextCut, format!("the last {tokens} tokens are cut off to fit into {most}"))
         });
@@ -398,7 +398,10 @@ impl Texts {
         let skipped = skipped.into_iter().map(|(record, tokens)| {
             (record, FindingKind::TextSkipped, format!("{tokens} tokens do not fit into {most}, and it is left out"))
         });
-        for (record, kind, detail) in cut.chain(split).chain(skipped).collect::<Vec<_>>() {
+        let emptied = emptied.into_iter().map(|record| {
+            (record, FindingKind::NothingLearned, format!("its first {most} tokens hold no answer, and it is left out"))
+        });
+        for (record, kind, detail) in cut.chain(split).chain(skipped).chain(emptied).collect::<Vec<_>>() {
             let count = self.counts.entry(kind).or_default();
             *count += 1;
             if *count <= FINDINGS {
@@ -486,6 +489,16 @@ impl Texts {
     /// How many findings there are of each kind. The findings themselves are kept up to a thousand of each.
     pub fn counts(&self) -> &BTreeMap<FindingKind, usize> {
         &self.counts
+    }
+
+    /// The documents of all rows: the record's file and line (0 where the file is the record), and the tokens without what is
+    /// learned of them.
+    pub(crate) fn all_documents(&self) -> impl Iterator<Item = (&Path, u32, Vec<u32>)> {
+        self.documents.iter().map(|document| {
+            let Record { file, number, .. } = self.records[document.record as usize];
+            let ids = self.tokens[document.range()].iter().map(|token| token & !TRAINED).collect();
+            (self.files[file as usize].as_path(), number, ids)
+        })
     }
 
     /// Number of rows.
