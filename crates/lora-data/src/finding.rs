@@ -97,6 +97,10 @@ kinds! {
     TextSplit "text-split" Advice "raise max_seq_length where the pieces need each other";
     /// A special token in what somebody says.
     SpecialToken "special-token" Warning "remove it, unless it is meant: it acts as that token wherever it is written";
+    /// An answer without words.
+    EmptyAnswer "empty-answer" Warning "write the answer, or remove the record: silence is learned";
+    /// The same record again.
+    DuplicateText "duplicate-text" Warning "remove one; use repeats to weigh a dataset more";
     /// An answer that no special token ends.
     EndlessAnswer "endless-answer" Warning "choose a chat_template that ends a turn with a special token";
 }
@@ -130,7 +134,6 @@ pub struct Finding {
     #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// What is the matter.
-    #[serde(serialize_with = "by_name")]
     pub kind: FindingKind,
     /// The particulars.
     pub detail: String,
@@ -148,11 +151,13 @@ impl fmt::Display for Finding {
     }
 }
 
+impl Serialize for FindingKind {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
 /// A path as JSON has it; serde's signature.
 pub(crate) fn lossy<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
-}
-
-fn by_name<S: Serializer>(kind: &FindingKind, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(kind.name())
 }

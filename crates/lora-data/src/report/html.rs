@@ -1,4 +1,4 @@
-//! The report as one page that needs nothing else: pictures with the part that is kept, what training sees, findings.
+//! A report as one page that needs nothing else: findings, and pictures or texts as training sees them.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -8,6 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use htmlize::{escape_attribute, escape_text};
 
+use super::texts::{Shown, TextReport};
 use super::{DatasetReport, PictureReport};
 use crate::finding::Finding;
 
@@ -23,7 +24,7 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .card{background:var(--soft);border-radius:6px;padding:.5rem;font-size:.8rem;overflow-wrap:anywhere}
 .frame{position:relative;display:inline-block;line-height:0}.frame img{max-width:100%;border-radius:3px}
 .frame i{position:absolute;border:2px solid #ff3b30;box-shadow:0 0 0 1px #fff8;box-sizing:border-box}
-code{overflow-wrap:anywhere}
+code{overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}mark{background:#4a86c566;color:inherit}
 ";
 
 /// The whole page.
@@ -35,12 +36,7 @@ pub fn page(title: &str, report: &DatasetReport) -> String {
 }
 
 fn write(page: &mut String, title: &str, report: &DatasetReport) -> std::fmt::Result {
-    let title = escape_text(title);
-    write!(
-        page,
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">"
-    )?;
-    write!(page, "<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>")?;
+    head(page, title)?;
     write!(
         page,
         "<p>{} pictures, {} visits an epoch ({} of regularisation), {} batches; {} different captions, {} pictures without text.</p>",
@@ -52,35 +48,9 @@ fn write(page: &mut String, title: &str, report: &DatasetReport) -> std::fmt::Re
         report.captions.empty
     )?;
 
-    write!(page, "<h2>Findings</h2>")?;
-    if report.findings.is_empty() {
-        write!(page, "<p>Nothing is the matter.</p>")?;
-    } else {
-        write!(page, "<table><tr><th>file<th>what<th>particulars<th>remedy</tr>")?;
-        for finding in &report.findings {
-            write!(
-                page,
-                "<tr><td><code>{}</code><td class=\"{}\">{}<td>{}<td>{}</tr>",
-                escape_text(finding.path.to_string_lossy()),
-                finding.kind.severity().name(),
-                finding.kind.name(),
-                escape_text(&finding.detail),
-                finding.kind.remedy()
-            )?;
-        }
-        write!(page, "</table>")?;
-    }
-
-    write!(page, "<h2>Buckets</h2><table><tr><th>size<th class=\"n\">visits<th></tr>")?;
-    let most = report.buckets.values().max().copied().unwrap_or(1).max(1);
-    for (bucket, visits) in &report.buckets {
-        let width = 20.0 * *visits as f64 / most as f64;
-        write!(
-            page,
-            "<tr><td>{bucket}<td class=\"n\">{visits}<td><span class=\"bar\" style=\"width:{width:.2}rem\"></span></tr>"
-        )?;
-    }
-    write!(page, "</table>")?;
+    self::findings(page, &report.findings)?;
+    let buckets = report.buckets.iter().map(|(bucket, visits)| (bucket.clone(), *visits)).collect::<Vec<_>>();
+    bars(page, ["Buckets", "size", "visits"], &buckets)?;
 
     if !report.previews.is_empty() {
         write!(page, "<h2>What training will see</h2><div class=\"cards\">")?;
@@ -120,6 +90,94 @@ fn write(page: &mut String, title: &str, report: &DatasetReport) -> std::fmt::Re
             write!(page, "{} <b>{count}</b> &nbsp; ", escape_text(tag))?;
         }
         write!(page, "</p>")?;
+    }
+    write!(page, "</html>")
+}
+
+/// What a page begins with.
+fn head(page: &mut String, title: &str) -> std::fmt::Result {
+    let title = escape_text(title);
+    write!(
+        page,
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">"
+    )?;
+    write!(page, "<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>")
+}
+
+fn findings(page: &mut String, findings: &[Finding]) -> std::fmt::Result {
+    write!(page, "<h2>Findings</h2>")?;
+    if findings.is_empty() {
+        return write!(page, "<p>Nothing is the matter.</p>");
+    }
+    write!(page, "<table><tr><th>file<th>what<th>particulars<th>remedy</tr>")?;
+    for finding in findings {
+        write!(
+            page,
+            "<tr><td><code>{}</code><td class=\"{}\">{}<td>{}<td>{}</tr>",
+            escape_text(finding.path.to_string_lossy()),
+            finding.kind.severity().name(),
+            finding.kind.name(),
+            escape_text(&finding.detail),
+            finding.kind.remedy()
+        )?;
+    }
+    write!(page, "</table>")
+}
+
+/// Counts as bars, under a title and the names of two columns.
+fn bars(page: &mut String, [title, name, number]: [&str; 3], rows: &[(String, usize)]) -> std::fmt::Result {
+    write!(page, "<h2>{title}</h2><table><tr><th>{name}<th class=\"n\">{number}<th></tr>")?;
+    let most = rows.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+    for (name, count) in rows {
+        let width = 20.0 * *count as f64 / most as f64;
+        write!(
+            page,
+            "<tr><td>{}<td class=\"n\">{count}<td><span class=\"bar\" style=\"width:{width:.2}rem\"></span></tr>",
+            escape_text(name)
+        )?;
+    }
+    write!(page, "</table>")
+}
+
+/// The page of a text dataset: counts, findings, lengths, scripts, and some rows with what is learned of them.
+pub fn page_of_texts(title: &str, report: &TextReport) -> String {
+    let mut page = String::new();
+    // Writing into a string cannot fail.
+    let _ = write_texts(&mut page, title, report);
+    page
+}
+
+fn write_texts(page: &mut String, title: &str, report: &TextReport) -> std::fmt::Result {
+    let TextReport { summary, .. } = report;
+    head(page, title)?;
+    let forms: Vec<String> = summary.forms.iter().map(|(form, count)| format!("{count} {}", form.name())).collect();
+    write!(
+        page,
+        "<p>{}; {} rows of {} tokens, of which {} are learned; {} batches an epoch. Of what is too long, {} are cut, {} \
+         split, {} left out.</p>",
+        escape_text(forms.join(", ")),
+        summary.rows,
+        summary.tokens,
+        summary.trained,
+        report.batches,
+        summary.cut.0,
+        summary.split.0,
+        summary.skipped
+    )?;
+    findings(page, &report.findings)?;
+    bars(page, ["Lengths of documents", "tokens", "documents"], &report.lengths)?;
+    bars(page, ["Lengths of rows", "filled up to", "visits"], &report.shapes)?;
+    bars(page, ["Scripts", "most letters of", "documents"], &report.scripts)?;
+    write!(page, "<h2>What training will see</h2><p>What is learned is marked.</p>")?;
+    for Shown { place, text } in &report.shown {
+        write!(page, "<div class=\"card\"><b>{}</b><pre>", escape_text(place))?;
+        for (part, learned) in &text.0 {
+            match learned {
+                true => write!(page, "<mark>{}</mark>", escape_text(part))?,
+                false => write!(page, "{}", escape_text(part))?,
+            }
+        }
+        write!(page, "</pre></div>")?;
     }
     write!(page, "</html>")
 }

@@ -158,20 +158,20 @@ fn python_float(value: f64) -> String {
 mod tests {
     use super::*;
 
-    fn json(value: serde_json::Value, options: &[(&str, Value)]) -> String {
+    fn json(own: serde_json::Value, options: &[(&str, Value)]) -> String {
         let options = Kwargs::from_iter(options.iter().cloned());
-        tojson(&value(value), options).unwrap().to_string()
+        tojson(&value(own), options).unwrap().to_string()
     }
 
     /// Python 3.12's `json.dumps(value, ensure_ascii=False, …)`.
     #[test]
     fn json_is_written_as_python_writes_it() {
-        let value = serde_json::json!({"b": [1, 2.0, null], "a": {"é<": "x\n\"'&"}, "e": [], "o": {}});
-        assert_eq!(json(value.clone(), &[]), r#"{"b": [1, 2.0, null], "a": {"é<": "x\n\"'&"}, "e": [], "o": {}}"#);
+        let own = serde_json::json!({"b": [1, 2.0, null], "a": {"é<": "x\n\"'&"}, "e": [], "o": {}});
+        assert_eq!(json(own.clone(), &[]), r#"{"b": [1, 2.0, null], "a": {"é<": "x\n\"'&"}, "e": [], "o": {}}"#);
         let indented = "{\n  \"b\": [\n    1,\n    2.0,\n    null\n  ],\n  \"a\": {\n    \"é<\": \"x\\n\\\"'&\"\n  },\n  \"e\": [],\n  \"o\": {}\n}";
-        assert_eq!(json(value.clone(), &[("indent", 2.into())]), indented);
+        assert_eq!(json(own.clone(), &[("indent", 2.into())]), indented);
         let sorted = [("sort_keys", true.into()), ("ensure_ascii", true.into())];
-        assert_eq!(json(value, &sorted), r#"{"a": {"\u00e9<": "x\n\"'&"}, "b": [1, 2.0, null], "e": [], "o": {}}"#);
+        assert_eq!(json(own, &sorted), r#"{"a": {"\u00e9<": "x\n\"'&"}, "b": [1, 2.0, null], "e": [], "o": {}}"#);
         let tight = [("separators", value([",", ":"]))];
         assert_eq!(json(serde_json::json!({"a": [1, "🦀"]}), &tight), r#"{"a":[1,"🦀"]}"#);
     }

@@ -349,6 +349,11 @@ impl Texts {
         tokens.extend(&file.tokens);
         let mut lengths = file.lengths.iter();
         for own in &file.records {
+            let is_pair = |form| form == TextForm::Preference;
+            if self.records.first().is_some_and(|first| is_pair(first.form) != is_pair(own.form)) {
+                let reason = "a dataset is of preference pairs, or of other records; this one follows the other kind";
+                return Err(Error::caption(&path, self::place(own.number), reason));
+            }
             let number = self.records.len() as u32;
             let mut whole = Vec::with_capacity(own.documents as usize);
             for length in lengths.by_ref().take(own.documents as usize) {
@@ -382,7 +387,7 @@ impl Texts {
     /// Names what became of documents that were too long.
     fn report_long(&mut self) {
         let most = self.options.max_seq_length;
-        let Long { cut, split, skipped } = self.long.clone();
+        let Long { cut, split, skipped, emptied } = self.long.clone();
         let cut = cut.into_iter().map(|(record, tokens)| {
             (record, FindingKind::TextCut, format!("the last {tokens} tokens are cut off to fit into {most}"))
         });
@@ -396,7 +401,10 @@ impl Texts {
         let skipped = skipped.into_iter().map(|(record, tokens)| {
             (record, FindingKind::TextSkipped, format!("{tokens} tokens do not fit into {most}, and it is left out"))
         });
-        for (record, kind, detail) in cut.chain(split).chain(skipped).collect::<Vec<_>>() {
+        let emptied = emptied.into_iter().map(|record| {
+            (record, FindingKind::NothingLearned, format!("its first {most} tokens hold no answer, and it is left out"))
+        });
+        for (record, kind, detail) in cut.chain(split).chain(skipped).chain(emptied).collect::<Vec<_>>() {
             let count = self.counts.entry(kind).or_default();
             *count += 1;
             if *count <= FINDINGS {
@@ -484,6 +492,16 @@ impl Texts {
     /// How many findings there are of each kind. The findings themselves are kept up to a thousand of each.
     pub fn counts(&self) -> &BTreeMap<FindingKind, usize> {
         &self.counts
+    }
+
+    /// The documents of all rows: the record's file and line (0 where the file is the record), and the tokens without what is
+    /// learned of them.
+    pub(crate) fn all_documents(&self) -> impl Iterator<Item = (&Path, u32, Vec<u32>)> {
+        self.documents.iter().map(|document| {
+            let Record { file, number, .. } = self.records[document.record as usize];
+            let ids = self.tokens[document.range()].iter().map(|token| token & !TRAINED).collect();
+            (self.files[file as usize].as_path(), number, ids)
+        })
     }
 
     /// Number of rows.

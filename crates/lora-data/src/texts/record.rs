@@ -46,6 +46,12 @@ impl TextForm {
     }
 }
 
+impl serde::Serialize for TextForm {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
 /// What a record says.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]

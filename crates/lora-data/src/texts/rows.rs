@@ -44,6 +44,8 @@ pub(super) struct Long {
     pub(super) split: Vec<(u32, usize)>,
     /// Records that were left out, with their length.
     pub(super) skipped: Vec<(u32, usize)>,
+    /// Records of which nothing that is learned is left.
+    pub(super) emptied: Vec<u32>,
 }
 
 /// The documents of one record in rows of at most `most` tokens. `whole` are its documents: one, or two that stay together.
@@ -57,41 +59,44 @@ pub(super) fn fit(
 ) -> Vec<Vec<Document>> {
     let document = |range: Range<usize>, context: usize| Document::new(tokens, range, context, record);
     let length: usize = whole.iter().map(ExactSizeIterator::len).sum();
-    if length <= most {
-        return vec![whole.iter().map(|range| document(range.clone(), 1)).collect()];
-    }
-    let groups = match (policy, whole) {
+    let groups: Vec<Vec<Document>> = match (policy, whole) {
+        _ if length <= most => vec![whole.iter().map(|range| document(range.clone(), 1)).collect()],
         (LongDocuments::Truncate, _) => {
-            long.cut.push((record, length - most));
             // Of a pair each has its half, and what the other leaves.
             let half = most / whole.len().max(1);
             let least = whole.iter().map(|range| range.len().min(half)).min().unwrap_or(half);
             let room = if whole.len() > 1 { most - least } else { most };
             vec![whole.iter().map(|range| document(range.start..range.end.min(range.start + room), 1)).collect()]
         }
+        // One token at least is repeated, so that each is learned once though the first of a piece is not.
         (LongDocuments::Split, [whole]) => {
-            let mut groups: Vec<Vec<Document>> = Vec::new();
-            // One token at least is repeated, so that each is learned once though the first of a piece is not.
-            let overlap = overlap.max(1);
-            let mut start = whole.start;
-            loop {
-                let end = whole.end.min(start + most);
-                groups.push(vec![document(start..end, if start == whole.start { 1 } else { overlap })]);
-                if end == whole.end {
-                    break;
-                }
-                start = end - overlap;
-            }
-            long.split.push((record, groups.len()));
-            groups
+            pieces(whole, most, overlap.max(1)).map(|(range, context)| vec![document(range, context)]).collect()
         }
         _ => {
             long.skipped.push((record, length));
-            Vec::new()
+            return Vec::new();
         }
     };
+    let count = groups.len();
     // A piece of a conversation in which nobody answers teaches nothing.
-    groups.into_iter().filter(|group| group.iter().all(|document| document.trained > 0)).collect()
+    let learns = |group: &Vec<Document>| group.iter().all(|document| document.trained > 0);
+    let groups: Vec<Vec<Document>> = groups.into_iter().filter(learns).collect();
+    match policy {
+        _ if groups.is_empty() => long.emptied.push(record),
+        _ if length <= most => {}
+        LongDocuments::Truncate => long.cut.push((record, length - most)),
+        _ => long.split.push((record, count)),
+    }
+    groups
+}
+
+/// A document in pieces of at most `most` tokens, each with how many of its tokens the piece before has had.
+fn pieces(whole: &Range<usize>, most: usize, overlap: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
+    let (first, last) = (whole.start, whole.end);
+    let starts = std::iter::successors(Some(first), move |start| {
+        (start + most < last).then(|| start + most - overlap.min(most - 1))
+    });
+    starts.map(move |start| (start..last.min(start + most), if start == first { 1 } else { overlap }))
 }
 
 /// Which documents share a row: groups one by one, or each in the first row that has room.
@@ -254,7 +259,8 @@ mod tests {
             }
             let expected: Vec<i32> = (0..length).map(|at| i32::from(at > 0 && learned[at])).collect();
             prop_assert_eq!(times, expected);
-            prop_assert_eq!(long.split.len(), usize::from(length > most));
+            prop_assert_eq!(long.emptied.len(), usize::from(groups.is_empty()));
+            prop_assert_eq!(long.split.len(), usize::from(length > most && !groups.is_empty()));
         }
     }
 
@@ -265,16 +271,23 @@ mod tests {
             let mut long = Long::default();
             (fit(&tokens, whole, 3, (8, policy, 2), &mut long), long)
         };
-        let (cut, long) = of(&[0..20], LongDocuments::Truncate);
+        let long_one = 0..20;
+        let one = std::slice::from_ref(&long_one);
+        let (cut, long) = of(one, LongDocuments::Truncate);
         assert_eq!((cut[0][0].range(), cut[0][0].trained, long.cut), (0..8, 7, vec![(3, 12)]));
-        let (none, long) = of(&[0..20], LongDocuments::Skip);
+        let (none, long) = of(one, LongDocuments::Skip);
         assert_eq!((none.len(), long.skipped), (0, vec![(3, 20)]));
-        let (split, _) = of(&[0..20], LongDocuments::Split);
+        let (split, _) = of(one, LongDocuments::Split);
         let pieces: Vec<_> = split.iter().map(|group| (group[0].range(), group[0].trained)).collect();
         assert_eq!(pieces, [(0..8, 7), (6..14, 6), (12..20, 6)]);
         // A pair is never torn apart.
         let pair: [Range<usize>; 2] = [0..10, 10..13];
         assert_eq!(of(&pair, LongDocuments::Split).1.skipped, [(3, 13)]);
+        // Of this one only the end is learned, which is cut off.
+        let asked: Vec<u32> = (0..30).map(|id| if id < 15 { id } else { id | TRAINED }).collect();
+        let mut long = Long::default();
+        assert!(fit(&asked, one, 3, (8, LongDocuments::Truncate, 2), &mut long).is_empty());
+        assert_eq!(long, Long { emptied: vec![3], ..Long::default() });
         let (cut, _) = of(&pair, LongDocuments::Truncate);
         assert_eq!(cut[0].iter().map(Document::range).collect::<Vec<_>>(), [0..5, 10..13]);
     }

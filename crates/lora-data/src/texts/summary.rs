@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use serde::Serialize;
+
 use super::{TextForm, Texts, TokenRow};
 use crate::finding::{FindingKind, Severity};
 use crate::source::{Overview, Source};
@@ -11,7 +13,7 @@ use crate::source::{Overview, Source};
 const SHOWN: usize = 1500;
 
 /// A text with what is learned of it: parts in order, each with whether it is.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Marked(pub Vec<(String, bool)>);
 
 impl fmt::Display for Marked {
@@ -27,7 +29,7 @@ impl fmt::Display for Marked {
 }
 
 /// Counts of a dataset before its first step.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct TextSummary {
     /// Usable records by their form.
     pub forms: BTreeMap<TextForm, usize>,

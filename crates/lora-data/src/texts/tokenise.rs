@@ -126,8 +126,13 @@ impl<'t> Tokeniser<'t> {
         let layout = template.layout(&conversation).map_err(refused)?;
         let encoding = self.tokenizer.encode(&layout.text).map_err(unusable)?;
         let (mut document, mut endless) = (encoding.ids.clone(), false);
+        let mut silent = false;
         for answer in self.answers(template, &conversation, &layout, &encoding, &mut endless) {
+            silent |= encoding.ids[answer.clone()].iter().all(|id| self.tokenizer.is_special(*id));
             document[answer].iter_mut().for_each(|token| *token |= TRAINED);
+        }
+        if silent {
+            tokenised.warnings.push((FindingKind::EmptyAnswer, "an answer has no words".to_owned()));
         }
         if endless {
             let detail = "no special token ends an answer, so that the model does not learn when to stop";

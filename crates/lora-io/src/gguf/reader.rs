@@ -101,6 +101,23 @@ impl GgufFile {
         }
     }
 
+    /// The elements of an array of the header, of which none is an array itself.
+    pub fn elements(&self, key: &str) -> Option<Vec<Value>> {
+        let (Value::Array { length }, range) = self.values.get(key)? else { return None };
+        let mut cursor = Cursor { bytes: &self.map[..range.end], at: range.start };
+        let kind = cursor.u32().ok().filter(|kind| *kind != ARRAY)?;
+        cursor.u64().ok()?;
+        (0..*length).map(|_| cursor.value(kind).ok()).collect()
+    }
+
+    /// A truth value of the header.
+    pub fn truth(&self, key: &str) -> Option<bool> {
+        match self.values.get(key)?.0 {
+            Value::Bool(value) => Some(value),
+            _ => None,
+        }
+    }
+
     /// An array of texts of the header.
     pub fn texts(&self, key: &str) -> Option<Vec<String>> {
         let (Value::Array { length }, range) = self.values.get(key)? else { return None };
