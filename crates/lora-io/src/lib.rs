@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod consumers;
 mod error;
 pub mod family;
+mod foreign;
 pub mod gguf;
 pub mod hash;
 mod info;
