@@ -15,6 +15,9 @@ use crate::{Error, Result};
 /// Architectures whose tensors are Hugging Face's but for names and the order of rows.
 const READ: [&str; 3] = ["llama", "qwen2", "qwen3"];
 
+/// Factors on the rotary frequencies.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
 /// An open model. Tensors stay in the memory map until they are asked for.
 #[derive(Debug)]
 pub struct LanguageModel {
@@ -41,8 +44,8 @@ impl LanguageModel {
         }
         let mut entries = BTreeMap::new();
         for name in file.names() {
-            // Factors that the runtime computes from the configuration.
-            if name == "rope_freqs.weight" {
+            // No weight of Hugging Face's model: its configuration says it, see `rope_scaling`.
+            if name == ROPE_FACTORS {
                 continue;
             }
             let module = name.rsplit_once('.').and_then(|(own, kind)| Some(format!("{}.{kind}", from_gguf(own)?)));
@@ -52,6 +55,23 @@ impl LanguageModel {
             entries.insert(module, name.to_owned());
         }
         Ok(Self { file, architecture, entries })
+    }
+
+    /// The `rope_scaling` that a Hugging Face configuration of this model needs, where the file has factors on its rotary
+    /// frequencies; `None` where it has none.
+    ///
+    /// # Errors
+    /// If no scaling that is known here gives the factors: a folder made of the file's weights would lack them.
+    pub fn rope_scaling(&self) -> Result<Option<serde_json::Value>> {
+        if self.file.shape(ROPE_FACTORS).is_none() {
+            return Ok(None);
+        }
+        let factors = self.file.tensor(ROPE_FACTORS)?;
+        let theta = self.file.float(&format!("{}.rope.freq_base", self.architecture.name)).unwrap_or(10_000.0);
+        let scaling = super::rope::llama3_scaling(&factors.to_f32(), theta);
+        let reason = "are factors on the rotary frequencies that no `rope_scaling` known here gives; a model in safetensors \
+                      made of this file lacks them";
+        scaling.map(Some).ok_or_else(|| Error::tensor(self.file.path(), ROPE_FACTORS, reason))
     }
 
     /// Its architecture.

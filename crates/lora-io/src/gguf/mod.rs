@@ -8,6 +8,7 @@ pub mod blocks;
 mod dequantise;
 pub mod names;
 mod reader;
+pub mod rope;
 mod writer;
 
 pub use blocks::TensorType;
