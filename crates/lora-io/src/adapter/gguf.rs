@@ -140,6 +140,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
         format: Format::Gguf,
         family: Some(&language::FAMILY),
         dtypes,
+        notes: Vec::new(),
     })
 }
 
@@ -199,6 +200,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     let mut tensors = BTreeMap::new();
     for (module_path, module) in &adapter.modules {
         let failed = |reason: String| Error::Module { module: module_path.to_string(), reason };
+        super::whole(&module_path.to_string(), module)?;
         if module_path.component != Component::LANGUAGE_MODEL {
             return Err(failed("GGUF adapters are for language models; take kohya or diffusers for this one".into()));
         }
