@@ -12,6 +12,7 @@ pub mod hash;
 mod info;
 pub mod merge;
 pub mod metadata;
+pub mod overwrite;
 pub mod safetensors;
 
 pub use error::{Error, Result};
