@@ -445,6 +445,9 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> Result<(), Failure> {
         adapter::gguf::set_architecture(&mut adapter, architecture);
     }
     if let (Some(rank), Some(base)) = (arguments.flatten, &arguments.base) {
+        // What does not fit is an error below where the base is needed for it.
+        let notes = merge::matches(base, adapter.clone()).unwrap_or_default();
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
         let options = ExtractOptions { policy: RankPolicy::Fixed(rank), limit: rank, ..ExtractOptions::default() };
         let (flat, outcomes) = merge::flatten(base, &adapter, &options, &VariantRegistry::default())?;
         adapter = flat;

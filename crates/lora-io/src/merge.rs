@@ -247,7 +247,7 @@ impl Job<'_> {
         }
         if !own.edits.is_empty() || !own.made_of.is_empty() || self.options.dtype.is_some() {
             // A hash of the tensors before is none of these.
-            metadata.remove("modelspec.hash_sha256");
+            metadata.remove(crate::metadata::HASH);
         }
         metadata
     }
@@ -309,13 +309,13 @@ impl Job<'_> {
     /// Says in the configuration of a merged folder that an output layer of its own is there, where one is.
     fn untie(&self, folder: &Path, report: &mut MergeReport) -> Result<()> {
         let Some(tied) = &self.edits.untied else { return Ok(()) };
-        for (index, own) in self.edits.files.iter().enumerate().filter(|(_, own)| own.made_of.contains_key(tied.head)) {
+        let files = self.edits.files.iter().enumerate();
+        for (index, _) in files.filter(|(_, own)| own.made_of.contains_key(tied.head)) {
             let file = &self.base.files[index];
             let (source, name) = self.source(index, tied.head);
             let dtype = self.options.dtype.map_or(source.get(&name)?.dtype(), StoredDType::from);
             let bytes = dtype.bytes(source.shape(&name).unwrap_or_default().iter().product()).unwrap_or(0);
             let name = file.path().file_name().unwrap_or_default().to_string_lossy();
-            debug_assert!(!own.made_of.is_empty());
             tied::untie(folder, tied, &name, bytes as u64)?;
         }
         report.notes.push(format!(

@@ -222,6 +222,9 @@ impl TrainingRecord {
     }
 }
 
+/// The key of a hash over a file's tensors, which is none of another file's.
+pub(crate) const HASH: &str = "modelspec.hash_sha256";
+
 /// Puts right what an adapter's metadata says of its network, after its tensors changed: rank, alpha, module and the hash
 /// of its tensors. What one number cannot say any more is left out.
 pub fn refresh(adapter: &mut Adapter) {
@@ -235,7 +238,7 @@ pub(crate) fn refresh_with(
     modules: &BTreeMap<ModulePath, AdapterModule>,
     alphas: &[f64],
 ) {
-    metadata.remove("modelspec.hash_sha256");
+    metadata.remove(HASH);
     // The layers that trainers name this rank and alpha of; kernels have their own among the arguments.
     let is_spatial = |module: &AdapterModule| {
         module.tensors.get("down").is_some_and(|down| down.shape().get(2).is_some_and(|&kernel| kernel > 1))

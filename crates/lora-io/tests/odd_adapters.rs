@@ -198,6 +198,20 @@ fn what_is_no_adapter_is_named() {
 }
 
 #[test]
+fn a_folder_that_is_no_adapters_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = || adapter::read(folder.path()).unwrap_err().to_string();
+    assert!(error().contains("has no adapter_config.json"), "{}", error());
+    std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+    assert!(error().contains("a whole model"), "{}", error());
+    for name in ["unet", "text_encoder"] {
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+        std::fs::write(folder.path().join(name).join("adapter_config.json"), "{}").unwrap();
+    }
+    assert!(error().contains("name one of them: text_encoder, unet"), "{}", error());
+}
+
+#[test]
 fn a_damaged_module_is_named_and_nothing_is_made_of_it() {
     let (folder, path) = scratch();
     let mut tensors = kohya();

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::parts::{Parts, PeftContext};
 use super::{AdapterFile, Format, folded, names};
-use crate::metadata::refresh_with;
+use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
 use crate::{Error, Result};
 
@@ -128,7 +128,7 @@ fn write_with(
         }
     }
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_"));
+    metadata.retain(|key, _| !key.starts_with("sshs_") && key != HASH);
     if folded_scales > 0 {
         let ranks = adapter.modules.values().map(|module| module.rank as f64);
         refresh_with(&mut metadata, &adapter.modules, &ranks.collect::<Vec<_>>());

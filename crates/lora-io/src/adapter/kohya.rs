@@ -19,7 +19,7 @@ use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath
 
 use super::{AdapterFile, Format, diffusers, names, parts};
 use crate::family::{FAMILIES, Family};
-use crate::metadata::refresh_with;
+use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
@@ -81,7 +81,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
 
     let mut metadata = adapter.metadata.clone();
     // What belongs to the file that the adapter came from. diffusers would follow its own record here too.
-    let stale = [ZERO_PARTNERS, CUSTOM_VARIANTS, diffusers::METADATA];
+    let stale = [ZERO_PARTNERS, CUSTOM_VARIANTS, diffusers::METADATA, HASH];
     metadata.retain(|key, _| !key.starts_with("sshs_") && !stale.contains(&key.as_str()));
     if folded > 0 {
         let alphas = adapter.modules.values().map(|module| if module.is_lora() { common } else { module.alpha });

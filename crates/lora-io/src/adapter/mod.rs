@@ -220,7 +220,7 @@ pub fn on_residual(adapter: &mut Adapter) {
 }
 
 /// Variants whose first values are taken out of the base.
-const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
+pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 
 /// The family of the base that an adapter was made for, as far as it shows.
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {
@@ -313,20 +313,50 @@ impl Whole {
     }
 }
 
+/// What lies in an adapter's file and is no part of the adapter.
+#[derive(Default)]
+struct Beside<'n> {
+    embeddings: BTreeSet<&'n str>,
+    of_base: usize,
+}
+
+impl<'n> Beside<'n> {
+    /// Whether a tensor is such; it is remembered then.
+    fn takes(&mut self, name: &'n str) -> bool {
+        if let Some(rest) = name.strip_prefix(EMBEDDING) {
+            self.embeddings.insert(rest.split('.').next().unwrap_or_default());
+            return true;
+        }
+        // PEFT writes the base's own embedding beside a LoRA on it.
+        let of_base = name.ends_with(".base_layer.weight") || name.ends_with(".base_layer.bias");
+        self.of_base += usize::from(of_base);
+        of_base
+    }
+
+    fn notes(self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.embeddings.is_empty() {
+            let names: Vec<_> = self.embeddings.into_iter().map(|name| format!("`{name}`")).collect();
+            let list = names.join(", ");
+            notes.push(format!(
+                "embeddings for prompts are packed in this file ({list}), which are no part of the LoRA"
+            ));
+        }
+        if self.of_base > 0 {
+            let count = self.of_base;
+            notes.push(format!("{count} weights of the base itself (`base_layer`) are in the file and are not read"));
+        }
+        notes
+    }
+}
+
 /// Sorts a file's tensors; `skip` names those that are dealt with elsewhere.
 fn sort(file: &SafetensorsFile, whole: Whole, skip: impl Fn(&str) -> bool) -> Result<Sorted> {
     let mut sorted = Sorted::default();
-    let mut embeddings = BTreeSet::new();
-    let mut of_base = 0;
+    let mut beside = Beside::default();
     for name in file.names().filter(|name| !skip(name)) {
-        if let Some(rest) = name.strip_prefix(EMBEDDING) {
-            embeddings.insert(rest.split('.').next().unwrap_or_default());
-            continue;
-        }
         let of_whole = if parts::split(name).is_none() { whole.split(name) } else { None };
-        // PEFT writes the base's own embedding beside a LoRA on it.
-        if of_whole.is_none() && (name.ends_with(".base_layer.weight") || name.ends_with(".base_layer.bias")) {
-            of_base += 1;
+        if of_whole.is_none() && beside.takes(name) {
             continue;
         }
         let view = file.get(name)?;
@@ -351,18 +381,7 @@ fn sort(file: &SafetensorsFile, whole: Whole, skip: impl Fn(&str) -> bool) -> Re
             sorted.problems.push(format!("`{name}` (the same tensor is there in another spelling)"));
         }
     }
-    if !embeddings.is_empty() {
-        let names: Vec<_> = embeddings.into_iter().map(|name| format!("`{name}`")).collect();
-        let list = names.join(", ");
-        sorted
-            .notes
-            .push(format!("embeddings for prompts are packed in this file ({list}), which are no part of the LoRA"));
-    }
-    if of_base > 0 {
-        sorted
-            .notes
-            .push(format!("{of_base} weights of the base itself (`base_layer`) are in the file and are not read"));
-    }
+    sorted.notes = beside.notes();
     Ok(sorted)
 }
 

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use super::diffusers::{self, most_common};
 use super::parts::{Parts, PeftContext};
 use super::{AdapterFile, Format, Whole, names};
+use crate::metadata::HASH;
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
 use crate::{Error, Result, atomic};
 
@@ -38,12 +39,17 @@ pub struct Extra {
 pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let folder = folder.as_ref();
     let config_path = folder.join(CONFIG);
+    if !config_path.exists() {
+        return Err(Error::format(folder, without_config(folder)));
+    }
     let size = fs::metadata(&config_path).map_err(Error::io(&config_path, "open"))?.len();
     if size > LONGEST_CONFIG {
         return Err(Error::format(&config_path, format!("{size} bytes are no configuration of an adapter")));
     }
     let text = fs::read(&config_path).map_err(Error::io(&config_path, "read"))?;
-    let config: Value = serde_json::from_slice(&text)
+    // Editors of Windows put a byte order mark in front.
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+    let config: Value = serde_json::from_slice(text)
         .map_err(|error| Error::format(&config_path, format!("is not valid JSON: {error}")))?;
     let weights = folder.join(WEIGHTS);
     if !weights.exists() && folder.join("adapter_model.bin").exists() {
@@ -80,6 +86,23 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         }
     }
     Ok(read)
+}
+
+/// What is said of a folder that is no adapter's.
+pub(crate) fn without_config(folder: &Path) -> String {
+    let below = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut adapters: Vec<String> = below
+        .filter(|path| path.join(CONFIG).exists())
+        .map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        .collect();
+    adapters.sort();
+    if !adapters.is_empty() {
+        return format!("holds adapters in folders of their own; name one of them: {}", adapters.join(", "));
+    }
+    if folder.join("model_index.json").exists() || folder.join("config.json").exists() {
+        return "is the folder of a whole model, not of an adapter; are base and LoRA swapped?".into();
+    }
+    format!("has no {CONFIG}, so it is no adapter of PEFT's; name a file, or the folder that holds it")
 }
 
 /// The fields that mean something here.
@@ -349,7 +372,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
     });
     let weights = folder.join(WEIGHTS);
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_") && key != diffusers::METADATA);
+    metadata.retain(|key, _| !key.starts_with("sshs_") && key != diffusers::METADATA && key != HASH);
     metadata.insert("format".into(), "pt".into());
     write_file(&weights, &tensors, &metadata)?;
     verify(&weights, &tensors.entries())?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::adapter::{names, parts};
+use crate::adapter::{names, parts, peft};
 use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family, language, sd1, sdxl};
 use crate::gguf::{GgufFile, TensorType};
@@ -52,6 +52,9 @@ impl Inventory {
             true => (path.join("adapter_model.safetensors"), Some(path.join("adapter_config.json"))),
             false => (path.to_owned(), None),
         };
+        if path.is_dir() && !weights.exists() {
+            return Err(Error::format(path, peft::without_config(path)));
+        }
         if weights.is_file() && crate::adapter::is_gguf(&weights)? {
             return Ok(Self::of_gguf(&GgufFile::open(&weights)?));
         }
@@ -68,7 +71,7 @@ impl Inventory {
         }
         if let Some(config) = config.filter(|config| config.exists()) {
             let text = std::fs::read(&config).map_err(Error::io(&config, "read"))?;
-            let parsed = serde_json::from_slice(&text);
+            let parsed = serde_json::from_slice(text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text));
             inventory.config =
                 Some(parsed.map_err(|error| Error::format(&config, format!("is not valid JSON: {error}")))?);
         }

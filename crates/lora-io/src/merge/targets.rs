@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use lora_core::backend::{CpuBackend, ShapeBackend};
 use lora_core::merge::geometry;
 use lora_core::variant::{BiasChange, Changes, FrozenLayer, Parameters, VariantRegistry};
-use lora_core::{AdapterModule, Component, ModulePath, Strength};
+use lora_core::{AdapterModule, Component, HostTensor, ModulePath, Strength};
 
 use super::folder::Base;
 use super::tied::Tied;
@@ -282,9 +282,12 @@ impl StoredLayers {
         let shape = layer.shape(files);
         let geometry = geometry(module, &shape)
             .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
-        let fits = if tileable(module, variants) {
+        // Some variants take the weight itself apart, which shapes do not tell more about.
+        let of_factors = adapter::RESIDUAL.contains(&module.variant.as_str()) && module.tensors.len() == 2;
+        let fits = if tileable(module, variants) || of_factors {
             // The same numbers as factors of a 1×1 convolution, or the other way round, are the same module.
-            let (down, up) = (module.tensors["down"].elements(), module.tensors["up"].elements());
+            let elements = |name: &str| module.tensors.get(name).map_or(0, HostTensor::elements);
+            let (down, up) = (elements("down"), elements("up"));
             down == module.rank * geometry.fan_in() && up == module.rank * geometry.outputs()
         } else {
             // A variant of a program's own is looked at where its update is worked out.
