@@ -144,10 +144,13 @@ fn fields_that_change_the_mathematics_are_errors() {
         ("init_lora_weights", "corda".into()),
         ("lora_alpha", "much".into()),
         ("rank_pattern", serde_json::json!({"(?=x)": 3})),
+        ("num_cayley_neumann_terms", "many".into()),
     ] {
         let error = read_with(field, value).unwrap_err().to_string();
         assert!(error.contains(field) && error.contains("adapter_config.json"), "{field}: {error}");
     }
+    let error = read_with("use_dora", true.into()).unwrap_err().to_string();
+    assert!(error.contains("`lora_magnitude_vector` is missing"), "{error}");
     let plain = read_with("use_rslora", false.into()).unwrap().adapter;
     let stabilised = read_with("use_rslora", true.into()).unwrap().adapter;
     let scale = |adapter: &Adapter| adapter.modules.values().next().unwrap().scale();

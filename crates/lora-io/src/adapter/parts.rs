@@ -111,6 +111,8 @@ pub(super) struct PeftContext {
     pub(super) vera: Option<(HostTensor, HostTensor)>,
     /// `eps` of OFT with `coft`: the norm that the skew matrices of all blocks are limited to, each to its part.
     pub(super) limit: Option<f64>,
+    /// `use_dora`.
+    pub(super) dora: bool,
     /// `apply_GS` of HRA.
     pub(super) orthogonal: bool,
     /// The variant whose first values were taken out of the base, where the file does not hold them.
@@ -300,6 +302,9 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
             return Err(format!("a trained bias goes with LoRA, not with {}", module.variant));
         }
         module.tensors.insert(BIAS_VALUE.into(), bias);
+    }
+    if module.variant == "lora" && peft.is_some_and(|context| context.dora) {
+        return Err("`lora_magnitude_vector` is missing, and the configuration says `use_dora`".into());
     }
     match parts.keys().next() {
         Some(part) => Err(format!("`{part}` is no part of {}", module.variant)),

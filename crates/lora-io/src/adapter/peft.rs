@@ -116,6 +116,7 @@ struct Config {
     neumann: bool,
     /// Which trained tensors of the base the file holds.
     whole: Whole,
+    dora: bool,
     orthogonal: bool,
     limit: Option<f64>,
     residual: Option<&'static str>,
@@ -206,6 +207,7 @@ impl Config {
             rank_stabilised: set("use_rslora"),
             neumann,
             whole: Whole { biases, weights: set("modules_to_save") },
+            dora: is_lora && set("use_dora"),
             orthogonal: set("apply_GS"),
             limit: if method == "OFT" && set("coft") { Some(number("eps")?.unwrap_or(6e-5)) } else { None },
             residual: residual.filter(|_| is_lora),
@@ -236,6 +238,7 @@ impl Config {
             feedforward,
             vera,
             limit: self.limit,
+            dora: self.dora,
             orthogonal: self.orthogonal,
             residual: self.residual,
         }

@@ -30,7 +30,7 @@ mod tests {
             assert_eq!(from_e4m3(byte), value, "{byte:#x}");
             assert_eq!(from_e4m3(byte | 0x80), -value, "{byte:#x}");
         }
-        let e5m2 = [(0x01, 1.52587890625e-05), (0x04, 6.103515625e-05), (0x3C, 1.0), (0x7B, 57344.0)];
+        let e5m2 = [(0x01, 2f32.powi(-16)), (0x04, 2f32.powi(-14)), (0x3C, 1.0), (0x7B, 57344.0)];
         for (byte, value) in e5m2 {
             assert_eq!(from_e5m2(byte), value, "{byte:#x}");
             assert_eq!(from_e5m2(byte | 0x80), -value, "{byte:#x}");
