@@ -198,6 +198,14 @@ fn what_is_no_adapter_is_named() {
 }
 
 #[test]
+fn a_model_in_gguf_is_no_adapter() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/llama.gguf");
+    for error in [adapter::read(&model).unwrap_err(), Inventory::read(&model).unwrap_err()] {
+        assert!(error.to_string().contains("a whole model in GGUF, not a LoRA"), "{error}");
+    }
+}
+
+#[test]
 fn a_folder_that_is_no_adapters_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let error = || adapter::read(folder.path()).unwrap_err().to_string();

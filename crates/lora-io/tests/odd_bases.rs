@@ -104,7 +104,7 @@ fn linked_folders_are_followed_and_stay_as_they_were() {
 }
 
 #[test]
-fn hidden_files_are_no_part_of_a_model() {
+fn hidden_files_and_the_authors_own_are_left_out() {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("base");
     let name = "model.layers.0.self_attn.q_proj";
@@ -115,8 +115,11 @@ fn hidden_files_are_no_part_of_a_model() {
         fs::create_dir_all(base.join(hidden).parent().unwrap()).unwrap();
         fs::write(base.join(hidden), b"\0\x05\x16\x07\0\x02\0\0Mac OS X").unwrap();
     }
+    // The same weights by their author's names, as Mistral publishes them.
+    file(&base.join("consolidated.safetensors"), &[("layers.0.attention.wq.weight", weight.clone())]);
     let out = folder.path().join("out");
-    run(&base, of(Component::LANGUAGE_MODEL, name, module.clone()), &out, None).unwrap();
+    let report = run(&base, of(Component::LANGUAGE_MODEL, name, module.clone()), &out, None).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("consolidated.safetensors")), "{:?}", report.notes);
     let merged = tensor(&out.join("model.safetensors"), &format!("{name}.weight"));
     assert!(distance(&merged, &expected(&weight, &module, false)) < 1e-6);
     assert_eq!(fs::read_dir(&out).unwrap().count(), 2);
@@ -301,6 +304,17 @@ fn an_adapter_for_another_model_is_told() {
     });
     let loha = AdapterModule { variant: "loha".into(), tensors: BTreeMap::from(loha), rank: 2, alpha: 2.0 };
     assert!(merge::matches(&base, of(Component::UNET, QUERY, loha)).unwrap_err().to_string().contains("[320, 2]"));
+}
+
+#[test]
+fn a_lora_in_place_of_the_base_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base.safetensors");
+    let name = "lora_unet_mid_block_attentions_0_proj_in";
+    let (down, up) = (format!("{name}.lora_down.weight"), format!("{name}.lora_up.weight"));
+    file(&base, &[(&down, random(&[2, 4], 1)), (&up, random(&[4, 2], 2))]);
+    let error = run(&base, of(Component::UNET, QUERY, lora(6, 4, 5)), &folder.path().join("out"), None).unwrap_err();
+    assert!(error.to_string().contains("this is a LoRA, not a base model"), "{error}");
 }
 
 #[test]

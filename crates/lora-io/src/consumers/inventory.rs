@@ -56,7 +56,9 @@ impl Inventory {
             return Err(Error::format(path, peft::without_config(path)));
         }
         if weights.is_file() && crate::adapter::is_gguf(&weights)? {
-            return Ok(Self::of_gguf(&GgufFile::open(&weights)?));
+            let file = GgufFile::open(&weights)?;
+            crate::adapter::gguf::is_adapter(&file)?;
+            return Ok(Self::of_gguf(&file));
         }
         let file = SafetensorsFile::open(&weights)?;
         crate::adapter::is_adapter(&file)?;

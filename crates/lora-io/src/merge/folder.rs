@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::adapter::parts;
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -35,6 +36,10 @@ impl Base {
         let folder = fs::metadata(path).map_err(Error::io(path, "open the base model"))?.is_dir();
         if !folder {
             let files = vec![SafetensorsFile::open(path)?];
+            if !files[0].is_empty() && files[0].names().all(|name| parts::split(name).is_some()) {
+                let found = "a LoRA, not a base model; are base and LoRA swapped?".into();
+                return Err(Error::Family { path: path.to_owned(), found });
+            }
             return Ok(Self { path: path.to_owned(), files, config: None, left_out: Vec::new() });
         }
         let (mut weights, mut left_out) = (Vec::new(), Vec::new());
