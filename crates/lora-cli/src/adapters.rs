@@ -15,6 +15,7 @@ use lora_io::adapter::{self, AdapterFile, Format};
 use lora_io::gguf::LanguageModel;
 use lora_io::gguf::names::Architecture;
 use lora_io::merge::{self, MergeOptions, Weighted};
+use lora_io::{metadata, overwrite};
 
 use crate::Failure;
 
@@ -102,6 +103,9 @@ pub(crate) struct MergeArguments {
     /// Take the adapter out of a model that it was merged into.
     #[arg(long)]
     unmerge: bool,
+    /// The base is what PEFT's PiSSA or OLoRA left of the original model, for adapters that were saved unconverted.
+    #[arg(long)]
+    residual: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -271,8 +275,8 @@ pub(crate) struct ExtractArguments {
     dtype: Precision,
 }
 
-/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`.
-fn weighted(argument: &str) -> Result<Weighted, Failure> {
+/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
+fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
     let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
     let mut path = argument;
     let mut strength = "";
@@ -289,8 +293,28 @@ fn weighted(argument: &str) -> Result<Weighted, Failure> {
         "" => Strength::default(),
         text => Strength::parse(text).map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?,
     };
-    let name = Path::new(path).file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Weighted { name, adapter: adapter::read(path)?.adapter, strength })
+    Ok((Path::new(path), strength))
+}
+
+/// Reads an adapter to work with, says what a reader should know of it, and refuses one that is damaged.
+fn sound(read: AdapterFile) -> Result<AdapterFile, Failure> {
+    read.undamaged()?;
+    read.notes.iter().for_each(|note| eprintln!("note: {}: {note}", read.path.display()));
+    Ok(read)
+}
+
+/// The adapters of `--lora`, none of which the output may replace, and the type of the first one's numbers.
+fn weighted(arguments: &[String], out: &Path) -> Result<(Vec<Weighted>, Option<DType>), Failure> {
+    let (mut adapters, mut dtype) = (Vec::new(), None);
+    for argument in arguments {
+        let (path, strength) = strength_of(argument)?;
+        apart([path], out)?;
+        let read = sound(adapter::read(path)?)?;
+        dtype = dtype.or(Some(read.dtype()));
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        adapters.push(Weighted { name, adapter: read.adapter, strength });
+    }
+    Ok((adapters, dtype))
 }
 
 fn bytes_bar(what: &'static str, of: u64) -> ProgressBar {
@@ -299,7 +323,7 @@ fn bytes_bar(what: &'static str, of: u64) -> ProgressBar {
 }
 
 pub(crate) fn dequantise(arguments: &DequantiseArguments) -> Result<(), Failure> {
-    apart(&arguments.file, &arguments.out)?;
+    apart([&arguments.file], &arguments.out)?;
     let model = LanguageModel::open(&arguments.file)?;
     let dtype = DType::from(arguments.dtype);
     let elements = |name: &str| model.shape(name).unwrap_or_default().iter().product::<usize>();
@@ -308,11 +332,55 @@ pub(crate) fn dequantise(arguments: &DequantiseArguments) -> Result<(), Failure>
     let written = lora_io::gguf::dequantise(&arguments.file, &arguments.out, dtype, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     println!("{}: {} tensors, {} bytes", arguments.out.display(), model.names().count(), written);
+    match model.rope_scaling() {
+        Ok(None) => {}
+        Ok(Some(scaling)) => scale_rope(&arguments.out.with_file_name("config.json"), scaling)?,
+        Err(error) => eprintln!("note: {error}"),
+    }
+    Ok(())
+}
+
+/// Puts the scaling of a model's rotary frequencies into the configuration beside its weights, or says that it belongs
+/// there.
+fn scale_rope(path: &Path, scaling: serde_json::Value) -> Result<(), Failure> {
+    let missing = || eprintln!("note: the config.json of this model needs \"rope_scaling\": {scaling}");
+    let Ok(text) = std::fs::read(path) else {
+        missing();
+        return Ok(());
+    };
+    let parsed: Result<serde_json::Map<String, serde_json::Value>, _> = serde_json::from_slice(&text);
+    let Ok(mut config) = parsed else {
+        missing();
+        return Ok(());
+    };
+    let of_config = ["rope_scaling", "rope_parameters"].iter().find_map(|key| {
+        config.get(*key).and_then(serde_json::Value::as_object).filter(|own| own.contains_key("factor"))
+    });
+    let number = |value: Option<&serde_json::Value>| value.and_then(serde_json::Value::as_f64);
+    let says = |own: &serde_json::Map<String, serde_json::Value>| {
+        let mut numbers = scaling.as_object().into_iter().flatten().filter(|(_, value)| value.is_number());
+        numbers.all(|(key, value)| number(own.get(key)) == number(Some(value)))
+    };
+    match of_config {
+        Some(own) if says(own) => return Ok(()),
+        Some(_) => {
+            eprintln!("note: {} scales RoPE in another way than the file, whose factors are {scaling}", path.display());
+            return Ok(());
+        }
+        None => {}
+    }
+    config.insert("rope_scaling".into(), scaling.clone());
+    let text = format!("{:#}\n", serde_json::Value::from(config));
+    lora_io::atomic::write(path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
+    eprintln!("note: {}: \"rope_scaling\": {scaling} was added", path.display());
     Ok(())
 }
 
 pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
-    let adapters: Vec<Weighted> = arguments.lora.iter().map(|lora| weighted(lora)).collect::<Result<_, _>>()?;
+    let (mut adapters, _) = weighted(&arguments.lora, &arguments.out)?;
+    if arguments.residual {
+        adapters.iter_mut().for_each(|weighted| adapter::on_residual(&mut weighted.adapter));
+    }
     let options = MergeOptions { dtype: arguments.dtype.map(DType::from), unmerge: arguments.unmerge };
     let started = Instant::now();
     let bar = Mutex::new(None::<ProgressBar>);
@@ -351,36 +419,39 @@ fn write(path: &Path, adapter: &Adapter, format: Format, dtype: DType) -> Result
     Ok(())
 }
 
-/// Refuses to write over what was read.
-fn apart(input: &Path, output: &Path) -> Result<(), Failure> {
-    match (input.canonicalize(), output.canonicalize()) {
-        (Ok(input), Ok(output)) if input == output => {
-            Err(Failure::Usage(format!("--out {}: is the input itself; name another file", output.display())))
-        }
-        _ => Ok(()),
-    }
+/// Refuses to write over what is read.
+pub(crate) fn apart<'p>(
+    inputs: impl IntoIterator<Item = &'p (impl AsRef<Path> + ?Sized + 'p)>,
+    output: &Path,
+) -> Result<(), Failure> {
+    overwrite::refuse(inputs.into_iter().map(AsRef::as_ref), output)
+        .map_err(|error| Failure::Usage(format!("--out: {error}")))
 }
 
 pub(crate) fn convert(arguments: &ConvertArguments) -> Result<(), Failure> {
-    apart(&arguments.file, &arguments.out)?;
+    apart(std::iter::once(&arguments.file).chain(&arguments.base), &arguments.out)?;
     // Rows of a llama model are in another order in GGUF, by heads that only the base knows.
     let architecture = match (&arguments.base, arguments.to, is_gguf(&arguments.file)) {
         (Some(base), Layout::Gguf, _) | (Some(base), _, true) => Some(Architecture::of_base(base)?),
         _ => None,
     };
-    let read = match &architecture {
+    let read = sound(match &architecture {
         Some(architecture) if is_gguf(&arguments.file) => adapter::gguf::read_for(&arguments.file, architecture)?,
         _ => adapter::read(&arguments.file)?,
-    };
+    })?;
     let dtype = arguments.dtype.map_or(read.dtype(), DType::from);
     let AdapterFile { mut adapter, .. } = read;
     if let Some(architecture) = &architecture {
         adapter::gguf::set_architecture(&mut adapter, architecture);
     }
     if let (Some(rank), Some(base)) = (arguments.flatten, &arguments.base) {
+        // What does not fit is an error below where the base is needed for it.
+        let notes = merge::matches(base, adapter.clone()).unwrap_or_default();
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
         let options = ExtractOptions { policy: RankPolicy::Fixed(rank), limit: rank, ..ExtractOptions::default() };
         let (flat, outcomes) = merge::flatten(base, &adapter, &options, &VariantRegistry::default())?;
         adapter = flat;
+        metadata::refresh(&mut adapter);
         summary(&outcomes);
     }
     if let Some(alpha) = arguments.alpha {
@@ -388,6 +459,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> Result<(), Failure> {
             return Err(Failure::Usage(format!("--alpha {alpha}: expected a number above 0")));
         }
         compose::set_alpha(&mut adapter, alpha).map_err(|error| Failure::Work(error.to_string()))?;
+        metadata::refresh(&mut adapter);
     }
     if matches!(arguments.to, Layout::Portable) {
         let (portable, notes) = adapter::portable::portable(&adapter)?;
@@ -420,7 +492,12 @@ fn summary(outcomes: &[Outcome]) {
 }
 
 pub(crate) fn combine(arguments: &CombineArguments) -> Result<(), Failure> {
-    let adapters: Vec<Weighted> = arguments.lora.iter().map(|lora| weighted(lora)).collect::<Result<_, _>>()?;
+    let (adapters, dtype) = weighted(&arguments.lora, &arguments.out)?;
+    let mut families: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
+    families.dedup();
+    if let [first, second, ..] = families.as_slice() {
+        eprintln!("note: these adapters seem to be made for different base models: {first} and {second}");
+    }
     let method = arguments.method()?;
     let parts: Vec<_> = adapters.iter().map(|weighted| (&weighted.adapter, &weighted.strength)).collect();
     let (mut combined, outcomes) =
@@ -431,22 +508,25 @@ pub(crate) fn combine(arguments: &CombineArguments) -> Result<(), Failure> {
     }
     let names: Vec<_> = adapters.iter().map(|weighted| weighted.name.as_str()).collect();
     combined.metadata.insert("lora_combined".into(), names.join(", "));
-    write(&arguments.out, &combined, Format::Kohya, arguments.dtype.map_or(DType::F16, DType::from))
+    let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
+    write(&arguments.out, &combined, Format::Kohya, dtype)
 }
 
 pub(crate) fn resize(arguments: &ResizeArguments) -> Result<(), Failure> {
-    apart(&arguments.file, &arguments.out)?;
+    apart([&arguments.file], &arguments.out)?;
     let Some(policy) = arguments.rank.policy() else {
         return Err(Failure::Usage("name one of --rank, --sv-ratio, --sv-cumulative, --sv-fro".into()));
     };
-    let read = adapter::read(&arguments.file)?;
-    let (resized, outcomes) =
+    let read = sound(adapter::read(&arguments.file)?)?;
+    let (mut resized, outcomes) =
         compose::resize(&read.adapter, policy).map_err(|error| Failure::Work(error.to_string()))?;
+    metadata::refresh(&mut resized);
     summary(&outcomes);
     write(&arguments.out, &resized, read.format, arguments.dtype.map_or(read.dtype(), DType::from))
 }
 
 pub(crate) fn extract(arguments: &ExtractArguments) -> Result<(), Failure> {
+    apart([&arguments.base, &arguments.tuned], &arguments.out)?;
     let policy = arguments.rank.policy().unwrap_or(RankPolicy::Fixed(32));
     let targets = Targets::parse(&arguments.targets).map_err(|error| Failure::Usage(error.to_string()))?;
     let options = ExtractOptions {

@@ -12,6 +12,7 @@ use lora_io::merge;
 use lora_train::report::heat_map::{self, Cell};
 
 use crate::Failure;
+use crate::adapters::apart;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -98,6 +99,9 @@ fn picture(path: &Path, modules: &[ModuleHealth]) -> Result<(), Failure> {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    if let Some(path) = &arguments.picture {
+        apart(std::iter::once(&arguments.file).chain(&arguments.base), path)?;
+    }
     let inventory = Inventory::read(&arguments.file)?;
     let opinions = opinions(&inventory);
     let read = adapter::read(&arguments.file);
@@ -106,6 +110,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         (Some(base), Ok(read)) => Some(merge::matches(base, read.adapter.clone()).map_err(|error| error.to_string())),
         _ => None,
     };
+    let of_file = read.as_ref().map(|read| read.notes.as_slice()).unwrap_or_default();
+    let of_base = fit.as_ref().and_then(|fit| fit.as_ref().ok()).map(Vec::as_slice).unwrap_or_default();
+    let notes: Vec<&String> = of_file.iter().chain(of_base).collect();
     if let Some(path) = &arguments.picture {
         picture(path, &modules)?;
     }
@@ -121,6 +128,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         let json = serde_json::json!({
             "opinions": opinions, "base": family::title(inventory.base()), "problem": read.as_ref().err().map(ToString::to_string),
             "fits": fit.as_ref().map(Result::is_ok), "misfit": fit.as_ref().and_then(|fit| fit.as_ref().err()),
+            "notes": notes,
             "norm_by_block": norms, "dead": dead,
             "not_finite": damaged.iter().map(|module| module.module.to_string()).collect::<Vec<_>>(),
         });
@@ -159,10 +167,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("this program refuses it: {error}");
     }
     match &fit {
-        Some(Ok(())) => println!("every module names a layer of the base"),
+        Some(Ok(_)) => println!("every module names a layer of the base and fits it"),
         Some(Err(reason)) => println!("DOES NOT FIT the base: {reason}"),
         None => {}
     }
+    notes.iter().for_each(|note| println!("note: {note}"));
     println!("norms of the updates by block:");
     let largest = blocks.values().map(|(_, squares)| squares.sqrt()).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     for (block, (count, squares)) in &blocks {

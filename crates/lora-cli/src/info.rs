@@ -28,7 +28,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         let json = serde_json::json!({
             "format": info.format.name(), "family": family::title(info.family), "variants": info.variants,
             "targets": info.targets, "modules": info.modules, "ranks": info.ranks, "alphas": info.alphas, "dtypes": info.dtypes,
-            "parameters": info.parameters, "not_finite": info.not_finite, "metadata": info.metadata,
+            "parameters": info.parameters, "not_finite": info.not_finite, "notes": info.notes, "metadata": info.metadata,
             "sshs_model_hash": info.model_hash, "sha256": sha256, "bytes": bytes,
         });
         println!("{json:#}");
@@ -50,6 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             info.not_finite[0]
         );
     }
+    info.notes.iter().for_each(|note| println!("note:       {note}"));
     for (key, value) in &info.metadata {
         let shown: String = value.chars().take(100).collect();
         println!("  {key} = {shown}{}", if shown.len() < value.len() { " …" } else { "" });

@@ -325,3 +325,33 @@ fn a_dataset_is_looked_at_before_training() {
     std::fs::create_dir(folder.path().join("empty")).unwrap();
     lora().arg("dataset").arg(folder.path().join("empty")).assert().code(1).stderr(contains("no pictures"));
 }
+
+#[test]
+fn what_is_read_is_not_replaced_and_metadata_follow_the_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let random =
+        |shape: &[usize], seed| HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap();
+    let module = AdapterModule::of_factors(random(&[4, 8], 1), random(&[8, 4], 2), false, 4, 4.0);
+    let path = ModulePath::new(Component::UNET, "mid_block.attentions.0.proj_in");
+    let mut adapter = Adapter { modules: [(path, module)].into(), ..Adapter::default() };
+    adapter.metadata.insert("ss_network_dim".into(), "4".into());
+    adapter.metadata.insert("ss_network_alpha".into(), "4.0".into());
+    let file = folder.path().join("a.safetensors");
+    adapter::write(&file, &adapter, Format::Kohya, DType::F32).unwrap();
+    let before = std::fs::read(&file).unwrap();
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    run(&["resize", "a.safetensors", "--rank", "2", "--out", "b.safetensors"]).success();
+    let metadata = adapter::read(folder.path().join("b.safetensors")).unwrap().adapter.metadata;
+    assert_eq!((metadata["ss_network_dim"].as_str(), metadata["ss_network_alpha"].as_str()), ("2", "2.0"));
+    for arguments in [
+        &["resize", "a.safetensors", "--rank", "2", "--out", "./a.safetensors"][..],
+        &["convert", "a.safetensors", "--to", "diffusers", "--out", "a.safetensors"],
+        &["combine", "--lora", "b.safetensors:1", "--lora", "a.safetensors:1", "--out", "a.safetensors"],
+        &["merge", "--base", "b.safetensors", "--lora", "a.safetensors", "--out", "a.safetensors"],
+        &["extract", "--base", "b.safetensors", "--tuned", "a.safetensors", "--out", "a.safetensors"],
+        &["check", "a.safetensors", "--picture", "a.safetensors"],
+    ] {
+        run(arguments).failure().stderr(contains("which is read"));
+        assert_eq!(std::fs::read(&file).unwrap(), before, "{arguments:?}");
+    }
+}

@@ -136,6 +136,7 @@ pub const ROWS: &[Row] = &[
     row("vera", 5, 1.0, &[], &[Linear, Square]),
     row("glora", 3, 0.5, &[], UNGROUPED),
     row("peft-glora", 3, 1.0, &[], &[Linear, Square]),
+    row("peft-hra", 4, 1.0, &[], UNGROUPED),
     row("full", 1, 1.0, &[("bias", 1.0)], &Layer::ALL),
 ];
 

@@ -31,6 +31,8 @@ pub struct AdapterInfo {
     pub parameters: usize,
     /// Names of modules with NaN or infinity.
     pub not_finite: Vec<String>,
+    /// What a reader should know, see [`adapter::AdapterFile::notes`].
+    pub notes: Vec<String>,
     /// The header's free text.
     pub metadata: BTreeMap<String, String>,
     /// SHA-256 of the tensor bytes (AutoV3; the WebUI and Civitai show its first 12 digits); of the whole file in GGUF.
@@ -54,6 +56,7 @@ impl AdapterInfo {
             dtypes: read.dtypes.iter().map(|dtype| dtype.name()).collect(),
             parameters: 0,
             not_finite: Vec::new(),
+            notes: read.notes.clone(),
             metadata: read.adapter.metadata.clone(),
             model_hash: match read.format {
                 Format::Gguf => hash::file_sha256(&weights)?,

@@ -6,11 +6,13 @@ pub mod checkpoint;
 pub mod consumers;
 mod error;
 pub mod family;
+mod foreign;
 pub mod gguf;
 pub mod hash;
 mod info;
 pub mod merge;
 pub mod metadata;
+pub mod overwrite;
 pub mod safetensors;
 
 pub use error::{Error, Result};

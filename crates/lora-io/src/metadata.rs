@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
+use lora_core::{Adapter, AdapterModule, ModulePath};
+
 use crate::family::Family;
 
 /// A run as its file describes it. `None` leaves a key out or writes `None`, as sd-scripts does for it.
@@ -220,6 +222,51 @@ impl TrainingRecord {
     }
 }
 
+/// The key of a hash over a file's tensors, which is none of another file's.
+pub(crate) const HASH: &str = "modelspec.hash_sha256";
+
+/// Puts right what an adapter's metadata says of its network, after its tensors changed: rank, alpha, module and the hash
+/// of its tensors. What one number cannot say any more is left out.
+pub fn refresh(adapter: &mut Adapter) {
+    let alphas = adapter.modules.values().map(|module| module.alpha).collect::<Vec<_>>();
+    refresh_with(&mut adapter.metadata, &adapter.modules, &alphas);
+}
+
+/// The same for modules that are written with other alphas than they have, in their order.
+pub(crate) fn refresh_with(
+    metadata: &mut BTreeMap<String, String>,
+    modules: &BTreeMap<ModulePath, AdapterModule>,
+    alphas: &[f64],
+) {
+    metadata.remove(HASH);
+    // The layers that trainers name this rank and alpha of; kernels have their own among the arguments.
+    let is_spatial = |module: &AdapterModule| {
+        module.tensors.get("down").is_some_and(|down| down.shape().get(2).is_some_and(|&kernel| kernel > 1))
+    };
+    let spatial = modules.values().filter(|module| is_spatial(module)).count();
+    let named: Vec<(usize, f64)> = modules
+        .values()
+        .zip(alphas)
+        .filter(|(module, _)| spatial == modules.len() || !is_spatial(module))
+        .map(|(module, &alpha)| (module.rank, alpha))
+        .collect();
+    let Some(&(rank, alpha)) = named.first() else { return };
+    let mut set = |key: &str, value: Option<String>| {
+        if let Some(old) = metadata.remove(key)
+            && let Some(value) = value
+        {
+            // `4` and `4.0` say the same.
+            let same = old.trim().parse::<f64>().is_ok_and(|old| value.parse() == Ok(old));
+            metadata.insert(key.to_owned(), if same { old } else { value });
+        }
+    };
+    set("ss_network_dim", named.iter().all(|own| own.0 == rank).then(|| rank.to_string()));
+    set("ss_network_alpha", named.iter().all(|own| own.1 == alpha).then(|| python_float(alpha)));
+    let plain = modules.values().all(AdapterModule::is_lora);
+    set("ss_network_module", plain.then(|| "networks.lora".to_owned()));
+    set("ss_network_args", None);
+}
+
 fn python_bool(value: bool) -> String {
     if value { "True" } else { "False" }.into()
 }
@@ -247,6 +294,8 @@ fn json(value: &impl serde::Serialize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use lora_core::{Component, HostTensor};
+
     use super::*;
     use crate::family::{sd1, sd2, sdxl};
 
@@ -274,5 +323,39 @@ mod tests {
         let map = record(&sdxl::FAMILY).to_metadata();
         assert_eq!((map["ss_v2"].as_str(), map["ss_base_model_version"].as_str()), ("False", "sdxl_base_v1-0"));
         assert_eq!(map["modelspec.architecture"], "stable-diffusion-xl-v1-base/lora");
+    }
+
+    #[test]
+    fn changed_tensors_are_what_the_metadata_says_or_it_says_nothing() {
+        let module = |rank: usize, kernel: &[usize]| {
+            let down = HostTensor::zeros([&[rank, 3], kernel].concat());
+            AdapterModule::of_factors(down, HostTensor::zeros([5, rank]), false, rank, rank as f64 / 2.0)
+        };
+        let path = |name: &str| ModulePath::new(Component::UNET, name);
+        let said = [
+            ("ss_network_dim", "8"),
+            ("ss_network_alpha", "8"),
+            ("ss_network_args", "{\"conv_dim\": 4}"),
+            ("ss_network_module", "lycoris.kohya"),
+            ("modelspec.hash_sha256", "0xabc"),
+            ("ss_output_name", "cats"),
+        ];
+        let metadata: BTreeMap<String, String> = said.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let mut adapter = Adapter { metadata: metadata.clone(), ..Adapter::default() };
+        adapter.modules.insert(path("a"), module(2, &[]));
+        adapter.modules.insert(path("b"), module(2, &[]));
+        adapter.modules.insert(path("c"), module(1, &[3, 3]));
+        refresh(&mut adapter);
+        let found: Vec<_> = adapter.metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let expected = [
+            ("ss_network_alpha", "1.0"),
+            ("ss_network_dim", "2"),
+            ("ss_network_module", "networks.lora"),
+            ("ss_output_name", "cats"),
+        ];
+        assert_eq!(found, expected);
+        adapter.modules.insert(path("b"), module(4, &[]));
+        refresh(&mut adapter);
+        assert_eq!(adapter.metadata.keys().collect::<Vec<_>>(), ["ss_network_module", "ss_output_name"]);
     }
 }

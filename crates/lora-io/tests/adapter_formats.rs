@@ -75,7 +75,7 @@ fn every_variant_that_the_kohya_layout_has_reads_back() {
     refused.dedup();
     assert_eq!(
         refused,
-        ["peft-oft", "peft-oft-neumann", "peft-boft", "ia3", "vera", "peft-glora"],
+        ["peft-oft", "peft-oft-neumann", "peft-boft", "ia3", "vera", "peft-glora", "peft-hra"],
         "exactly the variants that kohya's and LyCORIS' files have no form of"
     );
 }
@@ -140,16 +140,17 @@ fn fields_that_change_the_mathematics_are_errors() {
     };
     for (field, value) in [
         ("peft_type", "PROMPT_TUNING".into()),
-        ("modules_to_save", serde_json::json!(["lm_head"])),
-        ("bias", "all".into()),
-        ("init_lora_weights", "pissa".into()),
+        ("trainable_token_indices", serde_json::json!([1])),
+        ("init_lora_weights", "corda".into()),
         ("lora_alpha", "much".into()),
         ("rank_pattern", serde_json::json!({"(?=x)": 3})),
-        ("fan_in_fan_out", true.into()),
+        ("num_cayley_neumann_terms", "many".into()),
     ] {
         let error = read_with(field, value).unwrap_err().to_string();
         assert!(error.contains(field) && error.contains("adapter_config.json"), "{field}: {error}");
     }
+    let error = read_with("use_dora", true.into()).unwrap_err().to_string();
+    assert!(error.contains("`lora_magnitude_vector` is missing"), "{error}");
     let plain = read_with("use_rslora", false.into()).unwrap().adapter;
     let stabilised = read_with("use_rslora", true.into()).unwrap().adapter;
     let scale = |adapter: &Adapter| adapter.modules.values().next().unwrap().scale();

@@ -138,6 +138,34 @@ fn adapters_go_to_llama_cpp_and_come_back() {
     }
 }
 
+/// `rope_freqs` is no weight of Hugging Face's model: a configuration says it, or nothing does.
+#[test]
+fn factors_on_rotary_frequencies_are_a_scaling_of_the_configuration() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let scaling = |factors: Option<Vec<f32>>| {
+        let mut values = BTreeMap::from([
+            ("general.architecture".to_owned(), Value::Text("llama".into())),
+            ("llama.attention.head_count".to_owned(), Value::Unsigned(4)),
+            ("llama.rope.freq_base".to_owned(), Value::Float(500_000.0)),
+        ]);
+        values.insert("general.type".into(), Value::Text("model".into()));
+        let mut tensors = BTreeMap::from([("token_embd.weight".to_owned(), HostTensor::zeros([4, 64]))]);
+        if let Some(factors) = factors {
+            tensors.insert("rope_freqs.weight".into(), HostTensor::from_f32([factors.len()], factors).unwrap());
+        }
+        gguf::write(&path, &values, &tensors).unwrap();
+        LanguageModel::open(&path).unwrap().rope_scaling()
+    };
+    assert_eq!(scaling(None).unwrap(), None);
+    // See `gguf/rope.rs` for where these are from.
+    let found = scaling(Some(vec![1.0, 2.442_259_6, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0])).unwrap().unwrap();
+    assert_eq!(found["rope_type"], "llama3");
+    assert_eq!((found["factor"].as_f64(), found["original_max_position_embeddings"].as_u64()), (Some(8.0), Some(64)));
+    let error = scaling(Some(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])).unwrap_err().to_string();
+    assert!(error.contains("rope_freqs.weight") && error.contains("rope_scaling"), "{error}");
+}
+
 #[test]
 fn a_file_that_does_not_tell_the_heads_is_read_with_the_base() {
     let folder = tempdir().unwrap();

@@ -52,7 +52,7 @@ fn every_lie_is_an_error_that_names_file_and_cause() {
         ("metadata twice", file(r#"{"__metadata__":{},"__metadata__":{}}"#, 0), &["twice"]),
         ("metadata key twice", file(r#"{"__metadata__":{"k":"1","k":"2"}}"#, 0), &["`k`", "twice"]),
         ("metadata number", file(r#"{"__metadata__":{"k":1}}"#, 0), &["header"]),
-        ("pickle", b"PK\x03\x04aaaaaaaaaaaa".to_vec(), &["pickle", "convert"]),
+        ("pickle", b"PK\x03\x04aaaa archive/data.pkl".to_vec(), &["pickle", "convert"]),
         ("old pickle", b"\x80\x02}q\x00.aaaaaaa".to_vec(), &["pickle"]),
         ("lfs", b"version https://git-lfs.github.com/spec/v1\noid".to_vec(), &["git-lfs"]),
         ("web page", b"<!DOCTYPE html><html>".to_vec(), &["web page"]),

@@ -1,9 +1,11 @@
 //! The tensor operations that adapter formulas are written over, so that one formula serves several tensor libraries.
-//! [`CpuBackend`] needs nothing but this crate; training uses the backend of `lora-torch`.
+//! [`CpuBackend`] needs nothing but this crate, [`ShapeBackend`] not even numbers; training uses the backend of `lora-torch`.
 
 mod cpu;
+mod shapes;
 
 pub use cpu::CpuBackend;
+pub use shapes::ShapeBackend;
 
 use std::fmt::Debug;
 

@@ -1,9 +1,12 @@
 //! The whole difference, without any decomposition: `W' = W + scale · weight`, `b' = b + scale · bias`. LyCORIS calls it
-//! full (`diff`, `diff_b`) and, on normalisations, norm (`w_norm`, `b_norm`).
+//! full (`diff`, `diff_b`) and, on normalisations, norm (`w_norm`, `b_norm`). Files of PEFT's may hold the trained weight
+//! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]), which takes the place of the base's; these are not trained here.
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, BiasChange, Changes, Parameters, Request, Variant, expect};
+use super::{
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Parameters, Request, Variant, WEIGHT_VALUE, expect, replaced_bias,
+};
 use crate::backend::Backend;
 use crate::{HostTensor, LayerGeometry, Result};
 
@@ -36,19 +39,27 @@ impl<B: Backend> Variant<B> for Full {
     }
 
     fn changes(&self, tensors: &BTreeMap<String, HostTensor>) -> Changes {
-        let bias = if tensors.contains_key("bias") { BiasChange::Always } else { BiasChange::Never };
-        Changes { weight: tensors.contains_key("weight"), bias }
+        let has_bias = tensors.contains_key("bias") || tensors.contains_key(BIAS_VALUE);
+        let bias = if has_bias { BiasChange::Always } else { BiasChange::Never };
+        Changes { weight: tensors.contains_key("weight") || tensors.contains_key(WEIGHT_VALUE), bias }
     }
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
         let shape = base.geometry().weight_shape();
+        if let Some(value) = parameters.tensors.get(WEIGHT_VALUE) {
+            expect(NAME, WEIGHT_VALUE, &shape, &backend.shape(value))?;
+            return backend.add(backend.scale(&backend.cast_like(&base.weight()?, value)?, -1.0)?, value);
+        }
         match parameters.tensors.get("weight") {
             Some(weight) => {
                 expect(NAME, "weight", &shape, &backend.shape(weight))?;
                 backend.scale(weight, parameters.scale)
             }
             // A file may hold nothing but a bias.
-            None => backend.upload(&HostTensor::zeros(shape), parameters.get(NAME, "bias")?),
+            None => {
+                let like = parameters.tensors.get(BIAS_VALUE).map_or_else(|| parameters.get(NAME, "bias"), Ok)?;
+                backend.upload(&HostTensor::zeros(shape), like)
+            }
         }
     }
 
@@ -58,7 +69,9 @@ impl<B: Backend> Variant<B> for Full {
         base: &dyn BaseLayer<B>,
         parameters: &Parameters<B>,
     ) -> Result<Option<B::Tensor>> {
-        let Some(bias) = parameters.tensors.get("bias") else { return Ok(None) };
+        let Some(bias) = parameters.tensors.get("bias") else {
+            return replaced_bias(backend, base, parameters, NAME);
+        };
         expect(NAME, "bias", &[base.geometry().outputs()], &backend.shape(bias))?;
         backend.scale(bias, parameters.scale).map(Some)
     }

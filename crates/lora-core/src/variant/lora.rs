@@ -10,13 +10,19 @@
 //! | convolution, Tucker (LyCORIS `lora_mid`) | `[rank, in / groups, 1, 1]` | `[rank, rank, k, k]` | `[out, rank, 1, 1]` |
 //! | embedding | `embedding_down` `[rank, entries]` | | `embedding_up` `[width, rank]` |
 //!
+//! A file may change the bias too: `bias` `[out]` is added with the scale (PEFT's `lora_bias`), [`BIAS_VALUE`] takes its
+//! place (PEFT's `bias = "lora_only"`). Neither is trained here.
+//!
 //! A convolution's `down` (with Tucker: `mid`) has the stride and padding of the base. On a grouped convolution the
 //! update is the product in the shape of the grouped weight, as LyCORIS has it. Tucker:
 //! `ΔW[o,i,k,l] = Σ up[o,m] · mid[m,n,k,l] · down[n,i]`.
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Dropout, Parameters, Request, Variant, at_least_one, expect, kaiming, unsupported};
+use super::{
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Dropout, Parameters, Request, Variant, at_least_one, expect, kaiming,
+    unsupported,
+};
 use crate::backend::Backend;
 use crate::random::Stream;
 use crate::{AdapterModule, HostTensor, LayerGeometry, Result};
@@ -26,6 +32,8 @@ use crate::{AdapterModule, HostTensor, LayerGeometry, Result};
 pub struct Lora;
 
 const NAME: &str = "lora";
+/// Name of the update of the bias.
+const BIAS: &str = "bias";
 /// Name of the down-projection.
 pub(super) const DOWN: &str = "down";
 /// Name of the core between two pointwise projections.
@@ -138,6 +146,24 @@ impl<B: Backend> Variant<B> for Lora {
         true
     }
 
+    fn changes(&self, tensors: &BTreeMap<String, HostTensor>) -> Changes {
+        let has_bias = [BIAS, BIAS_VALUE].iter().any(|name| tensors.contains_key(*name));
+        Changes { weight: true, bias: if has_bias { BiasChange::Always } else { BiasChange::Never } }
+    }
+
+    fn delta_bias(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+    ) -> Result<Option<B::Tensor>> {
+        let Some(bias) = parameters.tensors.get(BIAS) else {
+            return super::replaced_bias(backend, base, parameters, NAME);
+        };
+        expect(NAME, BIAS, &[base.geometry().outputs()], &backend.shape(bias))?;
+        backend.scale(bias, parameters.scale).map(Some)
+    }
+
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
         product(backend, &base.geometry(), parameters, NAME)
     }
@@ -153,7 +179,8 @@ impl<B: Backend> Variant<B> for Lora {
         dropout: Option<&Dropout>,
     ) -> Result<B::Tensor> {
         let geometry = base.geometry();
-        if is_grouped(&geometry) {
+        let changes_bias = [BIAS, BIAS_VALUE].iter().any(|name| parameters.tensors.contains_key(*name));
+        if is_grouped(&geometry) || changes_bias {
             // Within a group the factors are shared across groups: only the product has a layer's shape.
             return super::forward_with_weight(self, backend, base, parameters, input, dropout);
         }

@@ -9,6 +9,7 @@ mod dora;
 mod dropout;
 mod full;
 mod glora;
+mod hra;
 mod ia3;
 mod loha;
 mod lokr;
@@ -21,6 +22,7 @@ pub use dora::Dora;
 pub use dropout::Dropout;
 pub use full::Full;
 pub use glora::Glora;
+pub use hra::Hra;
 pub use ia3::Ia3;
 pub use loha::Loha;
 pub use lokr::Lokr;
@@ -288,7 +290,7 @@ pub struct VariantRegistry<B: Backend>(BTreeMap<String, Arc<dyn Variant<B>>>);
 impl<B: Backend> Default for VariantRegistry<B> {
     /// The variants of this crate.
     fn default() -> Self {
-        let ours: [Arc<dyn Variant<B>>; 21] = [
+        let ours: [Arc<dyn Variant<B>>; 22] = [
             Arc::new(Lora),
             Arc::new(Dora::PEFT),
             Arc::new(Dora::LYCORIS),
@@ -309,6 +311,7 @@ impl<B: Backend> Default for VariantRegistry<B> {
             Arc::new(Vera),
             Arc::new(Glora::Lycoris),
             Arc::new(Glora::Peft),
+            Arc::new(Hra),
             Arc::new(Full),
         ];
         Self(ours.into_iter().map(|variant| (variant.name().to_owned(), variant)).collect())
@@ -382,6 +385,26 @@ fn expect(variant: &str, tensor: &str, expected: &[usize], found: &[usize]) -> R
         expected: format!("{expected:?}"),
         found: format!("{found:?}"),
     })
+}
+
+/// Name of a weight that takes the place of the base's, among the tensors of `full`.
+pub const WEIGHT_VALUE: &str = "weight_value";
+/// Name of a bias that takes the place of the base's, among the tensors of `lora` and `full`.
+pub const BIAS_VALUE: &str = "bias_value";
+
+/// The change from the base's bias to the one that takes its place, where a module has one.
+fn replaced_bias<B: Backend>(
+    backend: &B,
+    base: &dyn BaseLayer<B>,
+    parameters: &Parameters<B>,
+    variant: &str,
+) -> Result<Option<B::Tensor>> {
+    let Some(value) = parameters.tensors.get(BIAS_VALUE) else { return Ok(None) };
+    expect(variant, BIAS_VALUE, &[base.geometry().outputs()], &backend.shape(value))?;
+    match base.bias() {
+        Some(bias) => backend.add(backend.scale(&backend.cast_like(&bias, value)?, -1.0)?, value).map(Some),
+        None => backend.scale(value, 1.0).map(Some),
+    }
 }
 
 /// The error of a layer that a variant cannot adapt.

@@ -11,12 +11,13 @@
 //! | `peft-boft` | `blocks [m, n, b, b]`, `Q = (B - Bᵀ)/2`; `rescale [out, 1]` | `(I - Q)(I + Q)⁻¹` each | inputs |
 //!
 //! LyCORIS' files hold a constraint as alpha: where `‖Q‖` (over all blocks) exceeds constraint · outputs, Q is scaled down
-//! to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` adapts linear layers and 1×1 convolutions. Merged
-//! with a strength other than 1 the weights are interpolated.
+//! to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` is trained on linear layers and 1×1
+//! convolutions; larger kernels are merged as PEFT merges them, by the rotation of all their inputs, which is not quite what
+//! PEFT's live layer computes. Merged with a strength other than 1 the weights are interpolated.
 
 use std::collections::BTreeMap;
 
-use super::{BaseLayer, Parameters, Request, Variant, at_least_one, unsupported};
+use super::{BaseLayer, Dropout, Parameters, Request, Variant, at_least_one, unsupported};
 use crate::backend::Backend;
 use crate::random::Stream;
 use crate::{Error, HostTensor, LayerGeometry, Result};
@@ -45,8 +46,8 @@ const BLOCKS: &str = "blocks";
 const SKEW: &str = "skew";
 const RESCALE: &str = "rescale";
 
-/// PEFT rotates overlapping patches of the input there and sums them up, which no weight does.
-const SPATIAL: &str = "PEFT's rotation of a kernel larger than 1×1 is no change of its weight; use `oft`";
+/// PEFT trains such layers with overlapping patches of the input, rotated and summed up, which no weight does.
+const SPATIAL: &str = "PEFT trains a kernel larger than 1×1 as no change of its weight; use `oft`";
 
 /// How `Q` becomes a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,9 +238,6 @@ impl Oft {
                 backend.permute(&rotation(backend, &skew, Cayley::Forward)?, &[0, 2, 1])
             }
             Oft::PeftExact | Oft::PeftNeumann => {
-                if geometry.is_spatial() {
-                    return Err(unsupported(self.id(), geometry, SPATIAL));
-                }
                 let skew = parameters.get(self.id(), SKEW)?;
                 let shape = backend.shape(skew);
                 let count = shape.get(1).copied().unwrap_or(0);
@@ -334,6 +332,20 @@ impl<B: Backend> Variant<B> for Oft {
         };
         let delta = backend.add(rotated, &backend.scale(&weight, -1.0)?)?;
         backend.reshape(&delta, &geometry.weight_shape())
+    }
+
+    fn forward(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+        input: &B::Tensor,
+        dropout: Option<&Dropout>,
+    ) -> Result<B::Tensor> {
+        if *self != Oft::Lycoris && base.geometry().is_spatial() {
+            return Err(unsupported(self.id(), &base.geometry(), SPATIAL));
+        }
+        super::forward_with_weight(self, backend, base, parameters, input, dropout)
     }
 
     /// Rotates back; exact where the rotation is (`peft-oft-neumann`'s is not) and the strength is 1.

@@ -5,6 +5,9 @@
 //! only. Here the base stays as it is, quantised or not, and the first values stay beside the trained ones:
 //! `ΔW = scale · (up · down - initial_up · initial_down)`. As files hold it (see [`Variant::export`]) it is a plain LoRA of
 //! twice the rank, `[up, -initial_up] · [down; initial_down]`, which fits the untouched base; PEFT converts in the same way.
+//!
+//! A file of PEFT's that was not converted has the trained values alone. What was taken out of the base follows from the
+//! base then: it is the same product of the first values, whatever the signs of the singular vectors.
 
 use std::collections::BTreeMap;
 
@@ -30,6 +33,8 @@ pub enum Residual {
 
 const INITIAL_DOWN: &str = "initial_down";
 const INITIAL_UP: &str = "initial_up";
+/// Iterations of the randomised decomposition where nobody asks for others.
+const ITERATIONS: usize = 16;
 
 impl Residual {
     fn id(self) -> &'static str {
@@ -38,6 +43,28 @@ impl Residual {
             Residual::FastPissa => "pissa-fast",
             Residual::Olora => "olora",
         }
+    }
+
+    /// The first values as parameters of their own, with the sign that takes them out.
+    fn initial<B: Backend>(
+        self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+    ) -> Result<Parameters<B>> {
+        let scale = -parameters.scale;
+        if parameters.tensors.contains_key(INITIAL_UP) {
+            let share = |name: &str| Ok(backend.share(parameters.get(self.id(), name)?));
+            let tensors = [(DOWN, share(INITIAL_DOWN)?), (UP, share(INITIAL_UP)?)];
+            return Ok(Parameters { tensors: tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into(), scale });
+        }
+        let (down, up) = (parameters.get(self.id(), DOWN)?, parameters.get(self.id(), UP)?);
+        let rank = backend.shape(down).first().copied().unwrap_or(0);
+        let weight = backend.to_host(&backend.detach(&base.weight()?))?;
+        let [first_down, first_up] = self.factors(&weight, rank, parameters.scale, ITERATIONS, &Stream::new(0))?;
+        let host = |values, like: &B::Tensor| backend.upload(&HostTensor::from_f32(backend.shape(like), values)?, like);
+        let tensors = [(DOWN, host(first_down, down)?), (UP, host(first_up, up)?)];
+        Ok(Parameters { tensors: tensors.map(|(name, tensor)| (name.to_owned(), tensor)).into(), scale })
     }
 
     /// `[rank, columns]` and `[rows, rank]` with `scale · up · down` the part of the weight that is taken out.
@@ -121,7 +148,7 @@ impl<B: Backend> Variant<B> for Residual {
         let geometry = base.geometry();
         let shapes = Variant::<B>::shapes(self, &geometry, request)?;
         let weight = backend.to_host(&backend.detach(&base.weight()?))?;
-        let iterations = request.whole("iterations", 16);
+        let iterations = request.whole("iterations", ITERATIONS);
         let [down, up] = self.factors(&weight, request.rank, request.scale, iterations, stream)?;
         let (down, up) = (HostTensor::from_f32(&*shapes[DOWN], down)?, HostTensor::from_f32(&*shapes[UP], up)?);
         Ok(BTreeMap::from([
@@ -139,7 +166,8 @@ impl<B: Backend> Variant<B> for Residual {
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
         let geometry = base.geometry();
         let trained = lora::product(backend, &geometry, parameters, self.id())?;
-        backend.add(trained, &lora::product(backend, &geometry, &initial(backend, parameters, self.id())?, self.id())?)
+        let initial = self.initial(backend, base, parameters)?;
+        backend.add(trained, &lora::product(backend, &geometry, &initial, self.id())?)
     }
 
     fn forward(
@@ -150,7 +178,7 @@ impl<B: Backend> Variant<B> for Residual {
         input: &B::Tensor,
         dropout: Option<&Dropout>,
     ) -> Result<B::Tensor> {
-        let initial = initial(backend, parameters, self.id())?;
+        let initial = self.initial(backend, base, parameters)?;
         let trained = lora::with_low_rank(backend, base, parameters, input, dropout, self.id())?;
         let removed = lora::low_rank_output(backend, &base.geometry(), &initial, input, dropout, self.id())?;
         backend.add(trained, &removed)
@@ -158,6 +186,21 @@ impl<B: Backend> Variant<B> for Residual {
 
     fn computes_in_input_dtype(&self, geometry: &LayerGeometry) -> bool {
         lora::takes_factors_as_input(geometry)
+    }
+
+    /// Subtracts, where the first values are at hand: a merged weight does not tell them.
+    fn unmerge(
+        &self,
+        backend: &B,
+        merged: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+        strength: f64,
+    ) -> Result<B::Tensor> {
+        if !parameters.tensors.contains_key(INITIAL_UP) {
+            return Err(Error::NotReversible { variant: self.id().to_owned() });
+        }
+        let delta = self.delta_weight(backend, merged, parameters)?;
+        backend.add(backend.scale(&delta, -strength)?, &merged.weight()?)
     }
 
     fn export(&self, module: AdapterModule) -> Result<AdapterModule> {
@@ -185,11 +228,4 @@ impl<B: Backend> Variant<B> for Residual {
         ]);
         Ok(AdapterModule { variant: "lora".into(), tensors, rank: 2 * rank, alpha: 2.0 * module.alpha })
     }
-}
-
-/// The first values as parameters of their own, with the sign that takes them out.
-fn initial<B: Backend>(backend: &B, parameters: &Parameters<B>, variant: &str) -> Result<Parameters<B>> {
-    let share = |name: &str| Ok(backend.share(parameters.get(variant, name)?));
-    let tensors = BTreeMap::from([(DOWN.to_owned(), share(INITIAL_DOWN)?), (UP.to_owned(), share(INITIAL_UP)?)]);
-    Ok(Parameters { tensors, scale: -parameters.scale })
 }

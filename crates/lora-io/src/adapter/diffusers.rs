@@ -9,32 +9,43 @@ use std::path::Path;
 use lora_core::{Adapter, Component, DType, ModulePath};
 use serde_json::{Value, json};
 
-use super::parts::PeftContext;
+use super::parts::{Parts, PeftContext};
 use super::{AdapterFile, Format, folded, names};
+use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
 use crate::{Error, Result};
 
-const METADATA: &str = "lora_adapter_metadata";
+/// Metadata key of diffusers' own record of alphas and ranks.
+pub(super) const METADATA: &str = "lora_adapter_metadata";
 
-pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
-    let config: Option<Value> = match file.metadata().get(METADATA) {
-        Some(text) => Some(
+/// What the header's record says of the modules' scales.
+pub(super) struct Scales(Option<Value>);
+
+impl Scales {
+    pub(super) fn of(file: &SafetensorsFile) -> Result<Self> {
+        let parse = |text: &String| {
             serde_json::from_str(text)
-                .map_err(|error| Error::format(file.path(), format!("metadata `{METADATA}`: {error}")))?,
-        ),
-        None => None,
-    };
-    let old = file.names().any(|name| name.contains(".processor.") || name.contains("_lora."));
-    let sorted = super::sort(file, |_| false)?;
-    let format = if old { Format::DiffusersOld } else { Format::Diffusers };
-    // Old names end in `to_q_lora.down.weight`: the module is what stands before `_lora`.
-    let path_of = |name: &str| names::from_dotted(name);
-    super::assemble(file, format, sorted, path_of, |path, parts| {
-        let config = config.as_ref()?;
+                .map_err(|error| Error::format(file.path(), format!("metadata `{METADATA}`: {error}")))
+        };
+        Ok(Self(file.metadata().get(METADATA).map(parse).transpose()?))
+    }
+
+    /// The alpha of a module that has no tensor of its own for it.
+    pub(super) fn context(&self, path: &ModulePath, parts: &Parts) -> Option<PeftContext> {
+        let config = self.0.as_ref()?;
         let rank = parts.get("lora_down").and_then(|down| down.shape().first().copied()).unwrap_or(1);
         let alpha = alpha_of(config, path)? * if use_rslora(config, path) { (rank as f64).sqrt() } else { 1.0 };
         Some(PeftContext { alpha: Some(alpha), ..PeftContext::default() })
-    })
+    }
+}
+
+pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
+    let scales = Scales::of(file)?;
+    let old = file.names().any(|name| name.contains(".processor.") || name.contains("_lora."));
+    let sorted = super::sort(file, super::Whole::default(), |_| false)?;
+    let format = if old { Format::DiffusersOld } else { Format::Diffusers };
+    // Old names end in `to_q_lora.down.weight`: the module is what stands before `_lora`.
+    super::assemble(file, format, sorted, names::from_dotted, |_, path, parts| scales.context(path, parts))
 }
 
 /// `lora_alpha` of a component, or the `alpha_pattern` whose key ends the module's path.
@@ -81,6 +92,7 @@ fn write_with(
     let mut tensors = BTreeMap::new();
     let (mut folded_scales, mut configs) = (0, BTreeMap::<String, Vec<(&ModulePath, usize)>>::new());
     for (module_path, module) in &adapter.modules {
+        super::whole(&module_path.to_string(), module)?;
         let (down, up, rank) = folded(module_path, module)?;
         let (down_name, up_name) = name_of(module_path).ok_or_else(|| Error::Module {
             module: module_path.to_string(),
@@ -116,7 +128,11 @@ fn write_with(
         }
     }
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_"));
+    metadata.retain(|key, _| !key.starts_with("sshs_") && key != HASH);
+    if folded_scales > 0 {
+        let ranks = adapter.modules.values().map(|module| module.rank as f64);
+        refresh_with(&mut metadata, &adapter.modules, &ranks.collect::<Vec<_>>());
+    }
     metadata.insert("format".into(), "pt".into());
     metadata.insert(METADATA.into(), Value::Object(config).to_string());
     write_file(path, &tensors, &metadata)?;

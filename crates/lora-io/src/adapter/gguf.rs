@@ -47,9 +47,23 @@ fn architecture(adapter: &Adapter) -> Result<Architecture> {
     Ok(Architecture { name: name.clone(), heads, kv_heads })
 }
 
+/// Whether a file holds a part of an adapter.
+///
+/// # Errors
+/// If it is a whole model.
+pub(crate) fn is_adapter(file: &GgufFile) -> Result<()> {
+    let of_lora = |name: &str| name.ends_with(".lora_a") || name.ends_with(".lora_b");
+    if file.text("general.type") == Some("adapter") || file.names().any(of_lora) {
+        return Ok(());
+    }
+    let found = "a whole model in GGUF, not a LoRA; are base and LoRA swapped?".into();
+    Err(Error::Family { path: file.path().to_owned(), found })
+}
+
 /// Reads a file that tells the heads of its base, or whose architecture needs none.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     let file = GgufFile::open(path)?;
+    is_adapter(&file)?;
     let architecture = Architecture::of_gguf(&file);
     let named = |part: &str| file.names().any(|name| name.contains(part));
     match architecture {
@@ -73,6 +87,7 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
 /// Reads a file with the base's architecture at hand.
 pub fn read_for(path: impl AsRef<Path>, architecture: &Architecture) -> Result<AdapterFile> {
     let file = GgufFile::open(path)?;
+    is_adapter(&file)?;
     if file.text("general.architecture") != Some(&architecture.name) {
         let reason = format!(
             "is for architecture `{}`, the base is `{}`",
@@ -140,6 +155,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
         format: Format::Gguf,
         family: Some(&language::FAMILY),
         dtypes,
+        notes: Vec::new(),
     })
 }
 
@@ -199,6 +215,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     let mut tensors = BTreeMap::new();
     for (module_path, module) in &adapter.modules {
         let failed = |reason: String| Error::Module { module: module_path.to_string(), reason };
+        super::whole(&module_path.to_string(), module)?;
         if module_path.component != Component::LANGUAGE_MODEL {
             return Err(failed("GGUF adapters are for language models; take kohya or diffusers for this one".into()));
         }

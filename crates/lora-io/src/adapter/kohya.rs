@@ -17,8 +17,9 @@ use lora_core::backend::CpuBackend;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
-use super::{AdapterFile, Format, names, parts};
+use super::{AdapterFile, Format, diffusers, names, parts};
 use crate::family::{FAMILIES, Family};
+use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
 use crate::{Error, Result, hash};
 
@@ -38,6 +39,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
     let mut custom = BTreeSet::new();
     let mut tensors = BTreeMap::new();
     let mut insert = |name: &str, module: &AdapterModule| -> Result<()> {
+        super::whole(name, module)?;
         let spelt = parts::spell(module, dtype).map_err(|reason| Error::Module { module: name.to_owned(), reason })?;
         for (suffix, tensor) in spelt {
             super::finite(name, &suffix, &tensor)?;
@@ -78,7 +80,13 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
     }
 
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_") && key != ZERO_PARTNERS && key != CUSTOM_VARIANTS);
+    // What belongs to the file that the adapter came from. diffusers would follow its own record here too.
+    let stale = [ZERO_PARTNERS, CUSTOM_VARIANTS, diffusers::METADATA, HASH];
+    metadata.retain(|key, _| !key.starts_with("sshs_") && !stale.contains(&key.as_str()));
+    if folded > 0 {
+        let alphas = adapter.modules.values().map(|module| if module.is_lora() { common } else { module.alpha });
+        refresh_with(&mut metadata, &adapter.modules, &alphas.collect::<Vec<_>>());
+    }
     if !partners.is_empty() {
         let list: Result<Vec<_>> = partners.keys().map(|path| named(path, family)).collect();
         metadata.insert(ZERO_PARTNERS.into(), list?.join(","));
@@ -121,7 +129,11 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
 }
 
 pub(super) fn from_file(file: &SafetensorsFile, families: &[&'static Family]) -> Result<AdapterFile> {
-    let path_of = |name: &str| names::from_kohya(name, families);
+    let path_of = |name: &str| match names::is_kohya(name) {
+        true => names::from_kohya(name, families),
+        false => names::from_dotted(name),
+    };
+    let scales = diffusers::Scales::of(file)?;
     let listed = |key: &str| -> BTreeSet<String> {
         file.metadata().get(key).map(|list| list.split(',').map(str::to_owned).collect()).unwrap_or_default()
     };
@@ -147,7 +159,7 @@ pub(super) fn from_file(file: &SafetensorsFile, families: &[&'static Family]) ->
         }
     }
     let is_own = |name: &str| name.split_once('.').is_some_and(|(module, _)| own.contains_key(module));
-    let mut sorted = super::sort(file, is_own)?;
+    let mut sorted = super::sort(file, super::Whole::default(), is_own)?;
     for name in &partners {
         let is_zero =
             |parts: &parts::Parts| parts.get("lora_up").is_some_and(|up| up.to_f32().iter().all(|&value| value == 0.0));
@@ -160,9 +172,18 @@ pub(super) fn from_file(file: &SafetensorsFile, families: &[&'static Family]) ->
         adapter.modules = own.into_iter().map(|(name, module)| (path_of(&name), module)).collect();
         let family = super::family(&adapter);
         let dtypes = file.names().filter_map(|name| file.get(name).ok()).map(|view| view.dtype()).collect();
-        return Ok(AdapterFile { path: file.path().to_owned(), adapter, format: Format::Kohya, family, dtypes });
+        return Ok(AdapterFile {
+            path: file.path().to_owned(),
+            adapter,
+            format: Format::Kohya,
+            family,
+            dtypes,
+            notes: sorted.notes,
+        });
     }
-    let mut read = super::assemble(file, Format::Kohya, sorted, path_of, |_, _| None)?;
+    let mut read = super::assemble(file, Format::Kohya, sorted, path_of, |name, path, parts| {
+        if names::is_kohya(name) { None } else { scales.context(path, parts) }
+    })?;
     read.adapter.modules.extend(own.into_iter().map(|(name, module)| (path_of(&name), module)));
     Ok(read)
 }

@@ -80,17 +80,49 @@ pub struct AdapterFile {
     pub family: Option<&'static Family>,
     /// Element types of its factors.
     pub dtypes: BTreeSet<StoredDType>,
+    /// What a reader should know: parts of the file that are no part of the adapter, statements that contradict each other.
+    pub notes: Vec<String>,
 }
 
 impl AdapterFile {
-    /// The narrowest type that holds what the file holds.
+    /// The narrowest type that holds what the file holds. Eight bits fit into either half type.
     pub fn dtype(&self) -> DType {
-        match (self.dtypes.contains(&StoredDType::F16), self.dtypes.contains(&StoredDType::BF16), self.dtypes.len()) {
-            (true, false, 1) => DType::F16,
-            (false, true, 1) => DType::BF16,
+        let eight = [StoredDType::F8E4M3, StoredDType::F8E5M2];
+        let mut others = self.dtypes.iter().filter(|dtype| !eight.contains(dtype));
+        match (others.next(), others.next()) {
+            (Some(StoredDType::F16), None) => DType::F16,
+            (Some(StoredDType::BF16), None) => DType::BF16,
+            (None, _) if !self.dtypes.is_empty() => DType::F16,
             _ => DType::F32,
         }
     }
+
+    /// # Errors
+    /// If a number is NaN or infinite: names the file, the module and the tensor. Nothing can be made of such an adapter.
+    pub fn undamaged(&self) -> Result<()> {
+        match damaged(&self.adapter) {
+            Some((module, tensor)) => Err(Error::format(&self.path, format!("`{module}`: {}", damage(tensor)))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The first module, and its tensor, that holds NaN or infinity.
+pub fn damaged(adapter: &Adapter) -> Option<(&ModulePath, &str)> {
+    let tensors = adapter
+        .modules
+        .iter()
+        .flat_map(|(path, module)| module.tensors.iter().map(move |(name, tensor)| (path, name.as_str(), tensor)));
+    let mut damaged = tensors.filter(|(.., tensor)| !tensor.is_finite());
+    damaged.next().map(|(path, name, _)| (path, name))
+}
+
+/// What is said of a tensor that holds NaN or infinity.
+pub(crate) fn damage(tensor: &str) -> String {
+    format!(
+        "its `{tensor}` holds NaN or infinity, so the adapter is damaged; take an earlier save of the run, or train with \
+         a lower learning rate"
+    )
 }
 
 /// Reads an adapter of any format: a `.safetensors` or `.gguf` file, or a PEFT folder.
@@ -113,17 +145,49 @@ pub fn read_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Resul
         return gguf::read(path);
     }
     let file = SafetensorsFile::open(path)?;
-    let names: Vec<_> = file.names().collect();
-    if names.iter().any(|name| name.starts_with("base_model.model.")) {
+    is_adapter(&file)?;
+    if file.names().any(|name| name.starts_with("base_model.model.")) {
         let reason = "these are PEFT names, whose scale stands in `adapter_config.json`; it is not beside the file";
         return Err(Error::format(path, reason));
     }
-    let kohya = |name: &str| {
-        name.split_once('.')
-            .is_some_and(|(module, _)| ["lora_", "lycoris_"].iter().any(|prefix| module.starts_with(prefix)))
-    };
-    if names.iter().any(|name| kohya(name)) { kohya::from_file(&file, families) } else { diffusers::from_file(&file) }
+    let kohya = file.names().any(names::is_kohya);
+    // A file with names of both kinds is read by kohya's reader, which knows either.
+    if kohya { kohya::from_file(&file, families) } else { diffusers::from_file(&file) }
 }
+
+/// Whether anything in a file is a part of an adapter.
+///
+/// # Errors
+/// If nothing is: says what the file is instead.
+pub(crate) fn is_adapter(file: &SafetensorsFile) -> Result<()> {
+    // Parts that stand beside others, and that other files have tensors of the same name as.
+    const BESIDE: &[&str] = &["alpha", "scalar", "rescale"];
+    let is_part = |name: &str| parts::split(name).is_some_and(|(_, part)| !BESIDE.contains(&part));
+    let named = |name: &str| is_part(name) || name.contains("lora") || name.starts_with(EMBEDDING);
+    if file.is_empty() || file.names().any(named) || file.metadata().contains_key(kohya::CUSTOM_VARIANTS) {
+        return Ok(());
+    }
+    const INVERSION: &[&str] = &["emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl"];
+    let inversion = file.names().all(|name| INVERSION.iter().any(|start| name.starts_with(start)));
+    let found = if inversion {
+        "a textual inversion embedding, not a LoRA".into()
+    } else {
+        let mut bases = family::BaseNames::default();
+        bases.add(None, file.names().map(|name| (name, file.shape(name).unwrap_or_default())));
+        match Family::of_base(&bases, &FAMILIES) {
+            Some(family) => format!("a whole model ({family}), not a LoRA; are base and LoRA swapped?"),
+            None => {
+                let views = file.names().filter_map(|name| file.get(name).ok());
+                let dtypes = views.map(|view| view.dtype().name()).collect();
+                format!("not a LoRA, but {}", family::describe(&bases, &dtypes, &FAMILIES))
+            }
+        }
+    };
+    Err(Error::Family { path: file.path().to_owned(), found })
+}
+
+/// How tensors of an embedding begin that is packed beside a LoRA (`bundle_emb.NAME.clip_l`).
+const EMBEDDING: &str = "bundle_emb.";
 
 /// Whether a file begins as GGUF does.
 pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
@@ -144,6 +208,19 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
         Format::Gguf => gguf::write(path, adapter, dtype),
     }
 }
+
+/// Takes an adapter whose first values are missing (PEFT's PiSSA and OLoRA as they are saved unconverted) for a plain LoRA,
+/// which it is on the changed base that PEFT trained it on.
+pub fn on_residual(adapter: &mut Adapter) {
+    for module in adapter.modules.values_mut() {
+        if RESIDUAL.contains(&module.variant.as_str()) && !module.tensors.contains_key("initial_up") {
+            module.variant = "lora".into();
+        }
+    }
+}
+
+/// Variants whose first values are taken out of the base.
+pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 
 /// The family of the base that an adapter was made for, as far as it shows.
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {
@@ -206,18 +283,84 @@ fn unmatched(path: &Path, problems: Vec<String>) -> Result<()> {
 }
 
 /// Tensors of a file by module and part, and which kinds of numbers they are.
+#[derive(Default)]
 struct Sorted {
     modules: BTreeMap<String, Parts>,
     dtypes: BTreeSet<StoredDType>,
     problems: Vec<String>,
+    notes: Vec<String>,
+}
+
+/// Which tensors of the base itself are parts of an adapter, trained and saved whole.
+#[derive(Debug, Clone, Copy, Default)]
+struct Whole {
+    biases: bool,
+    weights: bool,
+}
+
+impl Whole {
+    /// The module and the part that such a tensor is.
+    fn split(self, name: &str) -> Option<(&str, &'static str)> {
+        let ends = [(".bias", parts::BIAS, self.biases || self.weights), (".weight", parts::WEIGHT, self.weights)];
+        let (module, part, _) = ends
+            .into_iter()
+            .find_map(|(end, part, read)| Some((name.strip_suffix(end)?, part, read)).filter(|(.., read)| *read))?;
+        match module.strip_suffix(".base_layer") {
+            Some(module) if part == parts::BIAS => Some((module, part)),
+            Some(_) => None,
+            None => Some((module, part)),
+        }
+    }
+}
+
+/// What lies in an adapter's file and is no part of the adapter.
+#[derive(Default)]
+struct Beside<'n> {
+    embeddings: BTreeSet<&'n str>,
+    of_base: usize,
+}
+
+impl<'n> Beside<'n> {
+    /// Whether a tensor is such; it is remembered then.
+    fn takes(&mut self, name: &'n str) -> bool {
+        if let Some(rest) = name.strip_prefix(EMBEDDING) {
+            self.embeddings.insert(rest.split('.').next().unwrap_or_default());
+            return true;
+        }
+        // PEFT writes the base's own embedding beside a LoRA on it.
+        let of_base = name.ends_with(".base_layer.weight") || name.ends_with(".base_layer.bias");
+        self.of_base += usize::from(of_base);
+        of_base
+    }
+
+    fn notes(self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.embeddings.is_empty() {
+            let names: Vec<_> = self.embeddings.into_iter().map(|name| format!("`{name}`")).collect();
+            let list = names.join(", ");
+            notes.push(format!(
+                "embeddings for prompts are packed in this file ({list}), which are no part of the LoRA"
+            ));
+        }
+        if self.of_base > 0 {
+            let count = self.of_base;
+            notes.push(format!("{count} weights of the base itself (`base_layer`) are in the file and are not read"));
+        }
+        notes
+    }
 }
 
 /// Sorts a file's tensors; `skip` names those that are dealt with elsewhere.
-fn sort(file: &SafetensorsFile, skip: impl Fn(&str) -> bool) -> Result<Sorted> {
-    let mut sorted = Sorted { modules: BTreeMap::new(), dtypes: BTreeSet::new(), problems: Vec::new() };
+fn sort(file: &SafetensorsFile, whole: Whole, skip: impl Fn(&str) -> bool) -> Result<Sorted> {
+    let mut sorted = Sorted::default();
+    let mut beside = Beside::default();
     for name in file.names().filter(|name| !skip(name)) {
+        let of_whole = if parts::split(name).is_none() { whole.split(name) } else { None };
+        if of_whole.is_none() && beside.takes(name) {
+            continue;
+        }
         let view = file.get(name)?;
-        let known = parts::split(name).or_else(|| {
+        let known = of_whole.or_else(|| parts::split(name)).or_else(|| {
             // LyCORIS' IA3 calls its vector `weight`, which only a flag beside it tells from anything else.
             let module = name.strip_suffix(".weight")?;
             file.contains(&format!("{module}.on_input")).then_some((module, "weight"))
@@ -238,6 +381,7 @@ fn sort(file: &SafetensorsFile, skip: impl Fn(&str) -> bool) -> Result<Sorted> {
             sorted.problems.push(format!("`{name}` (the same tensor is there in another spelling)"));
         }
     }
+    sorted.notes = beside.notes();
     Ok(sorted)
 }
 
@@ -247,14 +391,18 @@ fn assemble(
     format: Format,
     sorted: Sorted,
     path_of: impl Fn(&str) -> ModulePath,
-    context: impl Fn(&ModulePath, &Parts) -> Option<PeftContext>,
+    context: impl Fn(&str, &ModulePath, &Parts) -> Option<PeftContext>,
 ) -> Result<AdapterFile> {
-    let Sorted { modules, dtypes, mut problems } = sorted;
+    let Sorted { modules, dtypes, mut problems, mut notes } = sorted;
     let mut adapter = Adapter { metadata: file.metadata().clone(), ..Adapter::default() };
+    let mut without_alpha = Vec::new();
     for (name, parts) in modules {
         let path = path_of(&name);
-        let tool = context(&path, &parts).map_or(Tool::Lycoris, Tool::Peft);
-        match parts::assemble(parts, &tool) {
+        let context = context(&name, &path, &parts);
+        if !parts.contains_key("alpha") && context.as_ref().is_none_or(|context| context.alpha.is_none()) {
+            without_alpha.push(path.clone());
+        }
+        match parts::assemble(parts, &context.map_or(Tool::Lycoris, Tool::Peft)) {
             Ok(_) if adapter.modules.contains_key(&path) => {
                 problems.push(format!("`{name}` (`{path}` is there under another name already)"));
             }
@@ -266,8 +414,31 @@ fn assemble(
     if adapter.modules.is_empty() {
         return Err(Error::format(file.path(), "holds no adapter modules"));
     }
+    notes.extend(contradicted_alpha(&adapter, &without_alpha));
     let family = family(&adapter);
-    Ok(AdapterFile { path: file.path().to_owned(), adapter, format, family, dtypes })
+    Ok(AdapterFile { path: file.path().to_owned(), adapter, format, family, dtypes, notes })
+}
+
+/// What is to be said of modules without an alpha of their own whose file names one in its header. Loaders look at
+/// tensors alone, so such modules count with alpha = rank here too.
+fn contradicted_alpha(adapter: &Adapter, without_alpha: &[ModulePath]) -> Option<String> {
+    const KEYS: &[&str] = &["ss_network_alpha", "network_alpha", "lora_alpha", "alpha"];
+    let (key, alpha) = KEYS.iter().find_map(|key| {
+        let alpha = adapter.metadata.get(*key)?.trim().parse::<f64>().ok()?;
+        (alpha.is_finite() && alpha > 0.0).then_some((key, alpha))
+    })?;
+    let modules = without_alpha.iter().filter_map(|path| adapter.modules.get(path));
+    let ranks: Vec<usize> = modules
+        .filter(|module| parts::has_scale(module) && module.rank as f64 != alpha)
+        .map(|module| module.rank)
+        .collect();
+    let rank = *ranks.first()?;
+    Some(format!(
+        "{} modules have no alpha tensor and count with alpha = rank ({rank}), as all programs take them; the header says \
+         otherwise (`{key}` = {alpha}): if the header is right, the adapter was trained with a strength of {}",
+        ranks.len(),
+        alpha / rank as f64
+    ))
 }
 
 /// A plain LoRA's factors with its scale folded into `up`, so that alpha equals the rank.
@@ -292,14 +463,24 @@ fn scaled(tensor: &HostTensor, factor: f64) -> HostTensor {
     HostTensor::from_f32(tensor.shape(), values).expect("the shape is unchanged")
 }
 
+/// The error of a module that is damaged before it is written.
+fn whole(name: &str, module: &AdapterModule) -> Result<()> {
+    match module.tensors.iter().find(|(_, tensor)| !tensor.is_finite()) {
+        Some((tensor, _)) => Err(Error::Module { module: name.to_owned(), reason: damage(tensor) }),
+        None => Ok(()),
+    }
+}
+
 /// The error of a tensor that would not survive its dtype.
 fn finite(module: &str, suffix: &str, tensor: &HostTensor) -> Result<()> {
     if tensor.is_finite() {
         return Ok(());
     }
-    let reason = format!(
-        "`{suffix}` holds NaN or infinity in {}; save as bf16 or fp32, or train with a lower learning rate",
-        tensor.dtype()
-    );
+    let wider = match tensor.dtype() {
+        DType::F16 => "; save as bf16 or fp32",
+        DType::BF16 => "; save as fp32",
+        _ => "",
+    };
+    let reason = format!("`{suffix}` has numbers too large for {}{wider}", tensor.dtype());
     Err(Error::Module { module: module.to_owned(), reason })
 }

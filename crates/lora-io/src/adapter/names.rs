@@ -4,6 +4,7 @@
 //! |---|---|---|---|
 //! | kohya | `lora_unet_` + path with `_` (SDXL: the original tree's) | `lora_te_`, SDXL `lora_te1_`, `lora_te2_` | |
 //! | LyCORIS' wrapper | `lycoris_` + path with `_` | | |
+//! | sd-scripts' OFT | `oft_unet_` + path with `_` | | |
 //! | diffusers | `unet.` + path | `text_encoder.`, `text_encoder_2.` | |
 //! | PEFT | `base_model.model.` + path | the same | the same |
 //! | ComfyUI's generic | `diffusion_model.` + original path | | |
@@ -55,8 +56,21 @@ fn unet_path(path: &str) -> Option<String> {
     canonical.strip_suffix(".weight").map(str::to_owned)
 }
 
+/// Whether a tensor's or module's name is of kohya's kind.
+pub(crate) fn is_kohya(name: &str) -> bool {
+    let module = name.split_once('.').map_or(name, |(module, _)| module);
+    ["lora_", "lycoris_", OFT].iter().any(|prefix| module.starts_with(prefix))
+}
+
+/// What sd-scripts' OFT has in place of `lora_`.
+const OFT: &str = "oft_";
+
 /// The module that a kohya name means, in adapters for one of these families.
 pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
+    if let Some(rest) = name.strip_prefix(OFT) {
+        let module = from_kohya(&format!("lora_{rest}"), families);
+        return if module.component == Component::MODEL { ModulePath::new(Component::MODEL, name) } else { module };
+    }
     let prefixes = families.iter().flat_map(|family| family.components);
     let prefixes = prefixes.filter_map(|names| Some((names.kohya?.prefix, names.component)));
     let module = prefixes.chain([("lycoris", Component::UNET)]).find_map(|(prefix, component)| {

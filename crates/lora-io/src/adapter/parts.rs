@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
 use lora_core::{AdapterModule, DType, HostTensor};
 
 /// Spellings of parts: the suffix after the module's name, and the part. The longest that fits counts.
@@ -24,6 +25,8 @@ const SPELLINGS: &[(&str, &str)] = &[
     (".lora_linear_layer.up.weight", "lora_up"),
     ("_lora.down.weight", "lora_down"),
     ("_lora.up.weight", "lora_up"),
+    (".lora_B.bias", "lora_bias"),
+    (".lora_B.default.bias", "lora_bias"),
     (".lora_embedding_A", "embedding_down"),
     (".lora_embedding_B", "embedding_up"),
     (".lora_embedding_A.default", "embedding_down"),
@@ -62,6 +65,7 @@ const SPELLINGS: &[(&str, &str)] = &[
     (".boft_R", "boft_r"),
     (".boft_s", "boft_s"),
     (".ia3_l", "ia3_l"),
+    (".hra_u", "hra_u"),
     (".vera_lambda_b", "vera_lambda_b"),
     (".vera_lambda_d", "vera_lambda_d"),
     (".glora_A.X", "glora_a"),
@@ -79,6 +83,16 @@ const SPELLINGS: &[(&str, &str)] = &[
 
 /// A key cut into the module's name and the part; `None` if no part is spelt so.
 pub(crate) fn split(key: &str) -> Option<(&str, &'static str)> {
+    spelt(key).or_else(|| {
+        // Some tools leave the adapter's name in: `lora_A.NAME.weight`.
+        let (rest, name) = key.strip_suffix(".weight")?.rsplit_once('.')?;
+        let parts = [(".lora_A", "lora_down"), (".lora_B", "lora_up")];
+        let (module, part) = parts.into_iter().find_map(|(end, part)| Some((rest.strip_suffix(end)?, part)))?;
+        (!module.is_empty() && !name.is_empty()).then_some((module, part))
+    })
+}
+
+fn spelt(key: &str) -> Option<(&str, &'static str)> {
     let fits = SPELLINGS.iter().filter_map(|&(suffix, part)| Some((key.strip_suffix(suffix)?, suffix.len(), part)));
     let (module, _, part) = fits.filter(|(module, ..)| !module.is_empty()).max_by_key(|&(_, length, _)| length)?;
     Some((module, part))
@@ -95,7 +109,19 @@ pub(super) struct PeftContext {
     pub(super) feedforward: bool,
     /// VeRA's shared matrices `A` and `B`.
     pub(super) vera: Option<(HostTensor, HostTensor)>,
+    /// `eps` of OFT with `coft`: the norm that the skew matrices of all blocks are limited to, each to its part.
+    pub(super) limit: Option<f64>,
+    /// `use_dora`.
+    pub(super) dora: bool,
+    /// `apply_GS` of HRA.
+    pub(super) orthogonal: bool,
+    /// The variant whose first values were taken out of the base, where the file does not hold them.
+    pub(super) residual: Option<&'static str>,
 }
+
+/// The parts that a trained weight or bias is, which takes the place of the base's.
+pub(super) const BIAS: &str = BIAS_VALUE;
+pub(super) const WEIGHT: &str = WEIGHT_VALUE;
 
 /// One module's tensors by part.
 pub(super) type Parts = BTreeMap<&'static str, HostTensor>;
@@ -138,7 +164,10 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
         if has(&parts, "lora_mid") {
             take("lora_mid", "mid", &mut parts)?;
         }
-        module.variant = "lora".into();
+        if has(&parts, "lora_bias") {
+            take("lora_bias", "bias", &mut parts)?;
+        }
+        module.variant = peft.and_then(|context| context.residual).unwrap_or("lora").into();
         module.rank = side(&module.tensors["down"], 0);
         module.alpha = alpha.unwrap_or(module.rank as f64) * factor;
     } else if has(&parts, "embedding_down") || has(&parts, "embedding_up") {
@@ -188,13 +217,19 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
         // The constraint, in which 0 is none.
         module.alpha = stored_alpha.unwrap_or(0.0);
     } else if has(&parts, "oft_r") {
-        take("oft_r", "skew", &mut parts)?;
+        let skew = parts.remove("oft_r").ok_or("`oft_r` is missing")?;
+        let limit = peft.and_then(|context| context.limit);
+        module.tensors.insert("skew".into(), limit.map_or(Ok(skew.clone()), |limit| shortened(&skew, limit))?);
         let neumann = peft.is_some_and(|context| context.neumann);
         module.variant = if neumann { "peft-oft-neumann" } else { "peft-oft" }.into();
     } else if has(&parts, "boft_r") {
         take("boft_r", "blocks", &mut parts)?;
         take("boft_s", "rescale", &mut parts)?;
         module.variant = "peft-boft".into();
+    } else if has(&parts, "hra_u") {
+        let orthogonal = peft.is_some_and(|context| context.orthogonal);
+        take("hra_u", if orthogonal { "orthogonal" } else { "u" }, &mut parts)?;
+        module.variant = "peft-hra".into();
     } else if has(&parts, "a1") {
         for name in ["a1", "a2", "b1", "b2"] {
             take(name, name, &mut parts)?;
@@ -236,6 +271,11 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
         module.tensors.insert("a".into(), a.clone());
         module.tensors.insert("b".into(), b.clone());
         module.variant = "vera".into();
+    } else if has(&parts, WEIGHT) || has(&parts, BIAS) {
+        if has(&parts, WEIGHT) {
+            take(WEIGHT, WEIGHT, &mut parts)?;
+        }
+        module.variant = "full".into();
     } else {
         return Err(format!("its tensors {:?} make up no adapter", parts.keys().collect::<Vec<_>>()));
     }
@@ -257,12 +297,35 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
         module.variant = "dora".into();
         module.tensors.insert("magnitude".into(), flat(magnitude)?);
     }
+    if let Some(bias) = parts.remove(BIAS) {
+        if !["lora", "full"].contains(&module.variant.as_str()) {
+            return Err(format!("a trained bias goes with LoRA, not with {}", module.variant));
+        }
+        module.tensors.insert(BIAS_VALUE.into(), bias);
+    }
+    if module.variant == "lora" && peft.is_some_and(|context| context.dora) {
+        return Err("`lora_magnitude_vector` is missing, and the configuration says `use_dora`".into());
+    }
     match parts.keys().next() {
         Some(part) => Err(format!("`{part}` is no part of {}", module.variant)),
         None if module.rank == 0 => Err("its factors show no rank".into()),
         None if !module.alpha.is_finite() => Err("its alpha is not finite".into()),
         None => Ok(module),
     }
+}
+
+/// Whether alpha divided by the rank is a factor on a module's update.
+pub(super) fn has_scale(module: &AdapterModule) -> bool {
+    match module.variant.as_str() {
+        "lora" | "dora" | "lycoris-dora" | "loha" | "lycoris-dora-loha" | "glora" => true,
+        "lokr" | "lycoris-dora-lokr" => !has_whole_factors(module),
+        _ => false,
+    }
+}
+
+/// Whether both factors of a LoKr are whole matrices. LyCORIS and what follows it then apply no scale.
+fn has_whole_factors(module: &AdapterModule) -> bool {
+    ["w1", "w2"].iter().all(|name| module.tensors.contains_key(*name))
 }
 
 /// Whether a module is PEFT's DoRA, which the kohya layout has in LyCORIS' form alone.
@@ -300,6 +363,8 @@ pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String,
     const OFT: &[(&str, &str)] = &[("blocks", "oft_blocks"), ("rescale", "rescale")];
     const GLORA: &[(&str, &str)] =
         &[("a1", "a1.weight"), ("a2", "a2.weight"), ("b1", "b1.weight"), ("b2", "b2.weight")];
+    let in_factor = without_scale(module);
+    let module = in_factor.as_ref().unwrap_or(module);
     let is_norm = module.tensors.get("weight").is_some_and(|weight| weight.shape().len() == 1);
     let names: &[(&str, &str)] = match module.variant.as_str() {
         "lora" | "dora" | "lycoris-dora" => LORA,
@@ -310,8 +375,8 @@ pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String,
         "full" if is_norm => &[("weight", "w_norm"), ("bias", "b_norm")],
         "full" => &[("weight", "diff"), ("bias", "diff_b")],
         "lycoris-ia3" => &[("input", "weight"), ("output", "weight")],
-        "peft-oft" | "peft-oft-neumann" | "peft-boft" | "peft-glora" | "ia3" | "vera" | "pissa" | "pissa-fast"
-        | "olora" => {
+        "peft-oft" | "peft-oft-neumann" | "peft-boft" | "peft-glora" | "peft-hra" | "ia3" | "vera" | "pissa"
+        | "pissa-fast" | "olora" => {
             return Err(format!(
                 "the layout has no form of {}; merge it, or flatten it to a plain LoRA (`lora convert --flatten RANK --base …`)",
                 module.variant
@@ -356,12 +421,47 @@ pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String,
     Ok(spelt)
 }
 
+/// A module whose layout has no scale for it, with its scale in a tensor; `None` where nothing is to be done.
+fn without_scale(module: &AdapterModule) -> Option<AdapterModule> {
+    let names: &[&str] = match module.variant.as_str() {
+        "lokr" | "lycoris-dora-lokr" if has_whole_factors(module) => &["w1"],
+        "full" => &["weight", "bias"],
+        "lycoris-ia3" => &["input", "output"],
+        _ => return None,
+    };
+    let scale = module.scale();
+    let mut scaled = module.clone();
+    for name in names {
+        if let Some(tensor) = scaled.tensors.get_mut(*name) {
+            *tensor = super::scaled(tensor, scale);
+        }
+    }
+    scaled.alpha = scaled.rank as f64;
+    Some(scaled)
+}
+
 fn alpha(value: f64) -> Result<HostTensor, String> {
     scalar_tensor(value as f32)
 }
 
 fn scalar_tensor(value: f32) -> Result<HostTensor, String> {
     HostTensor::from_f32([], vec![value]).map_err(|error| error.to_string())
+}
+
+/// Upper triangles of skew matrices, `[blocks, b(b-1)/2]`, each no longer than its part of a limit: PEFT shortens them so
+/// whenever it computes with them.
+fn shortened(skew: &HostTensor, limit: f64) -> Result<HostTensor, String> {
+    let blocks = skew.shape().first().copied().unwrap_or(1).max(1);
+    let limit = limit / (blocks as f64).sqrt();
+    let mut values = skew.to_f32().into_owned();
+    for block in values.chunks_mut((skew.elements() / blocks).max(1)) {
+        // Each number stands in its matrix twice.
+        let norm = (2.0 * block.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>()).sqrt();
+        if norm > limit {
+            block.iter_mut().for_each(|value| *value = (f64::from(*value) * limit / norm) as f32);
+        }
+    }
+    HostTensor::from_f32(skew.shape(), values).map_err(|error| error.to_string())
 }
 
 fn flat(tensor: HostTensor) -> Result<HostTensor, String> {

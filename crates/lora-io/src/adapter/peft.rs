@@ -1,8 +1,9 @@
 //! PEFT's folder: `adapter_model.safetensors` with names `base_model.model.<module>.lora_A.weight`, and
 //! `adapter_config.json`, without which neither scale nor method is known.
 //!
-//! Read: LoRA (rsLoRA, DoRA, embeddings, rank and alpha patterns), LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA. Written: LoRA
-//! and DoRA, with every field that PEFT, vLLM and mistral.rs ask for. A field that changes the mathematics and is not
+//! Read: LoRA (rsLoRA, DoRA, embeddings, rank and alpha patterns, `lora_bias`, layers and biases saved whole, PiSSA and OLoRA as they are
+//! trained), LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA, HRA. `fan_in_fan_out` says nothing that the base does not show. Written:
+//! LoRA and DoRA, with every field that PEFT, vLLM and mistral.rs ask for. A field that changes the mathematics and is not
 //! supported is an error; PEFT itself would pass over it, or over tensors that it does not know, in silence.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,9 +14,10 @@ use lora_core::{Adapter, Component, DType, HostTensor, ModulePath};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::diffusers::most_common;
+use super::diffusers::{self, most_common};
 use super::parts::{Parts, PeftContext};
-use super::{AdapterFile, Format, names};
+use super::{AdapterFile, Format, Whole, names};
+use crate::metadata::HASH;
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
 use crate::{Error, Result, atomic};
 
@@ -37,12 +39,17 @@ pub struct Extra {
 pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let folder = folder.as_ref();
     let config_path = folder.join(CONFIG);
+    if !config_path.exists() {
+        return Err(Error::format(folder, without_config(folder)));
+    }
     let size = fs::metadata(&config_path).map_err(Error::io(&config_path, "open"))?.len();
     if size > LONGEST_CONFIG {
         return Err(Error::format(&config_path, format!("{size} bytes are no configuration of an adapter")));
     }
     let text = fs::read(&config_path).map_err(Error::io(&config_path, "read"))?;
-    let config: Value = serde_json::from_slice(&text)
+    // Editors of Windows put a byte order mark in front.
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+    let config: Value = serde_json::from_slice(text)
         .map_err(|error| Error::format(&config_path, format!("is not valid JSON: {error}")))?;
     let weights = folder.join(WEIGHTS);
     if !weights.exists() && folder.join("adapter_model.bin").exists() {
@@ -50,7 +57,8 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         return Err(Error::format(folder, reason));
     }
     let file = SafetensorsFile::open(&weights)?;
-    let config = Config::parse(&config_path, &config)?;
+    let is_lora = file.names().any(|name| name.contains(".lora_A."));
+    let config = Config::parse(&config_path, &config, is_lora)?;
 
     // VeRA's matrices belong to all modules; GLoRA writes the zeros of the paths that it does not train.
     let shared = |name: &str| {
@@ -61,17 +69,40 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         (Ok(a), Ok(b)) => Some((a.to_host()?, b.to_host()?)),
         _ => None,
     };
-    let sorted = super::sort(&file, shared)?;
-    let mut read = super::assemble(&file, Format::Peft, sorted, names::from_dotted, |path, parts| {
+    let sorted = super::sort(&file, config.whole, shared)?;
+    let mut read = super::assemble(&file, Format::Peft, sorted, names::from_dotted, |_, path, parts| {
         Some(config.context(path, parts, vera.clone()))
     })?;
     read.path = folder.to_owned();
+    if let Some(variant) = config.residual {
+        read.notes.push(format!(
+            "trained as {variant} and saved unconverted: what PEFT took out of the base is worked out of the base; name \
+             --residual where the base is the changed one"
+        ));
+    }
     for (key, value) in [("base_model_name_or_path", &config.base_model), ("task_type", &config.task_type)] {
         if let Some(value) = value {
             read.adapter.metadata.insert(key.into(), value.clone());
         }
     }
     Ok(read)
+}
+
+/// What is said of a folder that is no adapter's.
+pub(crate) fn without_config(folder: &Path) -> String {
+    let below = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut adapters: Vec<String> = below
+        .filter(|path| path.join(CONFIG).exists())
+        .map(|path| path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        .collect();
+    adapters.sort();
+    if !adapters.is_empty() {
+        return format!("holds adapters in folders of their own; name one of them: {}", adapters.join(", "));
+    }
+    if folder.join("model_index.json").exists() || folder.join("config.json").exists() {
+        return "is the folder of a whole model, not of an adapter; are base and LoRA swapped?".into();
+    }
+    format!("has no {CONFIG}, so it is no adapter of PEFT's; name a file, or the folder that holds it")
 }
 
 /// The fields that mean something here.
@@ -83,17 +114,25 @@ struct Config {
     ranks: Vec<(Regex, f64)>,
     rank_stabilised: bool,
     neumann: bool,
+    /// Which trained tensors of the base the file holds.
+    whole: Whole,
+    dora: bool,
+    orthogonal: bool,
+    limit: Option<f64>,
+    residual: Option<&'static str>,
     feedforward: Vec<String>,
     base_model: Option<String>,
     task_type: Option<String>,
 }
 
 impl Config {
-    fn parse(path: &Path, config: &Value) -> Result<Self> {
+    /// `is_lora` says that the tensors are a LoRA's, where the configuration does not name a method.
+    fn parse(path: &Path, config: &Value, is_lora: bool) -> Result<Self> {
         let wrong = |field: &str, reason: String| Error::format(path, format!("field `{field}`: {reason}"));
         let fields = config.as_object().ok_or_else(|| Error::format(path, "is no JSON object"))?;
-        let method = fields.get("peft_type").and_then(Value::as_str).unwrap_or_default().to_owned();
-        const METHODS: &[&str] = &["LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "GLORA"];
+        let unnamed = if is_lora { "LORA" } else { "" };
+        let method = fields.get("peft_type").and_then(Value::as_str).unwrap_or(unnamed).to_owned();
+        const METHODS: &[&str] = &["LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "GLORA", "HRA"];
         if !METHODS.contains(&method.as_str()) {
             return Err(wrong("peft_type", format!("`{method}` is not supported; known are {}", METHODS.join(", "))));
         }
@@ -108,11 +147,8 @@ impl Config {
             })
         };
         for (field, remedy) in [
-            ("modules_to_save", "it holds whole layers of the base; merge it with PEFT"),
             ("target_parameters", "adapters on bare parameters (mixtures of experts) are not read"),
             ("trainable_token_indices", "trained tokens are not read"),
-            ("lora_bias", "biases of LoRA are not read"),
-            ("fan_in_fan_out", "transposed weights (GPT-2's Conv1D) are not read"),
             ("use_qalora", "QALoRA is not read"),
             ("use_bdlora", "block-diagonal LoRA is not read"),
             ("alora_invocation_tokens", "activated LoRA is not read"),
@@ -123,21 +159,10 @@ impl Config {
                 return Err(wrong(field, format!("{} changes the mathematics; {remedy}", fields[field])));
             }
         }
-        if fields.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
-            return Err(wrong("bias", "trained biases are not read; expected `none`".into()));
-        }
-        if let Some(init) = fields.get("init_lora_weights").and_then(Value::as_str) {
-            let residual = ["pissa", "olora", "corda", "loftq", "lora_ga"];
-            if residual.iter().any(|name| init.to_lowercase().starts_with(name)) {
-                return Err(wrong(
-                    "init_lora_weights",
-                    format!(
-                        "`{init}` adapters fit a changed base that is not in this folder; save it converted \
-                         (path_initial_model_for_weight_conversion)"
-                    ),
-                ));
-            }
-        }
+        let residual = match fields.get("init_lora_weights").and_then(Value::as_str) {
+            Some(init) => residual(init).map_err(|reason| wrong("init_lora_weights", reason))?,
+            None => None,
+        };
         let number = |field: &str| -> Result<Option<f64>> {
             match fields.get(field) {
                 None | Some(Value::Null) => Ok(None),
@@ -164,6 +189,12 @@ impl Config {
         };
         let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
         let is_lora = method == "LORA";
+        let neumann = fields.get("use_cayley_neumann").and_then(Value::as_bool).unwrap_or(true);
+        let terms = number("num_cayley_neumann_terms")?.unwrap_or(5.0);
+        if method == "OFT" && neumann && terms != 5.0 {
+            return Err(wrong("num_cayley_neumann_terms", format!("{terms} terms are not read; expected 5")));
+        }
+        let biases = fields.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none");
         Ok(Self {
             alpha: match number("lora_alpha")? {
                 Some(alpha) => Some(alpha),
@@ -174,7 +205,12 @@ impl Config {
             alphas: patterns("alpha_pattern")?,
             ranks: patterns("rank_pattern")?,
             rank_stabilised: set("use_rslora"),
-            neumann: fields.get("use_cayley_neumann").and_then(Value::as_bool).unwrap_or(true),
+            neumann,
+            whole: Whole { biases, weights: set("modules_to_save") },
+            dora: is_lora && set("use_dora"),
+            orthogonal: set("apply_GS"),
+            limit: if method == "OFT" && set("coft") { Some(number("eps")?.unwrap_or(6e-5)) } else { None },
+            residual: residual.filter(|_| is_lora),
             feedforward,
             base_model: text("base_model_name_or_path"),
             task_type: text("task_type"),
@@ -196,8 +232,34 @@ impl Config {
         };
         let feedforward =
             self.feedforward.iter().any(|name| path.path == *name || path.path.ends_with(&format!(".{name}")));
-        PeftContext { alpha: scaled, neumann: self.neumann, feedforward, vera }
+        PeftContext {
+            alpha: scaled,
+            neumann: self.neumann,
+            feedforward,
+            vera,
+            limit: self.limit,
+            dora: self.dora,
+            orthogonal: self.orthogonal,
+            residual: self.residual,
+        }
     }
+}
+
+/// The variant that an initialisation makes of a LoRA whose file was not converted; `None` for one that leaves the base as
+/// it is.
+fn residual(init: &str) -> Result<Option<&'static str>, String> {
+    let init = init.to_lowercase();
+    let known = [("pissa_niter", "pissa-fast"), ("pissa", "pissa"), ("olora", "olora")];
+    if let Some((_, variant)) = known.iter().find(|(name, _)| init.starts_with(name)) {
+        return Ok(Some(variant));
+    }
+    if ["corda", "loftq", "lora_ga"].iter().any(|name| init.starts_with(name)) {
+        return Err(format!(
+            "`{init}` adapters fit a changed base that is not in this folder; save it converted \
+             (path_initial_model_for_weight_conversion)"
+        ));
+    }
+    Ok(None)
 }
 
 /// Writes a folder. An adapter of several components becomes one folder for each, named after it, since PEFT knows one
@@ -239,6 +301,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
     }
     for (path, module) in &adapter.modules {
         let refused = |reason: String| Error::Module { module: path.to_string(), reason };
+        super::whole(&path.to_string(), module)?;
         if !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
             return Err(refused(format!(
                 "PEFT folders are written for LoRA and DoRA, this is {}; flatten it to a plain LoRA first",
@@ -312,7 +375,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
     });
     let weights = folder.join(WEIGHTS);
     let mut metadata = adapter.metadata.clone();
-    metadata.retain(|key, _| !key.starts_with("sshs_"));
+    metadata.retain(|key, _| !key.starts_with("sshs_") && key != diffusers::METADATA && key != HASH);
     metadata.insert("format".into(), "pt".into());
     write_file(&weights, &tensors, &metadata)?;
     verify(&weights, &tensors.entries())?;

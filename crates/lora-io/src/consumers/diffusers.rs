@@ -31,7 +31,7 @@ pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) ->
     if kohya {
         converted(&mut draft, inventory, base, layers, &keys);
     } else {
-        dotted(&mut draft, layers, &keys);
+        dotted(&mut draft, inventory, layers, &keys);
     }
     draft.finish(Consumer::Diffusers)
 }
@@ -147,8 +147,12 @@ fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&s
 }
 
 /// A file in dotted names.
-fn dotted(draft: &mut Draft, layers: &[Layer], keys: &[&str]) {
+fn dotted(draft: &mut Draft, inventory: &Inventory, layers: &[Layer], keys: &[&str]) {
     let names = dotted_names(layers);
+    // The U-Net's first key alone decides whether the older spellings of all its keys are renamed.
+    let mut order = inventory.order.iter().map(String::as_str).chain(keys.iter().copied());
+    let renames = order.find(|key| key.starts_with("unet.")).is_none_or(|first| !first.contains("lora_A"));
+    let is_old = |key: &str| key.starts_with("unet.") && [".lora.", "_lora."].iter().any(|part| key.contains(part));
     let all: HashSet<&str> = keys.iter().copied().collect();
     for &key in keys {
         if !key.contains("lora") {
@@ -162,6 +166,11 @@ fn dotted(draft: &mut Draft, layers: &[Layer], keys: &[&str]) {
             Some((name, format!("{name}{}", pair[1 - index])))
         });
         match known {
+            _ if !renames && is_old(key) => {
+                let reason =
+                    "the first key of the U-Net has PEFT's spelling, so that this one is not renamed: no effect";
+                draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+            }
             Some((name, partner)) if names.contains(name) => {
                 if all.contains(partner.as_str()) {
                     draft.load(key);
@@ -232,6 +241,19 @@ mod tests {
 
     fn judge(inventory: &Inventory) -> Opinion {
         opinion_of(Consumer::Diffusers, inventory)
+    }
+
+    #[test]
+    fn the_first_key_of_the_unet_decides_about_the_spelling_of_all() {
+        let name = "unet.mid_block.attentions.0.proj_in.lora";
+        let (down, up) = (format!("{name}.down.weight"), format!("{name}.up.weight"));
+        let mixed = dotted_sd1("unet.").tensor(&down, &[4, 1280]).tensor(&up, &[1280, 4]);
+        let opinion = judge(&mixed);
+        assert_eq!(opinion.verdict, Verdict::LoadsPart);
+        assert!(is_ignored(&opinion, &down) && is_ignored(&opinion, &up));
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --to kohya");
+        let other = Inventory { order: vec!["text_encoder.x".into(), down], ..mixed };
+        assert_eq!(judge(&other).verdict, Verdict::Loads);
     }
 
     #[test]

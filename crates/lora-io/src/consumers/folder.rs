@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::draft::Draft;
-use super::{Cure, Effect};
+use super::{Cure, Effect, Inventory};
+use crate::adapter::parts;
 
 /// What a name ends in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -183,11 +184,28 @@ fn ends_in(module: &str, item: &str) -> bool {
 }
 
 /// The config, or `None` with the problem noted.
-pub(super) fn config<'a>(draft: &mut Draft, config: &'a Option<Value>, cure: Cure) -> Option<Config<'a>> {
-    if config.is_none() {
+pub(super) fn config<'a>(draft: &mut Draft, inventory: &'a Inventory) -> Option<Config<'a>> {
+    if inventory.config.is_none() {
+        let cure = without_config(inventory, Cure::ToPortable);
         draft.problem(Effect::Fatal, None, "there is no adapter_config.json beside the file", cure);
     }
-    config.as_ref().map(Config)
+    inventory.config.as_ref().map(Config)
+}
+
+/// What cures a missing config: nothing where the names are PEFT's, whose scale stands in it alone.
+pub(super) fn without_config(inventory: &Inventory, cure: Cure) -> Option<Cure> {
+    let mut keys = inventory.tensors.keys();
+    if keys.any(|key| key.starts_with(PREFIX)) {
+        return None;
+    }
+    let is_plain = inventory.tensors.keys().all(|key| is_plain(key));
+    Some(if is_plain { cure } else { Cure::FlattenToPeft })
+}
+
+/// Whether a tensor is a part of plain LoRA, in any layout: what is no plain LoRA does not become one by other names.
+pub(super) fn is_plain(key: &str) -> bool {
+    const PLAIN: &[&str] = &["lora_down", "lora_up", "alpha", "embedding_down", "embedding_up", "magnitude"];
+    parts::split(key).is_none_or(|(_, part)| PLAIN.contains(&part))
 }
 
 /// Notes each of these fields that is missing.
@@ -200,8 +218,13 @@ pub(super) fn require(draft: &mut Draft, config: Config<'_>, fields: &[&str]) {
 /// What an initialisation that changed the base comes to where it is loaded onto the unchanged one.
 pub(super) fn mutated_base(draft: &mut Draft, effect: Effect, config: Config<'_>) {
     if let Some(init) = config.mutating_init() {
-        // LoftQ's base is its dequantised one, which no conversion gives back.
-        let cure = if init.to_ascii_lowercase().starts_with("loftq") { Cure::Merge } else { Cure::ToPortable };
+        // What was taken out of the base follows from it for these two; the base of the others is in no file.
+        let follows = ["pissa", "olora"].iter().any(|name| init.to_ascii_lowercase().starts_with(name));
+        let cure = if follows {
+            Cure::Flatten
+        } else {
+            Cure::Setting("save it again converted (path_initial_model_for_weight_conversion)".into())
+        };
         let what = format!("initialised by `{init}`, which changed the base: wrong on the base as published");
         draft.problem(effect, None, what, cure);
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::adapter::{names, parts};
+use crate::adapter::{names, parts, peft};
 use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family, language, sd1, sdxl};
 use crate::gguf::{GgufFile, TensorType};
@@ -15,6 +15,8 @@ use crate::{Error, Result};
 pub struct Inventory {
     /// Element type and shape of each tensor, by its name in the file.
     pub tensors: BTreeMap<String, (StoredDType, Vec<usize>)>,
+    /// The tensors' names in the order of the file, where it is known.
+    pub order: Vec<String>,
     /// The header's free text.
     pub metadata: BTreeMap<String, String>,
     /// Whether it is llama.cpp's own format.
@@ -42,19 +44,26 @@ const IMAGE_PREFIXES: &[&str] = &[
 ];
 
 impl Inventory {
-    /// From an adapter file or a PEFT folder. Files that [`crate::adapter::read`] refuses are read too: what others would
-    /// make of them is the question.
+    /// From an adapter file or a PEFT folder. Files that [`crate::adapter::read`] refuses are read too, since what others
+    /// would make of them is the question; a file without any part of an adapter is not.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (weights, config) = match path.is_dir() {
             true => (path.join("adapter_model.safetensors"), Some(path.join("adapter_config.json"))),
             false => (path.to_owned(), None),
         };
+        if path.is_dir() && !weights.exists() {
+            return Err(Error::format(path, peft::without_config(path)));
+        }
         if weights.is_file() && crate::adapter::is_gguf(&weights)? {
-            return Ok(Self::of_gguf(&GgufFile::open(&weights)?));
+            let file = GgufFile::open(&weights)?;
+            crate::adapter::gguf::is_adapter(&file)?;
+            return Ok(Self::of_gguf(&file));
         }
         let file = SafetensorsFile::open(&weights)?;
-        let mut inventory = Self { metadata: file.metadata().clone(), ..Self::default() };
+        crate::adapter::is_adapter(&file)?;
+        let order = file.names_in_file_order().into_iter().map(str::to_owned).collect();
+        let mut inventory = Self { order, metadata: file.metadata().clone(), ..Self::default() };
         for name in file.names() {
             let view = file.get(name)?;
             if name.ends_with(".alpha") {
@@ -64,7 +73,7 @@ impl Inventory {
         }
         if let Some(config) = config.filter(|config| config.exists()) {
             let text = std::fs::read(&config).map_err(Error::io(&config, "read"))?;
-            let parsed = serde_json::from_slice(&text);
+            let parsed = serde_json::from_slice(text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text));
             inventory.config =
                 Some(parsed.map_err(|error| Error::format(&config, format!("is not valid JSON: {error}")))?);
         }
@@ -128,8 +137,8 @@ impl Inventory {
     fn modules(&self) -> Vec<Module<'_>> {
         let tensors = self.tensors.iter().map(|(name, (_, shape))| {
             let (module, part) = parts::split(name).unwrap_or((name, ""));
-            let kohya = name.starts_with("lora_") || name.starts_with("lycoris_");
-            let path = if kohya { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
+            let path =
+                if names::is_kohya(name) { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
             let inputs = ["lora_down", "hada_w1_b"].contains(&part).then(|| shape.get(1).copied()).flatten();
             Module { name: module, path, inputs }
         });

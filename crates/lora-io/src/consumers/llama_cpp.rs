@@ -24,7 +24,8 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
                 draft.ignore(key, Effect::Part, "an embedding saved whole is passed over", Cure::Merge);
             }
             Part::Magnitude => draft.refuse(key, "DoRA ends the conversion", Cure::Flatten),
-            Part::Full | Part::Bias | Part::BiasOfB | Part::Tokens => {
+            Part::Tokens => draft.refuse(key, "single trained tokens are not supported", None),
+            Part::Full | Part::Bias | Part::BiasOfB => {
                 draft.refuse(key, "layers trained whole and biases end the conversion", Cure::Merge);
             }
             Part::NamedA | Part::NamedB | Part::Other => {
@@ -32,7 +33,7 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
             }
         }
     }
-    let Some(config) = folder::config(&mut draft, &inventory.config, Cure::ToPortable) else {
+    let Some(config) = folder::config(&mut draft, inventory) else {
         return draft.finish(Consumer::LlamaCpp);
     };
     folder::require(&mut draft, config, &["lora_alpha"]);
@@ -99,15 +100,14 @@ mod tests {
 
     #[test]
     fn the_scale_is_always_alpha_over_rank() {
-        for (field, value) in [
-            ("use_rslora", json!(true)),
-            ("alpha_pattern", json!({ "q_proj": 4 })),
-            ("init_lora_weights", json!("pissa")),
-        ] {
+        for (field, value) in [("use_rslora", json!(true)), ("alpha_pattern", json!({ "q_proj": 4 }))] {
             let opinion = with(field, value);
             assert_eq!(opinion.verdict, Verdict::LoadsWrong, "{field}");
             assert_eq!(cure(&opinion).unwrap(), "lora convert --to portable");
         }
+        let opinion = with("init_lora_weights", json!("pissa"));
+        assert_eq!(opinion.verdict, Verdict::LoadsWrong);
+        assert_eq!(cure(&opinion).unwrap(), "lora convert --flatten RANK --base BASE");
         assert_eq!(with("rank_pattern", json!({ "q_proj": 4 })).verdict, Verdict::Loads);
     }
 

@@ -14,7 +14,7 @@ const MAX_RANK: usize = 256;
 
 pub(super) fn opinion(inventory: &Inventory) -> Opinion {
     let mut draft = Draft::default();
-    let config = folder::config(&mut draft, &inventory.config, Cure::ToPortable);
+    let config = folder::config(&mut draft, inventory);
     let modules = folder::modules(inventory.tensors.keys());
     for (key, (_, shape)) in &inventory.tensors {
         let (module, part) = folder::split(key);
@@ -40,7 +40,8 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
                     draft.load(key);
                 }
             }
-            Part::Full | Part::BaseLayer | Part::Bias | Part::BiasOfB | Part::Tokens => {
+            Part::Tokens => draft.refuse(key, "single trained tokens are not supported", None),
+            Part::Full | Part::BaseLayer | Part::Bias | Part::BiasOfB => {
                 draft.refuse(key, "not used by any layer: layers trained whole and biases", Cure::Merge);
             }
             Part::EmbeddingA | Part::EmbeddingB => {
@@ -105,8 +106,7 @@ mod tests {
             ("modules_to_save", json!(["lm_head"]), "lora merge"),
             ("bias", json!("all"), "lora merge"),
             ("lora_bias", json!(true), "lora merge"),
-            ("init_lora_weights", json!("pissa"), "lora convert --to portable"),
-            ("init_lora_weights", json!("loftq"), "lora merge"),
+            ("init_lora_weights", json!("pissa"), "lora convert --flatten RANK --base BASE"),
         ] {
             let opinion = with(field, value);
             assert_eq!(opinion.verdict, Verdict::Refuses, "{field}");

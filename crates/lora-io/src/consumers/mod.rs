@@ -190,6 +190,8 @@ pub enum Cure {
     ToPortable,
     /// Turning the variant into plain LoRA.
     Flatten,
+    /// Turning the variant into plain LoRA in a PEFT folder.
+    FlattenToPeft,
     /// Merging into the base model.
     Merge,
     /// Lowering the rank.
@@ -205,6 +207,7 @@ impl fmt::Display for Cure {
             Cure::ToPeft => "lora convert --to peft",
             Cure::ToPortable => "lora convert --to portable",
             Cure::Flatten => "lora convert --flatten RANK --base BASE",
+            Cure::FlattenToPeft => "lora convert --to peft --flatten RANK --base BASE",
             Cure::Merge => "lora merge",
             Cure::Resize => "lora resize",
             Cure::Setting(setting) => setting,

@@ -24,14 +24,15 @@ const TYPES: [(&str, &str); 9] = [
 ];
 
 pub(super) fn opinion(inventory: &Inventory, base: Option<&Family>) -> Opinion {
-    let refuses = |what: &'static str, cure| Opinion::whole(Consumer::Peft, Verdict::Refuses, what, cure);
+    let refuses = |what: &'static str, cure: Option<Cure>| Opinion::whole(Consumer::Peft, Verdict::Refuses, what, cure);
     let Some(value) = &inventory.config else {
         let cure = if is_image(base) { Cure::ToPeft } else { Cure::ToPortable };
+        let cure = folder::without_config(inventory, cure);
         return refuses("PEFT loads a folder with an adapter_config.json, and there is none beside the file", cure);
     };
     let config = Config(value);
     let Some(kind) = config.text("peft_type") else {
-        return refuses("adapter_config.json has no `peft_type`", Cure::ToPortable);
+        return refuses("adapter_config.json has no `peft_type`", Some(Cure::ToPortable));
     };
     let Some((_, marker)) = TYPES.into_iter().find(|(name, _)| *name == kind) else {
         let what = format!("no rules are known here for adapters of PEFT's type {kind}");

@@ -9,7 +9,7 @@ use lora_core::Component;
 
 use super::draft::Draft;
 use super::layers::{Kind, Layer, underscored};
-use super::{Consumer, Cure, Effect, Inventory, Opinion};
+use super::{Consumer, Cure, Effect, Inventory, Opinion, folder};
 use crate::family::{Family, sdxl};
 
 pub(super) const VERSION: &str = "0.10.1";
@@ -17,6 +17,10 @@ pub(super) const VERSION: &str = "0.10.1";
 pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
     let mut draft = Draft::default();
+    // Modules of other variants are none under other names either.
+    let special = inventory.tensors.keys().filter(|key| !folder::is_plain(key));
+    let special: HashSet<&str> =
+        special.map(|key| key.split_once('.').map_or(key.as_str(), |(name, _)| name)).collect();
     for key in inventory.tensors.keys() {
         let (name, part) = key.split_once('.').unwrap_or((key, ""));
         if !names.contains(name) {
@@ -24,7 +28,8 @@ pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) ->
             let (reason, cure) = if kohya && !part.is_empty() {
                 ("sd-scripts adapts no layer of this name in this base model", None)
             } else {
-                ("not a name of the kohya layout, which is the only one that sd-scripts reads", Some(Cure::ToKohya))
+                let cure = if special.contains(name) { Cure::Flatten } else { Cure::ToKohya };
+                ("not a name of the kohya layout, which is the only one that sd-scripts reads", Some(cure))
             };
             draft.ignore(key, Effect::Part, reason, cure);
             continue;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use lora_core::{Component, ModulePath};
+use lora_core::{Adapter, Component, ModulePath};
 
 use super::{FAMILIES, Family};
 
@@ -68,4 +68,27 @@ pub fn told(modules: &[Module<'_>], metadata: &BTreeMap<String, String>) -> Opti
         .or_else(|| context.and_then(|width| with(&|family| family.signs.context == Some(width))))
         .or_else(|| with(&|family| modules.iter().any(|module| (family.signs.spelt)(module))))
         .or_else(|| with(&|family| family.signs.metadata.iter().any(says)))
+}
+
+/// What speaks against an adapter on a base of a family, in words that name both: the family that it shows, unless its
+/// metadata names the base's, or metadata that names another.
+pub(crate) fn foreign(
+    adapter: &Adapter,
+    shown: impl Fn(&Adapter) -> Option<&'static Family>,
+    base: &Family,
+) -> Option<String> {
+    let of = |sign: &(&'static str, &'static str)| {
+        let (key, start) = *sign;
+        adapter.metadata.get(key).map(|value| (key, value, value.starts_with(start)))
+    };
+    let said: Vec<_> = base.signs.metadata.iter().filter_map(of).collect();
+    if said.iter().any(|(.., fits)| *fits) {
+        return None;
+    }
+    if let Some(family) = shown(adapter).filter(|family| *family != base) {
+        return Some(format!("the adapter seems to be made for {family}, the base is {base}"));
+    }
+    let (key, value, _) = said.first()?;
+    let value: String = value.chars().take(60).collect();
+    Some(format!("the adapter says that it was made for `{value}` (`{key}`), the base is {base}"))
 }

@@ -57,6 +57,7 @@ impl LanguageModel {
         }
         let mut entries = BTreeMap::new();
         for name in file.names() {
+            // No weight of Hugging Face's model: its configuration says it, see `rope_scaling`.
             if DIVISORS.contains(&name) {
                 continue;
             }
@@ -68,6 +69,26 @@ impl LanguageModel {
             entries.insert(module, name.to_owned());
         }
         Ok(Self { file, architecture, entries })
+    }
+
+    /// The `rope_scaling` that a Hugging Face configuration of this model needs, where the file has factors on its rotary
+    /// frequencies; `None` where it has none.
+    ///
+    /// # Errors
+    /// If no scaling that is known here gives the factors: a folder made of the file's weights would lack them.
+    pub fn rope_scaling(&self) -> Result<Option<serde_json::Value>> {
+        let [of_all, ..] = DIVISORS;
+        if self.file.shape(of_all).is_none() {
+            // Those for short and for long texts are said as they are.
+            let scaling = self.config()?.get("rope_scaling").cloned();
+            return Ok(scaling.filter(|scaling| !scaling.is_null()));
+        }
+        let factors = self.file.tensor(of_all)?;
+        let theta = self.file.float(&format!("{}.rope.freq_base", self.architecture.name)).unwrap_or(10_000.0);
+        let scaling = super::rope::llama3_scaling(&factors.to_f32(), theta);
+        let reason = "are factors on the rotary frequencies that no `rope_scaling` known here gives; a model in safetensors \
+                      made of this file lacks them";
+        scaling.map(Some).ok_or_else(|| Error::tensor(self.file.path(), of_all, reason))
     }
 
     /// Its architecture.

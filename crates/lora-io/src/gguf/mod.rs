@@ -9,6 +9,7 @@ mod config;
 mod dequantise;
 pub mod names;
 mod reader;
+pub mod rope;
 mod writer;
 
 pub use blocks::TensorType;

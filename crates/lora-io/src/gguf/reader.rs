@@ -10,7 +10,7 @@ use lora_core::HostTensor;
 use memmap2::{Mmap, UncheckedAdvice};
 
 use super::{ALIGNMENT, MAGIC, TensorType};
-use crate::{Error, Result};
+use crate::{Error, Result, foreign};
 
 /// A value of the header.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,6 +62,9 @@ impl GgufFile {
         }
         // SAFETY: the map is read-only; the type's documentation says what other programs must not do to the file.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map into memory"))?;
+        if let Some(other) = foreign::describe(&map).filter(|_| !map.starts_with(MAGIC)) {
+            return Err(Error::format(path, other));
+        }
         let (values, tensors) = parse(&map).map_err(|reason| Error::format(path, reason))?;
         Ok(Self { path: path.to_owned(), map, values, tensors })
     }

@@ -9,14 +9,16 @@ use lora_core::variant::{FrozenLayer, Parameters, VariantRegistry};
 use lora_core::{Adapter, HostTensor, LayerGeometry, ModulePath};
 use rayon::prelude::*;
 
+use super::folder::Base;
 use super::targets::{StoredLayer, StoredLayers};
-use super::{open_base, rows_of};
+use super::{numbers, rows_of};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// The weight of a layer, in f32.
 fn weight(files: &[SafetensorsFile], layer: &StoredLayer) -> Result<HostTensor> {
-    rows_of(&files[layer.file], &layer.weight, layer.rows.as_ref())
+    let weight = rows_of(&files[layer.file], &layer.weight, layer.rows.as_ref())?;
+    Ok(if layer.transposed { numbers::transposed(weight) } else { weight })
 }
 
 /// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.
@@ -28,20 +30,14 @@ pub fn extract(
     options: &ExtractOptions,
 ) -> Result<(Adapter, Vec<Outcome>)> {
     let (base, tuned) = (base.as_ref(), tuned.as_ref());
-    let ((_, base_files), (_, tuned_files)) = (open_base(base)?, open_base(tuned)?);
-    let (base_layers, tuned_layers) = (StoredLayers::new(base, &base_files), StoredLayers::new(tuned, &tuned_files));
-    let shape_of = |layer: &StoredLayer| {
-        let mut shape = base_files[layer.file].shape(&layer.weight).unwrap_or_default().to_vec();
-        if let (Some(rows), Some(first)) = (&layer.rows, shape.first_mut()) {
-            *first = rows.len();
-        }
-        shape
-    };
+    let (base_files, tuned_files) = (Base::open(base)?, Base::open(tuned)?);
+    let (base_layers, tuned_layers) = (StoredLayers::new(&base_files), StoredLayers::new(&tuned_files));
+    let (base_files, tuned_files) = (base_files.files, tuned_files.files);
     let layers: Vec<TargetLayer> = base_layers
         .known
         .iter()
-        .filter_map(|(path, layer)| {
-            let geometry = LayerGeometry::of_weight(&shape_of(layer))?;
+        .filter_map(|(path, copies)| {
+            let geometry = LayerGeometry::of_weight(&copies.first()?.shape(&base_files))?;
             let norm = matches!(geometry, LayerGeometry::Norm { .. });
             (!norm).then(|| TargetLayer { path: path.clone(), geometry })
         })
@@ -50,8 +46,8 @@ pub fn extract(
     let found: Vec<Option<(ModulePath, _)>> = chosen
         .par_iter()
         .map(|target| {
-            let layer = &base_layers.known[&target.path];
-            let Some(other) = tuned_layers.known.get(&target.path) else {
+            let layer = &base_layers.known[&target.path][0];
+            let Some(other) = tuned_layers.known.get(&target.path).and_then(|copies| copies.first()) else {
                 return Err(Error::format(tuned, format!("has no `{}`, which the base has", target.path)));
             };
             let (before, after) = (weight(&base_files, layer)?, weight(&tuned_files, other)?);
@@ -82,9 +78,9 @@ pub fn flatten(
     options: &ExtractOptions,
     variants: &VariantRegistry<CpuBackend>,
 ) -> Result<(Adapter, Vec<Outcome>)> {
-    let base = base.as_ref();
-    let (_, files) = open_base(base)?;
-    let layers = StoredLayers::new(base, &files);
+    let opened = Base::open(base.as_ref())?;
+    let layers = StoredLayers::new(&opened);
+    let files = &opened.files;
     let flat: Vec<(ModulePath, _)> = adapter
         .modules
         .par_iter()
@@ -93,8 +89,8 @@ pub fn flatten(
                 return Ok((path.clone(), (module.clone(), 1.0)));
             }
             let refused = |reason: String| Error::Module { module: path.to_string(), reason };
-            let layer = layers.find(path).map_err(refused)?;
-            let weight = weight(&files, layer)?;
+            let found = layers.find(path).map_err(refused)?;
+            let weight = weight(files, &found[0])?;
             let geometry = lora_core::merge::geometry(module, weight.shape())
                 .ok_or_else(|| refused(format!("a weight of the shape {:?} is not adapted", weight.shape())))?;
             let frozen = FrozenLayer { backend: CpuBackend, geometry, weight, bias: None };

@@ -7,16 +7,20 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use lora_core::backend::CpuBackend;
-use lora_core::variant::{BiasChange, Changes, VariantRegistry};
-use lora_core::{AdapterModule, Component, ModulePath, Strength};
+use lora_core::backend::{CpuBackend, ShapeBackend};
+use lora_core::merge::geometry;
+use lora_core::variant::{BiasChange, Changes, FrozenLayer, Parameters, VariantRegistry};
+use lora_core::{AdapterModule, Component, HostTensor, ModulePath, Strength};
 
-use super::Weighted;
-use crate::adapter::names;
+use super::folder::Base;
+use super::tied::Tied;
+use super::{Weighted, tileable};
+use crate::adapter::{self, names};
 use crate::checkpoint::{self, Group};
 use crate::error::listed;
+use crate::family::adapter::foreign;
 use crate::family::tree::Piece;
 use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
@@ -33,14 +37,29 @@ pub(super) struct Edit {
     pub(super) rows: Option<Range<usize>>,
     /// Whether the tensor is the layer's bias.
     pub(super) bias: bool,
+    /// Whether the layer's weight is stored with rows and columns exchanged.
+    pub(super) transposed: bool,
     /// The layer's other tensor: the bias of a weight, the weight of a bias.
     pub(super) partner: Option<String>,
+}
+
+/// What is done to the tensors of one file.
+#[derive(Debug, Default)]
+pub(super) struct FileEdits {
+    /// By the tensor's name.
+    pub(super) edits: BTreeMap<String, Vec<Edit>>,
+    /// Tensors that are made from others: by their name, the index of the file and the name there.
+    pub(super) made_of: BTreeMap<String, (usize, String)>,
 }
 
 /// What is done to which tensors, by file.
 #[derive(Debug)]
 pub(super) struct Edits {
-    files: Vec<BTreeMap<String, Vec<Edit>>>,
+    pub(super) files: Vec<FileEdits>,
+    /// The ends that are tied in the base and are not in the result.
+    pub(super) untied: Option<Tied>,
+    /// Things worth knowing.
+    pub(super) notes: Vec<String>,
 }
 
 /// A layer of the base.
@@ -50,48 +69,54 @@ pub(super) struct StoredLayer {
     pub(super) weight: String,
     bias: Option<String>,
     pub(super) rows: Option<Range<usize>>,
+    pub(super) transposed: bool,
 }
 
 impl StoredLayer {
-    /// The layer of a name in a file, which has tensors of its own.
-    fn of_name(file_index: usize, file: &SafetensorsFile, name: &str) -> Self {
-        let bias = format!("{name}.bias");
-        let bias = file.contains(&bias).then_some(bias);
-        Self { file: file_index, weight: format!("{name}.weight"), bias, rows: None }
+    /// The shape of the weight as the layer has it.
+    pub(super) fn shape(&self, files: &[SafetensorsFile]) -> Vec<usize> {
+        let mut shape = files[self.file].shape(&self.weight).unwrap_or_default().to_vec();
+        if let (Some(rows), Some(first)) = (&self.rows, shape.first_mut()) {
+            *first = rows.len();
+        }
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
     }
 }
 
 impl Edits {
-    pub(super) fn new(
-        base: &Path,
-        files: &[SafetensorsFile],
-        adapters: &[Weighted],
-        variants: &VariantRegistry<CpuBackend>,
-    ) -> Result<Self> {
-        let layers = StoredLayers::new(base, files);
-        let mut all = Self { files: files.iter().map(|_| BTreeMap::new()).collect() };
+    pub(super) fn new(base: &Base, adapters: &[Weighted], variants: &VariantRegistry<CpuBackend>) -> Result<Self> {
+        let layers = StoredLayers::new(base);
+        let files = base.files.iter().map(|_| FileEdits::default()).collect();
+        let mut all = Self { files, untied: None, notes: Vec::new() };
         for (index, adapter) in adapters.iter().enumerate() {
-            layers.check_blocks(base, &adapter.strength)?;
+            layers.check_blocks(&base.path, &adapter.strength)?;
+            let other = layers.family.and_then(|family| foreign(&adapter.adapter, adapter::family, family));
             let mut problems = Vec::new();
             for (path, module) in &adapter.adapter.modules {
                 if adapter.strength.of(path) == 0.0 {
                     continue;
                 }
-                let layer = match layers.find(path) {
-                    Ok(layer) => layer,
-                    Err(reason) => {
-                        problems.push(format!("`{path}` ({reason})"));
-                        continue;
-                    }
-                };
-                if let Err(reason) = all.add(index, path, module, layer, variants) {
+                let added = layers.find(path).and_then(|found| {
+                    found.iter().try_for_each(|layer| {
+                        layers.fits(module, layer, &base.files, variants)?;
+                        all.add(index, path, module, layer, variants)
+                    })?;
+                    all.untie(path, &layers, &found, &base.files)
+                });
+                if let Err(reason) = added {
                     problems.push(format!("`{path}` ({reason})"));
                 }
             }
             if !problems.is_empty() {
-                let list = format!("of `{}` against {}: {}", adapter.name, base.display(), listed(&problems));
-                return Err(Error::Unmatched { path: base.to_owned(), count: problems.len(), list });
+                let list = listed(&problems);
+                let other = other.map(|other| format!("{other}: ")).unwrap_or_default();
+                let list = format!("of `{}` against {}: {other}{list}", adapter.name, base.path.display());
+                return Err(Error::Unmatched { path: base.path.clone(), count: problems.len(), list });
             }
+            all.notes.extend(other.map(|other| format!("`{}`: {other}; its layers fit all the same", adapter.name)));
         }
         Ok(all)
     }
@@ -104,13 +129,14 @@ impl Edits {
         module: &AdapterModule,
         layer: &StoredLayer,
         variants: &VariantRegistry<CpuBackend>,
-    ) -> Result<(), &'static str> {
-        let edits = &mut self.files[layer.file];
+    ) -> Result<(), String> {
+        let edits = &mut self.files[layer.file].edits;
         let edit = |bias: bool| Edit {
             adapter,
             module: path.clone(),
             rows: layer.rows.clone(),
             bias,
+            transposed: layer.transposed,
             partner: if bias { Some(layer.weight.clone()) } else { layer.bias.clone() },
         };
         // An unknown variant is an error where its update is worked out.
@@ -119,7 +145,7 @@ impl Edits {
             (Some(bias), BiasChange::Always | BiasChange::WhereThere) => {
                 edits.entry(bias.clone()).or_default().push(edit(true));
             }
-            (None, BiasChange::Always) => return Err("changes a bias, and this layer of the base has none"),
+            (None, BiasChange::Always) => return Err("changes a bias, and this layer of the base has none".into()),
             _ => {}
         }
         if effect.weight {
@@ -128,24 +154,74 @@ impl Edits {
         Ok(())
     }
 
-    pub(super) fn of_file(&self, file: usize) -> &BTreeMap<String, Vec<Edit>> {
-        &self.files[file]
+    /// Parts the two ends of a base that ties them, where a module changes one: what was added to the embedding under the
+    /// output layer's path belongs to a tensor of its own.
+    fn untie(
+        &mut self,
+        path: &ModulePath,
+        layers: &StoredLayers,
+        found: &[StoredLayer],
+        files: &[SafetensorsFile],
+    ) -> Result<(), String> {
+        let Some(tied) = layers.tied.as_ref().filter(|tied| found.iter().any(|layer| layer.weight == tied.embedding))
+        else {
+            return Ok(());
+        };
+        if !tied.has_config {
+            return Err(
+                "this base ties its output to its embeddings, and merging would change both; name the model's \
+                        folder, so that config.json can say otherwise"
+                    .into(),
+            );
+        }
+        for layer in found {
+            let edits = &mut self.files[layer.file].edits;
+            let mut own = Vec::new();
+            if is_head(path) {
+                let all = edits.remove(tied.embedding).unwrap_or_default();
+                let (head, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|edit| edit.module == *path);
+                if !rest.is_empty() {
+                    edits.insert(tied.embedding.to_owned(), rest);
+                }
+                own = head;
+            }
+            // A file may hold the output layer all the same.
+            let there = |file: &SafetensorsFile| file.contains(tied.head);
+            let place = if there(&files[layer.file]) { None } else { files.iter().position(there) };
+            let file = &mut self.files[place.unwrap_or(layer.file)];
+            file.made_of.insert(tied.head.to_owned(), (layer.file, tied.embedding.to_owned()));
+            if !own.is_empty() {
+                file.edits.entry(tied.head.to_owned()).or_default().extend(own);
+            }
+        }
+        self.untied = Some(tied.clone());
+        Ok(())
     }
+}
+
+/// Whether a module is the output layer of a language model.
+fn is_head(path: &ModulePath) -> bool {
+    path.path == "lm_head" || path.path.ends_with(".lm_head")
 }
 
 /// The base's layers by canonical path, and by their own names with underscores.
 pub(super) struct StoredLayers {
     family: Option<&'static Family>,
-    pub(super) known: BTreeMap<ModulePath, StoredLayer>,
-    /// Own name, dots as underscores → layers of that name.
-    spelt: BTreeMap<String, Vec<StoredLayer>>,
+    /// Each with its copies in other files, the usual one first.
+    pub(super) known: BTreeMap<ModulePath, Vec<StoredLayer>>,
+    /// Own name, dots as underscores → layers of that name, each with the folder that it is in.
+    spelt: BTreeMap<String, Vec<(PathBuf, StoredLayer)>>,
+    tied: Option<Tied>,
+    /// Whether layers called as GPT-2's are stored with rows and columns exchanged.
+    conv1d: bool,
 }
 
 impl StoredLayers {
-    pub(super) fn new(base: &Path, files: &[SafetensorsFile]) -> Self {
+    pub(super) fn new(base: &Base) -> Self {
+        let files = &base.files;
         // The folder of a component; none for a file that is the base itself or lies in the base's folder.
         let folder_of = |file: &SafetensorsFile| {
-            let folder = file.path().parent().filter(|folder| base.is_dir() && *folder != base)?;
+            let folder = file.path().parent().filter(|folder| base.is_folder() && **folder != base.path)?;
             Some(folder.file_name()?.to_string_lossy().into_owned())
         };
         let mut names = BaseNames::default();
@@ -154,7 +230,8 @@ impl StoredLayers {
             names.add(folder_of(file).as_deref(), shapes);
         }
         let family = Family::of_base(&names, &FAMILIES);
-        let mut layers = Self { family, known: BTreeMap::new(), spelt: BTreeMap::new() };
+        let (known, spelt) = (BTreeMap::new(), BTreeMap::new());
+        let mut layers = Self { family, known, spelt, tied: Tied::of(base), conv1d: has_conv1d(base) };
         for (index, file) in files.iter().enumerate() {
             layers.add_spelt(index, file);
             layers.add_known(index, file, folder_of(file).as_deref(), family);
@@ -177,16 +254,70 @@ impl StoredLayers {
         }
     }
 
+    /// The layer of a name in a file, which has tensors of its own.
+    fn of_name(&self, file_index: usize, file: &SafetensorsFile, name: &str) -> StoredLayer {
+        let bias = format!("{name}.bias");
+        let bias = file.contains(&bias).then_some(bias);
+        let transposed = self.conv1d && is_conv1d(name);
+        StoredLayer { file: file_index, weight: format!("{name}.weight"), bias, rows: None, transposed }
+    }
+
+    /// Adds a layer beside its copies in other files.
+    fn insert(&mut self, path: ModulePath, layer: StoredLayer) {
+        let copies = self.known.entry(path).or_default();
+        match copies.iter_mut().find(|copy| copy.file == layer.file) {
+            Some(copy) => *copy = layer,
+            None => copies.push(layer),
+        }
+    }
+
+    /// Whether a module's tensors fit a layer; shapes alone are looked at.
+    fn fits(
+        &self,
+        module: &AdapterModule,
+        layer: &StoredLayer,
+        files: &[SafetensorsFile],
+        variants: &VariantRegistry<CpuBackend>,
+    ) -> Result<(), String> {
+        let shape = layer.shape(files);
+        let geometry = geometry(module, &shape)
+            .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
+        // Some variants take the weight itself apart, which shapes do not tell more about.
+        let of_factors = adapter::RESIDUAL.contains(&module.variant.as_str()) && module.tensors.len() == 2;
+        let fits = if tileable(module, variants) || of_factors {
+            // The same numbers as factors of a 1×1 convolution, or the other way round, are the same module.
+            let elements = |name: &str| module.tensors.get(name).map_or(0, HostTensor::elements);
+            let (down, up) = (elements("down"), elements("up"));
+            down == module.rank * geometry.fan_in() && up == module.rank * geometry.outputs()
+        } else {
+            // A variant of a program's own is looked at where its update is worked out.
+            let Ok(variant) = VariantRegistry::<ShapeBackend>::default().get(&module.variant) else { return Ok(()) };
+            let layer = FrozenLayer { backend: ShapeBackend, geometry, weight: shape.clone(), bias: None };
+            Parameters::upload(&ShapeBackend, module, &Vec::new())
+                .and_then(|parameters| variant.delta_weight(&ShapeBackend, &layer, &parameters))
+                .is_ok_and(|delta| delta == shape)
+        };
+        if fits {
+            return Ok(());
+        }
+        let tensors = module.tensors.iter().map(|(name, tensor)| format!("`{name}` {:?}", tensor.shape()));
+        let list = tensors.collect::<Vec<_>>().join(", ");
+        Err(format!("its {list} do not fit this base's weight {shape:?}"))
+    }
+
     /// The layers of a file by their own names.
     fn add_spelt(&mut self, index: usize, file: &SafetensorsFile) {
         for name in file.names() {
             let Some(own) = name.strip_suffix(".weight") else { continue };
-            self.spelt.entry(own.replace('.', "_")).or_default().push(StoredLayer::of_name(index, file, own));
+            let layer = self.of_name(index, file, own);
+            let folder = file.path().parent().unwrap_or(Path::new("")).to_owned();
+            self.spelt.entry(own.replace('.', "_")).or_default().push((folder, layer));
         }
     }
 
     /// The layers of a file by canonical path, where its family's names tell.
     fn add_known(&mut self, index: usize, file: &SafetensorsFile, folder: Option<&str>, family: Option<&Family>) {
+        let is_unknown = family.is_none();
         // A U-Net alone is of no family, and all of them that are in the original tree have the same names.
         let family = family.unwrap_or(&sd1::FAMILY);
         let all: Vec<&str> = file.names().collect();
@@ -204,7 +335,8 @@ impl StoredLayers {
                 self.add_group(index, file, group);
             }
         }
-        if of_folder.is_none() {
+        // A folder that is no component of a known family holds another network, as a ControlNet.
+        if folder.is_none() || is_unknown {
             self.add_dotted(index, file);
         }
     }
@@ -215,7 +347,8 @@ impl StoredLayers {
             let Some(own) = name.strip_suffix(".weight") else { continue };
             let path = names::from_dotted(own);
             if path.component != Component::MODEL {
-                self.known.insert(path, StoredLayer::of_name(index, file, own));
+                let layer = self.of_name(index, file, own);
+                self.insert(path, layer);
             }
         }
     }
@@ -237,24 +370,35 @@ impl StoredLayers {
                 Piece::Transposed => continue,
             };
             let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (*stored).to_owned());
-            let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows };
-            self.known.insert(ModulePath::new(group.component, path), layer);
+            let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows, transposed: false };
+            self.insert(ModulePath::new(group.component, path), layer);
         }
     }
 
-    pub(super) fn find(&self, path: &ModulePath) -> Result<&StoredLayer, String> {
-        if let Some(layer) = self.known.get(path) {
-            return Ok(layer);
+    /// The layers that a module means: one, and its copies in other files.
+    pub(super) fn find(&self, path: &ModulePath) -> Result<Vec<StoredLayer>, String> {
+        if let Some(tied) = self.tied.as_ref().filter(|_| is_head(path)) {
+            return self.find(&names::from_dotted(tied.embedding.strip_suffix(".weight").unwrap_or(tied.embedding)));
         }
-        if path.component == Component::LANGUAGE_MODEL && path.path == "lm_head" {
-            return Err(
-                "this base ties its output to its embeddings and has no lm_head.weight; merging would change both"
-                    .into(),
-            );
+        if let Some(layers) = self.known.get(path) {
+            return Ok(layers.clone());
         }
-        // The name as it stands, and without what adapters' and models' names begin with.
-        let mut spelling = path.path.replace('.', "_");
-        for prefix in ["lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_"] {
+        let found = self.find_spelt(&path.path);
+        match found.as_slice() {
+            [] => Err("this base has no such layer".into()),
+            [(folder, first), rest @ ..] => {
+                match rest.iter().find(|other| other.0 != *folder || other.1.weight != first.weight) {
+                    Some((_, second)) => Err(format!("`{}` and `{}` may both be meant", first.weight, second.weight)),
+                    None => Ok(found.iter().map(|(_, layer)| layer.clone()).collect()),
+                }
+            }
+        }
+    }
+
+    /// The layers of a name as it stands, and without what adapters' and models' names begin with.
+    fn find_spelt(&self, name: &str) -> Vec<&(PathBuf, StoredLayer)> {
+        let mut spelling = name.replace('.', "_");
+        for prefix in ["lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_", "oft_unet_"] {
             if let Some(rest) = spelling.strip_prefix(prefix) {
                 spelling = rest.to_owned();
                 break;
@@ -263,21 +407,37 @@ impl StoredLayers {
         let bare = ["transformer_", "unet_", "diffusion_model_", "model_"]
             .iter()
             .find_map(|prefix| spelling.strip_prefix(prefix));
-        let mut found: Vec<&StoredLayer> = Vec::new();
+        let mut found = Vec::new();
         for wanted in [Some(spelling.as_str()), bare].into_iter().flatten() {
             for begin in ["", "model_diffusion_model_", "diffusion_model_", "transformer_", "model_"] {
-                if let Some(layers) = self.spelt.get(&format!("{begin}{wanted}")) {
-                    found.extend(layers);
-                }
+                found.extend(self.spelt.get(&format!("{begin}{wanted}")).into_iter().flatten());
             }
             if !found.is_empty() {
                 break;
             }
         }
-        match found.as_slice() {
-            [one] => Ok(one),
-            [] => Err("this base has no such layer".into()),
-            [first, second, ..] => Err(format!("`{}` and `{}` may both be meant", first.weight, second.weight)),
-        }
+        found
     }
+}
+
+/// Whether a layer is called as those of GPT-2 that `Conv1D` implements.
+fn is_conv1d(name: &str) -> bool {
+    ["c_attn", "q_attn", "c_proj", "c_fc"].iter().any(|leaf| name.rsplit('.').next() == Some(leaf))
+}
+
+/// Whether a base stores such layers as `[in, out]`. Other models have layers of these names that are stored as usual, so
+/// those that are not square decide, and the configuration where there are none.
+fn has_conv1d(base: &Base) -> bool {
+    let shapes = |end: &'static str| {
+        let names = base.files.iter().flat_map(|file| file.names().map(move |name| (file, name)));
+        names.filter(move |(_, name)| name.ends_with(end)).filter_map(|(file, name)| match *file.shape(name)? {
+            [rows, columns] if rows != columns => Some(rows < columns),
+            _ => None,
+        })
+    };
+    if let Some(wider) = shapes(".c_attn.weight").chain(shapes(".c_fc.weight")).next() {
+        return wider;
+    }
+    let kind = base.config.as_ref().and_then(|config| config["model_type"].as_str());
+    kind.is_some_and(|kind| ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"].contains(&kind))
 }

@@ -3,9 +3,11 @@
 //! Layout: a little-endian u64 with the length of the header, the header in JSON (tensor name → dtype, shape and byte
 //! range; `__metadata__` → free text), then the tensors' bytes, which must tile the rest of the file.
 
+mod float8;
 mod reader;
 mod writer;
 
+pub(crate) use float8::{from_e4m3, from_e5m2};
 pub use reader::{SafetensorsFile, TensorView};
 pub(crate) use writer::header;
 pub use writer::{Entry, TensorSource, in_file_order, verify, write, write_with};

@@ -11,8 +11,9 @@ use lora_core::{HostData, HostTensor};
 use memmap2::{Mmap, UncheckedAdvice};
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use super::float8::{from_e4m3, from_e5m2};
 use super::{MAX_HEADER, StoredDType};
-use crate::{Error, Result};
+use crate::{Error, Result, foreign};
 
 /// An open safetensors file.
 ///
@@ -55,17 +56,26 @@ impl SafetensorsFile {
             return Err(Error::format(path, "this is a folder; expected a safetensors file"));
         }
         let mut start = Vec::new();
-        file.by_ref().take(64).read_to_end(&mut start).map_err(Error::io(path, "read"))?;
-        if let Some(other) = foreign_format(&start) {
+        file.by_ref().take(foreign::SNIFFED as u64).read_to_end(&mut start).map_err(Error::io(path, "read"))?;
+        if start.starts_with(crate::gguf::MAGIC) {
+            let reason =
+                "this is a GGUF file; expected safetensors. `lora dequantise` writes a model's weights as safetensors";
+            return Err(Error::format(path, reason));
+        }
+        let header_length = start.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
+        let fits = |header: &u64| *header <= MAX_HEADER && *header <= length.saturating_sub(8);
+        // Any two bytes may begin the length of a header: what comes after them counts first.
+        let plain = header_length.is_some_and(|header| fits(&header)) && start.get(8) == Some(&b'{');
+        if let Some(other) = foreign::describe(&start).filter(|_| !plain) {
             return Err(Error::format(path, other));
         }
-        let Some(header_length) = start.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
+        let Some(header_length) = header_length else {
             return Err(Error::format(
                 path,
                 format!("{length} bytes are no safetensors file; is the download complete?"),
             ));
         };
-        if header_length > MAX_HEADER || header_length > length - 8 {
+        if !fits(&header_length) {
             return Err(Error::format(
                 path,
                 format!(
@@ -89,6 +99,13 @@ impl SafetensorsFile {
     /// Names of the tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Names of the tensors in the order of their bytes, in which other programs go through a file.
+    pub fn names_in_file_order(&self) -> Vec<&str> {
+        let mut order: Vec<_> = self.tensors.iter().collect();
+        order.sort_by_key(|(_, location)| (location.begin, location.end));
+        order.into_iter().map(|(name, _)| name.as_str()).collect()
     }
 
     /// Number of tensors.
@@ -202,18 +219,25 @@ impl<'f> TensorView<'f> {
         Self { bytes, shape, ..self }
     }
 
-    /// A copy as floating-point numbers: F32, F16 and BF16 as they are, F64 rounded to F32.
+    /// A copy as floating-point numbers: F32, F16 and BF16 as they are, F64 rounded to F32, F8_E4M3 and F8_E5M2 as F16,
+    /// which holds all of their numbers.
     pub fn to_host(&self) -> Result<HostTensor> {
         let data = match self.dtype {
             StoredDType::F32 => HostData::F32(self.chunks().map(f32::from_le_bytes).collect()),
             StoredDType::F16 => HostData::F16(self.chunks().map(f16::from_le_bytes).collect()),
             StoredDType::BF16 => HostData::BF16(self.chunks().map(bf16::from_le_bytes).collect()),
             StoredDType::F64 => HostData::F32(self.chunks().map(|bytes| f64::from_le_bytes(bytes) as f32).collect()),
+            StoredDType::F8E4M3 => {
+                HostData::F16(self.bytes.iter().map(|&byte| f16::from_f32(from_e4m3(byte))).collect())
+            }
+            StoredDType::F8E5M2 => {
+                HostData::F16(self.bytes.iter().map(|&byte| f16::from_f32(from_e5m2(byte))).collect())
+            }
             other => {
                 return Err(Error::tensor(
                     self.path,
                     self.name,
-                    format!("is stored as {other}; expected F32, F16, BF16 or F64"),
+                    format!("is stored as {other}; expected F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"),
                 ));
             }
         };
@@ -249,30 +273,14 @@ impl<'f> TensorView<'f> {
             StoredDType::BF16 => !any(self, |bytes| u16::from_le_bytes(bytes) & 0x7F80 == 0x7F80),
             StoredDType::F32 => !any(self, |bytes| u32::from_le_bytes(bytes) & 0x7F80_0000 == 0x7F80_0000),
             StoredDType::F64 => !any(self, |bytes| u64::from_le_bytes(bytes) >> 52 & 0x7FF == 0x7FF),
+            StoredDType::F8E4M3 => !any(self, |[byte]: [u8; 1]| byte & 0x7F == 0x7F),
+            StoredDType::F8E5M2 => !any(self, |[byte]: [u8; 1]| byte & 0x7C == 0x7C),
             _ => true,
         }
     }
 
     fn chunks<const N: usize>(&self) -> impl Iterator<Item = [u8; N]> {
         self.bytes.as_chunks::<N>().0.iter().copied()
-    }
-}
-
-/// What a file is if it is plainly something else, with advice.
-fn foreign_format(start: &[u8]) -> Option<&'static str> {
-    if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
-        Some(
-            "this is a PyTorch pickle (.ckpt, .bin, .pt), which can run any code when it is read; convert it to safetensors first, \
-             for instance with the WebUI's checkpoint merger or diffusers' conversion scripts",
-        )
-    } else if start.starts_with(b"GGUF") {
-        Some("this is a GGUF file; expected safetensors. `lora dequantise` writes a model's weights as safetensors")
-    } else if start.starts_with(b"version https://git-lfs") {
-        Some("this is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
-    } else if start.starts_with(b"<!") || start.starts_with(b"<html") {
-        Some("this is a web page, not a model; the download went wrong (a login page, most likely)")
-    } else {
-        None
     }
 }
 

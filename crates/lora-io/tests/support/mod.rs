@@ -3,13 +3,15 @@
 
 #![allow(dead_code, reason = "no test uses all of it")]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lora_core::backend::{Backend, CpuBackend};
+use lora_core::random::Stream;
 use lora_core::{AdapterModule, HostTensor, LayerGeometry};
 use lora_io::adapter;
-use lora_io::safetensors::{SafetensorsFile, write};
+use lora_io::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, write};
 
 /// One file.
 pub(crate) struct Golden {
@@ -93,6 +95,45 @@ impl Golden {
         assert_eq!(read.adapter.modules.len(), 1, "{}", self.name);
         Ok(read.adapter.modules.into_values().next().unwrap())
     }
+}
+
+/// Tensors of any type as a source of a file, by their bytes: what [`write`] of host tensors cannot have.
+#[derive(Debug, Default)]
+pub(crate) struct Raw(pub(crate) Vec<(Entry, Vec<u8>)>);
+
+impl Raw {
+    pub(crate) fn with(mut self, name: &str, dtype: StoredDType, shape: &[usize], bytes: Vec<u8>) -> Self {
+        self.0.push((Entry { name: name.into(), dtype, shape: shape.to_vec() }, bytes));
+        self
+    }
+}
+
+impl TensorSource for Raw {
+    fn entries(&self) -> Vec<Entry> {
+        self.0.iter().map(|(entry, _)| entry.clone()).collect()
+    }
+
+    fn bytes(&self, entry: &Entry) -> lora_io::Result<Cow<'_, [u8]>> {
+        Ok(Cow::Borrowed(&self.0.iter().find(|(own, _)| own == entry).unwrap().1))
+    }
+}
+
+/// Numbers of a normal distribution, by a seed.
+pub(crate) fn random(shape: &[usize], seed: u64) -> HostTensor {
+    HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()
+}
+
+/// Writes tensors without metadata, and the folders on the way.
+pub(crate) fn file(path: &Path, tensors: &[(&str, HostTensor)]) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let tensors: BTreeMap<String, HostTensor> =
+        tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
+    write(path, &tensors, &BTreeMap::new()).unwrap();
+}
+
+/// One tensor of a file.
+pub(crate) fn tensor(path: &Path, name: &str) -> HostTensor {
+    SafetensorsFile::open(path).unwrap().get(name).unwrap().to_host().unwrap()
 }
 
 /// `scale · up · down` of two matrices.
