@@ -15,6 +15,7 @@ pub mod graph;
 pub mod memory;
 pub mod nf4;
 pub mod norm;
+pub mod openmp;
 pub mod profile;
 mod scaler;
 mod shim;
