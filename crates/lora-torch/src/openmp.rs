@@ -6,9 +6,9 @@
 /// The variables by which people say it themselves; where one is set, nothing is changed.
 pub const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"];
 
-/// What this program sets where people say nothing: GNU's OpenMP library, which libtorch for Linux brings, looks so many
-/// times and then sleeps.
-const SETTING: (&str, &str) = ("GOMP_SPINCOUNT", "1000");
+/// What this program sets where people say nothing: threads that wait sleep, whichever library it is. Looking a thousand
+/// times before that (GNU's `GOMP_SPINCOUNT`) took three times as long on a machine with much else to do.
+const SETTING: (&str, &str) = ("OMP_WAIT_POLICY", "PASSIVE");
 
 /// Which of [`VARIABLES`] are set, each as `name=value`.
 pub fn setting() -> Option<String> {

@@ -79,7 +79,10 @@ fn a_base_for_inpainting_and_one_that_is_not_whole_are_refused() {
     nine.insert(first.into(), HostTensor::zeros([shape[0], 9, 3, 3]));
     safetensors::write(&path, &nine, &BTreeMap::new()).unwrap();
     let (_, text) = refused(folder.path(), &[]);
-    assert!(text.contains("base.safetensors") && text.contains("inpainting") && text.contains("9 input channels"), "{text}");
+    assert!(
+        text.contains("base.safetensors") && text.contains("inpainting") && text.contains("9 input channels"),
+        "{text}"
+    );
     let mut fewer = all;
     let gone = "model.diffusion_model.output_blocks.0.0.in_layers.2.weight";
     fewer.remove(gone).unwrap();

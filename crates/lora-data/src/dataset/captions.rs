@@ -155,15 +155,15 @@ impl Reading<'_> {
     fn picture(&self, file: &str) -> Option<PathBuf> {
         let slashes = file.replace('\\', "/");
         [file, slashes.as_str()].into_iter().find_map(|file| {
-            let path = Path::new(file);
-            let inside = path.strip_prefix(self.folder).unwrap_or(path);
+            let path: PathBuf = Path::new(file).components().filter(|part| *part != Component::CurDir).collect();
+            let inside = path.strip_prefix(self.folder).unwrap_or(&path);
             let own_name = self.folder.file_name().and_then(|name| inside.strip_prefix(name).ok());
             [Some(inside), own_name].into_iter().flatten().find_map(|name| self.known(name))
         })
     }
 
     fn known(&self, name: &Path) -> Option<PathBuf> {
-        let parts: Vec<Component<'_>> = name.components().filter(|part| *part != Component::CurDir).collect();
+        let parts: Vec<Component<'_>> = name.components().collect();
         if !parts.iter().all(|part| matches!(part, Component::Normal(_))) {
             return None;
         }

@@ -54,6 +54,11 @@ impl<'o> Others<'o> {
         let found = self.0.get(&exact.to_ascii_lowercase())?.iter().copied().filter(starts);
         found.min_by_key(|name| (*name != exact, *name))
     }
+
+    /// The file of a name in lower case, whichever case its own has.
+    fn named(&self, name: &str) -> Option<&'o OsStr> {
+        self.0.get(OsStr::new(name))?.iter().copied().min_by_key(|own| (*own != name, *own))
+    }
 }
 
 /// What a picture's own files say.
@@ -204,8 +209,8 @@ impl ImageDataset {
             self.container(container, repeats)?;
         }
         let others = Others::of(&listing.others);
-        let list = |name: &str| others.find(OsStr::new("metadata"), name).map(|name| folder.join(name));
-        let lists = Lists { csv: list("csv"), jsonl: list("jsonl") };
+        let list = |name: &str| others.named(name).map(|name| folder.join(name));
+        let lists = Lists { csv: list("metadata.csv"), jsonl: list("metadata.jsonl") };
         if listing.pictures.is_empty() && lists.csv.is_none() && lists.jsonl.is_none() {
             return Ok(());
         }

@@ -31,8 +31,8 @@ fn reaches_its_end(bytes: &[u8]) -> Option<()> {
     let mut rest = bytes.strip_prefix(&[0xff, 0xd8])?;
     loop {
         // Before a marker lie compressed data, with escaped bytes and restart markers, or stray bytes.
-        let is_marker = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0x00 | 0x01 | 0xd0..=0xd8 | 0xff);
-        let at = rest.windows(2).position(is_marker)?;
+        let begins = |&at: &usize| !matches!(rest.get(at + 1), None | Some(0x00 | 0x01 | 0xd0..=0xd8 | 0xff));
+        let at = memchr::memchr_iter(0xff, rest).find(begins)?;
         let (marker, after) = rest.get(at + 1..)?.split_first()?;
         if *marker == 0xd9 {
             return Some(());
