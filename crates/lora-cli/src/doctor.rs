@@ -2,7 +2,7 @@
 
 use lora_torch::device::{self, CudaStatus};
 use lora_torch::tch::{Cuda, Device, Kind, Tensor};
-use lora_torch::{graph, memory};
+use lora_torch::{graph, memory, openmp};
 
 use crate::Failure;
 
@@ -30,6 +30,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             "cuda_graphs": graph::available().map_or_else(|error| error.to_string(), |()| "available".into()),
             "precisions": precisions.iter().map(|(name, list)| ((*name).to_owned(), serde_json::json!(list))).collect::<serde_json::Map<_, _>>(),
             "threads": lora_torch::tch::get_num_threads(),
+            "threads_wait": openmp::setting(),
         });
         println!("{json:#}");
         return Ok(());
@@ -49,6 +50,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         }
     }
     println!("threads:   {}", lora_torch::tch::get_num_threads());
+    match openmp::setting() {
+        Some(setting) if !openmp::yields() => println!(
+            "warning:   {setting} lets threads that wait keep their cores busy; beside any other busy program steps then take many times as long. Unset it, and `lora train` sees to it"
+        ),
+        Some(setting) => println!("           {setting}"),
+        None => {}
+    }
     if let Some(host) = host {
         println!("memory:    this process holds {:.2} GiB", gib(host.resident));
     }

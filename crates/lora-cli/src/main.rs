@@ -89,6 +89,10 @@ impl From<lora_io::Error> for Failure {
 }
 
 fn main() -> ExitCode {
+    let command = Arguments::parse().command;
+    if matches!(command, Command::Train(_)) {
+        lora_train::let_threads_yield();
+    }
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -96,7 +100,7 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_writer(progress::Writer)
         .init();
-    let result = match Arguments::parse().command {
+    let result = match command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),

@@ -76,8 +76,12 @@ fn usage_mistakes_end_with_2_and_failed_work_with_1() {
     train(folder.path(), &["--set", "device=cuda:7"]).code(1).stderr(contains("cuda:7"));
     std::fs::write(folder.path().join("x.ckpt"), b"PK\x03\x04............").unwrap();
     train(folder.path(), &["--set", "base_model=x.ckpt"]).code(1).stderr(contains("pickle").and(contains("convert")));
-    std::fs::write(folder.path().join("data/0.txt"), b"\xff\xfe").unwrap();
-    train(folder.path(), &[]).code(1).stderr(contains("0.txt").and(contains("UTF-8")));
+    std::fs::write(folder.path().join("data/0.txt"), b"caf\xe9").unwrap();
+    std::fs::write(folder.path().join("data/1.txt"), b"na\xefve").unwrap();
+    let both = contains("0.txt").and(contains("1.txt")).and(contains("UTF-8"));
+    train(folder.path(), &[]).code(1).stderr(both);
+    let arguments = ["dataset", "--config", "config.toml", "--set", "caption_encoding=latin1"];
+    lora().current_dir(folder.path()).args(arguments).assert().success();
     lora().args(["info", "config.toml"]).current_dir(folder.path()).assert().code(1).stderr(contains("config.toml"));
     assert!(!folder.path().join("out/lora.safetensors").exists(), "nothing half-written");
 }
@@ -354,4 +358,38 @@ fn what_is_read_is_not_replaced_and_metadata_follow_the_tensors() {
         run(arguments).failure().stderr(contains("which is read"));
         assert_eq!(std::fs::read(&file).unwrap(), before, "{arguments:?}");
     }
+}
+
+#[test]
+fn threads_that_keep_cores_busy_are_warned_of() {
+    let doctor = |value: &str| lora().arg("doctor").env("GOMP_SPINCOUNT", value).assert().success();
+    doctor("300000").stdout(contains("warning:").and(contains("GOMP_SPINCOUNT=300000")));
+    doctor("1000").stdout(contains("warning:").not().and(contains("GOMP_SPINCOUNT=1000")));
+}
+
+/// The environment that a run trains in, which libtorch's threads are made by.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_lets_its_threads_yield_unless_it_is_told_otherwise() {
+    let folder = workspace();
+    let environment = |variable: Option<(&str, &str)>| {
+        let mut command = lora();
+        command.current_dir(folder.path()).args(["train", "config.toml", "--set", "max_train_steps=1000000"]);
+        ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"].iter().for_each(|name| drop(command.env_remove(name)));
+        command.envs(variable).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut run = command.spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        // Once there are metrics, training has begun.
+        while !folder.path().join("out/metrics.jsonl").exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let environment = std::fs::read(format!("/proc/{}/environ", run.id())).unwrap();
+        run.kill().unwrap();
+        run.wait().unwrap();
+        std::fs::remove_file(folder.path().join("out/metrics.jsonl")).unwrap();
+        String::from_utf8_lossy(&environment).into_owned()
+    };
+    assert!(environment(None).contains("OMP_WAIT_POLICY=PASSIVE"));
+    let told = environment(Some(("GOMP_SPINCOUNT", "20")));
+    assert!(told.contains("GOMP_SPINCOUNT=20") && !told.contains("OMP_WAIT_POLICY"), "{told}");
 }

@@ -47,7 +47,7 @@ pub enum Error {
         reason: String,
     },
     /// A target pattern is malformed.
-    #[error("target `{pattern}` is not a valid pattern: {reason}")]
+    #[error("`{pattern}` is not a valid pattern: {reason}")]
     Pattern {
         /// The pattern as written.
         pattern: String,
@@ -55,7 +55,7 @@ pub enum Error {
         reason: String,
     },
     /// A target pattern matches no layer of the model.
-    #[error("target `{pattern}` matches no layer of this model; {hint}")]
+    #[error("`{pattern}` matches no layer of this model; {hint}")]
     NoMatch {
         /// The pattern as written.
         pattern: String,

@@ -76,13 +76,23 @@ impl Targets {
 
     /// The layers that some entry matches, in the order given. Every entry must match at least one.
     pub fn select(&self, layers: &[TargetLayer]) -> Result<Vec<TargetLayer>> {
-        for (entry, matcher) in &self.0 {
-            if !layers.iter().any(|layer| matcher.matches(layer)) {
-                return Err(Error::NoMatch { pattern: entry.clone(), hint: hint(entry, layers) });
-            }
+        match self.unmatched(layers).next() {
+            Some(error) => Err(error),
+            None => Ok(self.matched(layers)),
         }
+    }
+
+    /// The layers that some entry matches, in the order given, whether or not every entry matches one.
+    pub fn matched(&self, layers: &[TargetLayer]) -> Vec<TargetLayer> {
         let wanted = |layer: &&TargetLayer| self.0.iter().any(|(_, matcher)| matcher.matches(layer));
-        Ok(layers.iter().filter(wanted).cloned().collect())
+        layers.iter().filter(wanted).cloned().collect()
+    }
+
+    /// An error for each entry that matches no layer.
+    pub fn unmatched(&self, layers: &[TargetLayer]) -> impl Iterator<Item = Error> {
+        let matches = |matcher: &Matcher| layers.iter().any(|layer| matcher.matches(layer));
+        let unmatched = self.0.iter().filter(move |(_, matcher)| !matches(matcher));
+        unmatched.map(|(entry, _)| Error::NoMatch { pattern: entry.clone(), hint: hint(entry, layers) })
     }
 }
 

@@ -50,6 +50,12 @@ pub enum Error {
         /// What the template itself says, or what is wrong with it.
         reason: String,
     },
+    /// Several caption or metadata files are malformed.
+    #[error("{} captions or lists of them cannot be used:{}", problems.len(), listed(problems))]
+    Captions {
+        /// What is wrong with each.
+        problems: Vec<Error>,
+    },
     /// A folder without pictures.
     #[error("{path}: no pictures found (looked for {looked_for}); {found}", path = path.display())]
     Empty {
@@ -87,7 +93,35 @@ impl From<lora_io::Error> for Error {
     }
 }
 
+/// The most problems of one kind that a message lists.
+const LISTED: usize = 20;
+
+fn listed(problems: &[Error]) -> String {
+    let mut text: String = problems.iter().take(LISTED).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > LISTED {
+        text.push_str(&format!("\n  and {} more, which `lora dataset --json` lists", problems.len() - LISTED));
+    }
+    text
+}
+
 impl Error {
+    /// One error of all that are wrong with captions.
+    pub(crate) fn captions(mut problems: Vec<Self>) -> Self {
+        match problems.len() {
+            1 => problems.remove(0),
+            _ => Error::Captions { problems },
+        }
+    }
+
+    /// What is wrong with captions; any other error is passed on.
+    pub(crate) fn into_captions(self) -> Result<Vec<Self>> {
+        match self {
+            Error::Captions { problems } => Ok(problems),
+            Error::Caption { .. } => Ok(vec![self]),
+            other => Err(other),
+        }
+    }
+
     /// The file or folder that it is about.
     pub fn path(&self) -> Option<&Path> {
         match self {

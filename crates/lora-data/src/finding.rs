@@ -55,6 +55,10 @@ kinds! {
     NameEncoding "name-encoding" Advice "rename the file";
     /// A folder that was not read.
     FolderIgnored "folder-ignored" Warning "set recursive = true, or name it N_name (N repeats) in a folder without pictures";
+    /// A picture beside `N_name` folders, which was not read.
+    PictureIgnored "picture-ignored" Lost "move it into one of the N_name folders or elsewhere, or set recursive = true";
+    /// The folder's own name has repeats and a caption in it, which count only below a folder that is given.
+    FolderNumber "folder-number" Warning "give its parent folder, or set repeats and class_tokens";
     /// A picture without a caption.
     MissingCaption "missing-caption" Warning "write a caption, or set trigger_word";
     /// A caption file without text.

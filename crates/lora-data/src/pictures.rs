@@ -134,9 +134,16 @@ impl Pictures {
         let mut pictures =
             Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: false };
         let mut groups: Vec<(usize, Vec<(usize, Item)>)> = Vec::new();
+        let mut refused = Vec::new();
         for dataset in datasets {
             let options = &dataset.options;
-            let (items, mut findings) = ImageDataset::scan(&options.path, &options.scan)?.into_parts();
+            let (items, mut findings) = match ImageDataset::scan(&options.path, &options.scan) {
+                Ok(scanned) => scanned.into_parts(),
+                Err(error) => {
+                    refused.extend(error.into_captions()?);
+                    continue;
+                }
+            };
             let place = pictures.datasets.len();
             let mut kept = Vec::with_capacity(items.len());
             for item in items {
@@ -157,6 +164,9 @@ impl Pictures {
                 None => groups.push((options.group, kept)),
             }
             pictures.datasets.push(dataset);
+        }
+        if !refused.is_empty() {
+            return Err(Error::captions(refused));
         }
         for (_, own) in groups {
             let (mut places, mut items): (Vec<usize>, Vec<Item>) = own.into_iter().unzip();
@@ -281,7 +291,10 @@ impl Pictures {
         let processors: Vec<String> = dataset.processors.iter().map(|processor| processor.settings()).collect();
         let random = dataset.processors.iter().any(|processor| processor.is_random()).then(|| random.key());
         let DatasetOptions { background, masks, .. } = &dataset.options;
-        format!("{processors:?} {:?} {background:?} {masks:?} {random:?}", self.plan(index))
+        // Older versions kept what they made of JPEGs that are cut short, which are refused now.
+        let jpeg = crate::dataset::has_extension(&self.items[index].file.path, &["jpg", "jpeg"]);
+        let whole = if jpeg { " whole" } else { "" };
+        format!("{processors:?} {:?} {background:?} {masks:?} {random:?}{whole}", self.plan(index))
     }
 
     /// A digest of what the pictures are called, how large they are, what is written beside them and how often they come.

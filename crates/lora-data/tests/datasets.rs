@@ -106,6 +106,108 @@ fn errors_name_file_and_line() {
     );
 }
 
+#[test]
+fn pictures_beside_kohyas_folders_are_left_out_and_named() {
+    let folder = folder(&["10_sks cat/a.png", "10_sks cat/b.png", "preview.png"], &[]);
+    let dataset = ImageDataset::scan(folder.path(), &ScanOptions::default()).unwrap();
+    let visits: Vec<_> = dataset.items().iter().map(|item| (item.caption.as_str(), item.repeats)).collect();
+    assert_eq!(visits, [("sks cat", 10), ("sks cat", 10)]);
+    assert_eq!(kinds(&dataset), ["picture-ignored"]);
+    assert!(dataset.findings()[0].path.ends_with("preview.png"));
+    let strict = ScanOptions { strictness: Strictness::Strict, ..ScanOptions::default() };
+    assert!(ImageDataset::scan(folder.path(), &strict).unwrap_err().to_string().contains("preview.png"));
+    let all = ImageDataset::scan(folder.path(), &ScanOptions { recursive: true, ..ScanOptions::default() }).unwrap();
+    assert_eq!(all.items().len(), 3);
+}
+
+#[test]
+fn a_number_in_the_given_folders_own_name_is_said_to_be_out_of_force() {
+    let folder = folder(&["10_sks cat/a.png"], &[]);
+    let own = folder.path().join("10_sks cat");
+    let dataset = ImageDataset::scan(&own, &ScanOptions::default()).unwrap();
+    assert_eq!((kinds(&dataset), dataset.items()[0].repeats), (vec!["folder-number"], 1));
+    let told = dataset.findings()[0].to_string();
+    assert!(told.contains("10 repeats") && told.contains("`sks cat`"), "{told}");
+    // As sd-scripts' dataset files have it: the number stands in the configuration too.
+    let options = ScanOptions { repeats: 10, class: "sks cat".into(), ..ScanOptions::default() };
+    assert!(ImageDataset::scan(&own, &options).unwrap().findings().is_empty());
+}
+
+#[test]
+fn more_visits_than_can_be_ordered_are_refused() {
+    let folder = folder(&["999999999_x/a.png"], &[]);
+    for repeats in [1, usize::MAX / 2] {
+        let options = ScanOptions { repeats, ..ScanOptions::default() };
+        let error = ImageDataset::scan(folder.path(), &options).unwrap_err().to_string();
+        assert!(error.contains("repeats") && error.contains("50000000"), "{error}");
+    }
+}
+
+#[test]
+fn companions_are_found_whichever_case_their_names_have() {
+    let folder = folder(
+        &["IMG_1.PNG", "IMG_1-Mask.PNG", "b.png", "c.jpg", "d.png"],
+        &[
+            ("IMG_1.TXT", b"upper"),
+            ("b.Txt", b"mixed"),
+            ("c.txt", b"exact"),
+            ("c.TXT", b"other"),
+            ("D.txt", b"another stem"),
+            ("METADATA.CSV", b"file_name,text\nd.png,from csv\n"),
+        ],
+    );
+    let dataset = ImageDataset::scan(folder.path(), &ScanOptions::default()).unwrap();
+    let captions: Vec<_> = dataset.items().iter().map(|item| item.caption.as_str()).collect();
+    assert_eq!(captions, ["upper", "mixed", "exact", "from csv"]);
+    assert!(dataset.items()[0].mask.as_ref().unwrap().path.ends_with("IMG_1-Mask.PNG"));
+    let orphans: Vec<_> = dataset.findings().iter().filter(|own| own.kind.name() == "orphan-caption").collect();
+    assert!(orphans.len() == 1 && orphans[0].path.ends_with("D.txt"), "{:?}", dataset.findings());
+    let options = ScanOptions { caption_extension: Some(".TXT".into()), ..ScanOptions::default() };
+    assert_eq!(ImageDataset::scan(folder.path(), &options).unwrap().items()[1].caption, "mixed");
+}
+
+#[test]
+fn lists_name_pictures_as_people_and_programs_write_them() {
+    let named = |name: &str, pictures: &[&str]| {
+        let folder = folder(pictures, &[]);
+        let root = folder.path().join("train");
+        let name = name.replace("ROOT", root.to_str().unwrap());
+        let line = serde_json::json!({ "file_name": name, "text": "found" });
+        fs::write(root.join("metadata.jsonl"), line.to_string()).unwrap();
+        let options = ScanOptions { recursive: true, ..ScanOptions::default() };
+        ImageDataset::scan(&root, &options)
+            .map(|dataset| dataset.items().iter().map(|item| item.caption.clone()).collect::<String>())
+            .map_err(|error| error.to_string())
+    };
+    for name in ["a.png", "./a.png", ".\\a.png", "train/a.png", "./train/a.png", "train\\a.png", "ROOT/a.png"] {
+        assert_eq!(named(name, &["train/a.png"]), Ok("found".into()), "{name}");
+    }
+    for name in ["sub/a.png", "./sub/./a.png", "sub\\a.png", "train/sub/a.png", "ROOT/sub/a.png"] {
+        assert_eq!(named(name, &["train/sub/a.png"]), Ok("found".into()), "{name}");
+    }
+    for name in ["../train/a.png", "other/a.png", "/etc/a.png", "sub/gone.png", ".", "", "C:\\train\\a.png"] {
+        let error = named(name, &["train/a.png", "other/a.png"]).unwrap_err();
+        assert!(error.contains("line 1") && error.contains("count from the folder of this list"), "{name}: {error}");
+    }
+}
+
+#[test]
+fn captions_that_cannot_be_read_are_told_together_or_in_their_encoding() {
+    let folder = folder(
+        &["a.png", "b.png", "c.png", "d.png"],
+        &[("a.txt", b"caf\xe9"), ("b.txt", b"na\xefve"), ("c.txt", b"plain"), ("d.txt", b"\xff\xfed\0")],
+    );
+    let error = ImageDataset::scan(folder.path(), &ScanOptions::default()).unwrap_err().to_string();
+    for fragment in ["2 captions", "a.txt, line 1", "b.txt, line 1", "not UTF-8 at byte 2", "caption_encoding"] {
+        assert!(error.contains(fragment), "`{error}` lacks `{fragment}`");
+    }
+    let caption_encoding = lora_data::dataset::TextEncoding::named("windows-1252");
+    let options = ScanOptions { caption_encoding, ..ScanOptions::default() };
+    let dataset = ImageDataset::scan(folder.path(), &options).unwrap();
+    let captions: Vec<_> = dataset.items().iter().map(|item| item.caption.as_str()).collect();
+    assert_eq!(captions, ["café", "naïve", "plain", "d"]);
+}
+
 fn kinds(dataset: &ImageDataset) -> Vec<&'static str> {
     dataset.findings().iter().map(|finding| finding.kind.name()).collect()
 }
@@ -244,7 +346,7 @@ fn archives_are_read_in_place() {
         archive.append_data(&mut header, name, bytes).unwrap();
     };
     put("d/0001.png", &png(11));
-    put("d/0001.json", b"{\"caption\":\"from json\",\"score\":3}");
+    put("d/0001.json", "\u{feff}{\"caption\":\"from json\",\"score\":3}".as_bytes());
     put("d/0002.jpg", &png(12));
     put("d/0002.json", b"{\"caption\":\"json\"}");
     put("d/0002.txt", b"from txt\nsecond");

@@ -60,6 +60,17 @@ fn every_mistake_is_named_with_what_would_be_right() {
         ("pretrained_model_name_or_path = 4", &["called `base_model`"]),
         ("something_else_entirely = 4", &["unknown key"]),
         ("lora_rank = 0", &["`lora_rank`", "from 1", "found 0"]),
+        ("lora_rank = 1000000000000", &["`lora_rank`", "from 1 to 1000000", "found 1000000000000"]),
+        ("rank_pattern = { to_q = 2.5 }", &[":4", "`rank_pattern`", "`to_q`", "whole number", "2.5"]),
+        ("alpha_pattern = { to_q = -1 }", &["`alpha_pattern`", "`to_q`", "above 0"]),
+        ("batch_size = 10000000000", &["`batch_size`", "to 65536"]),
+        ("repeats = 10000000000", &["`repeats`", "to 1000000"]),
+        ("epochs = 10000000000", &["`epochs`", "10000000000"]),
+        ("enable_bucket = true\nmax_bucket_reso = 1000000000", &["`max_bucket_reso`", "32768"]),
+        ("learning_rate = nan", &[":4: `learning_rate`", "finite number", "nan or inf"]),
+        ("lora_alpha = 4\nrank_pattern = { q = 4, k = inf }", &[":5: `rank_pattern.k`", "finite number"]),
+        ("caption_encoding = \"klingon\"", &["`caption_encoding`", "klingon", "shift_jis"]),
+        ("output_name = \"a\\q\"\nloss = 1", &[":4: `output_name`", "TOML"]),
         ("lora_rank = \"four\"", &["`lora_rank`", "whole number", "\"four\""]),
         ("lora_alpha = -1", &["`lora_alpha`", "above 0"]),
         ("lora_dropout = 1.0", &["`lora_dropout`", "below 1"]),
@@ -97,6 +108,56 @@ fn every_mistake_is_named_with_what_would_be_right() {
             assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
         }
     }
+}
+
+#[test]
+fn what_a_library_refuses_is_told_with_its_key_and_in_words_of_this_program() {
+    let cases: &[(&str, &[&str])] = &[
+        ("learning_rate: .nan", &[":4: `learning_rate`: expected a finite number, found .nan"]),
+        ("unet_lr: 1e400", &[":4: `unet_lr`: expected a finite number, found 1e400"]),
+        ("rank_pattern:\n  to_q: -.inf", &[":5: `to_q`: expected a finite number, found -.inf"]),
+        ("lora_rank: 4\nlora_rank: 5", &[":5: `lora_rank`: duplicate", "twice"]),
+        ("trigger_word: a: b", &[":4: `trigger_word`", "not valid YAML", "in quotes"]),
+        ("trigger_word: *x", &[":4: `trigger_word`", "not valid YAML", "in quotes"]),
+        ("background: #ffffff", &[":4: `background`", "found nothing", "comment"]),
+    ];
+    for (text, fragments) in cases {
+        let text = format!("base_model: b\ntrain_data_dir: d\noutput_dir: o\n{text}\n");
+        let error = TrainConfig::from_text(&text, Format::Yaml, NONE).expect_err(&text).to_string();
+        assert!(!error.contains("policy") && !error.contains("Policy"), "{error}");
+        for fragment in *fragments {
+            assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
+        }
+    }
+    let error = TrainConfig::from_text("", Format::Toml, &["learning_rate=nan"]).unwrap_err().to_string();
+    assert!(error.contains("`learning_rate`: expected a number") && error.contains("nan"), "{error}");
+    // Of several that are none, all are told.
+    let error = toml("learning_rate = inf\nlora_alpha = nan\nlora_rank = 0").unwrap_err();
+    assert_eq!(error.lines().count(), 3, "{error}");
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_any_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, format!("\u{feff}{text}")).unwrap();
+        path.display().to_string()
+    };
+    let json = write("d.json", r#"{"datasets": [{"resolution": 64, "subsets": [{"image_dir": "d"}]}]}"#);
+    let table = write("d.TOML", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'd'\n");
+    for (name, dataset) in [("c.toml", &json), ("c.toml", &table), ("c.yaml", &json), ("C.JSON", &json)] {
+        let text = match name {
+            "c.toml" => format!("base_model = 'b'\noutput_dir = 'o'\ndataset_config = '{dataset}'\n"),
+            "c.yaml" => format!("base_model: b\noutput_dir: o\ndataset_config: {dataset}\n"),
+            _ => serde_json::json!({ "base_model": "b", "output_dir": "o", "dataset_config": dataset }).to_string(),
+        };
+        let config = TrainConfig::from_file(write(name, &text), NONE).unwrap();
+        assert_eq!(config.datasets[0].framing.resolution(), (64, 64), "{name}");
+    }
+    std::fs::write(folder.path().join("u.yaml"), b"\xff\xfeb\0").unwrap();
+    let error = TrainConfig::from_file(folder.path().join("u.yaml"), NONE).unwrap_err().to_string();
+    assert!(error.contains("u.yaml") && error.contains("save the file as UTF-8"), "{error}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::captions::{CAPTION_KEYS, caption_lines};
+use super::encoding::{TextEncoding, decode_text};
 use super::{CaptionSource, EXTENSIONS, ImageDataset, Stored, file_name, has_extension};
 use crate::finding::FindingKind;
 use crate::{Error, Result};
@@ -61,7 +62,7 @@ impl ImageDataset {
             let stored = Stored::member(path.join(&name), Arc::clone(&shared), entry.raw_file_position(), entry.size());
             let rank = [".txt", ".caption", ".json"].iter().position(|extension| rest == *extension);
             if let Some(rank) = rank {
-                match text(&mut entry, path, &name, rank == 2) {
+                match text(&mut entry, path, &name, rank == 2, self.options.caption_encoding) {
                     Ok(Some(lines)) if group.caption.as_ref().is_none_or(|(own, _)| rank < *own) => {
                         group.caption = Some((rank, lines));
                     }
@@ -95,13 +96,19 @@ impl ImageDataset {
 }
 
 /// The lines of a text member, or the caption in a JSON one.
-fn text(entry: &mut impl Read, archive: &Path, name: &Path, json: bool) -> Result<Option<Vec<String>>> {
+fn text(
+    entry: &mut impl Read,
+    archive: &Path,
+    name: &Path,
+    json: bool,
+    encoding: Option<TextEncoding>,
+) -> Result<Option<Vec<String>>> {
     let path = archive.join(name);
     let mut bytes = Vec::new();
     entry.take(MAX_TEXT).read_to_end(&mut bytes).map_err(Error::io(&path, "read"))?;
-    let text = String::from_utf8(bytes).map_err(|_| Error::caption(&path, None, "not UTF-8; save it as UTF-8"))?;
+    let text = decode_text(&path, bytes, encoding)?;
     if !json {
-        return Ok(Some(caption_lines(text.trim_start_matches('\u{feff}'))));
+        return Ok(Some(caption_lines(&text)));
     }
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| Error::caption(&path, None, format!("not valid JSON: {error}")))?;

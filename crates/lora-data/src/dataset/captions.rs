@@ -7,11 +7,21 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
+use super::encoding::{TextEncoding, read_text_in};
 use super::{CaptionSource, EXTENSIONS};
 use crate::{Error, Result};
 
 const FILE_KEYS: &[&str] = &["filename", "file_name", "image_path"];
 pub(super) const CAPTION_KEYS: &[&str] = &["prompt", "text", "caption"];
+
+/// The lists of captions in a folder.
+#[derive(Debug, Default)]
+pub(super) struct Lists {
+    /// `metadata.csv`.
+    pub(super) csv: Option<PathBuf>,
+    /// `metadata.jsonl`.
+    pub(super) jsonl: Option<PathBuf>,
+}
 
 /// Captions by picture.
 #[derive(Debug, Clone, Default)]
@@ -20,17 +30,22 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// Captions of a folder's `metadata.csv` and `metadata.jsonl`, and whatever is wrong with them. `pictures` are the
-    /// folder's, by name; `below` says that pictures of folders below may be named.
-    pub(super) fn read(folder: &Path, pictures: &HashSet<OsString>, below: bool) -> (Self, Vec<Error>) {
-        let mut reading = Reading { folder, pictures, below, metadata: Self::default(), problems: Vec::new() };
-        let csv = folder.join("metadata.csv");
-        if csv.is_file() {
-            reading.csv(&csv);
+    /// Captions of a folder's lists, and whatever is wrong with them. `pictures` are the folder's, by name; `below` says that
+    /// pictures of folders below may be named.
+    pub(super) fn read(
+        folder: &Path,
+        lists: &Lists,
+        pictures: &HashSet<OsString>,
+        below: bool,
+        encoding: Option<TextEncoding>,
+    ) -> (Self, Vec<Error>) {
+        let (metadata, problems) = (Self::default(), Vec::new());
+        let mut reading = Reading { folder, pictures, below, encoding, metadata, problems };
+        if let Some(csv) = &lists.csv {
+            reading.csv(csv);
         }
-        let jsonl = folder.join("metadata.jsonl");
-        if jsonl.is_file() {
-            reading.jsonl(&jsonl);
+        if let Some(jsonl) = &lists.jsonl {
+            reading.jsonl(jsonl);
         }
         (reading.metadata, reading.problems)
     }
@@ -48,13 +63,14 @@ struct Reading<'r> {
     folder: &'r Path,
     pictures: &'r HashSet<OsString>,
     below: bool,
+    encoding: Option<TextEncoding>,
     metadata: Metadata,
     problems: Vec<Error>,
 }
 
 impl Reading<'_> {
     fn csv(&mut self, path: &Path) {
-        let text = match read_text(path) {
+        let text = match read_text_in(path, self.encoding) {
             Ok(text) => text,
             Err(error) => return self.problems.push(error),
         };
@@ -88,7 +104,7 @@ impl Reading<'_> {
     }
 
     fn jsonl(&mut self, path: &Path) {
-        let text = match read_text(path) {
+        let text = match read_text_in(path, self.encoding) {
             Ok(text) => text,
             Err(error) => return self.problems.push(error),
         };
@@ -113,15 +129,11 @@ impl Reading<'_> {
     }
 
     fn insert(&mut self, path: &Path, line: usize, file: &str, caption: &str, source: CaptionSource) {
-        // Only pictures of this very folder, or of those below it: a name that leads elsewhere is a mistake or worse.
-        let name = Path::new(file);
-        let inside = name.components().all(|part| matches!(part, Component::Normal(_)));
-        let known = if name.components().count() > 1 { self.below } else { self.pictures.contains(name.as_os_str()) };
-        if !inside || !known {
-            self.problems.push(Error::caption(path, Some(line), format!("`{file}` is no picture of this folder")));
+        let Some(wanted) = self.picture(file) else {
+            let reason = format!("`{file}` is no picture of this folder; names count from the folder of this list");
+            self.problems.push(Error::caption(path, Some(line), reason));
             return;
-        }
-        let wanted = self.folder.join(name);
+        };
         match self.metadata.captions.get(&wanted) {
             Some((_, earlier)) if *earlier == source => {
                 let reason = format!("`{file}` has a caption in this file already");
@@ -136,6 +148,36 @@ impl Reading<'_> {
     }
 }
 
+impl Reading<'_> {
+    /// The picture of this folder, or of one below it, that a list names: by its name, its path from here, with `./` or the
+    /// folder's own name in front, its whole path, and any of these as Windows writes it. A name that leads elsewhere is a
+    /// mistake or worse.
+    fn picture(&self, file: &str) -> Option<PathBuf> {
+        let slashes = file.replace('\\', "/");
+        [file, slashes.as_str()].into_iter().find_map(|file| {
+            let path: PathBuf = Path::new(file).components().filter(|part| *part != Component::CurDir).collect();
+            let inside = path.strip_prefix(self.folder).unwrap_or(&path);
+            let own_name = self.folder.file_name().and_then(|name| inside.strip_prefix(name).ok());
+            [Some(inside), own_name].into_iter().flatten().find_map(|name| self.known(name))
+        })
+    }
+
+    fn known(&self, name: &Path) -> Option<PathBuf> {
+        let parts: Vec<Component<'_>> = name.components().collect();
+        if !parts.iter().all(|part| matches!(part, Component::Normal(_))) {
+            return None;
+        }
+        match parts.as_slice() {
+            [] => None,
+            [only] => self.pictures.contains(only.as_os_str()).then(|| self.folder.join(only)),
+            _ => {
+                let path = self.folder.join(parts.iter().collect::<PathBuf>());
+                (self.below && path.is_file()).then_some(path)
+            }
+        }
+    }
+}
+
 /// One picture that sd-scripts' metadata lists, with its caption and tags joined.
 pub(super) struct Listed {
     pub(super) picture: PathBuf,
@@ -144,10 +186,10 @@ pub(super) struct Listed {
 
 /// What a metadata file of sd-scripts lists: an object of objects by path or name, or a JSON object per line. Relative
 /// paths lie in `folder`; a name without extension is that of a picture there.
-pub(super) fn listed(path: &Path, folder: &Path) -> Result<Vec<Listed>> {
-    let text = read_text(path)?;
+pub(super) fn listed(path: &Path, folder: &Path, encoding: Option<TextEncoding>) -> Result<Vec<Listed>> {
+    let text = read_text_in(path, encoding)?;
     let whole: Result<BTreeMap<String, Value>, _> = serde_json::from_str(&text);
-    let is_lines = path.extension().is_some_and(|extension| extension == "jsonl");
+    let is_lines = super::has_extension(path, &["jsonl"]);
     let rows: Vec<(usize, String, Value)> = match whole {
         Ok(rows) if !is_lines => rows.into_iter().map(|(name, row)| (0, name, row)).collect(),
         Err(error) if !is_lines => {
@@ -198,20 +240,4 @@ pub(super) fn listed(path: &Path, folder: &Path) -> Result<Vec<Listed>> {
 /// The lines of a caption file that are not empty.
 pub(super) fn caption_lines(text: &str) -> Vec<String> {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
-}
-
-/// A text file without its byte-order mark.
-///
-/// # Errors
-/// Where it cannot be read, and where it is anything but UTF-8, which says where.
-pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    match String::from_utf8(bytes) {
-        Ok(text) => Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)),
-        Err(error) => {
-            let at = error.utf8_error().valid_up_to();
-            let line = error.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
-            Err(Error::caption(path, Some(line), format!("not UTF-8 at byte {at}; save it as UTF-8")))
-        }
-    }
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::captions::{Metadata, caption_lines, listed, read_text};
+use super::captions::{Lists, Metadata, caption_lines, listed};
+use super::encoding::read_text_in;
 use super::{CaptionSource, EXTENSIONS, ImageDataset, Item, Stored, file_name, has_extension};
 use crate::finding::FindingKind;
 use crate::picture::Header;
@@ -32,6 +33,34 @@ struct Listing {
     others: HashSet<OsString>,
 }
 
+/// Files beside pictures, found whichever case their extension has: cameras and Windows write capitals.
+struct Others<'o>(HashMap<OsString, Vec<&'o OsStr>>);
+
+impl<'o> Others<'o> {
+    fn of(names: &'o HashSet<OsString>) -> Self {
+        let mut by_name: HashMap<OsString, Vec<&OsStr>> = HashMap::new();
+        for name in names {
+            by_name.entry(name.to_ascii_lowercase()).or_default().push(name);
+        }
+        Self(by_name)
+    }
+
+    /// The file `stem.extension`; of several that differ in case, the one that is written so, then the first by name.
+    fn find(&self, stem: &OsStr, extension: &str) -> Option<&'o OsStr> {
+        let mut exact = stem.to_owned();
+        exact.push(".");
+        exact.push(extension);
+        let starts = |name: &&OsStr| name.as_encoded_bytes().starts_with(stem.as_encoded_bytes());
+        let found = self.0.get(&exact.to_ascii_lowercase())?.iter().copied().filter(starts);
+        found.min_by_key(|name| (*name != exact, *name))
+    }
+
+    /// The file of a name in lower case, whichever case its own has.
+    fn named(&self, name: &str) -> Option<&'o OsStr> {
+        self.0.get(OsStr::new(name))?.iter().copied().min_by_key(|own| (*own != name, *own))
+    }
+}
+
 /// What a picture's own files say.
 type Read = (Result<Header>, Result<Option<(Vec<String>, CaptionSource)>>);
 
@@ -44,12 +73,23 @@ impl ImageDataset {
         let others = listing.others.len();
         let own = !listing.pictures.is_empty() || !listing.containers.is_empty();
         let kohya = listing.folders.iter().any(|folder| repeats_of(&file_name(folder)).is_some());
+        if !kohya {
+            self.unused_number(root);
+        }
         if self.options.recursive || !own && !kohya {
             self.tree(root, listing, repeats, &class)?;
-        } else if own {
+        } else if !kohya {
             self.ignore(&listing.folders);
             self.folder(root, listing, repeats, &class)?;
         } else {
+            // As sd-scripts has it, the data are in the folders, and what lies beside them is not among them.
+            for picture in &listing.pictures {
+                let beside = "it lies beside N_name folders, in which the pictures are";
+                self.problem(picture, FindingKind::PictureIgnored, Error::picture(picture, beside))?;
+            }
+            for container in &listing.containers {
+                self.container(container, repeats)?;
+            }
             for folder in listing.folders {
                 let Some((own, name)) = repeats_of(&file_name(&folder)) else {
                     self.ignore(&[folder]);
@@ -58,10 +98,23 @@ impl ImageDataset {
                 let Some(listing) = self.list_below(&folder)? else { continue };
                 let class = if class.is_empty() { name } else { class.clone() };
                 self.ignore(&listing.folders);
-                self.folder(&folder, listing, repeats * own, &class)?;
+                self.folder(&folder, listing, repeats.saturating_mul(own), &class)?;
             }
         }
         Ok(others)
+    }
+
+    /// Says so where the folder that was given is itself an `N_name` folder whose number and name are not in force.
+    fn unused_number(&mut self, root: &Path) {
+        let real = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+        let Some((own, name)) = repeats_of(&file_name(&real)) else { return };
+        if self.options.repeats == own || self.options.repeats > 1 && !self.options.class.is_empty() {
+            return;
+        }
+        let used = self.options.repeats;
+        let detail =
+            format!("its {own} repeats and the caption `{name}` are not used: pictures are visited {used} times");
+        self.note(root, FindingKind::FolderNumber, detail);
     }
 
     fn ignore(&mut self, folders: &[PathBuf]) {
@@ -77,7 +130,7 @@ impl ImageDataset {
         for folder in folders {
             let Some(listing) = self.list_below(&folder)? else { continue };
             match repeats_of(&file_name(&folder)) {
-                Some((own, name)) => self.tree(&folder, listing, repeats * own, &name)?,
+                Some((own, name)) => self.tree(&folder, listing, repeats.saturating_mul(own), &name)?,
                 None => self.tree(&folder, listing, repeats, class)?,
             }
         }
@@ -155,15 +208,16 @@ impl ImageDataset {
         for container in &listing.containers {
             self.container(container, repeats)?;
         }
-        if listing.pictures.is_empty()
-            && !listing.others.iter().any(|name| name == "metadata.jsonl" || name == "metadata.csv")
-        {
+        let others = Others::of(&listing.others);
+        let list = |name: &str| others.named(name).map(|name| folder.join(name));
+        let lists = Lists { csv: list("metadata.csv"), jsonl: list("metadata.jsonl") };
+        if listing.pictures.is_empty() && lists.csv.is_none() && lists.jsonl.is_none() {
             return Ok(());
         }
         let (pictures, mut masks) = self.divide(listing.pictures);
         let names = pictures.iter().filter_map(|path| path.file_name().map(OsStr::to_owned)).collect();
         let below = self.options.recursive || pictures.is_empty();
-        let (metadata, problems) = Metadata::read(folder, &names, below);
+        let (metadata, problems) = Metadata::read(folder, &lists, &names, below, self.options.caption_encoding);
         for error in problems {
             let path = error.path().unwrap_or(folder).to_owned();
             self.problem(&path, FindingKind::CaptionFile, error)?;
@@ -174,12 +228,12 @@ impl ImageDataset {
         }
         self.orphans(folder, &pictures, &listing.others);
 
-        let extensions = self.caption_extensions();
+        let (extensions, encoding) = (self.caption_extensions(), self.options.caption_encoding);
         let read = |path: &PathBuf| -> Read {
             let header = Stored::file(path).header();
             let caption = extensions.iter().find_map(|(extension, source)| {
-                let beside = path.with_extension(extension);
-                listing.others.contains(beside.file_name()?).then(|| Ok((caption_lines(&read_text(&beside)?), *source)))
+                let beside = path.with_file_name(others.find(path.file_stem()?, extension)?);
+                Some(read_text_in(&beside, encoding).map(|text| (caption_lines(&text), *source)))
             });
             (header, caption.transpose())
         };
@@ -219,7 +273,10 @@ impl ImageDataset {
         let stems: HashSet<OsString> = paths.iter().filter_map(|path| path.file_stem().map(OsStr::to_owned)).collect();
         let base = |path: &Path, endings: &[&str]| {
             let stem = path.file_stem()?.to_str()?;
-            let base = endings.iter().find_map(|ending| stem.strip_suffix(ending))?;
+            let base = endings.iter().find_map(|ending| {
+                let (base, own) = stem.split_at_checked(stem.len().checked_sub(ending.len())?)?;
+                own.eq_ignore_ascii_case(ending).then_some(base)
+            })?;
             stems.contains(OsStr::new(base)).then(|| OsString::from(base))
         };
         let (mut pictures, mut masks) = (Vec::with_capacity(paths.len()), HashMap::new());
@@ -256,7 +313,7 @@ impl ImageDataset {
                 let path = Path::new(name);
                 let is_caption = path
                     .extension()
-                    .is_some_and(|own| extensions.iter().any(|(extension, _)| own == extension.as_str()));
+                    .is_some_and(|own| extensions.iter().any(|(extension, _)| own.eq_ignore_ascii_case(extension)));
                 is_caption && path.file_stem().is_some_and(|stem| !stems.contains(stem))
             })
             .collect();
@@ -268,7 +325,7 @@ impl ImageDataset {
 
     /// Pictures that a metadata file of sd-scripts lists.
     pub(super) fn listed(&mut self, metadata: &Path, folder: &Path) -> Result<()> {
-        let rows = listed(metadata, folder)?;
+        let rows = listed(metadata, folder, self.options.caption_encoding)?;
         let masks = self.options.mask_dir.as_deref().map(masks_by_stem).transpose()?.unwrap_or_default();
         let headers: Vec<_> = rows.par_iter().map(|row| Stored::file(&row.picture).header()).collect();
         let name: Arc<str> = file_name(folder).into();

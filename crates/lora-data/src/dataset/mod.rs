@@ -1,7 +1,7 @@
 //! Captioned pictures on disk: which there are, how large they are, and what is written about them.
 //!
 //! **Layouts.** A folder of pictures; a folder of kohya's `N_name` folders (N repeats; the name is the caption of pictures
-//! that have none); a folder of other folders, read in full; a `.tar` in WebDataset's form; a `.parquet` table; or what a
+//! that have none; pictures beside such folders are left out and reported); a folder of other folders, read in full; a `.tar` in WebDataset's form; a `.parquet` table; or what a
 //! metadata file of sd-scripts lists.
 //!
 //! **Captions** come from, the first found winning: `picture.txt`, `picture.caption`, `metadata.csv` (a header with
@@ -14,13 +14,14 @@
 
 mod archive;
 mod captions;
+mod encoding;
 mod folder;
 mod regularisation;
 mod stored;
 #[cfg(feature = "parquet")]
 pub(crate) mod table;
 
-pub use captions::read_text;
+pub use encoding::{TextEncoding, read_text};
 pub use regularisation::balance;
 pub use stored::Stored;
 
@@ -33,6 +34,9 @@ use crate::{Error, Result};
 
 /// Extensions that make a file a picture, in any case.
 pub const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
+
+/// The most visits of an epoch: their order takes memory for each.
+const MAX_VISITS: usize = 50_000_000;
 
 /// Where a caption came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,6 +142,8 @@ pub struct ScanOptions {
     pub recursive: bool,
     /// Captions have this extension instead of `.txt` or `.caption`.
     pub caption_extension: Option<String>,
+    /// Captions and lists of them that are not UTF-8 are in this encoding.
+    pub caption_encoding: Option<TextEncoding>,
     /// Caption of pictures that have none.
     pub class: String,
     /// Metadata of sd-scripts (JSON by path, or JSON lines): pictures are those that it lists.
@@ -155,6 +161,7 @@ impl Default for ScanOptions {
             strictness: Strictness::Normal,
             recursive: false,
             caption_extension: None,
+            caption_encoding: None,
             class: String::new(),
             metadata_file: None,
             mask_dir: None,
@@ -164,11 +171,13 @@ impl Default for ScanOptions {
 }
 
 /// The pictures of a folder, an archive or a table, sorted by name.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct ImageDataset {
     options: ScanOptions,
     items: Vec<Item>,
     findings: Vec<Finding>,
+    /// Captions that cannot be used; all are told together.
+    refused: Vec<Error>,
     /// Captions that a metadata file has for pictures in folders below its own.
     inherited: captions::Metadata,
     /// Folders read so far, by their real paths.
@@ -190,6 +199,7 @@ impl ImageDataset {
             options: options.clone(),
             items: Vec::new(),
             findings: Vec::new(),
+            refused: Vec::new(),
             inherited: captions::Metadata::default(),
             visited: HashSet::new(),
         };
@@ -204,6 +214,21 @@ impl ImageDataset {
             }
             None => dataset.root(root)?,
         };
+        if !dataset.refused.is_empty() {
+            return Err(Error::captions(dataset.refused));
+        }
+        let visits = dataset.items.iter().try_fold(0usize, |sum, item| sum.checked_add(item.repeats));
+        if visits.is_none_or(|visits| visits > MAX_VISITS) {
+            let most = dataset.items.iter().map(|item| item.repeats).max().unwrap_or(0);
+            return Err(Error::Option {
+                key: "repeats",
+                value: most.to_string(),
+                reason: format!(
+                    "{} pictures would be visited more than {MAX_VISITS} times an epoch; lower repeats or the number before `_` in folders' names, and take more epochs",
+                    dataset.items.len()
+                ),
+            });
+        }
         if dataset.items.is_empty() && options.strictness != Strictness::Inspect {
             return Err(dataset.empty(root, others));
         }
@@ -245,8 +270,13 @@ impl ImageDataset {
     fn problem(&mut self, path: &Path, kind: FindingKind, error: Error) -> Result<()> {
         match (self.options.strictness, kind) {
             (Strictness::Inspect, _) => {}
-            (Strictness::Strict, _) if kind.severity() == Severity::Lost => return Err(error),
-            (_, FindingKind::CaptionFile) => return Err(error),
+            (Strictness::Strict, _) if kind.severity() == Severity::Lost && kind != FindingKind::CaptionFile => {
+                return Err(error);
+            }
+            (_, FindingKind::CaptionFile) => {
+                self.refused.push(error);
+                return Ok(());
+            }
             _ => {}
         }
         self.findings.push(Finding::new(path, kind, error.reason()));
@@ -286,7 +316,7 @@ pub fn tag_frequency<'i>(items: impl IntoIterator<Item = &'i Item>) -> BTreeMap<
     folders
 }
 
-fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+pub(crate) fn has_extension(path: &Path, extensions: &[&str]) -> bool {
     path.extension().is_some_and(|own| extensions.contains(&own.to_string_lossy().to_lowercase().as_str()))
 }
 

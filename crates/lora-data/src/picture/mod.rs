@@ -1,5 +1,6 @@
 //! Decoding: any picture file to upright 8-bit sRGB. Cutting and scaling live in [`crate::crop`].
 
+mod complete;
 mod jpeg;
 
 use std::fs::File;
@@ -142,7 +143,11 @@ pub(crate) fn decode_bytes(
             .then(|| ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let profile = decoder.icc_profile().unwrap_or_default();
-        let reduced = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
+        let cut_short = |error: complete::CutShort| Error::picture(name, error.to_string());
+        if is_jpeg {
+            complete::check_end(bytes).map_err(cut_short)?;
+        }
+        let factor = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
             // A quarter turn swaps the sides.
             let (across, down) = if is_turned(orientation) { (down, across) } else { (across, down) };
             let bytes_at = |factor: usize| 6 * (width as u64 * height as u64) / (factor * factor) as u64;
@@ -150,15 +155,24 @@ pub(crate) fn decode_bytes(
                 let large = width as usize / factor >= across && height as usize / factor >= down;
                 large && bytes_at(factor) <= MAX_DECODED_BYTES
             };
-            jpeg::decode(bytes, [8, 4, 2].into_iter().find(fits)?)
+            [8, 4, 2].into_iter().find(fits)
         });
+        let reduced = match factor {
+            Some(factor) => jpeg::decode(bytes, factor).map_err(cut_short)?,
+            None => None,
+        };
         let reduced = reduced.and_then(|own| {
             let (width, height) = (own.width as u32, own.height as u32);
             image::RgbImage::from_raw(width, height, own.data).map(DynamicImage::ImageRgb8)
         });
         let mut picture = match reduced {
             Some(picture) => picture,
-            None => DynamicImage::from_decoder(decoder).map_err(failed)?,
+            None => {
+                if is_jpeg {
+                    complete::check_data(bytes).map_err(cut_short)?;
+                }
+                DynamicImage::from_decoder(decoder).map_err(failed)?
+            }
         };
         picture.apply_orientation(orientation);
         let (width, height) = (picture.width() as usize, picture.height() as usize);

@@ -53,6 +53,8 @@ fn notes(pictures: &Pictures) -> Vec<String> {
     if !ignored.is_empty() {
         notes.push(format!("folders that are not read: {}", ignored.join(", ")));
     }
+    let numbers = pictures.findings().iter().filter(|finding| finding.kind == FindingKind::FolderNumber);
+    notes.extend(numbers.map(|finding| format!("{}: {}", finding.path.display(), finding.detail)));
     for (kind, what) in [
         (FindingKind::OrphanCaption, "caption(s) without a picture"),
         (FindingKind::DuplicateStem, "picture(s) that share their caption with another of the same name"),

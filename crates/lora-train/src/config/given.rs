@@ -15,6 +15,9 @@ pub struct Given<'r> {
     key: &'r str,
 }
 
+/// The most that a count without a limit of its own may be.
+const MOST: u64 = 1_000_000_000;
+
 impl<'r> Given<'r> {
     pub(super) fn new(reader: &'r mut Reader, key: &'r str) -> Self {
         Self { reader, key }
@@ -79,13 +82,25 @@ impl<'r> Given<'r> {
         }
     }
 
-    /// A whole number from `least` on.
+    /// A whole number from `least` on, up to 10⁹: beyond it are slips of the finger.
     pub fn count(&mut self, least: u64) -> Option<usize> {
+        self.count_to(least, MOST)
+    }
+
+    /// A whole number from `least` to `most`: what memory is taken by, or what counts are multiplied with.
+    pub fn count_to(&mut self, least: u64, most: u64) -> Option<usize> {
         let value = self.value()?;
-        match value.as_u64().filter(|&number| number >= least).and_then(|number| usize::try_from(number).ok()) {
-            Some(number) => Some(number),
-            None => self.mismatch(&format!("a whole number from {least} on"), &value),
+        match value.as_u64().filter(|number| (least..=most).contains(number)).map(usize::try_from) {
+            Some(Ok(number)) => Some(number),
+            _ if most == MOST => self.mismatch(&format!("a whole number from {least} on"), &value),
+            _ => self.mismatch(&format!("a whole number from {least} to {most}"), &value),
         }
+    }
+
+    /// Any whole number from 0 on, for a seed.
+    pub fn seed(&mut self) -> Option<u64> {
+        let value = self.value()?;
+        value.as_u64().or_else(|| self.mismatch("a whole number from 0 to 18446744073709551615", &value))
     }
 
     /// A number above 0.
@@ -247,7 +262,13 @@ impl<'r> Given<'r> {
     }
 
     fn mismatch<T>(&mut self, expected: &str, found: &Value) -> Option<T> {
-        self.problem(format!("expected {expected}, found {found}"));
+        match found {
+            // What stands there in YAML may be a comment, or nothing.
+            Value::Null => {
+                self.problem(format!("expected {expected}, found nothing; # begins a comment, outside of quotes"))
+            }
+            found => self.problem(format!("expected {expected}, found {found}")),
+        }
         None
     }
 }

@@ -8,6 +8,7 @@ pub mod keys;
 mod read;
 mod sd_scripts;
 mod steps;
+mod text;
 
 pub use read::{ConfigError, Format, Problem};
 pub use steps::{RunLength, StepPlan};
@@ -104,6 +105,9 @@ pub enum Resume {
 struct ReadBy {
     keys: Keys,
     given: Vec<&'static str>,
+    /// The file, and the lines of its keys.
+    path: Option<PathBuf>,
+    lines: BTreeMap<String, usize>,
 }
 
 impl fmt::Debug for ReadBy {
@@ -289,7 +293,8 @@ impl TrainConfig {
         overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
         let keys = reader.keys().clone();
         let given = keys.names().filter(|key| reader.has(key)).collect();
-        let mut config = Self::blank(ReadBy { keys: keys.clone(), given });
+        let (path, lines) = (reader.path().map(Path::to_owned), reader.lines());
+        let mut config = Self::blank(ReadBy { keys: keys.clone(), given, path, lines });
         keys.read(&mut reader, &mut config);
         config.datasets = datasets::read(&mut reader, true);
         reader.finish(config)
@@ -300,9 +305,19 @@ impl TrainConfig {
         &self.read_by.keys
     }
 
+    /// What is found out later to be wrong with values of keys, as it is said of what is wrong when the configuration is read.
+    pub(crate) fn refused(&self, problems: impl IntoIterator<Item = (&'static str, String)>) -> ConfigError {
+        let problem = |(key, message): (&str, String)| Problem {
+            line: self.read_by.lines.get(key).copied(),
+            key: Some(key.to_owned()),
+            message,
+        };
+        ConfigError { path: self.read_by.path.clone(), problems: problems.into_iter().map(problem).collect() }
+    }
+
     /// Keys that are given although only other bases bring them, where a base brings these groups.
     pub fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
-        let ReadBy { keys, given } = &self.read_by;
+        let ReadBy { keys, given, .. } = &self.read_by;
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
 

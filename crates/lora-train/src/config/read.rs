@@ -1,6 +1,7 @@
 //! From text to one flat table, whichever format it has. Every problem is collected with its line, so that a user sees all of
 //! them at once. What is taken out of the table for a key is in [`super::given`].
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::given::Given;
 use super::keys::Keys;
+use super::text;
 use crate::Plugins;
 use crate::optimiser::OptimiserRegistry;
 
@@ -83,12 +85,16 @@ impl Reader {
             problems: vec![Problem { line: None, key: None, message }],
         };
         let format = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("toml") => Format::Toml,
-            Some("yaml" | "yml" | "json") => Format::Yaml,
+            Some(name) if name.eq_ignore_ascii_case("toml") => Format::Toml,
+            Some(name) if ["yaml", "yml", "json"].iter().any(|own| name.eq_ignore_ascii_case(own)) => Format::Yaml,
             _ => return Err(problem("expected a name that ends in .toml, .yaml, .yml or .json".into())),
         };
         let bytes = std::fs::read(path).map_err(|error| problem(format!("cannot read: {error}")))?;
-        let text = String::from_utf8(bytes).map_err(|error| problem(format!("not UTF-8: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let at = error.utf8_error().valid_up_to();
+            let line = error.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
+            problem(format!("line {line} is not UTF-8; save the file as UTF-8 (not UTF-16 or ANSI)"))
+        })?;
         Self::parse(Some(path.to_owned()), &text, format, plugins)
     }
 
@@ -98,26 +104,20 @@ impl Reader {
         format: Format,
         plugins: &Plugins,
     ) -> Result<Self, ConfigError> {
-        let parsed: Result<Value, (Option<usize>, String)> = match format {
-            Format::Toml => toml::from_str(text).map_err(|error| {
-                let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-                (line, error.message().to_owned())
-            }),
-            Format::Yaml => serde_saphyr::from_str(text).map_err(|error| {
-                let line = error.location().map(|location| location.line() as usize);
-                (line, error.to_string().lines().next().unwrap_or_default().to_owned())
-            }),
+        let refused = |problem| ConfigError { path: path.clone(), problems: vec![problem] };
+        let (values, problems) = text::parse(text, format).map_err(refused)?;
+        let mut values = match values {
+            Value::Object(values) => values,
+            Value::Null => Map::new(),
+            _ => {
+                let message = "expected keys and values at the top level".into();
+                return Err(refused(Problem { line: None, key: None, message }));
+            }
         };
-        let problem =
-            |line, message| ConfigError { path: path.clone(), problems: vec![Problem { line, key: None, message }] };
-        let values = match parsed {
-            Ok(Value::Object(values)) => values,
-            Ok(Value::Null) => Map::new(),
-            Ok(_) => return Err(problem(None, "expected keys and values at the top level".into())),
-            Err((line, message)) => return Err(problem(line, message)),
-        };
+        // What was told is not told again, as of another type than was expected.
+        values.retain(|key, _| !problems.iter().any(|problem| begins_with(problem.key.as_deref(), key)));
         let (keys, optimisers) = (plugins.keys.clone(), plugins.optimisers.clone());
-        Ok(Self { path, text: text.to_owned(), values, problems: Vec::new(), keys, optimisers })
+        Ok(Self { path, text: text.to_owned(), values, problems, keys, optimisers })
     }
 
     /// The keys that there may be.
@@ -139,7 +139,9 @@ impl Reader {
         let (key, value) = (key.trim(), value.trim());
         let typed = toml::from_str::<Map<String, Value>>(&format!("value = {value}"))
             .ok()
-            .and_then(|mut table| table.remove("value"));
+            .and_then(|mut table| table.remove("value"))
+            // NaN and infinity, which are no values of JSON's.
+            .filter(|value| !value.is_null());
         // The length of a run has two spellings: the one given here takes the place of the file's.
         match key {
             "epochs" => drop(self.values.remove("max_train_steps")),
@@ -212,6 +214,16 @@ impl Reader {
         self.values.contains_key(key)
     }
 
+    /// The lines that keys of the flat file stand on.
+    pub(super) fn lines(&self) -> BTreeMap<String, usize> {
+        self.values.keys().filter_map(|key| Some((key.clone(), self.line_of(key)?))).collect()
+    }
+
+    /// The file.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
     /// The line that a key of the flat file stands on.
     fn line_of(&self, key: &str) -> Option<usize> {
         let begins = |line: &str| {
@@ -220,6 +232,11 @@ impl Reader {
         };
         self.text.lines().position(|line| begins(line).is_some()).map(|index| index + 1)
     }
+}
+
+/// Whether a problem's path is a key's or one within it.
+fn begins_with(path: Option<&str>, key: &str) -> bool {
+    path.and_then(|path| path.strip_prefix(key)).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }
 
 /// `; did you mean …?` with the nearest of some names, if one is near.

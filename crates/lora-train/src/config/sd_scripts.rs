@@ -7,6 +7,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::datasets::Table;
+use super::read::{Format, Problem};
+use super::text;
 
 /// Their keys and ours, with the same values.
 const SAME: &[(&str, &str)] = &[
@@ -51,15 +53,16 @@ const IGNORED: &[&str] = &["cache_info", "validation_seed"];
 /// The subsets of a file, each with all that holds for it.
 pub(super) fn read(path: &Path) -> Result<Vec<Table>, Vec<String>> {
     let named = |message: String| vec![format!("{}: {message}", path.display())];
-    let text = std::fs::read_to_string(path).map_err(|error| named(format!("cannot read: {error}")))?;
-    let whole: Value = match path.extension().is_some_and(|extension| extension == "json") {
-        true => serde_json::from_str(&text).map_err(|error| named(error.to_string()))?,
-        false => toml::from_str(&text).map_err(|error| {
-            let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            named(format!("{}{}", line.map_or_else(String::new, |line| format!("line {line}: ")), error.message()))
-        })?,
+    let told = |Problem { line, key, message }: Problem| {
+        let line = line.map_or_else(String::new, |line| format!("line {line}: "));
+        format!("{line}{}{message}", key.map_or_else(String::new, |key| format!("`{key}`: ")))
     };
-    let mut problems = Vec::new();
+    let text = std::fs::read_to_string(path).map_err(|error| named(format!("cannot read: {error}")))?;
+    let (whole, not_numbers) = match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
+        true => (text::parse_json(&text).map_err(|problem| named(told(problem)))?, Vec::new()),
+        false => text::parse(&text, Format::Toml).map_err(|problem| named(told(problem)))?,
+    };
+    let mut problems: Vec<String> = not_numbers.into_iter().map(told).collect();
     let tables = tables(&whole, &mut problems);
     if tables.is_empty() && problems.is_empty() {
         problems.push("no [[datasets.subsets]]".into());

@@ -30,6 +30,7 @@ use remedies::{Change, ladder, settings, wishes};
 
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
+use crate::session::foresee;
 use crate::{Error, Result};
 
 /// What a process holds on a card beside tensors: the driver's context and loaded kernels. An estimate; it depends on the
@@ -107,6 +108,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         budget => budget,
     };
     let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
+    foresee(config, &checkpoint, precision_on(machine.platform, config.precision), plugins)?;
     // The search comes back to configurations that it has seen.
     let known = RefCell::new(BTreeMap::new());
     let peaks = |config: &TrainConfig| -> Result<Prediction> {

@@ -13,6 +13,7 @@ use lora_torch::tch::Device;
 use lora_torch::tensor::kind_of;
 use lora_torch::{device, dry};
 
+use super::foresee;
 use super::graphs::{self, StepGraphs};
 use super::resume;
 use crate::base::DataOpening;
@@ -79,6 +80,7 @@ impl Materials {
         if let Some(state) = &state {
             resume::agree(state, &Settings::new(&config, &*source, precision), false)?;
         }
+        notes.extend(foresee::check(&config, &checkpoint, precision, plugins)?);
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
         }

@@ -4,6 +4,7 @@
 //! that micro-batch size, resuming and device do not change what is drawn.
 
 mod encoded;
+mod foresee;
 mod graphs;
 mod materials;
 mod prepare;
@@ -14,6 +15,7 @@ mod summary;
 mod survive;
 mod validation;
 
+pub(crate) use foresee::check as foresee;
 pub(crate) use graphs::can_record;
 pub(crate) use materials::Materials;
 pub use prepare::Preparing;

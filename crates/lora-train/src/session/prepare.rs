@@ -351,7 +351,7 @@ fn attach(
 }
 
 /// The adapter to go on from, with its file name and hash: the same layers and rank as the configuration's.
-fn load_initial(
+pub(super) fn load_initial(
     path: &Path,
     config: &TrainConfig,
     plugins: &Plugins,

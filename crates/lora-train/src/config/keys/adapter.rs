@@ -1,5 +1,7 @@
 //! The adapter: what is trained of the base, and how.
 
+use std::collections::BTreeMap;
+
 use lora_core::DType;
 use lora_core::target::Targets;
 
@@ -31,7 +33,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "Rank of the update.",
             memory: "Small: SD 1.5 with all default targets holds 9.4 MB of weights, gradients and optimiser state per unit of rank.",
             resumed: Resumed::Fixed(|config| shown(&config.lora_rank)),
-            reads: Reads::Adapter(|given, config| config.lora_rank = given.count(1).unwrap_or(16)),
+            reads: Reads::Adapter(|given, config| config.lora_rank = given.count_to(1, MOST_RANK).unwrap_or(16)),
         },
         Key {
             name: "lora_alpha",
@@ -60,7 +62,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "Other ranks for some layers, by layer name, glob or `re:` expression; of several that match, the longest counts.",
             memory: "As lora_rank.",
             resumed: Resumed::Fixed(|config| shown(&config.rank_pattern)),
-            reads: Reads::Adapter(|given, config| config.rank_pattern = given.numbers()),
+            reads: Reads::Adapter(|given, config| config.rank_pattern = ranks(given)),
         },
         Key {
             name: "alpha_pattern",
@@ -69,7 +71,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "Other alphas for some layers, in the same way.",
             memory: "",
             resumed: Resumed::Fixed(|config| shown(&config.alpha_pattern)),
-            reads: Reads::Adapter(|given, config| config.alpha_pattern = given.numbers()),
+            reads: Reads::Adapter(|given, config| config.alpha_pattern = alphas(given)),
         },
         Key {
             name: "lora_dropout",
@@ -136,6 +138,27 @@ pub(super) static KEYS: Group = Group {
         },
     ],
 };
+
+/// Far beyond any layer, and what LyCORIS' users write for all of one.
+const MOST_RANK: u64 = 1_000_000;
+
+fn ranks(given: &mut Given<'_>) -> BTreeMap<String, f64> {
+    let ranks = given.numbers();
+    for (name, &rank) in &ranks {
+        if rank.fract() != 0.0 || !(1.0..=MOST_RANK as f64).contains(&rank) {
+            given.problem(format!("`{name}`: expected a whole number from 1 to {MOST_RANK}, found {rank}"));
+        }
+    }
+    ranks
+}
+
+fn alphas(given: &mut Given<'_>) -> BTreeMap<String, f64> {
+    let alphas = given.numbers();
+    for (name, &alpha) in alphas.iter().filter(|(_, alpha)| **alpha <= 0.0) {
+        given.problem(format!("`{name}`: expected a number above 0, found {alpha}"));
+    }
+    alphas
+}
 
 fn target_modules(given: &mut Given<'_>) -> Vec<String> {
     let targets = given.texts().unwrap_or_else(|| vec!["attention-mlp".into()]);

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use lora_data::dataset::{Role, Strictness};
+use lora_data::dataset::{Role, Strictness, TextEncoding};
 
 use super::{Given, Group, Key, Reads, Resumed, shown};
 
@@ -113,6 +113,15 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Dataset(|given, dataset| dataset.options.scan.caption_extension = given.text()),
         },
         Key {
+            name: "caption_encoding",
+            values: "name of an encoding",
+            default: "none",
+            meaning: "What captions and lists of them are in that are not UTF-8: `windows-1252`, `shift_jis`, `gbk`, `euc-kr`, `big5`, `windows-1251`, … UTF-16 with its mark is read without.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| dataset.options.scan.caption_encoding = encoding(given)),
+        },
+        Key {
             name: "class_tokens",
             values: "text",
             default: "the `name` of an `N_name` folder",
@@ -178,6 +187,17 @@ pub(super) static KEYS: Group = Group {
         },
     ],
 };
+
+fn encoding(given: &mut Given<'_>) -> Option<TextEncoding> {
+    let name = given.text()?;
+    let encoding = TextEncoding::named(&name);
+    if encoding.is_none() {
+        given.problem(format!(
+            "no encoding is called `{name}`; expected a name such as windows-1252, shift_jis, gbk or euc-kr"
+        ));
+    }
+    encoding
+}
 
 fn output_name(given: &mut Given<'_>) -> String {
     let name = given.text().unwrap_or_else(|| "lora".into());

@@ -144,8 +144,8 @@ pub(super) static KEYS: Group = Group {
             memory: "The largest lever: activations grow with it.",
             resumed: Resumed::Fixed(|config| shown(&config.batch_size)),
             reads: Reads::Both(
-                |given, config| config.batch_size = given.count(1).unwrap_or(1),
-                |given, dataset| dataset.options.batch_size = given.count(1).unwrap_or(1),
+                |given, config| config.batch_size = given.count_to(1, 65_536).unwrap_or(1),
+                |given, dataset| dataset.options.batch_size = given.count_to(1, 65_536).unwrap_or(1),
             ),
         },
         Key {
@@ -155,7 +155,9 @@ pub(super) static KEYS: Group = Group {
             meaning: "Micro-batches for one step; with batch_size 1 and 8 of these the update is that of batch_size 8.",
             memory: "None: this is how to have a large batch on a small card.",
             resumed: Resumed::Fixed(|config| shown(&config.gradient_accumulation_steps)),
-            reads: Reads::Run(|given, config| config.gradient_accumulation_steps = given.count(1).unwrap_or(1)),
+            reads: Reads::Run(|given, config| {
+                config.gradient_accumulation_steps = given.count_to(1, 1_000_000).unwrap_or(1)
+            }),
         },
         Key {
             name: "epochs",
@@ -188,7 +190,9 @@ pub(super) static KEYS: Group = Group {
             meaning: "Visits of each picture in an epoch.",
             memory: "",
             resumed: Resumed::Elsewhere,
-            reads: Reads::Dataset(|given, dataset| dataset.options.scan.repeats = given.count(1).unwrap_or(1)),
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.scan.repeats = given.count_to(1, 1_000_000).unwrap_or(1)
+            }),
         },
         Key {
             name: "seed",
@@ -197,7 +201,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "All randomness follows from it.",
             memory: "",
             resumed: Resumed::Fixed(|config| shown(&config.seed)),
-            reads: Reads::Run(|given, config| config.seed = given.count(0).unwrap_or(42) as u64),
+            reads: Reads::Run(|given, config| config.seed = given.seed().unwrap_or(42)),
         },
     ],
 };

@@ -39,7 +39,7 @@ pub static KEYS: Group = Group {
             meaning: "Shortest side of a bucket.",
             memory: "",
             resumed: Resumed::Elsewhere,
-            reads: Reads::Dataset(|given, dataset| dataset.buckets.min = given.count(1).unwrap_or(256)),
+            reads: Reads::Dataset(|given, dataset| dataset.buckets.min = given.count_to(1, 32_768).unwrap_or(256)),
         },
         Key {
             name: "max_bucket_reso",
@@ -48,7 +48,7 @@ pub static KEYS: Group = Group {
             meaning: "Longest side of a bucket.",
             memory: "",
             resumed: Resumed::Elsewhere,
-            reads: Reads::Dataset(|given, dataset| dataset.buckets.max = given.count(1).unwrap_or(1024)),
+            reads: Reads::Dataset(|given, dataset| dataset.buckets.max = given.count_to(1, 32_768).unwrap_or(1024)),
         },
         Key {
             name: "bucket_reso_steps",
@@ -57,7 +57,7 @@ pub static KEYS: Group = Group {
             meaning: "Sides of buckets are multiples of this.",
             memory: "",
             resumed: Resumed::Elsewhere,
-            reads: Reads::Dataset(|given, dataset| dataset.buckets.step = given.count(1).unwrap_or(64)),
+            reads: Reads::Dataset(|given, dataset| dataset.buckets.step = given.count_to(1, 32_768).unwrap_or(64)),
         },
         Key {
             name: "bucket_no_upscale",

@@ -139,9 +139,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "Seed of the samples' noise: the same in every row of the grid.",
             memory: "",
             resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| {
-                config.samples.seed = given.count(0).map_or(config.seed, |seed| seed as u64)
-            }),
+            reads: Reads::Run(|given, config| config.samples.seed = given.seed().unwrap_or(config.seed)),
         },
         Key {
             name: "sample_resolution",
