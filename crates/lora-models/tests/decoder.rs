@@ -136,6 +136,27 @@ fn hidden_states_logits_and_losses_are_transformers() {
     }
 }
 
+/// Sinks, windows on every other layer, experts in one tensor: the rows by themselves, and packed into one.
+#[test]
+fn logits_of_gpt_oss_are_transformers() {
+    let expected = SafetensorsFile::open(golden("gpt_oss/expected.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(golden("gpt_oss/model")).unwrap();
+    let decoder = load_decoder(&checkpoint, Kind::Float, CPU, Held::default()).unwrap();
+    let ids = integers(&expected, "ids");
+    no_grad(|| {
+        let alone = Rows::of(&ids, 0).unwrap();
+        let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
+        let positions = alone.positions.repeat([1, 2]);
+        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents) };
+        for rows in [alone, packed] {
+            let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
+            let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);
+            let error = worst(&logits, &floats(&expected, "logits"));
+            assert!(error < 1e-4, "{error:e}");
+        }
+    });
+}
+
 /// transformers 5 writes other keys than published files have.
 #[test]
 fn both_spellings_of_a_config_are_the_same_decoder() {

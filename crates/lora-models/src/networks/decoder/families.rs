@@ -65,6 +65,8 @@ pub(super) struct Switches {
 /// A family: transformers' `model_type` and its switches.
 pub(super) type Family = (&'static str, fn(&Reader<'_>, &mut Switches) -> Result<()>);
 
+pub(super) const GPT_OSS: &str = "gpt_oss";
+
 /// The families that are known here.
 pub(super) const FAMILIES: &[Family] = &[
     ("llama", |_, _| Ok(())),
@@ -151,6 +153,13 @@ pub(super) const FAMILIES: &[Family] = &[
     ("glm4", |_, own| {
         glm(own);
         own.norms = GLM_NORMS;
+        Ok(())
+    }),
+    (GPT_OSS, |config, own| {
+        (own.norm, own.head, own.epsilon) = (NormWeight::Single, Some(64), 1e-5);
+        own.rope.theta = 1.5e5;
+        own.window = config.window(Some(128))?;
+        own.slide(|layer| layer % 2 == 0);
         Ok(())
     }),
     ("seed_oss", |_, own| {
