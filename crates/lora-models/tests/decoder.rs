@@ -168,6 +168,23 @@ fn both_spellings_of_a_config_are_the_same_decoder() {
     }
 }
 
+/// As Gemma 3's files of 4B and more say it: what equals transformers' defaults is not there.
+#[test]
+fn of_a_wrapper_the_sizes_that_are_left_out_are_the_familys() {
+    let inner = serde_json::json!({
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024,
+    });
+    let config =
+        DecoderConfig::read(&serde_json::json!({ "model_type": "gemma3", "text_config": inner }), "x").unwrap();
+    assert_eq!((config.vocabulary, config.width, config.layers.len(), config.tied), (262_208, 2560, 34, true));
+    let [sliding, full] = [&config.layers[0], &config.layers[5]];
+    assert_eq!((sliding.heads, sliding.kv_heads, sliding.head, sliding.window), (8, 4, 256, Some(1024)));
+    assert_eq!((full.window, config.ropes[0].frequencies[0], config.ropes[1].frequencies[0]), (None, 0.125, 1.0));
+    let error = DecoderConfig::read(&inner, "x").unwrap_err().to_string();
+    assert!(error.contains("num_attention_heads is missing") || error.contains("vocab_size is missing"), "{error}");
+}
+
 /// The records in rows, each seeing itself alone.
 fn packed(reference: &Reference) -> (Rows, Tensor) {
     let (ids, labels, lengths) = (reference.integers("ids"), reference.integers("labels"), reference.lengths());

@@ -4,7 +4,7 @@
 use lora_io::checkpoint::ComponentWeights;
 use serde_json::Value;
 
-use super::families::{FAMILIES, GPT_OSS, Switches};
+use super::families::{self, FAMILIES, GPT_OSS, Switches};
 use super::keys::Reader;
 use super::rotary::Rope;
 use crate::{Error, Result};
@@ -179,9 +179,9 @@ impl DecoderConfig {
     /// If the architecture is not known, which is never guessed, a key is missing or of another kind, or the weights
     /// are quantised in a way that is not read here.
     pub fn read(config: &Value, source: &str) -> Result<Self> {
-        let whole = Reader { values: config, source };
+        let whole = Reader { values: config, source, defaults: &[] };
         let inner = config.get("text_config").filter(|inner| inner.is_object());
-        let config = Reader { values: inner.unwrap_or(config), source };
+        let mut config = Reader { values: inner.unwrap_or(config), source, defaults: &[] };
         let kind = config.text("model_type")?.unwrap_or_default();
         let Some((architecture, adjust)) = FAMILIES.iter().find(|(name, _)| *name == kind) else {
             let known: Vec<&str> = Self::known().collect();
@@ -189,6 +189,10 @@ impl DecoderConfig {
             return Err(config.wrong(reason));
         };
         whole.refuse_quantised()?;
+        if inner.is_some() {
+            // Of a part of a wrapper, files say only what is not its family's default.
+            config.defaults = families::sizes(architecture);
+        }
         let layers = config.size("num_hidden_layers")?;
         if layers > MOST_LAYERS {
             return Err(config.wrong(format!("num_hidden_layers is {layers}; expected at most {MOST_LAYERS}")));
@@ -272,7 +276,7 @@ impl Reader<'_> {
         // Older files say of layers with a window their base alone: they are not scaled.
         let old = object("rope_parameters").is_none();
         let differs = matches!(self.text("model_type")?, Some("gemma3_text" | "olmo3"));
-        let top = Reader { values: self.values, source: self.source };
+        let top = *self;
         let head = self.head(layers, own)?;
         if layers == SLIDING && old && differs {
             defaults.theta = match self.real("rope_local_base_freq")? {
@@ -280,13 +284,13 @@ impl Reader<'_> {
                 None if self.text("model_type")? == Some("gemma3_text") => 10000.0,
                 None => self.real("rope_theta")?.unwrap_or(defaults.theta),
             };
-            let plain = Reader { values: &none, source: self.source };
+            let plain = Reader { values: &none, source: self.source, defaults: &[] };
             return Rope::read(&plain, &plain, head, defaults);
         }
         if layers == SLIDING && matches!(self.text("model_type")?, Some("gemma3_text" | "gemma4_text")) {
             defaults.theta = 10000.0;
         }
-        Rope::read(&Reader { values: parameters, source: self.source }, &top, head, defaults)
+        Rope::read(&Reader { values: parameters, source: self.source, defaults: &[] }, &top, head, defaults)
     }
 
     /// The width of heads in a type of layers.
@@ -409,7 +413,7 @@ impl Reader<'_> {
     /// Ministral 3's growth of queries.
     fn query_growth(&self) -> Result<Option<(f64, usize)>> {
         let Some(parameters) = self.value("rope_parameters").or(self.value("rope_scaling")) else { return Ok(None) };
-        let parameters = Reader { values: parameters, source: self.source };
+        let parameters = Reader { values: parameters, source: self.source, defaults: &[] };
         let Some(beta) = parameters.real("llama_4_scaling_beta")? else { return Ok(None) };
         Ok(Some((beta, parameters.size("original_max_position_embeddings")?)))
     }
