@@ -70,6 +70,7 @@ fn of_a_wrapper_the_language_model_is_read() {
         let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
         assert!(weights.names().eq([EMBEDDING, LAYER]));
         assert_eq!(checkpoint.unused(), [vision]);
+        assert_eq!((weights.stored_name(LAYER), weights.stored_name("lm_head.weight")), (Some(layer), None));
     }
 }
 

@@ -188,6 +188,20 @@ impl AdaptableLayer {
         Ok(Self { path: path.to_owned(), weight, bias: None, geometry, adapter: None })
     }
 
+    /// A linear layer whose weight `[outputs, inputs]` and bias are parts of larger tensors. A frozen one is copied, so
+    /// that the whole can go.
+    pub(crate) fn of_part(weights: &Weights<'_>, weight: Tensor, bias: Tensor) -> Result<Self> {
+        let (outputs, inputs) = weight.size2()?;
+        let weight = if weight.requires_grad() { weight } else { weight.f_contiguous()? };
+        Ok(Self {
+            path: weights.prefix().to_owned(),
+            weight: weights.hold("weight", weight)?,
+            bias: Some(bias),
+            geometry: LayerGeometry::linear(inputs as usize, outputs as usize),
+            adapter: None,
+        })
+    }
+
     /// A layer of any geometry.
     pub fn new(weights: &Weights<'_>, geometry: LayerGeometry, bias: bool) -> Result<Self> {
         Ok(Self {

@@ -152,10 +152,15 @@ impl<'s> Weights<'s> {
     /// The weight of a layer, held as was asked for; small frozen ones are in the compute dtype on the device.
     pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
         let weight = self.tensor(name, shape)?;
+        self.hold(name, weight)
+    }
+
+    /// The same of a tensor that is there already: a weight, or a part of a trained leaf.
+    pub(crate) fn hold(&self, name: &str, weight: Tensor) -> Result<LayerWeight> {
         let Held::Frozen(Frozen { storage, staging }) = &self.held else {
             return Ok(LayerWeight::Trained { leaf: weight, kind: self.kind });
         };
-        let large = shape.len() >= 2 && weight.numel() >= SMALL;
+        let large = weight.dim() >= 2 && weight.numel() >= SMALL;
         let weight = match storage {
             Some(storage) if large => {
                 FrozenWeight::stored(&weight, *storage).map_err(|error| self.refused(name, error))?

@@ -136,6 +136,27 @@ fn hidden_states_logits_and_losses_are_transformers() {
     }
 }
 
+/// Sinks, windows on every other layer, experts in one tensor: the rows by themselves, and packed into one.
+#[test]
+fn logits_of_gpt_oss_are_transformers() {
+    let expected = SafetensorsFile::open(golden("gpt_oss/expected.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(golden("gpt_oss/model")).unwrap();
+    let decoder = load_decoder(&checkpoint, Kind::Float, CPU, Held::default()).unwrap();
+    let ids = integers(&expected, "ids");
+    no_grad(|| {
+        let alone = Rows::of(&ids, 0).unwrap();
+        let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
+        let positions = alone.positions.repeat([1, 2]);
+        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents) };
+        for rows in [alone, packed] {
+            let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
+            let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);
+            let error = worst(&logits, &floats(&expected, "logits"));
+            assert!(error < 1e-4, "{error:e}");
+        }
+    });
+}
+
 /// transformers 5 writes other keys than published files have.
 #[test]
 fn both_spellings_of_a_config_are_the_same_decoder() {
@@ -145,6 +166,23 @@ fn both_spellings_of_a_config_are_the_same_decoder() {
             .map(|name| DecoderConfig::read(&json(model.join(name)), family).unwrap_or_else(|error| panic!("{error}")));
         assert_eq!(old, new, "{family}");
     }
+}
+
+/// As Gemma 3's files of 4B and more say it: what equals transformers' defaults is not there.
+#[test]
+fn of_a_wrapper_the_sizes_that_are_left_out_are_the_familys() {
+    let inner = serde_json::json!({
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024,
+    });
+    let config =
+        DecoderConfig::read(&serde_json::json!({ "model_type": "gemma3", "text_config": inner }), "x").unwrap();
+    assert_eq!((config.vocabulary, config.width, config.layers.len(), config.tied), (262_208, 2560, 34, true));
+    let [sliding, full] = [&config.layers[0], &config.layers[5]];
+    assert_eq!((sliding.heads, sliding.kv_heads, sliding.head, sliding.window), (8, 4, 256, Some(1024)));
+    assert_eq!((full.window, config.ropes[0].frequencies[0], config.ropes[1].frequencies[0]), (None, 0.125, 1.0));
+    let error = DecoderConfig::read(&inner, "x").unwrap_err().to_string();
+    assert!(error.contains("num_attention_heads is missing") || error.contains("vocab_size is missing"), "{error}");
 }
 
 /// The records in rows, each seeing itself alone.

@@ -308,6 +308,15 @@ impl ComponentWeights {
         }
     }
 
+    /// The name that the tensor with a weight has in its file: inside of a wrapper with the wrapper's prefix, which an
+    /// adapter for the wrapper has before its modules too.
+    pub fn stored_name(&self, name: &str) -> Option<&str> {
+        match &self.gguf {
+            Some(model) => model.stored_name(name),
+            None => self.entries.get(name).map(|place| place.stored.as_str()),
+        }
+    }
+
     /// The GGUF file that holds the weights, with the tokenizer in its header; `None` for safetensors.
     pub fn gguf(&self) -> Option<&GgufFile> {
         self.gguf.as_ref().map(LanguageModel::file)

@@ -175,6 +175,11 @@ impl LanguageModel {
         Ok(Some(Packed { bytes, kind, shape }))
     }
 
+    /// The name of a tensor in the file.
+    pub fn stored_name(&self, name: &str) -> Option<&str> {
+        self.entries.get(name).map(String::as_str)
+    }
+
     /// Tells the kernel that a tensor's pages are not needed any more.
     pub fn release(&self, name: &str) {
         if let Some(stored) = self.entries.get(name) {

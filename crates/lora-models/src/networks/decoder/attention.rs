@@ -94,22 +94,31 @@ impl Rows<'_> {
 
 /// What scores go through before they are weighed.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Scores {
+pub(super) struct Scores<'s> {
     /// They are multiplied by this,
     pub(super) scale: f64,
     /// and squashed to within ± this.
     pub(super) cap: Option<f64>,
+    /// A score of each head, `[heads]`, that takes part and leads nowhere.
+    pub(super) sinks: Option<&'s Tensor>,
+}
+
+impl Scores<'_> {
+    /// Whether no kernel knows them.
+    fn are_looked_at(&self) -> bool {
+        self.cap.is_some() || self.sinks.is_some()
+    }
 }
 
 /// Values weighed by what queries see: `[batch, heads, queries, head]`, of keys and values `[batch, kv heads, keys, head]`.
-pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, scores: Scores) -> Result<Tensor> {
+pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, scores: Scores<'_>) -> Result<Tensor> {
     let groups = query.size4()?.1 / key.size4()?.1;
     // CUDA's flash attention reads the keys of a group of heads where they are; other kernels want a copy for each head.
     let as_they_are = matches!(platform(query.device()), Platform::Cuda)
         && query.kind() != Kind::Float
         && query.size4()?.3 <= FLASH
         && !matches!(mask, Mask::Blocks(_))
-        && scores.cap.is_none();
+        && !scores.are_looked_at();
     let (key, value) = if groups == 1 || as_they_are {
         (key.shallow_clone(), value.shallow_clone())
     } else {
@@ -117,7 +126,7 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
     };
     match mask {
         Mask::Causal => fused(query, &key, &value, None, true, scores.scale, groups > 1 && as_they_are),
-        Mask::All if scores.cap.is_some() => looked_at(query, &key, &value, None, scores),
+        Mask::All if scores.are_looked_at() => looked_at(query, &key, &value, None, scores),
         Mask::All => fused(query, &key, &value, None, false, scores.scale, groups > 1 && as_they_are),
         Mask::Blocks(blocks) => {
             let part = |index: usize| -> Result<Tensor> {
@@ -125,12 +134,15 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
                 let query = query.f_narrow(2, queries.start, queries.end - queries.start)?;
                 let [key, value] = [&key, &value].map(|all| all.f_narrow(2, keys.start, keys.end - keys.start));
                 let (key, value) = (key?, value?);
-                if scores.cap.is_none() {
+                if !scores.are_looked_at() {
                     return fused(&query, &key, &value, Some(bias), false, scores.scale, false);
                 }
                 let blocks = blocks.clone();
-                Ok(checkpoint(&[&query, &key, &value], Inputs::Kept, move |inputs| {
-                    let [query, key, value] = inputs else { return Ok(inputs[0].shallow_clone()) };
+                let inputs: Vec<&Tensor> = [&query, &key, &value].into_iter().chain(scores.sinks).collect();
+                let Scores { scale, cap, .. } = scores;
+                Ok(checkpoint(&inputs, Inputs::Kept, move |inputs| {
+                    let [query, key, value, sinks @ ..] = inputs else { return Ok(inputs[0].shallow_clone()) };
+                    let scores = Scores { scale, cap, sinks: sinks.first() };
                     looked_at(query, key, value, Some(&blocks[index].bias), scores).map_err(torch)
                 })?)
             };
@@ -160,7 +172,13 @@ fn fused(
 }
 
 /// The same operation by operation, for scores that no kernel knows.
-fn looked_at(query: &Tensor, key: &Tensor, value: &Tensor, bias: Option<&Tensor>, scores: Scores) -> Result<Tensor> {
+fn looked_at(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    bias: Option<&Tensor>,
+    scores: Scores<'_>,
+) -> Result<Tensor> {
     let mut own = query.f_matmul(&key.f_transpose(2, 3)?)?.f_mul_scalar(scores.scale)?;
     if let Some(cap) = scores.cap {
         own = own.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
@@ -168,7 +186,13 @@ fn looked_at(query: &Tensor, key: &Tensor, value: &Tensor, bias: Option<&Tensor>
     if let Some(bias) = bias {
         own = own.f_add(bias)?;
     }
-    Ok(own.f_softmax(-1, Kind::Float)?.f_to_kind(value.kind())?.f_matmul(value)?)
+    let Some(sinks) = scores.sinks else {
+        return Ok(own.f_softmax(-1, Kind::Float)?.f_to_kind(value.kind())?.f_matmul(value)?);
+    };
+    let (batch, heads, queries, keys) = own.size4()?;
+    let sinks = sinks.f_to_kind(own.kind())?.f_view([1, heads, 1, 1])?.f_expand([batch, heads, queries, 1], false)?;
+    let weights = Tensor::f_cat(&[own, sinks], -1)?.f_softmax(-1, Kind::Float)?.f_narrow(-1, 0, keys)?;
+    Ok(weights.f_to_kind(value.kind())?.f_matmul(value)?)
 }
 
 #[cfg(test)]
@@ -191,13 +215,15 @@ mod tests {
         let (query, key, value) = (random(&[2, 4, tokens, 8]), random(&[2, 2, tokens, 8]), random(&[2, 2, tokens, 8]));
         let documents = Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 9]);
         let documents = documents.view([2, tokens]);
-        for (documents, window, cap) in [
-            (None, None, None),
-            (Some(&documents), None, None),
-            (None, Some(3), None),
-            (Some(&documents), Some(4), None),
-            (Some(&documents), Some(4), Some(2.0)),
-            (None, None, Some(2.0)),
+        let sinks = random(&[4]);
+        for (documents, window, cap, sinks) in [
+            (None, None, None, None),
+            (Some(&documents), None, None, None),
+            (None, Some(3), None, None),
+            (Some(&documents), Some(4), None, None),
+            (Some(&documents), Some(4), Some(2.0), None),
+            (None, None, Some(2.0), None),
+            (Some(&documents), Some(4), None, Some(&sinks)),
         ] {
             let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
@@ -214,13 +240,16 @@ mod tests {
                     scores = (scores / cap).tanh() * cap;
                 }
                 let values = value.get(row).get(head / 2).index_select(0, &seen);
-                let mixed = values.tr().mv(&scores.softmax(0, Kind::Float));
+                let sink = sinks.map(|sinks| sinks.narrow(0, head, 1));
+                let weights = Tensor::cat(&[Some(scores), sink].into_iter().flatten().collect::<Vec<_>>(), 0);
+                let weights = weights.softmax(0, Kind::Float).narrow(0, 0, seen.numel() as i64);
+                let mixed = values.tr().mv(&weights);
                 expected.get(row).get(head).get(at).copy_(&mixed);
             }
             for block in [1, 4, 64] {
                 let rows = Rows { documents, tokens, kind: Kind::Float, device: Device::Cpu, block };
-                let mask = rows.mask(window, cap.is_some()).unwrap();
-                let found = attend(&query, &key, &value, &mask, Scores { scale, cap }).unwrap();
+                let mask = rows.mask(window, cap.is_some() || sinks.is_some()).unwrap();
+                let found = attend(&query, &key, &value, &mask, Scores { scale, cap, sinks }).unwrap();
                 let apart = worst(&found, &expected);
                 assert!(apart < 1e-5, "{documents:?} {window:?} {cap:?} {block}: {apart:e}");
             }

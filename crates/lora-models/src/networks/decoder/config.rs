@@ -4,7 +4,7 @@
 use lora_io::checkpoint::ComponentWeights;
 use serde_json::Value;
 
-use super::families::{FAMILIES, Switches};
+use super::families::{self, FAMILIES, GPT_OSS, Switches};
 use super::keys::Reader;
 use super::rotary::Rope;
 use crate::{Error, Result};
@@ -40,6 +40,8 @@ pub struct DecoderConfig {
     pub activation: Activation,
     /// Scores of attention are squashed to within ± this.
     pub attention_cap: Option<f64>,
+    /// Each query head has a logit of its own that takes part in the softmax and leads nowhere.
+    pub sinks: bool,
     /// Logits are squashed to within ± this.
     pub logits_cap: Option<f64>,
     /// Embeddings are multiplied by this, rounded to the compute dtype.
@@ -84,14 +86,28 @@ pub struct LayerConfig {
 }
 
 /// A mixture of experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Experts {
     /// How many there are.
     pub count: usize,
     /// How many a token goes through.
     pub chosen: usize,
-    /// The weights of the chosen ones add up to 1.
-    pub normalised: bool,
+    /// How much the chosen ones count.
+    pub shares: Shares,
+    /// All experts' weights are one tensor in the file, gate and up-projection in turn, and biased; gate and up are held
+    /// within ± this, and `(up + 1) · gate · sigmoid(1.702 gate)` is what comes out of them.
+    pub stacked: Option<f64>,
+}
+
+/// How much the experts that a token goes through count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shares {
+    /// As the softmax over all experts says.
+    OfAll,
+    /// The same, divided by their sum.
+    Normalised,
+    /// As the softmax over the chosen ones says.
+    OfChosen,
 }
 
 /// How an RMS norm multiplies by its weight. In f32 arithmetic the first two are the same.
@@ -163,9 +179,9 @@ impl DecoderConfig {
     /// If the architecture is not known, which is never guessed, a key is missing or of another kind, or the weights
     /// are quantised in a way that is not read here.
     pub fn read(config: &Value, source: &str) -> Result<Self> {
-        let whole = Reader { values: config, source };
+        let whole = Reader { values: config, source, defaults: &[] };
         let inner = config.get("text_config").filter(|inner| inner.is_object());
-        let config = Reader { values: inner.unwrap_or(config), source };
+        let mut config = Reader { values: inner.unwrap_or(config), source, defaults: &[] };
         let kind = config.text("model_type")?.unwrap_or_default();
         let Some((architecture, adjust)) = FAMILIES.iter().find(|(name, _)| *name == kind) else {
             let known: Vec<&str> = Self::known().collect();
@@ -173,6 +189,10 @@ impl DecoderConfig {
             return Err(config.wrong(reason));
         };
         whole.refuse_quantised()?;
+        if inner.is_some() {
+            // Of a part of a wrapper, files say only what is not its family's default.
+            config.defaults = families::sizes(architecture);
+        }
         let layers = config.size("num_hidden_layers")?;
         if layers > MOST_LAYERS {
             return Err(config.wrong(format!("num_hidden_layers is {layers}; expected at most {MOST_LAYERS}")));
@@ -200,6 +220,7 @@ impl DecoderConfig {
             fused_feed_forward: own.fused_feed_forward,
             activation: config.activation(architecture)?,
             attention_cap: own.attention_cap,
+            sinks: architecture == &GPT_OSS,
             logits_cap: own.logits_cap,
             embedding_scale: own.embedding_scale,
             residual_scale: own.residual_scale,
@@ -255,7 +276,7 @@ impl Reader<'_> {
         // Older files say of layers with a window their base alone: they are not scaled.
         let old = object("rope_parameters").is_none();
         let differs = matches!(self.text("model_type")?, Some("gemma3_text" | "olmo3"));
-        let top = Reader { values: self.values, source: self.source };
+        let top = *self;
         let head = self.head(layers, own)?;
         if layers == SLIDING && old && differs {
             defaults.theta = match self.real("rope_local_base_freq")? {
@@ -263,13 +284,13 @@ impl Reader<'_> {
                 None if self.text("model_type")? == Some("gemma3_text") => 10000.0,
                 None => self.real("rope_theta")?.unwrap_or(defaults.theta),
             };
-            let plain = Reader { values: &none, source: self.source };
+            let plain = Reader { values: &none, source: self.source, defaults: &[] };
             return Rope::read(&plain, &plain, head, defaults);
         }
         if layers == SLIDING && matches!(self.text("model_type")?, Some("gemma3_text" | "gemma4_text")) {
             defaults.theta = 10000.0;
         }
-        Rope::read(&Reader { values: parameters, source: self.source }, &top, head, defaults)
+        Rope::read(&Reader { values: parameters, source: self.source, defaults: &[] }, &top, head, defaults)
     }
 
     /// The width of heads in a type of layers.
@@ -346,7 +367,15 @@ impl Reader<'_> {
 
     /// A layer's experts and their width.
     fn experts(&self, layer: usize) -> Result<Option<(Experts, usize)>> {
-        if self.text("model_type")? != Some("qwen3_moe") {
+        let kind = self.text("model_type")?.unwrap_or_default();
+        if kind == GPT_OSS {
+            let (count, chosen) = (self.size_or("num_local_experts", 128)?, self.size_or("num_experts_per_tok", 4)?);
+            self.check_experts(count, chosen)?;
+            let stacked = Some(self.real("swiglu_limit")?.unwrap_or(7.0));
+            let experts = Experts { count, chosen, shares: Shares::OfChosen, stacked };
+            return Ok(Some((experts, self.size("intermediate_size")?)));
+        }
+        if kind != "qwen3_moe" {
             return Ok(None);
         }
         let plain = self.list("mlp_only_layers")?.is_some_and(|list| list.iter().any(|own| own == layer));
@@ -356,11 +385,17 @@ impl Reader<'_> {
         let count = if self.value("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
         let count = self.size_or(count, 128)?;
         let chosen = self.size_or("num_experts_per_tok", 8)?;
+        self.check_experts(count, chosen)?;
+        let normalised = self.flag("norm_topk_prob")?.unwrap_or(false);
+        let shares = if normalised { Shares::Normalised } else { Shares::OfAll };
+        Ok(Some((Experts { count, chosen, shares, stacked: None }, self.size_or("moe_intermediate_size", 768)?)))
+    }
+
+    fn check_experts(&self, count: usize, chosen: usize) -> Result<()> {
         if chosen > count || count > 1 << 16 {
             return Err(self.wrong(format!("{chosen} of {count} experts a token")));
         }
-        let normalised = self.flag("norm_topk_prob")?.unwrap_or(false);
-        Ok(Some((Experts { count, chosen, normalised }, self.size_or("moe_intermediate_size", 768)?)))
+        Ok(())
     }
 
     fn activation(&self, architecture: &str) -> Result<Activation> {
@@ -378,7 +413,7 @@ impl Reader<'_> {
     /// Ministral 3's growth of queries.
     fn query_growth(&self) -> Result<Option<(f64, usize)>> {
         let Some(parameters) = self.value("rope_parameters").or(self.value("rope_scaling")) else { return Ok(None) };
-        let parameters = Reader { values: parameters, source: self.source };
+        let parameters = Reader { values: parameters, source: self.source, defaults: &[] };
         let Some(beta) = parameters.real("llama_4_scaling_beta")? else { return Ok(None) };
         Ok(Some((beta, parameters.size("original_max_position_embeddings")?)))
     }

@@ -65,6 +65,8 @@ pub(super) struct Switches {
 /// A family: transformers' `model_type` and its switches.
 pub(super) type Family = (&'static str, fn(&Reader<'_>, &mut Switches) -> Result<()>);
 
+pub(super) const GPT_OSS: &str = "gpt_oss";
+
 /// The families that are known here.
 pub(super) const FAMILIES: &[Family] = &[
     ("llama", |_, _| Ok(())),
@@ -78,7 +80,7 @@ pub(super) const FAMILIES: &[Family] = &[
         Ok(())
     }),
     ("ministral3", |config, own| {
-        own.rope.theta = 1e6;
+        (own.rope.theta, own.epsilon) = (1e6, 1e-5);
         (own.head, own.window, own.reads_types) = (Some(128), config.window(None)?, false);
         Ok(())
     }),
@@ -88,7 +90,7 @@ pub(super) const FAMILIES: &[Family] = &[
         qwen(config, own)
     }),
     ("qwen3_moe", |config, own| {
-        (own.head, own.query_key_norm) = (Some(128), QueryKeyNorm::Heads);
+        own.query_key_norm = QueryKeyNorm::Heads;
         qwen(config, own)?;
         own.slides.fill(true);
         own.reads_types = false;
@@ -122,16 +124,18 @@ pub(super) const FAMILIES: &[Family] = &[
     ("gemma4_text", gemma4),
     ("phi3", |config, own| {
         (own.fused_attention, own.fused_feed_forward, own.reads_types) = (true, true, false);
-        own.rope.always_longrope = true;
+        (own.rope.always_longrope, own.epsilon) = (true, 1e-5);
         own.window = config.window(None)?;
         Ok(())
     }),
     ("olmo2", |_, own| {
         (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
+        own.epsilon = 1e-5;
         Ok(())
     }),
     ("olmo3", |config, own| {
         (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
+        own.epsilon = 1e-5;
         own.rope.theta = 5e5;
         own.window = config.window(Some(4096))?;
         own.slide(|layer| (layer + 1) % 4 != 0);
@@ -153,11 +157,61 @@ pub(super) const FAMILIES: &[Family] = &[
         own.norms = GLM_NORMS;
         Ok(())
     }),
+    (GPT_OSS, |config, own| {
+        (own.norm, own.head, own.epsilon) = (NormWeight::Single, Some(64), 1e-5);
+        own.rope.theta = 1.5e5;
+        own.window = config.window(Some(128))?;
+        own.slide(|layer| layer % 2 == 0);
+        Ok(())
+    }),
     ("seed_oss", |_, own| {
         own.head = Some(128);
         Ok(())
     }),
 ];
+
+/// The sizes that files leave out of a language model's configuration inside of a wrapper's: transformers' defaults.
+pub(super) fn sizes(architecture: &str) -> &'static [(&'static str, usize)] {
+    match architecture {
+        "gemma3_text" => &[
+            ("vocab_size", 262_208),
+            ("hidden_size", 2304),
+            ("intermediate_size", 9216),
+            ("num_hidden_layers", 26),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 131_072),
+        ],
+        "gemma4_text" => &[
+            ("vocab_size", 262_144),
+            ("hidden_size", 2304),
+            ("intermediate_size", 9216),
+            ("num_hidden_layers", 30),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 131_072),
+        ],
+        "mistral" => &[
+            ("vocab_size", 32_000),
+            ("hidden_size", 4096),
+            ("intermediate_size", 14_336),
+            ("num_hidden_layers", 32),
+            ("num_attention_heads", 32),
+            ("num_key_value_heads", 8),
+            ("max_position_embeddings", 131_072),
+        ],
+        "ministral3" => &[
+            ("vocab_size", 131_072),
+            ("hidden_size", 4096),
+            ("intermediate_size", 14_336),
+            ("num_hidden_layers", 34),
+            ("num_attention_heads", 32),
+            ("num_key_value_heads", 8),
+            ("max_position_embeddings", 262_144),
+        ],
+        _ => &[],
+    }
+}
 
 fn qwen(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
     // Most files have a window and say that it is not used.
@@ -211,7 +265,7 @@ fn gemma4(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
 }
 
 fn glm(own: &mut Switches) {
-    own.fused_feed_forward = true;
+    (own.fused_feed_forward, own.epsilon) = (true, 1.5625e-7);
     own.head = Some(128);
     (own.rope.interleaved, own.rope.share) = (true, 0.5);
 }

@@ -1,11 +1,12 @@
 //! The feed-forward of a decoder's layer: gated, or a mixture of experts.
 
-use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
-use lora_torch::tch::{Kind, Tensor};
+use lora_torch::checkpoint::Shared;
+use lora_torch::tch::Tensor;
 
-use super::config::{Activation, DecoderConfig, Experts, LayerConfig};
+use super::config::{Activation, DecoderConfig, LayerConfig};
+use super::experts::Mixture;
 use crate::Result;
-use crate::layers::{AdaptableLayer, Pass, exclusive, torch};
+use crate::layers::{AdaptableLayer, Pass, exclusive};
 use crate::weights::Weights;
 
 /// `down(activation(gate(x)) · up(x))`, or such a one for each of several experts.
@@ -75,7 +76,7 @@ impl FeedForward {
 }
 
 impl Gated {
-    fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig) -> Result<Self> {
+    pub(super) fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig) -> Result<Self> {
         let (width, inner) = (config.width, layer.intermediate);
         let projections = if config.fused_feed_forward {
             GateProjections::Fused(linear(&weights.at("gate_up_proj"), width, 2 * inner)?)
@@ -91,7 +92,7 @@ impl Gated {
         })
     }
 
-    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+    pub(super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let inner = pass.feed_forward(&self.gate, &[input], |gate, inputs, pass| gate.forward(&inputs[0], pass))?;
         self.down_proj.forward(&inner, pass)
     }
@@ -122,55 +123,5 @@ impl Gate {
             }
         };
         Ok(activate(self.activation, &gate)?.f_mul(&up)?)
-    }
-}
-
-/// Experts, of which each token goes through a few (Shazeer et al., 2017, arXiv:1701.06538): softmax over all, the
-/// largest chosen. They are frozen. Every token is computed by every expert and counts where it chose it: shapes then
-/// depend on no values, at the price of as many times the work as there are experts to one that is chosen.
-#[derive(Debug)]
-pub(super) struct Mixture {
-    /// `[experts, width]`.
-    router: Tensor,
-    experts: Vec<Shared<Gated>>,
-    chosen: i64,
-    normalised: bool,
-}
-
-impl Mixture {
-    fn new(weights: &Weights<'_>, config: &DecoderConfig, layer: &LayerConfig, experts: Experts) -> Result<Self> {
-        let own = |index| Gated::new(&weights.at("experts").at(index), config, layer).map(Shared::new);
-        Ok(Self {
-            router: weights.at("gate").tensor("weight", &[experts.count, config.width])?,
-            experts: (0..experts.count).map(own).collect::<Result<_>>()?,
-            chosen: experts.chosen as i64,
-            normalised: experts.normalised,
-        })
-    }
-
-    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let scores = input.f_linear(&self.router.f_to_kind(input.kind())?, None::<&Tensor>)?;
-        let shares = scores.f_softmax(-1, Kind::Float)?;
-        let (values, indices) = shares.f_topk(self.chosen, -1, true, true)?;
-        let values = if self.normalised {
-            values.f_div(&values.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?)?
-        } else {
-            values
-        };
-        let shares = shares.f_zeros_like()?.f_scatter(-1, &indices, &values)?.f_to_kind(input.kind())?;
-        let mut sum: Option<Tensor> = None;
-        for (index, expert) in self.experts.iter().enumerate() {
-            let (expert, pass) = (expert.clone(), pass.clone());
-            let share = shares.f_narrow(-1, index as i64, 1)?;
-            let own = checkpoint(&[input, &share], Inputs::Kept, move |inputs| {
-                let own = expert.forward(&inputs[0], &pass).map_err(torch)?;
-                Ok(own.f_mul(&inputs[1])?)
-            })?;
-            sum = Some(match sum {
-                Some(sum) => sum.f_add(&own)?,
-                None => own,
-            });
-        }
-        Ok(sum.map_or_else(|| input.f_zeros_like(), Ok)?)
     }
 }

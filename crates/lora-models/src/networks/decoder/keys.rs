@@ -10,6 +10,8 @@ use crate::{Error, Result};
 pub(super) struct Reader<'c> {
     pub(super) values: &'c Value,
     pub(super) source: &'c str,
+    /// Whole numbers of keys that the file may leave out.
+    pub(super) defaults: &'static [(&'static str, usize)],
 }
 
 impl<'c> Reader<'c> {
@@ -38,9 +40,11 @@ impl<'c> Reader<'c> {
 
     /// A whole number that a size may be: it leaves products of two room.
     pub(super) fn count(&self, key: &str) -> Result<Option<usize>> {
-        self.typed(key, "a whole number below 2^31", |value| {
+        let found = self.typed(key, "a whole number below 2^31", |value| {
             value.as_u64().filter(|number| *number < 1 << 31).and_then(|number| usize::try_from(number).ok())
-        })
+        })?;
+        let default = || self.defaults.iter().find(|(own, _)| *own == key).map(|(_, number)| *number);
+        Ok(found.or_else(default))
     }
 
     pub(super) fn count_or(&self, key: &str, default: usize) -> Result<usize> {
@@ -53,7 +57,7 @@ impl<'c> Reader<'c> {
     }
 
     pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
-        if self.value(key).is_some() { self.size(key) } else { Ok(default) }
+        if self.count(key)?.is_some() { self.size(key) } else { Ok(default) }
     }
 
     pub(super) fn real(&self, key: &str) -> Result<Option<f64>> {

@@ -174,6 +174,8 @@ struct Attention {
     norms_heads: bool,
     layer: LayerConfig,
     cap: Option<f64>,
+    /// `[heads]`.
+    sinks: Option<Tensor>,
 }
 
 #[derive(Debug)]
@@ -216,6 +218,7 @@ impl Attention {
             norms_heads: config.query_key_norm == QueryKeyNorm::Heads,
             layer: layer.clone(),
             cap: config.attention_cap,
+            sinks: config.sinks.then(|| weights.tensor("sinks", &[layer.heads])).transpose()?,
         })
     }
 
@@ -250,7 +253,8 @@ impl Attention {
         };
         let (key, value) = context.in_window(key, value, self.layer.window)?;
         let mask = context.mask(self.layer.window)?;
-        let mixed = attend(&query, &key, &value, mask, Scores { scale: self.layer.scale, cap: self.cap })?;
+        let scores = Scores { scale: self.layer.scale, cap: self.cap, sinks: self.sinks.as_ref() };
+        let mixed = attend(&query, &key, &value, mask, scores)?;
         let output = self.o_proj.forward(&mixed.f_transpose(1, 2)?.f_flatten(2, 3)?, pass)?;
         Ok((output, own))
     }

@@ -9,12 +9,14 @@
 //! | `rotary` | positions |
 //! | `attention` | which tokens see which, and the sums |
 //! | `feed_forward` | gated, or a mixture of experts |
+//! | `experts` | such a mixture |
 //! | `layer` | one layer out of these |
 //! | `loss` | logits and the loss of next tokens |
 //! | `generate` | writing texts |
 
 mod attention;
 mod config;
+mod experts;
 mod families;
 mod feed_forward;
 mod generate;
@@ -23,7 +25,7 @@ mod layer;
 mod loss;
 mod rotary;
 
-pub use config::{Activation, DecoderConfig, Experts, LayerConfig, LayerNorms, NormWeight, QueryKeyNorm};
+pub use config::{Activation, DecoderConfig, Experts, LayerConfig, LayerNorms, NormWeight, QueryKeyNorm, Shares};
 pub use generate::Sampling;
 pub use loss::{LossOptions, NO_LABEL};
 pub use rotary::Rope;
@@ -374,7 +376,7 @@ impl Decoder {
             device,
             block: attention::BLOCK,
         };
-        let looked_at = self.config.attention_cap.is_some();
+        let looked_at = self.config.attention_cap.is_some() || self.config.sinks;
         let mut masks = BTreeMap::new();
         for layer in &self.config.layers {
             if let Entry::Vacant(place) = masks.entry(layer.window) {
