@@ -131,7 +131,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let weights = SyntheticWeights::new("unet");
     let staging = (number("offload_base", 0)? != 0).then(|| Staging::new(device)).transpose()?;
     let mut unet = Unet::new(
-        &Weights::new(&weights, kind, device).held(Held::Frozen(Frozen { storage, staging })),
+        &Weights::new(&weights, kind, device).held(Held::Frozen(Frozen { staging, ..Frozen::stored(storage) })),
         SyntheticModel::full().unet,
     )?;
     let mut bytes = 0;

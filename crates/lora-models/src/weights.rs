@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_core::{DType, HostTensor};
 use lora_io::gguf::Packed;
+use lora_torch::blocks::BlockKind;
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -34,6 +35,8 @@ pub trait WeightSource {
     fn packed(&self, _name: &str) -> Result<Option<Packed<'_>>> {
         Ok(None)
     }
+    /// Says that a weight is not read again: its pages may go.
+    fn release(&self, _name: &str) {}
 }
 
 /// One side of a weight's shape, where an architecture's sizes are read off; a weight that is missing or has fewer axes
@@ -73,14 +76,16 @@ impl Default for Held {
 pub struct Frozen {
     /// In fewer bytes, where they are not small; in the compute dtype without.
     pub storage: Option<Storage>,
+    /// Without a storage: those that a file holds in blocks (GGUF's) stay as they are.
+    pub packed: bool,
     /// In host memory, from where they pass through this ring.
     pub staging: Option<Staging>,
 }
 
 impl Frozen {
-    /// In fewer bytes, or not.
+    /// In fewer bytes, or as the file holds them where that is in blocks, or in the compute dtype.
     pub fn stored(storage: Option<Storage>) -> Self {
-        Self { storage, staging: None }
+        Self { packed: storage.is_none(), storage, staging: None }
     }
 }
 
@@ -143,7 +148,7 @@ impl<'s> Weights<'s> {
     #[must_use]
     pub fn unpacked(&self) -> Self {
         let held = match &self.held {
-            Held::Frozen(frozen) => Held::Frozen(Frozen { storage: None, staging: frozen.staging.clone() }),
+            Held::Frozen(frozen) => Held::Frozen(Frozen { staging: frozen.staging.clone(), ..Frozen::default() }),
             trained @ Held::Trained(_) => trained.clone(),
         };
         Self { held, ..self.clone() }
@@ -151,13 +156,36 @@ impl<'s> Weights<'s> {
 
     /// The weight of a layer, held as was asked for; small frozen ones are in the compute dtype on the device.
     pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
+        if let Some(weight) = self.packed(name, shape)? {
+            return Ok(LayerWeight::Frozen(weight));
+        }
         let weight = self.tensor(name, shape)?;
         self.hold(name, weight)
     }
 
+    /// A matrix in the blocks of its file, where it has such and is to stay in them.
+    fn packed(&self, name: &str, shape: &[usize]) -> Result<Option<FrozenWeight>> {
+        let Held::Frozen(Frozen { storage: None, packed: true, staging }) = &self.held else { return Ok(None) };
+        let path = self.path(name);
+        let Some(stored) = self.source.packed(&path)? else { return Ok(None) };
+        let (Some(blocks), &[outputs, inputs]) = (BlockKind::from_gguf(stored.kind.id()), stored.shape) else {
+            return Ok(None);
+        };
+        if stored.shape != shape {
+            let (source_name, expected, found) = (self.source.name(), shape.to_vec(), stored.shape.to_vec());
+            return Err(Error::WeightShape { source_name, name: path, expected, found });
+        }
+        let weight = FrozenWeight::packed(&stored.bytes, blocks, [outputs, inputs], self.kind, self.device)?;
+        self.source.release(&path);
+        Ok(Some(match staging {
+            Some(staging) if outputs * inputs >= SMALL => weight.staged(staging)?,
+            _ => weight,
+        }))
+    }
+
     /// The same of a tensor that is there already: a weight, or a part of a trained leaf.
     pub(crate) fn hold(&self, name: &str, weight: Tensor) -> Result<LayerWeight> {
-        let Held::Frozen(Frozen { storage, staging }) = &self.held else {
+        let Held::Frozen(Frozen { storage, staging, .. }) = &self.held else {
             return Ok(LayerWeight::Trained { leaf: weight, kind: self.kind });
         };
         let large = weight.dim() >= 2 && weight.numel() >= SMALL;
@@ -297,6 +325,10 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
 
     fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
         Ok(self.packed(name)?)
+    }
+
+    fn release(&self, name: &str) {
+        self.release(name);
     }
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.

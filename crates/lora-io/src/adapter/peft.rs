@@ -289,7 +289,16 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &
     Ok(notes)
 }
 
-fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
+/// Whether the layout has a form of every module, before hours are spent on training one that it has not.
+///
+/// # Errors
+/// [`Error::Module`] that names the first of which it has none.
+pub fn check(adapter: &Adapter) -> Result<()> {
+    spelled(adapter, DType::F32).map(drop)
+}
+
+/// The tensors of an adapter of one component under their names in the file.
+fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTensor>> {
     let mut tensors = BTreeMap::new();
     let dora = adapter.modules.values().filter(|module| module.variant == "dora").count();
     if dora > 0 && dora < adapter.modules.len() {
@@ -331,6 +340,12 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
             tensors.insert(format!("base_model.model.{}.{suffix}", path.path), tensor);
         }
     }
+    Ok(tensors)
+}
+
+fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
+    let tensors = spelled(adapter, dtype)?;
+    let dora = adapter.modules.values().any(|module| module.variant == "dora");
     let rank = most_common(adapter.modules.values().map(|module| module.rank));
     let alphas: BTreeMap<u64, (usize, f64)> = adapter.modules.values().fold(BTreeMap::new(), |mut counts, module| {
         counts.entry(module.alpha.to_bits()).or_insert((0, module.alpha)).0 += 1;
@@ -370,7 +385,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
         "revision": null,
         "target_modules": targets(adapter),
         "task_type": if language { json!("CAUSAL_LM") } else { Value::Null },
-        "use_dora": dora > 0,
+        "use_dora": dora,
         "use_rslora": false,
     });
     let weights = folder.join(WEIGHTS);

@@ -154,8 +154,12 @@ impl Session {
             TrainMode::Adapter => {
                 let _label = Part::Adapter.label();
                 let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
-                if !dry::is_dry(device) && materials.checkpoint.family().image {
-                    adapter::kohya::check(&adapter.adapter.export()?, Some(materials.checkpoint.family()))?;
+                if !dry::is_dry(device) {
+                    let (trained, family) = (adapter.adapter.export()?, materials.checkpoint.family());
+                    match family.image {
+                        true => adapter::kohya::check(&trained, Some(family))?,
+                        false => adapter::peft::check(&trained)?,
+                    }
                 }
                 (Trained::Adapter(adapter), from)
             }
@@ -242,8 +246,8 @@ impl<'c> Loader<'c> {
             true => Held::Trained(self.trained.entry(network.component).or_default().clone()),
             // What leaves before training would only be in the way of what passes through.
             false => Held::Frozen(Frozen {
-                storage: self.config.base_storage,
                 staging: self.staging.clone().filter(|_| stays),
+                ..Frozen::stored(self.config.base_storage)
             }),
         };
         let _label = Part::Weights(network.title).label();
