@@ -1,15 +1,17 @@
-//! `lora dataset`: a look at pictures and captions before hours are spent on them.
+//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lora_data::Pictures;
 use lora_data::dataset::Strictness;
-use lora_data::finding::Severity;
-use lora_data::report::{DatasetReport, ReportOptions, html, inspect};
-use lora_data::tokenizer::{ClipTokenizer, TextCleaning};
+use lora_data::finding::{Finding, FindingKind, Severity};
+use lora_data::report::{DatasetReport, ReportOptions, html, inspect, texts};
+use lora_data::texts::{TextOptions, Texts};
+use lora_data::tokenizer::{ClipTokenizer, TextCleaning, Tokenizer};
 use lora_train::Plugins;
 use lora_train::config::TrainConfig;
 
@@ -17,7 +19,7 @@ use crate::Failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Folder, .tar or .parquet; may be left out where the configuration names it.
+    /// Folder, .tar or .parquet, or with --tokenizer a folder or file of texts; may be left out where the configuration names it.
     #[arg(required_unless_present = "config")]
     folder: Option<PathBuf>,
     /// Configuration whose resolution, buckets, crops and captions count (.toml, .yaml, .json).
@@ -26,6 +28,12 @@ pub(crate) struct Arguments {
     /// Set a key over the configuration's value, for instance `--set enable_bucket=true`.
     #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
+    /// The model whose tokenizer and chat template count (a folder or a GGUF file): the dataset is one of texts.
+    #[arg(long, value_name = "MODEL", requires = "folder", conflicts_with = "config")]
+    tokenizer: Option<PathBuf>,
+    /// The most tokens of a row of texts.
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, requires = "tokenizer")]
+    max_seq_length: usize,
     /// Write everything as one page with pictures.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -44,6 +52,9 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    if let (Some(tokenizer), Some(path)) = (&arguments.tokenizer, &arguments.folder) {
+        return look_at_texts(arguments, tokenizer, path);
+    }
     let (mut datasets, tokens) =
         TrainConfig::datasets_of(arguments.config.as_deref(), arguments.folder.as_deref(), &arguments.set)
             .map_err(lora_train::Error::from)?;
@@ -85,6 +96,37 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
 }
 
+fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
+    let tokenizer = Arc::new(Tokenizer::open(tokenizer).map_err(lora_train::Error::from)?);
+    let options = TextOptions {
+        path: path.to_owned(),
+        strictness: Strictness::Inspect,
+        max_seq_length: arguments.max_seq_length,
+        ..TextOptions::default()
+    };
+    let texts = Texts::open(options, tokenizer, None).map_err(lora_train::Error::from)?;
+    let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
+    let title = path.display().to_string();
+    if let Some(path) = &arguments.html {
+        let page = html::page_of_texts(&title, &report);
+        lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
+        eprintln!("page: {}", path.display());
+    }
+    if arguments.json {
+        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::Work(error.to_string()))?;
+        println!("{json}");
+    } else {
+        println!("{title}\n{report}");
+        print_findings(&report.findings, &report.summary.findings, arguments.findings);
+    }
+    let lost: usize = texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, n)| n).sum();
+    match (texts.rows(), arguments.strict && lost > 0) {
+        (0, _) => Err(Failure::Work(format!("{title}: there are no texts that can be used"))),
+        (_, true) => Err(Failure::Work(format!("{lost} record(s) cannot be used"))),
+        _ => Ok(()),
+    }
+}
+
 fn print(title: &str, report: &DatasetReport, most: usize) {
     let regularisation = match report.regularisation_visits {
         0 => String::new(),
@@ -111,15 +153,20 @@ fn print(title: &str, report: &DatasetReport, most: usize) {
     if !tags.is_empty() {
         println!("tags:      {}", tags.join(" · "));
     }
-    if report.findings.is_empty() {
+    print_findings(&report.findings, &report.counts(), most);
+}
+
+/// Findings by kind, the first ones of each in full.
+fn print_findings(findings: &[Finding], counts: &BTreeMap<FindingKind, usize>, most: usize) {
+    if findings.is_empty() {
         println!("nothing is the matter");
     }
-    for (kind, count) in report.counts() {
+    for (kind, count) in counts {
         println!("{} ({}): {count}. Remedy: {}", kind.name(), kind.severity().name(), kind.remedy());
-        for finding in report.findings.iter().filter(|finding| finding.kind == kind).take(most) {
+        for finding in findings.iter().filter(|finding| finding.kind == *kind).take(most) {
             println!("  {}: {}", finding.path.display(), finding.detail);
         }
-        if count > most {
+        if *count > most {
             println!("  and {} more (--findings N, --json or --html shows them)", count - most);
         }
     }

@@ -2,6 +2,7 @@
 //! record.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -37,6 +38,20 @@ pub struct TextReport {
     pub findings: Vec<Finding>,
     /// Some rows, spread over the dataset.
     pub shown: Vec<Shown>,
+}
+
+impl fmt::Display for TextReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.summary)?;
+        for (title, rows) in [("lengths:", &self.lengths), ("shapes:", &self.shapes), ("scripts:", &self.scripts)] {
+            writeln!(f, "{title}")?;
+            let most = rows.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+            for (name, count) in rows {
+                writeln!(f, "  {name:<16} {count:>8} {}", "█".repeat((30 * count).div_ceil(most)))?;
+            }
+        }
+        write!(f, "{} batches an epoch", self.batches)
+    }
 }
 
 /// Looks at all documents, on all cores, and shows so many rows.

@@ -1,6 +1,8 @@
 //! Text datasets for language models: JSON, JSON lines, Parquet or plain files, whose records are tokenised once, up front,
-//! and visited as rows of tokens of which some are learned. What is [`record`]'s: the forms of records; [`tokenise`]'s: one
-//! record as tokens; [`rows`]': how documents fill rows. How conversations are laid out is told in [`crate::template`].
+//! and visited as rows of tokens of which some are learned. How conversations are laid out is told in [`crate::template`].
+//!
+//! In files of their own: reading (`read.rs`), the forms of records (`record.rs`), one record as tokens (`tokenise.rs`), how
+//! documents fill rows (`rows.rs`), what the cache keeps (`stored.rs`), counts (`summary.rs`).
 
 mod read;
 mod record;
@@ -342,11 +344,14 @@ impl Texts {
     }
 
     /// Takes up the records of a file.
-    fn take(&mut self, path: PathBuf, file: stored::File, tokens: &mut Vec<u32>) -> Result<()> {
+    fn take(&mut self, path: PathBuf, mut file: stored::File, tokens: &mut Vec<u32>) -> Result<()> {
         let place = self.files.len() as u32;
         let TextOptions { max_seq_length, long_documents, overlap, .. } = self.options;
         let mut start = tokens.len();
-        tokens.extend(&file.tokens);
+        match tokens.is_empty() {
+            true => *tokens = std::mem::take(&mut file.tokens),
+            false => tokens.append(&mut file.tokens),
+        }
         let mut lengths = file.lengths.iter();
         for own in &file.records {
             let is_pair = |form| form == TextForm::Preference;

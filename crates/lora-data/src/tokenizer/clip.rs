@@ -1,14 +1,12 @@
-//! CLIP's byte-pair encoding (Radford et al., 2021; Sennrich et al., 2016), its vocabulary inside the crate.
-//!
-//! Our own rather than the `tokenizers` crate's: CLIP's is small and frozen, the crate would bring 60 dependencies, and
-//! the identifiers are held against both of transformers' implementations in `tests/golden`.
+//! CLIP's byte-pair encoding (Radford et al., 2021; Sennrich et al., 2016), its vocabulary inside the crate. What text
+//! becomes before it is split, and how rows are laid out, is here; pairs are merged by the `tokenizers` crate. The numbers are
+//! held against both of transformers' implementations in `tests/golden`.
 
-use std::collections::HashMap;
 use std::io::Read;
 use std::sync::OnceLock;
 
 use flate2::read::GzDecoder;
-use regex::Regex;
+use serde_json::json;
 
 use super::clean::TextCleaning;
 use crate::caption::weights;
@@ -60,17 +58,6 @@ impl Padding {
 pub struct ClipTokenizer {
     cleaning: TextCleaning,
     padding: Padding,
-}
-
-#[derive(Debug)]
-struct Vocabulary {
-    /// The number of every symbol.
-    ids: HashMap<String, u32>,
-    /// The rank of every merge; lower merges first.
-    ranks: HashMap<(String, String), u32>,
-    /// The printable character that stands for each byte.
-    bytes: [char; 256],
-    words: Regex,
 }
 
 impl ClipTokenizer {
@@ -139,76 +126,45 @@ impl ClipTokenizer {
 }
 
 fn encode_plain(text: &str, tokens: &mut Vec<u32>) {
-    let vocabulary = vocabulary();
-    for word in vocabulary.words.find_iter(text) {
-        let mut symbols: Vec<String> =
-            word.as_str().bytes().map(|byte| vocabulary.bytes[usize::from(byte)].to_string()).collect();
-        if let Some(last) = symbols.last_mut() {
-            last.push_str("</w>");
-        }
-        merge(&mut symbols, &vocabulary.ranks);
-        tokens.extend(symbols.iter().map(|symbol| vocabulary.ids[symbol]));
-    }
+    let encoding = merger().encode_fast(text, false).expect("every byte has a token");
+    tokens.extend(encoding.get_ids());
 }
 
-/// Joins the pair of lowest rank, everywhere it occurs, until no pair is left that the vocabulary joins.
-fn merge(symbols: &mut Vec<String>, ranks: &HashMap<(String, String), u32>) {
-    let mut key = (String::new(), String::new());
-    loop {
-        let mut best: Option<(u32, usize)> = None;
-        for index in 1..symbols.len() {
-            key.0.clone_from(&symbols[index - 1]);
-            key.1.clone_from(&symbols[index]);
-            if let Some(&rank) = ranks.get(&key)
-                && best.is_none_or(|(lowest, _)| rank < lowest)
-            {
-                best = Some((rank, index - 1));
-            }
-        }
-        let Some((_, at)) = best else { return };
-        let (left, right) = (symbols[at].clone(), symbols[at + 1].clone());
-        let mut index = at;
-        while index + 1 < symbols.len() {
-            if symbols[index] == left && symbols[index + 1] == right {
-                let tail = symbols.remove(index + 1);
-                symbols[index].push_str(&tail);
-            }
-            index += 1;
-        }
-    }
-}
-
-fn vocabulary() -> &'static Vocabulary {
-    static VOCABULARY: OnceLock<Vocabulary> = OnceLock::new();
-    VOCABULARY.get_or_init(|| {
+/// Words of a text, each as bytes that are merged.
+fn merger() -> &'static tokenizers::Tokenizer {
+    static MERGER: OnceLock<tokenizers::Tokenizer> = OnceLock::new();
+    MERGER.get_or_init(|| {
         let mut merges = String::new();
         GzDecoder::new(MERGES).read_to_string(&mut merges).expect("the vocabulary is part of the program");
-        // GPT-2's byte alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
-        let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let mut bytes = ['\0'; 256];
-        let mut next = 256;
-        for byte in 0..=255u8 {
-            bytes[usize::from(byte)] = if printable(byte) {
-                char::from(byte)
-            } else {
-                next += 1;
-                char::from_u32(next - 1).expect("below 512")
-            };
-        }
+        let pairs: Vec<(&str, &str)> = merges.lines().filter_map(|line| line.split_once(' ')).collect();
         // Numbers: the printable bytes in their order, then the others, then all of them at the end of a word, then merges.
-        let (shown, hidden): (Vec<u8>, Vec<u8>) = (0..=255u8).partition(|&byte| printable(byte));
-        let alphabet: Vec<String> =
-            shown.into_iter().chain(hidden).map(|byte| bytes[usize::from(byte)].to_string()).collect();
+        let alphabet = alphabet();
         let ends = alphabet.iter().map(|symbol| format!("{symbol}</w>"));
-        let pairs: Vec<(String, String)> =
-            merges.lines().filter_map(|line| line.split_once(' ')).map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
-        let symbols = alphabet.iter().cloned().chain(ends).chain(pairs.iter().map(|(a, b)| format!("{a}{b}")));
-        let ids = symbols.zip(0..).collect();
-        let ranks = pairs.into_iter().zip(0..).collect();
-        let words =
-            Regex::new(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+").expect("a fixed expression");
-        Vocabulary { ids, ranks, bytes, words }
+        let symbols =
+            alphabet.iter().map(char::to_string).chain(ends).chain(pairs.iter().map(|(a, b)| format!("{a}{b}")));
+        let ids: serde_json::Map<_, _> = symbols.zip((0..).map(|id: u32| json!(id))).collect();
+        let words = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+";
+        let whole = json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": true},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+            ]},
+            "model": {
+                "type": "BPE", "vocab": ids, "merges": pairs, "end_of_word_suffix": "</w>", "fuse_unk": false,
+                "byte_fallback": false,
+            },
+        });
+        tokenizers::Tokenizer::from_bytes(whole.to_string()).expect("the vocabulary is part of the program")
     })
+}
+
+/// GPT-2's byte alphabet: printable bytes stand for themselves, the others, which follow them, for the characters from 256 on.
+fn alphabet() -> Vec<char> {
+    let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let shown = (0..=255u8).filter(printable).map(char::from);
+    shown.chain(('\u{100}'..).take((0..=255u8).filter(|byte| !printable(byte)).count())).collect()
 }
 
 #[cfg(test)]
