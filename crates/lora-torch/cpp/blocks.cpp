@@ -1,6 +1,6 @@
-// Weights in GGUF's blocks made whole, number for number as ggml's reference does it in f32: by loops of our own on the CPU, by a
-// kernel of our own on CUDA (cuda/whole.cu) and by libtorch's operations elsewhere, which the tests hold together. What lies where in a block, and what it means, is told in
-// lora-io's `gguf::blocks`. Quantising is not here.
+// Weights in GGUF's blocks made whole, number for number as ggml's reference does it in f32: by loops of our own on the
+// CPU, by a kernel of our own on CUDA (cuda/whole.cu) and by libtorch's operations elsewhere, which the tests hold
+// together. What lies where in a block, and what it means, is told in lora-io's `gguf::blocks`. Quantising is not here.
 
 #include "blocks.h"
 
@@ -95,8 +95,9 @@ void q8_0(const uint8_t *block, float *values) {
   for (int i = 0; i < 32; ++i) values[i] = static_cast<float>(static_cast<int8_t>(block[2 + i])) * d;
 }
 
-// Eight runs of 32 numbers, each with a scale and a minimum of six bits: the first four of each lie in the low bits of bytes 0 to
-// 3 and 4 to 7, the others in the nibbles of bytes 8 to 11, their upper bits above those of the first. `fifth` may be null.
+// Eight runs of 32 numbers, each with a scale and a minimum of six bits: the first four of each lie in the low bits of
+// bytes 0 to 3 and 4 to 7, the others in the nibbles of bytes 8 to 11, their upper bits above those of the first.
+// `fifth` may be null.
 void k_runs(const uint8_t *block, const uint8_t *fifth, const uint8_t *low, float *values) {
   const float d = half_at(block), e = half_at(block + 2);
   const uint8_t *s = block + 4;
@@ -145,8 +146,8 @@ Decode loop_of(Type type) {
   }
 }
 
-// Makes all of `values` from `packed`, on libtorch's threads: its iterator over one element of each block is how code that is not
-// compiled with OpenMP reaches them.
+// Makes all of `values` from `packed`, on libtorch's threads: its iterator over one element of each block is how code
+// that is not compiled with OpenMP reaches them.
 template <typename T>
 void by_loops(const Tensor &packed, Type type, const Tensor &values) {
   const Size size = size_of(type);
@@ -183,14 +184,17 @@ Tensor high(const Tensor &bytes) { return bytes.bitwise_right_shift(4); }
 // Nibbles: the low ones first.
 Tensor nibbles(const Tensor &bytes) { return at::cat({low(bytes), high(bytes)}, -1); }
 
-// `bits` bits of each byte for each of `count` places, above a nibble's four: [blocks, …, 1, width] to [blocks, …, count, width].
+// `bits` bits of each byte for each of `count` places, above a nibble's four: [blocks, …, 1, width] to [blocks, …,
+// count, width].
 Tensor upper_bits(const Tensor &bytes, int64_t count, int64_t bits) {
   const Tensor shifts = at::arange(0, count * bits, bits, bytes.options()).view({count, 1});
   return at::bitwise_right_shift(bytes, shifts).bitwise_and_((1 << bits) - 1).mul_(16);
 }
 
 // The fifth bits of 32 numbers, of four bytes: [blocks, 32].
-Tensor fifth_bits(const Tensor &bytes) { return upper_bits(bytes.unsqueeze(1), 8, 1).transpose(1, 2).reshape({-1, 32}); }
+Tensor fifth_bits(const Tensor &bytes) {
+  return upper_bits(bytes.unsqueeze(1), 8, 1).transpose(1, 2).reshape({-1, 32});
+}
 
 // Eight runs of 32: the factor and the minimum of each are [blocks, 8, 1].
 Tensor k_values(const Tensor &rows, const Tensor &q) {
@@ -198,7 +202,8 @@ Tensor k_values(const Tensor &rows, const Tensor &q) {
   const auto runs = [](const Tensor &first, const Tensor &nibble, const Tensor &upper) {
     return at::cat({first.bitwise_and(63), nibble.bitwise_or(upper.bitwise_right_shift(6).mul_(16))}, 1).to(at::kFloat);
   };
-  const Tensor factors = runs(one, low(three), one).mul_(halves(rows, 0)), least = runs(two, high(three), two).mul_(halves(rows, 2));
+  const Tensor factors = runs(one, low(three), one).mul_(halves(rows, 0)),
+               least = runs(two, high(three), two).mul_(halves(rows, 2));
   return q.to(at::kFloat).mul_(factors.unsqueeze(2)).sub_(least.unsqueeze(2));
 }
 
@@ -224,10 +229,15 @@ Tensor by_operations(const Tensor &rows, Type type) {
   case Type::q5_0:
     return nibbles(from(6, 16)).bitwise_or_(fifth_bits(from(2, 4))).to(at::kFloat).sub_(16).mul_(halves(rows, 0));
   case Type::q5_1:
-    return nibbles(from(8, 16)).bitwise_or_(fifth_bits(from(4, 4))).to(at::kFloat).mul_(halves(rows, 0)).add_(halves(rows, 2));
+    return nibbles(from(8, 16))
+        .bitwise_or_(fifth_bits(from(4, 4)))
+        .to(at::kFloat)
+        .mul_(halves(rows, 0))
+        .add_(halves(rows, 2));
   case Type::q8_0: return from(2, 32).view(at::kChar).to(at::kFloat).mul_(halves(rows, 0));
   case Type::q4_k: return k_values(rows, k_nibbles(from(16, 128)));
-  case Type::q5_k: return k_values(rows, k_nibbles(from(48, 128)).bitwise_or_(upper_bits(from(16, 32).unsqueeze(1), 8, 1)));
+  case Type::q5_k:
+    return k_values(rows, k_nibbles(from(48, 128)).bitwise_or_(upper_bits(from(16, 32).unsqueeze(1), 8, 1)));
   default: return q6_values(rows);
   }
 }
@@ -237,14 +247,17 @@ Tensor by_operations(const Tensor &rows, Type type) {
 Tensor dequantise(const Tensor &packed, Type type, int64_t start, int64_t count, at::ScalarType kind, bool portable) {
   const c10::NoGradGuard no_grad;
   const Size size = size_of(type);
-  TORCH_CHECK(start % size.numbers == 0 && count % size.numbers == 0, "blocks come back as a whole, not ", count, " numbers from ", start);
-  TORCH_CHECK(kind == at::kFloat || kind == at::kHalf || kind == at::kBFloat16, "weights in blocks compute in f32, f16 or bf16, not in ", kind);
+  TORCH_CHECK(start % size.numbers == 0 && count % size.numbers == 0, "blocks come back as a whole, not ", count,
+              " numbers from ", start);
+  TORCH_CHECK(kind == at::kFloat || kind == at::kHalf || kind == at::kBFloat16,
+              "weights in blocks compute in f32, f16 or bf16, not in ", kind);
   const Tensor result = at::empty({count}, packed.options().dtype(kind));
   if (lora::dry::as_on_cuda(packed) && !portable) return result;
   const Tensor own = packed.narrow(0, start / size.numbers * size.bytes, count / size.numbers * size.bytes);
   if (const Kernels *own_kernels = packed.is_cuda() && !portable ? kernels.load() : nullptr) {
-    if (done(own_kernels->blocks(own.const_data_ptr(), static_cast<int>(type), static_cast<int>(size.numbers), static_cast<int>(size.bytes),
-                                 count, static_cast<int>(kind), result.get_device(), result.mutable_data_ptr()))) {
+    if (done(own_kernels->blocks(own.const_data_ptr(), static_cast<int>(type), static_cast<int>(size.numbers),
+                                 static_cast<int>(size.bytes), count, static_cast<int>(kind), result.get_device(),
+                                 result.mutable_data_ptr()))) {
       return result;
     }
   }
@@ -259,7 +272,8 @@ Tensor dequantise(const Tensor &packed, Type type, int64_t start, int64_t count,
   const int64_t step = CHUNK / size.numbers;
   for (int64_t first = 0; first < rows.size(0); first += step) {
     const int64_t length = std::min(step, rows.size(0) - first);
-    values.narrow(0, first, length).copy_(by_operations(rows.narrow(0, first, length), type).view({length, size.numbers}));
+    values.narrow(0, first, length)
+        .copy_(by_operations(rows.narrow(0, first, length), type).view({length, size.numbers}));
   }
   return result;
 }

@@ -17,8 +17,9 @@ struct Size {
 };
 Size size_of(Type type);
 
-// `count` numbers from `start` on, both of whole blocks, in one row; `packed` are the weight's bytes. `portable`: by libtorch's
-// operations alone; the numbers are the same.
-at::Tensor dequantise(const at::Tensor &packed, Type type, int64_t start, int64_t count, at::ScalarType kind, bool portable);
+// `count` numbers from `start` on, both of whole blocks, in one row; `packed` are the weight's bytes. `portable`: by
+// libtorch's operations alone; the numbers are the same.
+at::Tensor dequantise(const at::Tensor &packed, Type type, int64_t start, int64_t count, at::ScalarType kind,
+                      bool portable);
 
 } // namespace lora::blocks

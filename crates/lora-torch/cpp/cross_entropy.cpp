@@ -1,6 +1,6 @@
-// Cross entropy of a frozen linear head, without logits `[tokens, words]` ever being there as a whole: tokens come in chunks, and
-// the gradient of a chunk's hidden states is computed beside its losses, while its logits are there. The backward pass
-// multiplies.
+// Cross entropy of a frozen linear head, without logits `[tokens, words]` ever being there as a whole: tokens come in
+// chunks, and the gradient of a chunk's hidden states is computed beside its losses, while its logits are there. The
+// backward pass multiplies.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
@@ -16,8 +16,8 @@ namespace lora::cross_entropy {
 
 using at::Tensor;
 
-// What a chunk's logits and what is made of them may take, in bytes; also what a head may take that is made whole once a call. Larger
-// ones are made whole in parts, for each chunk anew.
+// What a chunk's logits and what is made of them may take, in bytes; also what a head may take that is made whole once
+// a call. Larger ones are made whole in parts, for each chunk anew.
 constexpr int64_t MOST = 128 << 20;
 // Numbers of such a part.
 constexpr int64_t PART = 1 << 22;
@@ -79,10 +79,10 @@ private:
   int64_t part;
 };
 
-// A chunk's losses, `[tokens, 1]`, and into `gradient`, where there is one, that of their sum. `counted` is what each loss is
-// multiplied by.
-Tensor losses_of(const Head &head, const Options &options, const Tensor &hidden, const Tensor &labels, const Tensor &counted,
-                 const Tensor &gradient) {
+// A chunk's losses, `[tokens, 1]`, and into `gradient`, where there is one, that of their sum. `counted` is what each
+// loss is multiplied by.
+Tensor losses_of(const Head &head, const Options &options, const Tensor &hidden, const Tensor &labels,
+                 const Tensor &counted, const Tensor &gradient) {
   const auto [smoothing, cap, scale] = options;
   Tensor own = head.logits(hidden);
   if (cap > 0) own.mul_(scale / cap).tanh_().mul_(cap);
@@ -135,7 +135,8 @@ Tensor all_losses(const Stored &stored, const Options &options, const Tensor &hi
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static Tensor forward(torch::autograd::AutogradContext *context, const Tensor &hidden, const Tensor &labels,
-                        const std::optional<Tensor> &weights, const Stored *stored, const Options *options, bool wants) {
+                        const std::optional<Tensor> &weights, const Stored *stored, const Options *options,
+                        bool wants) {
     const Tensor rows = hidden.reshape({-1, hidden.size(-1)}).contiguous();
     const Tensor gradient = wants ? at::empty_like(rows) : Tensor();
     const auto each = weights ? std::optional<Tensor>(weights->reshape(-1)) : std::nullopt;
@@ -160,23 +161,25 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 };
 
-void check(const Tensor &hidden, const Tensor &labels, const Tensor *weights, const Stored &stored, const Options &options) {
-  TORCH_CHECK(stored.shape.size() == 2 && hidden.dim() >= 1 && hidden.size(-1) == stored.row, "cross entropy of hidden states ",
-              hidden.sizes(), " by a head ", at::IntArrayRef(stored.shape));
+void check(const Tensor &hidden, const Tensor &labels, const Tensor *weights, const Stored &stored,
+           const Options &options) {
+  TORCH_CHECK(stored.shape.size() == 2 && hidden.dim() >= 1 && hidden.size(-1) == stored.row,
+              "cross entropy of hidden states ", hidden.sizes(), " by a head ", at::IntArrayRef(stored.shape));
   const auto of_tokens = hidden.sizes().slice(0, hidden.dim() - 1);
-  TORCH_CHECK(labels.sizes() == of_tokens && labels.scalar_type() == at::kLong, "cross entropy of hidden states ", hidden.sizes(),
-              " expects whole numbers ", of_tokens, " as labels, not ", labels.sizes(), " of ", labels.scalar_type());
+  TORCH_CHECK(labels.sizes() == of_tokens && labels.scalar_type() == at::kLong, "cross entropy of hidden states ",
+              hidden.sizes(), " expects whole numbers ", of_tokens, " as labels, not ", labels.sizes(), " of ",
+              labels.scalar_type());
   TORCH_CHECK(weights == nullptr || weights->sizes() == of_tokens, "cross entropy of hidden states ", hidden.sizes(),
               " expects weights ", of_tokens);
-  TORCH_CHECK(options.smoothing >= 0 && options.smoothing < 1 && options.cap >= 0, "a label smoothing of ", options.smoothing,
-              " or a soft cap of ", options.cap);
+  TORCH_CHECK(options.smoothing >= 0 && options.smoothing < 1 && options.cap >= 0, "a label smoothing of ",
+              options.smoothing, " or a soft cap of ", options.cap);
 }
 
 extern "C" {
 
 // The sum of all losses, a new tensor without axes, in f32. `weights` may be null, and no cap is 0.
-int lora_cross_entropy(const Tensor *hidden, const LoraStored *head, const Tensor *labels, const Tensor *weights, double smoothing,
-                       double cap, double scale, Tensor **output) {
+int lora_cross_entropy(const Tensor *hidden, const LoraStored *head, const Tensor *labels, const Tensor *weights,
+                       double smoothing, double cap, double scale, Tensor **output) {
   return lora::guarded([&] {
     const Stored stored(*head);
     const Options options{smoothing, cap, scale};
@@ -188,7 +191,8 @@ int lora_cross_entropy(const Tensor *hidden, const LoraStored *head, const Tenso
 }
 
 // The loss of each token, a new tensor of the labels' shape, in f32; 0 where none counts. Without gradients.
-int lora_token_losses(const Tensor *hidden, const LoraStored *head, const Tensor *labels, double cap, double scale, Tensor **output) {
+int lora_token_losses(const Tensor *hidden, const LoraStored *head, const Tensor *labels, double cap, double scale,
+                      Tensor **output) {
   return lora::guarded([&] {
     const at::NoGradGuard no_grad;
     const Stored stored(*head);

@@ -1,6 +1,6 @@
-// A gated activation, act(gate) · up (Shazeer, "GLU Variants Improve Transformer", 2020), of which only gate and up are kept:
-// libtorch would keep the activated gate beside them. That is computed again in the backward pass. Gradients are those of the
-// separate operations to the bit. Where gate and up are halves of one projection: geglu.cpp.
+// A gated activation, act(gate) · up (Shazeer, "GLU Variants Improve Transformer", 2020), of which only gate and up are
+// kept: libtorch would keep the activated gate beside them. That is computed again in the backward pass. Gradients are
+// those of the separate operations to the bit. Where gate and up are halves of one projection: geglu.cpp.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
@@ -23,8 +23,8 @@ void through(torch::Tensor &gradient, const torch::Tensor &gate, int64_t act) {
 }
 
 struct Gated : torch::autograd::Function<Gated> {
-  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &gate, const torch::Tensor &up,
-                               int64_t act) {
+  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &gate,
+                               const torch::Tensor &up, int64_t act) {
     context->save_for_backward({gate, up});
     context->saved_data["act"] = act;
     return activated(gate, act).mul_(up);
@@ -50,8 +50,8 @@ extern "C" {
 // A new tensor.
 int lora_gated(const torch::Tensor *gate, const torch::Tensor *up, int act, torch::Tensor **output) {
   return lora::guarded([&] {
-    TORCH_CHECK(gate->sizes() == up->sizes() && gate->scalar_type() == up->scalar_type(), "a gate of ", gate->sizes(), " ",
-                gate->scalar_type(), " on ", up->sizes(), " ", up->scalar_type());
+    TORCH_CHECK(gate->sizes() == up->sizes() && gate->scalar_type() == up->scalar_type(), "a gate of ", gate->sizes(),
+                " ", gate->scalar_type(), " on ", up->sizes(), " ", up->scalar_type());
     *output = new torch::Tensor(Gated::apply(*gate, *up, static_cast<int64_t>(act)));
   });
 }

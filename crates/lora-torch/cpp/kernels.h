@@ -1,5 +1,5 @@
-// Kernels for CUDA that weights in few bytes are made whole with, where there are any: cuda/kernels.cpp has them, in an object
-// that is opened at run time.
+// Kernels for CUDA that weights in few bytes are made whole with, where there are any: cuda/kernels.cpp has them, in an
+// object that is opened at run time.
 
 #pragma once
 
@@ -27,7 +27,8 @@ struct Kernels {
   // Makes `count` numbers of int8 or fp8 (e4m3), each `row` of which have a factor.
   const char *(*scaled)(const void *bytes, int fp8, const float *scale, int64_t row, int64_t count, int kind, int device,
                         void *values);
-  // Makes `count` numbers of GGUF's blocks, of a type by its number there, each block of `numbers` numbers in `bytes` bytes.
+  // Makes `count` numbers of GGUF's blocks, of a type by its number there, each block of `numbers` numbers in `bytes`
+  // bytes.
   const char *(*blocks)(const void *packed, int type, int numbers, int bytes, int64_t count, int kind, int device, void *values);
 };
 

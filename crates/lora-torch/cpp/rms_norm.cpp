@@ -1,5 +1,5 @@
-// RMS normalisation (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019), of which only the input and a reciprocal a
-// row are kept: operations of libtorch's own would keep two or three tensors in f32 beside them.
+// RMS normalisation (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019), of which only the input and a
+// reciprocal a row are kept: operations of libtorch's own would keep two or three tensors in f32 beside them.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
@@ -12,11 +12,13 @@
 
 namespace lora::rms_norm {
 
-// How the weight comes in, in the order of `RmsWeight` in src/norm.rs: after rounding to the input's type, before it, and before it
-// with 1 added.
+// How the weight comes in, in the order of `RmsWeight` in src/norm.rs: after rounding to the input's type, before it,
+// and before it with 1 added.
 enum Way : int64_t { ROUNDED, SINGLE, ONE_PLUS };
 
-torch::Tensor single_copy(const torch::Tensor &tensor) { return tensor.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true); }
+torch::Tensor single_copy(const torch::Tensor &tensor) {
+  return tensor.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+}
 
 // The weight in f32, with 1 added where that is its way.
 torch::Tensor factor_of(const torch::Tensor &weight, int64_t way) {
@@ -70,13 +72,16 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
 extern "C" {
 
 // A new tensor. `weight` may be null, or is as wide as the input's last axis.
-int lora_rms_norm(const torch::Tensor *input, const torch::Tensor *weight, double epsilon, int way, torch::Tensor **output) {
+int lora_rms_norm(const torch::Tensor *input, const torch::Tensor *weight, double epsilon, int way,
+                  torch::Tensor **output) {
   return lora::guarded([&] {
-    TORCH_CHECK(input->dim() >= 1 && input->numel() > 0, "RMS normalisation expects numbers along a last axis, not ", input->sizes());
+    TORCH_CHECK(input->dim() >= 1 && input->numel() > 0, "RMS normalisation expects numbers along a last axis, not ",
+                input->sizes());
     TORCH_CHECK(at::isFloatingType(input->scalar_type()) && input->scalar_type() != at::kDouble,
                 "RMS normalisation expects f32, f16 or bf16, not ", input->scalar_type());
     TORCH_CHECK(weight == nullptr || (weight->dim() == 1 && weight->size(0) == input->size(-1)),
-                "RMS normalisation of ", input->sizes(), " with a weight of ", weight == nullptr ? at::IntArrayRef() : weight->sizes());
+                "RMS normalisation of ", input->sizes(), " with a weight of ",
+                weight == nullptr ? at::IntArrayRef() : weight->sizes());
     const auto own = weight == nullptr ? std::nullopt : std::optional<torch::Tensor>(*weight);
     *output = new torch::Tensor(RmsNorm::apply(*input, own, epsilon, static_cast<int64_t>(way)));
   });

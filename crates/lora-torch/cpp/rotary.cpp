@@ -1,6 +1,6 @@
-// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of numbers of a head are turned by angles that grow with the
-// position. Nothing of the input's size is kept or made on the side, as the gradient is turned back by the same angles; tables of
-// cosines and sines, which other programs' layers cast each, are kept as they were given.
+// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of numbers of a head are turned by angles that grow
+// with the position. Nothing of the input's size is kept or made on the side, as the gradient is turned back by the
+// same angles; tables of cosines and sines, which other programs' layers cast each, are kept as they were given.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
@@ -21,7 +21,8 @@ Pairs pairs_of(const torch::Tensor &tensor, int64_t turned, bool neighbours) {
 }
 
 // Turned by the angles, or with `direction` -1 back. Where cosines and sines carry a factor this is the transposed map.
-torch::Tensor turned(const torch::Tensor &input, const torch::Tensor &cos, const torch::Tensor &sin, bool neighbours, int direction) {
+torch::Tensor turned(const torch::Tensor &input, const torch::Tensor &cos, const torch::Tensor &sin, bool neighbours,
+                     int direction) {
   const int64_t width = input.size(-1), turned = 2 * cos.size(-1);
   const torch::Tensor c = cos.to(input.scalar_type()).unsqueeze(1), s = sin.to(input.scalar_type()).unsqueeze(1);
   const torch::Tensor output = at::empty_like(input);
@@ -36,8 +37,8 @@ torch::Tensor turned(const torch::Tensor &input, const torch::Tensor &cos, const
 }
 
 struct Rotary : torch::autograd::Function<Rotary> {
-  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &input, const torch::Tensor &cos,
-                               const torch::Tensor &sin, bool neighbours) {
+  static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &input,
+                               const torch::Tensor &cos, const torch::Tensor &sin, bool neighbours) {
     context->save_for_backward({cos, sin});
     context->saved_data["neighbours"] = neighbours;
     return turned(input, cos, sin, neighbours, 1);
@@ -47,7 +48,8 @@ struct Rotary : torch::autograd::Function<Rotary> {
                                                  torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();
     const bool neighbours = context->saved_data["neighbours"].toBool();
-    return {turned(gradients[0], saved[0], saved[1], neighbours, -1), torch::Tensor(), torch::Tensor(), torch::Tensor()};
+    return {turned(gradients[0], saved[0], saved[1], neighbours, -1), torch::Tensor(), torch::Tensor(),
+            torch::Tensor()};
   }
 };
 
@@ -57,9 +59,10 @@ extern "C" {
 int lora_rotary(const torch::Tensor *input, const torch::Tensor *cos, const torch::Tensor *sin, int neighbours,
                 torch::Tensor **output) {
   return lora::guarded([&] {
-    TORCH_CHECK(input->dim() == 4 && cos->dim() == 3 && cos->sizes() == sin->sizes() && cos->size(1) == input->size(2) &&
-                    (cos->size(0) == 1 || cos->size(0) == input->size(0)) && 2 * cos->size(2) <= input->size(3),
-                "rotary embedding of ", input->sizes(), " by cosines of ", cos->sizes(), " and sines of ", sin->sizes());
+    TORCH_CHECK(
+        input->dim() == 4 && cos->dim() == 3 && cos->sizes() == sin->sizes() && cos->size(1) == input->size(2) &&
+            (cos->size(0) == 1 || cos->size(0) == input->size(0)) && 2 * cos->size(2) <= input->size(3),
+        "rotary embedding of ", input->sizes(), " by cosines of ", cos->sizes(), " and sines of ", sin->sizes());
     *output = new torch::Tensor(Rotary::apply(*input, *cos, *sin, neighbours != 0));
   });
 }

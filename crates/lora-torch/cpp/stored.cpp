@@ -13,9 +13,9 @@
 
 namespace lora {
 
-// On the CPU large weights are worked on in tiles of about this many numbers, 8 MiB in f32: what is as large as some weights
-// (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of dequantising. Of
-// an f32 weight in one piece oneDNN makes such a copy itself.
+// On the CPU large weights are worked on in tiles of about this many numbers, 8 MiB in f32: what is as large as some
+// weights (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of
+// dequantising. Of an f32 weight in one piece oneDNN makes such a copy itself.
 constexpr int64_t TILE = 1 << 21;
 
 int64_t tile_of(int64_t outputs, int64_t row, int64_t numbers) {
@@ -26,9 +26,10 @@ int64_t tile_of(int64_t outputs, int64_t row, int64_t numbers) {
 }
 
 Stored::Stored(const LoraStored &raw)
-    : values(*raw.values), scale(or_none(raw.scale)), nf4{values, or_none(raw.absmax), or_none(raw.nested), or_none(raw.offset)},
-      shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0), block_type(static_cast<blocks::Type>(raw.blocks)),
-      id(raw.staged) {
+    : values(*raw.values), scale(or_none(raw.scale)),
+      nf4{values, or_none(raw.absmax), or_none(raw.nested), or_none(raw.offset)},
+      shape(raw.shape, raw.shape + raw.axes), portable(raw.portable != 0),
+      block_type(static_cast<blocks::Type>(raw.blocks)), id(raw.staged) {
   TORCH_CHECK(raw.axes >= 1, "a weight has a shape");
   for (size_t axis = 1; axis < raw.axes; ++axis) row *= shape[axis];
   if (raw.staging != nullptr) staging = *static_cast<const std::shared_ptr<Staging> *>(raw.staging);
@@ -52,9 +53,11 @@ Rows::Rows(const Stored &own, at::ScalarType kind) : own(own), kind(kind) {
 at::Tensor Rows::operator()(int64_t start, int64_t count) const {
   std::vector<int64_t> shape = own.shape;
   shape[0] = count;
-  if (own.is_nf4()) return nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
+  if (own.is_nf4())
+    return nf4::dequantise(own.nf4, most, start * own.row, count * own.row, kind, own.portable).view(shape);
   if (own.is_blocks()) {
-    return blocks::dequantise(own.values, own.block_type, start * own.row, count * own.row, kind, own.portable).view(shape);
+    return blocks::dequantise(own.values, own.block_type, start * own.row, count * own.row, kind, own.portable)
+        .view(shape);
   }
   const at::Tensor stored = own.values.narrow(0, start, count);
   return own.scale.defined() ? scaled(stored, start) : stored.to(kind);

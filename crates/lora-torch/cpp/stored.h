@@ -1,5 +1,5 @@
-// A frozen weight as it is stored, whole or in few bytes, on the device or in host memory, and rows of it made whole. What
-// computes with the rows is in frozen.cpp and cross_entropy.cpp.
+// A frozen weight as it is stored, whole or in few bytes, on the device or in host memory, and rows of it made whole.
+// What computes with the rows is in frozen.cpp and cross_entropy.cpp.
 
 #pragma once
 
@@ -17,8 +17,9 @@
 
 extern "C" {
 
-// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null. `blocks` is a
-// `lora::blocks::Type`. With `staging`, the tensors are in host memory, and the weight of that number there.
+// A weight as Rust holds it. `absmax` and what follows it are there for NF4, `scale` for 8 bits, all may be null.
+// `blocks` is a `lora::blocks::Type`. With `staging`, the tensors are in host memory, and the weight of that number
+// there.
 struct LoraStored {
   const at::Tensor *values, *scale, *absmax, *nested, *offset;
   const int64_t *shape;
@@ -39,7 +40,9 @@ struct Stored {
   bool is_blocks() const { return block_type != blocks::Type::none; }
 
   // Whether what computes in `kind` can read the values where they are.
-  bool is_whole(at::ScalarType kind) const { return values.scalar_type() == kind && !scale.defined() && !is_nf4() && !is_blocks(); }
+  bool is_whole(at::ScalarType kind) const {
+    return values.scalar_type() == kind && !scale.defined() && !is_nf4() && !is_blocks();
+  }
 
   // Outputs that are made whole at once; all of them but for large weights on the CPU.
   int64_t tile() const;

@@ -1,5 +1,5 @@
-//! Gated activations (Shazeer, "GLU Variants Improve Transformer", 2020), of which only the inputs are kept for the backward pass.
-//! Activations without a gate are libtorch's own; SiLU after a norm is in [`crate::norm`].
+//! Gated activations (Shazeer, "GLU Variants Improve Transformer", 2020), of which only the inputs are kept for the
+//! backward pass. Activations without a gate are libtorch's own; SiLU after a norm is in [`crate::norm`].
 
 use tch::Tensor;
 
@@ -16,8 +16,8 @@ unsafe extern "C" {
     ) -> std::ffi::c_int;
 }
 
-/// The first half of the last axis times the exact GELU of the second, `[…, 2 · width]` to `[…, width]`. Output and gradients are
-/// those of libtorch's separate operations to the bit.
+/// The first half of the last axis times the exact GELU of the second, `[…, 2 · width]` to `[…, width]`. Output and
+/// gradients are those of libtorch's separate operations to the bit.
 pub fn geglu(projection: &Tensor) -> Result<Tensor> {
     // SAFETY: a live `torch::Tensor*` for the length of the call; the shim takes references of its own.
     new_tensor(|output| unsafe { lora_geglu(projection.as_ptr(), output) })
@@ -34,8 +34,8 @@ pub enum Gate {
     GeluTanh,
 }
 
-/// `act(gate) · up`, both of one shape and type; a new tensor. Output and gradients are those of libtorch's separate operations to
-/// the bit; nothing but the two is kept.
+/// `act(gate) · up`, both of one shape and type; a new tensor. Output and gradients are those of libtorch's separate
+/// operations to the bit; nothing but the two is kept.
 ///
 /// # Errors
 /// Where shapes or types differ, or memory runs out.

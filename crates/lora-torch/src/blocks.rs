@@ -1,6 +1,6 @@
-//! The blocks in which llama.cpp's GGUF files hold quantised weights, as far as weights are computed with as they lie in such files
-//! ([`crate::frozen::FrozenWeight::packed`]). What their bytes mean is told in lora-io's `gguf::blocks`, reading files is lora-io's
-//! too, and the arithmetic is in `cpp/blocks.cpp`.
+//! The blocks in which llama.cpp's GGUF files hold quantised weights, as far as weights are computed with as they lie
+//! in such files ([`crate::frozen::FrozenWeight::packed`]). What their bytes mean is told in lora-io's `gguf::blocks`,
+//! reading files is lora-io's too, and the arithmetic is in `cpp/blocks.cpp`.
 
 use std::fmt;
 
@@ -66,7 +66,8 @@ impl BlockKind {
         }
     }
 
-    /// Bytes of a weight `[outputs, inputs]`; none where its rows are not whole blocks, or it is larger than memory can be.
+    /// Bytes of a weight `[outputs, inputs]`; none where its rows are not whole blocks, or it is larger than memory can
+    /// be.
     pub fn bytes(self, shape: [usize; 2]) -> Option<usize> {
         let ([outputs, inputs], (numbers, bytes)) = (shape, self.block());
         if !inputs.is_multiple_of(numbers) {

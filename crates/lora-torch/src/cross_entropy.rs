@@ -1,5 +1,6 @@
-//! The loss of language models: cross entropy of a frozen linear head, without logits `[tokens, words]` ever being in memory as a
-//! whole. What is done with the losses, which tokens are labels and how they are shifted is the caller's business.
+//! The loss of language models: cross entropy of a frozen linear head, without logits `[tokens, words]` ever being in
+//! memory as a whole. What is done with the losses, which tokens are labels and how they are shifted is the caller's
+//! business.
 
 use tch::Tensor;
 
@@ -30,13 +31,13 @@ unsafe extern "C" {
 
 /// How logits and losses are made.
 ///
-/// Everywhere `hidden` is `[…, width]` in f32, bf16 or f16, on the head's device; `head` is the weight `[words, width]`, in
-/// whatever form; `labels` are i64 of the shape `[…]`, below the number of words (on a GPU libtorch ends the process's use of it
-/// where one is not), and one below 0, as the customary -100, does not count.
+/// Everywhere `hidden` is `[…, width]` in f32, bf16 or f16, on the head's device; `head` is the weight `[words,
+/// width]`, in whatever form; `labels` are i64 of the shape `[…]`, below the number of words (on a GPU libtorch ends
+/// the process's use of it where one is not), and one below 0, as the customary -100, does not count.
 ///
-/// Products are rounded to the type of `hidden`, as those of a layer; what follows, softmax and sums among them, is in f32. Tokens
-/// come in chunks whose logits take at most 128 MiB, with what is made of them. A head that is stored in few bytes is made whole
-/// once a call, or, beyond 128 MiB, in parts for each chunk.
+/// Products are rounded to the type of `hidden`, as those of a layer; what follows, softmax and sums among them, is in
+/// f32. Tokens come in chunks whose logits take at most 128 MiB, with what is made of them. A head that is stored in
+/// few bytes is made whole once a call, or, beyond 128 MiB, in parts for each chunk.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CrossEntropy {
     /// The share of a label that is spread evenly over all words, at least 0 and below 1.
@@ -54,9 +55,9 @@ impl Default for CrossEntropy {
 }
 
 impl CrossEntropy {
-    /// The sum of the losses of all tokens, f32 without axes, each multiplied by its weight (f32, of the labels' shape) where there
-    /// are weights. Gradients reach `hidden` alone. They are computed in the forward pass and kept in the type of `hidden` in
-    /// place of anything else, so that a backward pass can be run once.
+    /// The sum of the losses of all tokens, f32 without axes, each multiplied by its weight (f32, of the labels' shape)
+    /// where there are weights. Gradients reach `hidden` alone. They are computed in the forward pass and kept in the
+    /// type of `hidden` in place of anything else, so that a backward pass can be run once.
     ///
     /// # Errors
     /// Where shapes or types are others than [`CrossEntropy`] says, a setting is out of its range, or memory runs out.
@@ -69,16 +70,16 @@ impl CrossEntropy {
     ) -> Result<Tensor> {
         let weights = weights.map_or(std::ptr::null(), Tensor::as_ptr);
         let (hidden, labels, cap) = (hidden.as_ptr(), labels.as_ptr(), self.soft_cap.unwrap_or(0.0));
-        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; what `raw` points to
-        // lives in `head`.
+        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; what `raw`
+        // points to lives in `head`.
         new_tensor(|output| unsafe {
             let head = head.raw();
             lora_cross_entropy(hidden, &head, labels, weights, self.label_smoothing, cap, self.logit_scale, output)
         })
     }
 
-    /// The loss of each token, f32 of the labels' shape, 0 where none counts: without smoothing and without gradients, for
-    /// evaluation.
+    /// The loss of each token, f32 of the labels' shape, 0 where none counts: without smoothing and without gradients,
+    /// for evaluation.
     ///
     /// # Errors
     /// As [`CrossEntropy::sum`].

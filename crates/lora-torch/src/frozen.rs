@@ -1,7 +1,7 @@
-//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each output,
-//! NF4 ([`crate::nf4`]), or as they lie in a file, in GGUF's blocks ([`crate::blocks`]) or 8-bit floats. They are made whole for
-//! one layer at a time, in the forward pass and again in the backward pass. Those of any of these forms may live in host memory
-//! and come to the device when they are needed ([`crate::staging`]).
+//! Frozen weights in few bytes: stored in half precision, 8-bit floats or 8-bit integers with one factor for each
+//! output, NF4 ([`crate::nf4`]), or as they lie in a file, in GGUF's blocks ([`crate::blocks`]) or 8-bit floats. They
+//! are made whole for one layer at a time, in the forward pass and again in the backward pass. Those of any of these
+//! forms may live in host memory and come to the device when they are needed ([`crate::staging`]).
 
 use std::ffi::{c_int, c_void};
 use std::fmt;
@@ -148,8 +148,8 @@ impl FrozenWeight {
         Ok(Self { stored, shape, kind, staged: None })
     }
 
-    /// As it lies in a GGUF file: `bytes` of a weight `[outputs, inputs]` in whole blocks, row after row, which stay as they are. It
-    /// computes in `kind`: f32, bf16 or f16.
+    /// As it lies in a GGUF file: `bytes` of a weight `[outputs, inputs]` in whole blocks, row after row, which stay as
+    /// they are. It computes in `kind`: f32, bf16 or f16.
     ///
     /// # Errors
     /// Where rows are not whole blocks, the number of bytes is not the shape's, `kind` is another, or memory runs out.
@@ -175,9 +175,9 @@ impl FrozenWeight {
         })
     }
 
-    /// As it lies in a file of 8-bit floats: `values` are of e4m3, `scale`, where there is one, is a factor for all of them (one
-    /// number) or for each output (`[outputs]`, or that with further axes of 1). It computes in `kind`, to which the factors
-    /// are rounded as well.
+    /// As it lies in a file of 8-bit floats: `values` are of e4m3, `scale`, where there is one, is a factor for all of
+    /// them (one number) or for each output (`[outputs]`, or that with further axes of 1). It computes in `kind`, to
+    /// which the factors are rounded as well.
     ///
     /// # Errors
     /// Where `values` are of another type, the scale is of another shape, as one for each tile of a matrix, or memory runs out.
@@ -199,8 +199,8 @@ impl FrozenWeight {
         Ok(Self { stored: Stored::Scaled { values, scale }, shape, kind, staged: None })
     }
 
-    /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are moved before
-    /// the first is used.
+    /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are
+    /// moved before the first is used.
     pub fn staged(self, staging: &Staging) -> Result<Self> {
         let (stored, id) = match self.stored {
             Stored::Plain(values) => {
@@ -274,8 +274,8 @@ impl FrozenWeight {
         new_tensor(|output| unsafe { lora_frozen_whole(&self.raw(), kind, output) })
     }
 
-    /// Rows of a weight `[words, width]`, as an embedding looks them up: `[…, width]` in the type that it computes in, for `words`
-    /// `[…]` (i64). No other row is made whole, but for weights in NF4 or in host memory.
+    /// Rows of a weight `[words, width]`, as an embedding looks them up: `[…, width]` in the type that it computes in,
+    /// for `words` `[…]` (i64). No other row is made whole, but for weights in NF4 or in host memory.
     ///
     /// # Errors
     /// Where the weight has not two axes, a word is not below their number, or memory runs out.
@@ -308,16 +308,16 @@ impl FrozenWeight {
             _ => return apply_layer(geometry, input, &self.whole()?, bias),
         };
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
-        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references of
-        // its own.
+        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes
+        // references of its own.
         new_tensor(|output| unsafe {
             lora_frozen(input.as_ptr(), &self.raw(), bias, convolution, stride, padding, groups, output)
         })
     }
 
-    /// The output of a linear layer, `[…, outputs]` of an input `[…, inputs]`, with the update `scale · up(down(x))` of a LoRA
-    /// added: `down` `[rank, inputs]`, `up` `[outputs, rank]`, both in the dtype of the input. As a whole it takes half as many
-    /// kernels as one after the other, and nothing of the output's or the input's size on the side.
+    /// The output of a linear layer, `[…, outputs]` of an input `[…, inputs]`, with the update `scale · up(down(x))` of
+    /// a LoRA added: `down` `[rank, inputs]`, `up` `[outputs, rank]`, both in the dtype of the input. As a whole it
+    /// takes half as many kernels as one after the other, and nothing of the output's or the input's size on the side.
     pub fn apply_low_rank(
         &self,
         input: &Tensor,
@@ -328,8 +328,8 @@ impl FrozenWeight {
     ) -> Result<Tensor> {
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
         let (down, up) = (down.as_ptr(), up.as_ptr());
-        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references of
-        // its own.
+        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes
+        // references of its own.
         new_tensor(|output| unsafe { lora_frozen_low_rank(input.as_ptr(), &self.raw(), bias, down, up, scale, output) })
     }
 
@@ -450,8 +450,8 @@ mod tests {
         assert_eq!(largest(&zeros.whole().unwrap()), 0.0);
     }
 
-    /// The same arithmetic on the same whole weight, so that it is the same to the bit, but where sums are taken in another
-    /// order: tiles of large weights, and libtorch's own backward pass of a convolution.
+    /// The same arithmetic on the same whole weight, so that it is the same to the bit, but where sums are taken in
+    /// another order: tiles of large weights, and libtorch's own backward pass of a convolution.
     #[test]
     fn outputs_and_gradients_are_those_of_the_whole_weight() {
         let grouped =

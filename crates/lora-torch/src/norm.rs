@@ -1,5 +1,5 @@
-//! Normalisations of which little is kept for the backward pass: group normalisation followed by SiLU, and RMS normalisation.
-//! Other norms alone are libtorch's own.
+//! Normalisations of which little is kept for the backward pass: group normalisation followed by SiLU, and RMS
+//! normalisation. Other norms alone are libtorch's own.
 
 use tch::Tensor;
 
@@ -24,9 +24,9 @@ unsafe extern "C" {
     ) -> std::ffi::c_int;
 }
 
-/// SiLU of the normalised input, `[batch, channels, …]`; `weight` and `bias` are `[channels]`, of the input's dtype. Output and
-/// gradients are those of libtorch's two operations to the bit; the normalised values are computed again in the backward
-/// pass.
+/// SiLU of the normalised input, `[batch, channels, …]`; `weight` and `bias` are `[channels]`, of the input's dtype.
+/// Output and gradients are those of libtorch's two operations to the bit; the normalised values are computed again in
+/// the backward pass.
 pub fn group_norm_silu(input: &Tensor, groups: i64, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
     // SAFETY: live `torch::Tensor*` for the length of the call; the shim takes references of its own.
     new_tensor(|output| unsafe {
@@ -45,9 +45,10 @@ pub enum RmsWeight {
     OnePlus,
 }
 
-/// `input / sqrt(mean(input²) + epsilon)` along the last axis (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019), times
-/// the weight, `[width]`, where there is one. `input` is `[…, width]` in f32, bf16 or f16; the output is of its type, and what is
-/// between is in f32. Kept are the input and one f32 number a row. The weight may be trained.
+/// `input / sqrt(mean(input²) + epsilon)` along the last axis (Zhang and Sennrich, "Root Mean Square Layer
+/// Normalization", 2019), times the weight, `[width]`, where there is one. `input` is `[…, width]` in f32, bf16 or f16;
+/// the output is of its type, and what is between is in f32. Kept are the input and one f32 number a row. The weight
+/// may be trained.
 ///
 /// # Errors
 /// Where shapes or types are others, or memory runs out.
@@ -58,7 +59,8 @@ pub fn rms_norm(input: &Tensor, weight: Option<&Tensor>, epsilon: f64, way: RmsW
         RmsWeight::OnePlus => 2,
     };
     let weight = weight.map_or(std::ptr::null(), Tensor::as_ptr);
-    // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references of its own.
+    // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes references
+    // of its own.
     new_tensor(|output| unsafe { lora_rms_norm(input.as_ptr(), weight, epsilon, way, output) })
 }
 

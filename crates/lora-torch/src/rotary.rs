@@ -1,5 +1,5 @@
-//! Rotary position embedding (Su et al., "RoFormer", 2021), of which nothing is kept but its tables. The tables themselves, with
-//! whatever scaling a model has, are the caller's business.
+//! Rotary position embedding (Su et al., "RoFormer", 2021), of which nothing is kept but its tables. The tables
+//! themselves, with whatever scaling a model has, are the caller's business.
 
 use tch::Tensor;
 
@@ -25,9 +25,9 @@ pub enum RotaryLayout {
     Interleaved,
 }
 
-/// `input` `[batch, heads, tokens, width]` turned by the angles whose cosines and sines are `cos` and `sin`, `[batch or 1, tokens,
-/// half]` (f32): the first `2 · half` numbers of each head are turned, others stay. A new tensor of the input's type, in which it
-/// computes, tables included; gradients reach the input alone.
+/// `input` `[batch, heads, tokens, width]` turned by the angles whose cosines and sines are `cos` and `sin`, `[batch or
+/// 1, tokens, half]` (f32): the first `2 · half` numbers of each head are turned, others stay. A new tensor of the
+/// input's type, in which it computes, tables included; gradients reach the input alone.
 ///
 /// # Errors
 /// Where the shapes do not fit, or memory runs out.

@@ -1,6 +1,6 @@
-//! Kernels of the device without memory against the CPU's, on random shapes: outputs of the same shape, order and type, and the
-//! same peak of memory, to the 64 bytes of numbers that libtorch wraps into tensors. A kernel that `cpp/dry/kernels.cpp` has and
-//! nothing here runs fails a test.
+//! Kernels of the device without memory against the CPU's, on random shapes: outputs of the same shape, order and type,
+//! and the same peak of memory, to the 64 bytes of numbers that libtorch wraps into tensors. A kernel that
+//! `cpp/dry/kernels.cpp` has and nothing here runs fails a test.
 
 #![cfg(not(target_os = "macos"))]
 
@@ -471,7 +471,8 @@ fn cross_entropy() {
     }
 }
 
-/// What a decoder consists of, where there is no GPU to count on: all of it has kernels, and nothing but what is said is kept.
+/// What a decoder consists of, where there is no GPU to count on: all of it has kernels, and nothing but what is said
+/// is kept.
 #[test]
 fn a_decoder_runs_on_a_dry_gpu() {
     let (_turn, _) = begin(11);

@@ -1,9 +1,9 @@
-// Weights in few bytes made whole in one pass over memory: NF4, GGUF's blocks, and int8 and fp8 with a factor for each output. The
-// numbers are those of ../nf4.cpp, ../blocks.cpp and of libtorch's operations, to the last bit. NVRTC compiles this for the card at hand (kernels.cpp), and
-// the host's compiler for tests without one (whole_host.cpp).
+// Weights in few bytes made whole in one pass over memory: NF4, GGUF's blocks, and int8 and fp8 with a factor for each
+// output. The numbers are those of ../nf4.cpp, ../blocks.cpp and of libtorch's operations, to the last bit. NVRTC
+// compiles this for the card at hand (kernels.cpp), and the host's compiler for tests without one (whole_host.cpp).
 //
-// NUMBER is what a weight is made of, FROM_FLOAT and FROM_NUMBER how it comes from f32 and becomes it. A thread makes eight
-// numbers, so that it reads and writes whole words.
+// NUMBER is what a weight is made of, FROM_FLOAT and FROM_NUMBER how it comes from f32 and becomes it. A thread makes
+// eight numbers, so that it reads and writes whole words.
 
 #ifdef __CUDACC_RTC__
 #define KERNEL extern "C" __global__
