@@ -48,7 +48,7 @@ impl fmt::Display for StepPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} pictures (repeats included) / batch {} × {} accumulated = {} step(s) an epoch; {} epoch(s): {} steps",
+            "{} visits an epoch (repeats included) / batch {} × {} accumulated = {} step(s) an epoch; {} epoch(s): {} steps",
             self.visits_per_epoch, self.batch_size, self.accumulation, self.steps_per_epoch, self.epochs, self.steps
         )
     }
