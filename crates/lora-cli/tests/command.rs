@@ -375,7 +375,9 @@ fn a_run_lets_its_threads_yield_unless_it_is_told_otherwise() {
     let environment = |variable: Option<(&str, &str)>| {
         let mut command = lora();
         command.current_dir(folder.path()).args(["train", "config.toml", "--set", "max_train_steps=1000000"]);
-        ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"].iter().for_each(|name| drop(command.env_remove(name)));
+        for name in ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"] {
+            command.env_remove(name);
+        }
         command.envs(variable).stdout(Stdio::null()).stderr(Stdio::null());
         let mut run = command.spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(120);
