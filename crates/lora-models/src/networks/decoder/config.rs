@@ -2,6 +2,8 @@
 //! out have the defaults of its family in transformers. Names and shapes of weights are not checked here.
 
 use lora_io::checkpoint::ComponentWeights;
+use lora_torch::activation::Gate;
+use lora_torch::norm::RmsWeight;
 use serde_json::Value;
 
 use super::families::{self, FAMILIES, GPT_OSS, Switches};
@@ -23,7 +25,7 @@ pub struct DecoderConfig {
     /// The rotary positions that layers choose among.
     pub ropes: Vec<Rope>,
     /// How norms multiply by their weight.
-    pub norm: NormWeight,
+    pub norm: RmsWeight,
     /// Added to the mean square in norms.
     pub epsilon: f64,
     /// Which norms a layer has, and their names.
@@ -37,7 +39,7 @@ pub struct DecoderConfig {
     /// Gate and up-projection are one layer, `gate_up_proj`.
     pub fused_feed_forward: bool,
     /// Of the feed-forward's gate.
-    pub activation: Activation,
+    pub activation: Gate,
     /// Scores of attention are squashed to within ± this.
     pub attention_cap: Option<f64>,
     /// Each query head has a logit of its own that takes part in the softmax and leads nowhere.
@@ -110,17 +112,6 @@ pub enum Shares {
     OfChosen,
 }
 
-/// How an RMS norm multiplies by its weight. In f32 arithmetic the first two are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormWeight {
-    /// In the compute dtype.
-    Cast,
-    /// In f32, and rounded afterwards.
-    Single,
-    /// By 1 + weight in f32, and rounded afterwards.
-    OnePlus,
-}
-
 /// The norms of a layer by their names in the file, where there are such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerNorms {
@@ -143,15 +134,6 @@ pub enum QueryKeyNorm {
     Heads,
     /// All heads together.
     All,
-}
-
-/// The activation of a feed-forward's gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x · sigmoid(x)`.
-    Silu,
-    /// GELU with tanh.
-    Gelu,
 }
 
 impl DecoderConfig {
@@ -398,14 +380,14 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn activation(&self, architecture: &str) -> Result<Activation> {
+    fn activation(&self, architecture: &str) -> Result<Gate> {
         let gemma = architecture.starts_with("gemma");
         let named = self.text("hidden_activation")?.or(self.text("hidden_act")?);
         match named.unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" }) {
-            "silu" | "swish" => Ok(Activation::Silu),
+            "silu" | "swish" => Ok(Gate::Silu),
             // Files of the first Gemma say `gelu` and mean this form.
-            "gelu_pytorch_tanh" => Ok(Activation::Gelu),
-            "gelu" if gemma => Ok(Activation::Gelu),
+            "gelu_pytorch_tanh" => Ok(Gate::GeluTanh),
+            "gelu" if gemma => Ok(Gate::GeluTanh),
             other => Err(self.wrong(format!("the activation is `{other}`; known here are silu and gelu_pytorch_tanh"))),
         }
     }

@@ -1,7 +1,10 @@
 //! What each family of decoders decides: the switches that no key of its `config.json` names, and the defaults of keys
 //! that its files leave out, as transformers has them.
 
-use super::config::{LayerNorms, NormWeight, QueryKeyNorm};
+use lora_torch::norm::RmsWeight;
+use lora_torch::rotary::RotaryLayout;
+
+use super::config::{LayerNorms, QueryKeyNorm};
 use super::keys::Reader;
 use super::rotary::RopeDefaults;
 use crate::Result;
@@ -36,7 +39,7 @@ const GLM_NORMS: LayerNorms = LayerNorms {
 
 /// What a family decides before the general keys are read: the switches that no key names, and defaults of keys.
 pub(super) struct Switches {
-    pub(super) norm: NormWeight,
+    pub(super) norm: RmsWeight,
     pub(super) norms: LayerNorms,
     pub(super) query_key_norm: QueryKeyNorm,
     pub(super) value_norm: bool,
@@ -129,14 +132,14 @@ pub(super) const FAMILIES: &[Family] = &[
         Ok(())
     }),
     ("olmo2", |_, own| {
-        (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
-        own.epsilon = 1e-5;
+        (own.norm, own.norms, own.query_key_norm) = (RmsWeight::Single, AFTER, QueryKeyNorm::All);
+        (own.epsilon, own.rope.in_f32) = (1e-5, true);
         Ok(())
     }),
     ("olmo3", |config, own| {
-        (own.norm, own.norms, own.query_key_norm) = (NormWeight::Single, AFTER, QueryKeyNorm::All);
+        (own.norm, own.norms, own.query_key_norm) = (RmsWeight::Single, AFTER, QueryKeyNorm::All);
         own.epsilon = 1e-5;
-        own.rope.theta = 5e5;
+        (own.rope.theta, own.rope.in_f32) = (5e5, true);
         own.window = config.window(Some(4096))?;
         own.slide(|layer| (layer + 1) % 4 != 0);
         Ok(())
@@ -158,7 +161,7 @@ pub(super) const FAMILIES: &[Family] = &[
         Ok(())
     }),
     (GPT_OSS, |config, own| {
-        (own.norm, own.head, own.epsilon) = (NormWeight::Single, Some(64), 1e-5);
+        (own.norm, own.head, own.epsilon) = (RmsWeight::Single, Some(64), 1e-5);
         own.rope.theta = 1.5e5;
         own.window = config.window(Some(128))?;
         own.slide(|layer| layer % 2 == 0);
@@ -244,7 +247,7 @@ fn smollm3(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
 }
 
 fn gemma(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
-    (own.norm, own.norms, own.tied, own.head) = (NormWeight::OnePlus, GEMMA_NORMS, true, Some(256));
+    (own.norm, own.norms, own.tied, own.head) = (RmsWeight::OnePlus, GEMMA_NORMS, true, Some(256));
     own.embedding_scale = (config.size("hidden_size")? as f64).sqrt();
     own.scale = Some(config.real("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5));
     Ok(())
@@ -255,7 +258,7 @@ fn gemma4(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
     if config.flag("enable_moe_block")?.unwrap_or(false) {
         return Err(config.wrong("enable_moe_block is true: Gemma 4 with experts is not built here".into()));
     }
-    (own.norm, own.query_key_norm, own.value_norm) = (NormWeight::Single, QueryKeyNorm::Heads, true);
+    (own.norm, own.query_key_norm, own.value_norm) = (RmsWeight::Single, QueryKeyNorm::Heads, true);
     own.scale = Some(1.0);
     own.logits_cap = config.cap("final_logit_softcapping", None)?;
     own.window = config.window(Some(512))?;
@@ -267,13 +270,13 @@ fn gemma4(config: &Reader<'_>, own: &mut Switches) -> Result<()> {
 fn glm(own: &mut Switches) {
     (own.fused_feed_forward, own.epsilon) = (true, 1.5625e-7);
     own.head = Some(128);
-    (own.rope.interleaved, own.rope.share) = (true, 0.5);
+    (own.rope.layout, own.rope.share) = (RotaryLayout::Interleaved, 0.5);
 }
 
 impl Switches {
     pub(super) fn new(layers: usize) -> Self {
         Self {
-            norm: NormWeight::Cast,
+            norm: RmsWeight::Rounded,
             norms: BEFORE,
             query_key_norm: QueryKeyNorm::None,
             value_norm: false,
@@ -288,7 +291,13 @@ impl Switches {
             logits_scale: 1.0,
             attention_cap: None,
             logits_cap: None,
-            rope: RopeDefaults { theta: 10000.0, share: 1.0, interleaved: false, always_longrope: false },
+            rope: RopeDefaults {
+                theta: 10000.0,
+                share: 1.0,
+                layout: RotaryLayout::Halves,
+                in_f32: false,
+                always_longrope: false,
+            },
             window: None,
             slides: vec![true; layers],
             reads_types: true,

@@ -1,9 +1,10 @@
 //! The feed-forward of a decoder's layer: gated, or a mixture of experts.
 
+use lora_torch::activation::{Gate, gated};
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::Tensor;
 
-use super::config::{Activation, DecoderConfig, LayerConfig};
+use super::config::{DecoderConfig, LayerConfig};
 use super::experts::Mixture;
 use crate::Result;
 use crate::layers::{AdaptableLayer, Pass, exclusive};
@@ -19,15 +20,15 @@ pub(super) enum FeedForward {
 
 #[derive(Debug)]
 pub(super) struct Gated {
-    gate: Shared<Gate>,
+    inner: Shared<Inner>,
     down_proj: AdaptableLayer,
 }
 
 /// The wide inner part, which may be computed again for itself.
 #[derive(Debug)]
-struct Gate {
+struct Inner {
     projections: GateProjections,
-    activation: Activation,
+    activation: Gate,
 }
 
 #[derive(Debug)]
@@ -40,14 +41,6 @@ enum GateProjections {
 /// A linear layer that has a bias where the file has one.
 pub(super) fn linear(weights: &Weights<'_>, inputs: usize, outputs: usize) -> Result<AdaptableLayer> {
     AdaptableLayer::linear(weights, inputs, outputs, weights.contains("bias"))
-}
-
-/// The activation of a gate.
-pub(super) fn activate(activation: Activation, input: &Tensor) -> Result<Tensor> {
-    Ok(match activation {
-        Activation::Silu => input.f_silu()?,
-        Activation::Gelu => input.f_gelu("tanh")?,
-    })
 }
 
 impl FeedForward {
@@ -87,18 +80,18 @@ impl Gated {
             }
         };
         Ok(Self {
-            gate: Shared::new(Gate { projections, activation: config.activation }),
+            inner: Shared::new(Inner { projections, activation: config.activation }),
             down_proj: linear(&weights.at("down_proj"), inner, width)?,
         })
     }
 
     pub(super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let inner = pass.feed_forward(&self.gate, &[input], |gate, inputs, pass| gate.forward(&inputs[0], pass))?;
+        let inner = pass.feed_forward(&self.inner, &[input], |inner, inputs, pass| inner.forward(&inputs[0], pass))?;
         self.down_proj.forward(&inner, pass)
     }
 
     fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
-        match &mut exclusive(&mut self.gate)?.projections {
+        match &mut exclusive(&mut self.inner)?.projections {
             GateProjections::Separate { gate_proj, up_proj } => {
                 visit(gate_proj);
                 visit(up_proj);
@@ -110,7 +103,7 @@ impl Gated {
     }
 }
 
-impl Gate {
+impl Inner {
     fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (gate, up) = match &self.projections {
             GateProjections::Separate { gate_proj, up_proj } => {
@@ -122,6 +115,6 @@ impl Gate {
                 (both.f_narrow(-1, 0, inner)?, both.f_narrow(-1, inner, inner)?)
             }
         };
-        Ok(activate(self.activation, &gate)?.f_mul(&up)?)
+        Ok(gated(&gate, &up, self.activation)?)
     }
 }

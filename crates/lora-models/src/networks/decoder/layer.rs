@@ -1,12 +1,14 @@
 //! One layer of a decoder: norms, attention with its projections and positions, feed-forward, residuals. Names are
 //! transformers'.
 
-use lora_torch::tch::{Kind, Tensor};
+use lora_torch::activation::{Gate, gated};
+use lora_torch::norm::{RmsWeight, rms_norm};
+use lora_torch::tch::Tensor;
 
 use super::Context;
 use super::attention::{Scores, attend};
-use super::config::{Activation, DecoderConfig, LayerConfig, NormWeight, QueryKeyNorm};
-use super::feed_forward::{FeedForward, activate, linear};
+use super::config::{DecoderConfig, LayerConfig, QueryKeyNorm};
+use super::feed_forward::{FeedForward, linear};
 use super::generate::KeyValues;
 use crate::Result;
 use crate::layers::{AdaptableLayer, Pass};
@@ -110,31 +112,22 @@ fn normed(norm: Option<&RmsNorm>, input: &Tensor) -> Result<Tensor> {
 pub(super) struct RmsNorm {
     /// None multiplies by nothing.
     weight: Option<Tensor>,
-    width: i64,
     epsilon: f64,
-    kind: NormWeight,
+    way: RmsWeight,
 }
 
 impl RmsNorm {
     pub(super) fn new(weights: &Weights<'_>, config: &DecoderConfig, width: usize) -> Result<Self> {
-        Ok(Self { weight: Some(weights.tensor("weight", &[width])?), ..Self::without_weight(config, width) })
+        Ok(Self { weight: Some(weights.tensor("weight", &[width])?), ..Self::without_weight(config) })
     }
 
-    fn without_weight(config: &DecoderConfig, width: usize) -> Self {
-        Self { weight: None, width: width as i64, epsilon: config.epsilon, kind: config.norm }
+    fn without_weight(config: &DecoderConfig) -> Self {
+        Self { weight: None, epsilon: config.epsilon, way: config.norm }
     }
 
     /// In the dtype of the input; sums are in f32.
     pub(super) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let kind = input.kind();
-        let inside = if self.kind == NormWeight::Cast { kind } else { Kind::Float };
-        let weight = match &self.weight {
-            None => None,
-            Some(weight) if self.kind == NormWeight::OnePlus => Some(weight.f_to_kind(inside)?.f_add_scalar(1.0)?),
-            Some(weight) => Some(weight.f_to_kind(inside)?),
-        };
-        let input = input.f_to_kind(inside)?;
-        Ok(input.f_rms_norm([self.width], weight.as_ref(), self.epsilon)?.f_to_kind(kind)?)
+        Ok(rms_norm(input, self.weight.as_ref(), self.epsilon, self.way)?)
     }
 }
 
@@ -144,7 +137,7 @@ struct LayerInput {
     gate: AdaptableLayer,
     projection: AdaptableLayer,
     norm: RmsNorm,
-    activation: Activation,
+    activation: Gate,
 }
 
 impl LayerInput {
@@ -158,8 +151,8 @@ impl LayerInput {
     }
 
     fn forward(&self, hidden: &Tensor, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let gate = activate(self.activation, &self.gate.forward(hidden, pass)?)?;
-        self.norm.forward(&self.projection.forward(&gate.f_mul(input)?, pass)?)
+        let inner = gated(&self.gate.forward(hidden, pass)?, input, self.activation)?;
+        self.norm.forward(&self.projection.forward(&inner, pass)?)
     }
 }
 
@@ -214,7 +207,7 @@ impl Attention {
             o_proj: linear(&weights.at("o_proj"), queries, config.width)?,
             q_norm: norm("q_norm", queries, true)?,
             k_norm: norm("k_norm", keys, has_keys)?,
-            v_norm: (config.value_norm && has_keys).then(|| RmsNorm::without_weight(config, layer.head)),
+            v_norm: (config.value_norm && has_keys).then(|| RmsNorm::without_weight(config)),
             norms_heads: config.query_key_norm == QueryKeyNorm::Heads,
             layer: layer.clone(),
             cap: config.attention_cap,

@@ -25,7 +25,7 @@ mod layer;
 mod loss;
 mod rotary;
 
-pub use config::{Activation, DecoderConfig, Experts, LayerConfig, LayerNorms, NormWeight, QueryKeyNorm, Shares};
+pub use config::{DecoderConfig, Experts, LayerConfig, LayerNorms, QueryKeyNorm, Shares};
 pub use generate::Sampling;
 pub use loss::{LossOptions, NO_LABEL};
 pub use rotary::Rope;
@@ -207,7 +207,7 @@ impl Decoder {
             false => linear(&weights.at("lm_head").unpacked(), config.width, config.vocabulary)?,
         };
         let layer_inputs = config.layer_inputs.map(|(rows, width)| LayerInputs::new(&model, &config, rows, width));
-        let frequencies = config.ropes.iter().map(|rope| Frequencies::new(rope, weights.device()));
+        let frequencies = config.ropes.iter().map(|rope| Frequencies::new(rope, weights.kind(), weights.device()));
         Ok(Self {
             kind: weights.kind(),
             embed_tokens,

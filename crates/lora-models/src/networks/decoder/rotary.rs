@@ -1,6 +1,8 @@
 //! Rotary positions (Su et al., "RoFormer", 2021, arXiv:2104.09864) and the ways in which models stretch them to longer
-//! texts, as transformers computes them. Angles, and the turning itself, are in f32 whatever the compute dtype.
+//! texts, as transformers computes them. Angles are in f32 whatever the compute dtype; the turning is in that dtype,
+//! where a family does not say otherwise.
 
+use lora_torch::rotary::{RotaryLayout, rotary};
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_f32;
 
@@ -16,8 +18,10 @@ pub struct Rope {
     pub long: Option<(Vec<f64>, usize)>,
     /// What cosine and sine are multiplied by.
     pub factor: f64,
-    /// Whether neighbouring features turn together, instead of one half of the features with the other.
-    pub interleaved: bool,
+    /// Which features turn together.
+    pub layout: RotaryLayout,
+    /// Heads turn in f32 whatever the compute dtype, as OLMo's.
+    pub in_f32: bool,
 }
 
 /// What of a configuration decides about rotary positions besides their parameters.
@@ -27,7 +31,8 @@ pub(super) struct RopeDefaults {
     pub(super) theta: f64,
     /// The share of a head that turns where the file names none.
     pub(super) share: f64,
-    pub(super) interleaved: bool,
+    pub(super) layout: RotaryLayout,
+    pub(super) in_f32: bool,
     /// A scaling that is longrope whatever it calls itself: early files of Phi do.
     pub(super) always_longrope: bool,
 }
@@ -47,8 +52,8 @@ impl Rope {
         let plain = |over: usize, pairs: usize| -> Vec<f64> {
             (0..pairs).map(|pair| theta.powf(-2.0 * pair as f64 / over as f64)).collect()
         };
-        let rope =
-            |frequencies: Vec<f64>| Self { frequencies, long: None, factor: 1.0, interleaved: defaults.interleaved };
+        let RopeDefaults { layout, in_f32, .. } = defaults;
+        let rope = |frequencies: Vec<f64>| Self { frequencies, long: None, factor: 1.0, layout, in_f32 };
         let stretch = || parameters.needed_real("factor");
         // Phi has it at the top of the file, some files nowhere.
         let original = || -> Result<f64> {
@@ -160,19 +165,22 @@ pub(super) struct Frequencies {
     plain: Tensor,
     long: Option<(Tensor, i64)>,
     factor: f64,
-    interleaved: bool,
+    layout: RotaryLayout,
+    /// The dtype that heads turn in.
+    kind: Kind,
 }
 
-/// Cosines and sines of a batch's positions, `[batch, 1, tokens, pairs]`, f32.
+/// Cosines and sines of a batch's positions, `[batch, tokens, pairs]`, in the dtype that heads turn in.
 #[derive(Debug)]
 pub(super) struct Tables {
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool,
+    layout: RotaryLayout,
 }
 
 impl Frequencies {
-    pub(super) fn new(rope: &Rope, device: Device) -> Result<Self> {
+    /// `kind` is what the decoder computes in.
+    pub(super) fn new(rope: &Rope, kind: Kind, device: Device) -> Result<Self> {
         let on_device = |values: &[f64]| {
             let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
             from_f32(&values, &[values.len()], device)
@@ -182,7 +190,8 @@ impl Frequencies {
             plain: on_device(&rope.frequencies)?,
             long: long.transpose()?,
             factor: rope.factor,
-            interleaved: rope.interleaved,
+            layout: rope.layout,
+            kind: if rope.in_f32 { Kind::Float } else { kind },
         })
     }
 
@@ -198,9 +207,9 @@ impl Frequencies {
                 positions.f_mul(long)?.f_where_self(&is_long, &positions.f_mul(&self.plain)?)?
             }
         };
-        let angles = angles.f_unsqueeze(1)?;
         let scaled = |table: Tensor| if self.factor == 1.0 { Ok(table) } else { table.f_mul_scalar(self.factor) };
-        Ok(Tables { cos: scaled(angles.f_cos()?)?, sin: scaled(angles.f_sin()?)?, interleaved: self.interleaved })
+        let cast = |table: Tensor| scaled(table)?.f_to_kind(self.kind);
+        Ok(Tables { cos: cast(angles.f_cos()?)?, sin: cast(angles.f_sin()?)?, layout: self.layout })
     }
 
     /// Whether documents' lengths matter.
@@ -212,26 +221,8 @@ impl Frequencies {
 impl Tables {
     /// The first features of `[batch, heads, tokens, head]` turned, the others as they are; in the same dtype.
     pub(super) fn turn(&self, input: &Tensor) -> Result<Tensor> {
-        let width = 2 * self.cos.size().last().copied().unwrap_or(0);
-        let head = input.size().last().copied().unwrap_or(0);
-        let turning = input.f_narrow(-1, 0, width)?.f_to_kind(Kind::Float)?;
-        let [first, second] = if self.interleaved {
-            let pairs = turning.f_unflatten(-1, [width / 2, 2])?;
-            [pairs.f_select(-1, 0)?, pairs.f_select(-1, 1)?]
-        } else {
-            [turning.f_narrow(-1, 0, width / 2)?, turning.f_narrow(-1, width / 2, width / 2)?]
-        };
-        let one = first.f_mul(&self.cos)?.f_sub(&second.f_mul(&self.sin)?)?;
-        let other = second.f_mul(&self.cos)?.f_add(&first.f_mul(&self.sin)?)?;
-        let turned = if self.interleaved {
-            Tensor::f_stack(&[one, other], -1)?.f_flatten(-2, -1)?
-        } else {
-            Tensor::f_cat(&[one, other], -1)?
-        };
-        let turned = turned.f_to_kind(input.kind())?;
-        if width == head {
-            return Ok(turned);
-        }
-        Ok(Tensor::f_cat(&[turned, input.f_narrow(-1, width, head - width)?], -1)?)
+        // The dtype of the tables is the one to turn in.
+        let turned = rotary(&input.f_to_kind(self.cos.kind())?, &self.cos, &self.sin, self.layout)?;
+        Ok(turned.f_to_kind(input.kind())?)
     }
 }
