@@ -171,17 +171,17 @@ impl AdaptableLayer {
         Self::new(weights, LayerGeometry::conv2d(inputs, outputs, kernel, stride, kernel / 2), true)
     }
 
-    /// A table that row numbers look up, `[entries, width]`, held as it is on the device: a look-up reads few of its
-    /// rows, so that making all of it whole, or bringing it from elsewhere, would not pay.
+    /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
+    /// rows and makes no others whole, so that bringing all of it from elsewhere would not pay.
     pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize) -> Result<Self> {
-        Self::new(&weights.resident(), LayerGeometry::Embedding { entries, width }, false)
+        Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)
     }
 
     /// The linear layer that an embedding's table is when it is read the other way round, `y = W x`; the table is held
     /// once. `path` is the layer's own.
     pub fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
         let weight = match &embedding.weight {
-            LayerWeight::Frozen(weight) => LayerWeight::Frozen(FrozenWeight::plain(weight.whole()?)),
+            LayerWeight::Frozen(weight) => LayerWeight::Frozen(weight.shallow_clone()),
             LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },
         };
         let geometry = LayerGeometry::linear(embedding.geometry.outputs(), embedding.geometry.inputs());

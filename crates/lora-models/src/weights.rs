@@ -70,8 +70,8 @@ impl Default for Held {
     }
 }
 
-/// How frozen weights of layers are held; what is not a layer's weight (norms, biases, embeddings) is in the compute
-/// dtype on the device.
+/// How frozen weights of layers are held; what is not a layer's weight (norms, biases) is in the compute dtype on the
+/// device. Tables of words are on the device too, in few bytes ([`Weights::tables`]).
 #[derive(Debug, Clone, Default)]
 pub struct Frozen {
     /// In fewer bytes, where they are not small; in the compute dtype without.
@@ -134,21 +134,19 @@ impl<'s> Weights<'s> {
         Self { held, ..self }
     }
 
-    /// The same where frozen weights are in the compute dtype on the device, whatever was asked for.
+    /// The same for tables of words, an embedding or a head. Frozen ones are held as layers are, but on the device, and
+    /// in 8-bit integers where layers are in 4 bits or in 8-bit floats: a row has one factor there, so that it can be
+    /// looked up by itself, and words that are seldom used keep their small differences.
     #[must_use]
-    pub fn resident(&self) -> Self {
+    pub fn tables(&self) -> Self {
         let held = match &self.held {
-            Held::Frozen(_) => Held::default(),
-            trained @ Held::Trained(_) => trained.clone(),
-        };
-        Self { held, ..self.clone() }
-    }
-
-    /// The same where frozen weights are in the compute dtype, wherever they were asked to be.
-    #[must_use]
-    pub fn unpacked(&self) -> Self {
-        let held = match &self.held {
-            Held::Frozen(frozen) => Held::Frozen(Frozen { staging: frozen.staging.clone(), ..Frozen::default() }),
+            Held::Frozen(Frozen { storage, packed, .. }) => {
+                let storage = storage.map(|own| match own {
+                    Storage::Nf4 | Storage::Float8 => Storage::Int8,
+                    Storage::Half | Storage::BFloat16 | Storage::Int8 => own,
+                });
+                Held::Frozen(Frozen { storage, packed: *packed, staging: None })
+            }
             trained @ Held::Trained(_) => trained.clone(),
         };
         Self { held, ..self.clone() }

@@ -8,15 +8,16 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lora_core::Component;
 use lora_core::variant::{Lora, Parameters};
+use lora_core::{Component, LayerGeometry};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::SafetensorsFile;
-use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
+use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
 use lora_models::networks::decoder::{LossOptions, NO_LABEL, Rows, Sampling};
 use lora_models::networks::{Decoder, DecoderConfig, load_decoder};
-use lora_models::weights::{Held, Weights};
+use lora_models::weights::{Frozen, Held, Weights};
 use lora_torch::dry::{DryRun, Platform};
+use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::from_host;
 use serde_json::Value;
@@ -272,7 +273,7 @@ fn adapt(decoder: &mut Decoder, reference: &Reference) -> BTreeMap<String, Tenso
     let scale =
         reference.info["training"]["alpha"].as_f64().unwrap() / reference.info["training"]["rank"].as_f64().unwrap();
     let mut leaves = BTreeMap::new();
-    let mut attach = |layer: &mut lora_models::layers::AdaptableLayer| {
+    let mut attach = |layer: &mut AdaptableLayer| {
         let path = layer.path().to_owned();
         if !file.contains(&format!("{path}.lora_A.weight")) {
             return;
@@ -337,7 +338,7 @@ fn embeddings_and_heads_carry_adapters_as_pefts() {
         let reference = Reference::of("qwen2");
         let mut decoder = reference.decoder();
         let mut leaves = BTreeMap::new();
-        let mut attach = |layer: &mut lora_models::layers::AdaptableLayer| {
+        let mut attach = |layer: &mut AdaptableLayer| {
             let path = layer.path().to_owned();
             let names = [["lora_embedding_A", "embedding_down"], ["lora_embedding_B", "embedding_up"]];
             let linear = [["lora_A.weight", "down"], ["lora_B.weight", "up"]];
@@ -371,6 +372,67 @@ fn embeddings_and_heads_carry_adapters_as_pefts() {
             }
             let apart = f64::try_from((found - &expected).norm() / expected.norm()).unwrap();
             assert!(apart < 1e-3, "{case}, {name}: {apart:e}");
+        }
+    }
+}
+
+/// Where layers are in few bytes, tables are in a byte a number and a factor a row; a tied one is there once.
+#[test]
+fn tables_of_words_in_few_bytes_are_looked_up_by_row_and_carry_adapters() {
+    for (family, tied) in [("llama3", true), ("mistral", false)] {
+        let reference = Reference::of(family);
+        let whole = reference.decoder();
+        let ids = reference.integers("ids");
+        let embedded = |decoder: &Decoder| {
+            no_grad(|| decoder.states(&Rows::of(&ids, 0).unwrap(), &[0], &Pass::default()).unwrap().remove(0))
+        };
+        for storage in [Storage::Nf4, Storage::Float8, Storage::Int8] {
+            let held = Held::Frozen(Frozen::stored(Some(storage)));
+            let mut decoder = load_decoder(&reference.checkpoint(), Kind::Float, CPU, held).unwrap();
+            assert_eq!(decoder.config().tied, tied);
+            // Half a step of 127 to a row's largest number.
+            let (found, expected) = (embedded(&decoder), embedded(&whole));
+            let steps = (&found - &expected).abs() / expected.abs().amax([-1i64], true) * 127.0;
+            let most = f64::try_from(steps.max()).unwrap();
+            assert!((0.3..0.501).contains(&most), "{family}, {storage}: {most} steps");
+
+            let loss = |decoder: &Decoder| mean_loss(decoder, &reference, &[0, 1], &Pass::default());
+            let before = no_grad(|| f64::try_from(loss(&decoder)).unwrap());
+            let (width, words) = (decoder.config().width, decoder.config().vocabulary);
+            let mut leaves = Vec::new();
+            let mut attach = |layer: &mut AdaptableLayer| {
+                let names = match layer.path() {
+                    "model.embed_tokens" => ["embedding_down", "embedding_up"],
+                    "lm_head" => ["down", "up"],
+                    _ => return,
+                };
+                assert_eq!(layer.weight_bytes(), words * (width + 4), "{family}, {storage}: {}", layer.path());
+                let [down, up] = match layer.geometry() {
+                    LayerGeometry::Embedding { .. } => [[2, words], [width, 2]],
+                    _ => [[2, width], [words, 2]],
+                };
+                let leaf = |shape: [usize; 2], value: f64| {
+                    let shape = shape.map(|side| side as i64);
+                    Tensor::full(shape, value, (Kind::Float, CPU)).set_requires_grad(true)
+                };
+                let tensors = [leaf(down, 0.1), leaf(up, 0.0)];
+                leaves.extend(tensors.iter().map(Tensor::shallow_clone));
+                let tensors = names.map(str::to_owned).into_iter().zip(tensors).collect();
+                layer.attach(AttachedAdapter {
+                    variant: Arc::new(Lora),
+                    parameters: Parameters { tensors, scale: 1.0 },
+                });
+            };
+            decoder.visit_layers(&mut attach).unwrap();
+            assert_eq!(leaves.len(), 4);
+            // With up at 0 nothing changes yet: the loss comes another way.
+            let after = loss(&decoder);
+            after.backward();
+            let after = f64::try_from(after).unwrap();
+            assert!((after / before - 1.0).abs() < 1e-5, "{family}, {storage}: {after}, without adapters {before}");
+            for up in [&leaves[1], &leaves[3]] {
+                assert!(f64::try_from(up.grad().abs().max()).unwrap() > 0.0, "{family}, {storage}");
+            }
         }
     }
 }
@@ -444,14 +506,17 @@ fn models_in_gguf_have_the_logits_of_their_weights() {
     let expected = SafetensorsFile::open(golden("gguf/expected.safetensors")).unwrap();
     for (family, scheme) in [("llama3", "mixed"), ("qwen3", "q8_0")] {
         let checkpoint = Checkpoint::open(golden(&format!("gguf/{family}.{scheme}.gguf"))).unwrap();
-        let decoder = load_decoder(&checkpoint, Kind::Float, CPU, Held::default()).unwrap();
         let rows = Rows::of(&integers(&expected, &format!("{family}.ids")), 0).unwrap();
-        no_grad(|| {
-            let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
-            let logits = decoder.logits(&hidden.narrow(1, 88, 8), &Pass::default()).unwrap();
-            let error = worst(&logits, &floats(&expected, &format!("{family}.{scheme}.logits_last8")));
-            assert!(error < 1e-4, "{family}, {scheme}: {error:e}");
-        });
+        // In numbers, and all of it in the file's blocks, embedding and head too.
+        for held in [Held::default(), Held::Frozen(Frozen::stored(None))] {
+            let decoder = load_decoder(&checkpoint, Kind::Float, CPU, held).unwrap();
+            no_grad(|| {
+                let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
+                let logits = decoder.logits(&hidden.narrow(1, 88, 8), &Pass::default()).unwrap();
+                let error = worst(&logits, &floats(&expected, &format!("{family}.{scheme}.logits_last8")));
+                assert!(error < 1e-4, "{family}, {scheme}: {error:e}");
+            });
+        }
         // What is packed is what is dequantised: a row at a time has as many blocks as the whole.
         let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
         let packed = weights.packed("model.layers.0.self_attn.q_proj.weight").unwrap().unwrap();
@@ -474,7 +539,7 @@ fn every_family_runs_on_the_device_without_memory() {
             {
                 let mut decoder = load_decoder(&checkpoint, Kind::BFloat16, run.device(), Held::default()).unwrap();
                 let mut leaves = Vec::new();
-                let mut attach = |layer: &mut lora_models::layers::AdaptableLayer| {
+                let mut attach = |layer: &mut AdaptableLayer| {
                     let geometry = layer.geometry();
                     if layer.path().contains("embed_tokens") || layer.path().ends_with("lm_head") {
                         return;

@@ -17,6 +17,8 @@ namespace lora {
 // weights (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of
 // dequantising. Of an f32 weight in one piece oneDNN makes such a copy itself.
 constexpr int64_t TILE = 1 << 21;
+// Elsewhere in tiles of so many, 256 MiB in half precision: more than the layers of most models, a part of a table of words.
+constexpr int64_t DEVICE_TILE = 1 << 27;
 
 int64_t tile_of(int64_t outputs, int64_t row, int64_t numbers) {
   if (row * outputs <= numbers) return outputs;
@@ -35,7 +37,7 @@ Stored::Stored(const LoraStored &raw)
   if (raw.staging != nullptr) staging = *static_cast<const std::shared_ptr<Staging> *>(raw.staging);
 }
 
-int64_t Stored::tile() const { return dry::as_on_cpu(values) ? tile_of(shape[0], row, TILE) : shape[0]; }
+int64_t Stored::tile() const { return tile_of(shape[0], row, dry::as_on_cpu(values) ? TILE : DEVICE_TILE); }
 
 Present::Present(const Stored &own) : weight(own) {
   if (!own.staging) return;

@@ -44,7 +44,7 @@ struct Stored {
     return values.scalar_type() == kind && !scale.defined() && !is_nf4() && !is_blocks();
   }
 
-  // Outputs that are made whole at once; all of them but for large weights on the CPU.
+  // Outputs that are made whole at once; all of them but for large weights.
   int64_t tile() const;
 
   at::Tensor values, scale;

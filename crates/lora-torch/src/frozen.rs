@@ -224,6 +224,22 @@ impl FrozenWeight {
         Ok(Self { stored, staged: Some((staging.clone(), id)), ..self })
     }
 
+    /// The same weight, whose bytes are there once.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let stored = match &self.stored {
+            Stored::Plain(values) => Stored::Plain(values.shallow_clone()),
+            Stored::Scaled { values, scale } => {
+                Stored::Scaled { values: values.shallow_clone(), scale: scale.shallow_clone() }
+            }
+            Stored::Nf4(own) => Stored::Nf4(own.shallow_clone()),
+            Stored::Blocks { bytes, kind, portable } => {
+                Stored::Blocks { bytes: bytes.shallow_clone(), kind: *kind, portable: *portable }
+            }
+        };
+        Self { stored, shape: self.shape.clone(), kind: self.kind, staged: self.staged.clone() }
+    }
+
     /// In NF4 already.
     #[cfg(test)]
     pub(crate) fn nf4(own: Nf4, shape: Vec<i64>, kind: Kind) -> Self {
@@ -305,6 +321,7 @@ impl FrozenWeight {
             LayerGeometry::Conv2d { stride, padding, groups, .. } => (1, stride as i64, padding as i64, groups as i64),
             // libtorch's own keeps no input where the weight needs no gradient.
             LayerGeometry::Linear { .. } if !self.is_whole() => (0, 1, 0, 1),
+            LayerGeometry::Embedding { .. } if !self.is_whole() => return self.embed(input),
             _ => return apply_layer(geometry, input, &self.whole()?, bias),
         };
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);

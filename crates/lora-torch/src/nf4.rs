@@ -62,6 +62,12 @@ impl Nf4 {
         &self.offset
     }
 
+    pub(crate) fn shallow_clone(&self) -> Self {
+        let [packed, absmax, nested, offset] =
+            [&self.packed, &self.absmax, &self.nested, &self.offset].map(Tensor::shallow_clone);
+        Self { packed, absmax, nested, offset, portable: self.portable }
+    }
+
     /// The same numbers in other places.
     pub(crate) fn moved(self, packed: Tensor, absmax: Tensor, nested: Tensor, offset: Tensor) -> Self {
         Self { packed, absmax, nested, offset, ..self }

@@ -48,7 +48,7 @@ pub(super) static KEYS: Group = Group {
             name: "base_storage",
             values: "precision, fp16, bf16, fp8, int8, nf4",
             default: "\"precision\"",
-            meaning: "How the frozen weights of layers are stored; each is made whole for its layer alone. fp8 and int8 have one factor for each output, nf4 one for each 64 weights (QLoRA's, double quantisation). What a GGUF file holds quantised stays as it is without this key.",
+            meaning: "How the frozen weights of layers are stored; each is made whole for its layer alone. fp8 and int8 have one factor for each output, nf4 one for each 64 weights (QLoRA's, double quantisation). A language model's embedding and head are in int8 where layers are in fp8, int8 or nf4. What a GGUF file holds quantised stays as it is without this key.",
             memory: "fp8 and int8 take a byte a weight: half of fp16, a quarter of fp32. nf4 takes half of that.",
             resumed: Resumed::Fixed(|config| shown(&config.base_storage)),
             reads: Reads::Adapter(|given, config| config.base_storage = given.choice(STORAGES).unwrap_or_default()),
