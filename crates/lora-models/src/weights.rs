@@ -10,6 +10,7 @@ use lora_core::random::{fnv1a64, philox4x32};
 use lora_core::{DType, HostTensor};
 use lora_io::gguf::Packed;
 use lora_torch::blocks::BlockKind;
+use lora_torch::dry;
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -28,11 +29,12 @@ pub trait WeightSource {
     /// A weight in its final dtype and place. `shape` is what the architecture needs; a source that
     /// knows the shape may ignore it: the caller compares the two.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
-    /// A matrix as the blocks that a file holds it in; `None` where the source has its numbers.
+    /// A matrix as the blocks that a file holds it in; `None` where the source has its numbers. On a device without
+    /// memory its rows may be in any order.
     ///
     /// # Errors
     /// As [`Self::load`].
-    fn packed(&self, _name: &str) -> Result<Option<Packed<'_>>> {
+    fn packed(&self, _name: &str, _device: Device) -> Result<Option<Packed<'_>>> {
         Ok(None)
     }
     /// Says that a weight is not read again: its pages may go.
@@ -165,7 +167,7 @@ impl<'s> Weights<'s> {
     fn packed(&self, name: &str, shape: &[usize]) -> Result<Option<FrozenWeight>> {
         let Held::Frozen(Frozen { storage: None, packed: true, staging }) = &self.held else { return Ok(None) };
         let path = self.path(name);
-        let Some(stored) = self.source.packed(&path)? else { return Ok(None) };
+        let Some(stored) = self.source.packed(&path, self.device)? else { return Ok(None) };
         let (Some(blocks), &[outputs, inputs]) = (BlockKind::from_gguf(stored.kind.id()), stored.shape) else {
             return Ok(None);
         };
@@ -321,8 +323,8 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
         self.shape(name).map(<[usize]>::to_vec)
     }
 
-    fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
-        Ok(self.packed(name)?)
+    fn packed(&self, name: &str, device: Device) -> Result<Option<Packed<'_>>> {
+        Ok(if dry::is_dry(device) { self.packed_as_stored(name)? } else { self.packed(name)? })
     }
 
     fn release(&self, name: &str) {
@@ -330,8 +332,13 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
     }
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.
-    fn load(&self, name: &str, _shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
         if self.gguf().is_some() {
+            if dry::is_dry(device) {
+                // Nothing is dequantised for nobody.
+                let shape: Vec<i64> = shape.iter().map(|&side| side as i64).collect();
+                return Ok(Tensor::f_empty(shape, (kind, device))?);
+            }
             let values = self.values(name)?;
             self.release(name);
             let shape = values.shape();

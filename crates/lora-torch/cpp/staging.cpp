@@ -32,8 +32,11 @@ constexpr size_t CONTEXT = 6;
 
 int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-// Room for two of the largest, so that one is copied while one is in use, and for more of networks of many layers.
-int64_t ring_bytes(int64_t all, int64_t largest) { return std::min(all, std::max(2 * largest, aligned(all / 8))); }
+// Room for two of the largest, so that one is copied while one is in use, and for more of networks of many layers: up to
+// eight of the largest, which are two layers of a language model.
+int64_t ring_bytes(int64_t all, int64_t largest) {
+  return std::min(all, std::max(2 * largest, aligned(std::min(all / 8, 8 * largest))));
+}
 
 // The order in which weights are used.
 class Order {

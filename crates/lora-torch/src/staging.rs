@@ -53,7 +53,7 @@ impl Drop for Handle {
 /// What a ring has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StagingCounts {
-    /// Bytes of the ring: an eighth of all its weights, and room for two of the largest at least.
+    /// Bytes of the ring: an eighth of all its weights, and room for two to eight of the largest.
     pub ring_bytes: u64,
     /// Copies so far.
     pub copies: u64,

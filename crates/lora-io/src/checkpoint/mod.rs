@@ -343,6 +343,15 @@ impl ComponentWeights {
         self.gguf.as_ref().map_or(Ok(None), |model| model.packed(name))
     }
 
+    /// The same with its rows in the file's order: for whom sizes are enough, as nothing is read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::values`].
+    pub fn packed_as_stored(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        self.gguf.as_ref().map_or(Ok(None), |model| model.packed_as_stored(name))
+    }
+
     /// A weight in the memory map of a safetensors file. A transposed one is copied when it is first asked for.
     ///
     /// # Errors

@@ -19,8 +19,7 @@ const DIVISORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "
 /// A quantised weight as it is stored.
 #[derive(Debug, Clone)]
 pub struct Packed<'f> {
-    /// Whole blocks, row-major, the rows in the order of Hugging Face's files. Borrowed from the map where the file has
-    /// that order too.
+    /// Whole blocks, row-major, borrowed from the map where rows are in the file's order.
     pub bytes: Cow<'f, [u8]>,
     /// What the blocks mean.
     pub kind: TensorType,
@@ -158,21 +157,26 @@ impl LanguageModel {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        let Some(mut own) = self.packed_as_stored(name)? else { return Ok(None) };
+        if let Some(heads) = self.reordered(name) {
+            // A row is whole blocks, so that rows can change places as they are.
+            let rows = own.shape[0];
+            let ordered = reorder(&own.bytes, rows, heads, Order::FromGguf);
+            own.bytes =
+                Cow::Owned(ordered.ok_or_else(|| self.no_pairs(self.stored(name).unwrap_or(name), rows, heads))?);
+        }
+        Ok(Some(own))
+    }
+
+    /// The same with its rows in the file's order: for whom sizes are enough, as nothing is read.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn packed_as_stored(&self, name: &str) -> Result<Option<Packed<'_>>> {
         let stored = self.stored(name)?;
         let (kind, bytes) = self.file.blocks(stored)?;
-        let Some(shape @ &[rows, _]) = self.file.shape(stored) else { return Ok(None) };
-        if kind.block().0 == 1 {
-            return Ok(None);
-        }
-        // A row is whole blocks, so that rows can change places as they are.
-        let bytes = match self.reordered(name) {
-            None => Cow::Borrowed(bytes),
-            Some(heads) => {
-                let ordered = reorder(bytes, rows, heads, Order::FromGguf);
-                Cow::Owned(ordered.ok_or_else(|| self.no_pairs(stored, rows, heads))?)
-            }
-        };
-        Ok(Some(Packed { bytes, kind, shape }))
+        let Some(shape @ &[_, _]) = self.file.shape(stored) else { return Ok(None) };
+        Ok((kind.block().0 > 1).then_some(Packed { bytes: Cow::Borrowed(bytes), kind, shape }))
     }
 
     /// The name of a tensor in the file.

@@ -58,7 +58,7 @@ pub(super) static KEYS: Group = Group {
             values: "true/false",
             default: "false",
             meaning: "Keep the frozen weights of layers in host memory (pinned), in the form of `base_storage`, and copy each to the device while the layers before it compute; the result is the same. For bases larger than the device; on the CPU it saves nothing.",
-            memory: "Of those weights only an eighth is on the device at a time (and room for the two largest). Each crosses the bus in the forward and in the backward pass: where that takes longer than computing, steps take longer.",
+            memory: "Of those weights only an eighth is on the device at a time (room for two of the largest at least, and for eight at most). Each crosses the bus in the forward and in the backward pass: where that takes longer than computing, steps take longer.",
             resumed: Resumed::Free(|config| shown(&config.offload_base)),
             reads: Reads::Adapter(|given, config| config.offload_base = given.boolean(false)),
         },
