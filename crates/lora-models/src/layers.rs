@@ -172,9 +172,16 @@ impl AdaptableLayer {
     }
 
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
-    /// rows and makes no others whole, so that bringing all of it from elsewhere would not pay.
-    pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize) -> Result<Self> {
-        Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)
+    /// rows and makes no others whole. `alone`: nothing else reads it, so that where layers live in host memory it may
+    /// stay there, and the rows alone come to the device.
+    pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize, alone: bool) -> Result<Self> {
+        let own = Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)?;
+        match own.weight {
+            LayerWeight::Frozen(weight) if alone && weights.in_host() => {
+                Ok(Self { weight: LayerWeight::Frozen(weight.waiting_in_host()?), ..own })
+            }
+            weight => Ok(Self { weight, ..own }),
+        }
     }
 
     /// The linear layer that an embedding's table is when it is read the other way round, `y = W x`; the table is held

@@ -154,6 +154,11 @@ impl<'s> Weights<'s> {
         Self { held, ..self.clone() }
     }
 
+    /// Whether frozen layers live in host memory.
+    pub(crate) fn in_host(&self) -> bool {
+        matches!(&self.held, Held::Frozen(Frozen { staging: Some(_), .. }))
+    }
+
     /// The weight of a layer, held as was asked for; small frozen ones are in the compute dtype on the device.
     pub(crate) fn layer(&self, name: &str, shape: &[usize]) -> Result<LayerWeight> {
         if let Some(weight) = self.packed(name, shape)? {

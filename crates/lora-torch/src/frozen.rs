@@ -3,14 +3,16 @@
 //! are made whole for one layer at a time, in the forward pass and again in the backward pass. Those of any of these
 //! forms may live in host memory and come to the device when they are needed ([`crate::staging`]).
 
+use std::convert::Infallible;
 use std::ffi::{c_int, c_void};
 use std::fmt;
 
 use lora_core::LayerGeometry;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::backend::apply_layer;
 use crate::blocks::BlockKind;
+use crate::dry;
 use crate::nf4::Nf4;
 use crate::shim::{RawTensor, new_tensor};
 use crate::staging::Staging;
@@ -53,6 +55,8 @@ pub struct FrozenWeight {
     kind: Kind,
     /// The ring that it passes through, and its number there.
     staged: Option<(Staging, i64)>,
+    /// Where it computes, if it waits in host memory for its rows to be looked up there.
+    waits: Option<Device>,
 }
 
 #[derive(Debug)]
@@ -65,6 +69,25 @@ enum Stored {
     Nf4(Nf4),
     /// Bytes of blocks as in GGUF files. `portable`: made whole by libtorch's operations alone.
     Blocks { bytes: Tensor, kind: BlockKind, portable: bool },
+}
+
+impl Stored {
+    /// The same with each tensor made another.
+    fn map<E>(&self, each: impl Fn(&Tensor) -> Result<Tensor, E>) -> Result<Self, E> {
+        Ok(match self {
+            Self::Plain(values) => Self::Plain(each(values)?),
+            Self::Scaled { values, scale } => Self::Scaled { values: each(values)?, scale: each(scale)? },
+            Self::Nf4(own) => Self::Nf4(own.shallow_clone().moved(
+                each(own.packed())?,
+                each(own.absmax())?,
+                each(own.nested())?,
+                each(own.offset())?,
+            )),
+            Self::Blocks { bytes, kind, portable } => {
+                Self::Blocks { bytes: each(bytes)?, kind: *kind, portable: *portable }
+            }
+        })
+    }
 }
 
 /// `LoraStored` of `cpp/stored.h`.
@@ -112,7 +135,7 @@ const CHUNK: usize = 1 << 20;
 impl FrozenWeight {
     /// As it is.
     pub fn plain(weight: Tensor) -> Self {
-        Self { shape: weight.size(), kind: weight.kind(), stored: Stored::Plain(weight), staged: None }
+        Self { shape: weight.size(), kind: weight.kind(), stored: Stored::Plain(weight), staged: None, waits: None }
     }
 
     /// In fewer bytes; it goes on computing in the weight's own dtype. The first axis is that of the outputs.
@@ -145,7 +168,7 @@ impl FrozenWeight {
         {
             return refused("it holds numbers that are not finite, or too large for f32");
         }
-        Ok(Self { stored, shape, kind, staged: None })
+        Ok(Self { stored, shape, kind, staged: None, waits: None })
     }
 
     /// As it lies in a GGUF file: `bytes` of a weight `[outputs, inputs]` in whole blocks, row after row, which stay as
@@ -153,7 +176,7 @@ impl FrozenWeight {
     ///
     /// # Errors
     /// Where rows are not whole blocks, the number of bytes is not the shape's, `kind` is another, or memory runs out.
-    pub fn packed(bytes: &[u8], blocks: BlockKind, shape: [usize; 2], kind: Kind, device: tch::Device) -> Result<Self> {
+    pub fn packed(bytes: &[u8], blocks: BlockKind, shape: [usize; 2], kind: Kind, device: Device) -> Result<Self> {
         let own_shape = shape.map(|side| side as i64).to_vec();
         let refused = |reason| Err(Error::Blocks { shape: own_shape.clone(), blocks, reason });
         if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {
@@ -172,6 +195,7 @@ impl FrozenWeight {
             shape: own_shape,
             kind,
             staged: None,
+            waits: None,
         })
     }
 
@@ -187,7 +211,9 @@ impl FrozenWeight {
         if values.kind() != Kind::Float8e4m3fn || shape.is_empty() || values.numel() == 0 {
             return refused("its values are not numbers of e4m3 along axes");
         }
-        let Some(scale) = scale else { return Ok(Self { stored: Stored::Plain(values), shape, kind, staged: None }) };
+        let Some(scale) = scale else {
+            return Ok(Self { stored: Stored::Plain(values), shape, kind, staged: None, waits: None });
+        };
         let mut one_each = vec![1; shape.len()];
         one_each[0] = shape[0];
         let scale = match scale.numel() as i64 {
@@ -196,7 +222,7 @@ impl FrozenWeight {
             _ => return refused("its scale is neither one number nor one for each output"),
         };
         let scale = scale.f_to_device(values.device())?.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(&*one_each)?;
-        Ok(Self { stored: Stored::Scaled { values, scale }, shape, kind, staged: None })
+        Ok(Self { stored: Stored::Scaled { values, scale }, shape, kind, staged: None, waits: None })
     }
 
     /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are
@@ -224,26 +250,42 @@ impl FrozenWeight {
         Ok(Self { stored, staged: Some((staging.clone(), id)), ..self })
     }
 
+    /// The same weight, which waits in host memory for its rows to be looked up ([`Self::embed`]); to do anything else
+    /// with it, all of it is copied to where it computes. On the CPU it is there already.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn waiting_in_host(self) -> Result<Self> {
+        let device = self.device();
+        if dry::platform(device).is_cpu() || self.staged.is_some() || self.waits.is_some() {
+            return Ok(self);
+        }
+        let stored = self.stored.map(|own| match dry::is_dry(device) {
+            // A plan counts the device's memory: one number stands for all.
+            true => Tensor::f_zeros(vec![1; own.dim()], (own.kind(), Device::Cpu))?.f_expand(own.size(), false),
+            false => own.f_to_device(Device::Cpu),
+        })?;
+        Ok(Self { stored, waits: Some(device), ..self })
+    }
+
+    /// The weight where it computes, if it waits elsewhere.
+    fn fetched(&self) -> Result<Option<Self>> {
+        let Some(device) = self.waits else { return Ok(None) };
+        let stored = self.stored.map(|own| own.f_to_device(device))?;
+        Ok(Some(Self { stored, shape: self.shape.clone(), kind: self.kind, staged: None, waits: None }))
+    }
+
     /// The same weight, whose bytes are there once.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
-        let stored = match &self.stored {
-            Stored::Plain(values) => Stored::Plain(values.shallow_clone()),
-            Stored::Scaled { values, scale } => {
-                Stored::Scaled { values: values.shallow_clone(), scale: scale.shallow_clone() }
-            }
-            Stored::Nf4(own) => Stored::Nf4(own.shallow_clone()),
-            Stored::Blocks { bytes, kind, portable } => {
-                Stored::Blocks { bytes: bytes.shallow_clone(), kind: *kind, portable: *portable }
-            }
-        };
-        Self { stored, shape: self.shape.clone(), kind: self.kind, staged: self.staged.clone() }
+        let Ok(stored) = self.stored.map::<Infallible>(|own| Ok(own.shallow_clone()));
+        Self { stored, shape: self.shape.clone(), kind: self.kind, staged: self.staged.clone(), waits: self.waits }
     }
 
     /// In NF4 already.
     #[cfg(test)]
     pub(crate) fn nf4(own: Nf4, shape: Vec<i64>, kind: Kind) -> Self {
-        Self { stored: Stored::Nf4(own), shape, kind, staged: None }
+        Self { stored: Stored::Nf4(own), shape, kind, staged: None, waits: None }
     }
 
     /// The dtype it computes in.
@@ -252,9 +294,12 @@ impl FrozenWeight {
     }
 
     /// Where it computes.
-    pub fn device(&self) -> tch::Device {
+    pub fn device(&self) -> Device {
         if let Some((staging, _)) = &self.staged {
             return staging.device();
+        }
+        if let Some(device) = self.waits {
+            return device;
         }
         match &self.stored {
             Stored::Plain(values) | Stored::Scaled { values, .. } => values.device(),
@@ -276,6 +321,9 @@ impl FrozenWeight {
 
     /// The whole weight.
     pub fn whole(&self) -> Result<Tensor> {
+        if let Some(own) = self.fetched()? {
+            return own.whole();
+        }
         if let (Stored::Plain(values), None) = (&self.stored, &self.staged) {
             return Ok(values.f_to_kind(self.kind)?);
         }
@@ -291,7 +339,8 @@ impl FrozenWeight {
     }
 
     /// Rows of a weight `[words, width]`, as an embedding looks them up: `[…, width]` in the type that it computes in,
-    /// for `words` `[…]` (i64). No other row is made whole, but for weights in NF4 or in host memory.
+    /// for `words` `[…]` (i64). No other row is made whole, but for weights in NF4 or in a ring; of a weight that waits in
+    /// host memory these rows alone come to where it computes, which waits for it.
     ///
     /// # Errors
     /// Where the weight has not two axes, a word is not below their number, or memory runs out.
@@ -299,7 +348,11 @@ impl FrozenWeight {
         let &[outputs, width] = &*self.shape else {
             return Err(Error::Torch(format!("an embedding has two axes, and this weight is {:?}", self.shape)));
         };
-        let places = words.f_reshape([-1])?;
+        let places = match self.waits {
+            Some(device) if dry::is_dry(device) => Tensor::f_zeros([words.numel() as i64], (Kind::Int64, Device::Cpu))?,
+            Some(_) => words.f_reshape([-1])?.f_to_device(Device::Cpu)?,
+            None => words.f_reshape([-1])?,
+        };
         let stored = match &self.stored {
             Stored::Plain(values) if self.staged.is_none() => Stored::Plain(select(values, &places)?),
             Stored::Scaled { values, scale } if self.staged.is_none() => {
@@ -311,17 +364,23 @@ impl FrozenWeight {
             }
             _ => Stored::Plain(select(&self.whole()?, &places)?),
         };
-        let rows = Self { stored, shape: vec![places.size1()?, width], kind: self.kind, staged: None };
+        let shape = vec![places.size1()?, width];
+        let rows = Self { stored, shape, kind: self.kind, staged: None, waits: self.waits };
         Ok(rows.whole()?.f_view(&*[&words.size()[..], &[width]].concat())?)
     }
 
     /// The layer's output, as [`apply_layer`] gives it.
     pub fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if matches!(geometry, LayerGeometry::Embedding { .. }) && !self.is_whole() {
+            return self.embed(input);
+        }
+        if let Some(own) = self.fetched()? {
+            return own.apply(geometry, input, bias);
+        }
         let (convolution, stride, padding, groups) = match *geometry {
             LayerGeometry::Conv2d { stride, padding, groups, .. } => (1, stride as i64, padding as i64, groups as i64),
             // libtorch's own keeps no input where the weight needs no gradient.
             LayerGeometry::Linear { .. } if !self.is_whole() => (0, 1, 0, 1),
-            LayerGeometry::Embedding { .. } if !self.is_whole() => return self.embed(input),
             _ => return apply_layer(geometry, input, &self.whole()?, bias),
         };
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
@@ -343,6 +402,9 @@ impl FrozenWeight {
         up: &Tensor,
         scale: f64,
     ) -> Result<Tensor> {
+        if let Some(own) = self.fetched()? {
+            return own.apply_low_rank(input, bias, down, up, scale);
+        }
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
         let (down, up) = (down.as_ptr(), up.as_ptr());
         // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; it takes
@@ -351,7 +413,9 @@ impl FrozenWeight {
     }
 
     fn is_whole(&self) -> bool {
-        self.staged.is_none() && matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
+        self.staged.is_none()
+            && self.waits.is_none()
+            && matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
     }
 
     /// Pointers into `self`.
@@ -404,7 +468,7 @@ fn scaled(weight: &Tensor, storage: Storage) -> Result<(Tensor, Tensor)> {
     let scale = Tensor::f_empty(&*one_each, (Kind::Float, weight.device()))?;
     let step = (CHUNK * shape[0] as usize / weight.numel()).max(1);
     // Of a dry run's chunks the first is one of the largest.
-    let end = if crate::dry::is_dry(weight.device()) { step as i64 } else { shape[0] };
+    let end = if dry::is_dry(weight.device()) { step as i64 } else { shape[0] };
     for start in (0..shape[0].min(end)).step_by(step) {
         let count = shape[0].min(start + step as i64) - start;
         let part = weight.f_narrow(0, start, count)?.f_to_kind(Kind::Float)?;
@@ -422,8 +486,6 @@ fn scaled(weight: &Tensor, storage: Storage) -> Result<(Tensor, Tensor)> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
     const ALL: [(Storage, f64); 5] = [
@@ -756,6 +818,26 @@ mod tests {
                     assert_eq!(found, own.whole().unwrap(), "{storage} {shape:?} {kind:?}");
                 }
             }
+        }
+    }
+
+    /// As if the CPU were elsewhere: rows are looked up in host memory, and all else is done with the weight fetched.
+    #[test]
+    fn what_waits_in_host_memory_gives_the_same_numbers() {
+        let weight = random(&[70, 64]);
+        let words = Tensor::from_slice(&[3i64, 69, 0, 3, 12, 12]).view([2, 3]);
+        let (geometry, input) = (LayerGeometry::linear(64, 70), random(&[3, 64]));
+        for storage in [Storage::BFloat16, Storage::Int8, Storage::Float8, Storage::Nf4] {
+            let own = FrozenWeight::stored(&weight, storage).unwrap();
+            let waiting = FrozenWeight { waits: Some(Device::Cpu), ..own.shallow_clone() };
+            assert_eq!(
+                waiting.embed(&words).unwrap(),
+                own.whole().unwrap().index_select(0, &words.view([-1])).view([2, 3, 64])
+            );
+            assert_eq!(waiting.whole().unwrap(), own.whole().unwrap());
+            let [one, other] = [&waiting, &own].map(|weight| weight.apply(&geometry, &input, None).unwrap());
+            assert_eq!(one, other);
+            assert_eq!(waiting.shallow_clone().device(), Device::Cpu);
         }
     }
 

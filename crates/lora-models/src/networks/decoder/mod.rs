@@ -153,7 +153,7 @@ impl LayerInputs {
     fn new(weights: &Weights<'_>, config: &DecoderConfig, rows: usize, width: usize) -> Result<Self> {
         let all = config.layers.len() * width;
         Ok(Self {
-            embed_tokens: AdaptableLayer::embedding(&weights.at("embed_tokens_per_layer"), rows, all)?,
+            embed_tokens: AdaptableLayer::embedding(&weights.at("embed_tokens_per_layer"), rows, all, true)?,
             projection: linear(&weights.at("per_layer_model_projection"), config.width, all)?,
             norm: RmsNorm::new(&weights.at("per_layer_projection_norm"), config, width)?,
             width,
@@ -198,7 +198,8 @@ impl Decoder {
     /// If a weight is missing or has another shape than the configuration says.
     pub fn load(weights: &Weights<'_>, config: DecoderConfig) -> Result<Self> {
         let model = weights.at("model");
-        let embed_tokens = AdaptableLayer::embedding(&model.at("embed_tokens"), config.vocabulary, config.width)?;
+        let embed_tokens =
+            AdaptableLayer::embedding(&model.at("embed_tokens"), config.vocabulary, config.width, !config.tied)?;
         // Before the layers: while a table is packed, it is there as a whole beside what has been loaded.
         let lm_head = match config.tied {
             true => AdaptableLayer::tied_to(&embed_tokens, weights.at("lm_head").prefix())?,
