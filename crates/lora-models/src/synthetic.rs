@@ -7,12 +7,12 @@ use std::path::Path;
 use lora_core::{Component, DType, HostTensor};
 use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1, sd2};
-use lora_torch::tch::{Device, Kind};
+use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
-use crate::networks::{ClipConfig, ClipTextEncoder, Unet, UnetConfig, Vae, VaeConfig};
+use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
 pub use crate::weights::NamedShape;
-use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
+use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
 /// The sizes of a checkpoint.
 #[derive(Debug, Clone)]
@@ -108,29 +108,10 @@ impl SyntheticModel {
     pub fn write_headers(&self, folder: &Path) -> Result<()> {
         for (component, weights) in self.weight_shapes()? {
             let is_text = component == Component::TEXT_ENCODER;
-            let own = folder.join(component.name());
-            let (mut header, mut end) = (serde_json::Map::new(), 0);
-            for (name, shape) in weights {
-                let begin = end;
-                end += 2 * shape.iter().product::<usize>();
-                let entry = serde_json::json!({ "dtype": "F16", "shape": shape, "data_offsets": [begin, end] });
-                header.insert(name, entry);
-            }
-            let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-            header.resize(header.len().next_multiple_of(8), b' ');
-            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-            bytes.extend(header);
-            let path = own.join(if is_text { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" });
+            let name = if is_text { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
             let heads = self.text_encoder.heads;
             let config = if is_text { format!("{{\"num_attention_heads\": {heads}}}") } else { "{}".to_owned() };
-            let write = || -> std::io::Result<()> {
-                std::fs::create_dir_all(&own)?;
-                std::fs::write(own.join("config.json"), config)?;
-                std::fs::write(&path, &bytes)?;
-                let file = std::fs::OpenOptions::new().write(true).open(&path)?;
-                file.set_len((bytes.len() + end) as u64)
-            };
-            write().map_err(|source| lora_io::Error::Io { path: path.clone(), action: "write", source })?;
+            write_header(&folder.join(component.name()), name, &config, "F16", weights)?;
         }
         Ok(())
     }
@@ -151,6 +132,62 @@ impl SyntheticModel {
         }
         Ok(lists)
     }
+}
+
+/// Writes a language model's folder in bf16, likewise of headers alone: `config` is the `config.json`. Its layers have no
+/// biases.
+///
+/// # Errors
+/// Where the architecture is not known, or the file system refuses.
+pub fn write_language_headers(folder: &Path, config: &serde_json::Value) -> Result<()> {
+    let shapes = ShapesOnly::new(&WithoutBiases);
+    let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
+    drop(Decoder::load(&weights, DecoderConfig::read(config, &WithoutBiases.name())?)?);
+    write_header(folder, "model.safetensors", &config.to_string(), "BF16", shapes.asked())
+}
+
+/// A source that has every weight that it is asked for, but biases.
+struct WithoutBiases;
+
+impl WeightSource for WithoutBiases {
+    fn name(&self) -> String {
+        "synthetic language model".into()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        !name.ends_with("bias")
+    }
+
+    fn shape(&self, _name: &str) -> Option<Vec<usize>> {
+        None
+    }
+
+    fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        SyntheticWeights::new("language_model").load(name, shape, kind, device)
+    }
+}
+
+/// A component's folder: its `config.json`, and a safetensors file of so many sparse zeros as weights of a dtype of two
+/// bytes take.
+fn write_header(folder: &Path, name: &str, config: &str, dtype: &str, weights: Vec<NamedShape>) -> Result<()> {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in weights {
+        let begin = end;
+        end += 2 * shape.iter().product::<usize>();
+        header.insert(name, serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [begin, end] }));
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header);
+    let path = folder.join(name);
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(folder)?;
+        std::fs::write(folder.join("config.json"), config)?;
+        std::fs::write(&path, &bytes)?;
+        std::fs::OpenOptions::new().write(true).open(&path)?.set_len((bytes.len() + end) as u64)
+    };
+    Ok(write().map_err(|source| lora_io::Error::Io { path: path.clone(), action: "write", source })?)
 }
 
 struct Source {
