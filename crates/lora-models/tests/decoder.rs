@@ -147,7 +147,7 @@ fn logits_of_gpt_oss_are_transformers() {
         let alone = Rows::of(&ids, 0).unwrap();
         let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
         let positions = alone.positions.repeat([1, 2]);
-        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents) };
+        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents), noise: None };
         for rows in [alone, packed] {
             let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
             let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);

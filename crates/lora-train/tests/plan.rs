@@ -177,7 +177,7 @@ fn a_run_applies_its_plan() {
     let now = session.config();
     assert!(now.batch_size < 4 || now.gradient_checkpointing, "{now:?}");
     assert_eq!(now.batch_size * now.gradient_accumulation_steps, 4);
-    assert_eq!(session.step().unwrap().unwrap().pictures, 4);
+    assert_eq!(session.step().unwrap().unwrap().items, 4);
     assert!(session.summary().notes.iter().any(|note| note.contains("to fit")), "{:?}", session.summary().notes);
     // All that is free is more than enough.
     let session = Session::prepare(config(&["auto=true"]), &Plugins::default(), &mut |_| {}).unwrap();
