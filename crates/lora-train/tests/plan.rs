@@ -157,10 +157,10 @@ fn a_run_applies_its_plan() {
     SyntheticModel::tiny().write(path("base.safetensors"), DType::F16).unwrap();
     std::fs::create_dir(path("data")).unwrap();
     for index in 0..4 {
-        image::RgbImage::new(128, 128).save(folder.path().join("data").join(format!("{index}.png"))).unwrap();
+        image::RgbImage::new(256, 256).save(folder.path().join("data").join(format!("{index}.png"))).unwrap();
     }
     let text = format!(
-        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 256\ndevice: cpu\nprecision: fp32\n\
          batch_size: 4\nmax_train_steps: 1\ntarget_modules: attention\n",
         path("base.safetensors"),
         path("data"),
