@@ -74,7 +74,7 @@ fn usage_mistakes_end_with_2_and_failed_work_with_1() {
     train(folder.path(), &["--set", "target_modules=nothing_like_it"]).code(2).stderr(contains("nothing_like_it"));
     train(folder.path(), &["--set", "base_model=none.safetensors"]).code(1).stderr(contains("none.safetensors"));
     train(folder.path(), &["--set", "device=cuda:7"]).code(1).stderr(contains("cuda:7"));
-    std::fs::write(folder.path().join("x.ckpt"), b"PK\x03\x04............").unwrap();
+    std::fs::write(folder.path().join("x.ckpt"), b"PK\x03\x04\x14\0archive/data.pkl").unwrap();
     train(folder.path(), &["--set", "base_model=x.ckpt"]).code(1).stderr(contains("pickle").and(contains("convert")));
     std::fs::write(folder.path().join("data/0.txt"), b"caf\xe9").unwrap();
     std::fs::write(folder.path().join("data/1.txt"), b"na\xefve").unwrap();

@@ -73,7 +73,7 @@ impl Source for Joined {
 
     fn caption(&self, visit: &Visit, draw: &Stream) -> String {
         let (source, index) = self.at(visit.index);
-        source.caption(&Visit { index, ..visit.clone() }, draw)
+        source.caption(&Visit { index, ..*visit }, draw)
     }
 
     fn plain_caption(&self, item: usize) -> String {

@@ -124,7 +124,7 @@ impl Pictures {
         }
         let Some(Dataset { options, processors }) = self.datasets.first() else { return Self::scan(Vec::new()) };
         let mut options = options.clone();
-        options.path = path.into();
+        options.path = path;
         options.scan.role = Role::Training;
         options.scan.metadata_file = None;
         Self::scan(vec![Dataset { options, processors: processors.clone() }])

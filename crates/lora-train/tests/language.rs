@@ -200,10 +200,13 @@ fn what_means_nothing_for_a_language_model_is_refused() {
     let tokenizer = folder.path().join("base/tokenizer.json");
     let text = fs::read_to_string(&tokenizer).unwrap();
     let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
-    value["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
-        "id": 100_000, "content": "<|far|>", "single_word": false, "lstrip": false, "rstrip": false,
-        "normalized": false, "special": true
-    }));
+    let further = |id: usize| {
+        serde_json::json!({
+            "id": id, "content": format!("<|{id}|>"), "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true
+        })
+    };
+    value["added_tokens"].as_array_mut().unwrap().extend((484..600).map(further));
     fs::write(&tokenizer, value.to_string()).unwrap();
     let error = refusal(folder.path(), &[]);
     assert!(error.contains("tokenizer"), "{error}");

@@ -157,10 +157,10 @@ fn a_run_applies_its_plan() {
     SyntheticModel::tiny().write(path("base.safetensors"), DType::F16).unwrap();
     std::fs::create_dir(path("data")).unwrap();
     for index in 0..4 {
-        image::RgbImage::new(128, 128).save(folder.path().join("data").join(format!("{index}.png"))).unwrap();
+        image::RgbImage::new(256, 256).save(folder.path().join("data").join(format!("{index}.png"))).unwrap();
     }
     let text = format!(
-        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
+        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 256\ndevice: cpu\nprecision: fp32\n\
          batch_size: 4\nmax_train_steps: 1\ntarget_modules: attention\n",
         path("base.safetensors"),
         path("data"),
@@ -177,7 +177,7 @@ fn a_run_applies_its_plan() {
     let now = session.config();
     assert!(now.batch_size < 4 || now.gradient_checkpointing, "{now:?}");
     assert_eq!(now.batch_size * now.gradient_accumulation_steps, 4);
-    assert_eq!(session.step().unwrap().unwrap().pictures, 4);
+    assert_eq!(session.step().unwrap().unwrap().items, 4);
     assert!(session.summary().notes.iter().any(|note| note.contains("to fit")), "{:?}", session.summary().notes);
     // All that is free is more than enough.
     let session = Session::prepare(config(&["auto=true"]), &Plugins::default(), &mut |_| {}).unwrap();

@@ -30,7 +30,7 @@ fn largest(folder: &std::path::Path, keys: &[&str]) -> u64 {
 fn same(a: &(Adapter, Vec<StepReport>), b: &(Adapter, Vec<StepReport>)) {
     assert_eq!(a.1.len(), b.1.len());
     for (a, b) in a.1.iter().zip(&b.1) {
-        assert_eq!((a.loss, a.gradient_norm, a.pictures), (b.loss, b.gradient_norm, b.pictures), "step {}", a.step);
+        assert_eq!((a.loss, a.gradient_norm, a.items), (b.loss, b.gradient_norm, b.items), "step {}", a.step);
     }
     assert!(a.0 == b.0);
 }

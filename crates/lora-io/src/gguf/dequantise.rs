@@ -76,8 +76,11 @@ impl LanguageModel {
     /// # Errors
     /// If no scaling that is known here gives the factors: a folder made of the file's weights would lack them.
     pub fn rope_scaling(&self) -> Result<Option<serde_json::Value>> {
-        let [of_all, ..] = DIVISORS;
+        let [of_all, short, _] = DIVISORS;
         if self.file.shape(of_all).is_none() {
+            if self.file.shape(short).is_none() {
+                return Ok(None);
+            }
             // Those for short and for long texts are said as they are.
             let scaling = self.config()?.get("rope_scaling").cloned();
             return Ok(scaling.filter(|scaling| !scaling.is_null()));

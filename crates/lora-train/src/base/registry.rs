@@ -57,7 +57,7 @@ impl Registration {
 
     /// The keys of such bases and of their data.
     pub(crate) fn groups(&self) -> impl Iterator<Item = &'static Group> {
-        self.keys.iter().chain(self.data.keys).copied()
+        self.data.keys.iter().chain(self.keys).copied()
     }
 }
 
