@@ -1,5 +1,5 @@
 //! How pictures are cut, masked and captioned; each dataset may say it for itself. Which pictures there are is in
-//! [`super::data`].
+//! `keys/data.rs`.
 
 use std::path::PathBuf;
 
