@@ -73,7 +73,7 @@ impl From<lora_train::Error> for Failure {
         let advised = matches!(error, lora_train::Error::OutOfMemory { .. });
         let message = if error.is_out_of_memory() && !advised {
             format!(
-                "{error}\nremedies: batch_size = 1 with more gradient_accumulation_steps, precision = \"bf16\", a lower max_resolution, train_text_encoder = false"
+                "{error}\nwhat helps: less at once (batch_size, max_resolution, max_seq_length), precision = \"bf16\", base_storage = \"int8\" or \"nf4\""
             )
         } else {
             error.to_string()

@@ -85,7 +85,12 @@ impl Golden {
         }
         let path = match peft {
             true => {
-                std::fs::write(folder.path().join("adapter_config.json"), &self.metadata["options"]).unwrap();
+                let mut options: serde_json::Value = serde_json::from_str(&self.metadata["options"]).unwrap();
+                if gradients {
+                    // What limits values does not limit their gradients.
+                    options["coft"] = false.into();
+                }
+                std::fs::write(folder.path().join("adapter_config.json"), options.to_string()).unwrap();
                 folder.path().join("adapter_model.safetensors")
             }
             false => folder.path().join("a.safetensors"),

@@ -63,9 +63,12 @@ impl Materials {
         let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
         let registration = plugins.bases.registration(&checkpoint)?;
         registration.check(&config)?;
+        let device = device::resolve(&config.device)?;
+        let precision = precision(&config, device, &mut notes);
+        device::check_kind(device, kind_of(precision))?;
+        notes.extend(foresee::check(&config, &checkpoint, precision, plugins)?);
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
         let source: Arc<dyn Source> = (registration.data.open)(&opening)?.into();
-        let device = device::resolve(&config.device)?;
         let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
         let limit = limit.transpose().unwrap_or_else(|error| {
             notes.push(format!("vram_budget is kept to as far as it was planned, but nothing enforces it: {error}"));
@@ -73,14 +76,11 @@ impl Materials {
         });
         let recorder = graphs::recorder(&config, device);
         let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
-        let precision = precision(&config, device, &mut notes);
-        device::check_kind(device, kind_of(precision))?;
         // A state that is another run's is refused before anything takes time.
         let state = resume::open(&config)?;
         if let Some(state) = &state {
             resume::agree(state, &Settings::new(&config, &*source, precision), false)?;
         }
-        notes.extend(foresee::check(&config, &checkpoint, precision, plugins)?);
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
         }
