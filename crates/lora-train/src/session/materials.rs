@@ -79,7 +79,8 @@ impl Materials {
         // A state that is another run's is refused before anything takes time.
         let state = resume::open(&config)?;
         if let Some(state) = &state {
-            resume::agree(state, &Settings::new(&config, &*source, precision), false)?;
+            let own: Vec<_> = registration.groups().collect();
+            resume::agree(state, &Settings::new(&config, &own, &*source, precision), false)?;
         }
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));

@@ -124,7 +124,7 @@ impl Session {
             notes.push(note.into());
         }
         let mut sampler = source.sampler(config.seed);
-        let mut settings = Settings::new(config, &*source, precision);
+        let mut settings = Settings::new(config, &registration.groups().collect::<Vec<_>>(), &*source, precision);
         if let Some(state) = &materials.state {
             let hashes = materials.base_hashes.as_ref();
             settings.set_base(resume::base_identity(hashes, &materials.checkpoint, config)?);

@@ -9,7 +9,7 @@ use lora_data::Source;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
-use crate::config::keys::Resumed;
+use crate::config::keys::{Group, Resumed};
 
 /// What tells base models apart.
 const BASE: &str = "base_model";
@@ -44,13 +44,14 @@ impl fmt::Display for Difference {
 }
 
 impl Settings {
-    /// The settings of a run, but for its base.
-    pub fn new(config: &TrainConfig, source: &dyn Source, precision: DType) -> Self {
+    /// The settings of a run whose base and data bring these groups of keys, but for the base itself.
+    pub(crate) fn new(config: &TrainConfig, own: &[&Group], source: &dyn Source, precision: DType) -> Self {
         // On a device without the configuration's number type another is computed in.
         let mut config = config.clone();
         config.precision = precision;
         let mut settings = Self::default();
-        for key in config.keys().iter() {
+        // What only other bases have says nothing of this run.
+        for key in config.keys().iter().filter(|key| config.has_key(key.name, own)) {
             match key.resumed {
                 Resumed::Fixed(shown) => settings.fixed.insert(key.name.to_owned(), shown(&config)),
                 Resumed::Free(shown) => settings.free.insert(key.name.to_owned(), shown(&config)),
