@@ -159,3 +159,44 @@ impl Source for Joined {
         self.sources.iter().for_each(|source| source.record(record));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Shape;
+    use crate::texts::{TextOptions, Texts};
+
+    /// Stand-ins of several lengths.
+    fn joined(rows: &[(usize, usize)]) -> Box<dyn Source> {
+        let of = |&(rows, length): &(usize, usize)| -> Box<dyn Source> {
+            let options = TextOptions { max_seq_length: length, batch_size: rows, ..TextOptions::default() };
+            Box::new(Texts::stand_in(options, rows))
+        };
+        Joined::of(rows.iter().map(of).collect())
+    }
+
+    #[test]
+    fn items_are_those_of_the_sources_one_after_the_other() {
+        let source = joined(&[(2, 64), (3, 128)]);
+        assert_eq!(source.count(), 5);
+        let lengths =
+            |source: &dyn Source| (0..source.count()).map(|item| source.visits(item).shape).collect::<Vec<_>>();
+        let [short, long] = [64, 128].map(Shape::Tokens);
+        assert_eq!(lengths(&*source), [short, short, long, long, long]);
+        assert_eq!((source.measure(1), source.measure(2)), (63.0, 127.0));
+        assert_eq!((source.visits(1).batch_size, source.visits(2).batch_size), (2, 3));
+        assert_eq!(source.overview().items, 5);
+        let names: Vec<String> = source.identity().items.into_iter().map(|(name, _)| name).collect();
+        assert!(names.iter().any(|name| name == "texts (dataset 2)"), "{names:?}");
+    }
+
+    #[test]
+    fn what_is_left_out_is_left_out_of_its_own_source() {
+        let mut source = joined(&[(2, 64), (3, 128)]);
+        let error = || Error::Picture { path: "x".into(), reason: "broken".into() };
+        source.leave_out(vec![(1, error()), (4, error())]);
+        let lengths: Vec<Shape> = (0..source.count()).map(|item| source.visits(item).shape).collect();
+        assert_eq!(lengths, [64, 128, 128].map(Shape::Tokens));
+        assert_eq!(source.findings().len(), 2);
+    }
+}
