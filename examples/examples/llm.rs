@@ -3,10 +3,10 @@
 //! once and runs this.
 
 use std::error::Error;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use lora_examples::held_out_losses;
 use lora_train::callback::{Callback, Control};
 use lora_train::config::TrainConfig;
 use lora_train::session::StepReport;
@@ -52,16 +52,4 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("answers:    {} (before and after)", output.join("samples.md").display());
     print!("\n{}", std::fs::read_to_string(output.join("samples.md")).unwrap_or_default());
     Ok(())
-}
-
-/// The first and the last loss of a run's `validation.jsonl`; `None` where nothing was held out.
-fn held_out_losses(path: &Path) -> Result<Option<(f64, f64)>, Box<dyn Error>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let mut losses = Vec::new();
-    for line in std::fs::read_to_string(path)?.lines() {
-        losses.extend(serde_json::from_str::<serde_json::Value>(line)?["loss"].as_f64());
-    }
-    Ok(losses.first().copied().zip(losses.last().copied()))
 }

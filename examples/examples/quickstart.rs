@@ -4,10 +4,10 @@
 //! in black ink, a style it has never seen. Two minutes later it draws in black ink what is not among them.
 
 use std::error::Error;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use lora_examples::held_out_losses;
 use lora_train::callback::{Callback, Control};
 use lora_train::config::TrainConfig;
 use lora_train::session::StepReport;
@@ -42,16 +42,4 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("loss curve: {}", output.join("loss.png").display());
     println!("samples:    {} (before, during and after)", output.join("samples.png").display());
     Ok(())
-}
-
-/// The first and the last loss of a run's `validation.jsonl`; `None` where nothing was held out.
-fn held_out_losses(path: &Path) -> Result<Option<(f64, f64)>, Box<dyn Error>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let mut losses = Vec::new();
-    for line in std::fs::read_to_string(path)?.lines() {
-        losses.extend(serde_json::from_str::<serde_json::Value>(line)?["loss"].as_f64());
-    }
-    Ok(losses.first().copied().zip(losses.last().copied()))
 }

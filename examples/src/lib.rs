@@ -1,4 +1,4 @@
-//! What several examples share: pictures as tensors, and how well an autoencoder keeps them. The examples are in
+//! What several examples share: pictures as tensors, how well an autoencoder keeps them, and a run's held-out losses. The examples are in
 //! `examples/`, one file each.
 
 use std::path::Path;
@@ -25,6 +25,21 @@ pub fn load_pictures(folder: &Path) -> Answer<Tensor> {
         all.push(pixels.f_permute([2, 0, 1])?.f_contiguous()?);
     }
     Ok(Tensor::f_stack(&all, 0)?)
+}
+
+/// The first and the last loss of a run's `validation.jsonl`; `None` where nothing was held out.
+///
+/// # Errors
+/// Where the file cannot be read, or a line of it is not JSON.
+pub fn held_out_losses(path: &Path) -> Answer<Option<(f64, f64)>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut losses = Vec::new();
+    for line in std::fs::read_to_string(path)?.lines() {
+        losses.extend(serde_json::from_str::<serde_json::Value>(line)?["loss"].as_f64());
+    }
+    Ok(losses.first().copied().zip(losses.last().copied()))
 }
 
 /// Bytes as networks see them: f32 from -1 to 1.

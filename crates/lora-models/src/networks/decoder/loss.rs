@@ -1,5 +1,6 @@
 //! From hidden states to logits, and the loss of next tokens without ever holding the logits of all of them: some tokens
-//! at a time, computed again in the backward pass.
+//! at a time. Where the head is frozen a kernel keeps the gradient of the hidden states in their place; where it carries an
+//! adapter the logits are computed again in the backward pass.
 
 use lora_torch::checkpoint::{Inputs, checkpoint};
 use lora_torch::cross_entropy::CrossEntropy;
