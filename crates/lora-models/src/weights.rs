@@ -439,3 +439,19 @@ impl WeightSource for SyntheticWeights {
         Ok(lora_torch::tensor::from_host(&host, device)?.f_to_kind(kind)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lora_io::gguf::TensorType;
+
+    use super::*;
+
+    /// The crate that reads the format and the crate that computes with its blocks do not know each other.
+    #[test]
+    fn blocks_have_one_number_and_one_size_where_they_are_read_and_where_they_compute() {
+        for blocks in BlockKind::ALL {
+            let read = TensorType::from_id(blocks.gguf()).unwrap();
+            assert_eq!((format!("{read:?}"), read.block()), (format!("{blocks:?}"), blocks.block()));
+        }
+    }
+}
