@@ -22,7 +22,7 @@ pub mod whole;
 
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
-pub use lora_torch::openmp::let_threads_yield;
+pub use lora_torch::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;
 pub use run::{RunResult, train};
 pub use schedule::Schedule;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::{HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss};
+use crate::callbacks::{Crowded, HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss};
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
@@ -36,6 +36,7 @@ pub fn train(
     let mut callbacks: Vec<Box<dyn Callback>> = vec![
         Box::new(Metrics::new(&config)),
         Box::new(HealthCheck::default()),
+        Box::new(Crowded::default()),
         Box::new(ValidationLoss::new(&config)),
         Box::new(Samples::new(&config)),
         Box::new(SaveCheckpoints::new(&config)),

@@ -1,6 +1,7 @@
-//! The callbacks that come with every run: metrics and loss curve, health, validation, samples, intermediate saves
+//! The callbacks that come with every run: metrics and loss curve, health, crowded cores, validation, samples, intermediate saves
 //! of the LoRA and of the run's state.
 
+mod crowded;
 mod earlier;
 mod health;
 mod metrics;
@@ -8,6 +9,7 @@ mod samples;
 mod save;
 mod validation;
 
+pub(crate) use crowded::Crowded;
 pub use health::{Finding, HealthCheck, LossHealth};
 pub use metrics::Metrics;
 pub use samples::Samples;
