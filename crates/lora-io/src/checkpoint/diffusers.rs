@@ -90,7 +90,7 @@ fn without_components(path: &Path, families: &[&'static Family]) -> Result<Check
     }
 }
 
-fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
+pub(super) fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
     weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(SafetensorsFile::open(file)?))).collect()
 }
 

@@ -6,11 +6,13 @@
 //! | `ldm` | reading the original layout: one file with a prefix for each component |
 //! | `diffusers` | reading a folder with a folder for each component |
 //! | `language` | reading a language model: a folder of its own, or one GGUF file |
+//! | `part` | a component from elsewhere |
 //! | `write` | writing the original layout |
 
 mod diffusers;
 mod language;
 mod ldm;
+mod part;
 mod write;
 
 pub(crate) use ldm::groups;
