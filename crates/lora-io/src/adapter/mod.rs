@@ -231,6 +231,11 @@ pub fn family(adapter: &Adapter) -> Option<&'static Family> {
     family::adapter::told(&modules, &adapter.metadata)
 }
 
+/// What speaks against an adapter on a base of a family, in words that name both; `None` where nothing does.
+pub fn made_for_another(adapter: &Adapter, base: &Family) -> Option<String> {
+    family::adapter::foreign(adapter, family, base)
+}
+
 /// Inputs of the layer that a module adapts, where its tensors show them.
 fn input_width(module: &AdapterModule) -> Option<usize> {
     // The factor next to the input, of LoRA and of LoHa.

@@ -20,7 +20,7 @@ use super::{Weighted, tileable};
 use crate::adapter::{self, names};
 use crate::checkpoint::{self, Group};
 use crate::error::listed;
-use crate::family::adapter::foreign;
+
 use crate::family::tree::Piece;
 use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
@@ -93,7 +93,7 @@ impl Edits {
         let mut all = Self { files, untied: None, notes: Vec::new() };
         for (index, adapter) in adapters.iter().enumerate() {
             layers.check_blocks(&base.path, &adapter.strength)?;
-            let other = layers.family.and_then(|family| foreign(&adapter.adapter, adapter::family, family));
+            let other = layers.family.and_then(|family| adapter::made_for_another(&adapter.adapter, family));
             let mut problems = Vec::new();
             for (path, module) in &adapter.adapter.modules {
                 if adapter.strength.of(path) == 0.0 {

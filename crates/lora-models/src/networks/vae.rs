@@ -52,8 +52,14 @@ impl VaeConfig {
             |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| component.contains(&name(index))).count();
         let resnet = |level: usize| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
         let levels = count(&resnet).max(1);
+        let latent_channels = dimension(component, "decoder.conv_in.weight", 1)?;
+        if latent_channels != 4 {
+            let reason =
+                format!("an autoencoder of {latent_channels} latent channels, which is another family's; expected 4");
+            return Err(config::wrong(component, reason));
+        }
         Ok(Self {
-            latent_channels: dimension(component, "post_quant_conv.weight", 0)?,
+            latent_channels,
             channels: (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
             norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),

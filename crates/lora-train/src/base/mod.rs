@@ -4,7 +4,6 @@
 //! from base to base. Networks themselves are in `lora_models`, the names in their files in `lora_io::family`.
 
 mod autoencoder;
-mod captions;
 mod data;
 mod inputs;
 pub mod language;
@@ -130,6 +129,11 @@ impl Sample {
 pub trait Base: fmt::Debug + Send {
     /// Its networks, in the order in which a run meets them: those that encode first, the one that steps are made of last.
     fn networks(&self) -> &[Network];
+
+    /// What a run says of the base before its first step: what was read off the files and could be meant otherwise.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Builds a network. `held` says how its weights are held; a network that leaves before training may hold them as it likes.
     ///

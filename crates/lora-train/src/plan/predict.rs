@@ -239,7 +239,7 @@ mod tests {
         );
         let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
         let plugins = Plugins::default();
-        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model).unwrap());
+        let checkpoint = Arc::new(plugins.bases.configured(&config).unwrap());
         let machine = Machine { platform: Platform::Cuda, fixed: 0, share: 0.0 };
         let peak = predict(&config, &checkpoint, &machine, &plugins).unwrap().peak();
 

@@ -60,7 +60,7 @@ impl Materials {
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
-        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
+        let checkpoint = Arc::new(plugins.bases.configured(&config)?);
         let registration = plugins.bases.registration(&checkpoint)?;
         registration.check(&config)?;
         let device = device::resolve(&config.device)?;

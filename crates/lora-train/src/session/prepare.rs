@@ -107,6 +107,7 @@ impl Session {
         let opening = Opening::new(config, &materials.checkpoint, device, precision);
         let registration = plugins.bases.registration(&materials.checkpoint)?;
         let mut base = plugins.bases.open(&opening)?;
+        notes.extend(base.notes());
         let networks = base.networks().to_vec();
         // What passes through the ring are the weights of the network that steps are made of, above all.
         let mut loader = {

@@ -1,29 +1,38 @@
-//! Stable Diffusion 1.x and 2.x: a text encoder, a U-Net that denoises latents, an autoencoder. What tells the two apart is the
-//! few values of [`Kind`].
+//! Stable Diffusion 1.x, 2.x and XL: one or two text encoders, a U-Net that denoises latents, an autoencoder. What tells them
+//! apart is the few values of [`Kind`].
+//!
+//! | here | what |
+//! |---|---|
+//! | `text` | captions through the text encoders |
+//! | `prediction` | the noise schedule and what the U-Net predicts, as files and keys say it |
+
+mod prediction;
+mod text;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::{Component, DType};
+use lora_data::Sample as PictureSample;
 use lora_data::source::Example;
-use lora_data::tokenizer::{ClipTokenizer, Padding};
+use lora_data::tokenizer::Padding;
 use lora_io::checkpoint::Checkpoint;
-use lora_io::family::{sd1, sd2};
+use lora_io::family::{sd1, sd2, sdxl};
 use lora_io::metadata::TrainingRecord;
-use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, noise_schedule};
+use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::{ClipConfig, ClipTextEncoder, LatentDistribution, Unet, VaeConfig, load_unet};
-use lora_models::weights::{Held, Weights};
+use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
+use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of, upload};
 
+use self::text::{EncoderKind, InputNames, Reads, Text, TextEncoder};
 use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
-use super::captions::{TextEncoding, Tokens};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
 };
-use crate::config::keys::stable_diffusion::KEYS;
+use crate::config::keys::{sdxl as sdxl_keys, stable_diffusion as keys};
 use crate::config::{SampleConfig, TrainConfig};
 use crate::loss::{Denoising, LossWeights};
 use crate::{Error, Result};
@@ -34,25 +43,84 @@ const REMEDIES: &str = "a lower max_resolution (512 to 448 to 384), train_text_e
 /// Stable Diffusion 1.x.
 pub(super) const SD1: Registration = Registration {
     family: &sd1::FAMILY,
-    keys: KEYS,
+    keys: keys::KEYS,
     data: PICTURES,
     remedies: REMEDIES,
-    open: |opening| {
-        let kind = Kind { padding: Padding::End, exact_gelu: false, predicts: Some(Prediction::Epsilon) };
-        Ok(Box::new(StableDiffusion::open(opening, kind)?))
-    },
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SD1_KIND)?)),
 };
 
 /// Stable Diffusion 2.x: OpenCLIP's text encoder; bases of 512 px predict the noise, those of 768 px the velocity.
 pub(super) const SD2: Registration = Registration {
     family: &sd2::FAMILY,
-    keys: KEYS,
+    keys: keys::KEYS,
     data: PICTURES,
     remedies: REMEDIES,
-    open: |opening| {
-        let kind = Kind { padding: Padding::Zero, exact_gelu: true, predicts: None };
-        Ok(Box::new(StableDiffusion::open(opening, kind)?))
-    },
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SD2_KIND)?)),
+};
+
+/// Stable Diffusion XL and the many bases that were trained from it: two text encoders, sizes beside the text.
+pub(super) const SDXL: Registration = Registration {
+    family: &sdxl::FAMILY,
+    keys: sdxl_keys::KEYS,
+    data: PICTURES,
+    remedies: "a lower max_resolution (1024 to 896 to 768), train_text_encoder = false",
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SDXL_KIND)?)),
+};
+
+static SD1_KIND: Kind = Kind {
+    encoders: &[EncoderKind {
+        component: TEXT_ENCODER,
+        title: "text encoder",
+        padding: Padding::End,
+        exact_gelu: false,
+        pools: false,
+        keys: None,
+        inputs: InputNames::FIRST,
+    }],
+    reads: Reads::Normed,
+    reads_sizes: false,
+    predicts: Some(Prediction::Epsilon),
+};
+
+static SD2_KIND: Kind = Kind {
+    encoders: &[EncoderKind {
+        component: TEXT_ENCODER,
+        title: "text encoder",
+        padding: Padding::Zero,
+        exact_gelu: true,
+        pools: false,
+        keys: None,
+        inputs: InputNames::FIRST,
+    }],
+    reads: Reads::Normed,
+    reads_sizes: false,
+    predicts: None,
+};
+
+static SDXL_KIND: Kind = Kind {
+    encoders: &[
+        EncoderKind {
+            component: TEXT_ENCODER,
+            title: "first text encoder",
+            padding: Padding::End,
+            exact_gelu: false,
+            pools: false,
+            keys: Some(["train_text_encoder_1", "text_encoder_1_lr"]),
+            inputs: InputNames::FIRST,
+        },
+        EncoderKind {
+            component: Component::TEXT_ENCODER_2,
+            title: "second text encoder",
+            padding: Padding::Zero,
+            exact_gelu: true,
+            pools: true,
+            keys: Some(["train_text_encoder_2", "text_encoder_2_lr"]),
+            inputs: InputNames::SECOND,
+        },
+    ],
+    reads: Reads::Penultimate,
+    reads_sizes: true,
+    predicts: Some(Prediction::Epsilon),
 };
 
 const UNET: Component = Component::UNET;
@@ -62,58 +130,61 @@ const VAE: Component = Component::VAE;
 /// Timesteps at which an item is judged, spread evenly.
 const JUDGED_TIMESTEPS: usize = 16;
 
-/// What differs between the two, where files do not say.
-#[derive(Debug, Clone, Copy)]
+/// What differs between them, where files do not say.
+#[derive(Debug)]
 struct Kind {
-    /// What rows of tokens are filled up with.
-    padding: Padding,
-    /// Whether the text encoder has the exact GELU.
-    exact_gelu: bool,
-    /// What the U-Net predicts; `None` where there are both.
+    /// Their text encoders, in the order in which the U-Net reads their states side by side.
+    encoders: &'static [EncoderKind],
+    /// Which states of them the U-Net reads.
+    reads: Reads,
+    /// Whether the U-Net reads a pooled vector and the sizes of the picture and of its part that is shown.
+    reads_sizes: bool,
+    /// What the U-Net predicts where nothing says it; `None` where that would be a guess.
     predicts: Option<Prediction>,
 }
 
-/// A base of one of the two.
+/// A base of one of them.
 #[derive(Debug)]
 struct StableDiffusion {
-    kind: Kind,
-    networks: [Network; 3],
+    kind: &'static Kind,
+    networks: Vec<Network>,
     checkpoint: Arc<Checkpoint>,
     device: Device,
     precision: DType,
     config: TrainConfig,
     schedule: NoiseSchedule,
-    text: TextEncoding,
+    /// By what it is known what the U-Net predicts, for people.
+    known_by: &'static str,
     autoencoder: Option<Autoencoder>,
-    text_encoder: Option<ClipTextEncoder>,
+    encoders: Vec<TextEncoder>,
     unet: Option<Unet>,
 }
 
 impl StableDiffusion {
-    fn open(opening: &Opening<'_>, kind: Kind) -> Result<Self> {
+    fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
         let config = opening.config;
         let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
-        let text = TextEncoding {
-            tokenizer: ClipTokenizer::new(config.text_cleaning).padded_with(kind.padding),
-            chunks: config.caption_chunks(),
-            clip_skip: config.clip_skip,
-            weighted: config.weighted_captions,
-        };
+        let encoders: Vec<_> = kind.encoders.iter().map(|own| TextEncoder::new(own, kind.reads, config)).collect();
+        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        networks.extend(encoders.iter().map(|encoder| {
+            network(encoder.kind.component, encoder.kind.title, encoder.trains, Some(Subject::Captions))
+        }));
+        networks.push(network(UNET, "U-Net", config.train_unet, None));
+        if networks.iter().all(|network| !network.trains) {
+            return Err(Error::NothingTrains);
+        }
+        let (schedule, known_by) = prediction::schedule(config, &opening.checkpoint, kind.predicts)?;
         Ok(Self {
             kind,
-            networks: [
-                network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples)),
-                network(TEXT_ENCODER, "text encoder", config.train_text_encoder, Some(Subject::Captions)),
-                network(UNET, "U-Net", config.train_unet, None),
-            ],
-            schedule: schedule(config, &opening.checkpoint, kind)?,
+            networks,
+            schedule,
+            known_by,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
             precision: opening.precision,
             config: config.clone(),
-            text,
             autoencoder: None,
-            text_encoder: None,
+            encoders,
             unet: None,
         })
     }
@@ -122,8 +193,8 @@ impl StableDiffusion {
         self.unet.as_ref().ok_or(Error::NotLoaded { network: "U-Net" })
     }
 
-    fn text_encoder(&self) -> Result<&ClipTextEncoder> {
-        self.text_encoder.as_ref().ok_or(Error::NotLoaded { network: "text encoder" })
+    fn encoder(&self, component: Component) -> Result<&TextEncoder> {
+        self.encoders.iter().find(|own| own.kind.component == component).ok_or_else(|| missing(component, "captions"))
     }
 
     fn autoencoder(&self) -> Result<Autoencoder> {
@@ -131,25 +202,7 @@ impl StableDiffusion {
     }
 
     fn vae_config(&self) -> Result<VaeConfig> {
-        Ok(VaeConfig::detect(self.checkpoint.component(VAE)?)?)
-    }
-
-    fn load_text_encoder(&self, held: Held) -> Result<ClipTextEncoder> {
-        let component = self.checkpoint.component(TEXT_ENCODER)?;
-        let mut config = ClipConfig::detect(component)?;
-        if component.config().is_none() {
-            config.exact_gelu = self.kind.exact_gelu;
-        }
-        if self.config.clip_skip > config.layers {
-            return Err(lora_models::Error::Input {
-                what: "clip_skip",
-                expected: format!("1 to {}", config.layers),
-                found: self.config.clip_skip.to_string(),
-            }
-            .into());
-        }
-        let weights = Weights::new(component, kind_of(self.precision), self.device).held(held);
-        Ok(ClipTextEncoder::new(&weights, config)?)
+        Ok(VaeConfig::detect(&self.checkpoint)?)
     }
 
     /// `[batch, 4, height, width]` f32 on the device, scaled, and how much each place counts, `[batch, 1, height, width]`, where
@@ -188,34 +241,67 @@ impl StableDiffusion {
         Ok(from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?)
     }
 
-    /// The captions of a batch: as tokens where the text encoder trains, else as states, made anew where captions change.
-    fn captions(&self, items: &[Item]) -> Result<Captions> {
+    /// Adds the captions of a batch, for each text encoder as it takes them or as it left them.
+    fn with_captions(&self, mut inputs: Inputs, items: &[Item]) -> Result<Inputs> {
         let captions: Vec<&str> = items.iter().map(|item| item.caption.as_str()).collect();
-        if self.config.train_text_encoder {
-            return Ok(Captions::Tokens(self.text.tokens(&captions, self.device)?));
+        for encoder in &self.encoders {
+            let kept = items.iter().map(|item| item.encoded.get(&encoder.kind.component)).collect();
+            inputs = encoder.with_captions(inputs, &captions, kept, self.device)?;
         }
-        let kept: Option<Vec<&Tensors>> = items.iter().map(|item| item.encoded.get(&TEXT_ENCODER)).collect();
-        let Some(kept) = kept else {
-            let _guard = no_grad_guard();
-            let encoder = self.text_encoder()?;
-            return Ok(Captions::States(self.text.states(encoder, &captions, self.device, &Pass::default())?));
-        };
-        let states = kept.into_iter().map(|kept| tensor(kept, TEXT_ENCODER, "states")).collect::<Result<Vec<_>>>()?;
-        Ok(Captions::States(upload(&Tensor::f_cat(&states, 0)?, self.device)?))
+        Ok(inputs)
     }
 
-    fn states_of(&self, encoded: &BTreeMap<Component, Tensors>) -> Result<Tensor> {
-        let encoded = encoded.get(&TEXT_ENCODER).ok_or_else(|| missing(TEXT_ENCODER, "states"))?;
-        Ok(tensor(encoded, TEXT_ENCODER, "states")?.f_to_device(self.device)?)
+    /// What was kept of one caption.
+    fn kept(&self, encoded: &BTreeMap<Component, Tensors>) -> Result<Text> {
+        let of = |encoder: &TextEncoder| {
+            let component = encoder.kind.component;
+            let kept = encoded.get(&component).ok_or_else(|| missing(component, "states"))?;
+            encoder.kept(&[kept], self.device)
+        };
+        Text::joined(self.encoders.iter().map(of).collect::<Result<_>>()?)
+    }
+
+    /// The text of a micro-batch.
+    fn text(&self, inputs: &Inputs, pass: &Pass) -> Result<Text> {
+        Text::joined(self.encoders.iter().map(|encoder| encoder.of_inputs(inputs, pass)).collect::<Result<_>>()?)
+    }
+
+    /// The sizes that the U-Net reads, embedded, `[batch, 1536]`; `None` for one that reads none.
+    fn sizes(&self, of: &[[f64; 6]]) -> Result<Option<Tensor>> {
+        Ok(self.kind.reads_sizes.then(|| Unet::size_embedding(of, self.device)).transpose()?)
+    }
+
+    /// The sizes of items.
+    fn item_sizes(&self, items: &[&Tensors]) -> Result<Option<Tensor>> {
+        if !self.kind.reads_sizes {
+            return Ok(None);
+        }
+        let of = |kept: &&Tensors| {
+            let sizes = Vec::<f64>::try_from(tensor(kept, VAE, SIZES)?.f_to_kind(Number::Double)?)?;
+            sizes.try_into().map_err(|_| missing(VAE, SIZES))
+        };
+        self.sizes(&items.iter().map(of).collect::<Result<Vec<_>>>()?)
     }
 }
 
-/// Captions of a micro-batch.
-enum Captions {
-    /// Of a text encoder that trains.
-    Tokens(Tokens),
-    /// Of one that does not, encoded.
-    States(Tensor),
+/// What a U-Net reads beside states: the pooled text with the sizes, `[batch, added]`.
+fn added(text: &Text, sizes: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let (Some(pooled), Some(sizes)) = (&text.pooled, sizes) else { return Ok(None) };
+    Ok(Some(Tensor::f_cat(&[pooled, &sizes.f_to_kind(pooled.kind())?], -1)?))
+}
+
+/// The name under which the sizes of a picture and of its part that is shown are kept.
+const SIZES: &str = "sizes";
+
+/// Height and width of a picture in its file, top and left edge of the part that is shown in the picture as it was scaled, and
+/// the part's height and width: what SDXL is told (Podell et al., 2023, section 2.2), as diffusers' training scripts tell it.
+fn sizes_of(sample: &PictureSample) -> [f32; 6] {
+    let (frame, (width, height)) = (sample.frame, sample.size());
+    let left = match frame.mirrored {
+        true => frame.scaled.0.saturating_sub(frame.offset.0 + width),
+        false => frame.offset.0,
+    };
+    [frame.source.1, frame.source.0, frame.offset.1, left, height, width].map(|side| side as f32)
 }
 
 impl Base for StableDiffusion {
@@ -223,13 +309,24 @@ impl Base for StableDiffusion {
         &self.networks
     }
 
+    fn notes(&self) -> Vec<String> {
+        let predicts = match self.schedule.prediction() {
+            Prediction::Velocity => "the velocity",
+            _ => "the noise",
+        };
+        let zero = if self.schedule.has_zero_terminal_snr() { " with zero terminal SNR" } else { "" };
+        vec![format!("the U-Net predicts {predicts}{zero}, as {}", self.known_by)]
+    }
+
     fn load(&mut self, network: Component, held: Held) -> Result<()> {
         match network {
             VAE => self.autoencoder = Some(self.autoencoder()?),
-            TEXT_ENCODER => self.text_encoder = Some(self.load_text_encoder(held)?),
+            UNET => self.unet = Some(load_unet(&self.checkpoint, kind_of(self.precision), self.device, held)?),
             _ => {
-                let kind = kind_of(self.precision);
-                self.unet = Some(load_unet(&self.checkpoint, kind, self.device, held)?);
+                let Self { checkpoint, precision, device, .. } = self;
+                for encoder in self.encoders.iter_mut().filter(|own| own.kind.component == network) {
+                    encoder.load(checkpoint, *precision, *device, held.clone())?;
+                }
             }
         }
         Ok(())
@@ -238,29 +335,33 @@ impl Base for StableDiffusion {
     fn unload(&mut self, network: Component) {
         match network {
             VAE => self.autoencoder = None,
-            TEXT_ENCODER => self.text_encoder = None,
-            _ => self.unet = None,
+            UNET => self.unet = None,
+            _ => {
+                self.encoders.iter_mut().filter(|own| own.kind.component == network).for_each(|own| own.network = None)
+            }
         }
     }
 
     fn is_loaded(&self, network: Component) -> bool {
         match network {
             VAE => self.autoencoder.is_some(),
-            TEXT_ENCODER => self.text_encoder.is_some(),
-            _ => self.unet.is_some(),
+            UNET => self.unet.is_some(),
+            _ => self.encoder(network).is_ok_and(|encoder| encoder.network.is_some()),
         }
     }
 
     fn adaptable(&mut self, network: Component) -> Option<&mut dyn Adaptable> {
         match network {
-            TEXT_ENCODER => self.text_encoder.as_mut().map(|network| network as &mut dyn Adaptable),
             UNET => self.unet.as_mut().map(|network| network as &mut dyn Adaptable),
-            _ => None,
+            _ => {
+                let encoder = self.encoders.iter_mut().find(|own| own.kind.component == network)?;
+                encoder.network.as_mut().map(|network| network as &mut dyn Adaptable)
+            }
         }
     }
 
     fn learning_rate(&self, network: Component) -> f64 {
-        if network == UNET { self.config.unet_lr } else { self.config.text_encoder_lr }
+        self.encoder(network).map_or(self.config.unet_lr, |encoder| encoder.learning_rate)
     }
 
     fn encode(&mut self, network: Component, what: Encoded<'_>) -> Result<Tensors> {
@@ -275,19 +376,24 @@ impl Base for StableDiffusion {
                 if let Some(mask) = &sample.mask {
                     tensors.insert("mask".into(), latent_mask(mask, autoencoder.factor())?);
                 }
+                if self.kind.reads_sizes {
+                    tensors.insert(SIZES.into(), Tensor::from_slice(&sizes_of(sample)));
+                }
                 Ok(tensors)
             }
             Encoded::Caption(caption) => {
                 let _guard = no_grad_guard();
-                let states = self.text.states(self.text_encoder()?, &[caption], self.device, &Pass::default())?;
-                match is_finite(&states)? {
-                    true => Ok(Tensors::from([("states".into(), states)])),
-                    false => Err(Error::NotFinite {
-                        stage: "the text encoder".into(),
-                        place: format!(" for the caption {caption:?}"),
-                        remedy: "use precision = \"bf16\" or \"fp32\"",
-                    }),
+                let text = self.encoder(network)?.text(&[caption], self.device, &Pass::default())?;
+                for tensor in text.tensors() {
+                    if !is_finite(tensor)? {
+                        return Err(Error::NotFinite {
+                            stage: "the text encoder".into(),
+                            place: format!(" for the caption {caption:?}"),
+                            remedy: "use precision = \"bf16\" or \"fp32\"",
+                        });
+                    }
                 }
+                Ok(text.into_tensors())
             }
             Encoded::Example(..) => Err(missing(network, "a picture")),
         }
@@ -302,8 +408,7 @@ impl Base for StableDiffusion {
                 format!("{hash} {:?} {device:?}{tiles}", autoencoder.kind())
             }
             _ => {
-                let TextEncoding { tokenizer, chunks, clip_skip, weighted } = &self.text;
-                let settings = format!("{chunks} {clip_skip} {weighted} {tokenizer:?}");
+                let settings = self.encoder(network)?.settings();
                 format!("{hash} {:?} {:?} {device:?} {settings}", kind_of(self.precision), config.base_storage)
             }
         })
@@ -314,14 +419,16 @@ impl Base for StableDiffusion {
         let distribution = LatentDistribution { mean: part("mean")?, log_variance: part("log_variance")? };
         let latents = sample_latents(&distribution, self.vae_config()?.scaling_factor, &draw.at("latent"))?;
         let mut drawn = Tensors::from([("latents".to_owned(), latents)]);
-        if let Some(mask) = encoded.get("mask") {
-            drawn.insert("mask".into(), mask.shallow_clone());
+        for name in ["mask", SIZES] {
+            if let Some(kept) = encoded.get(name) {
+                drawn.insert(name.into(), kept.shallow_clone());
+            }
         }
         Ok(drawn)
     }
 
     fn caption_length(&self, caption: &str) -> Option<usize> {
-        Some(self.text.tokenizer.encode(caption).len())
+        Some(self.encoders.first()?.length(caption))
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
@@ -329,15 +436,11 @@ impl Base for StableDiffusion {
         let noise = self.noise(items, latents.size4()?)?;
         let timesteps: Vec<usize> =
             items.iter().map(|item| item.draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
-        let captions = self.captions(items)?;
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
-        let weights = LossWeights { min_snr_gamma: self.config.min_snr_gamma, items: &weights, mask: mask.as_ref() };
+        let weights = LossWeights { items: &weights, mask: mask.as_ref(), ..LossWeights::of(&self.config) };
         let denoising = Denoising::new(self.unet()?, &self.schedule, &latents, &noise, &timesteps, &weights)?;
-        let inputs = denoising.into_inputs();
-        Ok(match captions {
-            Captions::Tokens(tokens) => inputs.with("tokens", Some(tokens.rows)).with("token_weights", tokens.weights),
-            Captions::States(states) => inputs.with("states", Some(states)),
-        })
+        let kept: Vec<&Tensors> = items.iter().filter_map(|item| item.encoded.get(&VAE)).collect();
+        self.with_captions(denoising.into_inputs().with(SIZES, self.item_sizes(&kept)?), items)
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
@@ -351,21 +454,20 @@ impl Base for StableDiffusion {
         let times: Vec<usize> = (0..JUDGED_TIMESTEPS)
             .map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * JUDGED_TIMESTEPS))
             .collect();
-        let states = self.states_of(&item.encoded)?.f_repeat([count, 1, 1])?;
+        let text = self.kept(&item.encoded)?.repeated(count)?;
+        let added = added(&text, self.item_sizes(&[encoded; JUDGED_TIMESTEPS])?.as_ref())?;
         let denoising = Denoising::new(self.unet()?, &self.schedule, &many, &noise, &times, &LossWeights::default())?;
-        Ok(denoising.into_inputs().with("states", Some(states)))
+        Ok(denoising.into_inputs().with(CONTEXT, Some(text.states)).with(ADDED, added))
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
-        let context = match inputs.find("states") {
-            Some(states) => states,
-            None => {
-                let weights = inputs.find("token_weights").map(Tensor::shallow_clone);
-                let tokens = Tokens { rows: inputs.get("tokens")?.shallow_clone(), weights };
-                &self.text.encode(self.text_encoder()?, &tokens, pass)?
-            }
-        };
-        Denoising::of(inputs)?.loss(self.unet()?, context, pass)
+        let denoising = Denoising::of(inputs)?;
+        if let Some(context) = inputs.find(CONTEXT) {
+            return denoising.loss(self.unet()?, Conditions { context, added: inputs.find(ADDED) }, pass);
+        }
+        let text = self.text(inputs, pass)?;
+        let added = added(&text, inputs.find(SIZES))?;
+        denoising.loss(self.unet()?, Conditions { context: &text.states, added: added.as_ref() }, pass)
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -373,12 +475,14 @@ impl Base for StableDiffusion {
         if !is_finite(&self.latents(items)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
-        let states = match self.captions(items)? {
-            Captions::Tokens(tokens) => self.text.encode(self.text_encoder()?, &tokens, &Pass::default())?,
-            Captions::States(states) => states,
-        };
-        let remedy = "use precision = \"bf16\" or \"fp32\", or a lower learning_rate";
-        Ok((!is_finite(&states)?).then_some(("the text encoder", remedy)))
+        let text = self.text(&self.with_captions(Inputs::default(), items)?, &Pass::default())?;
+        for tensor in text.tensors() {
+            if !is_finite(tensor)? {
+                let remedy = "use precision = \"bf16\" or \"fp32\", or a lower learning_rate";
+                return Ok(Some(("the text encoder", remedy)));
+            }
+        }
+        Ok(None)
     }
 
     fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
@@ -393,14 +497,22 @@ impl Base for StableDiffusion {
             let draw = Stream::new(config.seed).at("sample").with(index as u64);
             let noise = draw.clone().normals(vae.latent_channels * height * width);
             let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
-            let context = Tensor::f_cat(&[self.states_of(&prompt.without)?, self.states_of(&prompt.with)?], 0)?;
+            let (without, with) = (self.kept(&prompt.without)?, self.kept(&prompt.with)?);
+            let [high, wide] = [config.resolution.1, config.resolution.0].map(|side| side as f64);
+            let sizes = self.sizes(&[[high, wide, 0.0, 0.0, high, wide]])?;
+            let added = [added(&without, sizes.as_ref())?, added(&with, sizes.as_ref())?];
+            let added: Vec<Tensor> = added.into_iter().flatten().collect();
+            let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
+            let context = Tensor::f_cat(&[without.states, with.states], 0)?;
+            let conditions = Conditions { context: &context, added: added.as_ref() };
             all.push(sampler.sample(&noise, |latents, timestep| {
-                let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], &context, &pass)?;
+                let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
                 sampler.guided(&halves[0], &halves[1], config.guidance_scale)
             })?);
         }
-        let mut decoder = self.autoencoder()?;
+        // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.
+        let mut decoder = self.autoencoder()?.in_tiles(self.config.vae_tiling || vae.overflows_in_half);
         let mut pictures = Vec::new();
         for latents in all {
             pictures.extend(match beside_recordings {
@@ -415,7 +527,7 @@ impl Base for StableDiffusion {
     fn record(&self, record: &mut TrainingRecord) {
         let config = &self.config;
         record.unet_lr = config.train_unet.then_some(config.unet_lr);
-        record.text_encoder_lr = config.train_text_encoder.then_some(config.text_encoder_lr);
+        record.text_encoder_lr = self.encoders.iter().find(|own| own.trains).map(|own| own.learning_rate);
         record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
         record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
         record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
@@ -425,34 +537,9 @@ impl Base for StableDiffusion {
     }
 }
 
-/// The noise schedule, with what the U-Net predicts: as the configuration says, or a mark in the file, the scheduler of a
-/// folder or the file's metadata; what all bases of a kind predict is told last. Nothing is guessed.
-fn schedule(config: &TrainConfig, checkpoint: &Checkpoint, kind: Kind) -> Result<NoiseSchedule> {
-    let asked = config.v_parameterization;
-    let marked = checkpoint.is_marked("v_pred");
-    if asked.is_none() && !marked && checkpoint.scheduler().is_some() {
-        return Ok(noise_schedule(checkpoint)?);
-    }
-    let labelled = checkpoint.family().labels.and_then(|labels| {
-        let architecture = checkpoint.metadata().get("modelspec.architecture")?;
-        [false, true].into_iter().find(|&velocity| labels.architecture(velocity) == architecture)
-    });
-    let typed = match checkpoint.metadata().get("modelspec.prediction_type").map(String::as_str) {
-        Some("v") => Some(true),
-        Some("epsilon") => Some(false),
-        _ => None,
-    };
-    let usual = kind.predicts.map(|prediction| prediction == Prediction::Velocity);
-    let velocity = asked.or(marked.then_some(true)).or(typed).or(labelled).or(usual);
-    let Some(velocity) = velocity else {
-        return Err(Error::PredictionUnknown { path: checkpoint.path().to_owned(), family: checkpoint.family().title });
-    };
-    let schedule = NoiseSchedule::new(if velocity { Prediction::Velocity } else { Prediction::Epsilon });
-    match checkpoint.is_marked("ztsnr") && velocity {
-        true => Ok(schedule.with_zero_terminal_snr()?),
-        false => Ok(schedule),
-    }
-}
+/// Names of what an item is judged by: its conditions side by side, once for all timesteps.
+const CONTEXT: &str = "context";
+const ADDED: &str = "added";
 
 fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> Result<&'t Tensor> {
     encoded.get(name).ok_or_else(|| missing(network, name))
