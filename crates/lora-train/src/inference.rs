@@ -1,4 +1,4 @@
-//! What a language model with its adapters does: it writes, and is judged on texts. Training is [`crate::session`]'s business.
+//! What a language model with its adapters does: it writes, and is judged on texts. Training is not here.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -21,7 +21,8 @@ use lora_torch::frozen::Storage;
 use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_host, kind_of};
 
-use crate::base::language::{Prompts, Writer};
+use crate::base::language::Prompts;
+pub use crate::base::language::Writer;
 use crate::{Error, Plugins, Result};
 
 /// What a text model is made of.

@@ -21,21 +21,6 @@ pub struct LossWeights<'w> {
     pub mask: Option<&'w Tensor>,
 }
 
-/// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, in f32.
-#[allow(clippy::too_many_arguments, reason = "the formula's own")]
-pub fn denoising_loss(
-    unet: &Unet,
-    schedule: &NoiseSchedule,
-    latents: &Tensor,
-    noise: &Tensor,
-    timesteps: &[usize],
-    context: &Tensor,
-    weights: &LossWeights<'_>,
-    pass: &Pass,
-) -> Result<Tensor> {
-    Denoising::new(unet, schedule, latents, noise, timesteps, weights)?.loss(unet, context, pass)
-}
-
 /// What the loss of a batch is made of, beside networks and text: all that has to come from host memory is there.
 #[derive(Debug)]
 pub struct Denoising {
@@ -52,7 +37,7 @@ pub struct Denoising {
 }
 
 impl Denoising {
-    /// Arguments as of [`denoising_loss`].
+    /// Of `latents` and `noise`, `[batch, 4, height, width]`, at one timestep an item.
     pub fn new(
         unet: &Unet,
         schedule: &NoiseSchedule,
@@ -78,7 +63,8 @@ impl Denoising {
         })
     }
 
-    /// The loss, with its graph where gradients are recorded.
+    /// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, a scalar in f32,
+    /// with its graph where gradients are recorded. `context` is the text, `[batch, tokens, width]`.
     pub fn loss(&self, unet: &Unet, context: &Tensor, pass: &Pass) -> Result<Tensor> {
         let answer = unet.forward_embedded(&self.noised, &self.times, context, pass)?;
         let squares = answer.f_sub(&self.target)?.f_square()?;

@@ -59,7 +59,7 @@ impl ParameterList {
 
     /// Adds an f32 tensor that a network computes with in half precision, and gives the leaf for that: a copy, which the list
     /// keeps in step. One cast for all after each step takes the place of one for each tensor in each pass.
-    pub fn add_in(
+    pub(crate) fn add_in(
         &mut self,
         kind: Kind,
         component: Component,
@@ -88,7 +88,7 @@ impl ParameterList {
     }
 
     /// The optimiser and what it keeps.
-    pub fn optimiser(&self) -> &OptimiserState {
+    pub(crate) fn optimiser(&self) -> &OptimiserState {
         &self.optimiser
     }
 
@@ -208,7 +208,7 @@ impl ParameterList {
     }
 
     /// Puts back what [`ParameterList::state`] gave: all of it, or nothing where something does not fit.
-    pub fn load_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
+    pub(crate) fn load_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
         let (mut copies, mut averaged_steps) = (Vec::new(), self.averaged_steps);
         for parameter in &self.list {
             let name = format!("trained.{}", parameter.name);
@@ -253,7 +253,7 @@ impl ParameterList {
     }
 
     /// Whether every trained number is finite; waits for the device.
-    pub fn is_finite(&self) -> Result<bool> {
+    pub(crate) fn is_finite(&self) -> Result<bool> {
         for parameter in &self.list {
             if !crate::base::is_finite(&parameter.leaf)? {
                 return Ok(false);

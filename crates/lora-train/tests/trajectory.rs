@@ -14,7 +14,7 @@ use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_host;
-use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
@@ -89,17 +89,9 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
         }
         let times: Vec<usize> = timesteps[2 * step..2 * step + 2].iter().map(|&t| t as usize).collect();
         let context = text.forward(&tokens, 1, &Pass::default()).unwrap();
-        let loss = denoising_loss(
-            &unet,
-            &schedule,
-            &latents,
-            &noise,
-            &times,
-            &context,
-            &LossWeights { min_snr_gamma, ..LossWeights::default() },
-            &Pass::default(),
-        )
-        .unwrap();
+        let weights = LossWeights { min_snr_gamma, ..LossWeights::default() };
+        let denoising = Denoising::new(&unet, &schedule, &latents, &noise, &times, &weights).unwrap();
+        let loss = denoising.loss(&unet, &context, &Pass::default()).unwrap();
         loss.backward();
         parameters.settle(&loss.detach(), 1.0, limit).unwrap();
         parameters.step(|_: Component, _| 1e-3).unwrap();

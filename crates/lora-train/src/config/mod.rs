@@ -316,7 +316,7 @@ impl TrainConfig {
     }
 
     /// Keys that are given although only other bases bring them, where a base brings these groups.
-    pub fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
+    pub(crate) fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
         let ReadBy { keys, given, .. } = &self.read_by;
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
@@ -328,7 +328,7 @@ impl TrainConfig {
     }
 
     /// Rows of 77 tokens that a caption takes.
-    pub fn caption_chunks(&self) -> usize {
+    pub(crate) fn caption_chunks(&self) -> usize {
         self.max_token_length / 75
     }
 }

@@ -16,13 +16,13 @@ mod schedule_free;
 mod settings;
 mod state;
 
-pub use adafactor::Adafactor;
-pub use adamw::AdamW;
-pub use adamw8bit::AdamW8bit;
-pub use lion::Lion;
-pub use prodigy::Prodigy;
+pub(crate) use adafactor::Adafactor;
+pub(crate) use adamw::AdamW;
+pub(crate) use adamw8bit::AdamW8bit;
+pub(crate) use lion::Lion;
+pub(crate) use prodigy::Prodigy;
 pub use registry::{Chosen, OptimiserRegistry};
-pub use schedule_free::ScheduleFreeAdamW;
+pub(crate) use schedule_free::ScheduleFreeAdamW;
 pub use settings::{Arguments, Settings};
 pub use state::{OptimiserState, Slope};
 

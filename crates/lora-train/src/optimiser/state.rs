@@ -53,12 +53,12 @@ impl OptimiserState {
     }
 
     /// The optimiser.
-    pub fn optimiser(&self) -> &dyn Optimiser {
+    pub(crate) fn optimiser(&self) -> &dyn Optimiser {
         &*self.optimiser
     }
 
     /// Its class and numbers, as files record them.
-    pub fn record(&self) -> &str {
+    pub(crate) fn record(&self) -> &str {
         &self.record
     }
 

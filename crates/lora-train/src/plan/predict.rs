@@ -93,11 +93,6 @@ impl Prediction {
     pub fn peak(&self) -> u64 {
         self.phases.iter().map(PhasePeak::total).max().unwrap_or(0)
     }
-
-    /// The phase that needs most.
-    pub fn highest(&self) -> Option<&PhasePeak> {
-        self.phases.iter().max_by_key(|phase| phase.total())
-    }
 }
 
 /// Where a run happens.

@@ -207,7 +207,7 @@ impl Session {
     }
 
     /// Gives the device's cached memory back.
-    pub fn empty_cache(&self) -> Result<()> {
+    pub(crate) fn empty_cache(&self) -> Result<()> {
         Ok(memory::empty_cache(self.device)?)
     }
 

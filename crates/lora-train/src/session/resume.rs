@@ -27,7 +27,7 @@ impl Session {
     }
 
     /// Where the run's state is written.
-    pub fn state_path(&self) -> PathBuf {
+    pub(crate) fn state_path(&self) -> PathBuf {
         state_path(&self.config.output_dir, &self.config.output_name)
     }
 

@@ -5,7 +5,8 @@ mod prompts;
 mod rows;
 mod texts;
 
-pub use prompts::{Prompts, Writer};
+pub(crate) use prompts::Prompts;
+pub use prompts::Writer;
 pub use texts::TEXTS;
 
 use std::ops::ControlFlow;
