@@ -59,7 +59,7 @@ pub fn svd(matrix: MatRef<'_, f32>) -> Result<Svd> {
 /// The singular values and vectors of `up · down` (`[rows, rank] × [rank, columns]`) without ever forming the product:
 /// a QR decomposition of each factor and the SVD of the small core between them, in f64. Exact; the cost is linear in
 /// rows and columns.
-pub fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd> {
+pub(crate) fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd> {
     let double =
         |matrix: MatRef<'_, f32>| Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| f64::from(matrix[(i, j)]));
     let (left, right) = (double(up).qr(), double(down.transpose()).qr());
@@ -78,7 +78,7 @@ pub fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd>
 ///
 /// Each of the `iterations` multiplies the error of what is left out by the ratio of the singular values behind and
 /// before the cut, squared; 3 keep the total error within 1% of the exact one on spectra as flat as random noise's.
-pub fn truncated_svd(matrix: MatRef<'_, f32>, rank: usize, iterations: usize, stream: &Stream) -> Result<Svd> {
+pub(crate) fn truncated_svd(matrix: MatRef<'_, f32>, rank: usize, iterations: usize, stream: &Stream) -> Result<Svd> {
     let (rows, columns) = matrix.shape();
     let shorter = rows.min(columns);
     let width = rank + 8;

@@ -42,7 +42,7 @@ const ATTENTION: &[&str] =
     &["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0"];
 
 /// Names of the presets.
-pub const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
+pub(crate) const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
 
 /// A parsed list of targets.
 #[derive(Debug, Clone)]

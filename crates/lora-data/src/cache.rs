@@ -132,14 +132,14 @@ impl DiskCache {
     }
 
     /// An entry that is no tensors; `None` where there is none or it is damaged.
-    pub fn get_bytes(&self, key: &Key) -> Option<Vec<u8>> {
+    pub(crate) fn get_bytes(&self, key: &Key) -> Option<Vec<u8>> {
         let whole = fs::read(self.path(key).with_extension("bin")).ok()?;
         let (checksum, bytes) = whole.split_at_checked(CHECKSUM_LENGTH)?;
         (checksum == digest([bytes]).as_bytes()).then(|| bytes.to_vec())
     }
 
     /// Puts an entry into place that is no tensors: its checksum, then its bytes.
-    pub fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<()> {
         let path = self.path(key).with_extension("bin");
         let folder = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;

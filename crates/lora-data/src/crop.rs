@@ -29,12 +29,12 @@ impl CropPlan {
     }
 
     /// The whole picture brought to the target, its aspect changed.
-    pub fn squash(target: (usize, usize)) -> Self {
+    pub(crate) fn squash(target: (usize, usize)) -> Self {
         Self { resized: target, offset: (0, 0), target }
     }
 
     /// The middle of a picture scaled to a size, which must not be smaller than the target.
-    pub fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
+    pub(crate) fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
         let offset = (resized.0.saturating_sub(target.0) / 2, resized.1.saturating_sub(target.1) / 2);
         Self { resized, offset, target }
     }

@@ -209,7 +209,7 @@ impl Pictures {
     }
 
     /// The number of an item's dataset.
-    pub fn dataset_of(&self, index: usize) -> usize {
+    pub(crate) fn dataset_of(&self, index: usize) -> usize {
         self.of[index]
     }
 

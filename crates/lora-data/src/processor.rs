@@ -98,7 +98,7 @@ impl PictureProcessor for Crop {
 
 /// `flip`: mirrored left to right at every second visit, by chance.
 #[derive(Debug, Clone, Copy)]
-pub struct Flip;
+pub(crate) struct Flip;
 
 impl PictureProcessor for Flip {
     fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
@@ -113,7 +113,7 @@ impl PictureProcessor for Flip {
 /// `color_jitter`: brightness, contrast and saturation multiplied by up to 1 ± their amount and the hue turned by up to its
 /// share of the circle, in this order, another at each visit. The four operations are torchvision's.
 #[derive(Debug, Clone, Copy)]
-pub struct ColorJitter {
+pub(crate) struct ColorJitter {
     /// Amount of brightness.
     pub brightness: f32,
     /// Amount of contrast.

@@ -9,12 +9,11 @@ use std::sync::Arc;
 
 use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
-use lora_torch::TchBackend;
-use lora_torch::backend::apply_layer;
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
 use lora_torch::norm::group_norm_silu;
 use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::{TchBackend, apply_layer};
 
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -186,7 +185,7 @@ impl AdaptableLayer {
 
     /// The linear layer that an embedding's table is when it is read the other way round, `y = W x`; the table is held
     /// once. `path` is the layer's own.
-    pub fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
+    pub(crate) fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
         let weight = match &embedding.weight {
             LayerWeight::Frozen(weight) => LayerWeight::Frozen(weight.shallow_clone()),
             LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },

@@ -4,7 +4,7 @@
 //! wants it otherwise sets it and starts itself again.
 
 /// The variables by which people say it themselves; where one is set, nothing is changed.
-pub const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"];
+pub(crate) const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"];
 
 /// What this program sets where people say nothing: threads that wait sleep, whichever library it is. Looking a thousand
 /// times before that (GNU's `GOMP_SPINCOUNT`) took three times as long on a machine with much else to do.

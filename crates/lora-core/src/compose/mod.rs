@@ -88,7 +88,7 @@ fn collect(modules: Vec<(ModulePath, AdapterModule, f64)>) -> (Adapter, Vec<Outc
 }
 
 /// Combines the modules of one layer.
-pub fn combine_modules(
+pub(crate) fn combine_modules(
     path: &ModulePath,
     modules: &[(&AdapterModule, f64)],
     method: Method,

@@ -166,7 +166,7 @@ impl Changes {
     /// The weight alone.
     pub const WEIGHT: Self = Self { weight: true, bias: BiasChange::Never };
     /// The weight, and the bias of a layer that has one.
-    pub const WEIGHT_AND_BIAS: Self = Self { weight: true, bias: BiasChange::WhereThere };
+    pub(crate) const WEIGHT_AND_BIAS: Self = Self { weight: true, bias: BiasChange::WhereThere };
 }
 
 /// The formula of one kind of adapter.

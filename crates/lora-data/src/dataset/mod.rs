@@ -33,7 +33,7 @@ use crate::finding::{Finding, FindingKind, Severity};
 use crate::{Error, Result};
 
 /// Extensions that make a file a picture, in any case.
-pub const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
+pub(crate) const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
 
 /// The most visits of an epoch: their order takes memory for each.
 const MAX_VISITS: usize = 50_000_000;

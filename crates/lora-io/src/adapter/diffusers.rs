@@ -71,7 +71,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
 }
 
 /// Writes the layout of releases before 0.22, which knows the attention layers of U-Nets and CLIP encoders.
-pub fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+pub(crate) fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
     write_with(path.as_ref(), adapter, dtype, |module| {
         let (block, layer) = module.path.rsplit_once(".to_")?;
         let layer = layer.strip_suffix(".0").unwrap_or(layer);

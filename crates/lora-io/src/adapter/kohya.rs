@@ -24,9 +24,9 @@ use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, w
 use crate::{Error, Result, hash};
 
 /// Metadata key: names of modules that are there for diffusers' sake only, separated by commas.
-pub const ZERO_PARTNERS: &str = "lora_zero_partners";
+pub(crate) const ZERO_PARTNERS: &str = "lora_zero_partners";
 /// Metadata key: names of variants that no other tool knows, separated by commas.
-pub const CUSTOM_VARIANTS: &str = "lora_custom_variants";
+pub(crate) const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
 /// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
 /// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters for the family

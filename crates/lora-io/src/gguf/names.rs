@@ -70,7 +70,7 @@ pub fn from_gguf(name: &str) -> Option<String> {
 }
 
 /// The GGUF name, without `.weight`, of a module of Hugging Face's model.
-pub fn to_gguf(module: &str) -> Option<String> {
+pub(crate) fn to_gguf(module: &str) -> Option<String> {
     if let Some((name, _)) = WHOLE.iter().find(|(_, own)| *own == module) {
         return Some((*name).to_owned());
     }
@@ -102,7 +102,7 @@ impl Architecture {
     }
 
     /// Of a GGUF file, model or adapter.
-    pub fn of_gguf(file: &GgufFile) -> Result<Self> {
+    pub(crate) fn of_gguf(file: &GgufFile) -> Result<Self> {
         let name = file.text("general.architecture").unwrap_or_default();
         if !ARCHITECTURES.iter().any(|(_, own)| *own == name) {
             let known: Vec<_> = ARCHITECTURES.iter().map(|(_, own)| *own).collect();

@@ -143,7 +143,7 @@ impl GgufFile {
     }
 
     /// The type of a tensor; none if it is not read here.
-    pub fn tensor_type(&self, name: &str) -> Option<TensorType> {
+    pub(crate) fn tensor_type(&self, name: &str) -> Option<TensorType> {
         TensorType::from_id(self.tensors.get(name)?.kind)
     }
 

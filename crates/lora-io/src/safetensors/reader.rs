@@ -102,7 +102,7 @@ impl SafetensorsFile {
     }
 
     /// Names of the tensors in the order of their bytes, in which other programs go through a file.
-    pub fn names_in_file_order(&self) -> Vec<&str> {
+    pub(crate) fn names_in_file_order(&self) -> Vec<&str> {
         let mut order: Vec<_> = self.tensors.iter().collect();
         order.sort_by_key(|(_, location)| (location.begin, location.end));
         order.into_iter().map(|(name, _)| name.as_str()).collect()

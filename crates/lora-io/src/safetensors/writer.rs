@@ -136,7 +136,7 @@ fn json(value: &impl serde::Serialize) -> String {
 }
 
 /// Reads a file back: the same tensors with the same shapes, every element finite.
-pub fn verify(path: impl AsRef<Path>, expected: &[Entry]) -> Result<()> {
+pub(crate) fn verify(path: impl AsRef<Path>, expected: &[Entry]) -> Result<()> {
     let path = path.as_ref();
     let file = SafetensorsFile::open(path)?;
     if file.len() != expected.len() {

@@ -4,9 +4,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use lora_data::Pictures;
 use lora_data::cache::DiskCache;
 use lora_data::processor::ProcessorRegistry;
-use lora_data::{Pictures, Source};
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 
 use crate::Result;

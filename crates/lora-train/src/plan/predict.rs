@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use lora_core::DType;
+use lora_data::DatasetOptions;
 use lora_data::bucket::Framing;
-use lora_data::{DatasetOptions, Source};
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
 use lora_torch::dry::{DryRun, Platform};

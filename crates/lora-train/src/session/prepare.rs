@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::Source;
 use lora_data::cache::DiskCache;
+use lora_data::source::Source;
 use lora_io::adapter;
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lora_core::DType;
-use lora_data::Source;
+use lora_data::source::Source;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
