@@ -7,6 +7,7 @@ mod texts;
 
 pub(crate) use prompts::Prompts;
 pub use prompts::Writer;
+pub(crate) use rows::labels_of;
 pub use texts::TEXTS;
 
 use std::ops::ControlFlow;
