@@ -65,7 +65,7 @@ impl fmt::Debug for Data {
 pub const PICTURES: Data = Data {
     noun: "picture",
     unit: "img",
-    keys: &[&pictures::KEYS],
+    keys: pictures::KEYS,
     open: |opening| Ok(Box::new(Pictures::open(opening.config.datasets.clone(), opening.processors)?)),
     stand_ins: |config, batches| {
         let visits = |dataset: &lora_data::DatasetOptions| (dataset.clone(), dataset.batch_size * batches);
