@@ -50,6 +50,9 @@ pub(crate) fn as_matrix<'v>(values: &'v [f32], shape: &[usize]) -> MatRef<'v, f3
 }
 
 /// All singular values and vectors of a matrix. Its cost grows with the cube of the shorter side: see [`truncated_svd`].
+///
+/// # Errors
+/// [`Error::NoConvergence`] where the matrix holds NaN or infinity.
 pub fn svd(matrix: MatRef<'_, f32>) -> Result<Svd> {
     let found = matrix.thin_svd().map_err(|_| Error::NoConvergence { what: "singular values" })?;
     let values = found.S().column_vector().iter().copied().collect();

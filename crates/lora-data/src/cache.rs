@@ -67,6 +67,9 @@ fn digest<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> String {
 
 impl DiskCache {
     /// Opens a folder, made if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be made. A damaged index only means that files are hashed again.
     pub fn open(folder: impl Into<PathBuf>) -> Result<Self> {
         let folder = folder.into();
         fs::create_dir_all(&folder).map_err(Error::io(&folder, "create the folder"))?;
@@ -88,6 +91,9 @@ impl DiskCache {
     }
 
     /// SHA-256 of a stored picture. A file of its own is read again only if its size, times or place on the disk changed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Picture`] where it cannot be read.
     pub fn content(&self, stored: &Stored) -> Result<String> {
         let Some(path) = stored.own_file() else { return Ok(digest([stored.read()?.as_slice()])) };
         let stamp = stamp(path);
@@ -122,6 +128,9 @@ impl DiskCache {
     }
 
     /// Puts an entry into place.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
     pub fn put(&self, key: &Key, tensors: &Tensors) -> Result<()> {
         let path = self.path(key);
         let folder = path.parent().unwrap_or(&self.folder);
@@ -151,6 +160,9 @@ impl DiskCache {
     }
 
     /// Keeps the hashes of files for the next run.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
     pub fn flush(&self) -> Result<()> {
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         if !index.changed {

@@ -50,6 +50,9 @@ impl CropPlan {
     }
 
     /// Scales and cuts in one pass, with a Lanczos filter that widens when it shrinks (so it averages, as area filters do).
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the box does not lie in the picture.
     pub fn apply(&self, picture: &RgbPicture) -> Result<RgbPicture> {
         self.apply_within(picture, (picture.width() as f64, picture.height() as f64))
     }

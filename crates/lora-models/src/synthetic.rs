@@ -90,6 +90,9 @@ impl SyntheticModel {
     }
 
     /// Writes the family's single-file layout in `dtype`; one tensor in memory at a time.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) where the file cannot be written.
     pub fn write(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
         write_single_file(
             path,
@@ -117,6 +120,9 @@ impl SyntheticModel {
     }
 
     /// Names and shapes of all weights, under diffusers' and transformers' names.
+    ///
+    /// # Errors
+    /// Where the configurations of the networks do not go together.
     pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
         for component in [Component::TEXT_ENCODER, Component::UNET, Component::VAE] {

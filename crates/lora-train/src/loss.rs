@@ -38,6 +38,9 @@ pub struct Denoising {
 
 impl Denoising {
     /// Of `latents` and `noise`, `[batch, 4, height, width]`, at one timestep an item.
+    ///
+    /// # Errors
+    /// Where a timestep is none of the schedule's or shapes differ, and where memory runs out.
     pub fn new(
         unet: &Unet,
         schedule: &NoiseSchedule,
@@ -65,6 +68,9 @@ impl Denoising {
 
     /// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, a scalar in f32,
     /// with its graph where gradients are recorded. `context` is the text, `[batch, tokens, width]`.
+    ///
+    /// # Errors
+    /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
     pub fn loss(&self, unet: &Unet, context: &Tensor, pass: &Pass) -> Result<Tensor> {
         let answer = unet.forward_embedded(&self.noised, &self.times, context, pass)?;
         let squares = answer.f_sub(&self.target)?.f_square()?;

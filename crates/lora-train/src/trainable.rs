@@ -87,6 +87,9 @@ pub struct TrainableAdapter {
 impl TrainableAdapter {
     /// Hangs an adapter on the targeted layers of a network, new or with the values of `from`, and takes its trained tensors
     /// into `list`.
+    ///
+    /// # Errors
+    /// Where the variant is unknown, has no such option or no form on a layer, and where memory runs out.
     pub fn attach(
         &mut self,
         network: &mut dyn Adaptable,
@@ -172,6 +175,9 @@ impl TrainableAdapter {
     }
 
     /// A copy in host memory, as files hold it (see [`Variant::export`]).
+    ///
+    /// # Errors
+    /// Where the device is lost or host memory runs out.
     pub fn export(&self) -> Result<Adapter> {
         let mut adapter = Adapter::default();
         for (path, Attached { variant, rank, alpha, trained, frozen }) in &self.modules {

@@ -82,6 +82,10 @@ pub(crate) fn to_gguf(module: &str) -> Option<String> {
 
 impl Architecture {
     /// Of a base model: a GGUF file, or a Hugging Face folder with its `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the file cannot be read, or its architecture or number of heads is not
+    /// known.
     pub fn of_base(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !path.is_dir() {

@@ -28,6 +28,9 @@ pub trait TensorSource {
     /// All tensors, in any order.
     fn entries(&self) -> Vec<Entry>;
     /// The bytes of one of them, little-endian and row-major.
+    ///
+    /// # Errors
+    /// What reading or computing it gives; nothing is written then.
     fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>>;
 }
 

@@ -98,6 +98,10 @@ struct Layer {
 
 impl ClipTextEncoder {
     /// Built from its weights.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
     pub fn new(weights: &Weights<'_>, config: ClipConfig) -> Result<Self> {
         let weights = weights.at("text_model");
         let embeddings = weights.at("embeddings");
@@ -121,6 +125,9 @@ impl ClipTextEncoder {
 
     /// Hidden states `[rows, 77, width]` of token rows `[rows, 77]` (int64), final norm applied. `clip_skip` 1 is the
     /// last layer; 2 leaves it out, as for bases trained so; and so on.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for rows of another length, or a `clip_skip` beyond the layers; out of memory.
     pub fn forward(&self, tokens: &Tensor, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
         let layers = (self.config.layers + 1)
             .checked_sub(clip_skip)
@@ -143,6 +150,9 @@ impl ClipTextEncoder {
 
     /// Hidden states of captions of `chunks` rows each, `[captions · chunks, 77]`, joined as sd-scripts does: the first
     /// chunk's start, 75 states of every chunk, the last chunk's end. `[captions, chunks · 75 + 2, width]`.
+    ///
+    /// # Errors
+    /// As of [`ClipTextEncoder::forward`]; [`Error::Torch`] where the rows are not whole captions.
     pub fn encode(&self, tokens: &Tensor, chunks: usize, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
         let states = self.forward(tokens, clip_skip, pass)?;
         if chunks == 1 {

@@ -171,6 +171,11 @@ impl Stage {
 
 impl Unet {
     /// Built from its weights.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
+    #[expect(clippy::missing_panics_doc, reason = "the way up takes as many skips as the way down makes")]
     pub fn new(weights: &Weights<'_>, config: UnetConfig) -> Result<Self> {
         let channels = &config.channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
@@ -252,11 +257,19 @@ impl Unet {
     ///
     /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …),
     /// for whoever measures what a block takes.
+    ///
+    /// # Errors
+    /// As of [`Unet::forward_embedded`].
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.forward_embedded(latents, &self.time_embedding(timesteps, latents.device())?, context, pass)
     }
 
     /// [`Unet::forward`] with timesteps as [`Unet::time_embedding`] has them, so that nothing comes from host memory.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where latents, timesteps and text do not go together or are not of this network's widths; out
+    /// of memory.
+    #[expect(clippy::missing_panics_doc, reason = "the constructor counted the skips")]
     pub fn forward_embedded(&self, latents: &Tensor, times: &Tensor, context: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (batch, latent_channels, ..) = latents.size4()?;
         let (context_batch, _, context_width) = context.size3()?;
@@ -318,6 +331,9 @@ impl Unet {
 
     /// Sinusoids of the timesteps (Vaswani et al., 2017), cosines first, as diffusers with `flip_sin_to_cos`;
     /// f32 `[batch, channels of the finest level]`.
+    ///
+    /// # Errors
+    /// Out of memory.
     pub fn time_embedding(&self, timesteps: &[f64], device: Device) -> Result<Tensor> {
         let half = self.config.channels[0] / 2;
         let mut values = Vec::with_capacity(timesteps.len() * 2 * half);

@@ -42,6 +42,9 @@ pub trait Optimiser: fmt::Debug {
     fn parts(&self, shape: &[i64]) -> Vec<Part>;
 
     /// Takes a step with all tensors that have a gradient. Gradients may be overwritten.
+    ///
+    /// # Errors
+    /// Where memory runs out. Some tensors may have taken the step then.
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()>;
 
     /// Numbers kept besides the tensors, by stable names.
@@ -60,6 +63,9 @@ pub trait Optimiser: fmt::Debug {
     }
 
     /// The weights to save and to sample with, where they are others than those that train.
+    ///
+    /// # Errors
+    /// Where memory runs out.
     fn evaluation(&self, parameter: &Tensor, state: &[Tensor]) -> Result<Option<Tensor>> {
         let _ = (parameter, state);
         Ok(None)

@@ -100,6 +100,10 @@ impl OptimiserRegistry {
     }
 
     /// Makes the optimiser of a name from its own numbers.
+    ///
+    /// # Errors
+    /// [`Error::UnknownOptimiser`] with the known names and the nearest one; [`Error::OptimiserArgument`] for an
+    /// argument that it does not have or a value that is impossible.
     pub fn make(&self, name: &str, learning_rate: f64, arguments: &Arguments) -> Result<Chosen> {
         let Some(registered) = self.0.get(&plain(name)) else {
             let scored = self.names().map(|known| (strsim::jaro_winkler(&plain(name), &plain(known)), known));

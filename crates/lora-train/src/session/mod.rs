@@ -202,6 +202,9 @@ impl Session {
     }
 
     /// Memory of the device; `None` on the CPU.
+    ///
+    /// # Errors
+    /// Where the device is lost.
     pub fn device_memory(&self) -> Result<Option<DeviceMemory>> {
         Ok(memory::device_memory(self.device)?)
     }
@@ -212,6 +215,11 @@ impl Session {
     }
 
     /// Trains one step; `None` once the run is complete.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] where cutting the step smaller did not help either, with all that was tried;
+    /// [`Error::NotFinite`] where the loss is NaN, or too many steps in a row were skipped; [`Error::Data`] where an
+    /// example cannot be read. Unless it failed in the optimiser, the session stands as before the step.
     pub fn step(&mut self) -> Result<Option<StepReport>> {
         if self.step >= self.plan.steps {
             return Ok(None);

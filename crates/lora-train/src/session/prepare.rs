@@ -74,6 +74,11 @@ impl Watch for Told<'_> {
 impl Session {
     /// Prepares a run: checks the output folder, scans the dataset, loads the base, encodes what is cached and hangs the
     /// adapter on its layers. `progress` is told how far it is.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with everything that is wrong with keys, [`Error::Base`] for a base that is not trained,
+    /// [`Error::Data`] for data that cannot be used, [`Error::OtherRun`] for a state that is not this run's,
+    /// [`Error::OutOfMemory`] with the stage that it ran out in.
     pub fn prepare(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
         let mut stage = None;
         let mut watched = |now: Preparing| {
