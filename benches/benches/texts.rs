@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use lora_data::Source;
 use lora_data::cache::DiskCache;
+use lora_data::source::Source;
 use lora_data::texts::{TextOptions, Texts};
 use lora_data::tokenizer::Tokenizer;
 use lora_train::config::{Format, TrainConfig};

@@ -5,8 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use lora_train::callback::{Callback, Control};
 use lora_train::config::{Format, TrainConfig};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 /// Stops when the mean loss of `patience` steps is no lower than that of the `patience` before them.
 struct EarlyStop {

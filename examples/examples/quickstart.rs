@@ -10,8 +10,7 @@ use std::sync::atomic::AtomicBool;
 use lora_examples::held_out_losses;
 use lora_train::callback::{Callback, Control};
 use lora_train::config::TrainConfig;
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 /// Prints a line every twenty steps.
 struct Print;

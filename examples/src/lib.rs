@@ -14,6 +14,9 @@ use lora_train::config::TrainConfig;
 pub type Answer<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// All pictures of a folder, or of the folders in it, at 64 × 64 pixels, `[count, 3, 64, 64]` in bytes.
+///
+/// # Errors
+/// Where a picture cannot be read.
 pub fn load_pictures(folder: &Path) -> Answer<Tensor> {
     let (options, _) = TrainConfig::datasets_of(None, Some(folder), &["max_resolution=64"])?;
     let pictures = Pictures::open(options, &ProcessorRegistry::default())?;
@@ -43,11 +46,17 @@ pub fn held_out_losses(path: &Path) -> Answer<Option<(f64, f64)>> {
 }
 
 /// Bytes as networks see them: f32 from -1 to 1.
+///
+/// # Errors
+/// Where memory runs out.
 pub fn scaled(bytes: &Tensor) -> Answer<Tensor> {
     Ok(bytes.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1.0)?)
 }
 
 /// Peak signal-to-noise ratio in dB of reconstructions from the latents' means: the mean over pictures in bytes.
+///
+/// # Errors
+/// Where the sizes are not the autoencoder's, and where memory runs out.
 pub fn psnr(vae: &Vae, pictures: &Tensor) -> Answer<f64> {
     let mut errors = Vec::new();
     for chunk in pictures.f_split(32, 0)? {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use lora_data::Pictures;
 use lora_data::dataset::Strictness;
 use lora_data::finding::{Finding, FindingKind, Severity};
-use lora_data::report::{DatasetReport, ReportOptions, html, inspect, texts};
+use lora_data::report::texts::{self, TextReport};
+use lora_data::report::{DatasetReport, ReportOptions, html, inspect};
 use lora_data::texts::{TextOptions, Texts};
 use lora_data::tokenizer::{ClipTokenizer, TextCleaning, Tokenizer};
 use lora_train::Plugins;
@@ -77,23 +78,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         }
     };
     let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(lora_train::Error::from)?;
-    if let Some(path) = &arguments.html {
-        let page = html::page(&title, &report);
-        lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
-        eprintln!("page: {}", path.display());
-    }
-    if arguments.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::Work(error.to_string()))?;
-        println!("{json}");
-    } else {
-        print(&title, &report, arguments.findings);
-    }
     let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
-    match (report.pictures.is_empty(), arguments.strict && lost > 0) {
-        (true, _) => Err(Failure::Work(format!("{title}: there are no pictures that can be used"))),
-        (_, true) => Err(Failure::Work(format!("{lost} file(s) or folder(s) cannot be used"))),
-        _ => Ok(()),
-    }
+    let (page, json, print) = (html::page, serde_json::to_string_pretty, print_pictures);
+    Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), lost }.tell(arguments)
 }
 
 fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
@@ -106,33 +93,60 @@ fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result
     };
     let texts = Texts::open(options, tokenizer, None).map_err(lora_train::Error::from)?;
     let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
+    let lost =
+        texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();
     let title = path.display().to_string();
-    if let Some(path) = &arguments.html {
-        let page = html::page_of_texts(&title, &report);
-        lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
-        eprintln!("page: {}", path.display());
-    }
-    if arguments.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Failure::Work(error.to_string()))?;
-        println!("{json}");
-    } else {
-        println!("{title}\n{report}");
-        print_findings(&report.findings, &report.summary.findings, arguments.findings);
-    }
-    let lost: usize = texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, n)| n).sum();
-    match (texts.rows(), arguments.strict && lost > 0) {
-        (0, _) => Err(Failure::Work(format!("{title}: there are no texts that can be used"))),
-        (_, true) => Err(Failure::Work(format!("{lost} record(s) cannot be used"))),
-        _ => Ok(()),
+    let (page, json, print) = (html::page_of_texts, serde_json::to_string_pretty, print_texts);
+    Told { title: &title, report: &report, page, json, print, usable: texts.rows(), lost }.tell(arguments)
+}
+
+/// What is known of a dataset, and how it is told.
+struct Told<'t, R> {
+    title: &'t str,
+    report: &'t R,
+    page: fn(&str, &R) -> String,
+    json: fn(&R) -> serde_json::Result<String>,
+    print: fn(&R, usize),
+    /// Pictures or rows that can be used.
+    usable: usize,
+    /// Findings that cost some of them.
+    lost: usize,
+}
+
+impl<R> Told<'_, R> {
+    /// As a page, as JSON or in words, as the arguments ask.
+    fn tell(&self, arguments: &Arguments) -> Result<(), Failure> {
+        let Self { title, report, page, json, print, usable, lost } = *self;
+        if let Some(path) = &arguments.html {
+            let page = page(title, report);
+            lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
+            eprintln!("page: {}", path.display());
+        }
+        if arguments.json {
+            let json = json(report).map_err(|error| Failure::Work(error.to_string()))?;
+            println!("{json}");
+        } else {
+            println!("{title}");
+            print(report, arguments.findings);
+        }
+        match (usable, arguments.strict && lost > 0) {
+            (0, _) => Err(Failure::Work(format!("{title}: there is nothing that can be used"))),
+            (_, true) => Err(Failure::Work(format!("{lost} file(s), folder(s) or record(s) cannot be used"))),
+            _ => Ok(()),
+        }
     }
 }
 
-fn print(title: &str, report: &DatasetReport, most: usize) {
+fn print_texts(report: &TextReport, most: usize) {
+    println!("{report}");
+    print_findings(&report.findings, &report.summary.findings, most);
+}
+
+fn print_pictures(report: &DatasetReport, most: usize) {
     let regularisation = match report.regularisation_visits {
         0 => String::new(),
         visits => format!(", {visits} of them of regularisation pictures"),
     };
-    println!("{title}");
     println!("pictures:  {}, {} visits an epoch{regularisation}", report.pictures.len(), report.visits);
     let captions = &report.captions;
     let sources: Vec<_> = captions.sources.iter().map(|(source, count)| format!("{count} from {source}")).collect();

@@ -5,9 +5,8 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_train::Session;
 use lora_train::callback::{Callback, Control};
-use lora_train::session::{Preparing, StepReport};
+use lora_train::{Preparing, Session, StepReport};
 
 /// The bar on screen, so that log lines can go above it.
 static BAR: OnceLock<Mutex<Option<ProgressBar>>> = OnceLock::new();

@@ -49,7 +49,7 @@ impl Component {
     ];
 
     /// The longest name in bytes.
-    pub const LONGEST_NAME: usize = 64;
+    pub(crate) const LONGEST_NAME: usize = 64;
 
     /// The component of a name. A name that is not known stays in memory until the process ends, once for all calls, so
     /// names come from a program and not from files.

@@ -51,6 +51,9 @@ impl Layer {
     }
 
     /// A frozen layer with random weights.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] where the backend cannot take the tensors up.
     pub fn frozen<B: Backend>(self, backend: &B, like: &B::Tensor) -> Result<FrozenLayer<B>> {
         let geometry = self.geometry();
         let bias = matches!(self, Linear | Conv | Pointwise).then(|| random(&[geometry.outputs()], 1.0, 2));
@@ -63,6 +66,7 @@ impl Layer {
     }
 
     /// An input batch of 3: `[3, 5, in]`, `[3, in, 7, 6]`, or row numbers `[3, 4]`.
+    #[expect(clippy::missing_panics_doc, reason = "twelve elements are of the shape [3, 4]")]
     pub fn input(self) -> HostTensor {
         let inputs = self.geometry().inputs();
         match self {
@@ -148,6 +152,9 @@ impl Row {
     }
 
     /// Tensors that have been trained a little: the first values with noise on all that is trained.
+    ///
+    /// # Errors
+    /// What the variant's `initialise` gives on this layer.
     pub fn trained<B: Backend>(
         &self,
         backend: &B,
@@ -168,6 +175,9 @@ impl Row {
 
 /// Runs the whole suite for one row; `like` is any f32 tensor of the backend, for its device. The message of an error
 /// names the row, the layer and what failed.
+///
+/// # Errors
+/// The first check that fails, as text.
 pub fn check<B: Backend>(
     backend: &B,
     like: &B::Tensor,

@@ -1,7 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
-pub mod adapter;
+mod adapter;
 pub mod backend;
 pub mod compose;
 pub mod conformance;

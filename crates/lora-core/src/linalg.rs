@@ -50,6 +50,9 @@ pub(crate) fn as_matrix<'v>(values: &'v [f32], shape: &[usize]) -> MatRef<'v, f3
 }
 
 /// All singular values and vectors of a matrix. Its cost grows with the cube of the shorter side: see [`truncated_svd`].
+///
+/// # Errors
+/// [`Error::NoConvergence`] where the matrix holds NaN or infinity.
 pub fn svd(matrix: MatRef<'_, f32>) -> Result<Svd> {
     let found = matrix.thin_svd().map_err(|_| Error::NoConvergence { what: "singular values" })?;
     let values = found.S().column_vector().iter().copied().collect();
@@ -59,7 +62,7 @@ pub fn svd(matrix: MatRef<'_, f32>) -> Result<Svd> {
 /// The singular values and vectors of `up · down` (`[rows, rank] × [rank, columns]`) without ever forming the product:
 /// a QR decomposition of each factor and the SVD of the small core between them, in f64. Exact; the cost is linear in
 /// rows and columns.
-pub fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd> {
+pub(crate) fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd> {
     let double =
         |matrix: MatRef<'_, f32>| Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| f64::from(matrix[(i, j)]));
     let (left, right) = (double(up).qr(), double(down.transpose()).qr());
@@ -78,7 +81,7 @@ pub fn svd_of_product(up: MatRef<'_, f32>, down: MatRef<'_, f32>) -> Result<Svd>
 ///
 /// Each of the `iterations` multiplies the error of what is left out by the ratio of the singular values behind and
 /// before the cut, squared; 3 keep the total error within 1% of the exact one on spectra as flat as random noise's.
-pub fn truncated_svd(matrix: MatRef<'_, f32>, rank: usize, iterations: usize, stream: &Stream) -> Result<Svd> {
+pub(crate) fn truncated_svd(matrix: MatRef<'_, f32>, rank: usize, iterations: usize, stream: &Stream) -> Result<Svd> {
     let (rows, columns) = matrix.shape();
     let shorter = rows.min(columns);
     let width = rank + 8;

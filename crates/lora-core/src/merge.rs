@@ -18,6 +18,10 @@ pub struct Applied<'a, B: Backend> {
 
 /// `W + Σ strength · ΔW`, every update computed against the untouched base, so that the order does not matter.
 /// An adapter with strength 0 leaves no trace.
+///
+/// # Errors
+/// [`Error::MissingTensor`] or [`Error::Shape`] where the parameters of an adapter are not those of its variant on this
+/// layer; [`Error::Backend`] where the backend fails.
 pub fn merged_weight<B: Backend>(
     backend: &B,
     base: &dyn BaseLayer<B>,
@@ -40,6 +44,9 @@ pub fn merged_weight<B: Backend>(
 }
 
 /// `b + Σ strength · Δb`; `None` if no adapter changes the bias. A layer without a bias gets one.
+///
+/// # Errors
+/// As of [`merged_weight`].
 pub fn merged_bias<B: Backend>(
     backend: &B,
     base: &dyn BaseLayer<B>,

@@ -55,6 +55,9 @@ impl Strength {
     }
 
     /// Reads `0.8`, `0.8:0.6` (text encoder, U-Net: the WebUI's order), and `0.8:0.6:1,1,0.5,…` with factors by block.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where a part is no finite number, or the list has neither 23 nor 25 factors.
     pub fn parse(text: &str) -> Result<Self> {
         let wrong = |reason: &str| Error::Option { key: "strength", value: text.to_owned(), reason: reason.to_owned() };
         let number = |part: &str| {
@@ -128,6 +131,9 @@ pub struct LoraTag {
 /// Takes the `<lora:name:text encoder:U-Net:dyn>` tags (also `<lyco:…>`) out of a prompt, as the WebUI does: further values
 /// by place, or by name (`te=`, `unet=`, `dyn=`), which count over those by place. The U-Net's factor is the text
 /// encoder's if it is not given. Tags of other networks stay in the prompt.
+///
+/// # Errors
+/// [`Error::Option`] with the tag where one of its values is no number.
 pub fn parse_prompt(prompt: &str) -> Result<(String, Vec<LoraTag>)> {
     let mut text = String::with_capacity(prompt.len());
     let mut tags = Vec::new();

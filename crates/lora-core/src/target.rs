@@ -42,7 +42,7 @@ const ATTENTION: &[&str] =
     &["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0"];
 
 /// Names of the presets.
-pub const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
+pub(crate) const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
 
 /// A parsed list of targets.
 #[derive(Debug, Clone)]
@@ -60,6 +60,9 @@ enum Matcher {
 
 impl Targets {
     /// Parses each entry; an empty list or a malformed pattern is an error.
+    ///
+    /// # Errors
+    /// [`Error::NoMatch`] for an empty list, with what could be named; [`Error::Pattern`] for a malformed pattern.
     pub fn parse<S: AsRef<str>>(entries: &[S]) -> Result<Self> {
         if entries.is_empty() {
             return Err(Error::NoMatch {
@@ -75,6 +78,9 @@ impl Targets {
     }
 
     /// The layers that some entry matches, in the order given. Every entry must match at least one.
+    ///
+    /// # Errors
+    /// [`Error::NoMatch`] for the first entry that matches no layer, with near names.
     pub fn select(&self, layers: &[TargetLayer]) -> Result<Vec<TargetLayer>> {
         match self.unmatched(layers).next() {
             Some(error) => Err(error),
@@ -103,6 +109,9 @@ pub struct Patterns(Vec<(String, Matcher, f64)>);
 
 impl Patterns {
     /// Checks the patterns, each of which must match one of the layers.
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] for a malformed pattern; [`Error::NoMatch`] for one that matches no layer, with near names.
     pub fn parse(entries: &BTreeMap<String, f64>, layers: &[TargetLayer]) -> Result<Self> {
         let mut patterns = Vec::with_capacity(entries.len());
         for (entry, &number) in entries {

@@ -62,6 +62,9 @@ pub struct HostTensor {
 
 impl HostTensor {
     /// From elements and a shape that must agree.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the shape is not of as many elements as there are.
     pub fn new(shape: impl Into<Vec<usize>>, data: HostData) -> Result<Self> {
         let shape = shape.into();
         let found = match &data {
@@ -80,6 +83,9 @@ impl HostTensor {
     }
 
     /// From 32-bit elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the shape is not of as many elements as there are.
     pub fn from_f32(shape: impl Into<Vec<usize>>, values: Vec<f32>) -> Result<Self> {
         Self::new(shape, HostData::F32(values))
     }
@@ -147,6 +153,9 @@ impl HostTensor {
     }
 
     /// The same elements under another shape of equal size.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the other shape is not of as many elements.
     pub fn reshape(self, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Self::new(shape, self.data)
     }

@@ -34,6 +34,9 @@ pub struct Buckets {
 
 impl Buckets {
     /// Buckets of these limits. The resolution's sides must lie between them, and the step must be a multiple of 8.
+    ///
+    /// # Errors
+    /// [`Error::Option`], which names the key and what it may be.
     pub fn new(options: BucketOptions) -> Result<Self> {
         let BucketOptions { resolution: (width, height), step, .. } = options;
         let wrong = |key, value: usize, reason: String| Err(Error::Option { key, value: value.to_string(), reason });

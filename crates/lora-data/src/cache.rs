@@ -67,6 +67,9 @@ fn digest<'p>(parts: impl IntoIterator<Item = &'p [u8]>) -> String {
 
 impl DiskCache {
     /// Opens a folder, made if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be made. A damaged index only means that files are hashed again.
     pub fn open(folder: impl Into<PathBuf>) -> Result<Self> {
         let folder = folder.into();
         fs::create_dir_all(&folder).map_err(Error::io(&folder, "create the folder"))?;
@@ -88,6 +91,9 @@ impl DiskCache {
     }
 
     /// SHA-256 of a stored picture. A file of its own is read again only if its size, times or place on the disk changed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Picture`] where it cannot be read.
     pub fn content(&self, stored: &Stored) -> Result<String> {
         let Some(path) = stored.own_file() else { return Ok(digest([stored.read()?.as_slice()])) };
         let stamp = stamp(path);
@@ -122,6 +128,9 @@ impl DiskCache {
     }
 
     /// Puts an entry into place.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
     pub fn put(&self, key: &Key, tensors: &Tensors) -> Result<()> {
         let path = self.path(key);
         let folder = path.parent().unwrap_or(&self.folder);
@@ -132,14 +141,14 @@ impl DiskCache {
     }
 
     /// An entry that is no tensors; `None` where there is none or it is damaged.
-    pub fn get_bytes(&self, key: &Key) -> Option<Vec<u8>> {
+    pub(crate) fn get_bytes(&self, key: &Key) -> Option<Vec<u8>> {
         let whole = fs::read(self.path(key).with_extension("bin")).ok()?;
         let (checksum, bytes) = whole.split_at_checked(CHECKSUM_LENGTH)?;
         (checksum == digest([bytes]).as_bytes()).then(|| bytes.to_vec())
     }
 
     /// Puts an entry into place that is no tensors: its checksum, then its bytes.
-    pub fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<()> {
         let path = self.path(key).with_extension("bin");
         let folder = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
@@ -151,6 +160,9 @@ impl DiskCache {
     }
 
     /// Keeps the hashes of files for the next run.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
     pub fn flush(&self) -> Result<()> {
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         if !index.changed {

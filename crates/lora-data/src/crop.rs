@@ -29,12 +29,12 @@ impl CropPlan {
     }
 
     /// The whole picture brought to the target, its aspect changed.
-    pub fn squash(target: (usize, usize)) -> Self {
+    pub(crate) fn squash(target: (usize, usize)) -> Self {
         Self { resized: target, offset: (0, 0), target }
     }
 
     /// The middle of a picture scaled to a size, which must not be smaller than the target.
-    pub fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
+    pub(crate) fn centered(resized: (usize, usize), target: (usize, usize)) -> Self {
         let offset = (resized.0.saturating_sub(target.0) / 2, resized.1.saturating_sub(target.1) / 2);
         Self { resized, offset, target }
     }
@@ -50,6 +50,9 @@ impl CropPlan {
     }
 
     /// Scales and cuts in one pass, with a Lanczos filter that widens when it shrinks (so it averages, as area filters do).
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the box does not lie in the picture.
     pub fn apply(&self, picture: &RgbPicture) -> Result<RgbPicture> {
         self.apply_within(picture, (picture.width() as f64, picture.height() as f64))
     }

@@ -11,7 +11,7 @@ use crate::crop::CropPlan;
 const SIDE: usize = 96;
 
 /// The plan with its crop moved to where it holds the most salience; of equal places the one nearest to the middle.
-pub fn focus(picture: &RgbPicture, plan: &CropPlan) -> CropPlan {
+pub(crate) fn focus(picture: &RgbPicture, plan: &CropPlan) -> CropPlan {
     let room = (plan.resized.0 - plan.target.0, plan.resized.1 - plan.target.1);
     if room == (0, 0) {
         return *plan;

@@ -87,6 +87,9 @@ pub struct Pictures {
 
 impl Pictures {
     /// Scans the datasets. Pictures too small for any bucket count as unreadable.
+    ///
+    /// # Errors
+    /// As of [`ImageDataset::scan`], of all datasets at once; [`Error::Option`] for an unknown processor.
     pub fn open(options: Vec<DatasetOptions>, registry: &ProcessorRegistry) -> Result<Self> {
         let with_chain = |options: DatasetOptions| {
             let processors = registry.chain(&options.processors)?;
@@ -209,7 +212,7 @@ impl Pictures {
     }
 
     /// The number of an item's dataset.
-    pub fn dataset_of(&self, index: usize) -> usize {
+    pub(crate) fn dataset_of(&self, index: usize) -> usize {
         self.of[index]
     }
 
@@ -221,6 +224,9 @@ impl Pictures {
     }
 
     /// What training sees of an item: decoded and processed to the size of its bucket. `random` belongs to the visit.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Picture`] where it cannot be read, and what a processor gives.
     pub fn load(&self, index: usize, random: &Stream) -> Result<Sample> {
         if self.stand_ins {
             return black(self.plan(index).target);
@@ -238,6 +244,9 @@ impl Pictures {
     }
 
     /// An item decoded from its bytes, with its mask, at its full size.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] where they are no whole picture; [`Error::Io`] where the mask cannot be read.
     pub fn decode(&self, index: usize, bytes: &[u8]) -> Result<Sample> {
         self.decode_at(index, bytes, None)
     }
@@ -261,6 +270,9 @@ impl Pictures {
     }
 
     /// The processors of an item's dataset.
+    ///
+    /// # Errors
+    /// What a processor gives; [`Error::Option`] where the last one leaves another size than the bucket's.
     pub fn process(&self, index: usize, mut sample: Sample, random: &Stream) -> Result<Sample> {
         let dataset = &self.datasets[self.of[index]];
         let source = sample.size();

@@ -34,6 +34,9 @@ impl ProcessContext {
 pub trait PictureProcessor: fmt::Debug + Send + Sync {
     /// The processed sample. After the last processor its picture must have the size of the plan's target; its mask, where
     /// there is one, always has the picture's ([`Sample::crop`], [`Sample::mirror`] and [`Sample::map`] see to it).
+    ///
+    /// # Errors
+    /// The processor's own. A run ends with it; [`Error::Picture`] names the file where one picture is to blame.
     fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample>;
 
     /// Whether it does something else at each visit. Where latents are cached, it acts once.
@@ -98,7 +101,7 @@ impl PictureProcessor for Crop {
 
 /// `flip`: mirrored left to right at every second visit, by chance.
 #[derive(Debug, Clone, Copy)]
-pub struct Flip;
+pub(crate) struct Flip;
 
 impl PictureProcessor for Flip {
     fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
@@ -113,7 +116,7 @@ impl PictureProcessor for Flip {
 /// `color_jitter`: brightness, contrast and saturation multiplied by up to 1 ± their amount and the hue turned by up to its
 /// share of the circle, in this order, another at each visit. The four operations are torchvision's.
 #[derive(Debug, Clone, Copy)]
-pub struct ColorJitter {
+pub(crate) struct ColorJitter {
     /// Amount of brightness.
     pub brightness: f32,
     /// Amount of contrast.
@@ -200,6 +203,9 @@ impl Default for ProcessorRegistry {
 
 impl ProcessorRegistry {
     /// Adds a processor under a name, which must be free.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where it is not free.
     pub fn register(&mut self, name: impl Into<String>, processor: impl PictureProcessor + 'static) -> Result<()> {
         let name = name.into();
         if self.0.contains_key(&name) {
@@ -214,6 +220,9 @@ impl ProcessorRegistry {
     }
 
     /// The processors of a list of names, in its order.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an unknown name, with those that are known.
     pub fn chain<S: AsRef<str>>(&self, names: &[S]) -> Result<Vec<Arc<dyn PictureProcessor>>> {
         let find = |name: &S| {
             self.0.get(name.as_ref()).cloned().ok_or_else(|| Error::Option {

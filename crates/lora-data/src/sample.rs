@@ -96,6 +96,9 @@ pub struct Sample {
 
 impl Sample {
     /// A whole picture. A mask of another size is scaled to the picture's.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the mask cannot be scaled.
     pub fn new(picture: RgbPicture, mask: Option<Mask>) -> Result<Self> {
         let size = (picture.width(), picture.height());
         Self::of_source(picture, mask, size)
@@ -118,6 +121,9 @@ impl Sample {
     }
 
     /// Scaled and cut.
+    ///
+    /// # Errors
+    /// As of [`CropPlan::apply`].
     pub fn crop(&self, plan: &CropPlan) -> Result<Self> {
         let frame = Frame { scaled: plan.resized, offset: plan.offset, ..self.frame };
         let mask = self.mask.as_ref().map(|mask| mask.cropped(plan)).transpose()?;

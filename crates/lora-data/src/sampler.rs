@@ -94,7 +94,7 @@ impl EpochSampler {
     }
 
     /// Visits per epoch of the items of each shape.
-    pub fn visits_by_shape(&self) -> BTreeMap<Shape, usize> {
+    pub(crate) fn visits_by_shape(&self) -> BTreeMap<Shape, usize> {
         let mut visits = BTreeMap::new();
         for ((shape, _), items) in &self.buckets {
             *visits.entry(*shape).or_default() += items.iter().map(|(_, repeats)| repeats).sum::<usize>();

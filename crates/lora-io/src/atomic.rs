@@ -84,6 +84,9 @@ pub fn clear_partial(folder: impl AsRef<Path>) {
 }
 
 /// Makes sure that a folder exists and takes files, before hours of work depend on it.
+///
+/// # Errors
+/// [`Error::Io`] where it does not.
 pub fn check_writable(folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;

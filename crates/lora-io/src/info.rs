@@ -41,6 +41,9 @@ pub struct AdapterInfo {
 
 impl AdapterInfo {
     /// Reads an adapter of any format.
+    ///
+    /// # Errors
+    /// As of [`adapter::read`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let read = adapter::read(path)?;

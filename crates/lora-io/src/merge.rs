@@ -78,6 +78,11 @@ const TILE: usize = 512 << 10;
 
 /// Merges adapters into a base: a safetensors file into a file, or a folder (diffusers, sharded Hugging Face) into a new
 /// folder. `progress` is told the bytes that are done and all there are.
+///
+/// # Errors
+/// [`Error::Unmatched`] with the modules that do not fit the base, [`Error::Module`] for one that is damaged or cannot
+/// be merged, [`Error::Format`] where the output is the base itself or lies in it, [`Error::Io`] where a file cannot be
+/// read or written. No file is left behind then.
 pub fn merge(
     base: impl AsRef<Path>,
     adapters: &[Weighted],
@@ -132,6 +137,10 @@ pub fn merge(
 
 /// Whether every module of an adapter names a layer of this base and fits it; the error lists those that do not. Returns
 /// what else speaks against the two together.
+///
+/// # Errors
+/// [`Error::Unmatched`] with the modules that name no layer or do not fit theirs; otherwise what opening the base
+/// gives.
 pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<Vec<String>> {
     let base = Base::open(base.as_ref())?;
     let weighted = Weighted { name: "adapter".into(), adapter, strength: Strength::default() };

@@ -9,12 +9,11 @@ use std::sync::Arc;
 
 use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
 use lora_core::{LayerGeometry, ModulePath};
-use lora_torch::TchBackend;
-use lora_torch::backend::apply_layer;
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
 use lora_torch::norm::group_norm_silu;
 use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::{TchBackend, apply_layer};
 
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -162,11 +161,17 @@ pub struct AdaptableLayer {
 
 impl AdaptableLayer {
     /// `y = W x + b` with weight `[outputs, inputs]`.
+    ///
+    /// # Errors
+    /// As of [`AdaptableLayer::new`].
     pub fn linear(weights: &Weights<'_>, inputs: usize, outputs: usize, bias: bool) -> Result<Self> {
         Self::new(weights, LayerGeometry::linear(inputs, outputs), bias)
     }
 
     /// A convolution with bias, padded so that a stride of 1 keeps the size.
+    ///
+    /// # Errors
+    /// As of [`AdaptableLayer::new`].
     pub fn conv2d(weights: &Weights<'_>, inputs: usize, outputs: usize, kernel: usize, stride: usize) -> Result<Self> {
         Self::new(weights, LayerGeometry::conv2d(inputs, outputs, kernel, stride, kernel / 2), true)
     }
@@ -174,6 +179,9 @@ impl AdaptableLayer {
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
     /// rows and makes no others whole. `alone`: nothing else reads it, so that where layers live in host memory it may
     /// stay there, and the rows alone come to the device.
+    ///
+    /// # Errors
+    /// As of [`AdaptableLayer::new`].
     pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize, alone: bool) -> Result<Self> {
         let own = Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)?;
         match own.weight {
@@ -186,7 +194,7 @@ impl AdaptableLayer {
 
     /// The linear layer that an embedding's table is when it is read the other way round, `y = W x`; the table is held
     /// once. `path` is the layer's own.
-    pub fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
+    pub(crate) fn tied_to(embedding: &Self, path: &str) -> Result<Self> {
         let weight = match &embedding.weight {
             LayerWeight::Frozen(weight) => LayerWeight::Frozen(weight.shallow_clone()),
             LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },
@@ -210,6 +218,10 @@ impl AdaptableLayer {
     }
 
     /// A layer of any geometry.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source lacks a weight or has another shape;
+    /// [`Error::Storage`] where it cannot be held as asked; out of memory.
     pub fn new(weights: &Weights<'_>, geometry: LayerGeometry, bias: bool) -> Result<Self> {
         Ok(Self {
             path: weights.prefix().to_owned(),
@@ -269,6 +281,9 @@ impl AdaptableLayer {
     }
 
     /// The layer's output, with its adapter's update where it carries one.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where the input does not fit the layer; out of memory.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let Some(adapter) = &self.adapter else {
             return self.weight.apply(&self.geometry, input, self.bias.as_ref());

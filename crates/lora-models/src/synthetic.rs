@@ -132,6 +132,9 @@ impl SyntheticModel {
     }
 
     /// Writes the family's single-file layout in `dtype`; one tensor in memory at a time.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) where the file cannot be written.
     pub fn write(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
         write_single_file(
             path,
@@ -168,6 +171,9 @@ impl SyntheticModel {
     }
 
     /// Names and shapes of all weights, under diffusers' and transformers' names.
+    ///
+    /// # Errors
+    /// Where the configurations of the networks do not go together.
     pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
         let second = self.text_encoder_2.map(|_| Component::TEXT_ENCODER_2);

@@ -28,6 +28,9 @@ pub trait WeightSource {
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
     /// A weight in its final dtype and place. `shape` is what the architecture needs; a source that
     /// knows the shape may ignore it: the caller compares the two.
+    ///
+    /// # Errors
+    /// Where it cannot be read; out of memory.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor>;
     /// A matrix as the blocks that a file holds it in; `None` where the source has its numbers. On a device without
     /// memory its rows may be in any order.
@@ -233,6 +236,10 @@ impl<'s> Weights<'s> {
     }
 
     /// A weight of this scope, with the shape that its place needs: in the compute dtype, or a trained leaf in f32.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] where there is none of this name, [`Error::WeightShape`] where it has another shape;
+    /// out of memory.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let path = self.path(name);
         if !self.source.contains(&path) {
@@ -394,6 +401,7 @@ impl SyntheticWeights {
     }
 
     /// The values of one weight.
+    #[expect(clippy::missing_panics_doc, reason = "there are as many values as the shape has")]
     pub fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let full = format!("{}.{name}", self.component);
         let uniform = synthetic_uniform(&full, shape.iter().product());

@@ -18,6 +18,9 @@ unsafe extern "C" {
 
 /// The first half of the last axis times the exact GELU of the second, `[…, 2 · width]` to `[…, width]`. Output and
 /// gradients are those of libtorch's separate operations to the bit.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) where the last axis is odd; out of memory.
 pub fn geglu(projection: &Tensor) -> Result<Tensor> {
     // SAFETY: a live `torch::Tensor*` for the length of the call; the shim takes references of its own.
     new_tensor(|output| unsafe { lora_geglu(projection.as_ptr(), output) })

@@ -13,6 +13,9 @@ pub struct TchBackend;
 
 /// The layer of a geometry: linear on `[..., in_features]`, convolution on `[batch, channels, height, width]`, embedding
 /// on row numbers.
+///
+/// # Errors
+/// [`Error::Torch`] where shapes or number types do not go together; out of memory.
 pub fn apply_layer(geometry: &LayerGeometry, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     Ok(match *geometry {
         LayerGeometry::Conv2d { stride, padding, groups, .. } => {

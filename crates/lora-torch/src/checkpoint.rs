@@ -79,6 +79,9 @@ pub enum Inputs {
 /// The output of `run` on `inputs`, of which only the inputs are kept: in the backward pass `run` is called again, on a
 /// thread of libtorch's choice, and must compute the same. Gradients reach the inputs and whatever `run` reads. Without
 /// gradients it is called once and nothing is kept.
+///
+/// # Errors
+/// What `run` gives. An error of its second call is one of the backward pass.
 pub fn checkpoint(
     inputs: &[&Tensor],
     wait: Inputs,

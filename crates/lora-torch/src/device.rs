@@ -116,6 +116,9 @@ pub fn library_folder() -> PathBuf {
 }
 
 /// The device of a configuration value: `auto`, `cpu`, `cuda` or `cuda:N`.
+///
+/// # Errors
+/// [`Error::Device`] for another value, and for a GPU that is not there or cannot be used, with the reason.
 pub fn resolve(requested: &str) -> Result<Device> {
     let unusable = |reason: String| Error::Device { requested: requested.to_owned(), reason };
     if requested == "cpu" {
@@ -151,6 +154,9 @@ pub fn resolve(requested: &str) -> Result<Device> {
 
 /// Makes sure that a device computes in a number type: a product and a convolution are tried. A GPU that only imitates
 /// bf16 is told of, as that costs more than it saves.
+///
+/// # Errors
+/// [`Error::Precision`] where it does not; [`Error::DeviceLost`] and out of memory as they are.
 pub fn check_kind(device: Device, kind: Kind) -> Result<()> {
     let tried = || -> Result<()> {
         let square = Tensor::f_ones([16, 16], (kind, device))?;

@@ -152,6 +152,9 @@ impl From<Error> for CoreError {
 /// Does some work whose failure for want of memory may come as a panic, and makes an error of it: tch 0.24 panics instead of
 /// returning where an operation that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before
 /// the failure is read. Other panics go on.
+///
+/// # Errors
+/// The work's own, and [`Error::OutOfMemory`] for such a panic.
 pub fn caught<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<T, E> {
     // What the work leaves half done is the caller's to take back, as after any error.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match panic_message(&*payload) {

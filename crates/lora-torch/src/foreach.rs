@@ -1,8 +1,16 @@
 //! Elementwise operations over whole lists of tensors, by one kernel for many of them where the device has one (and a loop
 //! inside libtorch where not). What optimisers are written with: a list of 528 tensors is otherwise bound by launches.
 //!
-//! Operations change their first list in place; no gradient is recorded. Lists of one call must be equally long: another
-//! length is a mistake of the caller and panics.
+//! Operations change their first list in place; no gradient is recorded.
+//!
+//! # Errors
+//! Every operation gives [`Error::Torch`](crate::Error::Torch) where shapes, number types or devices do not go together,
+//! and fails where memory runs out or the device is lost. Some tensors may have been changed then.
+//!
+//! # Panics
+//! Lists of one call must be equally long.
+
+#![expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 
 use std::borrow::Borrow;
 

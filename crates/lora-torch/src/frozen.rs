@@ -139,6 +139,10 @@ impl FrozenWeight {
     }
 
     /// In fewer bytes; it goes on computing in the weight's own dtype. The first axis is that of the outputs.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] for a weight that is not of floats, has no elements, or holds NaN or infinity where factors
+    /// are needed; out of memory.
     pub fn stored(weight: &Tensor, storage: Storage) -> Result<Self> {
         let (shape, kind) = (weight.size(), weight.kind());
         let refused = |reason| Err(Error::Storage { shape: weight.size(), storage, reason });
@@ -227,6 +231,9 @@ impl FrozenWeight {
 
     /// The same weight, which stays in host memory from now on and passes through a ring of device memory. All are
     /// moved before the first is used.
+    ///
+    /// # Errors
+    /// Out of host memory.
     pub fn staged(self, staging: &Staging) -> Result<Self> {
         let (stored, id) = match self.stored {
             Stored::Plain(values) => {
@@ -320,6 +327,9 @@ impl FrozenWeight {
     }
 
     /// The whole weight.
+    ///
+    /// # Errors
+    /// Out of memory.
     pub fn whole(&self) -> Result<Tensor> {
         if let Some(own) = self.fetched()? {
             return own.whole();
@@ -370,6 +380,9 @@ impl FrozenWeight {
     }
 
     /// The layer's output, as [`apply_layer`] gives it.
+    ///
+    /// # Errors
+    /// As of [`apply_layer`].
     pub fn apply(&self, geometry: &LayerGeometry, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         if matches!(geometry, LayerGeometry::Embedding { .. }) && !self.is_whole() {
             return self.embed(input);
@@ -394,6 +407,9 @@ impl FrozenWeight {
     /// The output of a linear layer, `[…, outputs]` of an input `[…, inputs]`, with the update `scale · up(down(x))` of
     /// a LoRA added: `down` `[rank, inputs]`, `up` `[outputs, rank]`, both in the dtype of the input. As a whole it
     /// takes half as many kernels as one after the other, and nothing of the output's or the input's size on the side.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where shapes or number types do not go together; out of memory.
     pub fn apply_low_rank(
         &self,
         input: &Tensor,

@@ -22,6 +22,9 @@ pub struct Settled {
 /// in place, as PyTorch's `GradScaler.unscale_` and `clip_grad_norm_` do. Everything that the host has to know of a step is
 /// read in one piece: it waits for the device once. Gradients are f32 of any shapes, `losses` any number of losses of any shape,
 /// all on one device. Fails only as libtorch does (a device that is lost, memory).
+///
+/// # Errors
+/// [`Error::DeviceLost`](crate::Error::DeviceLost) and out of memory; norms that are not finite are no error.
 pub fn settle(gradients: &mut [Tensor], losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
     let [loss, norm, infinite] = shim::settle(gradients, losses, 1.0 / scale, limit)?;
     Ok(Settled { loss, norm, finite: infinite == 0.0 })
@@ -29,12 +32,18 @@ pub fn settle(gradients: &mut [Tensor], losses: &Tensor, scale: f64, limit: f64)
 
 /// Forgets the gradients of parameters: afterwards `grad()` is undefined until a backward pass reaches one. (tch's
 /// `zero_grad` leaves zeros, which an optimiser cannot tell from a gradient.)
+///
+/// # Errors
+/// [`Error::DeviceLost`](crate::Error::DeviceLost).
 pub fn clear(parameters: &mut [Tensor]) -> Result<()> {
     shim::clear_gradients(parameters)
 }
 
 /// Adds the gradients of copies in half precision to those of the f32 numbers that they stand for, in lists of one length, and
 /// forgets them: by a few kernels for all, where a cast in the graph would be one for each tensor in either pass.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) where a gradient has another shape than its original; out of memory.
 pub fn collect<T: Borrow<Tensor>>(copies: &[T], originals: &[T]) -> Result<()> {
     if copies.is_empty() { Ok(()) } else { shim::collect_gradients(copies, originals) }
 }
@@ -55,6 +64,10 @@ pub struct AdamW {
 impl AdamW {
     /// Takes a step with each parameter, in place, by its gradient, the running mean of its gradients and of their squares:
     /// all f32, on one device, in lists of one length. `taken` counts the steps of all of them, this one included.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) where lists, shapes or number types differ; out of memory, and a device
+    /// that is lost. Some parameters may have taken the step then.
     pub fn step<T: Borrow<Tensor>>(
         &self,
         parameters: &[T],

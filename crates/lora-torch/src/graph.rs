@@ -24,6 +24,9 @@ unsafe extern "C" {
 }
 
 /// Whether this build and this machine have graphs; why not, where they do not.
+///
+/// # Errors
+/// [`Error::Torch`], which says what is missing.
 pub fn available() -> Result<()> {
     calls().map(drop)
 }
@@ -43,6 +46,9 @@ unsafe impl Sync for Recorder {}
 
 impl Recorder {
     /// For a GPU. Fails on other devices, and where the library was built without CUDA's headers.
+    ///
+    /// # Errors
+    /// [`Error::Device`] for another device; [`Error::Torch`] where the library was built without CUDA's headers.
     pub fn new(device: Device) -> Result<Self> {
         let Device::Cuda(index) = device else {
             return Err(Error::Device { requested: format!("{device:?}"), reason: "graphs are for CUDA".into() });
@@ -58,6 +64,9 @@ impl Recorder {
 
     /// Makes the recorder's stream this thread's current one while the answer lives. What was given to the one before is done
     /// first, and in the end the other way around.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`].
     pub fn enter(&self) -> Result<Scope> {
         let mut scope = std::ptr::null_mut();
         // SAFETY: a live stream, which is copied, and a local to write to.
@@ -68,6 +77,9 @@ impl Recorder {
 
     /// Records what `body` gives to the recorder's stream, which must be the current one. Nothing of it runs until
     /// [`Graph::replay`]. No autograd graph from before may be alive, as its nodes belong to another stream.
+    ///
+    /// # Errors
+    /// What `body` gives; [`Error::Torch`] where an operation cannot be recorded. The recording has ended then.
     pub fn record<E: From<Error>>(
         &self,
         body: impl FnOnce() -> std::result::Result<(), E>,
@@ -122,6 +134,9 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Gives all of it to the current stream; the host goes on.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`]. What a kernel of it does wrong is seen at the next wait for the device.
     pub fn replay(&mut self) -> Result<()> {
         // SAFETY: a live graph whose recording has ended.
         self.calls.checked(unsafe { (self.calls.graph_replay)(self.graph.as_ptr()) })

@@ -1,7 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod activation;
-pub mod backend;
+mod backend;
 pub mod blocks;
 pub mod checkpoint;
 pub mod cross_entropy;
@@ -25,7 +25,7 @@ mod shim;
 pub mod staging;
 pub mod tensor;
 
-pub use backend::TchBackend;
+pub use backend::{TchBackend, apply_layer};
 pub use error::{Error, Result, caught};
 pub use scaler::LossScaler;
 /// The version of tch that the workspace is built on; use this one, not your own.

@@ -27,6 +27,9 @@ pub struct DeviceMemory {
 }
 
 /// The state of a device's memory; `None` for the CPU.
+///
+/// # Errors
+/// [`Error::DeviceLost`].
 pub fn device_memory(device: Device) -> Result<Option<DeviceMemory>> {
     let Device::Cuda(index) = device else { return Ok(None) };
     let (Some(stats), Some(info)) = (shim::memory_stats(index)?, shim::memory_info(index)?) else { return Ok(None) };
@@ -36,6 +39,9 @@ pub fn device_memory(device: Device) -> Result<Option<DeviceMemory>> {
 }
 
 /// Starts the device's peaks anew. Nothing on the CPU.
+///
+/// # Errors
+/// [`Error::DeviceLost`].
 pub fn reset_peak(device: Device) -> Result<()> {
     match device {
         Device::Cuda(index) => shim::reset_peak(index),
@@ -44,6 +50,9 @@ pub fn reset_peak(device: Device) -> Result<()> {
 }
 
 /// Gives cached blocks back to the driver. Nothing on the CPU.
+///
+/// # Errors
+/// [`Error::DeviceLost`].
 pub fn empty_cache(device: Device) -> Result<()> {
     match device {
         Device::Cuda(_) => shim::empty_cache(),
@@ -126,6 +135,9 @@ static COUNTING: AtomicBool = AtomicBool::new(false);
 /// Begins to count libtorch's host allocations in this process, for good: every tensor, and every buffer that its kernels
 /// take, of all threads together. Costs two atomic additions an allocation. Call it before other threads use libtorch: the
 /// allocator is exchanged without a lock.
+///
+/// # Errors
+/// [`Error::Torch`] where another allocator has taken the place of libtorch's own.
 pub fn count_host_allocations() -> Result<()> {
     // SAFETY: takes no pointers; it guards itself against a second call.
     if unsafe { lora_allocations_count() } == 0 {

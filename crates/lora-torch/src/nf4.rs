@@ -26,6 +26,9 @@ unsafe extern "C" {
 
 impl Nf4 {
     /// A weight's numbers in NF4; the weight has elements and is of f32, f16 or bf16 (f64 goes by way of f32).
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) for other weights; out of memory.
     pub fn quantise(weight: &Tensor) -> Result<Self> {
         Self::made(weight, false)
     }

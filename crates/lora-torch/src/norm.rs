@@ -27,6 +27,9 @@ unsafe extern "C" {
 /// SiLU of the normalised input, `[batch, channels, …]`; `weight` and `bias` are `[channels]`, of the input's dtype.
 /// Output and gradients are those of libtorch's two operations to the bit; the normalised values are computed again in
 /// the backward pass.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) where shapes, number types or groups do not go together; out of memory.
 pub fn group_norm_silu(input: &Tensor, groups: i64, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
     // SAFETY: live `torch::Tensor*` for the length of the call; the shim takes references of its own.
     new_tensor(|output| unsafe {

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// The variables by which people say it themselves; where one is set, nothing is changed.
-pub const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"];
+pub(crate) const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"];
 
 /// What this program sets beside busy programs: threads that wait sleep, whichever library it is. On a quiet machine that
 /// takes up to three times as long with small networks, as each barrier wakes a core.

@@ -61,6 +61,9 @@ impl Drop for Counting {
 /// assert_eq!((counted.total().work, counted.total().waits), (4, 1), "{counted:?}");
 /// assert_eq!(counted.by_name["aten::mm"].work, 1);
 /// ```
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) where libtorch refuses the hook.
 pub fn operations<T>(run: impl FnOnce() -> T) -> Result<(T, Operations)> {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);

@@ -63,6 +63,9 @@ pub struct StagingCounts {
 
 impl Staging {
     /// A ring on a device, without weights; its memory is taken when the first is used.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
     pub fn new(device: Device) -> Result<Self> {
         let index = match device {
             Device::Cuda(index) => index as i64,

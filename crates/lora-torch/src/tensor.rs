@@ -18,6 +18,9 @@ pub fn kind_of(dtype: DType) -> Kind {
 /// A tensor of `kind` on `device` from row-major bytes of `stored` elements, for instance out of a memory map.
 ///
 /// The bytes are read once and converted on the way; no copy in `stored` is kept. They may be misaligned.
+///
+/// # Errors
+/// [`Error::Size`], which names `what`, where there are more or fewer bytes than the shape has; out of memory.
 pub fn from_bytes(
     what: &str,
     bytes: &[u8],
@@ -51,12 +54,18 @@ pub fn from_bytes(
 }
 
 /// A tensor with the host tensor's own dtype.
+///
+/// # Errors
+/// Out of memory.
 pub fn from_host(host: &HostTensor, device: Device) -> Result<Tensor> {
     let kind = kind_of(host.dtype());
     from_bytes("host tensor", host.bytes(), kind, host.shape(), kind, device)
 }
 
 /// A 32-bit tensor from values, row-major.
+///
+/// # Errors
+/// [`Error::Size`] where there are more or fewer values than the shape has; out of memory.
 pub fn from_f32(values: &[f32], shape: &[usize], device: Device) -> Result<Tensor> {
     // SAFETY: any f32 is four valid bytes.
     let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
@@ -65,6 +74,9 @@ pub fn from_f32(values: &[f32], shape: &[usize], device: Device) -> Result<Tenso
 
 /// A tensor on `device`. One that comes from host memory is on its way there while the host goes on: for what a step needs, not
 /// for weights, as it passes through pinned memory.
+///
+/// # Errors
+/// Out of memory, and a device that is lost.
 pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
     match (tensor.device(), device) {
         (Device::Cpu, Device::Cuda(index)) => crate::shim::upload(tensor, index),
@@ -73,6 +85,9 @@ pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
 }
 
 /// A copy in host memory; fp16 and bf16 stay what they are, everything else becomes f32.
+///
+/// # Errors
+/// [`Error::DeviceLost`], and [`Error::Torch`] for a tensor without storage.
 pub fn to_host(tensor: &Tensor) -> Result<HostTensor> {
     let kind = match tensor.f_kind()? {
         half @ (Kind::Half | Kind::BFloat16) => half,
@@ -90,6 +105,9 @@ pub fn to_host(tensor: &Tensor) -> Result<HostTensor> {
 }
 
 /// The bytes of a tensor of any kind, row-major and little-endian as files hold them, copied to host memory as they are.
+///
+/// # Errors
+/// [`Error::DeviceLost`], and [`Error::Torch`] for a tensor without storage.
 pub fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let local = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let bytes = local.numel() * local.f_kind()?.elt_size_in_bytes();

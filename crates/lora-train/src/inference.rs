@@ -1,4 +1,4 @@
-//! What a language model with its adapters does: it writes, and is judged on texts. Training is [`crate::session`]'s business.
+//! What a language model with its adapters does: it writes, and is judged on texts. Training is not here.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -8,20 +8,20 @@ use std::sync::Arc;
 use lora_core::compose::{self, Method};
 use lora_core::variant::{Parameters, VariantRegistry};
 use lora_core::{Adapter, Component, DType, ModulePath, Strength};
-use lora_data::Source;
-use lora_data::source::Example;
+use lora_data::source::{Example, Source};
 use lora_data::texts::{TextOptions, Texts, TokenRow};
 use lora_io::adapter;
 use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
 pub use lora_models::networks::decoder::Sampling;
-use lora_models::networks::decoder::{Decoder, DecoderConfig, NO_LABEL, Rows};
+use lora_models::networks::decoder::{Decoder, DecoderConfig, Rows};
 use lora_models::weights::{Frozen, Held, Weights};
 use lora_torch::TchBackend;
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_host, kind_of};
 
-use crate::base::language::{Prompts, Writer};
+pub use crate::base::language::Writer;
+use crate::base::language::{Prompts, labels_of};
 use crate::{Error, Plugins, Result};
 
 /// What a text model is made of.
@@ -172,8 +172,7 @@ impl TextModel {
             Ok(Tensor::f_from_slice(&values)?.f_unsqueeze(0)?.f_to_device(device)?)
         };
         let tokens = numbers(row.ids.iter().map(|&id| i64::from(id)).collect())?;
-        let label = |(&id, &trained): (&u32, &bool)| if trained { i64::from(id) } else { NO_LABEL };
-        let labels = numbers(row.ids.iter().zip(&row.trained).map(label).collect())?;
+        let labels = numbers(labels_of(row).collect())?;
         let pass = Pass::default();
         let hidden = self.decoder.hidden(&Rows::of(&tokens, 0)?, &pass)?;
         let losses = self.decoder.token_losses(&hidden, &labels, 0.0, &pass)?;

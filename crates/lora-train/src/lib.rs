@@ -1,9 +1,11 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+// What a program that trains, or brings a base, variant, optimiser, callback or source of its own, needs is public, each
+// item under one path. Everything else is private to the crate.
 pub mod base;
 pub mod callback;
-pub mod callbacks;
+mod callbacks;
 pub mod config;
 mod error;
 pub mod inference;
@@ -15,15 +17,14 @@ mod plugins;
 pub mod report;
 mod run;
 mod schedule;
-pub mod session;
-pub mod state;
+mod session;
+mod state;
 pub mod trainable;
-pub mod whole;
+mod whole;
 
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
 pub use lora_torch::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;
 pub use run::{RunResult, train};
-pub use schedule::Schedule;
-pub use session::Session;
+pub use session::{Preparing, Resumed, Session, StepReport, Summary, Validation};

@@ -59,21 +59,6 @@ impl LossWeights<'_> {
     }
 }
 
-/// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, in f32.
-#[allow(clippy::too_many_arguments, reason = "the formula's own")]
-pub fn denoising_loss<'t>(
-    unet: &Unet,
-    schedule: &NoiseSchedule,
-    latents: &Tensor,
-    noise: &Tensor,
-    timesteps: &[usize],
-    conditions: impl Into<Conditions<'t>>,
-    weights: &LossWeights<'_>,
-    pass: &Pass,
-) -> Result<Tensor> {
-    Denoising::new(unet, schedule, latents, noise, timesteps, weights)?.loss(unet, conditions, pass)
-}
-
 /// What the loss of a batch is made of, beside networks and text: all that has to come from host memory is there.
 #[derive(Debug)]
 pub struct Denoising {
@@ -90,7 +75,10 @@ pub struct Denoising {
 }
 
 impl Denoising {
-    /// Arguments as of [`denoising_loss`].
+    /// Of `latents` and `noise`, `[batch, 4, height, width]`, at one timestep an item.
+    ///
+    /// # Errors
+    /// Where a timestep is none of the schedule's or shapes differ, and where memory runs out.
     pub fn new(
         unet: &Unet,
         schedule: &NoiseSchedule,
@@ -119,7 +107,11 @@ impl Denoising {
         })
     }
 
-    /// The loss, with its graph where gradients are recorded.
+    /// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, a scalar in f32,
+    /// with its graph where gradients are recorded.
+    ///
+    /// # Errors
+    /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
     pub fn loss<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
         let answer = unet.forward_embedded(&self.noised, &self.times, conditions, pass)?;
         let squares = answer.f_sub(&self.target)?.f_square()?;

@@ -31,6 +31,9 @@ pub struct Parameter {
 
 impl Parameter {
     /// L2 norm; waits for the device.
+    ///
+    /// # Errors
+    /// Where the device is lost.
     pub fn norm(&self) -> Result<f64> {
         Ok(f64::try_from(self.leaf.detach().f_norm()?)?)
     }
@@ -53,13 +56,16 @@ impl ParameterList {
     }
 
     /// Adds a leaf that requires gradients.
+    ///
+    /// # Errors
+    /// Where there is no memory for what the optimiser keeps of it.
     pub fn add(&mut self, component: Component, name: String, is_up: bool, leaf: &Tensor) -> Result<()> {
         self.push(component, name, is_up, leaf.shallow_clone(), None)
     }
 
     /// Adds an f32 tensor that a network computes with in half precision, and gives the leaf for that: a copy, which the list
     /// keeps in step. One cast for all after each step takes the place of one for each tensor in each pass.
-    pub fn add_in(
+    pub(crate) fn add_in(
         &mut self,
         kind: Kind,
         component: Component,
@@ -88,7 +94,7 @@ impl ParameterList {
     }
 
     /// The optimiser and what it keeps.
-    pub fn optimiser(&self) -> &OptimiserState {
+    pub(crate) fn optimiser(&self) -> &OptimiserState {
         &self.optimiser
     }
 
@@ -110,6 +116,9 @@ impl ParameterList {
 
     /// Adds up what a backward pass left, in f32. To be called after each, or what they leave is summed in half precision until
     /// the step is [settled](Self::settle).
+    ///
+    /// # Errors
+    /// Where memory runs out.
     pub fn collect(&self) -> Result<()> {
         let (copies, leaves) = self.copies();
         Ok(gradients::collect(&copies, &leaves)?)
@@ -128,6 +137,9 @@ impl ParameterList {
 
     /// Takes a step of the optimiser with the gradients as they are, which may change them. `learning_rate` is told the
     /// component and whether it is an up-projection (LoRA+). A tensor without a gradient is left alone: no decay either.
+    ///
+    /// # Errors
+    /// As of [`Optimiser::step`](crate::optimiser::Optimiser::step).
     pub fn step(&mut self, learning_rate: impl Fn(Component, bool) -> f64) -> Result<()> {
         let slopes: Vec<Slope<'_>> = self
             .list
@@ -165,6 +177,9 @@ impl ParameterList {
     /// Exchanges the trained values with those to save and to draw with, where they are others: the running averages, or
     /// what the optimiser says (schedule-free). A second call puts them back, to the last bit. The exchange itself is in
     /// place and cannot fail half-way for want of memory.
+    ///
+    /// # Errors
+    /// Where memory runs out, before anything is exchanged.
     pub fn exchange_averages(&mut self) -> Result<()> {
         let _guard = no_grad_guard();
         let own = self.optimiser.optimiser().evaluates_elsewhere();
@@ -191,6 +206,9 @@ impl ParameterList {
 
     /// Everything that a later run needs to go on, by stable names: `trained.…`, `average.…`, and `optimiser.…` for what the
     /// optimiser keeps. The tensors are the list's own: write or copy them before the next step.
+    ///
+    /// # Errors
+    /// Where memory runs out.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         for parameter in &self.list {
@@ -208,7 +226,7 @@ impl ParameterList {
     }
 
     /// Puts back what [`ParameterList::state`] gave: all of it, or nothing where something does not fit.
-    pub fn load_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
+    pub(crate) fn load_state(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<()> {
         let (mut copies, mut averaged_steps) = (Vec::new(), self.averaged_steps);
         for parameter in &self.list {
             let name = format!("trained.{}", parameter.name);
@@ -238,6 +256,9 @@ impl ParameterList {
     }
 
     /// Forgets all gradients.
+    ///
+    /// # Errors
+    /// Where the device is lost.
     pub fn clear_gradients(&mut self) -> Result<()> {
         let own = |parameter: &Parameter| {
             [Some(parameter.leaf.shallow_clone()), parameter.copy.as_ref().map(Tensor::shallow_clone)]
@@ -247,13 +268,17 @@ impl ParameterList {
     }
 
     /// Unscales the gradients, limits their common norm and reads what the step came to (see [`gradients::settle`]).
+    ///
+    /// # Errors
+    /// Where the device is lost or memory runs out. Numbers that are not finite are no error: [`Settled::finite`] says
+    /// so.
     pub fn settle(&mut self, losses: &Tensor, scale: f64, limit: f64) -> Result<Settled> {
         self.collect()?;
         Ok(gradients::settle(&mut self.gradients(), losses, scale, limit)?)
     }
 
     /// Whether every trained number is finite; waits for the device.
-    pub fn is_finite(&self) -> Result<bool> {
+    pub(crate) fn is_finite(&self) -> Result<bool> {
         for parameter in &self.list {
             if !crate::base::is_finite(&parameter.leaf)? {
                 return Ok(false);

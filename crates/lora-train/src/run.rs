@@ -26,6 +26,10 @@ pub struct RunResult {
 ///
 /// Metrics, loss curve, samples, intermediate saves and health checks are callbacks like the configuration's own and
 /// those given here. `stop` ends the run at the next step, with the LoRA saved: set it from a signal handler.
+///
+/// # Errors
+/// Whatever ends the run before its end, with what to do about it. The trained weights are saved before it returns
+/// wherever they are whole.
 pub fn train(
     config: TrainConfig,
     plugins: &Plugins,

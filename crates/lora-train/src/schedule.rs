@@ -4,7 +4,7 @@ use crate::config::{LrScheduler, Warmup};
 
 /// A schedule over a known number of steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Schedule {
+pub(crate) struct Schedule {
     kind: LrScheduler,
     warmup: usize,
     steps: usize,
@@ -12,7 +12,7 @@ pub struct Schedule {
 
 impl Schedule {
     /// For a run of `steps`.
-    pub fn new(kind: LrScheduler, warmup: Warmup, steps: usize) -> Self {
+    pub(crate) fn new(kind: LrScheduler, warmup: Warmup, steps: usize) -> Self {
         let warmup = match warmup {
             Warmup::Steps(warmup) => warmup,
             Warmup::Share(share) => (share * steps as f64) as usize,
@@ -21,12 +21,12 @@ impl Schedule {
     }
 
     /// Steps of warm-up.
-    pub fn warmup(&self) -> usize {
+    pub(crate) fn warmup(&self) -> usize {
         self.warmup
     }
 
     /// The factor on the learning rate for a step, counted from 0 (the formulas of transformers' schedules).
-    pub fn factor(&self, step: usize) -> f64 {
+    pub(crate) fn factor(&self, step: usize) -> f64 {
         if step < self.warmup {
             return step as f64 / self.warmup as f64;
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::target::{Patterns, TargetLayer, Targets};
+use lora_core::target::{Patterns, TargetLayer};
 use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
 use lora_io::hash::sha256;
@@ -87,6 +87,9 @@ pub struct TrainableAdapter {
 impl TrainableAdapter {
     /// Hangs an adapter on the targeted layers of a network, new or with the values of `from`, and takes its trained tensors
     /// into `list`.
+    ///
+    /// # Errors
+    /// Where the variant is unknown, has no such option or no form on a layer, and where memory runs out.
     pub fn attach(
         &mut self,
         network: &mut dyn Adaptable,
@@ -161,7 +164,7 @@ impl TrainableAdapter {
     }
 
     /// A digest of the tensors that are not trained, where the variant has any.
-    pub fn frozen_digest(&self) -> Option<String> {
+    pub(crate) fn frozen_digest(&self) -> Option<String> {
         let mut text = String::new();
         for (path, Attached { frozen, .. }) in &self.modules {
             for (name, tensor) in frozen {
@@ -172,6 +175,9 @@ impl TrainableAdapter {
     }
 
     /// A copy in host memory, as files hold it (see [`Variant::export`]).
+    ///
+    /// # Errors
+    /// Where the device is lost or host memory runs out.
     pub fn export(&self) -> Result<Adapter> {
         let mut adapter = Adapter::default();
         for (path, Attached { variant, rank, alpha, trained, frozen }) in &self.modules {
@@ -201,10 +207,4 @@ fn first_values(
         Ok((name, HostTensor::from_f32(shape, vec![0.0; count])?))
     };
     variant.shapes(&layer.geometry(), request)?.into_iter().map(zeros).collect()
-}
-
-/// The layers of some networks that a list of targets names.
-pub fn select(networks: &mut [&mut dyn Adaptable], targets: &Targets) -> Result<Vec<TargetLayer>> {
-    let layers = networks.iter_mut().map(|network| network.adaptable_layers());
-    Ok(targets.select(&layers.collect::<lora_models::Result<Vec<_>>>()?.concat())?)
 }

@@ -15,13 +15,13 @@ use crate::parameters::ParameterList;
 
 /// The weights of the networks that are trained.
 #[derive(Debug, Default)]
-pub struct WholeNetworks {
+pub(crate) struct WholeNetworks {
     weights: Vec<(Component, String, Tensor)>,
 }
 
 impl WholeNetworks {
     /// Takes a network's weights into the list of what is trained.
-    pub fn add(
+    pub(crate) fn add(
         &mut self,
         component: Component,
         weights: &TrainedWeights,
@@ -34,20 +34,15 @@ impl WholeNetworks {
         Ok(())
     }
 
-    /// Number of weight tensors.
-    pub fn tensors(&self) -> usize {
-        self.weights.len()
-    }
-
     /// A copy of the weights in host memory.
-    pub fn export(&self) -> Result<BTreeMap<(Component, String), HostTensor>> {
+    pub(crate) fn export(&self) -> Result<BTreeMap<(Component, String), HostTensor>> {
         let copy =
             |(component, name, leaf): &(Component, String, Tensor)| Ok(((*component, name.clone()), to_host(leaf)?));
         self.weights.iter().map(copy).collect()
     }
 
     /// Writes a whole checkpoint in the single-file layout: these weights, and the base's own for what was not trained.
-    pub fn write(
+    pub(crate) fn write(
         &self,
         path: &Path,
         base: &Checkpoint,

@@ -7,8 +7,7 @@ use std::path::Path;
 
 use common::{config, distance, exact, prepare, trained, workspace};
 use lora_io::safetensors::SafetensorsFile;
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session};
+use lora_train::{Plugins, Session, StepReport};
 
 #[test]
 fn latents_encoded_at_each_step_train_as_well() {

@@ -8,8 +8,7 @@ use lora_io::adapter;
 use lora_train::base::Sample;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 /// Mean cross entropy of all conversations' answers without an adapter.
 const LOSS: f64 = 6.576780228273052;

@@ -10,8 +10,7 @@ use common::{config, distance, prepare, trained, workspace};
 use lora_io::adapter::kohya;
 use lora_train::callback::{Callback, Control};
 use lora_train::optimiser::{Entry, Optimiser, Part};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 struct StopAtOnce;
 

@@ -172,7 +172,7 @@ fn an_autoencoder_comes_from_elsewhere() {
         };
         names.map(|name| (change(name), scaled(name))).collect()
     };
-    let save = |name: &str, tensors| write(&folder.path().join(name), &tensors, &BTreeMap::new()).unwrap();
+    let save = |name: &str, tensors| write(folder.path().join(name), &tensors, &BTreeMap::new()).unwrap();
     let bare = |name: &str| name.trim_start_matches("first_stage_model.").to_owned();
     save("same.safetensors", part(&bare, 1.0));
     save("prefixed.safetensors", part(&str::to_owned, 1.0));

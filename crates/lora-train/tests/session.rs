@@ -12,8 +12,7 @@ use lora_core::Component;
 use lora_io::adapter::kohya;
 use lora_io::safetensors::SafetensorsFile;
 use lora_train::config::{Format, TrainConfig};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 #[test]
 fn accumulation_gives_the_same_update_as_a_large_batch() {

@@ -10,8 +10,7 @@ use common::{config, prepare, run, workspace};
 use lora_core::Adapter;
 use lora_torch::fault::Fault;
 use lora_train::callback::{Callback, Control};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, Session, StepReport, train};
 
 const DRAWS: [&str; 4] = ["lora_dropout=0.2", "caption_dropout_rate=0.3", "noise_offset=0.05", "max_train_steps=3"];
 

@@ -14,7 +14,7 @@ use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_host;
-use lora_train::loss::{LossWeights, denoising_loss};
+use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
@@ -116,17 +116,10 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
                 (Tensor::cat(&[first.states, second.states], -1), Some(added))
             }
         };
-        let loss = denoising_loss(
-            &unet,
-            &schedule,
-            &latents,
-            &noise,
-            &times,
-            Conditions { context: &context, added: added.as_ref() },
-            &LossWeights { min_snr_gamma, ..LossWeights::default() },
-            &pass,
-        )
-        .unwrap();
+        let weights = LossWeights { min_snr_gamma, ..LossWeights::default() };
+        let denoising = Denoising::new(&unet, &schedule, &latents, &noise, &times, &weights).unwrap();
+        let conditions = Conditions { context: &context, added: added.as_ref() };
+        let loss = denoising.loss(&unet, conditions, &pass).unwrap();
         loss.backward();
         parameters.settle(&loss.detach(), 1.0, limit).unwrap();
         parameters.step(|_: Component, _| 1e-3).unwrap();
@@ -142,7 +135,10 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
     assert_eq!(norms.len(), names.len());
     for (name, &expected) in names.iter().zip(&*expected.to_f32()) {
         let found = norms[*name];
-        assert!((found - f64::from(expected)).abs() <= 1e-3 * f64::from(expected), "{variant} {name}: {found} {expected}");
+        assert!(
+            (found - f64::from(expected)).abs() <= 1e-3 * f64::from(expected),
+            "{variant} {name}: {found} {expected}"
+        );
     }
 }
 

@@ -15,8 +15,12 @@ use crate::{HostTensor, LayerGeometry, Result};
 /// A tensor library as adapter formulas see it.
 ///
 /// Operations differentiate where the library does. Shapes broadcast as in NumPy: axes are aligned at the end, and an
-/// axis of length 1 is repeated. Implementations return [`crate::Error::Backend`] for failures of the library (out of
-/// memory, say) with its own error as source.
+/// axis of length 1 is repeated.
+///
+/// # Errors
+/// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where the
+/// library fails (out of memory, say), with the library's error as its source.
+#[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// The library's tensor.
     type Tensor: Debug;

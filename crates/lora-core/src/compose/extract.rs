@@ -31,6 +31,10 @@ impl Default for ExtractOptions {
 
 /// The LoRA that leads from a weight to a tuned one: `tuned - base` by its largest singular values, with alpha equal to the
 /// rank, and the share of the difference's norm that it holds. `None` where nothing differs.
+///
+/// # Errors
+/// [`Error::Shape`] where the two differ in shape or have neither two nor four axes; [`Error::NoConvergence`] where one
+/// holds NaN or infinity.
 pub fn extract(
     tuned: &HostTensor,
     base: &HostTensor,
@@ -51,6 +55,10 @@ pub fn extract(
 }
 
 /// A whole update `[out, in]` or `[out, in, k, k]` as a plain LoRA.
+///
+/// # Errors
+/// [`Error::Shape`] where it has neither two nor four axes or no elements; [`Error::NoConvergence`] where it holds NaN
+/// or infinity.
 pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterModule, f64)> {
     let shape = delta.shape();
     if !matches!(shape.len(), 2 | 4) || delta.elements() == 0 {

@@ -53,6 +53,10 @@ pub struct Outcome {
 
 /// Combines adapters with their strengths. A module that only some adapters have is made of those that do. The results
 /// have alpha equal to the rank.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a module of another variant than plain LoRA, [`Error::Shape`] where modules of one layer
+/// differ in size, [`Error::Option`] where the method needs equal ranks and they differ; each names the module.
 pub fn combine(adapters: &[(&Adapter, &Strength)], method: Method) -> Result<(Adapter, Vec<Outcome>)> {
     let paths: BTreeSet<&ModulePath> = adapters.iter().flat_map(|(adapter, _)| adapter.modules.keys()).collect();
     let modules: Vec<(ModulePath, AdapterModule, f64)> = paths
@@ -88,7 +92,7 @@ fn collect(modules: Vec<(ModulePath, AdapterModule, f64)>) -> (Adapter, Vec<Outc
 }
 
 /// Combines the modules of one layer.
-pub fn combine_modules(
+pub(crate) fn combine_modules(
     path: &ModulePath,
     modules: &[(&AdapterModule, f64)],
     method: Method,
@@ -168,6 +172,10 @@ fn factors_one_by_one(
 }
 
 /// An adapter with other ranks: each module's best approximation. Modules of other variants than plain LoRA are refused.
+///
+/// # Errors
+/// [`Error::Unsupported`], which names the module, for another variant; [`Error::NoConvergence`] where a module holds
+/// NaN or infinity.
 pub fn resize(adapter: &Adapter, policy: RankPolicy) -> Result<(Adapter, Vec<Outcome>)> {
     let (mut resized, outcomes) = combine(&[(adapter, &Strength::default())], Method::Svd(policy))?;
     resized.metadata = adapter.metadata.clone();
@@ -175,6 +183,9 @@ pub fn resize(adapter: &Adapter, policy: RankPolicy) -> Result<(Adapter, Vec<Out
 }
 
 /// Another alpha for all plain modules, with the same updates: the ratio goes into the up-projections.
+///
+/// # Errors
+/// [`Error::Unsupported`], which names the module, for another variant. Modules before it are changed then.
 pub fn set_alpha(adapter: &mut Adapter, alpha: f64) -> Result<()> {
     for (path, module) in &mut adapter.modules {
         let names = [false, true].map(|embedding| LoraFactors::names(embedding)[1]);

@@ -39,11 +39,11 @@ impl Dora {
     /// PEFT's convention.
     pub const PEFT: Self = Self { name: "dora", inner: Inner::Lora, peft: true };
     /// LyCORIS' convention on LoRA.
-    pub const LYCORIS: Self = Self { name: "lycoris-dora", inner: Inner::Lora, peft: false };
+    pub(crate) const LYCORIS: Self = Self { name: "lycoris-dora", inner: Inner::Lora, peft: false };
     /// LyCORIS' convention on LoHa.
-    pub const LYCORIS_LOHA: Self = Self { name: "lycoris-dora-loha", inner: Inner::Loha, peft: false };
+    pub(crate) const LYCORIS_LOHA: Self = Self { name: "lycoris-dora-loha", inner: Inner::Loha, peft: false };
     /// LyCORIS' convention on LoKr.
-    pub const LYCORIS_LOKR: Self = Self { name: "lycoris-dora-lokr", inner: Inner::Lokr, peft: false };
+    pub(crate) const LYCORIS_LOKR: Self = Self { name: "lycoris-dora-lokr", inner: Inner::Lokr, peft: false };
 
     fn inner<B: Backend>(&self) -> &'static dyn Variant<B> {
         match self.inner {

@@ -40,6 +40,10 @@ use crate::random::Stream;
 use crate::{AdapterModule, Error, HostTensor, LayerGeometry, Result};
 
 /// The frozen layer under an adapter, whatever its weights are stored as.
+///
+/// # Errors
+/// What computes gives [`Error::Shape`] where the input does not fit the layer, and [`Error::Backend`] where the library fails.
+#[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait BaseLayer<B: Backend> {
     /// Its shape.
     fn geometry(&self) -> LayerGeometry;
@@ -129,12 +133,18 @@ pub struct Parameters<B: Backend> {
 
 impl<B: Backend> Parameters<B> {
     /// A module's tensors, with the dtype and device of `like`.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] where the backend has no memory for them.
     pub fn upload(backend: &B, module: &AdapterModule, like: &B::Tensor) -> Result<Self> {
         let on = |(name, host): (&String, &HostTensor)| Ok((name.clone(), backend.upload(host, like)?));
         Ok(Self { tensors: module.tensors.iter().map(on).collect::<Result<_>>()?, scale: module.scale() })
     }
 
     /// One tensor by name.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] where there is none of this name; it names `variant`.
     pub fn get(&self, variant: &str, name: &str) -> Result<&B::Tensor> {
         self.tensors
             .get(name)
@@ -166,7 +176,7 @@ impl Changes {
     /// The weight alone.
     pub const WEIGHT: Self = Self { weight: true, bias: BiasChange::Never };
     /// The weight, and the bias of a layer that has one.
-    pub const WEIGHT_AND_BIAS: Self = Self { weight: true, bias: BiasChange::WhereThere };
+    pub(crate) const WEIGHT_AND_BIAS: Self = Self { weight: true, bias: BiasChange::WhereThere };
 }
 
 /// The formula of one kind of adapter.
@@ -180,10 +190,18 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     }
 
     /// Names and shapes of its tensors on a layer.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a kind of layer that the variant has no form for; [`Error::Option`] for an option
+    /// with an impossible value; [`Error::Shape`] where rank or options do not fit the layer.
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>>;
 
     /// The tensors that training starts from, such that the update is zero: all zero, unless the variant says otherwise.
     /// `stream` is the layer's own.
+    ///
+    /// # Errors
+    /// As of [`Variant::shapes`]; [`Error::NoConvergence`] where the base's weight is decomposed and holds NaN or
+    /// infinity.
     fn initialise(
         &self,
         _backend: &B,
@@ -236,9 +254,16 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
 
     /// The update ΔW in the shape of the base's weight, its scale included. `base` is asked for its weight by those
     /// variants only whose update depends on it.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] or [`Error::Shape`] where the parameters are not those of this variant on this layer;
+    /// [`Error::Backend`] where the backend fails.
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor>;
 
     /// The update of the bias, `[outputs]`, for the few variants that have one.
+    ///
+    /// # Errors
+    /// As of [`Variant::delta_weight`].
     fn delta_bias(
         &self,
         _backend: &B,
@@ -250,6 +275,9 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
 
     /// The adapted layer's output. The default computes with `W + ΔW`; override where something cheaper is equal.
     /// Of the dropouts the default knows the one of whole modules.
+    ///
+    /// # Errors
+    /// As of [`Variant::delta_weight`], and where the input does not fit the layer.
     fn forward(
         &self,
         backend: &B,
@@ -263,6 +291,10 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
 
     /// The base weight from a weight that this adapter was merged into with `strength`. `merged` holds that weight.
     /// Additive variants subtract; the others say what they can.
+    ///
+    /// # Errors
+    /// [`Error::NotReversible`] where the merged weight does not determine the base: keep the base; otherwise as of
+    /// [`Variant::delta_weight`].
     fn unmerge(
         &self,
         backend: &B,
@@ -278,6 +310,9 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     }
 
     /// The module as files hold it, from the module as it was trained (the same, unless the variant says otherwise).
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] or [`Error::Shape`] where the module is not one of this variant.
     fn export(&self, module: AdapterModule) -> Result<AdapterModule> {
         Ok(module)
     }
@@ -320,6 +355,9 @@ impl<B: Backend> Default for VariantRegistry<B> {
 
 impl<B: Backend> VariantRegistry<B> {
     /// Adds a variant under its own name, which must be free.
+    ///
+    /// # Errors
+    /// [`Error::DuplicateVariant`] where it is not free.
     pub fn register(&mut self, variant: impl Variant<B> + 'static) -> Result<()> {
         let name = variant.name().to_owned();
         if self.0.contains_key(&name) {
@@ -330,6 +368,9 @@ impl<B: Backend> VariantRegistry<B> {
     }
 
     /// The variant of a name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownVariant`], with the names that are known.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Variant<B>>> {
         self.0.get(name).cloned().ok_or_else(|| Error::UnknownVariant {
             name: name.to_owned(),

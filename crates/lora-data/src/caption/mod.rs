@@ -56,7 +56,7 @@ impl Default for CaptionOptions {
 
 impl CaptionOptions {
     /// Whether a caption is the same at every visit that has one, so that what is made of it can be kept.
-    pub fn is_fixed(&self) -> bool {
+    pub(crate) fn is_fixed(&self) -> bool {
         !self.wildcards && !self.shuffle && self.tag_dropout == 0.0
     }
 

@@ -33,7 +33,7 @@ use crate::finding::{Finding, FindingKind, Severity};
 use crate::{Error, Result};
 
 /// Extensions that make a file a picture, in any case.
-pub const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
+pub(crate) const EXTENSIONS: &[&str] = &["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"];
 
 /// The most visits of an epoch: their order takes memory for each.
 const MAX_VISITS: usize = 50_000_000;
@@ -186,6 +186,11 @@ pub struct ImageDataset {
 
 impl ImageDataset {
     /// Scans: names, captions, and the size in every picture's header.
+    ///
+    /// # Errors
+    /// [`Error::Captions`] with all captions that cannot be used, [`Error::Picture`] for a damaged picture (unless
+    /// [`ScanOptions::strictness`] is milder), [`Error::Empty`] where there is none, [`Error::Option`] for impossible
+    /// repeats, [`Error::Io`] where the folder cannot be read.
     pub fn scan(root: impl AsRef<Path>, options: &ScanOptions) -> Result<Self> {
         let root = root.as_ref();
         if options.repeats == 0 {

@@ -52,6 +52,10 @@ impl Stored {
     }
 
     /// All bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read; [`Error::Picture`] where it is larger than any picture, or its archive is
+    /// cut short.
     pub fn read(&self) -> Result<Vec<u8>> {
         match &self.place {
             Place::File => picture::read_file(&self.path),

@@ -735,7 +735,9 @@ mod tests {
         for name in ["progressive.jpg", "cmyk.jpg"] {
             assert!(decode(&std::fs::read(golden(name)).unwrap(), 2).unwrap().is_none(), "{name}");
         }
-        let decoded = super::super::decode(golden("cmyk.jpg"), [0; 3]).unwrap();
+        let path = golden("cmyk.jpg");
+        let bytes = std::fs::read(&path).unwrap();
+        let decoded = super::super::decode_bytes(path.as_ref(), &bytes, [0; 3], None).unwrap().picture;
         let (most, mean) = apart(&decoded, "cmyk-1.png");
         assert!(most <= 4 && mean < 1.0, "inks: {most}, {mean:.3}");
     }

@@ -3,8 +3,7 @@
 mod complete;
 mod jpeg;
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Seek};
+use std::io::{BufRead, Cursor, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
@@ -109,13 +108,6 @@ pub(crate) struct Header {
     pub(crate) extensions: &'static [&'static str],
 }
 
-/// Decodes a file by its content, whatever its extension: EXIF orientation applied, a colour profile converted to sRGB,
-/// grey and 16-bit pictures brought to 8-bit RGB, transparency laid over `background`.
-pub fn decode(path: impl AsRef<Path>, background: [u8; 3]) -> Result<RgbPicture> {
-    let path = path.as_ref();
-    Ok(decode_bytes(path, &read_file(path)?, background, None)?.picture)
-}
-
 /// The bytes of a picture file.
 pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
     let length = std::fs::metadata(path).map_err(Error::io(path, "open"))?.len();
@@ -125,8 +117,9 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(Error::io(path, "read"))
 }
 
-/// Decodes bytes as [`decode`] does; `name` is for errors. Where a smaller picture will do, of at least the sides `enough`,
-/// a JPEG is decoded at a half, a quarter or an eighth of its size.
+/// Decodes a picture by its content: EXIF orientation applied, a colour profile converted to sRGB, grey and 16-bit pictures
+/// brought to 8-bit RGB, transparency laid over `background`. `name` is for errors. Where a smaller picture will do, of at least
+/// the sides `enough`, a JPEG is decoded at a half, a quarter or an eighth of its size.
 pub(crate) fn decode_bytes(
     name: &Path,
     bytes: &[u8],
@@ -202,13 +195,6 @@ pub(crate) fn decode_bytes(
     })
 }
 
-/// Width and height as seen (EXIF orientation applied), from the header alone.
-pub fn dimensions(path: impl AsRef<Path>) -> Result<(usize, usize)> {
-    let path = path.as_ref();
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
-    Ok(header(path, BufReader::new(file))?.size)
-}
-
 /// The header of a picture; `name` is for errors.
 pub(crate) fn header(name: &Path, source: impl BufRead + Seek) -> Result<Header> {
     guarded(name, || {
@@ -279,6 +265,14 @@ mod tests {
         let path = folder.path().join(name);
         picture.save_with_format(&path, format).unwrap();
         (folder, path)
+    }
+
+    fn decode(path: impl AsRef<Path>, background: [u8; 3]) -> Result<RgbPicture> {
+        Ok(decode_bytes(path.as_ref(), &read_file(path.as_ref())?, background, None)?.picture)
+    }
+
+    fn dimensions(path: impl AsRef<Path>) -> Result<(usize, usize)> {
+        Ok(header(path.as_ref(), Cursor::new(read_file(path.as_ref())?))?.size)
     }
 
     #[test]

@@ -169,6 +169,9 @@ struct Looked {
 }
 
 /// Looks at every picture, on all cores. `progress` is told how many are done, of how many.
+///
+/// # Errors
+/// None for a single picture or caption: each becomes a finding.
 pub fn inspect(
     pictures: Arc<Pictures>,
     options: &ReportOptions,

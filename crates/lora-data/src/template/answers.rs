@@ -75,7 +75,7 @@ impl ChatTemplate {
 
     /// Where the words of the message behind an answer begin: the answer's end of turn stands before. The end of the text
     /// behind the last message.
-    pub fn turn_end(&self, layout: &Layout, conversation: &Conversation, message: usize) -> usize {
+    pub(crate) fn turn_end(&self, layout: &Layout, conversation: &Conversation, message: usize) -> usize {
         let messages: Vec<Value> = conversation.messages.iter().map(value).collect();
         let next = (message + 1..messages.len())
             .find_map(|next| self.difference(&layout.text, &messages, conversation, next).map(|words| words.start));

@@ -29,7 +29,7 @@ impl Conversation {
     }
 
     /// Whether a message is an answer that is learned: the assistant's, and not excluded by `weight: 0` or `train: false`.
-    pub fn is_learned(&self, message: usize) -> bool {
+    pub(crate) fn is_learned(&self, message: usize) -> bool {
         let excluded = |own: &Map<String, Value>| {
             own.get("weight").and_then(Value::as_f64) == Some(0.0) || own.get("train") == Some(&Value::Bool(false))
         };

@@ -12,7 +12,7 @@ use super::clean::TextCleaning;
 use crate::caption::weights;
 
 /// Begin of text.
-pub const BEGIN: u32 = 49406;
+pub(crate) const BEGIN: u32 = 49406;
 /// End of text.
 pub const END: u32 = 49407;
 /// Tokens of text in one row.

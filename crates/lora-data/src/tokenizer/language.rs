@@ -100,7 +100,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// Where there is no `tokenizer.json`, or one of the files is damaged.
-    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+    pub(crate) fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         Self::new(folder::read(folder.as_ref())?)
     }
 
@@ -153,12 +153,12 @@ impl Tokenizer {
     }
 
     /// Whether a token is one that texts are laid out with, rather than a part of them.
-    pub fn is_special(&self, id: u32) -> bool {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
         self.marked.contains(&id)
     }
 
     /// How the special tokens are written.
-    pub fn special_texts(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn special_texts(&self) -> impl Iterator<Item = String> {
         self.marked.iter().filter_map(|id| self.text_of(*id))
     }
 

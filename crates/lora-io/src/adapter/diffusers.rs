@@ -63,6 +63,10 @@ fn use_rslora(config: &Value, path: &ModulePath) -> bool {
 }
 
 /// Writes the layout of today.
+///
+/// # Errors
+/// [`Error::Module`] for a module that is no plain LoRA or has no name in this layout, [`Error::Io`] where the file
+/// cannot be written.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
     write_with(path.as_ref(), adapter, dtype, |module| {
         let name = names::diffusers(module)?;
@@ -71,7 +75,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
 }
 
 /// Writes the layout of releases before 0.22, which knows the attention layers of U-Nets and CLIP encoders.
-pub fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
+pub(crate) fn write_old(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
     write_with(path.as_ref(), adapter, dtype, |module| {
         let (block, layer) = module.path.rsplit_once(".to_")?;
         let layer = layer.strip_suffix(".0").unwrap_or(layer);

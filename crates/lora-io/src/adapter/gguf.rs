@@ -61,6 +61,10 @@ pub(crate) fn is_adapter(file: &GgufFile) -> Result<()> {
 }
 
 /// Reads a file that tells the heads of its base, or whose architecture needs none.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Format`] where it cannot be read or is none; [`Error::Format`] for a file of `llama` that
+/// does not tell the heads: [`read_for`] takes them from a base.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     let file = GgufFile::open(path)?;
     is_adapter(&file)?;
@@ -85,6 +89,9 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
 }
 
 /// Reads a file with the base's architecture at hand.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Format`] where it cannot be read, is no adapter, or is for another architecture.
 pub fn read_for(path: impl AsRef<Path>, architecture: &Architecture) -> Result<AdapterFile> {
     let file = GgufFile::open(path)?;
     is_adapter(&file)?;
@@ -202,6 +209,10 @@ fn reordered(tensor: &HostTensor, rows: usize, heads: usize, order: Order) -> Re
 
 /// Writes plain LoRA of a language model. Alphas that differ, or scales that are not alpha / rank, are folded into the
 /// factors; the returned notes say so.
+///
+/// # Errors
+/// [`Error::Module`] for a module that is no plain LoRA (flatten it first), is no language model's, or is on a layer
+/// that GGUF has no name for; [`Error::Io`] where the file cannot be written.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<Vec<String>> {
     let architecture = architecture(adapter)?;
     let mut notes = Vec::new();

@@ -24,13 +24,17 @@ use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, w
 use crate::{Error, Result, hash};
 
 /// Metadata key: names of modules that are there for diffusers' sake only, separated by commas.
-pub const ZERO_PARTNERS: &str = "lora_zero_partners";
+pub(crate) const ZERO_PARTNERS: &str = "lora_zero_partners";
 /// Metadata key: names of variants that no other tool knows, separated by commas.
-pub const CUSTOM_VARIANTS: &str = "lora_custom_variants";
+pub(crate) const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
 /// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
 /// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters for the family
 /// are; [`super::family()`] tells it where nobody knows. Returns what could not be kept as it was.
+///
+/// # Errors
+/// [`Error::Module`] for a module that has no form in this layout or holds NaN or infinity, [`Error::Io`] where the
+/// file cannot be written.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
     let common = common_alpha(adapter);
@@ -104,6 +108,9 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
 }
 
 /// Whether the layout has a form of every module, before hours are spent on training one that it has not.
+///
+/// # Errors
+/// [`Error::Module`] for the first module that has none.
 pub fn check(adapter: &Adapter, family: Option<&Family>) -> Result<()> {
     for (path, module) in &adapter.modules {
         named(path, family)?;
@@ -124,6 +131,10 @@ fn is_custom(variant: &str) -> bool {
 }
 
 /// Reads a file of this layout.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Format`] or [`Error::Tensor`] where it cannot be read; [`Error::Unmatched`] with the
+/// keys that are no part of an adapter.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     from_file(&SafetensorsFile::open(path)?, &FAMILIES)
 }

@@ -126,11 +126,18 @@ pub(crate) fn damage(tensor: &str) -> String {
 }
 
 /// Reads an adapter of any format: a `.safetensors` or `.gguf` file, or a PEFT folder.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Format`] or [`Error::Tensor`] where it cannot be read or is no adapter; [`Error::Unmatched`]
+/// with the keys that are no part of an adapter.
 pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     read_among(path, &FAMILIES)
 }
 
 /// The same, where kohya's names may be of any of these families: a program's own beside [`FAMILIES`].
+///
+/// # Errors
+/// As of [`read`].
 pub fn read_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Result<AdapterFile> {
     let path = path.as_ref();
     if path.is_dir() {
@@ -198,6 +205,10 @@ pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
 }
 
 /// Writes an adapter; returns what the format could not keep as it was, in words.
+///
+/// # Errors
+/// [`Error::Module`] for a module that the format has no form of, with what helps; [`Error::Io`] where the file cannot
+/// be written.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: DType) -> Result<Vec<String>> {
     let path = path.as_ref();
     match format {
@@ -244,6 +255,9 @@ fn input_width(module: &AdapterModule) -> Option<usize> {
 
 /// Holds an adapter against the layers of a base: every module must name one of them, and its tensors must fit. The
 /// factors of a plain LoRA get the layer's own number of axes.
+///
+/// # Errors
+/// [`Error::Unmatched`] with all modules that name no layer or do not fit theirs.
 pub fn fit(path: &Path, adapter: &mut Adapter, layers: &[TargetLayer]) -> Result<()> {
     let by_path: BTreeMap<&ModulePath, &TargetLayer> = layers.iter().map(|layer| (&layer.path, layer)).collect();
     let mut problems = Vec::new();

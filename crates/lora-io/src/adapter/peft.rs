@@ -36,6 +36,10 @@ pub struct Extra {
 }
 
 /// Reads a folder.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Format`] or [`Error::Tensor`] where a file is missing or damaged or `adapter_config.json`
+/// asks for what is not known here; [`Error::Unmatched`] with the keys that are no part of an adapter.
 pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let folder = folder.as_ref();
     let config_path = folder.join(CONFIG);
@@ -264,6 +268,9 @@ fn residual(init: &str) -> Result<Option<&'static str>, String> {
 
 /// Writes a folder. An adapter of several components becomes one folder for each, named after it, since PEFT knows one
 /// network at a time.
+///
+/// # Errors
+/// [`Error::Module`] for a module that PEFT has no form of, [`Error::Io`] where a file cannot be written.
 pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<Vec<String>> {
     let folder = folder.as_ref();
     let components: BTreeSet<Component> = adapter.modules.keys().map(|path| path.component).collect();

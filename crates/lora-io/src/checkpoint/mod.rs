@@ -375,6 +375,9 @@ impl ComponentWeights {
     }
 
     /// SHA-256 of all weights with their names and shapes: what caches of this component's outputs are kept apart by.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where a tensor cannot be read.
     pub fn sha256(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for name in self.names() {

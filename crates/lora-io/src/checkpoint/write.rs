@@ -21,6 +21,9 @@ pub trait CheckpointSource {
     /// Names and shapes of a component's weights.
     fn weights(&self, component: Component) -> Vec<(String, Vec<usize>)>;
     /// One of them.
+    ///
+    /// # Errors
+    /// Where there is no such weight, or reading it fails.
     fn values(&self, component: Component, name: &str, shape: &[usize]) -> Result<HostTensor>;
     /// Names of tensors without elements that say something of the base by being there (see [`Checkpoint::is_marked`]).
     fn marks(&self) -> Vec<String> {

@@ -46,6 +46,9 @@ const IMAGE_PREFIXES: &[&str] = &[
 impl Inventory {
     /// From an adapter file or a PEFT folder. Files that [`crate::adapter::read`] refuses are read too, since what others
     /// would make of them is the question; a file without any part of an adapter is not.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the file cannot be read or holds no part of an adapter.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (weights, config) = match path.is_dir() {

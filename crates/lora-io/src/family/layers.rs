@@ -25,7 +25,7 @@ pub struct Layer {
 
 impl Layer {
     /// Whether it is a projection of an attention.
-    pub fn is_attention(&self) -> bool {
+    pub(crate) fn is_attention(&self) -> bool {
         [".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj"]
             .iter()
             .any(|end| self.path.path.ends_with(end))

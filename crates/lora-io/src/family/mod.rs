@@ -136,13 +136,13 @@ impl Family {
     }
 
     /// The component that a folder of diffusers' layout holds, and its names there.
-    pub fn in_folder(&self, folder: &str) -> Option<(Component, Names)> {
+    pub(crate) fn in_folder(&self, folder: &str) -> Option<(Component, Names)> {
         let found = |own: &ComponentNames| Some((own.component, own.folder.filter(|names| names.place == folder)?));
         self.components.iter().find_map(found)
     }
 
     /// The component that a tensor of a single file belongs to, its names, and the tensor's name behind the prefix.
-    pub fn in_single_file<'n>(&self, name: &'n str) -> Option<(Component, Names, &'n str)> {
+    pub(crate) fn in_single_file<'n>(&self, name: &'n str) -> Option<(Component, Names, &'n str)> {
         self.components.iter().find_map(|own| {
             let names = own.single_file?;
             Some((own.component, names, name.strip_prefix(names.place)?))
@@ -150,7 +150,7 @@ impl Family {
     }
 
     /// Whether its networks can be opened from a single file.
-    pub fn opens_single_file(&self) -> bool {
+    pub(crate) fn opens_single_file(&self) -> bool {
         self.components.iter().all(|own| own.single_file.is_some() || !own.required)
             && self.components.iter().any(|own| own.single_file.is_some())
     }

@@ -41,6 +41,10 @@ pub struct LanguageModel {
 
 impl LanguageModel {
     /// Opens a model; tensors that are not part of it are refused by name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the file cannot be read or is no model of a known architecture;
+    /// [`Error::Tensor`] for a tensor that is no part of such a model.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let file = GgufFile::open(path)?;
         let architecture = Architecture::of_gguf(&file)?;
@@ -235,6 +239,10 @@ impl TensorSource for Source<'_> {
 
 /// Writes the weights of a GGUF model as safetensors under Hugging Face's names, one tensor at a time. `progress` is told
 /// the bytes of each tensor. Returns the size of the file. The weights have lost what their quantisation lost; the metadata says so.
+///
+/// # Errors
+/// As of [`LanguageModel::open`]; [`Error::Tensor`] for a type of block that is not read here; [`Error::Io`] where the
+/// file cannot be written.
 pub fn dequantise(
     base: impl AsRef<Path>,
     output: impl AsRef<Path>,

@@ -70,7 +70,7 @@ pub fn from_gguf(name: &str) -> Option<String> {
 }
 
 /// The GGUF name, without `.weight`, of a module of Hugging Face's model.
-pub fn to_gguf(module: &str) -> Option<String> {
+pub(crate) fn to_gguf(module: &str) -> Option<String> {
     if let Some((name, _)) = WHOLE.iter().find(|(_, own)| *own == module) {
         return Some((*name).to_owned());
     }
@@ -82,6 +82,10 @@ pub fn to_gguf(module: &str) -> Option<String> {
 
 impl Architecture {
     /// Of a base model: a GGUF file, or a Hugging Face folder with its `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the file cannot be read, or its architecture or number of heads is not
+    /// known.
     pub fn of_base(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !path.is_dir() {
@@ -102,7 +106,7 @@ impl Architecture {
     }
 
     /// Of a GGUF file, model or adapter.
-    pub fn of_gguf(file: &GgufFile) -> Result<Self> {
+    pub(crate) fn of_gguf(file: &GgufFile) -> Result<Self> {
         let name = file.text("general.architecture").unwrap_or_default();
         if !ARCHITECTURES.iter().any(|(_, own)| *own == name) {
             let known: Vec<_> = ARCHITECTURES.iter().map(|(_, own)| *own).collect();

@@ -54,6 +54,10 @@ const ARRAY: u32 = 9;
 
 impl GgufFile {
     /// Opens and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read; [`Error::Format`] where it is no GGUF file or a damaged one, with what
+    /// was found.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = File::open(path).map_err(Error::io(path, "open"))?;
@@ -143,7 +147,7 @@ impl GgufFile {
     }
 
     /// The type of a tensor; none if it is not read here.
-    pub fn tensor_type(&self, name: &str) -> Option<TensorType> {
+    pub(crate) fn tensor_type(&self, name: &str) -> Option<TensorType> {
         TensorType::from_id(self.tensors.get(name)?.kind)
     }
 

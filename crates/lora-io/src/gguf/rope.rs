@@ -11,7 +11,7 @@ const CLOSE: f64 = 1e-5;
 /// `rope_scaling` of a configuration that gives these factors, one for each pair of a head's dimensions, at a base
 /// frequency (`rope_theta`). `None` where no `llama3` scaling with the published shape (frequencies kept above 4, divided
 /// below 1 turn of the original context) gives all of them.
-pub fn llama3_scaling(factors: &[f32], theta: f64) -> Option<Value> {
+pub(crate) fn llama3_scaling(factors: &[f32], theta: f64) -> Option<Value> {
     let largest = factors.iter().copied().fold(0.0f32, f32::max);
     if factors.is_empty() || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
         return None;

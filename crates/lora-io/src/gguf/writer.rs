@@ -11,6 +11,10 @@ use crate::{Error, Result, atomic};
 
 /// Writes values and tensors, both in the order of their names; `general.architecture` comes first, as readers expect.
 /// Floats are written as f32, whole numbers as u32 where they fit.
+///
+/// # Errors
+/// [`Error::Format`] for a value that is an array, [`Error::Tensor`] for a number type other than f32 and f16, [`Error::Io`]
+/// where the file cannot be written.
 pub fn write(
     path: impl AsRef<Path>,
     values: &BTreeMap<String, Value>,

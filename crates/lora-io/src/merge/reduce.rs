@@ -23,6 +23,10 @@ fn weight(files: &[SafetensorsFile], layer: &StoredLayer) -> Result<HostTensor> 
 
 /// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.
 /// StoredLayers that do not differ get no module.
+///
+/// # Errors
+/// [`Error::Format`] where a pattern matches no layer of the base, the tuned model lacks one, or none of them differs;
+/// [`Error::Io`] or [`Error::Tensor`] where a weight cannot be read, differs in shape or holds NaN.
 pub fn extract(
     base: impl AsRef<Path>,
     tuned: impl AsRef<Path>,
@@ -72,6 +76,10 @@ pub fn extract(
 
 /// Any adapter as a plain LoRA on this base: every update is worked out and taken apart again. Plain modules stay as they
 /// are.
+///
+/// # Errors
+/// [`Error::Module`] for a module whose layer the base lacks or whose tensors do not fit it; [`Error::Io`] or
+/// [`Error::Tensor`] where a weight cannot be read.
 pub fn flatten(
     base: impl AsRef<Path>,
     adapter: &Adapter,

@@ -10,7 +10,8 @@ mod writer;
 pub(crate) use float8::{from_e4m3, from_e5m2};
 pub use reader::{SafetensorsFile, TensorView};
 pub(crate) use writer::header;
-pub use writer::{Entry, TensorSource, in_file_order, verify, write, write_with};
+pub(crate) use writer::verify;
+pub use writer::{Entry, TensorSource, in_file_order, write, write_with};
 
 use std::fmt;
 
@@ -34,7 +35,7 @@ macro_rules! stored_dtypes {
             }
 
             /// From the name in the file.
-            pub fn from_name(name: &str) -> Option<Self> {
+            pub(crate) fn from_name(name: &str) -> Option<Self> {
                 match name { $($name => Some(StoredDType::$variant),)* _ => None }
             }
 

@@ -48,6 +48,10 @@ pub struct TensorView<'f> {
 
 impl SafetensorsFile {
     /// Opens and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read; [`Error::Format`] or [`Error::Tensor`] where it is none, is cut short or
+    /// its header is damaged, with what was found.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut file = File::open(path).map_err(Error::io(path, "open"))?;
@@ -102,7 +106,7 @@ impl SafetensorsFile {
     }
 
     /// Names of the tensors in the order of their bytes, in which other programs go through a file.
-    pub fn names_in_file_order(&self) -> Vec<&str> {
+    pub(crate) fn names_in_file_order(&self) -> Vec<&str> {
         let mut order: Vec<_> = self.tensors.iter().collect();
         order.sort_by_key(|(_, location)| (location.begin, location.end));
         order.into_iter().map(|(name, _)| name.as_str()).collect()
@@ -139,6 +143,9 @@ impl SafetensorsFile {
     }
 
     /// A tensor.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where there is none of this name.
     pub fn get(&self, name: &str) -> Result<TensorView<'_>> {
         let (name, location) =
             self.tensors.get_key_value(name).ok_or_else(|| Error::tensor(&self.path, name, "is not in this file"))?;
@@ -221,6 +228,9 @@ impl<'f> TensorView<'f> {
 
     /// A copy as floating-point numbers: F32, F16 and BF16 as they are, F64 rounded to F32, F8_E4M3 and F8_E5M2 as F16,
     /// which holds all of their numbers.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for whole numbers and other types.
     pub fn to_host(&self) -> Result<HostTensor> {
         let data = match self.dtype {
             StoredDType::F32 => HostData::F32(self.chunks().map(f32::from_le_bytes).collect()),
@@ -245,6 +255,9 @@ impl<'f> TensorView<'f> {
     }
 
     /// The value of a tensor with one element, of a float type or I64 (how some tools write alpha).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for more than one element, or another type.
     pub fn scalar(&self) -> Result<f64> {
         if self.shape.iter().product::<usize>() != 1 {
             return Err(Error::tensor(

@@ -28,6 +28,9 @@ pub trait TensorSource {
     /// All tensors, in any order.
     fn entries(&self) -> Vec<Entry>;
     /// The bytes of one of them, little-endian and row-major.
+    ///
+    /// # Errors
+    /// What reading or computing it gives; nothing is written then.
     fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>>;
 }
 
@@ -136,7 +139,7 @@ fn json(value: &impl serde::Serialize) -> String {
 }
 
 /// Reads a file back: the same tensors with the same shapes, every element finite.
-pub fn verify(path: impl AsRef<Path>, expected: &[Entry]) -> Result<()> {
+pub(crate) fn verify(path: impl AsRef<Path>, expected: &[Entry]) -> Result<()> {
     let path = path.as_ref();
     let file = SafetensorsFile::open(path)?;
     if file.len() != expected.len() {

@@ -38,6 +38,9 @@ struct Step {
 
 impl Sampler {
     /// `steps` from 1 to 1000.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another number.
     pub fn new(kind: SamplerKind, schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
         let total = NoiseSchedule::TIMESTEPS;
         if steps == 0 || steps > total {
@@ -71,6 +74,9 @@ impl Sampler {
     /// The network's answer with guidance (Ho & Salimans, 2022), `without + scale · (with − without)`, of its answers
     /// without and with the prompt, `[batch, 4, height, width]`. With zero terminal SNR, seven tenths of it have the
     /// standard deviation of `with`.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where the answers differ in shape; out of memory.
     pub fn guided(&self, without: &Tensor, with: &Tensor, scale: f64) -> Result<Tensor> {
         let guided = without.f_add(&with.f_sub(without)?.f_mul_scalar(scale)?)?;
         if self.rescale == 0.0 {
@@ -83,6 +89,9 @@ impl Sampler {
 
     /// Denoises from standard normal noise `[batch, 4, height, width]`. `predict` is the (guided) U-Net: noised latents
     /// as it expects them, and the timestep.
+    ///
+    /// # Errors
+    /// What `predict` gives; out of memory.
     pub fn sample(&self, noise: &Tensor, mut predict: impl FnMut(&Tensor, f64) -> Result<Tensor>) -> Result<Tensor> {
         let mut latents = match self.kind {
             SamplerKind::Ddim => noise.shallow_clone(),

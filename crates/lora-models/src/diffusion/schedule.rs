@@ -68,7 +68,10 @@ impl NoiseSchedule {
         self.alphas_cumulative[Self::TIMESTEPS - 1] == 0.0
     }
 
-    /// ᾱ_t; `t` below [`Self::TIMESTEPS`].
+    /// ᾱ_t.
+    ///
+    /// # Panics
+    /// Where `t` is not below [`Self::TIMESTEPS`].
     pub fn alpha_cumulative(&self, t: usize) -> f64 {
         self.alphas_cumulative[t]
     }
@@ -79,12 +82,18 @@ impl NoiseSchedule {
     }
 
     /// Signal-to-noise ratio ᾱ/(1−ᾱ).
+    ///
+    /// # Panics
+    /// As of [`NoiseSchedule::alpha_cumulative`].
     pub fn snr(&self, t: usize) -> f64 {
         let alpha = self.alphas_cumulative[t];
         alpha / (1.0 - alpha)
     }
 
     /// The min-SNR-γ loss weight (Hang et al., 2023): min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR+1) for velocity.
+    ///
+    /// # Panics
+    /// As of [`NoiseSchedule::alpha_cumulative`].
     pub fn min_snr_weight(&self, t: usize, gamma: f64) -> f64 {
         let snr = self.snr(t);
         match self.prediction {
@@ -111,12 +120,19 @@ impl NoiseSchedule {
     }
 
     /// Noised latents √ᾱ·x₀ + √(1−ᾱ)·ε, one timestep per item; f32 `[batch, 4, height, width]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a timestep that is not below [`Self::TIMESTEPS`]; [`Error::Torch`] where
+    /// shapes differ; out of memory.
     pub fn add_noise(&self, latents: &Tensor, noise: &Tensor, timesteps: &[usize]) -> Result<Tensor> {
         let (signal, sigma) = self.factors(timesteps, latents)?;
         Ok(latents.f_mul(&signal)?.f_add(&noise.f_mul(&sigma)?)?)
     }
 
     /// What the network should answer, f32 `[batch, 4, height, width]`.
+    ///
+    /// # Errors
+    /// As of [`NoiseSchedule::add_noise`].
     pub fn target(&self, latents: &Tensor, noise: &Tensor, timesteps: &[usize]) -> Result<Tensor> {
         match self.prediction {
             Prediction::Epsilon => Ok(noise.shallow_clone()),
@@ -130,7 +146,13 @@ impl NoiseSchedule {
     /// √ᾱ and √(1−ᾱ) as `[batch, 1, 1, 1]`.
     fn factors(&self, timesteps: &[usize], like: &Tensor) -> Result<(Tensor, Tensor)> {
         let column = |factor: fn(f64) -> f64| -> Result<Tensor> {
-            let values: Vec<f32> = timesteps.iter().map(|&t| factor(self.alphas_cumulative[t]) as f32).collect();
+            let alpha = |&t: &usize| self.alphas_cumulative.get(t).map(|&alpha| factor(alpha) as f32).ok_or(t);
+            let values = timesteps.iter().map(alpha).collect::<std::result::Result<Vec<f32>, usize>>();
+            let values = values.map_err(|timestep| Error::Input {
+                what: "noise schedule",
+                expected: format!("timesteps below {}", Self::TIMESTEPS),
+                found: timestep.to_string(),
+            })?;
             let values = lora_torch::tensor::from_f32(&values, &[timesteps.len(), 1, 1, 1], like.device())?;
             Ok(values.f_to_kind(Kind::Float)?)
         };

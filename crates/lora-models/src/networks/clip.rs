@@ -127,7 +127,8 @@ impl ClipTextEncoder {
     /// Built from its weights.
     ///
     /// # Errors
-    /// Where one is missing or has another shape.
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
     pub fn new(weights: &Weights<'_>, config: ClipConfig) -> Result<Self> {
         let width = config.width;
         let projection = |outputs| AdaptableLayer::linear(&weights.at(PROJECTION), width, outputs, false);

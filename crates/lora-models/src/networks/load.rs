@@ -10,24 +10,36 @@ use crate::Result;
 use crate::weights::{Held, Weights};
 
 /// The text encoder.
+///
+/// # Errors
+/// Where the checkpoint has no such component, its weights do not make up the network, and where memory runs out.
 pub fn load_text_encoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ClipTextEncoder> {
     let component = checkpoint.component(Component::TEXT_ENCODER)?;
     ClipTextEncoder::new(&Weights::new(component, kind, device).held(held), ClipConfig::detect(component)?)
 }
 
 /// The U-Net.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
 pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Unet> {
     let component = checkpoint.component(Component::UNET)?;
     Unet::new(&Weights::new(component, kind, device).held(held), UnetConfig::detect(component)?)
 }
 
 /// The autoencoder.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
 pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
     let component = checkpoint.component(Component::VAE)?;
     Vae::new(&Weights::new(component, kind, device).held(held), VaeConfig::detect(checkpoint)?)
 }
 
 /// The language model.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
 pub fn load_decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Decoder> {
     let component = checkpoint.component(Component::LANGUAGE_MODEL)?;
     Decoder::load(&Weights::new(component, kind, device).held(held), DecoderConfig::detect(component)?)

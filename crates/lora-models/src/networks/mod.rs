@@ -15,6 +15,5 @@ mod vae;
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
 pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
-pub use tiles::tiles_along;
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

@@ -10,7 +10,7 @@ use crate::Result;
 
 /// Beginning and end of the tiles along an axis: none longer than `most`, neighbours overlap by a quarter of that or
 /// more, and no third tile lies where two overlap.
-pub fn tiles_along(length: usize, most: usize) -> Vec<(usize, usize)> {
+pub(crate) fn tiles_along(length: usize, most: usize) -> Vec<(usize, usize)> {
     let most = most.max(4);
     if length <= most {
         return vec![(0, length)];

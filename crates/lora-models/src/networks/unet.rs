@@ -210,6 +210,11 @@ impl Stage {
 
 impl Unet {
     /// Built from its weights.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
+    #[expect(clippy::missing_panics_doc, reason = "the way up takes as many skips as the way down makes")]
     pub fn new(weights: &Weights<'_>, config: UnetConfig) -> Result<Self> {
         let channels = &config.channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
@@ -320,6 +325,7 @@ impl Unet {
     ///
     /// # Errors
     /// As [`Unet::forward`].
+    #[expect(clippy::missing_panics_doc, reason = "the constructor counted the skips")]
     pub fn forward_embedded<'t>(
         &self,
         latents: &Tensor,

@@ -116,6 +116,9 @@ impl LatentDistribution {
     }
 
     /// A sample with the given standard normal noise.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where the noise has another shape; out of memory.
     pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
         Ok(self.mean.f_add(&self.log_variance.f_mul_scalar(0.5)?.f_exp()?.f_mul(noise)?)?)
     }
@@ -126,6 +129,10 @@ impl Vae {
     pub const TILE: usize = 32;
 
     /// Built from its weights.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
     pub fn new(weights: &Weights<'_>, config: VaeConfig) -> Result<Self> {
         let (latent, moments) = (config.latent_channels, 2 * config.latent_channels);
         let channels = &config.channels;
@@ -152,6 +159,9 @@ impl Vae {
 
     /// The latent distribution of pictures `[batch, 3, height, width]` in [-1, 1]; sides are multiples of
     /// [`VaeConfig::factor`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] for another shape; out of memory, where [`Vae::encode_in_tiles`] needs less.
     pub fn encode(&self, pictures: &Tensor) -> Result<LatentDistribution> {
         self.check(pictures)?;
         LatentDistribution::of(&self.moments(pictures)?)
@@ -160,6 +170,9 @@ impl Vae {
     /// The same in tiles of at most `most` latents a side ([`Self::TILE`], 4 at least) that overlap by a quarter:
     /// memory for one tile, whatever the size of the pictures. Group norms and attention see a tile, so that the result
     /// differs a little.
+    ///
+    /// # Errors
+    /// As of [`Vae::encode`].
     pub fn encode_in_tiles(&self, pictures: &Tensor, most: usize) -> Result<LatentDistribution> {
         self.check(pictures)?;
         let factor = self.config.factor();
@@ -187,6 +200,9 @@ impl Vae {
     }
 
     /// Pictures of latents `[batch, 4, height, width]` (already divided by the scaling factor); f32, about [-1, 1].
+    ///
+    /// # Errors
+    /// [`Error::Torch`] for another number of channels; out of memory, where [`Vae::decode_in_tiles`] needs less.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let pass = Pass::default();
         let hidden = self.post_quant_conv.forward(&latents.f_to_kind(self.kind())?, &pass)?;
@@ -194,6 +210,9 @@ impl Vae {
     }
 
     /// The same in tiles, as [`Self::encode_in_tiles`].
+    ///
+    /// # Errors
+    /// As of [`Vae::decode`].
     pub fn decode_in_tiles(&self, latents: &Tensor, most: usize) -> Result<Tensor> {
         in_tiles(latents, most, (1, self.config.factor()), |tile| self.decode(tile))
     }

@@ -4,9 +4,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use lora_data::Pictures;
 use lora_data::cache::DiskCache;
 use lora_data::processor::ProcessorRegistry;
-use lora_data::{Pictures, Source};
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 
 use crate::Result;
@@ -64,7 +65,7 @@ impl fmt::Debug for Data {
 pub const PICTURES: Data = Data {
     noun: "picture",
     unit: "img",
-    keys: &[&pictures::KEYS],
+    keys: pictures::KEYS,
     open: |opening| Ok(Box::new(Pictures::open(opening.config.datasets.clone(), opening.processors)?)),
     stand_ins: |config, batches| {
         let visits = |dataset: &lora_data::DatasetOptions| (dataset.clone(), dataset.batch_size * batches);

@@ -6,13 +6,14 @@
 mod autoencoder;
 mod data;
 mod inputs;
-pub mod language;
+pub(crate) mod language;
 mod registry;
 mod stable_diffusion;
 
 pub use data::{Data, DataOpening, PICTURES};
 pub(crate) use inputs::InputShapes;
 pub use inputs::Inputs;
+pub use language::TEXTS;
 pub use registry::{Bases, Opening, Registration};
 
 use std::collections::BTreeMap;

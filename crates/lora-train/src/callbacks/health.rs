@@ -31,7 +31,7 @@ const WORTHWHILE: f64 = 0.05;
 
 /// What a run may suffer from.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Finding {
+pub(crate) enum Finding {
     /// More steps were skipped for gradients that were not finite than a settling loss scale explains.
     NotFinite {
         /// Steps skipped.
@@ -73,7 +73,7 @@ pub enum Finding {
 
 /// Findings in a series of steps.
 #[derive(Debug, Clone, Default)]
-pub struct LossHealth {
+pub(crate) struct LossHealth {
     /// Logarithms of the last losses.
     window: VecDeque<f64>,
     /// Lowest level of a window, as a logarithm.
@@ -101,7 +101,13 @@ struct Outlier {
 
 impl LossHealth {
     /// Takes in a step; the findings that it brings up for the first time.
-    pub fn observe(&mut self, step: usize, loss: f64, gradient_norm: Option<f64>, skipped: bool) -> Vec<Finding> {
+    pub(crate) fn observe(
+        &mut self,
+        step: usize,
+        loss: f64,
+        gradient_norm: Option<f64>,
+        skipped: bool,
+    ) -> Vec<Finding> {
         let mut found = Vec::new();
         self.skips.push_back(skipped);
         if self.skips.len() > 100 {
@@ -130,7 +136,7 @@ impl LossHealth {
     }
 
     /// What can only be said at the end.
-    pub fn finish(&mut self) -> Option<Finding> {
+    pub(crate) fn finish(&mut self) -> Option<Finding> {
         let worse = [Finding::Divergence { lowest: 0.0, now: 0.0 }, Finding::Dead { steps: 0 }];
         let explained = worse.iter().any(|worse| self.told.contains(&std::mem::discriminant(worse)));
         if self.losses.len() < LONG_RUN || explained {
@@ -250,7 +256,7 @@ fn middle(values: &[f64]) -> f64 {
 
 /// Warns, once for each finding, with numbers and what helps.
 #[derive(Debug, Default)]
-pub struct HealthCheck {
+pub(crate) struct HealthCheck {
     health: LossHealth,
     skipped: bool,
     looked: bool,

@@ -13,7 +13,7 @@ use crate::session::{Session, StepReport};
 
 /// Writes `metrics.jsonl` as the run goes and `loss.png` at its end.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     folder: PathBuf,
     title: String,
     file: Option<File>,
@@ -23,7 +23,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// For a run.
-    pub fn new(config: &TrainConfig) -> Self {
+    pub(crate) fn new(config: &TrainConfig) -> Self {
         let title = format!("{}: loss", config.output_name);
         Self { folder: config.output_dir.clone(), title, file: None, points: Vec::new(), failed: false }
     }

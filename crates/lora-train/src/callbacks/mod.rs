@@ -10,8 +10,8 @@ mod save;
 mod validation;
 
 pub(crate) use crowded::Crowded;
-pub use health::{Finding, HealthCheck, LossHealth};
-pub use metrics::Metrics;
-pub use samples::Samples;
-pub use save::{SaveCheckpoints, SaveStates};
-pub use validation::ValidationLoss;
+pub(crate) use health::HealthCheck;
+pub(crate) use metrics::Metrics;
+pub(crate) use samples::Samples;
+pub(crate) use save::{SaveCheckpoints, SaveStates};
+pub(crate) use validation::ValidationLoss;

@@ -13,7 +13,7 @@ use crate::session::{Session, StepReport};
 
 /// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.
 #[derive(Debug)]
-pub struct Samples {
+pub(crate) struct Samples {
     folder: PathBuf,
     prompts: Vec<String>,
     every: Option<usize>,
@@ -24,7 +24,7 @@ pub struct Samples {
 
 impl Samples {
     /// For a run; without prompts it makes nothing.
-    pub fn new(config: &TrainConfig) -> Self {
+    pub(crate) fn new(config: &TrainConfig) -> Self {
         Self {
             folder: config.output_dir.clone(),
             prompts: config.samples.prompts.clone(),

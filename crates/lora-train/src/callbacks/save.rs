@@ -7,14 +7,14 @@ use crate::{Error, Result};
 
 /// Saves `name-step000100.safetensors` along the way; the last one is the run's own.
 #[derive(Debug)]
-pub struct SaveCheckpoints {
+pub(crate) struct SaveCheckpoints {
     steps: Option<usize>,
     epochs: Option<usize>,
 }
 
 impl SaveCheckpoints {
     /// For a run.
-    pub fn new(config: &TrainConfig) -> Self {
+    pub(crate) fn new(config: &TrainConfig) -> Self {
         Self { steps: config.save_every_n_steps, epochs: config.save_every_n_epochs }
     }
 }
@@ -38,13 +38,13 @@ impl Callback for SaveCheckpoints {
 
 /// Saves the run's state every so many steps, each in the place of the one before.
 #[derive(Debug)]
-pub struct SaveStates {
+pub(crate) struct SaveStates {
     every: Option<usize>,
 }
 
 impl SaveStates {
     /// For a run.
-    pub fn new(config: &TrainConfig) -> Self {
+    pub(crate) fn new(config: &TrainConfig) -> Self {
         Self { every: config.save_state_every_n_steps }
     }
 }

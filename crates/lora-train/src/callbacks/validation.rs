@@ -21,7 +21,7 @@ struct Line {
 
 /// Looks at `validation_data_dir`; without one it does nothing.
 #[derive(Debug)]
-pub struct ValidationLoss {
+pub(crate) struct ValidationLoss {
     folder: Option<PathBuf>,
     every: Option<usize>,
     loaded: Option<(Validation, File)>,
@@ -30,7 +30,7 @@ pub struct ValidationLoss {
 
 impl ValidationLoss {
     /// For a run.
-    pub fn new(config: &TrainConfig) -> Self {
+    pub(crate) fn new(config: &TrainConfig) -> Self {
         let (folder, every) = (config.validation_data_dir.clone(), config.validate_every_n_steps);
         Self { folder, every, loaded: None, first: None }
     }

@@ -100,7 +100,7 @@ pub enum Resume {
     From(PathBuf),
 }
 
-/// The keys that a configuration was read by, and the names of those that it gives.
+/// The keys that a configuration was read by, and the names of those that it gives, in tables of datasets too.
 #[derive(Clone)]
 struct ReadBy {
     keys: Keys,
@@ -292,11 +292,11 @@ impl TrainConfig {
     fn read<S: AsRef<str>>(mut reader: Reader, overrides: &[S]) -> Result<Self, ConfigError> {
         overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
         let keys = reader.keys().clone();
-        let given = keys.names().filter(|key| reader.has(key)).collect();
         let (path, lines) = (reader.path().map(Path::to_owned), reader.lines());
-        let mut config = Self::blank(ReadBy { keys: keys.clone(), given, path, lines });
+        let mut config = Self::blank(ReadBy { keys: keys.clone(), given: Vec::new(), path, lines });
         keys.read(&mut reader, &mut config);
         config.datasets = datasets::read(&mut reader, true);
+        config.read_by.given = keys.names().filter(|key| reader.gives(key)).collect();
         reader.finish(config)
     }
 
@@ -316,7 +316,7 @@ impl TrainConfig {
     }
 
     /// Keys that are given although only other bases bring them, where a base brings these groups.
-    pub fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
+    pub(crate) fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
         let ReadBy { keys, given, .. } = &self.read_by;
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
@@ -328,7 +328,7 @@ impl TrainConfig {
     }
 
     /// Rows of 77 tokens that a caption takes.
-    pub fn caption_chunks(&self) -> usize {
+    pub(crate) fn caption_chunks(&self) -> usize {
         self.max_token_length / 75
     }
 }

@@ -1,7 +1,7 @@
 //! From text to one flat table, whichever format it has. Every problem is collected with its line, so that a user sees all of
 //! them at once. What is taken out of the table for a key is in [`super::given`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -75,6 +75,8 @@ pub(super) struct Reader {
     pub(super) problems: Vec<Problem>,
     keys: Keys,
     pub(super) optimisers: OptimiserRegistry,
+    /// Keys that tables within this one give.
+    of_tables: BTreeSet<String>,
 }
 
 impl Reader {
@@ -117,7 +119,8 @@ impl Reader {
         // What was told is not told again, as of another type than was expected.
         values.retain(|key, _| !problems.iter().any(|problem| begins_with(problem.key.as_deref(), key)));
         let (keys, optimisers) = (plugins.keys.clone(), plugins.optimisers.clone());
-        Ok(Self { path, text: text.to_owned(), values, problems, keys, optimisers })
+        let of_tables = BTreeSet::new();
+        Ok(Self { path, text: text.to_owned(), values, problems, keys, optimisers, of_tables })
     }
 
     /// The keys that there may be.
@@ -189,11 +192,13 @@ impl Reader {
         values.remove("train_data_dir");
         values.extend(own.clone());
         let (keys, optimisers) = (self.keys.clone(), self.optimisers.clone());
-        Self { path: self.path.clone(), text: String::new(), values, problems: Vec::new(), keys, optimisers }
+        let (text, problems, of_tables) = (String::new(), Vec::new(), BTreeSet::new());
+        Self { path: self.path.clone(), text, values, problems, keys, optimisers, of_tables }
     }
 
     /// Takes over the problems of a nested table; those with inherited keys are known already.
     pub(super) fn absorb(&mut self, nested: Self, label: &str, own: &Map<String, Value>) {
+        self.of_tables.extend(own.keys().cloned());
         let allowed: Vec<&str> = self.keys.of_datasets().collect();
         for key in own.keys().filter(|key| !allowed.contains(&key.as_str())) {
             let message = match self.keys.get(key) {
@@ -212,6 +217,11 @@ impl Reader {
 
     pub(super) fn has(&self, key: &str) -> bool {
         self.values.contains_key(key)
+    }
+
+    /// Whether a key is given, here or in a table within.
+    pub(super) fn gives(&self, key: &str) -> bool {
+        self.has(key) || self.of_tables.contains(key)
     }
 
     /// The lines that keys of the flat file stand on.

@@ -28,7 +28,7 @@ impl StepPlan {
     }
 
     /// Where buckets have a last, smaller batch each.
-    pub fn of_batches(
+    pub(crate) fn of_batches(
         visits_per_epoch: usize,
         batches_per_epoch: usize,
         batch_size: usize,

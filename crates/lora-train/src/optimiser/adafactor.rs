@@ -11,7 +11,7 @@ use crate::Result;
 
 /// Adafactor.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Adafactor {
+pub(crate) struct Adafactor {
     /// Added to squared gradients, and the least that a tensor counts as large.
     epsilons: (f64, f64),
     clip_threshold: f64,
@@ -27,7 +27,7 @@ pub struct Adafactor {
 
 impl Adafactor {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         let relative_step = settings.switch("relative_step", true);
         let warmup_init = settings.switch("warmup_init", false);
         if warmup_init && !relative_step {

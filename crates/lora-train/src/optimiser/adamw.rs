@@ -7,7 +7,7 @@ use crate::Result;
 
 /// AdamW with 32-bit state.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AdamW {
+pub(crate) struct AdamW {
     pub(super) betas: (f64, f64),
     pub(super) epsilon: f64,
     pub(super) weight_decay: f64,
@@ -15,7 +15,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         Self {
             betas: settings.betas((0.9, 0.999)),
             epsilon: settings.number("eps", 1e-8, "a number above 0", |value| value > 0.0),

@@ -10,7 +10,7 @@ use crate::Result;
 
 /// AdamW with 8-bit state.
 #[derive(Debug)]
-pub struct AdamW8bit {
+pub(crate) struct AdamW8bit {
     formula: AdamW,
     least: i64,
     /// Signed for means, unsigned for squares; made at the first step, on its device.
@@ -25,7 +25,7 @@ const SQUARE_LARGEST: usize = 3;
 
 impl AdamW8bit {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         let whole = |value: f64| value >= 0.0 && value.fract() == 0.0;
         let least = settings.number("min_8bit_size", 4096.0, "a whole number from 0 on", whole) as i64;
         Self { formula: AdamW::new(settings), least, maps: None }

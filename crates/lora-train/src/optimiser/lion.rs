@@ -7,14 +7,14 @@ use crate::Result;
 
 /// Lion: one tensor kept for each trained one.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Lion {
+pub(crate) struct Lion {
     betas: (f64, f64),
     weight_decay: f64,
 }
 
 impl Lion {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         Self { betas: settings.betas((0.9, 0.99)), weight_decay: settings.weight_decay(0.0) }
     }
 }

@@ -16,13 +16,13 @@ mod schedule_free;
 mod settings;
 mod state;
 
-pub use adafactor::Adafactor;
-pub use adamw::AdamW;
-pub use adamw8bit::AdamW8bit;
-pub use lion::Lion;
-pub use prodigy::Prodigy;
+pub(crate) use adafactor::Adafactor;
+pub(crate) use adamw::AdamW;
+pub(crate) use adamw8bit::AdamW8bit;
+pub(crate) use lion::Lion;
+pub(crate) use prodigy::Prodigy;
 pub use registry::{Chosen, OptimiserRegistry};
-pub use schedule_free::ScheduleFreeAdamW;
+pub(crate) use schedule_free::ScheduleFreeAdamW;
 pub use settings::{Arguments, Settings};
 pub use state::{OptimiserState, Slope};
 
@@ -42,6 +42,9 @@ pub trait Optimiser: fmt::Debug {
     fn parts(&self, shape: &[i64]) -> Vec<Part>;
 
     /// Takes a step with all tensors that have a gradient. Gradients may be overwritten.
+    ///
+    /// # Errors
+    /// Where memory runs out. Some tensors may have taken the step then.
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()>;
 
     /// Numbers kept besides the tensors, by stable names.
@@ -60,6 +63,9 @@ pub trait Optimiser: fmt::Debug {
     }
 
     /// The weights to save and to sample with, where they are others than those that train.
+    ///
+    /// # Errors
+    /// Where memory runs out.
     fn evaluation(&self, parameter: &Tensor, state: &[Tensor]) -> Result<Option<Tensor>> {
         let _ = (parameter, state);
         Ok(None)

@@ -9,7 +9,7 @@ use crate::Result;
 
 /// Prodigy.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Prodigy {
+pub(crate) struct Prodigy {
     betas: (f64, f64),
     beta3: f64,
     epsilon: f64,
@@ -35,7 +35,7 @@ const MEAN: usize = 3;
 
 impl Prodigy {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         let positive = |value: f64| value > 0.0;
         let betas = settings.betas((0.9, 0.999));
         let d0 = settings.number("d0", 1e-6, "a number above 0", positive);

@@ -10,7 +10,7 @@ use crate::Result;
 
 /// Schedule-free AdamW.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ScheduleFreeAdamW {
+pub(crate) struct ScheduleFreeAdamW {
     betas: (f64, f64),
     epsilon: f64,
     weight_decay: f64,
@@ -27,7 +27,7 @@ pub struct ScheduleFreeAdamW {
 
 impl ScheduleFreeAdamW {
     /// From the configuration's numbers.
-    pub fn new(settings: &mut Settings) -> Self {
+    pub(crate) fn new(settings: &mut Settings) -> Self {
         let betas = settings.betas((0.9, 0.999));
         if betas.0 == 0.0 {
             settings.problem("betas", "the first must be above 0: it says where between x and z gradients are taken");

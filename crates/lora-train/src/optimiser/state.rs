@@ -53,16 +53,19 @@ impl OptimiserState {
     }
 
     /// The optimiser.
-    pub fn optimiser(&self) -> &dyn Optimiser {
+    pub(crate) fn optimiser(&self) -> &dyn Optimiser {
         &*self.optimiser
     }
 
     /// Its class and numbers, as files record them.
-    pub fn record(&self) -> &str {
+    pub(crate) fn record(&self) -> &str {
         &self.record
     }
 
     /// Makes the state of tensors that have none; their values now are those that training begins with.
+    ///
+    /// # Errors
+    /// Where memory runs out.
     pub fn register(&mut self, parameters: &[(&str, &Tensor)]) -> Result<()> {
         let new: Vec<_> = parameters.iter().filter(|(name, _)| !self.slots.contains_key(*name)).collect();
         let slots: Vec<Vec<Part>> = new.iter().map(|(_, parameter)| self.optimiser.parts(&parameter.size())).collect();
@@ -84,6 +87,9 @@ impl OptimiserState {
     }
 
     /// Takes a step with all tensors given.
+    ///
+    /// # Errors
+    /// As of [`Optimiser::step`].
     pub fn step(&mut self, slopes: &[Slope<'_>]) -> Result<()> {
         let new: Vec<_> = slopes.iter().map(|slope| (slope.name, &slope.parameter)).collect();
         self.register(&new)?;
@@ -112,6 +118,9 @@ impl OptimiserState {
     }
 
     /// The weights to save and to sample with, where they are others than those that train.
+    ///
+    /// # Errors
+    /// As of [`Optimiser::evaluation`].
     pub fn evaluation(&self, name: &str, parameter: &Tensor) -> Result<Option<Tensor>> {
         match self.slots.get(name) {
             Some(slot) => self.optimiser.evaluation(parameter, &slot.tensors),
@@ -129,6 +138,9 @@ impl OptimiserState {
     /// for numbers that belong to no tensor. The tensors are those of the state itself: copy or write them before the next
     /// step. The trained tensors are not among them; what training goes on from is these as they are, not
     /// [`OptimiserState::evaluation`].
+    ///
+    /// # Errors
+    /// Where memory runs out.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {
@@ -148,6 +160,9 @@ impl OptimiserState {
 
     /// Puts back what [`OptimiserState::state`] gave, for the tensors that are registered: all of it, or nothing where
     /// something does not fit.
+    ///
+    /// # Errors
+    /// [`Error::StateTensor`] for the first tensor that is missing, superfluous or of another shape or number type.
     pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let mismatch =
             |name: &str, expected: String, found: String| Error::StateTensor { name: name.to_owned(), expected, found };

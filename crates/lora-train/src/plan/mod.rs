@@ -88,6 +88,10 @@ impl Plan {
 /// error that names the smallest possible peak.
 ///
 /// A configuration for a GPU is planned on any machine; `device = "auto"` means the best device of this one.
+///
+/// # Errors
+/// [`Error::Budget`] with the smallest peak where no remedy fits the budget; what opening the base gives;
+/// [`Error::Config`] for keys that cannot go with this base.
 pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
     let device = match config.device.as_str() {
         "auto" => device::resolve("auto")?,

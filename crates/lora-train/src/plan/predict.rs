@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use lora_core::DType;
+use lora_data::DatasetOptions;
 use lora_data::bucket::Framing;
-use lora_data::{DatasetOptions, Source};
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
 use lora_torch::dry::{DryRun, Platform};
@@ -92,11 +93,6 @@ impl Prediction {
     /// Bytes at the highest of all peaks.
     pub fn peak(&self) -> u64 {
         self.phases.iter().map(PhasePeak::total).max().unwrap_or(0)
-    }
-
-    /// The phase that needs most.
-    pub fn highest(&self) -> Option<&PhasePeak> {
-        self.phases.iter().max_by_key(|phase| phase.total())
     }
 }
 

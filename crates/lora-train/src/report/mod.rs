@@ -3,4 +3,4 @@
 mod font;
 pub mod grid;
 pub mod heat_map;
-pub mod loss_curve;
+pub(crate) mod loss_curve;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use lora_core::Component;
 use lora_core::random::Stream;
-use lora_data::Source;
 use lora_data::cache::{self, DiskCache, Key};
 use lora_data::prefetch::{ahead, cores};
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Example;
+use lora_data::source::Source;
 use lora_torch::dry;
 use lora_torch::tch::Device;
 use lora_torch::tensor::{from_host, to_host};

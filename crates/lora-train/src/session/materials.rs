@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use lora_core::DType;
-use lora_data::Source;
 use lora_data::cache::DiskCache;
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::graph::Recorder;
 use lora_torch::memory::Limit;

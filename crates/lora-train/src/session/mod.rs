@@ -32,8 +32,8 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
-use lora_data::Source;
 use lora_data::sampler::{EpochSampler, Visit};
+use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_torch::graph::{Recorder, Scope};
@@ -202,16 +202,24 @@ impl Session {
     }
 
     /// Memory of the device; `None` on the CPU.
+    ///
+    /// # Errors
+    /// Where the device is lost.
     pub fn device_memory(&self) -> Result<Option<DeviceMemory>> {
         Ok(memory::device_memory(self.device)?)
     }
 
     /// Gives the device's cached memory back.
-    pub fn empty_cache(&self) -> Result<()> {
+    pub(crate) fn empty_cache(&self) -> Result<()> {
         Ok(memory::empty_cache(self.device)?)
     }
 
     /// Trains one step; `None` once the run is complete.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] where cutting the step smaller did not help either, with all that was tried;
+    /// [`Error::NotFinite`] where the loss is NaN, or too many steps in a row were skipped; [`Error::Data`] where an
+    /// example cannot be read. Unless it failed in the optimiser, the session stands as before the step.
     pub fn step(&mut self) -> Result<Option<StepReport>> {
         if self.step >= self.plan.steps {
             return Ok(None);

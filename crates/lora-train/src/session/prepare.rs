@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::{Adapter, Component, DType};
-use lora_data::Source;
 use lora_data::cache::DiskCache;
+use lora_data::source::Source;
 use lora_io::adapter;
 use lora_models::weights::{Frozen, Held, TrainedWeights};
 use lora_torch::graph::Recorder;
@@ -74,6 +74,11 @@ impl Watch for Told<'_> {
 impl Session {
     /// Prepares a run: checks the output folder, scans the dataset, loads the base, encodes what is cached and hangs the
     /// adapter on its layers. `progress` is told how far it is.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with everything that is wrong with keys, [`Error::Base`] for a base that is not trained,
+    /// [`Error::Data`] for data that cannot be used, [`Error::OtherRun`] for a state that is not this run's,
+    /// [`Error::OutOfMemory`] with the stage that it ran out in.
     pub fn prepare(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
         let mut stage = None;
         let mut watched = |now: Preparing| {

@@ -27,12 +27,16 @@ impl Session {
     }
 
     /// Where the run's state is written.
-    pub fn state_path(&self) -> PathBuf {
+    pub(crate) fn state_path(&self) -> PathBuf {
         state_path(&self.config.output_dir, &self.config.output_name)
     }
 
     /// Writes the run's whole state as it is after the last step, in the place of the one before; returns where. Where that
     /// fails the one before stays.
+    ///
+    /// # Errors
+    /// [`Error::StateUnusable`] where the optimiser failed in the middle of a step or a weight is not finite;
+    /// [`Error::StateNotWritten`] where the disk is full or the folder cannot be written.
     pub fn save_state(&mut self) -> Result<PathBuf> {
         let (path, step) = (self.state_path(), self.step);
         if self.torn {

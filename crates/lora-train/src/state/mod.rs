@@ -4,7 +4,7 @@
 
 mod settings;
 
-pub use settings::{Difference, Settings};
+pub(crate) use settings::Settings;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ const FORMAT: u32 = 1;
 
 /// The numbers of a state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StateHeader {
+pub(crate) struct StateHeader {
     /// Layout of the file.
     pub format: u32,
     /// Program that wrote it.
@@ -53,7 +53,7 @@ pub struct StateHeader {
 /// What a run does to make do with less memory than its configuration takes; the update stays the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Economy {
+pub(crate) struct Economy {
     /// Most pictures of a micro-batch, where that is less than the configuration's.
     pub micro_batch: Option<usize>,
     /// The inner part of feed-forwards is computed again, whatever the configuration says.
@@ -68,7 +68,7 @@ pub struct Economy {
 
 impl StateHeader {
     /// Of the program and libtorch that run now.
-    pub fn new(step: usize, position: Position, settings: Settings) -> Self {
+    pub(crate) fn new(step: usize, position: Position, settings: Settings) -> Self {
         Self {
             format: FORMAT,
             program: concat!("lora/", env!("CARGO_PKG_VERSION")).into(),
@@ -87,14 +87,14 @@ impl StateHeader {
 
 /// A state that is open for reading.
 #[derive(Debug)]
-pub struct StateFile {
+pub(crate) struct StateFile {
     file: SafetensorsFile,
     header: StateHeader,
 }
 
 impl StateFile {
     /// Opens a file and reads its numbers.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = SafetensorsFile::open(path).map_err(|error| damaged(path, &error.to_string()))?;
         let Some(text) = file.metadata().get(KEY) else {
             return Err(damaged(path, "it holds no state of a run; a LoRA to begin from goes into init_from"));
@@ -112,17 +112,17 @@ impl StateFile {
     }
 
     /// Where it is.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.file.path()
     }
 
     /// Its numbers.
-    pub fn header(&self) -> &StateHeader {
+    pub(crate) fn header(&self) -> &StateHeader {
         &self.header
     }
 
     /// Its tensors, in host memory.
-    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+    pub(crate) fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors = BTreeMap::new();
         for name in self.file.names() {
             let view = self.file.get(name)?;
@@ -137,7 +137,7 @@ impl StateFile {
 }
 
 /// Writes a state in the place of the one before; its size in bytes.
-pub fn write_state(path: &Path, header: &StateHeader, tensors: &BTreeMap<String, Tensor>) -> Result<u64> {
+pub(crate) fn write_state(path: &Path, header: &StateHeader, tensors: &BTreeMap<String, Tensor>) -> Result<u64> {
     let text = serde_json::to_string(header).map_err(|error| damaged(path, &error.to_string()))?;
     let entries = tensors.iter().map(|(name, tensor)| entry(path, name, tensor)).collect::<Result<_>>()?;
     let source = Source { path, tensors, entries };

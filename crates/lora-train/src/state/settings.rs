@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lora_core::DType;
-use lora_data::Source;
+use lora_data::source::Source;
 use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
@@ -16,7 +16,7 @@ const BASE: &str = "base_model";
 
 /// The settings of a run, by the names of their keys.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Those that must stay.
     pub fixed: BTreeMap<String, String>,
     /// Those that may change.
@@ -28,7 +28,7 @@ pub struct Settings {
 
 /// A setting that is another than it was.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// The key.
     pub key: String,
     /// What it was.
@@ -66,29 +66,29 @@ impl Settings {
     }
 
     /// A digest of the base, where it is known.
-    pub fn base(&self) -> Option<&str> {
+    pub(crate) fn base(&self) -> Option<&str> {
         self.fixed.get(BASE).map(String::as_str)
     }
 
     /// Names the base.
-    pub fn set_base(&mut self, digest: String) {
+    pub(crate) fn set_base(&mut self, digest: String) {
         self.fixed.insert(BASE.to_owned(), digest);
     }
 
     /// What differs from an earlier run of those that must stay.
-    pub fn differences(&self, earlier: &Self) -> Vec<Difference> {
+    pub(crate) fn differences(&self, earlier: &Self) -> Vec<Difference> {
         differences(&earlier.fixed, &self.fixed)
     }
 
     /// As [`Settings::differences`], of what the configuration alone says.
-    pub fn differences_of_config(&self, earlier: &Self) -> Vec<Difference> {
+    pub(crate) fn differences_of_config(&self, earlier: &Self) -> Vec<Difference> {
         let mut all = self.differences(earlier);
         all.retain(|difference| difference.key != BASE && !self.items.contains(&difference.key));
         all
     }
 
     /// What differs from an earlier run of those that may change.
-    pub fn changes(&self, earlier: &Self) -> Vec<Difference> {
+    pub(crate) fn changes(&self, earlier: &Self) -> Vec<Difference> {
         differences(&earlier.free, &self.free)
     }
 }

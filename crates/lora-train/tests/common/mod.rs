@@ -7,8 +7,7 @@ use std::path::Path;
 use lora_core::{Adapter, DType};
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
-use lora_train::session::StepReport;
-use lora_train::{Plugins, Session};
+use lora_train::{Plugins, Session, StepReport};
 
 /// Where tests train.
 pub(crate) fn device() -> String {

@@ -5,7 +5,9 @@ mod prompts;
 mod rows;
 mod texts;
 
-pub use prompts::{Prompts, Writer};
+pub(crate) use prompts::Prompts;
+pub use prompts::Writer;
+pub(crate) use rows::labels_of;
 pub use texts::TEXTS;
 
 use std::ops::ControlFlow;

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 
 /// Where a base's tokenizer is, and how prompts are laid out; it is read when the first prompt comes.
 #[derive(Debug)]
-pub struct Prompts {
+pub(crate) struct Prompts {
     base: PathBuf,
     template: Option<String>,
     system: Option<String>,
@@ -29,7 +29,7 @@ pub struct Writer {
 impl Prompts {
     /// For a base in a folder or a GGUF file. `template` is a file, or the name of a known one; the base's own without. `system` is
     /// said before prompts that are no conversation.
-    pub fn new(base: impl Into<PathBuf>, template: Option<String>, system: Option<String>) -> Self {
+    pub(crate) fn new(base: impl Into<PathBuf>, template: Option<String>, system: Option<String>) -> Self {
         Self { base: base.into(), template, system, writer: OnceLock::new() }
     }
 
@@ -42,7 +42,7 @@ impl Prompts {
     ///
     /// # Errors
     /// Where one of them is missing or damaged.
-    pub fn writer(&self) -> Result<Arc<Writer>> {
+    pub(crate) fn writer(&self) -> Result<Arc<Writer>> {
         if let Some(writer) = self.writer.get() {
             return Ok(Arc::clone(writer));
         }

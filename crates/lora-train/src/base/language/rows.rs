@@ -45,8 +45,7 @@ pub(super) fn lay_out(
     for row in rows {
         let filling = length - row.ids.len();
         tokens.extend(row.ids.iter().map(|&id| i64::from(id)).chain(std::iter::repeat_n(0, filling)));
-        let label = |(&id, &trained): (&u32, &bool)| if trained { i64::from(id) } else { NO_LABEL };
-        labels.extend(row.ids.iter().zip(&row.trained).map(label).chain(std::iter::repeat_n(NO_LABEL, filling)));
+        labels.extend(labels_of(row).chain(std::iter::repeat_n(NO_LABEL, filling)));
         let lengths = row.documents.iter().copied().chain((filling > 0).then_some(filling));
         for (number, length) in lengths.enumerate() {
             positions.extend(0..length as i64);
@@ -67,6 +66,12 @@ pub(super) fn lay_out(
         .with("weights", weights(items, length, device)?)
         .with("noise", noise.map(|noise| embedding_noise(rows, items, length, noise, device)).transpose()?)
         .with("share", Some(from_f32(&[1.0 / learned.max(1) as f32], &[], device)?)))
+}
+
+/// The tokens of a row that are learned, [`NO_LABEL`] in place of the others.
+pub(crate) fn labels_of(row: &TokenRow) -> impl Iterator<Item = i64> {
+    let label = |(&id, &trained): (&u32, &bool)| if trained { i64::from(id) } else { NO_LABEL };
+    row.ids.iter().zip(&row.trained).map(label)
 }
 
 /// How much each token's loss counts; `None` where all count alike.

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use lora_core::Component;
+use lora_data::Joined;
+use lora_data::source::Source;
 use lora_data::texts::{LongDocuments, TextOptions, Texts};
 use lora_data::tokenizer::Tokenizer;
-use lora_data::{Joined, Source};
 use lora_models::networks::decoder::DecoderConfig;
 
 use crate::base::{Data, DataOpening};

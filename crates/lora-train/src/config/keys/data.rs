@@ -51,6 +51,58 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::WhichDatasets,
         },
         Key {
+            name: "output_dir",
+            values: "path",
+            default: "required",
+            meaning: "Folder for the LoRA, samples, loss curve and metrics; made if it is not there.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.output_dir = given.required_text().into()),
+        },
+        Key {
+            name: "output_name",
+            values: "text",
+            default: "\"lora\"",
+            meaning: "File name of the LoRA without its extension; the WebUI shows it.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.output_name = output_name(given)),
+        },
+        Key {
+            name: "init_from",
+            values: "path",
+            default: "none",
+            meaning: "A LoRA of this layout to go on from, with the same rank and targets.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Adapter(|given, config| config.init_from = given.text().map(PathBuf::from)),
+        },
+        Key {
+            name: "strict",
+            values: "true/false",
+            default: "false",
+            meaning: "Unreadable pictures end the run instead of being skipped with a count.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Common(
+                |given, config| config.strict = given.boolean(false),
+                |given, dataset| {
+                    dataset.options.scan.strictness = match given.boolean(false) {
+                        true => Strictness::Strict,
+                        false => Strictness::Normal,
+                    }
+                },
+            ),
+        },
+    ],
+};
+
+/// Which pictures there are, what they are for, and where their captions stand.
+pub(super) static PICTURES: Group = Group {
+    section: "What to train on",
+    behind: Some("dataset_config"),
+    keys: &[
+        Key {
             name: "reg_data_dir",
             values: "path",
             default: "none",
@@ -140,50 +192,6 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Dataset(|given, dataset| {
                 dataset.options.scan.metadata_file = given.text().map(PathBuf::from)
             }),
-        },
-        Key {
-            name: "output_dir",
-            values: "path",
-            default: "required",
-            meaning: "Folder for the LoRA, samples, loss curve and metrics; made if it is not there.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.output_dir = given.required_text().into()),
-        },
-        Key {
-            name: "output_name",
-            values: "text",
-            default: "\"lora\"",
-            meaning: "File name of the LoRA without its extension; the WebUI shows it.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.output_name = output_name(given)),
-        },
-        Key {
-            name: "init_from",
-            values: "path",
-            default: "none",
-            meaning: "A LoRA of this layout to go on from, with the same rank and targets.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Adapter(|given, config| config.init_from = given.text().map(PathBuf::from)),
-        },
-        Key {
-            name: "strict",
-            values: "true/false",
-            default: "false",
-            meaning: "Unreadable pictures end the run instead of being skipped with a count.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Common(
-                |given, config| config.strict = given.boolean(false),
-                |given, dataset| {
-                    dataset.options.scan.strictness = match given.boolean(false) {
-                        true => Strictness::Strict,
-                        false => Strictness::Normal,
-                    }
-                },
-            ),
         },
     ],
 };

@@ -122,15 +122,6 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.auto = given.boolean(false)),
         },
         Key {
-            name: "allow_lower_resolution",
-            values: "true/false",
-            default: "false",
-            meaning: "A plan may lower `max_resolution` by one or two eighths (512 to 448 or 384).",
-            memory: "Activations shrink with the area.",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.allow_lower_resolution = given.boolean(false)),
-        },
-        Key {
             name: "cache_dir",
             values: "path",
             default: "none",
@@ -140,6 +131,21 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.cache_dir = given.text().map(PathBuf::from)),
         },
     ],
+};
+
+/// What a plan may do to pictures.
+pub(super) static PICTURES: Group = Group {
+    section: "Precision and memory",
+    behind: Some("auto"),
+    keys: &[Key {
+        name: "allow_lower_resolution",
+        values: "true/false",
+        default: "false",
+        meaning: "A plan may lower `max_resolution` by one or two eighths (512 to 448 or 384).",
+        memory: "Activations shrink with the area.",
+        resumed: Resumed::Unrecorded,
+        reads: Reads::Run(|given, config| config.allow_lower_resolution = given.boolean(false)),
+    }],
 };
 
 fn device(given: &mut Given<'_>) -> String {

@@ -4,10 +4,13 @@
 use std::path::PathBuf;
 
 use super::stable_diffusion::KEPT_ENCODER;
-use super::{Given, Group, Key, Reads, Resumed, size};
+use super::{Given, Group, Key, Reads, Resumed, data, memory, saving, size};
 
-/// The keys, in the order of the reference.
-pub static KEYS: Group = Group {
+/// All keys that mean something for pictures alone.
+pub static KEYS: &[&Group] = &[&data::PICTURES, &TREATMENT, &memory::PICTURES, &saving::PICTURES];
+
+/// How they are cut, masked and captioned.
+pub(super) static TREATMENT: Group = Group {
     section: "Pictures and captions",
     behind: None,
     keys: &[

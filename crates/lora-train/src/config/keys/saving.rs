@@ -85,15 +85,6 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.samples.prompts = given.texts().unwrap_or_default()),
         },
         Key {
-            name: "sample_negative_prompt",
-            values: "text",
-            default: "\"\"",
-            meaning: "Negative prompt of the samples.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.samples.negative_prompt = given.text().unwrap_or_default()),
-        },
-        Key {
             name: "sample_every_n_steps",
             values: "1 …",
             default: "none",
@@ -106,6 +97,41 @@ pub(super) static KEYS: Group = Group {
                     given.problem("there are no sample_prompts to draw");
                 }
             }),
+        },
+        Key {
+            name: "sample_seed",
+            values: "0 …",
+            default: "seed",
+            meaning: "Seed of the samples' noise: the same in every row of the grid.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.samples.seed = given.seed().unwrap_or(config.seed)),
+        },
+        Key {
+            name: "callbacks",
+            values: "list of names",
+            default: "[]",
+            meaning: "Callbacks that your program registers.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.callbacks = given.texts().unwrap_or_default()),
+        },
+    ],
+};
+
+/// How samples that are pictures are drawn.
+pub(super) static PICTURES: Group = Group {
+    section: "Saving and looking",
+    behind: Some("sample_seed"),
+    keys: &[
+        Key {
+            name: "sample_negative_prompt",
+            values: "text",
+            default: "\"\"",
+            meaning: "Negative prompt of the samples.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.samples.negative_prompt = given.text().unwrap_or_default()),
         },
         Key {
             name: "sample_steps",
@@ -133,15 +159,6 @@ pub(super) static KEYS: Group = Group {
             }),
         },
         Key {
-            name: "sample_seed",
-            values: "0 …",
-            default: "seed",
-            meaning: "Seed of the samples' noise: the same in every row of the grid.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.samples.seed = given.seed().unwrap_or(config.seed)),
-        },
-        Key {
             name: "sample_resolution",
             values: "\"W,H\" or a side",
             default: "max_resolution",
@@ -151,15 +168,6 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| {
                 config.samples.resolution = given.size().unwrap_or(config.max_resolution)
             }),
-        },
-        Key {
-            name: "callbacks",
-            values: "list of names",
-            default: "[]",
-            meaning: "Callbacks that your program registers.",
-            memory: "",
-            resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.callbacks = given.texts().unwrap_or_default()),
         },
     ],
 };

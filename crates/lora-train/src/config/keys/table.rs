@@ -9,10 +9,19 @@ use crate::config::read::{Reader, near};
 use crate::config::{TrainConfig, TrainMode};
 use crate::{Error, Result};
 
-/// Keys that every base has and those of pictures, a section each, in the order of the reference. A key's default may depend
-/// on one before it.
-static GENERAL: [&Group; 6] =
-    [&data::KEYS, &adapter::KEYS, &optimisation::KEYS, &pictures::KEYS, &memory::KEYS, &saving::KEYS];
+/// Keys that every base has, and those of [`pictures::KEYS`], in the order of the reference. A key's default may depend on
+/// one before it.
+static GENERAL: [&Group; 9] = [
+    &data::KEYS,
+    &data::PICTURES,
+    &adapter::KEYS,
+    &optimisation::KEYS,
+    &pictures::TREATMENT,
+    &memory::KEYS,
+    &memory::PICTURES,
+    &saving::KEYS,
+    &saving::PICTURES,
+];
 
 /// Keys of other trainers, and what they are called here.
 pub(super) const FOREIGN: &[(&str, &str)] = &[
@@ -150,7 +159,7 @@ impl Keys {
 
     /// Names of the keys that bases and their data bring, but for those of these groups.
     pub(in crate::config) fn of_other_bases(&self, own: &[&Group]) -> impl Iterator<Item = &'static str> {
-        let general = |group: &Group| among(&GENERAL, group) && !among(&[&pictures::KEYS], group);
+        let general = |group: &Group| among(&GENERAL, group) && !among(pictures::KEYS, group);
         let groups = self.0.iter().filter(move |group| !general(group) && !among(own, group));
         groups.flat_map(|group| group.keys).map(|key| key.name)
     }
@@ -245,7 +254,7 @@ mod tests {
     use super::*;
     use crate::Plugins;
     use crate::config::Format;
-    use crate::config::keys::{Resumed, Setting, stable_diffusion};
+    use crate::config::keys::{Resumed, Setting, language, stable_diffusion};
 
     fn read(text: &str, plugins: &Plugins) -> std::result::Result<TrainConfig, String> {
         let text = format!("base_model = \"b\"\ntrain_data_dir = \"d\"\noutput_dir = \"o\"\n{text}");
@@ -291,6 +300,33 @@ mod tests {
             let mut before = section.flat_map(|other| other.keys).map(|key| key.name);
             assert!(group.behind.is_none_or(|name| before.any(|known| known == name)), "{group:?}");
         }
+    }
+
+    #[test]
+    fn a_language_model_refuses_keys_of_pictures_wherever_they_stand() {
+        let own = [crate::base::TEXTS.keys, language::KEYS].concat();
+        let others = |text: &str| read(text, &Plugins::default()).unwrap().keys_of_other_bases(&own);
+        for line in [
+            "max_resolution = 512",
+            "reg_data_dir = \"r\"",
+            "prior_loss_weight = 0.5",
+            "loss_weight = 0.5",
+            "caption_extension = \".cap\"",
+            "shuffle_caption = true",
+            "sample_negative_prompt = \"x\"",
+            "sample_steps = 10",
+            "sample_guidance_scale = 4",
+            "sample_resolution = 256",
+            "sample_sampler = \"ddim\"",
+            "allow_lower_resolution = true",
+            "clip_skip = 2",
+        ] {
+            assert_eq!(others(line), [line.split(' ').next().unwrap()]);
+        }
+        assert!(others("repeats = 2\nsample_seed = 1\nmax_seq_length = 64\ngradient_checkpointing = true").is_empty());
+        let text = "base_model = \"b\"\noutput_dir = \"o\"\n[[datasets]]\ntrain_data_dir = \"d\"\nenable_bucket = true";
+        let config = TrainConfig::from_text::<&str>(text, Format::Toml, &[]).unwrap();
+        assert_eq!(config.keys_of_other_bases(&own), ["enable_bucket"]);
     }
 
     static OF_A_USER: &[&Group] = &[&Group {
