@@ -94,6 +94,7 @@ pub fn merge(
     let (base, output) = (base.as_ref(), output.as_ref());
     let base = Base::open(base)?;
     guard(&base, output)?;
+    atomic::clear_partial(folder_of(output));
     for adapter in adapters {
         if let Some((module, tensor)) = damaged(&adapter.adapter) {
             let reason = format!("`{}`: {}", adapter.name, damage(tensor));
@@ -114,11 +115,8 @@ pub fn merge(
         return Ok(report);
     }
     // The folder is made beside its place and renamed, as files are.
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let partial = tempfile::Builder::new()
-        .prefix(".lora-partial-")
-        .tempdir_in(parent)
-        .map_err(Error::io(parent, "create a folder in it"))?;
+    let parent = folder_of(output);
+    let partial = atomic::NewFolder::begin(parent)?;
     report.notes.extend(base.copy_others(partial.path())?);
     for (index, file) in base.files.iter().enumerate() {
         let target = partial.path().join(base.relative(file.path()));
@@ -128,8 +126,8 @@ pub fn merge(
         job.merge_file(index, &target, &mut report)?;
     }
     job.untie(partial.path(), &mut report)?;
-    let made = partial.keep();
-    fs::rename(&made, output).map_err(Error::io(output, "put into place"))?;
+    let made = partial.path().to_owned();
+    partial.finish(output)?;
     let place = |file: &PathBuf| output.join(file.strip_prefix(&made).unwrap_or(file));
     report.files = report.files.iter().map(place).collect();
     Ok(report)
@@ -147,10 +145,15 @@ pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<Vec<String>> 
     Edits::new(&base, &[weighted], &VariantRegistry::default()).map(|edits| edits.notes)
 }
 
+/// The folder that a path lies in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// The output must not be the base, nor lie in it or in the way of anything.
 fn guard(base: &Base, output: &Path) -> Result<()> {
     crate::overwrite::refuse([base.path.as_path()], output)?;
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = folder_of(output);
     let within = match (base.path.canonicalize(), parent.canonicalize()) {
         (Ok(base), Ok(parent)) => parent.starts_with(base),
         _ => false,

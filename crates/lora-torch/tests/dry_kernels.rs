@@ -7,9 +7,9 @@
 use std::sync::{Mutex, PoisonError};
 
 use lora_core::LayerGeometry;
+use lora_core::blocks::BlockKind;
 use lora_core::random::Stream;
 use lora_torch::activation::{Gate, gated, geglu, swiglu};
-use lora_torch::blocks::BlockKind;
 use lora_torch::cross_entropy::CrossEntropy;
 use lora_torch::dry::{DryRun, Platform};
 use lora_torch::frozen::{FrozenWeight, Storage};

@@ -1,10 +1,13 @@
 //! Language models from the configuration to PEFT's folder: a tiny Qwen2 with random weights, twelve conversations. Losses
 //! are transformers' and PEFT's (`golden/language/README.md`).
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lora_core::HostTensor;
 use lora_io::adapter;
+use lora_io::safetensors::{self, SafetensorsFile};
 use lora_train::base::Sample;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
@@ -209,4 +212,39 @@ fn what_means_nothing_for_a_language_model_is_refused() {
     fs::write(&tokenizer, value.to_string()).unwrap();
     let error = refusal(folder.path(), &[]);
     assert!(error.contains("tokenizer"), "{error}");
+}
+
+/// What PEFT saves and merging applies, and training cannot go on with.
+#[test]
+fn adapters_that_training_cannot_go_on_with_are_refused_before_anything_is_loaded() {
+    let folder = workspace();
+    let adapter = folder.path().join("adapter");
+    let weights = golden("adapter/adapter_model.safetensors");
+    let config = fs::read_to_string(golden("adapter/adapter_config.json")).unwrap();
+    let name = "base_model.model.model.layers.0.self_attn.q_proj";
+    let cases: [(&str, &str, Option<(String, &[usize])>, &str); 4] = [
+        (r#""init_lora_weights": true"#, r#""init_lora_weights": "pissa""#, None, "is pissa as PEFT saves it"),
+        (r#""init_lora_weights": true"#, r#""init_lora_weights": "olora""#, None, "is olora as PEFT saves it"),
+        (r#""bias": "none""#, r#""bias": "lora_only""#, Some((format!("{name}.bias"), &[64])), "has a trained bias"),
+        (
+            r#""modules_to_save": null"#,
+            r#""modules_to_save": ["norm"]"#,
+            Some(("base_model.model.model.norm.weight".to_owned(), &[64])),
+            "is a layer saved whole",
+        ),
+    ];
+    for (from, to, tensor, what) in cases {
+        let _ = fs::remove_dir_all(&adapter);
+        fs::create_dir(&adapter).unwrap();
+        assert!(config.contains(from));
+        fs::write(adapter.join("adapter_config.json"), config.replace(from, to)).unwrap();
+        let file = SafetensorsFile::open(&weights).unwrap();
+        let mut tensors: BTreeMap<String, HostTensor> =
+            file.names().map(|name| (name.to_owned(), file.get(name).unwrap().to_host().unwrap())).collect();
+        tensors.extend(tensor.map(|(name, shape)| (name, HostTensor::zeros(shape.to_vec()))));
+        safetensors::write(adapter.join("adapter_model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+        let error = refusal(folder.path(), &[&format!("init_from={}", adapter.display())]);
+        let told = error.contains(what) && error.contains("`lora merge`") && error.contains("adapter");
+        assert!(told && error.contains("`init_from`"), "{what}: {error}");
+    }
 }

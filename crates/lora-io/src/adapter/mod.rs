@@ -224,10 +224,15 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
 /// which it is on the changed base that PEFT trained it on.
 pub fn on_residual(adapter: &mut Adapter) {
     for module in adapter.modules.values_mut() {
-        if RESIDUAL.contains(&module.variant.as_str()) && !module.tensors.contains_key("initial_up") {
+        if lacks_first_values(module) {
             module.variant = "lora".into();
         }
     }
+}
+
+/// Whether a module is PEFT's PiSSA or OLoRA as it is saved unconverted.
+pub fn lacks_first_values(module: &AdapterModule) -> bool {
+    RESIDUAL.contains(&module.variant.as_str()) && !module.tensors.contains_key("initial_up")
 }
 
 /// Variants whose first values are taken out of the base.

@@ -23,8 +23,6 @@ use crate::{Error, Result, atomic};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// A configuration is a page of text; anything beyond this is none.
-const LONGEST_CONFIG: u64 = 16 << 20;
 
 /// What a configuration says that the adapter does not know.
 #[derive(Debug, Clone, Default)]
@@ -46,15 +44,7 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     if !config_path.exists() {
         return Err(Error::format(folder, without_config(folder)));
     }
-    let size = fs::metadata(&config_path).map_err(Error::io(&config_path, "open"))?.len();
-    if size > LONGEST_CONFIG {
-        return Err(Error::format(&config_path, format!("{size} bytes are no configuration of an adapter")));
-    }
-    let text = fs::read(&config_path).map_err(Error::io(&config_path, "read"))?;
-    // Editors of Windows put a byte order mark in front.
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
-    let config: Value = serde_json::from_slice(text)
-        .map_err(|error| Error::format(&config_path, format!("is not valid JSON: {error}")))?;
+    let config = crate::json::read(&config_path)?;
     let weights = folder.join(WEIGHTS);
     if !weights.exists() && folder.join("adapter_model.bin").exists() {
         let reason = "holds a PyTorch pickle only, which can run any code when it is read; save it again with safe_serialization=True";

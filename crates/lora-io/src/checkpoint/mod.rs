@@ -421,8 +421,3 @@ fn transposed(bytes: &[u8], shape: &[usize]) -> Vec<u8> {
     let element = |row: usize, column: usize| &bytes[(row * columns + column) * size..][..size];
     (0..columns).flat_map(|column| (0..rows).flat_map(move |row| element(row, column))).copied().collect()
 }
-
-fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::format(path, format!("is not valid JSON: {error}")))
-}

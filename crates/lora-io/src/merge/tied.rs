@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::folder::{Base, read_json};
+use super::folder::Base;
 use crate::{Error, Result, atomic};
 
 /// Names of embeddings that output layers are tied to.
@@ -56,7 +56,7 @@ impl Tied {
 /// the output layer is: in `file`, with `bytes` bytes.
 pub(super) fn untie(folder: &Path, tied: &Tied, file: &str, bytes: u64) -> Result<()> {
     let path = folder.join("config.json");
-    let mut config = read_json(&path)?;
+    let mut config = crate::json::read(&path)?;
     if !config.is_object() {
         return Err(Error::format(&path, "is no JSON object"));
     }
@@ -70,7 +70,7 @@ pub(super) fn untie(folder: &Path, tied: &Tied, file: &str, bytes: u64) -> Resul
         if !path.to_string_lossy().ends_with(".safetensors.index.json") {
             continue;
         }
-        let mut index = read_json(&path)?;
+        let mut index = crate::json::read(&path)?;
         if index["weight_map"][tied.embedding].as_str() != Some(file) || !index["weight_map"][tied.head].is_null() {
             continue;
         }
