@@ -95,6 +95,11 @@ impl Source for Joined {
         source.measure(item)
     }
 
+    fn amount(&self, item: usize) -> f64 {
+        let (source, item) = self.at(item);
+        source.amount(item)
+    }
+
     fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>> {
         let (source, item) = self.at(item);
         source.key_parts(item, draw, cache)

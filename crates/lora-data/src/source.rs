@@ -131,10 +131,16 @@ pub trait Source: fmt::Debug + Send + Sync {
         1.0
     }
 
-    /// How much of a step's loss an item makes up: a picture counts 1, a text the number of its trained tokens. The loss of a
-    /// step is the mean over all that its items measure, however they are split into micro-batches.
+    /// How much of a step's loss an item makes up: a picture counts 1, a text the number of its trained tokens, a row of
+    /// preference pairs their number. The loss of a step is the mean over all that its items measure, however they are split
+    /// into micro-batches.
     fn measure(&self, _item: usize) -> f64 {
         1.0
+    }
+
+    /// How much there is to learn of an item, in the unit of which a run shows how many it does in a second.
+    fn amount(&self, item: usize) -> f64 {
+        self.measure(item)
     }
 
     /// All that an item's example depends on, as parts of a cache entry's key.

@@ -117,6 +117,8 @@ pub struct TextOptions {
     pub long_documents: LongDocuments,
     /// Tokens that a piece of a long document repeats of the piece before, to be read and not learned again.
     pub overlap: usize,
+    /// Whether records are preference pairs, which then count as such in a loss, or must not be; `None` takes either.
+    pub pairs: Option<bool>,
 }
 
 impl Default for TextOptions {
@@ -135,6 +137,7 @@ impl Default for TextOptions {
             system_prompt: None,
             long_documents: LongDocuments::default(),
             overlap: 0,
+            pairs: None,
         }
     }
 }
@@ -239,14 +242,17 @@ impl Texts {
     pub fn stand_in(options: TextOptions, rows: usize) -> Self {
         let length = options.max_seq_length;
         let tokens = vec![TRAINED; length];
-        let document = Document::new(&tokens, 0..length, 1, 0);
-        let record = Record { file: 0, number: 0, form: TextForm::Plain };
+        let (form, ranges) = match options.pairs {
+            Some(true) => (TextForm::Preference, vec![0..length / 2, length / 2..length]),
+            _ => (TextForm::Plain, vec![0..length]),
+        };
+        let group: Vec<Document> = ranges.into_iter().map(|range| Document::new(&tokens, range, 1, 0)).collect();
         let mut texts = Self::empty(options, None);
         texts.files.push("stand-in".into());
         texts.tokens = Arc::new(tokens);
-        texts.records = vec![record];
-        texts.documents = vec![document; rows];
-        texts.groups = vec![1; rows];
+        texts.records = vec![Record { file: 0, number: 0, form }];
+        texts.groups = vec![group.len() as u32; rows];
+        texts.documents = std::iter::repeat_n(group, rows).flatten().collect();
         texts.arrange();
         texts
     }
@@ -355,6 +361,16 @@ impl Texts {
         let mut lengths = file.lengths.iter();
         for own in &file.records {
             let is_pair = |form| form == TextForm::Preference;
+            if self.options.pairs.is_some_and(|pairs| pairs != is_pair(own.form)) {
+                let reason = match is_pair(own.form) {
+                    true => "it is a preference pair; objective = \"dpo\" or \"orpo\" learns from pairs".to_owned(),
+                    false => format!(
+                        "it is of the form {}; objective = \"dpo\" and \"orpo\" need pairs, `chosen` and `rejected`",
+                        own.form.name()
+                    ),
+                };
+                return Err(Error::caption(&path, self::place(own.number), reason));
+            }
             if self.records.first().is_some_and(|first| is_pair(first.form) != is_pair(own.form)) {
                 let reason = "a dataset is of preference pairs, or of other records; this one follows the other kind";
                 return Err(Error::caption(&path, self::place(own.number), reason));
@@ -565,6 +581,14 @@ impl Source for Texts {
     }
 
     fn measure(&self, item: usize) -> f64 {
+        match self.options.pairs {
+            Some(true) => self.documents_of(item).count() as f64 / 2.0,
+            _ => self.amount(item),
+        }
+    }
+
+    /// The tokens that are learned.
+    fn amount(&self, item: usize) -> f64 {
         self.documents_of(item).map(|document| f64::from(document.trained)).sum()
     }
 

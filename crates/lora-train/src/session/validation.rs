@@ -7,8 +7,8 @@ use lora_core::random::Stream;
 use lora_models::layers::Pass;
 use lora_torch::tch::no_grad_guard;
 
-use super::Session;
 use super::encoded::to_memory;
+use super::{Session, loss_of};
 use crate::Result;
 use crate::base::{Encoded, Item, Subject};
 
@@ -84,7 +84,7 @@ impl Session {
                     let mut looked_at = item.again();
                     looked_at.encoded.extend(session.caption_encodings(&caption(index, &item.caption))?);
                     let inputs = session.base.validation_inputs(&looked_at)?;
-                    losses.push(f64::try_from(session.base.loss(&inputs, &Pass::default())?)?);
+                    losses.push(f64::try_from(loss_of(&session.base.loss(&inputs, &Pass::default())?)?)?);
                 }
                 Ok(losses)
             })

@@ -62,6 +62,11 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("resume_from_checkpoint", "resume"),
     ("save_state_on_train_end", "save_state"),
     ("save_n_steps", "save_every_n_steps"),
+    ("rl", "objective"),
+    ("rl_beta", "dpo_beta"),
+    ("pref_beta", "dpo_beta"),
+    ("beta", "dpo_beta"),
+    ("orpo_alpha", "orpo_lambda"),
 ];
 
 /// The keys that a configuration may have: the general ones, those of the bases of this crate, and what a program registers.
