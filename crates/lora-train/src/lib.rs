@@ -24,6 +24,6 @@ pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
 pub use lora_torch::openmp::let_threads_yield;
 pub use plugins::Plugins;
-pub use run::{RunResult, train};
+pub use run::{Best, RunResult, train};
 pub use schedule::Schedule;
 pub use session::Session;

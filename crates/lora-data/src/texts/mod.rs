@@ -11,10 +11,11 @@ mod stored;
 mod summary;
 mod tokenise;
 
+pub use crate::source::HeldOut;
 pub use record::{TextForm, TextSample};
 pub use summary::{Marked, TextSummary};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -77,15 +78,6 @@ impl LongDocuments {
     pub fn of_name(name: &str) -> Option<Self> {
         Self::NAMES.iter().find(|(own, _)| *own == name).map(|(_, policy)| *policy)
     }
-}
-
-/// Records that are kept from training.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum HeldOut {
-    /// So many.
-    Records(usize),
-    /// This share of all, between 0 and 1.
-    Share(f64),
 }
 
 /// Which texts, and how they are treated and visited.
@@ -449,20 +441,8 @@ impl Texts {
     pub fn held_out(mut self, held_out: HeldOut, seed: u64) -> Result<(Self, Self)> {
         let mut records: Vec<u32> = self.documents.iter().map(|document| document.record).collect();
         records.dedup();
-        let count = match held_out {
-            HeldOut::Records(count) => count,
-            HeldOut::Share(share) => ((records.len() as f64 * share).round() as usize).max(1),
-        };
-        if count == 0 || count >= records.len() {
-            let value = match held_out {
-                HeldOut::Records(count) => count.to_string(),
-                HeldOut::Share(share) => share.to_string(),
-            };
-            let reason = format!("there are {} records, and both parts need one", records.len());
-            return Err(Error::Option { key: "validation_split", value, reason });
-        }
-        Stream::new(seed).at("validation split").shuffle(&mut records);
-        let chosen: std::collections::BTreeSet<u32> = records.into_iter().take(count).collect();
+        let chosen = held_out.choose(records.len(), seed)?;
+        let chosen: BTreeSet<u32> = chosen.into_iter().map(|place| records[place]).collect();
         let mut other = self.clone();
         other.options.repeats = 1;
         other.findings.clear();
@@ -624,6 +604,12 @@ impl Source for Texts {
 
     fn of_another(&self, path: &Path) -> Result<Box<dyn Source>> {
         Self::of_another(self, path, None).map(|texts| Box::new(texts) as Box<dyn Source>)
+    }
+
+    fn hold_out(&mut self, held_out: HeldOut, seed: u64) -> Result<Box<dyn Source>> {
+        let (own, other) = self.clone().held_out(held_out, seed)?;
+        *self = own;
+        Ok(Box::new(other))
     }
 
     fn overview(&self) -> Overview {

@@ -13,3 +13,4 @@ pub use metrics::Metrics;
 pub use samples::Samples;
 pub use save::{SaveCheckpoints, SaveStates};
 pub use validation::ValidationLoss;
+pub(crate) use validation::best_name;

@@ -47,7 +47,7 @@ use crate::config::{StepPlan, TrainConfig};
 use crate::parameters::ParameterList;
 use crate::plan::Part;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Settings};
+use crate::state::{Economy, Looks, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
@@ -89,6 +89,9 @@ pub struct Session {
     _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
+    /// Items of the data that are not trained on, where the configuration holds some out.
+    held_out: Option<Box<dyn Source>>,
+    looks: Looks,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
@@ -204,6 +207,16 @@ impl Session {
     /// How many shapes of micro-batches are recorded as CUDA graphs: the others run kernel by kernel.
     pub fn recorded_shapes(&self) -> usize {
         self.graphs.as_ref().map_or(0, StepGraphs::len)
+    }
+
+    /// What looks at the held-out loss have shown so far ([`Session::take_look`]).
+    pub fn looks(&self) -> Looks {
+        self.looks
+    }
+
+    /// Takes a held-out loss after the last step into account; whether it is the lowest so far.
+    pub fn take_look(&mut self, loss: f64) -> bool {
+        self.looks.take(self.step, loss, self.config.early_stopping_threshold)
     }
 
     /// Memory of the device; `None` on the CPU.

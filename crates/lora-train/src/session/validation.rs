@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_data::Source;
 use lora_models::layers::Pass;
 use lora_torch::tch::no_grad_guard;
 
@@ -33,9 +34,27 @@ impl Session {
     /// # Errors
     /// Where there are none or one cannot be read, and where memory runs out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
+        let source = self.source.of_another(folder)?;
+        self.encode_validation(&*source)
+    }
+
+    /// What the configuration says is not trained on, encoded: `validation_data_dir`, or what `validation_split` holds out.
+    ///
+    /// # Errors
+    /// As [`Session::load_validation`].
+    pub fn load_held_out(&mut self) -> Result<Option<Validation>> {
+        if let Some(folder) = self.config.validation_data_dir.clone() {
+            return self.load_validation(&folder).map(Some);
+        }
+        let Some(source) = self.held_out.take() else { return Ok(None) };
+        let encoded = self.encode_validation(&*source);
+        self.held_out = Some(source);
+        encoded.map(Some)
+    }
+
+    fn encode_validation(&mut self, source: &dyn Source) -> Result<Validation> {
         let _scope = self.scope()?;
         let _guard = no_grad_guard();
-        let source = self.source.of_another(folder)?;
         let (seed, device) = (self.config.seed, self.device);
         let measures = (0..source.count()).map(|item| source.measure(item)).collect();
         let encoder = self.base.networks().iter().find(|network| network.encodes == Some(Subject::Examples)).copied();
