@@ -465,7 +465,7 @@ fn cross_entropy() {
             }
             hold("losses of tokens", inputs, of_products(kind), &|inputs| {
                 let head = FrozenWeight::plain(inputs[1].shallow_clone());
-                vec![ways[0].of_tokens(&inputs[0], &head, &inputs[2]).unwrap()]
+                with_gradients(&inputs[..1], |own| ways[0].of_tokens(&own[0], &head, &inputs[2]).unwrap())
             });
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, ComponentWeights, Group, diffusers, read_json};
+use super::{Checkpoint, ComponentWeights, Group, diffusers};
 use crate::family::{ComponentNames, Names};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>>
         for file in diffusers::open_files(path)? {
             add(&mut weights, &file, names.component, folder)?;
         }
-        weights.config = Some(read_json(&path.join("config.json"))?);
+        weights.config = Some(crate::json::read(path.join("config.json"))?);
         return Ok(Some(weights));
     }
     let file = Arc::new(SafetensorsFile::open(path)?);

@@ -197,8 +197,14 @@ pub trait Base: fmt::Debug + Send {
     /// As [`Base::inputs`].
     fn validation_inputs(&self, item: &Item) -> Result<Inputs>;
 
-    /// The mean loss of a micro-batch, a scalar. It reads nothing but `inputs` and the loaded networks: it is recorded as a CUDA graph
-    /// and run on the device without memory.
+    /// What [`Base::loss`] tells beside the loss, for people to see: names, as they are in `metrics.jsonl`.
+    fn figures(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The mean loss of a micro-batch, a scalar; where there are [`Base::figures`], the loss and behind it these, each a mean
+    /// like it, `[1 + figures]`. It reads nothing but `inputs` and the loaded networks: it is recorded as a CUDA graph and run
+    /// on the device without memory.
     ///
     /// # Errors
     /// Where memory runs out.

@@ -15,3 +15,4 @@ pub(crate) use metrics::Metrics;
 pub(crate) use samples::Samples;
 pub(crate) use save::{SaveCheckpoints, SaveStates};
 pub(crate) use validation::ValidationLoss;
+pub(crate) use validation::best_name;

@@ -27,7 +27,7 @@ use crate::parameters::ParameterList;
 use crate::plan::{Part, Phase};
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Settings};
+use crate::state::{Economy, Looks, Settings};
 use crate::trainable::{AdapterOptions, TrainableAdapter};
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
@@ -217,6 +217,8 @@ impl Session {
             recorder: materials.recorder,
             _limit: materials.limit,
             graphs: materials.graphs,
+            held_out: materials.held_out,
+            looks: Looks::default(),
             tried: Vec::new(),
             torn: false,
             notes,
