@@ -10,6 +10,7 @@ pub mod kohya;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
+mod peft_experts;
 pub mod portable;
 
 use std::collections::{BTreeMap, BTreeSet};
