@@ -1,12 +1,13 @@
 """The same training steps in ours and in diffusers + PEFT, in turn on this machine, as a Markdown table with ratios.
 
     cargo build --release --example unet_step
-    python side_by_side.py TARGET/release/examples/unet_step [--rounds 2] [--steps 6]
+    python side_by_side.py TARGET/release/examples/unet_step [--model sd1|sdxl] [--rounds 2] [--steps 6]
 
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
 same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer. A
-second table says what each block of the U-Net keeps. On two cores a round takes 25 minutes.
+second table says what each block of the U-Net keeps. On two cores a round takes 25 minutes; SDXL's
+needs 20 GiB of memory.
 """
 
 import argparse
@@ -20,13 +21,19 @@ import torch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("ours")
+parser.add_argument("--model", choices=["sd1", "sdxl"], default="sd1")
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--steps", type=int, default=6)
 options = parser.parse_args()
 CUDA = torch.cuda.is_available()
 PEER = [sys.executable, str(Path(__file__).with_name("peft_step.py"))]
 # What both compute, and what ours does beside that.
-if CUDA:
+if options.model == "sdxl":
+    # At the size that people train it at, or on a CPU the largest that ends in minutes.
+    size = "pixels=1024 dtype=fp16" if CUDA else "pixels=512"
+    forms = ["graphs=1", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"] if CUDA else ["", "storage=nf4"]
+    GRID = [(size, forms), (f"{size} checkpointing=1", forms)]
+elif CUDA:
     GRID = [
         (
             "pixels=512 dtype=fp16",
@@ -53,7 +60,7 @@ def run(command, arguments):
     """The medians over the rounds."""
     results = []
     for _ in range(options.rounds):
-        done = subprocess.run(command + arguments.split() + [f"steps={options.steps}"], capture_output=True, text=True)
+        done = subprocess.run(command + [f"model={options.model}"] + arguments.split() + [f"steps={options.steps}"], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{command} {arguments}: {done.stderr}")
         results.append(json.loads(done.stdout.splitlines()[-1]))

@@ -1,15 +1,16 @@
-//! `lora info`.
+//! `lora info`: what an adapter or a base model is.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use lora_io::checkpoint::Checkpoint;
 use lora_io::{AdapterInfo, family};
 
 use crate::Failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// LoRA file (.safetensors) or PEFT folder.
+    /// LoRA file (.safetensors) or PEFT folder; or a base model, file or folder.
     file: PathBuf,
     /// Print everything as JSON.
     #[arg(long)]
@@ -17,7 +18,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let info = AdapterInfo::read(&arguments.file)?;
+    let info = match AdapterInfo::read(&arguments.file) {
+        Ok(info) => info,
+        // What is no adapter may be a base.
+        Err(error) => match Checkpoint::open(&arguments.file) {
+            Ok(base) => return show_base(&base, arguments.json),
+            Err(_) => return Err(error.into()),
+        },
+    };
     let weights = match arguments.file.is_dir() {
         true => arguments.file.join("adapter_model.safetensors"),
         false => arguments.file.clone(),
@@ -51,9 +59,55 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         );
     }
     info.notes.iter().for_each(|note| println!("note:       {note}"));
-    for (key, value) in &info.metadata {
+    show_metadata(&info.metadata);
+    Ok(())
+}
+
+/// The header's free text, a line each.
+fn show_metadata(metadata: &BTreeMap<String, String>) {
+    for (key, value) in metadata {
         let shown: String = value.chars().take(100).collect();
         println!("  {key} = {shown}{}", if shown.len() < value.len() { " …" } else { "" });
     }
+}
+
+/// Empty tensors by which bases say how they were trained.
+const MARKS: [&str; 2] = ["v_pred", "ztsnr"];
+
+/// What a base model is: its family, its components, and what it says of itself.
+fn show_base(base: &Checkpoint, json: bool) -> Result<(), Failure> {
+    let numbers = |own: &lora_io::checkpoint::ComponentWeights| -> usize {
+        own.names().filter_map(|name| own.shape(name)).map(|shape| shape.iter().product::<usize>()).sum()
+    };
+    let components: Vec<_> =
+        base.components().map(|(name, own)| (name.name(), own.names().count(), numbers(own))).collect();
+    let marks: Vec<&str> = MARKS.into_iter().filter(|mark| base.is_marked(mark)).collect();
+    let predicts = base.scheduler().and_then(|scheduler| scheduler["prediction_type"].as_str());
+    if json {
+        let components: BTreeMap<_, _> = components
+            .iter()
+            .map(|(name, tensors, numbers)| (name, serde_json::json!({ "tensors": tensors, "parameters": numbers })))
+            .collect();
+        let json = serde_json::json!({
+            "base": base.family().name, "family": base.family().title, "components": components, "marks": marks,
+            "prediction_type": predicts, "unused": base.unused(), "metadata": base.metadata(),
+        });
+        println!("{json:#}");
+        return Ok(());
+    }
+    println!("base model: {}", base.family());
+    for (name, tensors, numbers) in components {
+        println!("  {:<16} {tensors} tensors, {numbers} parameters", name.replace('_', " "));
+    }
+    if !marks.is_empty() {
+        println!("marks:      {}", marks.join(", "));
+    }
+    if let Some(predicts) = predicts {
+        println!("predicts:   {predicts}, as its scheduler says");
+    }
+    if let Some(first) = base.unused().first() {
+        println!("note:       {} tensors are not used, {first} among them", base.unused().len());
+    }
+    show_metadata(base.metadata());
     Ok(())
 }

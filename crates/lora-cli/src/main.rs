@@ -48,7 +48,7 @@ enum Command {
     Extract(adapters::ExtractArguments),
     /// Write the weights of a language model in GGUF as safetensors.
     Dequantise(adapters::DequantiseArguments),
-    /// Show what a LoRA file holds.
+    /// Show what a LoRA file holds, or of what family a base model is.
     Info(info::Arguments),
     /// Say what other programs would make of an adapter, and whether its numbers are healthy.
     Check(check::Arguments),

@@ -361,6 +361,19 @@ fn what_is_read_is_not_replaced_and_metadata_follow_the_tensors() {
 }
 
 #[test]
+fn info_tells_the_family_of_a_base_model() {
+    let folder = workspace();
+    let base = folder.path().join("xl.safetensors");
+    SyntheticModel::tiny_sdxl().write(&base, DType::F16).unwrap();
+    let shown = contains("base model: Stable Diffusion XL").and(contains("text encoder 2"));
+    lora().arg("info").arg(&base).assert().success().stdout(shown);
+    let json = lora().arg("info").arg("--json").arg(&base).assert().success().get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!((json["base"].as_str(), json["marks"].as_array().map(Vec::len)), (Some("sdxl"), Some(0)));
+    assert!(json["components"]["unet"]["parameters"].as_u64().unwrap() > 0);
+}
+
+#[test]
 fn threads_that_keep_cores_busy_are_warned_of() {
     let doctor = |value: &str| lora().arg("doctor").env("GOMP_SPINCOUNT", value).assert().success();
     doctor("300000").stdout(contains("warning:").and(contains("GOMP_SPINCOUNT=300000")));

@@ -29,6 +29,8 @@ mod targets;
 mod tied;
 
 pub use reduce::{extract, flatten};
+pub(crate) use scales::SCALES;
+use scales::Scales;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -47,7 +49,7 @@ use folder::Base;
 pub(crate) use folder::walk;
 use numbers::{is_float, is_readable};
 use rows::Update;
-use scales::Scales;
+
 use targets::{Edit, Edits};
 
 /// An adapter and how strongly it is merged.

@@ -362,14 +362,29 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
         }
         let view = self.tensor(name)?;
         let stored = match view.dtype() {
-            lora_io::safetensors::StoredDType::F16 => Kind::Half,
-            lora_io::safetensors::StoredDType::BF16 => Kind::BFloat16,
-            lora_io::safetensors::StoredDType::F32 => Kind::Float,
-            lora_io::safetensors::StoredDType::F64 => Kind::Double,
+            StoredDType::F16 => Kind::Half,
+            StoredDType::BF16 => Kind::BFloat16,
+            StoredDType::F32 => Kind::Float,
+            StoredDType::F64 => Kind::Double,
+            StoredDType::F8E4M3 | StoredDType::F8E5M2 => {
+                // Every 8-bit float is a number of fp16.
+                let values = view.to_host()?;
+                self.release(name);
+                return Ok(lora_torch::tensor::from_bytes(
+                    name,
+                    values.bytes(),
+                    Kind::Half,
+                    values.shape(),
+                    kind,
+                    device,
+                )?);
+            }
             other => {
                 return Err(Error::Architecture {
                     source_name: self.path().display().to_string(),
-                    reason: format!("weight `{name}` is stored as {other}; expected F16, BF16, F32 or F64"),
+                    reason: format!(
+                        "weight `{name}` is stored as {other}; expected F16, BF16, F32, F64 or an 8-bit float"
+                    ),
                 });
             }
         };

@@ -17,10 +17,8 @@ use lora_train::plan::{Phase, plan};
 use lora_train::{Error, Plugins, Session};
 
 /// A tiny model but for the channels of the U-Net.
-fn workspace(channels: &[usize]) -> tempfile::TempDir {
+fn workspace(model: &SyntheticModel) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let mut model = SyntheticModel::tiny();
-    model.unet.channels = channels.to_vec();
     model.write(folder.path().join("base.safetensors"), DType::F16).unwrap();
     let data = folder.path().join("data");
     std::fs::create_dir(&data).unwrap();
@@ -143,9 +141,33 @@ fn predictions_are_what_is_counted() {
         &["base_storage=nf4", "gradient_checkpointing=true", "precision=bf16", "train_text_encoder=false"],
         &["base_storage=nf4", "train_text_encoder=false", "target_modules=all-conv"],
     ];
+    // Two text encoders and what is told beside the text.
+    let two: &[&[&str]] = &[
+        &["batch_size=2"],
+        &["train_text_encoder_1=false", "gradient_checkpointing=true", "precision=bf16"],
+        &[
+            "train_text_encoder=false",
+            "base_storage=nf4",
+            "sample_prompts=a",
+            "sample_resolution=128",
+            "sample_steps=2",
+        ],
+        &["train_text_encoder=false", "validation"],
+    ];
+    let of = |channels: [usize; 4]| {
+        let mut model = SyntheticModel::tiny();
+        model.unet.channels = channels.to_vec();
+        model
+    };
+    let models = [
+        (of([64, 128, 128, 128]), balanced),
+        (of([32, 64, 64, 64]), &each),
+        (of([64, 512, 768, 768]), wide),
+        (SyntheticModel::tiny_sdxl(), two),
+    ];
     let mut wrong = Vec::new();
-    for (channels, grid) in [([64, 128, 128, 128], balanced), ([32, 64, 64, 64], &each), ([64, 512, 768, 768], wide)] {
-        let folder = workspace(&channels);
+    for (model, grid) in models {
+        let folder = workspace(&model);
         for keys in grid {
             wrong.extend(disagreements(folder.path(), keys));
         }

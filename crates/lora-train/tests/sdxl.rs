@@ -3,13 +3,14 @@
 
 mod common;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::{config, prepare, refusal};
 use lora_core::{Adapter, Component, DType, HostTensor};
 use lora_io::adapter;
-use lora_io::safetensors::{SafetensorsFile, write};
+use lora_io::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, write};
 use lora_models::synthetic::SyntheticModel;
 use lora_train::plan::plan;
 use lora_train::{Plugins, Session};
@@ -139,6 +140,64 @@ fn networks_train_whole_in_few_bytes_and_checkpointed_too() {
         let losses = losses(folder.path(), keys);
         assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
     }
+}
+
+/// Tensors as they are to be stored.
+#[derive(Default)]
+struct Raw(Vec<(Entry, Vec<u8>)>);
+
+impl Raw {
+    fn with(mut self, name: &str, dtype: StoredDType, shape: &[usize], bytes: Vec<u8>) -> Self {
+        self.0.push((Entry { name: name.into(), dtype, shape: shape.to_vec() }, bytes));
+        self
+    }
+}
+
+impl TensorSource for Raw {
+    fn entries(&self) -> Vec<Entry> {
+        self.0.iter().map(|(entry, _)| entry.clone()).collect()
+    }
+
+    fn bytes(&self, entry: &Entry) -> lora_io::Result<Cow<'_, [u8]>> {
+        Ok(Cow::Borrowed(&self.0.iter().find(|(own, _)| own.name == entry.name).unwrap().1))
+    }
+}
+
+/// Writes the base again with its U-Net in 8-bit floats, each cut to its upper byte as E5M2, and with further tensors.
+fn in_eight_bits(folder: &Path, others: &[&str]) {
+    let path = folder.join("base.safetensors");
+    let file = SafetensorsFile::open(&path).unwrap();
+    let mut raw = Raw::default();
+    for name in file.names() {
+        let view = file.get(name).unwrap();
+        let is_unet = name.starts_with("model.diffusion_model.");
+        let upper = view.bytes().chunks_exact(2).map(|bytes| bytes[1]).collect();
+        raw = match is_unet {
+            true => raw.with(name, StoredDType::F8E5M2, view.shape(), upper),
+            false => raw.with(name, view.dtype(), view.shape(), view.bytes().to_vec()),
+        };
+    }
+    for name in others {
+        raw = raw.with(name, StoredDType::F32, &[1], 1f32.to_le_bytes().to_vec());
+    }
+    drop(file);
+    write(&path, &raw, &BTreeMap::new()).unwrap();
+}
+
+#[test]
+fn bases_in_eight_bits_are_read_without_scales_and_refused_with_them() {
+    let folder = workspace();
+    let keys = ["train_text_encoder=false", "max_train_steps=2"];
+    let full = losses(folder.path(), &keys);
+    in_eight_bits(folder.path(), &[]);
+    let found = losses(folder.path(), &keys);
+    // Two bits of mantissa are left, so losses move, but little.
+    let near = found.iter().zip(&full).all(|(found, full)| (found / full - 1.0).abs() < 0.2);
+    assert!(near && found != full, "{found:?} {full:?}");
+    let folder = workspace();
+    in_eight_bits(folder.path(), &["model.diffusion_model.input_blocks.0.0.scale_weight"]);
+    let error = refusal(folder.path(), &keys);
+    assert!(error.contains("scale_weight") && error.contains("base.safetensors"), "{error}");
 }
 
 #[test]

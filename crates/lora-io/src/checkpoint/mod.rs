@@ -29,6 +29,7 @@ use sha2::{Digest, Sha256};
 use crate::family::tree::{Depths, Piece, Tree};
 use crate::family::{BaseNames, FAMILIES, Family, describe};
 use crate::gguf::{GgufFile, LanguageModel, Packed};
+use crate::merge::SCALES;
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
@@ -180,6 +181,14 @@ impl Checkpoint {
     /// Tensors of the files that no component takes (EMA copies and the schedule's buffers apart).
     pub fn unused(&self) -> &[String] {
         &self.unused
+    }
+
+    /// The first tensor that weights in 8 bits have to be multiplied by, where there are such: the weights are not to be read
+    /// without them.
+    pub fn scale(&self) -> Option<&str> {
+        let weights = self.components.values().flat_map(ComponentWeights::names);
+        let mut names = self.unused.iter().map(String::as_str).chain(weights);
+        names.find(|name| name.rsplit('.').next().is_some_and(|last| SCALES.contains(&last)))
     }
 
     /// Takes a component's weights out of a file.

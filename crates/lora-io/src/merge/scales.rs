@@ -15,7 +15,7 @@ use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// What the names of scales end with, after the name of the module.
-const SCALES: &[&str] = &["scale_weight", "weight_scale", "weight_scale_inv"];
+pub(crate) const SCALES: &[&str] = &["scale_weight", "weight_scale", "weight_scale_inv"];
 
 /// What else belongs to arithmetic in 8 bits: scales of inputs and marks of a file.
 const OTHERS: &[&str] = &["input_scale", "scale_input", "scaled_fp8"];

@@ -109,7 +109,13 @@ impl Bases {
         let expected = || self.0.iter().map(|known| known.family.title).collect::<Vec<_>>().join(", ");
         let refused = |found: String| Error::Base { path: path.to_owned(), found, expected: expected() };
         match Checkpoint::open_among(path, &self.families()) {
-            Ok(checkpoint) if self.of(&checkpoint).is_some() => Ok(checkpoint),
+            Ok(checkpoint) if self.of(&checkpoint).is_some() => match checkpoint.scale() {
+                None => Ok(checkpoint),
+                Some(scale) => Err(refused(format!(
+                    "{} in 8 bits with scales (`{scale}`), which training does not read: take it in fp16 or bf16",
+                    checkpoint.family()
+                ))),
+            },
             Ok(checkpoint) => {
                 Err(refused(format!("{}, which can be merged into and converted, not trained", checkpoint.family())))
             }

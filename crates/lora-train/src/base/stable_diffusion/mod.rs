@@ -548,3 +548,23 @@ fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> R
 fn missing(network: Component, name: &'static str) -> Error {
     Error::MissingEncoding { network, name }
 }
+
+#[cfg(test)]
+mod tests {
+    use lora_data::RgbPicture;
+    use lora_data::crop::CropPlan;
+
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_the_part_that_is_shown() {
+        let picture = RgbPicture::new(20, 10, vec![7; 600]).unwrap();
+        let whole = PictureSample::new(picture, None).unwrap();
+        assert_eq!(sizes_of(&whole), [10.0, 20.0, 0.0, 0.0, 10.0, 20.0]);
+        let plan = CropPlan { resized: (16, 8), offset: (5, 1), target: (8, 6) };
+        let part = whole.crop(&plan).unwrap();
+        assert_eq!(sizes_of(&part), [10.0, 20.0, 1.0, 5.0, 6.0, 8.0]);
+        // Of a mirrored picture the left edge is what was the right one: 16 - 5 - 8.
+        assert_eq!(sizes_of(&part.mirror()), [10.0, 20.0, 1.0, 3.0, 6.0, 8.0]);
+    }
+}
