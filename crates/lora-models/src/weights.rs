@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_core::{DType, HostTensor};
 use lora_io::gguf::{Packed, TensorType};
+use lora_io::safetensors::StoredDType;
 use lora_torch::dry;
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
