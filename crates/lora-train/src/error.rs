@@ -58,7 +58,7 @@ pub enum Error {
         /// The network.
         network: lora_core::Component,
     },
-    /// A loss reads a tensor that the micro-batch has not.
+    /// A loss reads a tensor that the micro-batch lacks.
     #[error("a micro-batch has no tensor `{name}`, which the loss reads")]
     MissingInput {
         /// The tensor.

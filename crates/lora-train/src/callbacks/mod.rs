@@ -1,8 +1,8 @@
 //! The callbacks that come with every run: metrics and loss curve, health, validation, samples, intermediate saves
 //! of the LoRA and of the run's state.
 
-mod earlier;
 mod health;
+mod history;
 mod metrics;
 mod samples;
 mod save;

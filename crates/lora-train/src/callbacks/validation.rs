@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::earlier;
+use crate::callbacks::history;
 use crate::config::TrainConfig;
 use crate::session::{Session, StepReport, Validation};
 
@@ -64,11 +64,11 @@ impl Callback for ValidationLoss {
                 Some(resumed) => {
                     // The state's own step is looked at again, now.
                     let belongs = |line: &Line| line.step < resumed.step;
-                    let (file, lines) = earlier::go_on(own, FILE, resumed, belongs)?;
+                    let (file, lines) = history::go_on(own, FILE, resumed, belongs)?;
                     self.first = lines.first().map(|line| line.loss);
                     file
                 }
-                None => earlier::begin(own, FILE)?,
+                None => history::begin(own, FILE)?,
             };
             self.loaded = Some((session.load_validation(folder)?, file));
             self.look(session)?;
