@@ -8,6 +8,7 @@ use lora_torch::dry::{self, LABELS, Labelled, Peak};
 
 /// What memory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum MemoryPart {
     /// Weights of a network, by the network's name, as they are stored; trained ones too, where all weights train.
     Weights(&'static str),

@@ -13,6 +13,7 @@ use crate::session::{Preparing, Session};
 
 /// What a run left behind.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct RunResult {
     /// The LoRA.
     pub lora: PathBuf,

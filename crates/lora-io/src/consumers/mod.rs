@@ -165,6 +165,7 @@ pub enum Effect {
 
 /// Something that keeps an adapter from loading as it was trained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Problem {
     /// What it does to the load.
     pub effect: Effect,
@@ -223,6 +224,7 @@ impl Serialize for Cure {
 
 /// What one consumer makes of a file.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Opinion {
     /// Who.
     pub consumer: Consumer,

@@ -30,6 +30,7 @@ use read::Reader;
 
 /// How the learning rate goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum LrScheduler {
     /// Stays.
     #[default]
@@ -57,6 +58,7 @@ impl Default for Warmup {
 
 /// Samples drawn along the way.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub struct SampleConfig {
     /// Prompts.
     pub prompts: Vec<String>,
@@ -78,6 +80,7 @@ pub struct SampleConfig {
 
 /// What a run trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum TrainMode {
     /// An adapter on the frozen base.
     #[default]
@@ -88,6 +91,7 @@ pub enum TrainMode {
 
 /// Whether to go on from the state of an earlier run.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Resume {
     /// Begin anew.
     #[default]

@@ -64,6 +64,7 @@ pub struct Plan {
 
 /// A change, and what it does.
 #[derive(Debug, Clone, serde::Serialize)]
+#[non_exhaustive]
 pub struct Remedy {
     /// Keys that it sets.
     pub settings: Vec<ChangedKey>,

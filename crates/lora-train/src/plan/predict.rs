@@ -22,6 +22,7 @@ use crate::session::{Materials, Preparing, Session, Watch, can_record};
 /// A part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Phase {
     /// The network that encodes examples is loaded; they are encoded, where that is done before training.
     Examples,
@@ -39,6 +40,7 @@ pub enum Phase {
 
 /// The peak of one phase.
 #[derive(Debug, Clone, serde::Serialize)]
+#[non_exhaustive]
 pub struct PhasePeak {
     /// The phase.
     pub phase: Phase,
@@ -72,6 +74,7 @@ impl PhasePeak {
 
 /// The peaks of a run.
 #[derive(Debug, Clone, serde::Serialize)]
+#[non_exhaustive]
 pub struct Peaks {
     /// Phases in their order.
     pub phases: Vec<PhasePeak>,
@@ -81,6 +84,7 @@ pub struct Peaks {
 
 /// What recorded steps keep for themselves. It is no part of the peaks: where there is no room, they make it.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
+#[non_exhaustive]
 pub struct Recordings {
     /// Bytes of a step, as they are part of the training's peak.
     pub bytes: u64,

@@ -220,6 +220,7 @@ fn side(side: usize, eighths: usize) -> usize {
 
 /// A key that a change sets.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct ChangedKey {
     /// The key.
     pub key: &'static str,

@@ -123,6 +123,7 @@ struct StepGradients {
 
 /// The result of a step.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: usize,

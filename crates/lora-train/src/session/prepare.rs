@@ -34,6 +34,7 @@ use crate::{Error, Result};
 
 /// How far preparing has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Preparing {
     /// Reading the base model's part of this name.
     Loading(&'static str),

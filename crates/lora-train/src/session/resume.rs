@@ -13,6 +13,7 @@ use crate::{Error, Result};
 
 /// Where a run was taken up again.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ResumedFrom {
     /// The state.
     pub path: PathBuf,
