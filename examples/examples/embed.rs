@@ -4,6 +4,7 @@ use lora_train::config::{Format, TrainConfig};
 use lora_train::{Plugins, Session};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    lora_train::yield_to_busy_programs();
     let text = std::fs::read_to_string("examples/quickstart.toml")?;
     let config = TrainConfig::from_text(&text, Format::Toml, &["output_name=embedded"])?;
     let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {})?;

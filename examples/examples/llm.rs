@@ -38,6 +38,7 @@ impl Callback for Print {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lora_train::yield_to_busy_programs();
     let overrides: Vec<String> = std::env::args().skip(1).collect();
     let config = TrainConfig::from_file("examples/quickstart-text.toml", &overrides)?;
     let output = config.output_dir.clone();

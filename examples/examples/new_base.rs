@@ -35,6 +35,7 @@ const SEED: u64 = 20;
 fn sizes() -> SyntheticModel {
     SyntheticModel {
         family: &sd1::FAMILY,
+        text_encoder_2: None,
         text_encoder: ClipConfig {
             vocabulary: 49408,
             width: 64,
@@ -42,17 +43,19 @@ fn sizes() -> SyntheticModel {
             layers: 3,
             heads: 1,
             exact_gelu: false,
+            projection: None,
         },
         unet: UnetConfig {
             latent_channels: 4,
             channels: vec![64, 96, 128, 128],
-            attention: vec![true, true, true, false],
+            transformer_depths: vec![1, 1, 1, 0],
+            middle_depth: 1,
             heads: vec![8; 4],
             layers_per_block: 1,
-            transformer_depth: 1,
             context: 64,
             norm_groups: 32,
             linear_projection: false,
+            added: None,
         },
         vae: VaeConfig {
             latent_channels: 4,
@@ -60,6 +63,7 @@ fn sizes() -> SyntheticModel {
             layers_per_block: 1,
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
+            overflows_in_half: false,
         },
     }
 }

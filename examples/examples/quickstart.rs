@@ -29,6 +29,7 @@ impl Callback for Print {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lora_train::yield_to_busy_programs();
     let config = TrainConfig::from_file("examples/quickstart.toml", &std::env::args().skip(1).collect::<Vec<_>>())?;
     let output = config.output_dir.clone();
     let stop = Arc::new(AtomicBool::new(false));

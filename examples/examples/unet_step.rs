@@ -1,7 +1,7 @@
-//! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
+//! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's or XL's size, the same work as
 //! `tools/bench/peft_step.py`, with the same arguments:
 //!
-//! `cargo run --release --example unet_step [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
+//! `cargo run --release --example unet_step [model=sd1|sdxl] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
 //! [checkpointing=0|1] [feed_forward=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
@@ -16,7 +16,7 @@ use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::Unet;
+use lora_models::networks::{Conditions, Unet};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
@@ -34,8 +34,19 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// The names of the arguments.
-const ARGUMENTS: [&str; 10] =
-    ["pixels", "rank", "steps", "batch", "dtype", "checkpointing", "feed_forward", "storage", "offload_base", "graphs"];
+const ARGUMENTS: [&str; 11] = [
+    "model",
+    "pixels",
+    "rank",
+    "steps",
+    "batch",
+    "dtype",
+    "checkpointing",
+    "feed_forward",
+    "storage",
+    "offload_base",
+    "graphs",
+];
 
 /// Bytes that are held after each block of a forward pass.
 type Blocks = Arc<Mutex<Vec<(String, i64)>>>;
@@ -126,13 +137,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         recompute_feed_forward: number("feed_forward", 0)? != 0,
         ..Pass::default()
     };
+    let sizes = match text("model") {
+        "" | "sd1" => SyntheticModel::full().unet,
+        "sdxl" => SyntheticModel::full_sdxl().unet,
+        other => return Err(format!("model={other}: sd1 or sdxl").into()),
+    };
     let device = device::resolve("auto")?;
     memory::count_host_allocations()?;
     let weights = SyntheticWeights::new("unet");
     let staging = (number("offload_base", 0)? != 0).then(|| Staging::new(device)).transpose()?;
     let mut unet = Unet::new(
         &Weights::new(&weights, kind, device).held(Held::Frozen(Frozen { staging, ..Frozen::stored(storage) })),
-        SyntheticModel::full().unet,
+        sizes.clone(),
     )?;
     let mut bytes = 0;
     unet.visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
@@ -148,7 +164,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let schedule = NoiseSchedule::new(Prediction::Epsilon);
     let latents = Tensor::randn([batch, 4, pixels / 8, pixels / 8], (Kind::Float, device));
-    let context = Tensor::randn([batch, 77, 768], (Kind::Float, device));
+    let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, device));
+    let context = random([batch, 77 * sizes.context as i64]).f_view([batch, 77, -1])?;
+    let added = sizes.added.map(|width| random([batch, width as i64]));
+    let conditions = Conditions { context: &context, added: added.as_ref() };
     let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
     let batch_of = || -> lora_train::Result<Inputs> {
@@ -157,7 +176,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Ok(Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &weights)?.into_inputs())
     };
     let backward = |batch: &Inputs, parameters: &ParameterList| -> lora_train::Result<Tensor> {
-        let loss = Denoising::of(batch)?.loss(&unet, &context, &pass)?;
+        let loss = Denoising::of(batch)?.loss(&unet, conditions, &pass)?;
         (&loss * scale).f_backward()?;
         parameters.collect()?;
         Ok(loss.detach())
@@ -211,7 +230,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
     if steps > 0 {
         counted = operations(|| backward(&batch_of()?, &parameters))?.1.total();
-        left = kept(device, || Denoising::of(&batch_of()?)?.loss(&unet, &context, &pass))?;
+        left = kept(device, || Denoising::of(&batch_of()?)?.loss(&unet, conditions, &pass))?;
     }
     let (kept, kept_by_block) = left;
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();

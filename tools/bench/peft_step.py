@@ -1,7 +1,7 @@
-"""Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's size, the same work as
+"""Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's or XL's size, the same work as
 `examples/examples/unet_step.rs`, with the same arguments:
 
-    python peft_step.py [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
+    python peft_step.py [model=sd1|sdxl] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
 
 Random weights, LoRA on q, k, v, out of all attentions, AdamW; in half precision as diffusers' own training script does it:
 base in half precision, LoRA in fp32, autocast, loss scaling for fp16. Versions as in ../golden/requirements.txt. The last
@@ -20,12 +20,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from steps import DEVICE as device
 from steps import DTYPES, arguments, frozen_unet
 
-given = arguments({"pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
+given = arguments({"model": "sd1", "pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
 pixels, rank, steps, batch, checkpointing = (
     int(given[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
 )
 dtype = DTYPES[given["dtype"]]
-unet = frozen_unet(dtype)
+unet = frozen_unet(dtype, given["model"])
 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
 trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
 for parameter in trained:
@@ -34,7 +34,11 @@ optimiser = torch.optim.AdamW(trained, lr=1e-4)
 scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 side = pixels // 8
 latents = torch.randn(batch, 4, side, side, device=device)
-context = torch.randn(batch, 77, 768, device=device, dtype=dtype)
+context = torch.randn(batch, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
+added = None
+if given["model"] == "sdxl":
+    sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * batch, device=device, dtype=dtype)
+    added = {"text_embeds": torch.randn(batch, 1280, device=device, dtype=dtype), "time_ids": sizes}
 timesteps = torch.full((batch,), 500, device=device)
 unet.train()
 if checkpointing:
@@ -43,7 +47,7 @@ if checkpointing:
 
 def forward(noise):
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        answer = unet((latents + noise).to(dtype), timesteps, context).sample
+        answer = unet((latents + noise).to(dtype), timesteps, context, added_cond_kwargs=added).sample
     return torch.nn.functional.mse_loss(answer.float(), noise)
 
 
@@ -73,7 +77,7 @@ peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getru
 # What a forward pass keeps for the backward pass, beside the weights, and how much of it after each block.
 kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
 after_block = {}
-for name in (f"{way}_blocks.{level}" for way in ("down", "up") for level in range(4)):
+for name in (f"{way}_blocks.{level}" for way in ("down", "up") for level in range(len(unet.down_blocks))):
     unet.get_submodule(name).register_forward_hook(lambda *_, name=name: after_block.update({name: sum(kept.values())}))
 unet.mid_block.register_forward_hook(lambda *_: after_block.update(mid_block=sum(kept.values())))
 

@@ -1,5 +1,5 @@
-"""What the scripts of this folder that run a U-Net share: their arguments, and a network of Stable Diffusion 1.5's size. What they
-do with it is theirs.
+"""What the scripts of this folder that run a U-Net share: their arguments, and a network of Stable Diffusion 1.5's or XL's
+size. What they do with it is theirs.
 """
 
 import sys
@@ -22,9 +22,27 @@ def arguments(defaults):
     return own
 
 
-def frozen_unet(dtype):
+SIZES = {
+    "sd1": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "sdxl": dict(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 10],
+        cross_attention_dim=2048,
+        attention_head_dim=[5, 10, 20],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}
+
+
+def frozen_unet(dtype, model="sd1"):
     """Random weights that do not train, on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        unet = UNet2DConditionModel(**SIZES[model])
     return unet.requires_grad_(False).to(dtype)

@@ -2,11 +2,11 @@
 
     cargo build --release -p lora-cli
     sh tools/fetch-smollm2.sh
-    python text_side_by_side.py TARGET/release/lora assets/smollm2.gguf [--rounds 2] [--steps 8]
+    python text_side_by_side.py TARGET/release/lora assets/smollm2.gguf|FOLDER [--rounds 2] [--steps 8]
 
 Needs torch, transformers, peft and gguf. Both adapt all linear layers of the layers (rank 8) with AdamW, one row of plain
-text at a time, every token learned. The peer computes on the weights dequantised to fp32; ours on the file's blocks as they
-are, and on int8, nf4. The peak is the resident memory of the process, tokens a second are those of the median step.
+text at a time, every token learned. The peer computes on the weights dequantised to fp32; ours on the weights as they are,
+which are the file's blocks where it is one of GGUF and fp32 where a folder of safetensors holds that, and on int8, nf4. The peak is the resident memory of the process, tokens a second are those of the median step.
 """
 
 import argparse
@@ -39,9 +39,10 @@ def peer(base, tokens, checkpointing, steps):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, name = os.path.split(os.path.realpath(base))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    folder, own = (base, {}) if os.path.isdir(base) else os.path.split(os.path.realpath(base))
+    own = own and {"gguf_file": own}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **own)
     model.config.use_cache = False
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     if checkpointing:
@@ -108,7 +109,8 @@ def main(options):
                 sys.exit(done.stderr)
             rows.setdefault("PEFT, fp32", []).append(json.loads(done.stdout.splitlines()[-1]))
             for keys in forms:
-                name = "ours, " + (keys[0].split("=")[1] if keys else "GGUF's blocks")
+                unchanged = "fp32" if os.path.isdir(options.base) else "GGUF's blocks"
+                name = "ours, " + (keys[0].split("=")[1] if keys else unchanged)
                 rows.setdefault(name, []).append(ours(options.ours, options.base, tokens, own + keys, options.steps))
         median = {name: {key: statistics.median(own[key] for own in all) for key in all[0]} for name, all in rows.items()}
         reference = median["PEFT, fp32"]

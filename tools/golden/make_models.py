@@ -42,30 +42,43 @@ def autoencoder():
 def main():
     made = {}
     with torch.no_grad():
-        text = tiny.text_encoder()
         full = [(7919 * (i + 1)) % 49406 for i in range(75)]
-        ids = torch.tensor([
-            tiny.token_row(full),
-            tiny.token_row([320, 1125, 539, 320, 2368, 525, 320, 2540, 267, 736, 3055]),
-            tiny.token_row([]),
-        ])
-        answer = text(input_ids=ids, output_hidden_states=True)
-        norm = next(module for name, module in text.named_modules() if name.endswith("final_layer_norm"))
-        made["text_encoder.input_ids"] = ids
-        made["text_encoder.clip_skip_1"] = answer.last_hidden_state
-        made["text_encoder.clip_skip_2"] = norm(answer.hidden_states[-2])
+        short = [320, 1125, 539, 320, 2368, 525, 320, 2540, 267, 736, 3055]
+        for (component, text), pad in zip(tiny.text_encoders().items(), tiny.PADS):
+            ids = torch.tensor([tiny.token_row(own, pad) for own in (full, short, [])])
+            answer = text(input_ids=ids, output_hidden_states=True)
+            norm = next(module for name, module in text.named_modules() if name.endswith("final_layer_norm"))
+            made[f"{component}.input_ids"] = ids
+            if tiny.MODEL == "sdxl":
+                made[f"{component}.penultimate"] = answer.hidden_states[-2]
+                if component == "text_encoder_2":
+                    made[f"{component}.pooled"] = answer.text_embeds
+            else:
+                made[f"{component}.clip_skip_1"] = answer.last_hidden_state
+                made[f"{component}.clip_skip_2"] = norm(answer.hidden_states[-2])
 
         if tiny.MODEL == "sd1":
             made |= autoencoder()
 
         unet = tiny.unet()
-        sample = given("input.unet.sample", (2, 4, 8, 8))
-        context = given("input.unet.context", (2, 77, tiny.CONTEXT))
-        made["unet.square"] = unet(sample, torch.tensor([10, 999]), context).sample
-        wide = given("input.unet.wide.sample", (1, 4, 8, 16))
-        made["unet.wide"] = unet(wide, torch.tensor([500]), given("input.unet.wide.context", (1, 77, tiny.CONTEXT))).sample
-        long = given("input.unet.long.context", (1, 227, tiny.CONTEXT))
-        made["unet.long"] = unet(given("input.unet.long.sample", (1, 4, 8, 8)), torch.tensor([250]), long).sample
+        cases = {
+            "square": ("input.unet", (2, 4, 8, 8), [10, 999], 77),
+            "wide": ("input.unet.wide", (1, 4, 8, 16), [500], 77),
+            "long": ("input.unet.long", (1, 4, 8, 8), [250], 227),
+        }
+        for case, (name, shape, timesteps, states) in cases.items():
+            count = shape[0]
+            added = dict(
+                text_embeds=given(f"{name}.pooled", (count, tiny.TEXT_2["projection_dim"])),
+                time_ids=torch.tensor(tiny.SIZES[:count], dtype=tiny.DTYPE),
+            )
+            context = given(f"{name}.context", (count, states, tiny.CONTEXT))
+            made[f"unet.{case}"] = unet(
+                given(f"{name}.sample", shape),
+                torch.tensor(timesteps),
+                context,
+                added_cond_kwargs=added if tiny.MODEL == "sdxl" else None,
+            ).sample
     for name, tensor in made.items():
         if tensor.is_floating_point():
             print(f"  {name}: {list(tensor.shape)}, std {tensor.std():.4f}, largest {tensor.abs().max():.4f}")

@@ -18,14 +18,14 @@ def timesteps():
 
 def train(max_grad_norm, min_snr_gamma=None, noise_offset=0.0):
     """Losses, gradient norms before clipping, and the final parameters."""
-    unet, text, parameters = training.model(training.attention_targets, zero_up=True)
+    unet, texts, parameters = training.model(training.attention_targets, zero_up=True)
     optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     latents, losses, norms = training.latents(), [], []
     for step, drawn in enumerate(timesteps()):
         noise = tiny.given(f"input.trajectory.{step}.noise", training.BATCH)
         if noise_offset:
             noise = noise + noise_offset * tiny.given(f"input.trajectory.{step}.offset", (2, 4, 1, 1))
-        loss = training.loss(unet, text, latents, noise, drawn, min_snr_gamma)
+        loss = training.loss(unet, texts, latents, noise, drawn, min_snr_gamma)
         optimiser.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm).double())

@@ -13,9 +13,14 @@ RANK, ALPHA = 4, 2.0
 BATCH = (2, 4, 16, 16)  # 2 x 2 in the middle block: at 1 x 1 its group norms see two numbers, and training is chaotic
 
 
-def default_targets(unet, text, convolutions):
-    """Module paths: the linears and 1x1 convolutions of the transformers, with `convolutions` also those of resnets and
-    samplers; the text encoder's attention and MLP."""
+def ending(text, ends):
+    """Module paths of a text encoder that end so."""
+    return sorted(name for name, _ in text.named_modules() if name.endswith(ends))
+
+
+def default_targets(unet, texts, convolutions):
+    """Module paths by component: the linears and 1x1 convolutions of the transformers, with `convolutions` also those of
+    resnets and samplers; the text encoders' attention and MLP."""
     kinds = {"Transformer2DModel"}
     if convolutions:
         kinds |= {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
@@ -26,17 +31,15 @@ def default_targets(unet, text, convolutions):
                 if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                     found.add(f"{path}.{inner}")
     ends = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-    return sorted(found), sorted(name for name, _ in text.named_modules() if name.endswith(ends))
+    return {"unet": sorted(found)} | {component: ending(text, ends) for component, text in texts.items()}
 
 
-def attention_targets(unet, text):
-    """Module paths of all query, key, value and output projections."""
+def attention_targets(unet, texts):
+    """Module paths by component of all query, key, value and output projections."""
     ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
     text_ends = ("q_proj", "k_proj", "v_proj", "out_proj")
-    return (
-        sorted(name for name, _ in unet.named_modules() if name.endswith(ends)),
-        sorted(name for name, _ in text.named_modules() if name.endswith(text_ends)),
-    )
+    found = {"unet": sorted(name for name, _ in unet.named_modules() if name.endswith(ends))}
+    return found | {component: ending(text, text_ends) for component, text in texts.items()}
 
 
 def inject(model, component, targets, zero_up):
@@ -48,7 +51,7 @@ def inject(model, component, targets, zero_up):
         if not isinstance(module, LoraLayer):
             continue
         assert module.scaling["default"] == ALPHA / RANK
-        canonical = tiny.text_name(path) if component == "text_encoder" else path
+        canonical = tiny.text_name(path) if component.startswith("text_encoder") else path
         for part, layer in (("down", module.lora_A["default"]), ("up", module.lora_B["default"])):
             name, parameter = f"lora.{component}.{canonical}.{part}", layer.weight
             shape = tuple(parameter.shape)
@@ -68,24 +71,25 @@ def inject(model, component, targets, zero_up):
 
 
 def model(targets, zero_up):
-    """The U-Net and text encoder with adapters, and all adapter parameters by name."""
-    unet, text = tiny.unet(), tiny.text_encoder()
-    unet_targets, text_targets = targets(unet, text)
-    parameters = inject(unet, "unet", unet_targets, zero_up) | inject(text, "text_encoder", text_targets, zero_up)
-    return unet, text, dict(sorted(parameters.items()))
+    """The U-Net and the text encoders with adapters, and all adapter parameters by name."""
+    unet, texts = tiny.unet(), tiny.text_encoders()
+    chosen, parameters = targets(unet, texts), {}
+    for component, network in {"unet": unet, **texts}.items():
+        parameters |= inject(network, component, chosen[component], zero_up)
+    return unet, texts, dict(sorted(parameters.items()))
 
 
 SCHEDULER = DDPMScheduler(**tiny.SCHEDULE, clip_sample=False)
 
 
-def loss(unet, text, latents, noise, timesteps, min_snr_gamma=None):
+def loss(unet, texts, latents, noise, timesteps, min_snr_gamma=None):
     """Mean squared error of the prediction; with gamma, each item weighted by min(SNR, gamma) / SNR, or / (SNR + 1) where
     velocity is predicted."""
     velocity = SCHEDULER.config.prediction_type == "v_prediction"
     target = SCHEDULER.get_velocity(latents, noise, timesteps) if velocity else noise
     noised = SCHEDULER.add_noise(latents, noise, timesteps)
-    context = text(input_ids=tiny.training_rows()).last_hidden_state
-    answer = unet(noised, timesteps, context).sample
+    context, added = tiny.conditions(texts, [tiny.training_rows(pad) for pad in tiny.PADS])
+    answer = unet(noised, timesteps, context, added_cond_kwargs=added).sample
     each = torch.nn.functional.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         alphas = SCHEDULER.alphas_cumprod[timesteps].to(tiny.DTYPE)

@@ -348,7 +348,8 @@ fn scale_rope(path: &Path, scaling: serde_json::Value) -> Result<(), Failure> {
         missing();
         return Ok(());
     };
-    let parsed: Result<serde_json::Map<String, serde_json::Value>, _> = serde_json::from_slice(&text);
+    let parsed: Result<serde_json::Map<String, serde_json::Value>, _> =
+        serde_json::from_slice(lora_io::json::without_mark(&text));
     let Ok(mut config) = parsed else {
         missing();
         return Ok(());

@@ -90,8 +90,8 @@ impl From<lora_io::Error> for Failure {
 
 fn main() -> ExitCode {
     let command = Arguments::parse().command;
-    if matches!(command, Command::Train(_)) {
-        lora_train::let_threads_yield();
+    if matches!(command, Command::Train(_) | Command::Generate(_) | Command::Evaluate(_)) {
+        lora_train::yield_to_busy_programs();
     }
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()

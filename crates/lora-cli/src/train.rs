@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_train::config::TrainConfig;
-use lora_train::{Plugins, train};
+use lora_train::{Best, Plugins, train};
 
 use crate::Failure;
 use crate::progress::{TrainingBar, preparing};
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
     let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())?;
     if arguments.json {
-        let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped });
+        let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped, "best": result.best });
         println!("{json}");
         return Ok(());
     }
@@ -50,6 +50,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("stopped early ({reason}) after {} steps", result.steps);
     }
     println!("LoRA:       {}", result.lora.display());
+    if let Some(Best { step, loss, lora }) = &result.best {
+        let place = lora.as_ref().map_or_else(String::new, |lora| format!(", {}", lora.display()));
+        println!("best:       step {step}, validation loss {loss:.4}{place}");
+    }
     println!("loss curve: {}", output_dir.join("loss.png").display());
     if has_samples {
         println!("samples:    {}", output_dir.join("samples.png").display());

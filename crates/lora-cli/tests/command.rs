@@ -370,8 +370,9 @@ fn threads_that_keep_cores_busy_are_warned_of() {
 /// The environment that a run trains in, which libtorch's threads are made by.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_run_lets_its_threads_yield_unless_it_is_told_otherwise() {
+fn a_run_beside_a_busy_program_lets_its_threads_yield_unless_it_is_told_otherwise() {
     let folder = workspace();
+    let mut busy = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
     let environment = |variable: Option<(&str, &str)>| {
         let mut command = lora();
         command.current_dir(folder.path()).args(["train", "config.toml", "--set", "max_train_steps=1000000"]);
@@ -391,7 +392,9 @@ fn a_run_lets_its_threads_yield_unless_it_is_told_otherwise() {
         std::fs::remove_file(folder.path().join("out/metrics.jsonl")).unwrap();
         String::from_utf8_lossy(&environment).into_owned()
     };
-    assert!(environment(None).contains("OMP_WAIT_POLICY=PASSIVE"));
-    let told = environment(Some(("GOMP_SPINCOUNT", "20")));
+    let (untold, told) = (environment(None), environment(Some(("GOMP_SPINCOUNT", "20"))));
+    busy.kill().unwrap();
+    busy.wait().unwrap();
+    assert!(untold.contains("OMP_WAIT_POLICY=PASSIVE"));
     assert!(told.contains("GOMP_SPINCOUNT=20") && !told.contains("OMP_WAIT_POLICY"), "{told}");
 }

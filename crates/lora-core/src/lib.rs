@@ -3,6 +3,7 @@
 
 mod adapter;
 pub mod backend;
+pub mod blocks;
 pub mod compose;
 pub mod conformance;
 mod error;

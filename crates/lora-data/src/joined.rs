@@ -8,7 +8,7 @@ use lora_io::metadata::TrainingRecord;
 use crate::cache::DiskCache;
 use crate::finding::Finding;
 use crate::sampler::{Visit, Visits};
-use crate::source::{Example, Identity, Overview, Source};
+use crate::source::{Example, HeldOut, Identity, Overview, Source};
 use crate::{Error, Result};
 
 /// Several sources as one.
@@ -95,6 +95,11 @@ impl Source for Joined {
         source.measure(item)
     }
 
+    fn amount(&self, item: usize) -> f64 {
+        let (source, item) = self.at(item);
+        source.amount(item)
+    }
+
     fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>> {
         let (source, item) = self.at(item);
         source.key_parts(item, draw, cache)
@@ -140,6 +145,24 @@ impl Source for Joined {
             Some(first) => first.of_another(path),
             None => Ok(Self::of(Vec::new())),
         }
+    }
+
+    /// Of each source its share; one that has a single item keeps it.
+    fn hold_out(&mut self, held_out: HeldOut, seed: u64) -> Result<Box<dyn Source>> {
+        let all = self.count();
+        held_out.choose(all, seed)?;
+        let mut others = Vec::new();
+        for source in &mut self.sources {
+            let own = source.count();
+            let held_out = match held_out {
+                HeldOut::Records(count) => HeldOut::Records((count * own / all).clamp(1, own.max(2) - 1)),
+                share => share,
+            };
+            if own > 1 {
+                others.push(source.hold_out(held_out, seed)?);
+            }
+        }
+        Ok(Self::of(others))
     }
 
     fn overview(&self) -> Overview {

@@ -3,6 +3,7 @@
 
 mod describe;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use crate::picture::{self, decode_bytes};
 use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
 use crate::sampler::{Visit, Visits};
-use crate::source::{Example, Identity, Overview, Shape, Source};
+use crate::source::{Example, HeldOut, Identity, Overview, Shape, Source};
 use crate::{Error, Result, RgbPicture};
 
 /// Whether and how pixels are weighted in the loss.
@@ -67,7 +68,7 @@ pub struct DatasetOptions {
     pub group: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Dataset {
     options: DatasetOptions,
     processors: Vec<Arc<dyn PictureProcessor>>,
@@ -400,6 +401,33 @@ impl Source for Pictures {
     /// Treated as the first dataset's are.
     fn of_another(&self, path: &Path) -> Result<Box<dyn Source>> {
         self.treated_alike(path.into()).map(|pictures| Box::new(pictures) as Box<dyn Source>)
+    }
+
+    /// Of regularisation pictures none is held out.
+    fn hold_out(&mut self, held_out: HeldOut, seed: u64) -> Result<Box<dyn Source>> {
+        let own: Vec<usize> = (0..self.items.len()).filter(|&item| self.items[item].role == Role::Training).collect();
+        let chosen: BTreeSet<usize> = held_out.choose(own.len(), seed)?.into_iter().map(|place| own[place]).collect();
+        let mut other = Self {
+            datasets: self.datasets.clone(),
+            items: Vec::with_capacity(chosen.len()),
+            of: Vec::with_capacity(chosen.len()),
+            findings: Vec::new(),
+            stand_ins: self.stand_ins,
+        };
+        let all = std::mem::take(&mut self.items).into_iter().zip(std::mem::take(&mut self.of));
+        for (index, (item, dataset)) in all.enumerate() {
+            match chosen.contains(&index) {
+                true => {
+                    other.items.push(Item { repeats: 1, ..item });
+                    other.of.push(dataset);
+                }
+                false => {
+                    self.items.push(item);
+                    self.of.push(dataset);
+                }
+            }
+        }
+        Ok(Box::new(other))
     }
 
     fn overview(&self) -> Overview {

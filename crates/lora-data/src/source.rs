@@ -2,6 +2,7 @@
 //! [`crate::texts::Texts`] answer. In which order items are visited is [`crate::sampler`]'s business; what is computed from
 //! an example belongs to the base model that is trained.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
@@ -86,6 +87,42 @@ impl fmt::Display for Overview {
     }
 }
 
+/// What is kept from training, to be looked at beside it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum HeldOut {
+    /// So many records or pictures.
+    Records(usize),
+    /// This share of all, between 0 and 1.
+    Share(f64),
+}
+
+impl HeldOut {
+    /// Which of so many are held out, chosen by the seed.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where that is none of them, or all.
+    pub fn choose(self, of: usize, seed: u64) -> Result<BTreeSet<usize>> {
+        let count = match self {
+            Self::Records(count) => count,
+            Self::Share(share) => ((of as f64 * share).round() as usize).max(1),
+        };
+        if count == 0 || count >= of {
+            return Err(self.refused(format!("there are {of} records, and both parts need one")));
+        }
+        let mut all: Vec<usize> = (0..of).collect();
+        Stream::new(seed).at("validation split").shuffle(&mut all);
+        Ok(all.into_iter().take(count).collect())
+    }
+
+    fn refused(self, reason: String) -> Error {
+        let value = match self {
+            Self::Records(count) => count.to_string(),
+            Self::Share(share) => share.to_string(),
+        };
+        Error::Option { key: "validation_split", value, reason }
+    }
+}
+
 /// A dataset, or several as one. Items are numbered from 0.
 ///
 /// All that is random comes from the `draw` that a method is given, which belongs to the visit: order, threads and resuming
@@ -131,10 +168,16 @@ pub trait Source: fmt::Debug + Send + Sync {
         1.0
     }
 
-    /// How much of a step's loss an item makes up: a picture counts 1, a text the number of its trained tokens. The loss of a
-    /// step is the mean over all that its items measure, however they are split into micro-batches.
+    /// How much of a step's loss an item makes up: a picture counts 1, a text the number of its trained tokens, a row of
+    /// preference pairs their number. The loss of a step is the mean over all that its items measure, however they are split
+    /// into micro-batches.
     fn measure(&self, _item: usize) -> f64 {
         1.0
+    }
+
+    /// How much there is to learn of an item, in the unit of which a run shows how many it does in a second.
+    fn amount(&self, item: usize) -> f64 {
+        self.measure(item)
     }
 
     /// All that an item's example depends on, as parts of a cache entry's key.
@@ -157,6 +200,15 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// # Errors
     /// Where there are none, or one cannot be used.
     fn of_another(&self, path: &Path) -> Result<Box<dyn Source>>;
+
+    /// Takes some items out, chosen by the seed, and gives them: for validation. Both parts have at least one.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where there are not so many, or items cannot be taken out.
+    fn hold_out(&mut self, held_out: HeldOut, seed: u64) -> Result<Box<dyn Source>> {
+        let _ = seed;
+        Err(held_out.refused("these data cannot be split; name a validation_data_dir".into()))
+    }
 
     /// What to read before the first step.
     fn overview(&self) -> Overview;

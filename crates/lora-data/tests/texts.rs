@@ -336,6 +336,13 @@ fn pairs_stay_together() {
         assert_eq!((documents.len(), documents.iter().sum::<usize>()), (2, ids.len()));
         assert_eq!(said(&texts, row).1, "good<|im_end|>bad<|im_end|>");
     }
+    let wanted =
+        |pairs: bool| Texts::open(TextOptions { pairs: Some(pairs), ..dataset.options() }, tokenizer("chatml"), None);
+    let pairs = wanted(true).unwrap();
+    assert_eq!((pairs.measure(0), pairs.amount(0) > 1.0), (1.0, true));
+    assert!(wanted(false).unwrap_err().to_string().contains("objective"));
+    let one = Texts::stand_in(TextOptions { pairs: Some(true), ..dataset.options() }, 3);
+    assert_eq!((one.rows(), one.row(2).documents.len(), one.measure(2)), (3, 2, 1.0));
     fs::write(dataset.path().join("b.jsonl"), "{\"text\": \"plain\"}").unwrap();
     let error = dataset.open("chatml").unwrap_err().to_string();
     assert!(error.contains("b.jsonl") && error.contains("pairs"), "{error}");

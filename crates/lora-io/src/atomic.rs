@@ -1,5 +1,6 @@
-//! Files that appear whole or not at all: written beside their place, synced where they could not be made again, renamed. A
-//! full disk or a kill leaves what was there before; what a killed program had begun beside it is cleared away by the next one.
+//! Files and folders that appear whole or not at all: written beside their place, synced where they could not be made again,
+//! renamed. A full disk or a kill leaves what was there before; what a killed program had begun beside it is cleared away by
+//! the next one.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -70,15 +71,55 @@ pub fn write_with(
     Ok(())
 }
 
-/// Removes what killed programs left half-written in a folder. Files that are being written are locked and stay; so does
-/// whatever cannot be looked at or removed, as it does no harm.
+/// A folder that appears whole or not at all: filled beside its place, then renamed. Dropped before, it is removed.
+pub(crate) struct NewFolder {
+    partial: tempfile::TempDir,
+    /// Tells that somebody is at work in it, as with files.
+    _lock: Option<File>,
+}
+
+impl NewFolder {
+    /// Begins one in the folder where it will be.
+    pub(crate) fn begin(parent: &Path) -> Result<Self> {
+        let partial = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(parent);
+        let partial = partial.map_err(Error::io(parent, "create a folder in it"))?;
+        let lock = File::open(partial.path()).ok().filter(|folder| folder.try_lock().is_ok());
+        Ok(Self { partial, _lock: lock })
+    }
+
+    /// Where it is filled.
+    pub(crate) fn path(&self) -> &Path {
+        self.partial.path()
+    }
+
+    /// Puts it into its place, which must be free.
+    pub(crate) fn finish(self, place: &Path) -> Result<()> {
+        fs::rename(self.partial.path(), place).map_err(Error::io(place, "put into place"))?;
+        let _ = self.partial.keep();
+        Ok(())
+    }
+}
+
+/// Removes what killed programs left half-written in a folder and in the folders directly in it, as adapters in PEFT's layout
+/// are. What is being written is locked and stays; so does whatever cannot be looked at or removed, as it does no harm.
 pub fn clear_partial(folder: impl AsRef<Path>) {
+    clear(folder.as_ref(), true);
+}
+
+fn clear(folder: &Path, and_below: bool) {
     let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTIAL)) {
-        let Ok(file) = File::open(entry.path()) else { continue };
+    for entry in entries.flatten() {
+        let (path, is_folder) = (entry.path(), entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        if !entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            if is_folder && and_below {
+                clear(&path, false);
+            }
+            continue;
+        }
+        let Ok(file) = File::open(&path) else { continue };
         let age = file.metadata().and_then(|data| data.modified()).map(|time| SystemTime::now().duration_since(time));
         if matches!(age, Ok(Ok(age)) if age >= YOUNG) && file.try_lock().is_ok() {
-            let _ = fs::remove_file(entry.path());
+            let _ = if is_folder { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
     }
 }
@@ -151,5 +192,37 @@ mod tests {
         fs::write(&file, "").unwrap();
         assert!(check_writable(file.join("below")).unwrap_err().to_string().contains("below"));
         check_writable(folder.path().join("a/b")).unwrap();
+    }
+    #[cfg(unix)]
+    #[test]
+    fn what_was_left_in_folders_is_cleared_and_folders_that_were_begun_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = |path: &Path| File::open(path).unwrap().set_modified(SystemTime::now() - 2 * YOUNG).unwrap();
+        let adapter = folder.path().join("lora/deeper");
+        fs::create_dir_all(&adapter).unwrap();
+        let (left, mine, below) = (
+            folder.path().join("lora/.lora-partial-left"),
+            folder.path().join("lora/mine"),
+            adapter.join(".lora-partial-x"),
+        );
+        for path in [&left, &mine, &below] {
+            fs::write(path, "text").unwrap();
+            old(path);
+        }
+        let killed = folder.path().join(".lora-partial-killed");
+        fs::create_dir(&killed).unwrap();
+        fs::write(killed.join("model.safetensors"), "half").unwrap();
+        old(&killed);
+        let at_work = NewFolder::begin(folder.path()).unwrap();
+        fs::write(at_work.path().join("a"), "half").unwrap();
+        old(at_work.path());
+        clear_partial(folder.path());
+        let there = [&left, &mine, &below, &killed].map(|path| path.exists());
+        assert_eq!(there, [false, true, true, false]);
+        let place = folder.path().join("whole");
+        at_work.finish(&place).unwrap();
+        assert_eq!(fs::read(place.join("a")).unwrap(), b"half");
+        drop(NewFolder::begin(folder.path()).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }

@@ -10,6 +10,7 @@ mod foreign;
 pub mod gguf;
 pub mod hash;
 mod info;
+pub mod json;
 pub mod merge;
 pub mod metadata;
 pub mod overwrite;

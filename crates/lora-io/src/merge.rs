@@ -9,12 +9,22 @@
 //! | `folder` | the files of a base |
 //! | `targets` | which tensors a module changes |
 //! | `tied` | output layers that are embeddings |
+//! | `experts` | adapters on all experts of a layer, in the form that the base has them in |
+//! | `rows` | updates whose rows are computed apart |
+//! | `compute` | the numbers of a piece of a tensor |
 //! | `numbers` | stored numbers as f32 and back |
+//! | `scales` | weights of 8 bits and the scales beside them |
+//! | `configuration` | what a merged folder says of itself |
 //! | `reduce` | plain LoRAs from checkpoints |
 
+mod compute;
+mod configuration;
+mod experts;
 mod folder;
 mod numbers;
 mod reduce;
+mod rows;
+mod scales;
 mod targets;
 mod tied;
 
@@ -26,17 +36,18 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use lora_core::backend::CpuBackend;
-use lora_core::merge::{Applied, geometry, merged_bias, merged_weight};
-use lora_core::variant::{BIAS_VALUE, FrozenLayer, LoraFactors, Parameters, VariantRegistry, WEIGHT_VALUE};
-use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, Strength};
+use lora_core::variant::VariantRegistry;
+use lora_core::{Adapter, AdapterModule, Component, DType, Strength};
 use rayon::prelude::*;
 
 use crate::adapter::{damage, damaged};
-use crate::safetensors::{Entry, SafetensorsFile, StoredDType, header};
+use crate::safetensors::{Entry, StoredDType, header};
 use crate::{Error, Result, atomic};
 use folder::Base;
 pub(crate) use folder::walk;
-use numbers::{all_finite, factor_of, from_f32, is_float, is_readable, to_f32};
+use numbers::{is_float, is_readable};
+use rows::Update;
+use scales::Scales;
 use targets::{Edit, Edits};
 
 /// An adapter and how strongly it is merged.
@@ -95,31 +106,31 @@ pub fn merge(
     let (base, output) = (base.as_ref(), output.as_ref());
     let base = Base::open(base)?;
     guard(&base, output)?;
+    atomic::clear_partial(folder_of(output));
     for adapter in adapters {
         if let Some((module, tensor)) = damaged(&adapter.adapter) {
             let reason = format!("`{}`: {}", adapter.name, damage(tensor));
             return Err(Error::Module { module: module.to_string(), reason });
         }
     }
+    let adapters = &*experts::in_form(&base, adapters);
     let edits = Edits::new(&base, adapters, variants)?;
+    let scales = Scales::of(&base);
     let total = base.files.iter().map(|file| file.data().len() as u64).sum();
     let done = std::sync::atomic::AtomicU64::new(0);
     let advance = |bytes: u64| {
         let before = done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
         progress(before + bytes, total);
     };
-    let job = Job { base: &base, edits: &edits, adapters, options, variants, advance: &advance };
+    let job = Job { base: &base, edits: &edits, scales: &scales, adapters, options, variants, advance: &advance };
     let mut report = MergeReport { notes: edits.notes.clone(), ..MergeReport::default() };
     if !base.is_folder() {
         job.merge_file(0, output, &mut report)?;
         return Ok(report);
     }
     // The folder is made beside its place and renamed, as files are.
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let partial = tempfile::Builder::new()
-        .prefix(".lora-partial-")
-        .tempdir_in(parent)
-        .map_err(Error::io(parent, "create a folder in it"))?;
+    let parent = folder_of(output);
+    let partial = atomic::NewFolder::begin(parent)?;
     report.notes.extend(base.copy_others(partial.path())?);
     for (index, file) in base.files.iter().enumerate() {
         let target = partial.path().join(base.relative(file.path()));
@@ -128,9 +139,9 @@ pub fn merge(
         }
         job.merge_file(index, &target, &mut report)?;
     }
-    job.untie(partial.path(), &mut report)?;
-    let made = partial.keep();
-    fs::rename(&made, output).map_err(Error::io(output, "put into place"))?;
+    job.finish(partial.path(), &mut report)?;
+    let made = partial.path().to_owned();
+    partial.finish(output)?;
     let place = |file: &PathBuf| output.join(file.strip_prefix(&made).unwrap_or(file));
     report.files = report.files.iter().map(place).collect();
     Ok(report)
@@ -144,14 +155,19 @@ pub fn merge(
 /// gives.
 pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<Vec<String>> {
     let base = Base::open(base.as_ref())?;
-    let weighted = Weighted { name: "adapter".into(), adapter, strength: Strength::default() };
-    Edits::new(&base, &[weighted], &VariantRegistry::default()).map(|edits| edits.notes)
+    let weighted = [Weighted { name: "adapter".into(), adapter, strength: Strength::default() }];
+    Edits::new(&base, &experts::in_form(&base, &weighted), &VariantRegistry::default()).map(|edits| edits.notes)
+}
+
+/// The folder that a path lies in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// The output must not be the base, nor lie in it or in the way of anything.
 fn guard(base: &Base, output: &Path) -> Result<()> {
     crate::overwrite::refuse([base.path.as_path()], output)?;
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = folder_of(output);
     let within = match (base.path.canonicalize(), parent.canonicalize()) {
         (Ok(base), Ok(parent)) => parent.starts_with(base),
         _ => false,
@@ -172,8 +188,8 @@ fn guard(base: &Base, output: &Path) -> Result<()> {
 /// A piece of work: bytes to copy, or rows of a tensor to compute.
 struct Piece<'f> {
     entry: Entry,
-    /// The tensor that the numbers come from.
-    source: (&'f SafetensorsFile, String),
+    /// The tensor that the numbers come from: the index of its file, and its name there.
+    source: (usize, String),
     /// Where the piece goes in the output.
     offset: u64,
     /// Rows of the tensor's first axis; all bytes for a copy.
@@ -185,6 +201,7 @@ struct Piece<'f> {
 struct Job<'j> {
     base: &'j Base,
     edits: &'j Edits,
+    scales: &'j Scales,
     adapters: &'j [Weighted],
     options: &'j MergeOptions,
     variants: &'j VariantRegistry<CpuBackend>,
@@ -196,17 +213,19 @@ impl Job<'_> {
         &self.adapters[edit.adapter].adapter.modules[&edit.module]
     }
 
-    /// Whether an edit's rows can be computed alone: other formulas need their whole tensor.
-    fn is_tiled(&self, edit: &Edit) -> bool {
-        !edit.bias && !edit.transposed && tileable(self.module(edit), self.variants)
+    /// What an edit does, where rows of it can be computed apart.
+    fn update(&self, edit: &Edit) -> Option<Update<'_>> {
+        if edit.bias || edit.transposed { None } else { Update::of(self.module(edit), self.variants) }
     }
 
     /// Where the numbers of a tensor of the output come from.
-    fn source(&self, index: usize, name: &str) -> (&SafetensorsFile, String) {
-        match self.edits.files[index].made_of.get(name) {
-            Some((file, source)) => (&self.base.files[*file], source.clone()),
-            None => (&self.base.files[index], name.to_owned()),
-        }
+    fn source(&self, index: usize, name: &str) -> (usize, String) {
+        self.edits.files[index].made_of.get(name).cloned().unwrap_or_else(|| (index, name.to_owned()))
+    }
+
+    /// Whether a tensor is written: scales are not where the weights that they belong to are written in another type.
+    fn is_kept(&self, name: &str) -> bool {
+        self.options.dtype.is_none() || !self.scales.leaves_out(name)
     }
 
     /// What the output will hold, in the types that it will have.
@@ -214,27 +233,24 @@ impl Job<'_> {
         let (file, own) = (&self.base.files[index], &self.edits.files[index]);
         let added = own.made_of.keys().map(String::as_str).filter(|name| !file.contains(name));
         let entry = |name: &str| {
-            let (file, source) = self.source(index, name);
+            let (place, source) = self.source(index, name);
+            let file = &self.base.files[place];
             let view = file.get(&source)?;
-            let factor = factor_of(file, &source).filter(|_| !is_float(view.dtype()));
-            let readable = is_readable(view.dtype()) && factor.is_none();
+            let readable = is_readable(view.dtype());
             let dtype = self.options.dtype.filter(|_| readable).map_or(view.dtype(), StoredDType::from);
             if own.edits.contains_key(name) && !is_float(dtype) {
                 let stored = view.dtype();
-                let reason = match factor {
-                    Some(factor) => {
-                        format!("is stored as {stored} with factors beside it (`{factor}`), which are not read")
+                let reason = match readable {
+                    true => format!("is stored as {stored}; name the type of the output's numbers (--dtype bf16)"),
+                    false => {
+                        format!("is stored as {stored}; an adapter merges into F32, F16, BF16, F8_E4M3 and F8_E5M2")
                     }
-                    None if readable => {
-                        format!("is stored as {stored}; name the type of the output's numbers (--dtype bf16)")
-                    }
-                    None => format!("is stored as {stored}; an adapter merges into F32, F16 and BF16"),
                 };
                 return Err(Error::tensor(file.path(), &source, reason));
             }
             Ok(Entry { name: name.to_owned(), dtype, shape: view.shape().to_vec() })
         };
-        file.names().chain(added).map(entry).collect()
+        file.names().filter(|name| self.is_kept(name)).chain(added).map(entry).collect()
     }
 
     /// The header's free text of an output.
@@ -271,7 +287,7 @@ impl Job<'_> {
             let size = entry.dtype.bytes(entry.shape.iter().product()).unwrap_or(0) as u64;
             let first_axis = entry.shape.first().copied().unwrap_or(1).max(1);
             let row = (size as usize / first_axis).max(1);
-            let whole = own.iter().any(|edit| edit.rows.is_some() || !self.is_tiled(edit));
+            let whole = own.iter().any(|edit| edit.rows.is_some() || self.update(edit).is_none());
             let step = if whole { first_axis } else { (TILE / row).clamp(1, first_axis) };
             for start in (0..first_axis).step_by(step) {
                 let rows = start..(start + step).min(first_axis);
@@ -316,23 +332,26 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Says in the configuration of a merged folder that an output layer of its own is there, where one is.
-    fn untie(&self, folder: &Path, report: &mut MergeReport) -> Result<()> {
-        let Some(tied) = &self.edits.untied else { return Ok(()) };
-        let files = self.edits.files.iter().enumerate();
-        for (index, _) in files.filter(|(_, own)| own.made_of.contains_key(tied.head)) {
-            let file = &self.base.files[index];
-            let (source, name) = self.source(index, tied.head);
-            let dtype = self.options.dtype.map_or(source.get(&name)?.dtype(), StoredDType::from);
-            let bytes = dtype.bytes(source.shape(&name).unwrap_or_default().iter().product()).unwrap_or(0);
-            let name = file.path().file_name().unwrap_or_default().to_string_lossy();
-            tied::untie(folder, tied, &name, bytes as u64)?;
+    /// Says in a merged folder what is no longer as it was in the base's: ties, types, places and sizes.
+    fn finish(&self, folder: &Path, report: &mut MergeReport) -> Result<()> {
+        let untied = self.edits.untied.as_ref();
+        let kept = if self.scales.all_read() { &[][..] } else { scales::KEYS };
+        configuration::rewrite(folder, untied.is_some(), self.options.dtype, kept)?;
+        let mut heads = self.edits.files.iter().enumerate();
+        let head = untied.and_then(|tied| {
+            let (index, _) = heads.rfind(|(_, own)| own.made_of.contains_key(tied.head))?;
+            let file = self.base.files[index].path().file_name()?.to_string_lossy().into_owned();
+            Some((tied, file))
+        });
+        let head = head.as_ref().map(|(tied, file)| configuration::Head { tied, file });
+        configuration::rewrite_indices(folder, head)?;
+        if let Some(tied) = untied {
+            report.notes.push(format!(
+                "the base ties its output layer to its embedding, and the adapter changes one of them: `{}` is written of \
+                 its own, and config.json says `tie_word_embeddings` = false",
+                tied.head
+            ));
         }
-        report.notes.push(format!(
-            "the base ties its output layer to its embedding, and the adapter changes one of them: `{}` is written of its own, \
-             and config.json says `tie_word_embeddings` = false",
-            tied.head
-        ));
         Ok(())
     }
 }
@@ -353,186 +372,4 @@ fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> std::io::Result<(
         offset += written as u64;
     }
     Ok(())
-}
-
-/// Whether rows of a module's update can be computed alone.
-fn tileable(module: &AdapterModule, variants: &VariantRegistry<CpuBackend>) -> bool {
-    let factors = LoraFactors::names(false);
-    module.tensors.len() == factors.len()
-        && factors.iter().all(|name| module.tensors.contains_key(*name))
-        && variants.get(&module.variant).is_ok_and(|variant| variant.merges_by_factors())
-}
-
-impl Job<'_> {
-    /// The bytes of a piece.
-    fn compute<'p>(&self, piece: &'p Piece<'p>) -> Result<std::borrow::Cow<'p, [u8]>> {
-        let (file, name) = &piece.source;
-        let view = file.get(name)?;
-        let first_axis = view.shape().first().copied().unwrap_or(1).max(1);
-        let row = view.bytes().len() / first_axis;
-        let stored = &view.bytes()[piece.rows.start * row..piece.rows.end * row];
-        if piece.edits.is_empty() && piece.entry.dtype == view.dtype() {
-            return Ok(std::borrow::Cow::Borrowed(stored));
-        }
-        let mut values = to_f32(view.dtype(), stored);
-        let finite_before = values.iter().all(|value| value.is_finite());
-        let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
-        if piece.edits.iter().all(|edit| edit.rows.is_none() && self.is_tiled(edit)) {
-            for edit in piece.edits {
-                let module = self.module(edit);
-                let sign = if self.options.unmerge { -1.0 } else { 1.0 };
-                let factor = sign * self.adapters[edit.adapter].strength.of(&edit.module) * module.scale();
-                add_rows(&mut values, view.shape(), &piece.rows, module, factor).map_err(wrong)?;
-            }
-        } else {
-            values = self.whole_tensor(values, view.shape(), piece)?;
-        }
-        let rounded = from_f32(piece.entry.dtype, values);
-        if finite_before && !all_finite(piece.entry.dtype, &rounded) {
-            return Err(Error::tensor(file.path(), name, self.overflow(piece)));
-        }
-        Ok(std::borrow::Cow::Owned(rounded))
-    }
-
-    /// What is said of a sum that its type cannot hold.
-    fn overflow(&self, piece: &Piece<'_>) -> String {
-        let dtype = piece.entry.dtype;
-        if dtype == StoredDType::F16 {
-            return format!("would hold infinity in {dtype} after the merge; write bf16 or fp32 (--dtype)");
-        }
-        let names: Vec<_> = piece.edits.iter().map(|edit| self.adapters[edit.adapter].name.as_str()).collect();
-        format!(
-            "would hold infinity in {dtype} after the merge: the numbers of {names:?} or the strength are too large"
-        )
-    }
-
-    /// The general way: whole tensors through the variants' own formulas.
-    fn whole_tensor(&self, values: Vec<f32>, shape: &[usize], piece: &Piece<'_>) -> Result<Vec<f32>> {
-        let mut result = values;
-        let mut groups: BTreeMap<(usize, usize), Vec<&Edit>> = BTreeMap::new();
-        for edit in piece.edits {
-            let rows = edit.rows.clone().unwrap_or(0..shape.first().copied().unwrap_or(1));
-            groups.entry((rows.start, rows.end)).or_default().push(edit);
-        }
-        let row = result.len() / shape.first().copied().unwrap_or(1).max(1);
-        for ((start, end), edits) in groups {
-            let mut shape = shape.to_vec();
-            if let Some(first) = shape.first_mut() {
-                *first = end - start;
-            }
-            let part = result[start * row..end * row].to_vec();
-            let merged = self.layer(part, &shape, piece, &edits)?;
-            result[start * row..end * row].copy_from_slice(&merged.to_f32());
-        }
-        Ok(result)
-    }
-
-    /// One layer with what is done to it.
-    fn layer(&self, values: Vec<f32>, shape: &[usize], piece: &Piece<'_>, edits: &[&Edit]) -> Result<HostTensor> {
-        let (file, name) = &piece.source;
-        let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
-        let turned = edits[0].transposed && !edits[0].bias;
-        let own = HostTensor::from_f32(shape, values).map_err(wrong)?;
-        let own = if turned { numbers::transposed(own) } else { own };
-        let base = frozen(file, edits[0], self.module(edits[0]), own.clone())?;
-        let formulas = edits.iter().map(|edit| self.variants.get(&self.module(edit).variant));
-        let formulas = formulas.collect::<lora_core::Result<Vec<_>>>().map_err(wrong)?;
-        let mut applied: Vec<Applied<'_, CpuBackend>> = Vec::with_capacity(edits.len());
-        for (edit, variant) in edits.iter().zip(&formulas) {
-            let parameters =
-                Parameters::upload(&CpuBackend, self.module(edit), &HostTensor::zeros([1])).map_err(wrong)?;
-            let strength = self.adapters[edit.adapter].strength.of(&edit.module);
-            applied.push(Applied { variant: &**variant, parameters, strength });
-        }
-        let replaces = |edit: &&Edit| {
-            let value = if edit.bias { BIAS_VALUE } else { WEIGHT_VALUE };
-            self.module(edit).tensors.contains_key(value)
-        };
-        if self.options.unmerge && edits.iter().any(replaces) {
-            return Err(Error::tensor(file.path(), name, "was replaced by the adapter's own; there is no way back"));
-        }
-        let merged = if edits[0].bias {
-            if self.options.unmerge {
-                applied.iter_mut().for_each(|applied| applied.strength = -applied.strength);
-            }
-            merged_bias(&CpuBackend, &base, &applied).map_err(wrong)?.unwrap_or(own)
-        } else if self.options.unmerge {
-            let [one] = applied.as_slice() else {
-                return Err(Error::tensor(file.path(), name, "take one adapter out at a time"));
-            };
-            one.variant.unmerge(&CpuBackend, &base, &one.parameters, one.strength).map_err(wrong)?
-        } else {
-            merged_weight(&CpuBackend, &base, &applied).map_err(wrong)?
-        };
-        Ok(if turned { numbers::transposed(merged) } else { merged })
-    }
-}
-
-/// Adds `factor · up[rows] · down` to the rows of a weight.
-fn add_rows(
-    values: &mut [f32],
-    shape: &[usize],
-    rows: &std::ops::Range<usize>,
-    module: &AdapterModule,
-    factor: f64,
-) -> lora_core::Result<()> {
-    let (down, up) = (&module.tensors["down"], &module.tensors["up"]);
-    let rank = down.shape().first().copied().unwrap_or(0);
-    let columns = shape.iter().skip(1).product::<usize>();
-    if up.elements() != shape.first().copied().unwrap_or(0) * rank || down.elements() != rank * columns || rank == 0 {
-        return Err(lora_core::Error::Shape {
-            what: "a LoRA of this weight".into(),
-            expected: format!("factors of {shape:?}"),
-            found: format!("up {:?} and down {:?}", up.shape(), down.shape()),
-        });
-    }
-    if factor == 0.0 {
-        return Ok(());
-    }
-    let up: Vec<f32> = up.to_f32()[rows.start * rank..rows.end * rank]
-        .iter()
-        .map(|value| (f64::from(*value) * factor) as f32)
-        .collect();
-    lora_core::linalg::add_product(values, &up, &down.to_f32(), rank);
-    Ok(())
-}
-
-/// The layer under a module, with `own` as its weight, or as its bias where the change is the bias'.
-fn frozen(
-    file: &SafetensorsFile,
-    edit: &Edit,
-    module: &AdapterModule,
-    own: HostTensor,
-) -> Result<FrozenLayer<CpuBackend>> {
-    let other = |name: &Option<String>| -> Result<Option<HostTensor>> {
-        let Some(name) = name.as_ref().filter(|name| file.contains(name)) else { return Ok(None) };
-        rows_of(file, name, edit.rows.as_ref()).map(Some)
-    };
-    let partner = other(&edit.partner)?;
-    let partner = partner.map(|partner| if edit.transposed { numbers::transposed(partner) } else { partner });
-    let (weight, bias) = match edit.bias {
-        true => (partner, Some(own)),
-        false => (Some(own), partner),
-    };
-    let weight = weight.ok_or_else(|| Error::tensor(file.path(), &edit.module.path, "has a bias but no weight"))?;
-    let geometry = geometry(module, weight.shape()).ok_or_else(|| {
-        let reason = format!("has the shape {:?}; adapters go on vectors, matrices and square kernels", weight.shape());
-        Error::tensor(file.path(), &edit.module.path, reason)
-    })?;
-    Ok(FrozenLayer { backend: CpuBackend, geometry, weight, bias })
-}
-
-/// Some rows of a tensor, or all of it, in f32.
-fn rows_of(file: &SafetensorsFile, name: &str, rows: Option<&std::ops::Range<usize>>) -> Result<HostTensor> {
-    let view = file.get(name)?;
-    if let Some(factor) = factor_of(file, name).filter(|_| !is_float(view.dtype())) {
-        let reason = format!("is stored as {} with factors beside it (`{factor}`), which are not read", view.dtype());
-        return Err(Error::tensor(file.path(), name, reason));
-    }
-    let all = view.to_host()?.to_dtype(DType::F32);
-    let Some(rows) = rows else { return Ok(all) };
-    let row = all.elements() / all.shape().first().copied().unwrap_or(1).max(1);
-    let values = all.to_f32().get(rows.start * row..rows.end * row).unwrap_or_default().to_vec();
-    HostTensor::from_f32([&[rows.len()], &all.shape()[1..]].concat(), values)
-        .map_err(|error| Error::tensor(file.path(), name, error.to_string()))
 }

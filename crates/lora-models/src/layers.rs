@@ -29,6 +29,8 @@ pub struct Pass {
     pub recompute_feed_forward: bool,
     /// Where they are computed again, the blocks' inputs wait for that in host memory.
     pub inputs_in_host: bool,
+    /// Layers compute as if they carried no adapters: the base as it was.
+    pub without_adapters: bool,
 }
 
 impl Pass {
@@ -252,12 +254,17 @@ impl AdaptableLayer {
         self.weight.device()
     }
 
-    /// Its weight, where that alone makes its output: frozen, without a bias and without an adapter.
-    pub(crate) fn frozen(&self) -> Option<&FrozenWeight> {
+    /// Its weight, where in this pass that alone makes its output: frozen, without a bias and without an adapter.
+    pub(crate) fn frozen(&self, pass: &Pass) -> Option<&FrozenWeight> {
         match &self.weight {
-            LayerWeight::Frozen(weight) if self.bias.is_none() && self.adapter.is_none() => Some(weight),
+            LayerWeight::Frozen(weight) if self.bias.is_none() && self.adapter_in(pass).is_none() => Some(weight),
             _ => None,
         }
+    }
+
+    /// The adapter that acts in a pass.
+    fn adapter_in(&self, pass: &Pass) -> Option<&AttachedAdapter> {
+        self.adapter.as_ref().filter(|_| !pass.without_adapters)
     }
 
     /// Bytes of its weight as it is held.
@@ -285,7 +292,7 @@ impl AdaptableLayer {
     /// # Errors
     /// [`Error::Torch`] where the input does not fit the layer; out of memory.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let Some(adapter) = &self.adapter else {
+        let Some(adapter) = self.adapter_in(pass) else {
             return self.weight.apply(&self.geometry, input, self.bias.as_ref());
         };
         let dropout = pass.dropout.as_ref().map(|dropout| Dropout {

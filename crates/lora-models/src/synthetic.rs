@@ -6,7 +6,7 @@ use std::path::Path;
 
 use lora_core::{Component, DType, HostTensor};
 use lora_io::checkpoint::{CheckpointSource, write_single_file};
-use lora_io::family::{Family, sd1, sd2};
+use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -21,6 +21,8 @@ pub struct SyntheticModel {
     pub family: &'static Family,
     /// The text encoder's.
     pub text_encoder: ClipConfig,
+    /// The second text encoder's, of a family that has two.
+    pub text_encoder_2: Option<ClipConfig>,
     /// The U-Net's.
     pub unet: UnetConfig,
     /// The autoencoder's.
@@ -50,6 +52,43 @@ impl SyntheticModel {
         Self::of_sizes(1024, 23, vec![320, 640, 1280, 1280], vec![128, 256, 512, 512]).with_heads_of(64)
     }
 
+    /// A model as small of Stable Diffusion XL's kind: text encoders of 2 layers of width 96 and 4 of width 128, a U-Net of three
+    /// levels of 32 to 96 channels in heads of 32 each.
+    pub fn tiny_sdxl() -> Self {
+        Self::of_sizes(96, 2, vec![32, 64, 96], vec![32, 32, 64, 64])
+            .with_heads_of(32)
+            .with_two_encoders((128, 4), [1, 2])
+    }
+
+    /// Stable Diffusion XL's sizes: 3.47 billion parameters.
+    pub fn full_sdxl() -> Self {
+        let one = Self::of_sizes(768, 12, vec![320, 640, 1280], vec![128, 256, 512, 512]);
+        one.with_heads_of(64).with_two_encoders((1280, 32), [2, 10])
+    }
+
+    /// Of Stable Diffusion XL's kind: a second text encoder of a width and number of layers, transformers of these depths at the lower
+    /// levels, and pooled text and sizes beside the time.
+    fn with_two_encoders(mut self, (width, layers): (usize, usize), depths: [usize; 2]) -> Self {
+        self.family = &sdxl::FAMILY;
+        // The first encoder is OpenAI's CLIP.
+        self.text_encoder.exact_gelu = false;
+        self.text_encoder_2 = Some(ClipConfig {
+            width,
+            intermediate: 4 * width,
+            layers,
+            heads: width * self.text_encoder.heads / self.text_encoder.width,
+            exact_gelu: true,
+            projection: Some(width),
+            ..self.text_encoder
+        });
+        self.unet.transformer_depths = vec![0, depths[0], depths[1]];
+        self.unet.middle_depth = depths[1];
+        self.unet.context = self.text_encoder.width + width;
+        self.unet.added = Some(width + 6 * 256);
+        (self.vae.scaling_factor, self.vae.overflows_in_half) = (VaeConfig::SDXL_SCALING_FACTOR, true);
+        self
+    }
+
     /// Of Stable Diffusion 2's kind: heads of one width everywhere, linear projections, the exact GELU.
     fn with_heads_of(mut self, width: usize) -> Self {
         self.family = &sd2::FAMILY;
@@ -67,17 +106,19 @@ impl SyntheticModel {
             layers,
             heads: width / 64,
             exact_gelu: false,
+            projection: None,
         };
         let unet = UnetConfig {
             latent_channels: 4,
             channels: unet,
-            attention: vec![true, true, true, false],
+            transformer_depths: vec![1, 1, 1, 0],
+            middle_depth: 1,
             heads: vec![8; 4],
             layers_per_block: 2,
-            transformer_depth: 1,
             context: width,
             norm_groups: 32,
             linear_projection: false,
+            added: None,
         };
         let vae = VaeConfig {
             latent_channels: 4,
@@ -85,8 +126,9 @@ impl SyntheticModel {
             layers_per_block: 2,
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
+            overflows_in_half: false,
         };
-        Self { family: &sd1::FAMILY, text_encoder, unet, vae }
+        Self { family: &sd1::FAMILY, text_encoder, text_encoder_2: None, unet, vae }
     }
 
     /// Writes the family's single-file layout in `dtype`; one tensor in memory at a time.
@@ -110,10 +152,19 @@ impl SyntheticModel {
     /// Where the file system refuses, or the model cannot be built.
     pub fn write_headers(&self, folder: &Path) -> Result<()> {
         for (component, weights) in self.weight_shapes()? {
-            let is_text = component == Component::TEXT_ENCODER;
-            let name = if is_text { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
-            let heads = self.text_encoder.heads;
-            let config = if is_text { format!("{{\"num_attention_heads\": {heads}}}") } else { "{}".to_owned() };
+            let text = match component {
+                Component::TEXT_ENCODER => Some(self.text_encoder),
+                Component::TEXT_ENCODER_2 => self.text_encoder_2,
+                _ => None,
+            };
+            let name = if text.is_some() { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" };
+            let config = match text {
+                Some(ClipConfig { heads, exact_gelu, .. }) => {
+                    let activation = if exact_gelu { "gelu" } else { "quick_gelu" };
+                    format!("{{\"num_attention_heads\": {heads}, \"hidden_act\": \"{activation}\"}}")
+                }
+                None => "{}".to_owned(),
+            };
             write_header(&folder.join(component.name()), name, &config, "F16", weights)?;
         }
         Ok(())
@@ -125,12 +176,16 @@ impl SyntheticModel {
     /// Where the configurations of the networks do not go together.
     pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
         let mut lists = BTreeMap::new();
-        for component in [Component::TEXT_ENCODER, Component::UNET, Component::VAE] {
+        let second = self.text_encoder_2.map(|_| Component::TEXT_ENCODER_2);
+        for component in [Component::TEXT_ENCODER, Component::UNET, Component::VAE].into_iter().chain(second) {
             let synthetic = SyntheticWeights::new(component.name());
             let shapes = ShapesOnly::new(&synthetic);
             let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
             match component {
                 Component::TEXT_ENCODER => drop(ClipTextEncoder::new(&weights, self.text_encoder)?),
+                Component::TEXT_ENCODER_2 => {
+                    drop(self.text_encoder_2.map(|config| ClipTextEncoder::new(&weights, config)).transpose()?);
+                }
                 Component::UNET => drop(Unet::new(&weights, self.unet.clone())?),
                 _ => drop(Vae::new(&weights, self.vae.clone())?),
             }

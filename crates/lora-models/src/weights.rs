@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use lora_core::random::{fnv1a64, philox4x32};
 use lora_core::{DType, HostTensor};
-use lora_io::gguf::Packed;
-use lora_torch::blocks::BlockKind;
+use lora_io::gguf::{Packed, TensorType};
 use lora_torch::dry;
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::staging::Staging;
@@ -176,7 +175,7 @@ impl<'s> Weights<'s> {
         let Held::Frozen(Frozen { storage: None, packed: true, staging }) = &self.held else { return Ok(None) };
         let path = self.path(name);
         let Some(stored) = self.source.packed(&path, self.device)? else { return Ok(None) };
-        let (Some(blocks), &[outputs, inputs]) = (BlockKind::from_gguf(stored.kind.id()), stored.shape) else {
+        let (TensorType::Blocks(blocks), &[outputs, inputs]) = (stored.kind, stored.shape) else {
             return Ok(None);
         };
         if stored.shape != shape {
@@ -445,21 +444,5 @@ impl WeightSource for SyntheticWeights {
         self.made.borrow_mut().push((name.to_owned(), shape.to_vec()));
         let host = self.values(name, shape);
         Ok(lora_torch::tensor::from_host(&host, device)?.f_to_kind(kind)?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use lora_io::gguf::TensorType;
-
-    use super::*;
-
-    /// The crate that reads the format and the crate that computes with its blocks do not know each other.
-    #[test]
-    fn blocks_have_one_number_and_one_size_where_they_are_read_and_where_they_compute() {
-        for blocks in BlockKind::ALL {
-            let read = TensorType::from_id(blocks.gguf()).unwrap();
-            assert_eq!((format!("{read:?}"), read.block()), (format!("{blocks:?}"), blocks.block()));
-        }
     }
 }

@@ -115,6 +115,33 @@ fn the_full_architecture_of_stable_diffusion_2_has_the_known_parameters_and_targ
 }
 
 #[test]
+fn the_published_sdxl_has_its_sizes_and_sd_scripts_targets() {
+    let model = SyntheticModel::full_sdxl();
+    let shapes = model.weight_shapes().unwrap();
+    let parameters = |component: Component| -> usize {
+        shapes[&component].iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    };
+    assert_eq!(parameters(Component::UNET), 2_567_463_684);
+    assert_eq!(parameters(Component::TEXT_ENCODER), 123_060_480);
+    assert_eq!(parameters(Component::TEXT_ENCODER_2), 694_659_840);
+    // What sd-scripts adapts by default: 722 modules of the U-Net, 72 and 192 of the text encoders, with so many numbers a
+    // rank.
+    let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
+    let chosen = |network: &mut dyn Adaptable| {
+        let chosen = targets.select(&network.adaptable_layers().unwrap()).unwrap();
+        let numbers = chosen.iter().map(|target| target.geometry.inputs() + target.geometry.outputs());
+        (chosen.len(), numbers.sum::<usize>())
+    };
+    let sources = ["unet", "text_encoder", "text_encoder_2"].map(SyntheticWeights::new);
+    let [unet, first, second] = sources.each_ref().map(|source| ShapesOnly::new(source));
+    let weights = |shapes| Weights::new(shapes, Kind::Float, Device::Cpu);
+    assert_eq!(chosen(&mut Unet::new(&weights(&unet), model.unet).unwrap()), (722, 2_659_840));
+    assert_eq!(chosen(&mut ClipTextEncoder::new(&weights(&first), model.text_encoder).unwrap()), (72, 165_888));
+    let second = ClipTextEncoder::new(&weights(&second), model.text_encoder_2.unwrap()).unwrap();
+    assert_eq!(chosen(&mut second.of(Component::TEXT_ENCODER_2)), (192, 737_280));
+}
+
+#[test]
 fn every_default_target_of_sd_scripts_is_there() {
     let mut names = Vec::new();
     let weights = SyntheticWeights::new("unet");

@@ -1,4 +1,4 @@
-//! The networks against diffusers, transformers and PEFT on tiny models of Stable Diffusion 1.5's and 2.1's kinds (see
+//! The networks against diffusers, transformers and PEFT on tiny models of Stable Diffusion 1.5's, 2.1's and XL's kinds (see
 //! `golden/README.md` and `tools/golden`).
 //!
 //! Tolerances: the references themselves move by up to 3e-6 between one thread and two, and by 1e-5 (gradients) between
@@ -7,13 +7,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use lora_core::HostTensor;
 use lora_core::target::{TargetLayer, Targets};
 use lora_core::variant::{Lora, Parameters};
+use lora_core::{Component, HostTensor};
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, SamplerKind};
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
-use lora_models::networks::{ClipTextEncoder, Unet, Vae};
+use lora_models::networks::{ClipTextEncoder, Conditions, Unet, Vae};
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
@@ -28,7 +28,7 @@ struct Reference {
     schedule: NoiseSchedule,
 }
 
-fn references() -> [Reference; 2] {
+fn references() -> [Reference; 3] {
     [
         Reference {
             folder: "golden",
@@ -40,8 +40,17 @@ fn references() -> [Reference; 2] {
             model: SyntheticModel::tiny_sd2(),
             schedule: NoiseSchedule::new(Prediction::Velocity),
         },
+        Reference {
+            folder: "golden/sdxl",
+            model: SyntheticModel::tiny_sdxl(),
+            schedule: NoiseSchedule::new(Prediction::Epsilon),
+        },
     ]
 }
+
+/// Height and width of a picture, top and left edge of the part that is shown, its height and width, of the two items of a
+/// batch: `SIZES` of `tools/golden/tiny.py`.
+const SIZES: [[f64; 6]; 2] = [[128.0, 128.0, 0.0, 0.0, 128.0, 128.0], [96.0, 160.0, 8.0, 0.0, 128.0, 128.0]];
 
 impl Reference {
     fn golden(&self, name: &str) -> SafetensorsFile {
@@ -52,6 +61,21 @@ impl Reference {
     fn text_encoder(&self) -> ClipTextEncoder {
         let weights = SyntheticWeights::new("text_encoder");
         ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, CPU), self.model.text_encoder).unwrap()
+    }
+
+    /// The second text encoder of a model that has one.
+    fn second_text_encoder(&self) -> Option<ClipTextEncoder> {
+        let weights = SyntheticWeights::new("text_encoder_2");
+        let encoder =
+            ClipTextEncoder::new(&Weights::new(&weights, Kind::Float, CPU), self.model.text_encoder_2?).unwrap();
+        Some(encoder.of(Component::TEXT_ENCODER_2))
+    }
+
+    /// What the U-Net reads beside states, of pooled text, where it reads any.
+    fn added(&self, pooled: &Tensor) -> Option<Tensor> {
+        self.model.unet.added?;
+        let sizes = Unet::size_embedding(&SIZES[..pooled.size()[0] as usize], CPU).unwrap();
+        Some(Tensor::cat(&[pooled, &sizes], -1))
     }
 
     fn unet(&self) -> Unet {
@@ -85,9 +109,18 @@ fn relative(found: &Tensor, expected: &Tensor) -> f64 {
     worst / f64::try_from(expected.std(false)).unwrap()
 }
 
+/// Token rows, and the places of their first end tokens over all rows.
+fn rows(file: &SafetensorsFile, name: &str) -> (Tensor, Tensor) {
+    let tokens = integers(file, name);
+    let flat = Vec::<i64>::try_from(tokens.view([-1])).unwrap();
+    let end =
+        |(row, tokens): (usize, &[i64])| (77 * row + tokens.iter().position(|&token| token == 49407).unwrap()) as i64;
+    (tokens, Tensor::from_slice(&flat.chunks(77).enumerate().map(end).collect::<Vec<_>>()))
+}
+
 #[test]
 fn text_encoders_match_transformers() {
-    for reference in references() {
+    for reference in references().into_iter().filter(|own| own.model.text_encoder_2.is_none()) {
         let golden = reference.golden("tiny");
         let (encoder, tokens) = (reference.text_encoder(), integers(&golden, "text_encoder.input_ids"));
         for skip in [1, 2] {
@@ -101,8 +134,27 @@ fn text_encoders_match_transformers() {
 }
 
 #[test]
+fn states_before_the_last_layer_and_pooled_vectors_match_transformers() {
+    let [_, _, reference] = references();
+    let golden = reference.golden("tiny");
+    let encoders =
+        [("text_encoder", Some(reference.text_encoder())), ("text_encoder_2", reference.second_text_encoder())];
+    for (name, encoder) in encoders {
+        let (tokens, ends) = rows(&golden, &format!("{name}.input_ids"));
+        let found = no_grad(|| encoder.unwrap().penultimate(&tokens, &ends, 1, &Pass::default()).unwrap());
+        let error = relative(&found.states, &tensor(&golden, &format!("{name}.penultimate")));
+        assert!(error < 1e-4, "{name}: {error:e}");
+        assert_eq!(found.pooled.is_some(), name == "text_encoder_2");
+        if let Some(pooled) = found.pooled {
+            let error = relative(&pooled, &tensor(&golden, "text_encoder_2.pooled"));
+            assert!(error < 1e-4, "pooled: {error:e}");
+        }
+    }
+}
+
+#[test]
 fn long_captions_join_as_documented() {
-    let [reference, _] = references();
+    let [reference, ..] = references();
     let encoder = reference.text_encoder();
     let tokens = Tensor::randint(49406, [6, 77], (Kind::Int64, CPU));
     no_grad(|| {
@@ -118,7 +170,7 @@ fn long_captions_join_as_documented() {
 
 #[test]
 fn vae_matches_diffusers() {
-    let [reference, other] = references();
+    let [reference, other, _] = references();
     assert_eq!(reference.model.vae, other.model.vae);
     let golden = reference.golden("tiny");
     let weights = SyntheticWeights::new("vae");
@@ -152,7 +204,11 @@ fn unets_match_diffusers() {
         for (name, input, shape, timesteps, states) in cases {
             let sample = given(&format!("{input}.sample"), &shape);
             let context = given(&format!("{input}.context"), &[shape[0], states, reference.model.unet.context]);
-            let found = no_grad(|| unet.forward(&sample, &timesteps, &context, &Pass::default()).unwrap());
+            let pooled =
+                reference.model.unet.pooled().map(|width| given(&format!("{input}.pooled"), &[shape[0], width]));
+            let added = pooled.and_then(|pooled| reference.added(&pooled));
+            let conditions = Conditions { context: &context, added: added.as_ref() };
+            let found = no_grad(|| unet.forward(&sample, &timesteps, conditions, &Pass::default()).unwrap());
             let error = relative(&found, &tensor(&golden, &format!("unet.{name}")));
             assert!(error < 1e-4, "{}, {name}: {error:e}", reference.folder);
         }
@@ -161,7 +217,8 @@ fn unets_match_diffusers() {
 
 #[test]
 fn samplers_match_diffusers() {
-    for reference in references() {
+    // A sampler knows nothing of what the third model's network is told beside the text.
+    for reference in references().into_iter().take(2) {
         let (golden, unet) = (reference.golden("tiny_samplers"), reference.unet());
         let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
         let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
@@ -191,7 +248,7 @@ fn samplers_match_diffusers() {
 /// leaves it four digits, and so of the SNR.
 #[test]
 fn noise_schedules_match_diffusers() {
-    let [_, reference] = references();
+    let [_, reference, _] = references();
     let golden = reference.golden("tiny_schedules");
     let timesteps = Vec::<i64>::try_from(integers(&golden, "timesteps")).unwrap();
     let timesteps: Vec<usize> = timesteps.into_iter().map(|timestep| timestep as usize).collect();
@@ -244,22 +301,43 @@ fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tens
     leaves
 }
 
+/// Rows with token 0 after their ends.
+fn padded_with_zero(tokens: &Tensor, ends: &Tensor) -> Tensor {
+    let places = Tensor::arange(tokens.numel() as i64, (Kind::Int64, CPU)).view_as(tokens);
+    tokens.where_scalarother(&places.le_tensor(&ends.unsqueeze(-1)), 0)
+}
+
 #[test]
 fn lora_gradients_match_peft() {
-    for (reference, targets) in references().into_iter().zip(["all-conv", "attention-mlp"]) {
+    for (reference, targets) in references().into_iter().zip(["all-conv", "attention-mlp", "attention-mlp"]) {
         let golden = reference.golden("tiny_lora_grads");
         let (mut unet, mut encoder) = (reference.unet(), reference.text_encoder());
         let mut leaves = adapt(&mut unet, &[targets]);
         leaves.extend(adapt(&mut encoder, &["attention-mlp"]));
+        let mut second = reference.second_text_encoder();
+        if let Some(second) = &mut second {
+            leaves.extend(adapt(second, &["attention-mlp"]));
+            // Nothing reads the first encoder's last layer.
+            leaves.retain(|name, _| !name.starts_with("lora.text_encoder.text_model.encoder.layers.1."));
+        }
         assert_eq!(leaves.len() + 3, golden.len(), "the same modules are adapted");
 
         let timesteps = [100, 700];
         let (latents, noise) =
             (given("input.train.latents", &[2, 4, 16, 16]), given("input.train.noise", &[2, 4, 16, 16]));
-        let context = encoder.forward(&integers(&golden, "input_ids"), 1, &Pass::default()).unwrap();
+        let (tokens, ends) = rows(&golden, "input_ids");
+        let (context, added) = match &second {
+            None => (encoder.forward(&tokens, 1, &Pass::default()).unwrap(), None),
+            Some(second) => {
+                let first = encoder.penultimate(&tokens, &ends, 1, &Pass::default()).unwrap();
+                let second = second.penultimate(&padded_with_zero(&tokens, &ends), &ends, 1, &Pass::default()).unwrap();
+                (Tensor::cat(&[first.states, second.states], -1), reference.added(&second.pooled.unwrap()))
+            }
+        };
+        let conditions = Conditions { context: &context, added: added.as_ref() };
         let noised = reference.schedule.add_noise(&latents, &noise, &timesteps).unwrap();
         let target = reference.schedule.target(&latents, &noise, &timesteps).unwrap();
-        let answer = unet.forward(&noised, &[100.0, 700.0], &context, &Pass::default()).unwrap();
+        let answer = unet.forward(&noised, &[100.0, 700.0], conditions, &Pass::default()).unwrap();
         let loss = (answer - &target).square().mean(Kind::Float);
         loss.backward();
 

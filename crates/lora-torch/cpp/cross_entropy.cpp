@@ -133,16 +133,18 @@ Tensor all_losses(const Stored &stored, const Options &options, const Tensor &hi
   return losses;
 }
 
+// The sum of the losses, or the loss of each token: a token's depends on its own hidden states alone, so that the kept
+// gradient of the sum serves both.
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static Tensor forward(torch::autograd::AutogradContext *context, const Tensor &hidden, const Tensor &labels,
                         const std::optional<Tensor> &weights, const Stored *stored, const Options *options,
-                        bool wants) {
+                        bool sums, bool wants) {
     const Tensor rows = hidden.reshape({-1, hidden.size(-1)}).contiguous();
     const Tensor gradient = wants ? at::empty_like(rows) : Tensor();
     const auto each = weights ? std::optional<Tensor>(weights->reshape(-1)) : std::nullopt;
     const Tensor losses = all_losses(*stored, *options, rows, labels.reshape(-1), each, gradient);
     if (wants) context->saved_data["gradient"] = gradient.view(hidden.sizes());
-    return losses.sum();
+    return sums ? losses.sum() : losses.view(labels.sizes());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
@@ -151,11 +153,12 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     TORCH_CHECK(held.isTensor(), "the gradient of a cross entropy is given once");
     Tensor own = held.toTensor();
     held = at::IValue();
-    const Tensor given = gradients[0].reshape(std::vector<int64_t>(own.dim(), 1));
+    const bool sums = gradients[0].dim() == 0;
+    const Tensor given = sums ? gradients[0].reshape(std::vector<int64_t>(own.dim(), 1)) : gradients[0].unsqueeze(-1);
     // A factor that scales losses up may be too large for f16.
     if (own.scalar_type() == at::kHalf) at::mul_out(own, own, given);
     else own.mul_(given.to(own.scalar_type()));
-    torch::autograd::variable_list result(6);
+    torch::autograd::variable_list result(7);
     result[0] = own;
     return result;
   }
@@ -177,29 +180,17 @@ void check(const Tensor &hidden, const Tensor &labels, const Tensor *weights, co
 
 extern "C" {
 
-// The sum of all losses, a new tensor without axes, in f32. `weights` may be null, and no cap is 0.
+// The sum of all losses, a new tensor without axes, or the loss of each token, of the labels' shape; in f32. `weights`
+// may be null, and no cap is 0.
 int lora_cross_entropy(const Tensor *hidden, const LoraStored *head, const Tensor *labels, const Tensor *weights,
-                       double smoothing, double cap, double scale, Tensor **output) {
+                       double smoothing, double cap, double scale, bool sums, Tensor **output) {
   return lora::guarded([&] {
     const Stored stored(*head);
     const Options options{smoothing, cap, scale};
     check(*hidden, *labels, weights, stored, options);
     const bool wants = at::GradMode::is_enabled() && hidden->requires_grad();
     const auto each = weights == nullptr ? std::nullopt : std::optional<Tensor>(*weights);
-    *output = new Tensor(CrossEntropy::apply(*hidden, *labels, each, &stored, &options, wants));
-  });
-}
-
-// The loss of each token, a new tensor of the labels' shape, in f32; 0 where none counts. Without gradients.
-int lora_token_losses(const Tensor *hidden, const LoraStored *head, const Tensor *labels, double cap, double scale,
-                      Tensor **output) {
-  return lora::guarded([&] {
-    const at::NoGradGuard no_grad;
-    const Stored stored(*head);
-    const Options options{0, cap, scale};
-    check(*hidden, *labels, nullptr, stored, options);
-    const Tensor rows = hidden->reshape({-1, hidden->size(-1)}).contiguous();
-    *output = new Tensor(all_losses(stored, options, rows, labels->reshape(-1), {}, {}).view(labels->sizes()));
+    *output = new Tensor(CrossEntropy::apply(*hidden, *labels, each, &stored, &options, sums, wants));
   });
 }
 

@@ -17,14 +17,7 @@ unsafe extern "C" {
         smoothing: f64,
         cap: f64,
         scale: f64,
-        output: *mut *mut RawTensor,
-    ) -> std::ffi::c_int;
-    fn lora_token_losses(
-        hidden: *const RawTensor,
-        head: *const RawStored,
-        labels: *const RawTensor,
-        cap: f64,
-        scale: f64,
+        sums: bool,
         output: *mut *mut RawTensor,
     ) -> std::ffi::c_int;
 }
@@ -68,27 +61,33 @@ impl CrossEntropy {
         labels: &Tensor,
         weights: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let weights = weights.map_or(std::ptr::null(), Tensor::as_ptr);
-        let (hidden, labels, cap) = (hidden.as_ptr(), labels.as_ptr(), self.soft_cap.unwrap_or(0.0));
-        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; what `raw`
-        // points to lives in `head`.
-        new_tensor(|output| unsafe {
-            let head = head.raw();
-            lora_cross_entropy(hidden, &head, labels, weights, self.label_smoothing, cap, self.logit_scale, output)
-        })
+        self.losses(hidden, head, labels, weights, true)
     }
 
-    /// The loss of each token, f32 of the labels' shape, 0 where none counts: without smoothing and without gradients,
-    /// for evaluation.
+    /// The loss of each token, f32 of the labels' shape, 0 where none counts; gradients as those of [`CrossEntropy::sum`].
     ///
     /// # Errors
     /// As [`CrossEntropy::sum`].
     pub fn of_tokens(&self, hidden: &Tensor, head: &FrozenWeight, labels: &Tensor) -> Result<Tensor> {
+        self.losses(hidden, head, labels, None, false)
+    }
+
+    fn losses(
+        &self,
+        hidden: &Tensor,
+        head: &FrozenWeight,
+        labels: &Tensor,
+        weights: Option<&Tensor>,
+        sums: bool,
+    ) -> Result<Tensor> {
+        let weights = weights.map_or(std::ptr::null(), Tensor::as_ptr);
         let (hidden, labels, cap) = (hidden.as_ptr(), labels.as_ptr(), self.soft_cap.unwrap_or(0.0));
-        // SAFETY: as above.
+        let (smoothing, scale) = (self.label_smoothing, self.logit_scale);
+        // SAFETY: live `torch::Tensor*`, or null where the shim allows it, for the length of the call; what `raw`
+        // points to lives in `head`.
         new_tensor(|output| unsafe {
             let head = head.raw();
-            lora_token_losses(hidden, &head, labels, cap, self.logit_scale, output)
+            lora_cross_entropy(hidden, &head, labels, weights, smoothing, cap, scale, sums, output)
         })
     }
 }
@@ -157,12 +156,16 @@ mod tests {
                     let error = apart(&a.grad(), &b.grad());
                     assert!(error < 1e-5, "{own:?} {shape:?}: {error}");
                 }
-                if own.label_smoothing == 0.0 {
-                    let found = own.of_tokens(&states, &head, &labels).unwrap();
-                    let each = expected(&own, &states.matmul(&weight.tr()), &labels).view_as(&labels);
-                    assert!(apart(&found, &each) < 1e-5);
-                    assert!(found.masked_select(&labels.lt(0)).abs().sum(Kind::Float).double_value(&[]) == 0.0);
-                }
+                let [a, b] =
+                    [Kind::Float, Kind::Double].map(|kind| states.to_dtype(kind, false, true).set_requires_grad(true));
+                let found = own.of_tokens(&a, &head, &labels).unwrap();
+                let each = expected(&own, &b.matmul(&weight.to_kind(Kind::Double).tr()), &labels).view_as(&labels);
+                assert!(apart(&found.detach(), &each.detach()) < 1e-5);
+                assert!(found.masked_select(&labels.lt(0)).abs().sum(Kind::Float).double_value(&[]) == 0.0);
+                // Each token's loss counts otherwise.
+                (&found * &weights).sum(Kind::Float).backward();
+                (&each * &weights).sum(Kind::Float).backward();
+                assert!(apart(&a.grad(), &b.grad()) < 1e-5, "{own:?} {shape:?}");
             }
         }
     }

@@ -4,9 +4,9 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use lora_core::Error as CoreError;
+use lora_core::blocks::BlockKind;
 use tch::TchError;
 
-use crate::blocks::BlockKind;
 use crate::frozen::Storage;
 
 /// What can go wrong between Rust and libtorch.

@@ -2,7 +2,6 @@
 
 pub mod activation;
 mod backend;
-pub mod blocks;
 pub mod checkpoint;
 pub mod cross_entropy;
 mod cuda;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lora_torch::blocks::BlockKind;
+use lora_core::blocks::BlockKind;
 use lora_torch::frozen::FrozenWeight;
 use lora_torch::tch::{Device, Kind, Tensor};
 

@@ -7,9 +7,9 @@
 use std::sync::{Mutex, PoisonError};
 
 use lora_core::LayerGeometry;
+use lora_core::blocks::BlockKind;
 use lora_core::random::Stream;
 use lora_torch::activation::{Gate, gated, geglu, swiglu};
-use lora_torch::blocks::BlockKind;
 use lora_torch::cross_entropy::CrossEntropy;
 use lora_torch::dry::{DryRun, Platform};
 use lora_torch::frozen::{FrozenWeight, Storage};
@@ -465,7 +465,7 @@ fn cross_entropy() {
             }
             hold("losses of tokens", inputs, of_products(kind), &|inputs| {
                 let head = FrozenWeight::plain(inputs[1].shallow_clone());
-                vec![ways[0].of_tokens(&inputs[0], &head, &inputs[2]).unwrap()]
+                with_gradients(&inputs[..1], |own| ways[0].of_tokens(&own[0], &head, &inputs[2]).unwrap())
             });
         }
     }

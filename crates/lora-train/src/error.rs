@@ -58,6 +58,9 @@ pub enum Error {
         /// The network.
         network: lora_core::Component,
     },
+    /// Every network of the base is kept as it is.
+    #[error("nothing is trained: the keys train_unet and train_text_encoder of this base's networks are all false")]
+    NothingTrains,
     /// A loss reads a tensor that the micro-batch lacks.
     #[error("a micro-batch has no tensor `{name}`, which the loss reads")]
     MissingInput {

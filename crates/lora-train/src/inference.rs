@@ -193,6 +193,7 @@ impl TextModel {
             chat_template: options.chat_template.clone(),
             system_prompt: options.system_prompt.clone(),
             train_on_inputs: options.train_on_inputs,
+            pairs: Some(false),
             ..TextOptions::default()
         };
         let texts = Texts::open(texts, self.writer.shared_tokenizer(), None)?;

@@ -27,7 +27,7 @@ pub mod trainable;
 
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
-pub use lora_torch::openmp::let_threads_yield;
+pub use lora_torch::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;
-pub use run::{RunResult, train};
+pub use run::{Best, RunResult, train};
 pub use session::{Preparing, ResumedFrom, Session, StepReport, Summary, Validation};

@@ -1,12 +1,15 @@
-//! The denoising loss of Stable Diffusion (Ho et al., 2020), with the min-SNR-γ weighting (Hang et al., 2023).
+//! The denoising loss of Stable Diffusion (Ho et al., 2020), with the weightings by timestep that people use: min-SNR-γ (Hang
+//! et al., 2023), debiased estimation (Yu et al., 2023), and those by which sd-scripts makes losses of the velocity and of the
+//! noise alike. The weights of one timestep are [`NoiseSchedule`]'s.
 
-use lora_models::diffusion::NoiseSchedule;
+use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::Pass;
-use lora_models::networks::Unet;
+use lora_models::networks::{Conditions, Unet};
 use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::from_f32;
 
 use crate::Result;
+use crate::config::TrainConfig;
 use crate::inputs::Inputs;
 
 /// How much parts of a batch count.
@@ -14,11 +17,46 @@ use crate::inputs::Inputs;
 pub struct LossWeights<'w> {
     /// γ of the min-SNR weighting.
     pub min_snr_gamma: Option<f64>,
+    /// A loss of the velocity is scaled as one of the noise is; one of the noise is left as it is.
+    pub scale_like_noise: bool,
+    /// How much of a loss scaled as one of the velocity is added to one of the noise; one of the velocity is left as it is.
+    pub velocity_like: f64,
+    /// The weighting of debiased estimation.
+    pub debiased: bool,
     /// One number an item; none where all count in full.
     pub items: &'w [f64],
     /// `[batch, 1, height, width]`, from 0 to 1; the mean is taken over all elements, those that count for nothing included,
     /// as sd-scripts does.
     pub mask: Option<&'w Tensor>,
+}
+
+impl LossWeights<'_> {
+    /// Those by timestep that a configuration asks for.
+    pub(crate) fn of(config: &TrainConfig) -> Self {
+        let switch = |key| config.extra.switch(key).unwrap_or(false);
+        Self {
+            min_snr_gamma: config.min_snr_gamma,
+            scale_like_noise: switch("scale_v_pred_loss_like_noise_pred"),
+            velocity_like: config.extra.number("v_pred_like_loss").unwrap_or(0.0),
+            debiased: switch("debiased_estimation_loss"),
+            items: &[],
+            mask: None,
+        }
+    }
+
+    /// The product of those that are asked for at a timestep.
+    fn at(&self, schedule: &NoiseSchedule, timestep: usize) -> f64 {
+        let min_snr = self.min_snr_gamma.map_or(1.0, |gamma| schedule.min_snr_weight(timestep, gamma));
+        let scaled = match schedule.prediction() {
+            Prediction::Velocity if self.scale_like_noise => schedule.noise_like_weight(timestep),
+            Prediction::Epsilon if self.velocity_like != 0.0 => {
+                1.0 + self.velocity_like / schedule.noise_like_weight(timestep)
+            }
+            _ => 1.0,
+        };
+        let debiased = if self.debiased { schedule.debiased_weight(timestep) } else { 1.0 };
+        min_snr * scaled * debiased
+    }
 }
 
 /// What the loss of a batch is made of, beside networks and text: all that has to come from host memory is there.
@@ -51,11 +89,14 @@ impl Denoising {
     ) -> Result<Self> {
         let device = latents.device();
         let own = |index: usize, timestep: usize| {
-            let snr = weights.min_snr_gamma.map_or(1.0, |gamma| schedule.min_snr_weight(timestep, gamma));
-            (snr * weights.items.get(index).copied().unwrap_or(1.0)) as f32
+            (weights.at(schedule, timestep) * weights.items.get(index).copied().unwrap_or(1.0)) as f32
         };
         let factors: Vec<f32> = timesteps.iter().enumerate().map(|(index, &timestep)| own(index, timestep)).collect();
-        let all_in_full = weights.min_snr_gamma.is_none() && weights.items.iter().all(|&weight| weight == 1.0);
+        let by_timestep = weights.min_snr_gamma.is_some()
+            || weights.scale_like_noise
+            || weights.velocity_like != 0.0
+            || weights.debiased;
+        let all_in_full = !by_timestep && weights.items.iter().all(|&weight| weight == 1.0);
         let times: Vec<f64> = timesteps.iter().map(|&timestep| timestep as f64).collect();
         Ok(Self {
             noised: schedule.add_noise(latents, noise, timesteps)?,
@@ -67,12 +108,12 @@ impl Denoising {
     }
 
     /// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, a scalar in f32,
-    /// with its graph where gradients are recorded. `context` is the text, `[batch, tokens, width]`.
+    /// with its graph where gradients are recorded.
     ///
     /// # Errors
     /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
-    pub fn loss(&self, unet: &Unet, context: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let answer = unet.forward_embedded(&self.noised, &self.times, context, pass)?;
+    pub fn loss<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
+        let answer = unet.forward_embedded(&self.noised, &self.times, conditions, pass)?;
         let squares = answer.f_sub(&self.target)?.f_square()?;
         let squares = match &self.mask {
             Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
@@ -109,5 +150,30 @@ impl Denoising {
             mask: optional("mask"),
             factors: optional("factors"),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of sd-scripts' formulas, computed independently from the published betas.
+    #[test]
+    fn weights_by_timestep_are_those_of_their_definitions() {
+        let noise = NoiseSchedule::new(Prediction::Epsilon);
+        let velocity = NoiseSchedule::new(Prediction::Velocity);
+        let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+        let debiased = LossWeights { debiased: true, ..LossWeights::default() };
+        near(debiased.at(&noise, 0), 0.031_622_8);
+        near(debiased.at(&noise, 900), 8.346_60);
+        near(debiased.at(&velocity, 0), 1.0 / 1001.0);
+        let scaled = LossWeights { scale_like_noise: true, velocity_like: 0.5, ..LossWeights::default() };
+        near(scaled.at(&velocity, 100), 0.894_223);
+        near(scaled.at(&noise, 100), 1.0 + 0.5 / 0.894_223);
+        let all = LossWeights { min_snr_gamma: Some(5.0), debiased: true, ..scaled };
+        near(all.at(&noise, 100), 0.591_443 * 0.343_931 * (1.0 + 0.5 / 0.894_223));
+        // Of noise alone nothing is learned, and nothing is divided by it.
+        let zero = velocity.with_zero_terminal_snr().unwrap();
+        assert_eq!(scaled.at(&zero, 999), 0.0);
     }
 }

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::{HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss};
+use crate::callbacks::{
+    Crowded, HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss, best_name,
+};
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
@@ -21,6 +23,19 @@ pub struct RunResult {
     pub steps: usize,
     /// Why it stopped before its end, if it did.
     pub stopped: Option<String>,
+    /// Where the held-out loss was lowest, if it was looked at while training.
+    pub best: Option<Best>,
+}
+
+/// The look at the held-out loss that showed the lowest.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Best {
+    /// The step before it.
+    pub step: usize,
+    /// The loss.
+    pub loss: f64,
+    /// The LoRA of that step, with `save_best`.
+    pub lora: Option<PathBuf>,
 }
 
 /// Trains from a configuration to a LoRA on disk.
@@ -41,6 +56,7 @@ pub fn train(
     let mut callbacks: Vec<Box<dyn Callback>> = vec![
         Box::new(Metrics::new(&config)),
         Box::new(HealthCheck::default()),
+        Box::new(Crowded::default()),
         Box::new(ValidationLoss::new(&config)),
         Box::new(Samples::new(&config)),
         Box::new(SaveCheckpoints::new(&config)),
@@ -69,7 +85,11 @@ pub fn train(
         callback.on_end(&mut session)?;
     }
     state?;
-    Ok(RunResult { lora, steps: session.steps_done(), stopped })
+    let best = session.looks().best.map(|(step, loss)| {
+        let lora = session.save_path(&best_name(session.config()));
+        Best { step, loss, lora: Some(lora).filter(|path| session.config().save_best && path.exists()) }
+    });
+    Ok(RunResult { lora, steps: session.steps_done(), stopped, best })
 }
 
 /// Steps until the end, a callback's wish or `stop`; the reason where it is not the end.

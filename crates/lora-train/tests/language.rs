@@ -1,69 +1,25 @@
 //! Language models from the configuration to PEFT's folder: a tiny Qwen2 with random weights, twelve conversations. Losses
 //! are transformers' and PEFT's (`golden/language/README.md`).
 
-use std::fs;
-use std::path::{Path, PathBuf};
+#[path = "common/language.rs"]
+mod common;
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use common::{golden, loss, prepare, refusal, steps, try_config, workspace};
+use lora_core::HostTensor;
 use lora_io::adapter;
+use lora_io::safetensors::{self, SafetensorsFile};
 use lora_train::base::Sample;
-use lora_train::config::{Format, TrainConfig};
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
-use lora_train::{Plugins, Session, StepReport, train};
+use lora_train::{Plugins, Session, train};
 
 /// Mean cross entropy of all conversations' answers without an adapter.
 const LOSS: f64 = 6.576780228273052;
 /// The same with PEFT's adapter.
 const LOSS_WITH_ADAPTER: f64 = 5.760379094902991;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/language").join(name)
-}
-
-/// A folder with the base, as it is published, in `base`.
-fn workspace() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let base = folder.path().join("base");
-    fs::create_dir(&base).unwrap();
-    let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-models/tests/golden/llm/qwen2/model");
-    for from in [weights, golden("")] {
-        for entry in fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
-            fs::copy(&entry, base.join(entry.file_name().unwrap())).unwrap();
-        }
-    }
-    folder
-}
-
-fn try_config(folder: &Path, keys: &[&str]) -> Result<TrainConfig, String> {
-    let text = format!(
-        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\ndevice: cpu\nprecision: fp32\nlora_rank: 4\nlora_alpha: 8\n\
-         target_modules: all-linear\nlearning_rate: 5e-3\nmax_seq_length: 160\nmax_train_steps: 6\nbatch_size: 2\n\
-         save_precision: fp32\n",
-        folder.join("base").display(),
-        golden("chat.jsonl").display(),
-        folder.join("out").display(),
-    );
-    TrainConfig::from_text(&text, Format::Yaml, keys).map_err(|error| error.to_string())
-}
-
-fn prepare(folder: &Path, keys: &[&str]) -> Session {
-    Session::prepare(try_config(folder, keys).unwrap(), &Plugins::default(), &mut |_| {}).unwrap()
-}
-
-fn refusal(folder: &Path, keys: &[&str]) -> String {
-    let prepared =
-        |config| Session::prepare(config, &Plugins::default(), &mut |_| {}).map_err(|error| error.to_string());
-    try_config(folder, keys).and_then(prepared).unwrap_err()
-}
-
-/// The loss on all conversations.
-fn loss(session: &mut Session) -> f64 {
-    let validation = session.load_validation(&golden("chat.jsonl")).unwrap();
-    session.validation_loss(&validation).unwrap()
-}
-
-fn steps(session: &mut Session) -> Vec<StepReport> {
-    std::iter::from_fn(|| session.step().unwrap()).collect()
-}
 
 #[test]
 fn losses_are_those_of_transformers_and_peft() {
@@ -209,4 +165,40 @@ fn what_means_nothing_for_a_language_model_is_refused() {
     fs::write(&tokenizer, value.to_string()).unwrap();
     let error = refusal(folder.path(), &[]);
     assert!(error.contains("tokenizer"), "{error}");
+}
+
+/// What PEFT saves and merging applies, and training cannot go on with.
+#[test]
+fn adapters_that_training_cannot_go_on_with_are_refused_before_anything_is_loaded() {
+    let folder = workspace();
+    let adapter = folder.path().join("adapter");
+    let weights = golden("adapter/adapter_model.safetensors");
+    let config = fs::read_to_string(golden("adapter/adapter_config.json")).unwrap();
+    let name = "base_model.model.model.layers.0.self_attn.q_proj";
+    type Case<'c> = (&'c str, &'c str, Option<(String, &'c [usize])>, &'c str);
+    let cases: [Case<'_>; 4] = [
+        (r#""init_lora_weights": true"#, r#""init_lora_weights": "pissa""#, None, "is pissa as PEFT saves it"),
+        (r#""init_lora_weights": true"#, r#""init_lora_weights": "olora""#, None, "is olora as PEFT saves it"),
+        (r#""bias": "none""#, r#""bias": "lora_only""#, Some((format!("{name}.bias"), &[64])), "has a trained bias"),
+        (
+            r#""modules_to_save": null"#,
+            r#""modules_to_save": ["norm"]"#,
+            Some(("base_model.model.model.norm.weight".to_owned(), &[64])),
+            "is a layer saved whole",
+        ),
+    ];
+    for (from, to, tensor, what) in cases {
+        let _ = fs::remove_dir_all(&adapter);
+        fs::create_dir(&adapter).unwrap();
+        assert!(config.contains(from));
+        fs::write(adapter.join("adapter_config.json"), config.replace(from, to)).unwrap();
+        let file = SafetensorsFile::open(&weights).unwrap();
+        let mut tensors: BTreeMap<String, HostTensor> =
+            file.names().map(|name| (name.to_owned(), file.get(name).unwrap().to_host().unwrap())).collect();
+        tensors.extend(tensor.map(|(name, shape)| (name, HostTensor::zeros(shape.to_vec()))));
+        safetensors::write(adapter.join("adapter_model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+        let error = refusal(folder.path(), &[&format!("init_from={}", adapter.display())]);
+        let told = error.contains(what) && error.contains("`lora merge`") && error.contains("adapter");
+        assert!(told && error.contains("`init_from`"), "{what}: {error}");
+    }
 }

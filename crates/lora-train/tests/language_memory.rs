@@ -32,6 +32,11 @@ fn predictions_for_a_language_model_are_what_is_counted() {
     }
     // One row as long as rows can be, visited four times, as what stands in for it.
     fs::write(path("long.txt"), "Who keeps the light? Nobody now. ".repeat(60)).unwrap();
+    let answer = "Nobody now. ".repeat(60);
+    let side =
+        format!("[{{\"role\":\"user\",\"content\":\"Who?\"}},{{\"role\":\"assistant\",\"content\":\"{answer}\"}}]");
+    fs::write(path("pairs.jsonl"), format!("{{\"chosen\":{side},\"rejected\":{side}}}\n")).unwrap();
+    let pairs = format!("train_data_dir={}", path("pairs.jsonl"));
     let text = format!(
         "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_seq_length: 160\nlong_documents: truncate\n\
          device: cpu\nprecision: fp32\ntarget_modules: all-linear\nlora_rank: 16\nmax_train_steps: 2\nrepeats: 4\n",
@@ -51,6 +56,9 @@ fn predictions_for_a_language_model_are_what_is_counted() {
         &["optimizer=adamw8bit", "neftune_noise_alpha=5"],
         &["target_modules=[\"all-linear\", \"embed_tokens\", \"lm_head\"]"],
         &[&validation],
+        &["objective=dpo", &pairs],
+        &["objective=dpo", &pairs, "gradient_checkpointing=true", "base_storage=nf4"],
+        &["objective=orpo", &pairs, "batch_size=2"],
     ] {
         // Within a budget that is enough, alternatives are not looked for.
         let given = [keys, &["vram_budget=100GiB"]].concat();

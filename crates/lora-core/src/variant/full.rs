@@ -1,11 +1,13 @@
 //! The whole difference, without any decomposition: `W' = W + scale · weight`, `b' = b + scale · bias`. LyCORIS calls it
 //! full (`diff`, `diff_b`) and, on normalisations, norm (`w_norm`, `b_norm`). Files of PEFT's may hold the trained weight
-//! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]), which takes the place of the base's; these are not trained here.
+//! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]) or single rows of an embedding ([`TOKEN_ROWS`]), which take the place
+//! of the base's; these are not trained here.
 
 use std::collections::BTreeMap;
 
 use super::{
-    BIAS_VALUE, BaseLayer, BiasChange, Changes, Parameters, Request, Variant, WEIGHT_VALUE, expect, replaced_bias,
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Parameters, Request, TOKEN_ROWS, TOKENS, Variant, WEIGHT_VALUE, expect,
+    replaced_bias, unsupported,
 };
 use crate::backend::Backend;
 use crate::{HostTensor, LayerGeometry, Result};
@@ -41,7 +43,8 @@ impl<B: Backend> Variant<B> for Full {
     fn changes(&self, tensors: &BTreeMap<String, HostTensor>) -> Changes {
         let has_bias = tensors.contains_key("bias") || tensors.contains_key(BIAS_VALUE);
         let bias = if has_bias { BiasChange::Always } else { BiasChange::Never };
-        Changes { weight: tensors.contains_key("weight") || tensors.contains_key(WEIGHT_VALUE), bias }
+        let weight = ["weight", WEIGHT_VALUE, TOKEN_ROWS].iter().any(|name| tensors.contains_key(*name));
+        Changes { weight, bias }
     }
 
     fn delta_weight(&self, backend: &B, base: &dyn BaseLayer<B>, parameters: &Parameters<B>) -> Result<B::Tensor> {
@@ -49,6 +52,9 @@ impl<B: Backend> Variant<B> for Full {
         if let Some(value) = parameters.tensors.get(WEIGHT_VALUE) {
             expect(NAME, WEIGHT_VALUE, &shape, &backend.shape(value))?;
             return backend.add(backend.scale(&backend.cast_like(&base.weight()?, value)?, -1.0)?, value);
+        }
+        if let Some(rows) = parameters.tensors.get(TOKEN_ROWS) {
+            return replaced_rows(backend, base, parameters, rows);
         }
         match parameters.tensors.get("weight") {
             Some(weight) => {
@@ -75,4 +81,29 @@ impl<B: Backend> Variant<B> for Full {
         expect(NAME, "bias", &[base.geometry().outputs()], &backend.shape(bias))?;
         backend.scale(bias, parameters.scale).map(Some)
     }
+}
+
+/// The change from the base's rows of these tokens to the ones that take their place; the other rows' is zero.
+fn replaced_rows<B: Backend>(
+    backend: &B,
+    base: &dyn BaseLayer<B>,
+    parameters: &Parameters<B>,
+    rows: &B::Tensor,
+) -> Result<B::Tensor> {
+    let shape = base.geometry().weight_shape();
+    let &[entries, width] = shape.as_slice() else {
+        return Err(unsupported(NAME, &base.geometry(), "rows of tokens belong to an embedding"));
+    };
+    let tokens: Vec<usize> =
+        backend.to_host(parameters.get(NAME, TOKENS)?)?.to_f32().iter().map(|&token| token as usize).collect();
+    expect(NAME, TOKEN_ROWS, &[tokens.len(), width], &backend.shape(rows))?;
+    if tokens.iter().any(|token| *token >= entries) {
+        return Err(unsupported(NAME, &base.geometry(), "it has fewer rows than the trained tokens' numbers"));
+    }
+    let before = backend.select(&backend.cast_like(&base.weight()?, rows)?, 0, &tokens)?;
+    let change = backend.add(backend.scale(&before, -1.0)?, rows)?;
+    let mut chosen = vec![0.0; entries * tokens.len()];
+    tokens.iter().enumerate().for_each(|(place, token)| chosen[token * tokens.len() + place] = 1.0);
+    let chosen = backend.upload(&HostTensor::from_f32([entries, tokens.len()], chosen)?, rows)?;
+    backend.matmul(&chosen, &change)
 }

@@ -430,6 +430,15 @@ fn expect(variant: &str, tensor: &str, expected: &[usize], found: &[usize]) -> R
 
 /// Name of a weight that takes the place of the base's, among the tensors of `full`.
 pub const WEIGHT_VALUE: &str = "weight_value";
+/// Name of rows of an embedding that take the place of the base's, `[tokens, width]`, among the tensors of `full`.
+pub const TOKEN_ROWS: &str = "token_rows";
+/// Name of the numbers of these rows, `[tokens]`, as floats, which hold any vocabulary's exactly.
+pub const TOKENS: &str = "tokens";
+/// Names of the factors of an update of all experts of a layer, whose weights are one tensor: `[experts, rank, inputs]` and
+/// `[experts, outputs, rank]`, among the tensors of `lora`.
+pub const EXPERTS_DOWN: &str = "experts_down";
+/// See [`EXPERTS_DOWN`].
+pub const EXPERTS_UP: &str = "experts_up";
 /// Name of a bias that takes the place of the base's, among the tensors of `lora` and `full`.
 pub const BIAS_VALUE: &str = "bias_value";
 

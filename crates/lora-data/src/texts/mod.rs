@@ -11,10 +11,11 @@ mod stored;
 mod summary;
 mod tokenise;
 
+pub use crate::source::HeldOut;
 pub use record::{TextForm, TextSample};
 pub use summary::{Marked, TextSummary};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -79,15 +80,6 @@ impl LongDocuments {
     }
 }
 
-/// Records that are kept from training.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum HeldOut {
-    /// So many.
-    Records(usize),
-    /// This share of all, between 0 and 1.
-    Share(f64),
-}
-
 /// Which texts, and how they are treated and visited.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TextOptions {
@@ -117,6 +109,8 @@ pub struct TextOptions {
     pub long_documents: LongDocuments,
     /// Tokens that a piece of a long document repeats of the piece before, to be read and not learned again.
     pub overlap: usize,
+    /// Whether records are preference pairs, which then count as such in a loss, or must not be; `None` takes either.
+    pub pairs: Option<bool>,
 }
 
 impl Default for TextOptions {
@@ -135,6 +129,7 @@ impl Default for TextOptions {
             system_prompt: None,
             long_documents: LongDocuments::default(),
             overlap: 0,
+            pairs: None,
         }
     }
 }
@@ -239,14 +234,18 @@ impl Texts {
     pub fn stand_in(options: TextOptions, rows: usize) -> Self {
         let length = options.max_seq_length;
         let tokens = vec![TRAINED; length];
-        let document = Document::new(&tokens, 0..length, 1, 0);
-        let record = Record { file: 0, number: 0, form: TextForm::Plain };
+        let (form, ends) = match options.pairs {
+            Some(true) => (TextForm::Preference, &[0, length / 2, length][..]),
+            _ => (TextForm::Plain, &[0, length][..]),
+        };
+        let documents = ends.windows(2).map(|ends| Document::new(&tokens, ends[0]..ends[1], 1, 0));
+        let group: Vec<Document> = documents.collect();
         let mut texts = Self::empty(options, None);
         texts.files.push("stand-in".into());
         texts.tokens = Arc::new(tokens);
-        texts.records = vec![record];
-        texts.documents = vec![document; rows];
-        texts.groups = vec![1; rows];
+        texts.records = vec![Record { file: 0, number: 0, form }];
+        texts.groups = vec![group.len() as u32; rows];
+        texts.documents = std::iter::repeat_n(group, rows).flatten().collect();
         texts.arrange();
         texts
     }
@@ -355,6 +354,16 @@ impl Texts {
         let mut lengths = file.lengths.iter();
         for own in &file.records {
             let is_pair = |form| form == TextForm::Preference;
+            if self.options.pairs.is_some_and(|pairs| pairs != is_pair(own.form)) {
+                let reason = match is_pair(own.form) {
+                    true => "it is a preference pair; objective = \"dpo\" or \"orpo\" learns from pairs".to_owned(),
+                    false => format!(
+                        "it is of the form {}; objective = \"dpo\" and \"orpo\" need pairs, `chosen` and `rejected`",
+                        own.form.name()
+                    ),
+                };
+                return Err(Error::caption(&path, self::place(own.number), reason));
+            }
             if self.records.first().is_some_and(|first| is_pair(first.form) != is_pair(own.form)) {
                 let reason = "a dataset is of preference pairs, or of other records; this one follows the other kind";
                 return Err(Error::caption(&path, self::place(own.number), reason));
@@ -433,20 +442,8 @@ impl Texts {
     pub fn held_out(mut self, held_out: HeldOut, seed: u64) -> Result<(Self, Self)> {
         let mut records: Vec<u32> = self.documents.iter().map(|document| document.record).collect();
         records.dedup();
-        let count = match held_out {
-            HeldOut::Records(count) => count,
-            HeldOut::Share(share) => ((records.len() as f64 * share).round() as usize).max(1),
-        };
-        if count == 0 || count >= records.len() {
-            let value = match held_out {
-                HeldOut::Records(count) => count.to_string(),
-                HeldOut::Share(share) => share.to_string(),
-            };
-            let reason = format!("there are {} records, and both parts need one", records.len());
-            return Err(Error::Option { key: "validation_split", value, reason });
-        }
-        Stream::new(seed).at("validation split").shuffle(&mut records);
-        let chosen: std::collections::BTreeSet<u32> = records.into_iter().take(count).collect();
+        let chosen = held_out.choose(records.len(), seed)?;
+        let chosen: BTreeSet<u32> = chosen.into_iter().map(|place| records[place]).collect();
         let mut other = self.clone();
         other.options.repeats = 1;
         other.findings.clear();
@@ -565,6 +562,14 @@ impl Source for Texts {
     }
 
     fn measure(&self, item: usize) -> f64 {
+        match self.options.pairs {
+            Some(true) => self.documents_of(item).count() as f64 / 2.0,
+            _ => self.amount(item),
+        }
+    }
+
+    /// The tokens that are learned.
+    fn amount(&self, item: usize) -> f64 {
         self.documents_of(item).map(|document| f64::from(document.trained)).sum()
     }
 
@@ -600,6 +605,12 @@ impl Source for Texts {
 
     fn of_another(&self, path: &Path) -> Result<Box<dyn Source>> {
         Self::of_another(self, path, None).map(|texts| Box::new(texts) as Box<dyn Source>)
+    }
+
+    fn hold_out(&mut self, held_out: HeldOut, seed: u64) -> Result<Box<dyn Source>> {
+        let (own, other) = self.clone().held_out(held_out, seed)?;
+        *self = own;
+        Ok(Box::new(other))
     }
 
     fn overview(&self) -> Overview {

@@ -14,7 +14,7 @@ use crate::caption::weights;
 /// Begin of text.
 pub(crate) const BEGIN: u32 = 49406;
 /// End of text.
-pub(crate) const END: u32 = 49407;
+pub const END: u32 = 49407;
 /// Tokens of text in one row.
 pub const CHUNK: usize = 75;
 /// Tokens of a row: begin, text, end.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use lora_io::json::without_mark;
 use serde_json::Value;
 
 use super::language::{Parts, SpecialToken, SpecialTokens, digest};
@@ -24,7 +25,7 @@ pub(super) fn read(folder: &Path) -> Result<Parts> {
         return Err(Error::tokenizer(folder, reason));
     }
     let bytes = fs::read(&path).map_err(Error::io(&path, "read"))?;
-    let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+    let inner = tokenizers::Tokenizer::from_bytes(without_mark(&bytes))
         .map_err(|failure| Error::tokenizer(&path, format!("{failure}; is the download complete?")))?;
     let settings = json(&folder.join("tokenizer_config.json"))?;
     let map = json(&folder.join("special_tokens_map.json"))?;
@@ -63,7 +64,7 @@ pub(super) fn read(folder: &Path) -> Result<Parts> {
 /// A file's JSON; `null` where there is no such file.
 fn json(path: &Path) -> Result<Value> {
     match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
+        Ok(bytes) => serde_json::from_slice(without_mark(&bytes))
             .map_err(|error| Error::tokenizer(path, format!("line {}: not valid JSON: {error}", error.line()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
         Err(error) => Err(Error::io(path, "read")(error)),

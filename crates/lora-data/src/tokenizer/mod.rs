@@ -8,5 +8,5 @@ mod gguf;
 mod language;
 
 pub use clean::TextCleaning;
-pub use clip::{CHUNK, ClipTokenizer, Padding, ROW};
+pub use clip::{CHUNK, ClipTokenizer, END, Padding, ROW};
 pub use language::{Encoding, SpecialToken, SpecialTokens, Tokenizer};

@@ -10,6 +10,7 @@ pub mod kohya;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
+mod peft_experts;
 pub mod portable;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -225,10 +226,15 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
 /// which it is on the changed base that PEFT trained it on.
 pub fn on_residual(adapter: &mut Adapter) {
     for module in adapter.modules.values_mut() {
-        if RESIDUAL.contains(&module.variant.as_str()) && !module.tensors.contains_key("initial_up") {
+        if lacks_first_values(module) {
             module.variant = "lora".into();
         }
     }
+}
+
+/// Whether a module is PEFT's PiSSA or OLoRA as it is saved unconverted.
+pub fn lacks_first_values(module: &AdapterModule) -> bool {
+    RESIDUAL.contains(&module.variant.as_str()) && !module.tensors.contains_key("initial_up")
 }
 
 /// Variants whose first values are taken out of the base.
@@ -241,6 +247,11 @@ pub fn family(adapter: &Adapter) -> Option<&'static Family> {
         .map(|(path, module)| Module { name: &path.path, path: path.clone(), inputs: input_width(module) })
         .collect();
     family::adapter::told(&modules, &adapter.metadata)
+}
+
+/// What speaks against an adapter on a base of a family, in words that name both; `None` where nothing does.
+pub fn made_for_another(adapter: &Adapter, base: &Family) -> Option<String> {
+    family::adapter::foreign(adapter, family, base)
 }
 
 /// Inputs of the layer that a module adapts, where its tensors show them.

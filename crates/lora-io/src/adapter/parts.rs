@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
+use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, TOKENS, WEIGHT_VALUE};
 use lora_core::{AdapterModule, DType, HostTensor};
 
 /// Spellings of parts: the suffix after the module's name, and the part. The longest that fits counts.
@@ -34,6 +34,8 @@ const SPELLINGS: &[(&str, &str)] = &[
     (".lora_magnitude_vector", "magnitude"),
     (".lora_magnitude_vector.weight", "magnitude"),
     (".lora_magnitude_vector.default.weight", "magnitude"),
+    (".token_adapter.trainable_tokens_delta", "token_rows"),
+    (".trainable_tokens_delta", "token_rows"),
     (".alpha", "alpha"),
     (".scalar", "scalar"),
     (".dora_scale", "dora_scale"),
@@ -117,6 +119,8 @@ pub(super) struct PeftContext {
     pub(super) orthogonal: bool,
     /// The variant whose first values were taken out of the base, where the file does not hold them.
     pub(super) residual: Option<&'static str>,
+    /// The numbers of the trained tokens.
+    pub(super) tokens: Option<Vec<u32>>,
 }
 
 /// The parts that a trained weight or bias is, which takes the place of the base's.
@@ -271,6 +275,18 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
         module.tensors.insert("a".into(), a.clone());
         module.tensors.insert("b".into(), b.clone());
         module.variant = "vera".into();
+    } else if has(&parts, TOKEN_ROWS) {
+        take(TOKEN_ROWS, TOKEN_ROWS, &mut parts)?;
+        let tokens = peft.and_then(|context| context.tokens.as_ref());
+        let tokens = tokens.ok_or("the configuration does not say which tokens were trained")?;
+        let rows = side(&module.tensors[TOKEN_ROWS], 0);
+        if tokens.len() != rows {
+            return Err(format!("{rows} rows are there for the {} tokens of the configuration", tokens.len()));
+        }
+        let numbers = tokens.iter().map(|token| *token as f32).collect();
+        let numbers = HostTensor::from_f32([rows], numbers).map_err(|error| error.to_string())?;
+        module.tensors.insert(TOKENS.into(), numbers);
+        module.variant = "full".into();
     } else if has(&parts, WEIGHT) || has(&parts, BIAS) {
         if has(&parts, WEIGHT) {
             take(WEIGHT, WEIGHT, &mut parts)?;

@@ -1,8 +1,8 @@
 //! PEFT's folder: `adapter_model.safetensors` with names `base_model.model.<module>.lora_A.weight`, and
 //! `adapter_config.json`, without which neither scale nor method is known.
 //!
-//! Read: LoRA (rsLoRA, DoRA, embeddings, rank and alpha patterns, `lora_bias`, layers and biases saved whole, PiSSA and OLoRA as they are
-//! trained), LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA, HRA. `fan_in_fan_out` says nothing that the base does not show. Written:
+//! Read: LoRA (rsLoRA, DoRA, embeddings, experts, rank and alpha patterns, `lora_bias`, layers and biases saved whole, trained
+//! tokens, PiSSA and OLoRA as they are trained), trained tokens alone, LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA, HRA. `fan_in_fan_out` says nothing that the base does not show. Written:
 //! LoRA and DoRA, with every field that PEFT, vLLM and mistral.rs ask for. A field that changes the mathematics and is not
 //! supported is an error; PEFT itself would pass over it, or over tensors that it does not know, in silence.
 
@@ -10,12 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use lora_core::variant::TOKEN_ROWS;
 use lora_core::{Adapter, Component, DType, HostTensor, ModulePath};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use super::diffusers::{self, most_common};
 use super::parts::{Parts, PeftContext};
+use super::peft_experts::{TargetParameters, by_expert};
 use super::{AdapterFile, Format, Whole, names};
 use crate::metadata::HASH;
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
@@ -23,8 +25,6 @@ use crate::{Error, Result, atomic};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// A configuration is a page of text; anything beyond this is none.
-const LONGEST_CONFIG: u64 = 16 << 20;
 
 /// What a configuration says that the adapter does not know.
 #[derive(Debug, Clone, Default)]
@@ -46,15 +46,7 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     if !config_path.exists() {
         return Err(Error::format(folder, without_config(folder)));
     }
-    let size = fs::metadata(&config_path).map_err(Error::io(&config_path, "open"))?.len();
-    if size > LONGEST_CONFIG {
-        return Err(Error::format(&config_path, format!("{size} bytes are no configuration of an adapter")));
-    }
-    let text = fs::read(&config_path).map_err(Error::io(&config_path, "read"))?;
-    // Editors of Windows put a byte order mark in front.
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
-    let config: Value = serde_json::from_slice(text)
-        .map_err(|error| Error::format(&config_path, format!("is not valid JSON: {error}")))?;
+    let config = crate::json::read(&config_path)?;
     let weights = folder.join(WEIGHTS);
     if !weights.exists() && folder.join("adapter_model.bin").exists() {
         let reason = "holds a PyTorch pickle only, which can run any code when it is read; save it again with safe_serialization=True";
@@ -74,9 +66,23 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         _ => None,
     };
     let sorted = super::sort(&file, config.whole, shared)?;
-    let mut read = super::assemble(&file, Format::Peft, sorted, names::from_dotted, |_, path, parts| {
+    for name in sorted.modules.keys() {
+        config.parameters.path(name).map_err(|reason| Error::format(&weights, format!("`{name}` {reason}")))?;
+    }
+    if !config.tokens.is_empty() && !sorted.modules.values().any(|parts| parts.contains_key(TOKEN_ROWS)) {
+        let reason = "field `trainable_token_indices`: the file beside it has no rows of these tokens";
+        return Err(Error::format(&config_path, reason));
+    }
+    let path_of = |name: &str| config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
+    let mut read = super::assemble(&file, Format::Peft, sorted, path_of, |_, path, parts| {
         Some(config.context(path, parts, vera.clone()))
     })?;
+    for (path, module) in &mut read.adapter.modules {
+        if config.parameters.contains(path) {
+            let refused = |reason| Error::Module { module: path.to_string(), reason };
+            *module = by_expert(module.clone(), config.rank_of(path) as usize).map_err(refused)?;
+        }
+    }
     read.path = folder.to_owned();
     if let Some(variant) = config.residual {
         read.notes.push(format!(
@@ -125,6 +131,9 @@ struct Config {
     limit: Option<f64>,
     residual: Option<&'static str>,
     feedforward: Vec<String>,
+    parameters: TargetParameters,
+    /// Trained tokens: the ending of the modules' names, and the tokens' numbers.
+    tokens: Vec<(String, Vec<u32>)>,
     base_model: Option<String>,
     task_type: Option<String>,
 }
@@ -136,7 +145,8 @@ impl Config {
         let fields = config.as_object().ok_or_else(|| Error::format(path, "is no JSON object"))?;
         let unnamed = if is_lora { "LORA" } else { "" };
         let method = fields.get("peft_type").and_then(Value::as_str).unwrap_or(unnamed).to_owned();
-        const METHODS: &[&str] = &["LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "GLORA", "HRA"];
+        const METHODS: &[&str] =
+            &["LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "GLORA", "HRA", "TRAINABLE_TOKENS"];
         if !METHODS.contains(&method.as_str()) {
             return Err(wrong("peft_type", format!("`{method}` is not supported; known are {}", METHODS.join(", "))));
         }
@@ -151,8 +161,6 @@ impl Config {
             })
         };
         for (field, remedy) in [
-            ("target_parameters", "adapters on bare parameters (mixtures of experts) are not read"),
-            ("trainable_token_indices", "trained tokens are not read"),
             ("use_qalora", "QALoRA is not read"),
             ("use_bdlora", "block-diagonal LoRA is not read"),
             ("alora_invocation_tokens", "activated LoRA is not read"),
@@ -186,10 +194,15 @@ impl Config {
             };
             patterns.iter().map(parse).collect()
         };
-        let feedforward = match fields.get("feedforward_modules") {
+        let list = |field: &str| match fields.get(field) {
             Some(Value::String(one)) => vec![one.clone()],
             Some(Value::Array(items)) => items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect(),
             _ => Vec::new(),
+        };
+        let token_field = if method == "TRAINABLE_TOKENS" { "token_indices" } else { "trainable_token_indices" };
+        let tokens = match fields.get(token_field) {
+            Some(value) => tokens(value).map_err(|reason| wrong(token_field, reason))?,
+            None => Vec::new(),
         };
         let text = |field: &str| fields.get(field).and_then(Value::as_str).map(str::to_owned);
         let is_lora = method == "LORA";
@@ -215,27 +228,32 @@ impl Config {
             orthogonal: set("apply_GS"),
             limit: if method == "OFT" && set("coft") { Some(number("eps")?.unwrap_or(6e-5)) } else { None },
             residual: residual.filter(|_| is_lora),
-            feedforward,
+            feedforward: list("feedforward_modules"),
+            parameters: TargetParameters::new(list("target_parameters")),
+            tokens,
             base_model: text("base_model_name_or_path"),
             task_type: text("task_type"),
             method,
         })
     }
 
+    /// The rank of a module's adapter.
+    fn rank_of(&self, path: &ModulePath) -> f64 {
+        pattern(&self.ranks, path).unwrap_or(self.rank)
+    }
+
     fn context(&self, path: &ModulePath, parts: &Parts, vera: Option<(HostTensor, HostTensor)>) -> PeftContext {
-        let pattern = |patterns: &[(Regex, f64)]| {
-            patterns.iter().find(|(regex, _)| regex.is_match(&path.path)).map(|(_, number)| *number)
-        };
-        let alpha = pattern(&self.alphas).or(self.alpha);
-        let rank = pattern(&self.ranks).unwrap_or(self.rank);
+        let alpha = pattern(&self.alphas, path).or(self.alpha);
+        let rank = self.rank_of(path);
         let scaled = match self.method.as_str() {
             "LORA" if self.rank_stabilised => alpha.map(|alpha| alpha * rank.sqrt()),
             // Without a low-rank factor the canonical rank is 1: the scale stands in alpha.
             "LOKR" if parts.contains_key("lokr_w1") && parts.contains_key("lokr_w2") => alpha.map(|alpha| alpha / rank),
             _ => alpha,
         };
-        let feedforward =
-            self.feedforward.iter().any(|name| path.path == *name || path.path.ends_with(&format!(".{name}")));
+        let is_of = |name: &str| name.is_empty() || path.path == name || path.path.ends_with(&format!(".{name}"));
+        let feedforward = self.feedforward.iter().any(|name| is_of(name));
+        let tokens = self.tokens.iter().find(|(name, _)| is_of(name)).map(|(_, tokens)| tokens.clone());
         PeftContext {
             alpha: scaled,
             neumann: self.neumann,
@@ -245,7 +263,30 @@ impl Config {
             dora: self.dora,
             orthogonal: self.orthogonal,
             residual: self.residual,
+            tokens,
         }
+    }
+}
+
+/// The number of the first pattern that names a module.
+fn pattern(patterns: &[(Regex, f64)], path: &ModulePath) -> Option<f64> {
+    patterns.iter().find(|(regex, _)| regex.is_match(&path.path)).map(|(_, number)| *number)
+}
+
+/// Numbers of trained tokens by the ending of the layer's name: one list for whatever embedding there is, or one a layer.
+fn tokens(value: &Value) -> Result<Vec<(String, Vec<u32>)>, String> {
+    let list = |value: &Value| -> Result<Vec<u32>, String> {
+        let numbers = value.as_array().ok_or_else(|| format!("{value} is no list of tokens"))?;
+        // All numbers below 2^24 are f32s, which the module holds them as.
+        let token = |number: &Value| {
+            number.as_u64().and_then(|token| u32::try_from(token).ok()).filter(|token| *token < 1 << 24)
+        };
+        numbers.iter().map(|number| token(number).ok_or_else(|| format!("{number} is no token"))).collect()
+    };
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Object(layers) => layers.iter().map(|(name, own)| Ok((name.clone(), list(own)?))).collect(),
+        _ => Ok(vec![(String::new(), list(value)?)]),
     }
 }
 

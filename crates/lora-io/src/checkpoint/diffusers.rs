@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, Group, read_json, refused, shapes};
+use super::{Checkpoint, Group, refused, shapes};
 use crate::error::listed;
 use crate::family::{BaseNames, Family, language};
 use crate::safetensors::SafetensorsFile;
@@ -51,10 +51,10 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
             let tensors = file.names().map(|name| (name, name)).collect();
             checkpoint.add(&at, file, &Group::new(component, own.tree, tensors))?;
         }
-        checkpoint.set_config(component, read_json(&at.join("config.json"))?);
+        checkpoint.set_config(component, crate::json::read(at.join("config.json"))?);
     }
     let scheduler = path.join("scheduler").join("scheduler_config.json");
-    checkpoint.scheduler = scheduler.exists().then(|| read_json(&scheduler)).transpose()?;
+    checkpoint.scheduler = scheduler.exists().then(|| crate::json::read(&scheduler)).transpose()?;
     checkpoint.complete()
 }
 
@@ -90,7 +90,7 @@ fn without_components(path: &Path, families: &[&'static Family]) -> Result<Check
     }
 }
 
-fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
+pub(super) fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
     weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(SafetensorsFile::open(file)?))).collect()
 }
 
@@ -118,7 +118,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let json = read_json(index)?;
+    let json = crate::json::read(index)?;
     let map = json["weight_map"].as_object().ok_or_else(|| Error::format(index, "has no object `weight_map`"))?;
     let mut files = BTreeSet::new();
     for file in map.values() {

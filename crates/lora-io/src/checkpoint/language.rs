@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, ComponentWeights, read_json};
+use super::{Checkpoint, ComponentWeights};
 use crate::Result;
 use crate::family::tree::Piece;
 use crate::family::{Family, language};
@@ -29,7 +29,7 @@ pub(super) fn open_folder(path: &Path, files: &[Arc<SafetensorsFile>]) -> Result
         }
     }
     checkpoint.unused.sort();
-    weights.config = Some(read_json(&path.join("config.json"))?);
+    weights.config = Some(crate::json::read(path.join("config.json"))?);
     checkpoint.components.insert(Component::LANGUAGE_MODEL, weights);
     checkpoint.complete()
 }

@@ -6,11 +6,13 @@
 //! | `ldm` | reading the original layout: one file with a prefix for each component |
 //! | `diffusers` | reading a folder with a folder for each component |
 //! | `language` | reading a language model: a folder of its own, or one GGUF file |
+//! | `part` | a component from elsewhere |
 //! | `write` | writing the original layout |
 
 mod diffusers;
 mod language;
 mod ldm;
+mod part;
 mod write;
 
 pub(crate) use ldm::groups;
@@ -418,9 +420,4 @@ fn transposed(bytes: &[u8], shape: &[usize]) -> Vec<u8> {
     }
     let element = |row: usize, column: usize| &bytes[(row * columns + column) * size..][..size];
     (0..columns).flat_map(|column| (0..rows).flat_map(move |row| element(row, column))).copied().collect()
-}
-
-fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::format(path, format!("is not valid JSON: {error}")))
 }

@@ -76,10 +76,7 @@ impl Inventory {
             inventory.tensors.insert(name.to_owned(), (view.dtype(), view.shape().to_vec()));
         }
         if let Some(config) = config.filter(|config| config.exists()) {
-            let text = std::fs::read(&config).map_err(Error::io(&config, "read"))?;
-            let parsed = serde_json::from_slice(text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text));
-            inventory.config =
-                Some(parsed.map_err(|error| Error::format(&config, format!("is not valid JSON: {error}")))?);
+            inventory.config = Some(crate::json::read(&config)?);
         }
         Ok(inventory)
     }

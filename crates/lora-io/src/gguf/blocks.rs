@@ -18,34 +18,28 @@ use std::fmt;
 
 use half::{bf16, f16};
 use lora_core::HostData;
+use lora_core::blocks::BlockKind;
 
 /// Element type of a tensor, as far as it is read here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(non_camel_case_types, reason = "the names that the format and its users know")]
-#[allow(missing_docs, reason = "the module's table")]
+#[allow(missing_docs, reason = "the names that the format and its users know")]
 pub enum TensorType {
     F32,
     F16,
     BF16,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q8_0,
-    Q4_K,
-    Q5_K,
-    Q6_K,
+    /// Quantised.
+    Blocks(BlockKind),
 }
 
 impl TensorType {
-    const ALL: [TensorType; 11] = {
-        use TensorType::*;
-        [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K]
-    };
-
     /// The type of a number in a file; none for types that are not read here.
     pub fn from_id(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.id() == id)
+        match id {
+            0 => Some(TensorType::F32),
+            1 => Some(TensorType::F16),
+            30 => Some(TensorType::BF16),
+            _ => BlockKind::from_gguf(id).map(TensorType::Blocks),
+        }
     }
 
     /// Its number in files.
@@ -53,15 +47,8 @@ impl TensorType {
         match self {
             TensorType::F32 => 0,
             TensorType::F16 => 1,
-            TensorType::Q4_0 => 2,
-            TensorType::Q4_1 => 3,
-            TensorType::Q5_0 => 6,
-            TensorType::Q5_1 => 7,
-            TensorType::Q8_0 => 8,
-            TensorType::Q4_K => 12,
-            TensorType::Q5_K => 13,
-            TensorType::Q6_K => 14,
             TensorType::BF16 => 30,
+            TensorType::Blocks(kind) => kind.gguf(),
         }
     }
 
@@ -70,14 +57,7 @@ impl TensorType {
         match self {
             TensorType::F32 => (1, 4),
             TensorType::F16 | TensorType::BF16 => (1, 2),
-            TensorType::Q4_0 => (32, 18),
-            TensorType::Q4_1 => (32, 20),
-            TensorType::Q5_0 => (32, 22),
-            TensorType::Q5_1 => (32, 24),
-            TensorType::Q8_0 => (32, 34),
-            TensorType::Q4_K => (256, 144),
-            TensorType::Q5_K => (256, 176),
-            TensorType::Q6_K => (256, 210),
+            TensorType::Blocks(kind) => kind.block(),
         }
     }
 
@@ -87,70 +67,69 @@ impl TensorType {
             TensorType::F32 => HostData::F32(each(bytes, f32::from_le_bytes)),
             TensorType::F16 => HostData::F16(each(bytes, f16::from_le_bytes)),
             TensorType::BF16 => HostData::BF16(each(bytes, bf16::from_le_bytes)),
-            _ => {
-                let (elements, size) = self.block();
+            TensorType::Blocks(kind) => {
+                let (elements, size) = kind.block();
                 let mut values = vec![0.0; bytes.len() / size * elements];
                 for (block, out) in bytes.chunks_exact(size).zip(values.chunks_exact_mut(elements)) {
-                    self.decode_block(block, out);
+                    decode_block(kind, block, out);
                 }
                 HostData::F32(values)
             }
         }
     }
+}
 
-    fn decode_block(self, block: &[u8], out: &mut [f32]) {
-        match self {
-            TensorType::F32 | TensorType::F16 | TensorType::BF16 => {}
-            TensorType::Q4_0 => {
-                let d = half(block, 0);
-                nibbles(&block[2..18], out, |q, _| (f32::from(q) - 8.0) * d);
+fn decode_block(kind: BlockKind, block: &[u8], out: &mut [f32]) {
+    match kind {
+        BlockKind::Q4_0 => {
+            let d = half(block, 0);
+            nibbles(&block[2..18], out, |q, _| (f32::from(q) - 8.0) * d);
+        }
+        BlockKind::Q4_1 => {
+            let (d, m) = (half(block, 0), half(block, 2));
+            nibbles(&block[4..20], out, |q, _| f32::from(q) * d + m);
+        }
+        BlockKind::Q5_0 => {
+            let (d, high) = (half(block, 0), bits(block, 2));
+            nibbles(&block[6..22], out, |q, place| (f32::from(q | fifth(high, place)) - 16.0) * d);
+        }
+        BlockKind::Q5_1 => {
+            let (d, m, high) = (half(block, 0), half(block, 2), bits(block, 4));
+            nibbles(&block[8..24], out, |q, place| f32::from(q | fifth(high, place)) * d + m);
+        }
+        BlockKind::Q8_0 => {
+            let d = half(block, 0);
+            out.iter_mut().zip(&block[2..]).for_each(|(out, &q)| *out = f32::from(q as i8) * d);
+        }
+        BlockKind::Q4_K | BlockKind::Q5_K => {
+            let (d, e, scales) = (half(block, 0), half(block, 2), &block[4..16]);
+            let (high, low) = match kind {
+                BlockKind::Q5_K => (Some(&block[16..48]), &block[48..176]),
+                _ => (None, &block[16..144]),
+            };
+            for (pair, (low, out)) in low.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
+                let [first, second] = [2 * pair, 2 * pair + 1].map(|j| {
+                    let (scale, minimum) = scale_and_minimum(scales, j);
+                    (d * f32::from(scale), e * f32::from(minimum))
+                });
+                nibbles(low, out, |q, place| {
+                    let half = place / 32;
+                    let bit = high.map_or(0, |high| high[place % 32] >> (2 * pair + half) & 1);
+                    let (scale, minimum) = if half == 0 { first } else { second };
+                    scale * f32::from(q | bit << 4) - minimum
+                });
             }
-            TensorType::Q4_1 => {
-                let (d, m) = (half(block, 0), half(block, 2));
-                nibbles(&block[4..20], out, |q, _| f32::from(q) * d + m);
-            }
-            TensorType::Q5_0 => {
-                let (d, high) = (half(block, 0), bits(block, 2));
-                nibbles(&block[6..22], out, |q, place| (f32::from(q | fifth(high, place)) - 16.0) * d);
-            }
-            TensorType::Q5_1 => {
-                let (d, m, high) = (half(block, 0), half(block, 2), bits(block, 4));
-                nibbles(&block[8..24], out, |q, place| f32::from(q | fifth(high, place)) * d + m);
-            }
-            TensorType::Q8_0 => {
-                let d = half(block, 0);
-                out.iter_mut().zip(&block[2..]).for_each(|(out, &q)| *out = f32::from(q as i8) * d);
-            }
-            TensorType::Q4_K | TensorType::Q5_K => {
-                let (d, e, scales) = (half(block, 0), half(block, 2), &block[4..16]);
-                let (high, low) = match self {
-                    TensorType::Q5_K => (Some(&block[16..48]), &block[48..176]),
-                    _ => (None, &block[16..144]),
-                };
-                for (pair, (low, out)) in low.chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
-                    let [first, second] = [2 * pair, 2 * pair + 1].map(|j| {
-                        let (scale, minimum) = scale_and_minimum(scales, j);
-                        (d * f32::from(scale), e * f32::from(minimum))
-                    });
-                    nibbles(low, out, |q, place| {
-                        let half = place / 32;
-                        let bit = high.map_or(0, |high| high[place % 32] >> (2 * pair + half) & 1);
-                        let (scale, minimum) = if half == 0 { first } else { second };
-                        scale * f32::from(q | bit << 4) - minimum
-                    });
-                }
-            }
-            TensorType::Q6_K => {
-                let d = half(block, 208);
-                for (part, out) in out.chunks_exact_mut(128).enumerate() {
-                    let (low, high) = (&block[64 * part..][..64], &block[128 + 32 * part..][..32]);
-                    let scales = &block[192 + 8 * part..][..8];
-                    for (place, out) in out.iter_mut().enumerate() {
-                        let (quarter, at) = (place / 32, place % 32);
-                        let nibble = low[at + 32 * (quarter % 2)] >> (4 * (quarter / 2)) & 15;
-                        let q = nibble | (high[at] >> (2 * quarter) & 3) << 4;
-                        *out = d * f32::from(scales[place / 16] as i8) * (f32::from(q) - 32.0);
-                    }
+        }
+        BlockKind::Q6_K => {
+            let d = half(block, 208);
+            for (part, out) in out.chunks_exact_mut(128).enumerate() {
+                let (low, high) = (&block[64 * part..][..64], &block[128 + 32 * part..][..32]);
+                let scales = &block[192 + 8 * part..][..8];
+                for (place, out) in out.iter_mut().enumerate() {
+                    let (quarter, at) = (place / 32, place % 32);
+                    let nibble = low[at + 32 * (quarter % 2)] >> (4 * (quarter / 2)) & 15;
+                    let q = nibble | (high[at] >> (2 * quarter) & 3) << 4;
+                    *out = d * f32::from(scales[place / 16] as i8) * (f32::from(q) - 32.0);
                 }
             }
         }
@@ -159,7 +138,10 @@ impl TensorType {
 
 impl fmt::Display for TensorType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
+        match self {
+            TensorType::Blocks(kind) => fmt::Debug::fmt(kind, f),
+            _ => fmt::Debug::fmt(self, f),
+        }
     }
 }
 

@@ -92,9 +92,7 @@ impl Architecture {
             return Self::of_gguf(&GgufFile::open(path)?);
         }
         let config = path.join("config.json");
-        let text = std::fs::read(&config).map_err(Error::io(&config, "read"))?;
-        let json: serde_json::Value = serde_json::from_slice(&text)
-            .map_err(|error| Error::format(&config, format!("is not valid JSON: {error}")))?;
+        let json = crate::json::read(&config)?;
         let kind = json["model_type"].as_str().unwrap_or_default();
         let Some((_, name)) = ARCHITECTURES.iter().find(|(own, _)| *own == kind) else {
             let known: Vec<_> = ARCHITECTURES.iter().map(|(own, _)| *own).collect();

@@ -59,7 +59,7 @@ impl Base {
         weights.sort_by(|a, b| (a.parent(), length(a), a).cmp(&(b.parent(), length(b), b)));
         let files = weights.iter().map(SafetensorsFile::open).collect::<Result<_>>()?;
         let config = path.join("config.json");
-        let config = if config.is_file() { Some(read_json(&config)?) } else { None };
+        let config = if config.is_file() { Some(crate::json::read(&config)?) } else { None };
         Ok(Self { path: path.to_owned(), files, config, left_out })
     }
 
@@ -138,10 +138,4 @@ pub(crate) fn walk(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
-}
-
-pub(super) fn read_json(path: &Path) -> Result<Value> {
-    let bytes = fs::read(path).map_err(Error::io(path, "read"))?;
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    serde_json::from_slice(bytes).map_err(|error| Error::format(path, format!("is not valid JSON: {error}")))
 }

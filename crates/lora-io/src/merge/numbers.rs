@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lora_core::{HostData, HostTensor};
 
-use crate::safetensors::{SafetensorsFile, StoredDType, from_e4m3, from_e5m2};
+use crate::safetensors::{StoredDType, from_e4m3, from_e5m2};
 
 /// Whether a merge computes with numbers of this type and writes them in it.
 pub(super) fn is_float(dtype: StoredDType) -> bool {
@@ -14,13 +14,6 @@ pub(super) fn is_float(dtype: StoredDType) -> bool {
 /// Whether numbers of this type can be read and written in another.
 pub(super) fn is_readable(dtype: StoredDType) -> bool {
     is_float(dtype) || matches!(dtype, StoredDType::F8E4M3 | StoredDType::F8E5M2 | StoredDType::F64)
-}
-
-/// The tensor beside a weight of 8 bits by which its numbers have to be multiplied, where the file has one.
-pub(super) fn factor_of(file: &SafetensorsFile, name: &str) -> Option<String> {
-    let module = name.strip_suffix(".weight")?;
-    let names = ["scale_weight", "weight_scale", "weight_scale_inv"].map(|end| format!("{module}.{end}"));
-    names.into_iter().find(|name| file.contains(name))
 }
 
 pub(super) fn to_f32(dtype: StoredDType, bytes: &[u8]) -> Vec<f32> {

@@ -10,14 +10,14 @@ use lora_core::{Adapter, HostTensor, LayerGeometry, ModulePath};
 use rayon::prelude::*;
 
 use super::folder::Base;
+use super::numbers;
+use super::scales::Scales;
 use super::targets::{StoredLayer, StoredLayers};
-use super::{numbers, rows_of};
-use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// The weight of a layer, in f32.
-fn weight(files: &[SafetensorsFile], layer: &StoredLayer) -> Result<HostTensor> {
-    let weight = rows_of(&files[layer.file], &layer.weight, layer.rows.as_ref())?;
+fn weight(base: &Base, scales: &Scales, layer: &StoredLayer) -> Result<HostTensor> {
+    let weight = scales.numbers(base, layer.file, &layer.weight, layer.rows.as_ref())?;
     Ok(if layer.transposed { numbers::transposed(weight) } else { weight })
 }
 
@@ -36,12 +36,12 @@ pub fn extract(
     let (base, tuned) = (base.as_ref(), tuned.as_ref());
     let (base_files, tuned_files) = (Base::open(base)?, Base::open(tuned)?);
     let (base_layers, tuned_layers) = (StoredLayers::new(&base_files), StoredLayers::new(&tuned_files));
-    let (base_files, tuned_files) = (base_files.files, tuned_files.files);
+    let (base_scales, tuned_scales) = (Scales::of(&base_files), Scales::of(&tuned_files));
     let layers: Vec<TargetLayer> = base_layers
         .known
         .iter()
         .filter_map(|(path, copies)| {
-            let geometry = LayerGeometry::of_weight(&copies.first()?.shape(&base_files))?;
+            let geometry = LayerGeometry::of_weight(&copies.first()?.shape(&base_files.files))?;
             let norm = matches!(geometry, LayerGeometry::Norm { .. });
             (!norm).then(|| TargetLayer { path: path.clone(), geometry })
         })
@@ -54,11 +54,12 @@ pub fn extract(
             let Some(other) = tuned_layers.known.get(&target.path).and_then(|copies| copies.first()) else {
                 return Err(Error::format(tuned, format!("has no `{}`, which the base has", target.path)));
             };
-            let (before, after) = (weight(&base_files, layer)?, weight(&tuned_files, other)?);
+            let (before, after) =
+                (weight(&base_files, &base_scales, layer)?, weight(&tuned_files, &tuned_scales, other)?);
             let module = compose::extract(&after, &before, options)
                 .map_err(|error| Error::tensor(tuned, &other.weight, error.to_string()))?;
-            base_files[layer.file].release(&layer.weight);
-            tuned_files[other.file].release(&other.weight);
+            base_files.files[layer.file].release(&layer.weight);
+            tuned_files.files[other.file].release(&other.weight);
             Ok(module.map(|module| (target.path.clone(), module)))
         })
         .collect::<Result<_>>()?;
@@ -88,7 +89,7 @@ pub fn flatten(
 ) -> Result<(Adapter, Vec<Outcome>)> {
     let opened = Base::open(base.as_ref())?;
     let layers = StoredLayers::new(&opened);
-    let files = &opened.files;
+    let scales = Scales::of(&opened);
     let flat: Vec<(ModulePath, _)> = adapter
         .modules
         .par_iter()
@@ -98,7 +99,7 @@ pub fn flatten(
             }
             let refused = |reason: String| Error::Module { module: path.to_string(), reason };
             let found = layers.find(path).map_err(refused)?;
-            let weight = weight(files, &found[0])?;
+            let weight = weight(&opened, &scales, &found[0])?;
             let geometry = lora_core::merge::geometry(module, weight.shape())
                 .ok_or_else(|| refused(format!("a weight of the shape {:?} is not adapted", weight.shape())))?;
             let frozen = FrozenLayer { backend: CpuBackend, geometry, weight, bias: None };

@@ -11,16 +11,17 @@ use std::path::{Path, PathBuf};
 
 use lora_core::backend::{CpuBackend, ShapeBackend};
 use lora_core::merge::geometry;
-use lora_core::variant::{BiasChange, Changes, FrozenLayer, Parameters, VariantRegistry};
-use lora_core::{AdapterModule, Component, HostTensor, ModulePath, Strength};
+use lora_core::variant::{BiasChange, Changes, EXPERTS_DOWN, FrozenLayer, Parameters, TOKEN_ROWS, VariantRegistry};
+use lora_core::{AdapterModule, Component, ModulePath, Strength};
 
+use super::Weighted;
 use super::folder::Base;
+use super::rows::Update;
 use super::tied::Tied;
-use super::{Weighted, tileable};
 use crate::adapter::{self, names};
 use crate::checkpoint::{self, Group};
 use crate::error::listed;
-use crate::family::adapter::foreign;
+
 use crate::family::tree::Piece;
 use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
@@ -39,8 +40,8 @@ pub(super) struct Edit {
     pub(super) bias: bool,
     /// Whether the layer's weight is stored with rows and columns exchanged.
     pub(super) transposed: bool,
-    /// The layer's other tensor: the bias of a weight, the weight of a bias.
-    pub(super) partner: Option<String>,
+    /// The layer's other tensor, the bias of a weight or the weight of a bias: its file and its name.
+    pub(super) partner: Option<(usize, String)>,
 }
 
 /// What is done to the tensors of one file.
@@ -67,7 +68,8 @@ pub(super) struct Edits {
 pub(super) struct StoredLayer {
     pub(super) file: usize,
     pub(super) weight: String,
-    bias: Option<String>,
+    /// Its file, which may be another shard, and its name.
+    bias: Option<(usize, String)>,
     pub(super) rows: Option<Range<usize>>,
     pub(super) transposed: bool,
 }
@@ -93,18 +95,26 @@ impl Edits {
         let mut all = Self { files, untied: None, notes: Vec::new() };
         for (index, adapter) in adapters.iter().enumerate() {
             layers.check_blocks(&base.path, &adapter.strength)?;
-            let other = layers.family.and_then(|family| foreign(&adapter.adapter, adapter::family, family));
+            let other = layers.family.and_then(|family| adapter::made_for_another(&adapter.adapter, family));
             let mut problems = Vec::new();
+            let ends_are_one = layers.tied.as_ref().is_some_and(|tied| tied.is_one_adapter(&adapter.adapter));
             for (path, module) in &adapter.adapter.modules {
-                if adapter.strength.of(path) == 0.0 {
+                if adapter.strength.of(path) == 0.0 || ends_are_one && is_head(path) {
                     continue;
                 }
-                let added = layers.find(path).and_then(|found| {
+                let stays_tied = ends_are_one || module.tensors.contains_key(TOKEN_ROWS) && !is_head(path);
+                let found = layers.find(path).map_err(|reason| match module.tensors.get(EXPERTS_DOWN) {
+                    Some(down) => {
+                        format!("this base has no layer of {} experts there", down.shape().first().unwrap_or(&0))
+                    }
+                    None => reason,
+                });
+                let added = found.and_then(|found| {
                     found.iter().try_for_each(|layer| {
                         layers.fits(module, layer, &base.files, variants)?;
                         all.add(index, path, module, layer, variants)
                     })?;
-                    all.untie(path, &layers, &found, &base.files)
+                    if stays_tied { Ok(()) } else { all.untie(path, &layers, &found, &base.files) }
                 });
                 if let Err(reason) = added {
                     problems.push(format!("`{path}` ({reason})"));
@@ -118,7 +128,23 @@ impl Edits {
             }
             all.notes.extend(other.map(|other| format!("`{}`: {other}; its layers fit all the same", adapter.name)));
         }
+        all.train_tokens_of_the_head(adapters);
         Ok(all)
+    }
+
+    /// Rows of tokens are trained for both ends of a base that ties them: where the ends are parted, they belong to each.
+    fn train_tokens_of_the_head(&mut self, adapters: &[Weighted]) {
+        let Some(tied) = self.untied.clone() else { return };
+        for index in 0..self.files.len() {
+            let Some((place, _)) = self.files[index].made_of.get(tied.head).cloned() else { continue };
+            let of_tokens =
+                |edit: &&Edit| adapters[edit.adapter].adapter.modules[&edit.module].tensors.contains_key(TOKEN_ROWS);
+            let of_embedding = self.files[place].edits.get(tied.embedding).into_iter().flatten();
+            let tokens: Vec<Edit> = of_embedding.filter(of_tokens).cloned().collect();
+            if !tokens.is_empty() {
+                self.files[index].edits.entry(tied.head.to_owned()).or_default().extend(tokens);
+            }
+        }
     }
 
     /// Adds what a module does to its layer, or says why it cannot.
@@ -130,26 +156,25 @@ impl Edits {
         layer: &StoredLayer,
         variants: &VariantRegistry<CpuBackend>,
     ) -> Result<(), String> {
-        let edits = &mut self.files[layer.file].edits;
         let edit = |bias: bool| Edit {
             adapter,
             module: path.clone(),
             rows: layer.rows.clone(),
             bias,
             transposed: layer.transposed,
-            partner: if bias { Some(layer.weight.clone()) } else { layer.bias.clone() },
+            partner: if bias { Some((layer.file, layer.weight.clone())) } else { layer.bias.clone() },
         };
         // An unknown variant is an error where its update is worked out.
         let effect = variants.get(&module.variant).map_or(Changes::WEIGHT, |variant| variant.changes(&module.tensors));
         match (&layer.bias, effect.bias) {
-            (Some(bias), BiasChange::Always | BiasChange::WhereThere) => {
-                edits.entry(bias.clone()).or_default().push(edit(true));
+            (Some((file, bias)), BiasChange::Always | BiasChange::WhereThere) => {
+                self.files[*file].edits.entry(bias.clone()).or_default().push(edit(true));
             }
             (None, BiasChange::Always) => return Err("changes a bias, and this layer of the base has none".into()),
             _ => {}
         }
         if effect.weight {
-            edits.entry(layer.weight.clone()).or_default().push(edit(false));
+            self.files[layer.file].edits.entry(layer.weight.clone()).or_default().push(edit(false));
         }
         Ok(())
     }
@@ -200,7 +225,7 @@ impl Edits {
 }
 
 /// Whether a module is the output layer of a language model.
-fn is_head(path: &ModulePath) -> bool {
+pub(super) fn is_head(path: &ModulePath) -> bool {
     path.path == "lm_head" || path.path.ends_with(".lm_head")
 }
 
@@ -233,8 +258,8 @@ impl StoredLayers {
         let (known, spelt) = (BTreeMap::new(), BTreeMap::new());
         let mut layers = Self { family, known, spelt, tied: Tied::of(base), conv1d: has_conv1d(base) };
         for (index, file) in files.iter().enumerate() {
-            layers.add_spelt(index, file);
-            layers.add_known(index, file, folder_of(file).as_deref(), family);
+            layers.add_spelt(index, files);
+            layers.add_known(index, files, folder_of(file).as_deref(), family);
         }
         layers
     }
@@ -255,11 +280,21 @@ impl StoredLayers {
     }
 
     /// The layer of a name in a file, which has tensors of its own.
-    fn of_name(&self, file_index: usize, file: &SafetensorsFile, name: &str) -> StoredLayer {
+    fn of_name(&self, file_index: usize, files: &[SafetensorsFile], name: &str) -> StoredLayer {
+        let file = &files[file_index];
         let bias = format!("{name}.bias");
-        let bias = file.contains(&bias).then_some(bias);
+        // A shard may end between the two.
+        let beside = |(_, other): &(usize, &SafetensorsFile)| other.path().parent() == file.path().parent();
+        let place = if file.contains(&bias) {
+            Some(file_index)
+        } else {
+            files.iter().enumerate().filter(beside).find(|(_, other)| other.contains(&bias)).map(|(place, _)| place)
+        };
+        let bias = place.map(|place| (place, bias));
         let transposed = self.conv1d && is_conv1d(name);
-        StoredLayer { file: file_index, weight: format!("{name}.weight"), bias, rows: None, transposed }
+        // The experts of a layer are one tensor without that end.
+        let weight = if file.contains(name) { name.to_owned() } else { format!("{name}.weight") };
+        StoredLayer { file: file_index, weight, bias, rows: None, transposed }
     }
 
     /// Adds a layer beside its copies in other files.
@@ -280,43 +315,44 @@ impl StoredLayers {
         variants: &VariantRegistry<CpuBackend>,
     ) -> Result<(), String> {
         let shape = layer.shape(files);
-        let geometry = geometry(module, &shape)
-            .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
         // Some variants take the weight itself apart, which shapes do not tell more about.
         let of_factors = adapter::RESIDUAL.contains(&module.variant.as_str()) && module.tensors.len() == 2;
-        let fits = if tileable(module, variants) || of_factors {
-            // The same numbers as factors of a 1×1 convolution, or the other way round, are the same module.
-            let elements = |name: &str| module.tensors.get(name).map_or(0, HostTensor::elements);
-            let (down, up) = (elements("down"), elements("up"));
-            down == module.rank * geometry.fan_in() && up == module.rank * geometry.outputs()
+        let plain = || AdapterModule { variant: "lora".into(), ..module.clone() };
+        let reason = if let Some(update) = Update::of(module, variants) {
+            update.fits(&shape).err()
+        } else if of_factors {
+            Update::of(&plain(), variants).and_then(|update| update.fits(&shape).err())
         } else {
+            let geometry = geometry(module, &shape)
+                .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
             // A variant of a program's own is looked at where its update is worked out.
             let Ok(variant) = VariantRegistry::<ShapeBackend>::default().get(&module.variant) else { return Ok(()) };
             let layer = FrozenLayer { backend: ShapeBackend, geometry, weight: shape.clone(), bias: None };
-            Parameters::upload(&ShapeBackend, module, &Vec::new())
+            let fits = Parameters::upload(&ShapeBackend, module, &Vec::new())
                 .and_then(|parameters| variant.delta_weight(&ShapeBackend, &layer, &parameters))
-                .is_ok_and(|delta| delta == shape)
+                .is_ok_and(|delta| delta == shape);
+            (!fits).then(|| format!("do not fit this base's weight {shape:?}"))
         };
-        if fits {
-            return Ok(());
-        }
+        let Some(reason) = reason else { return Ok(()) };
         let tensors = module.tensors.iter().map(|(name, tensor)| format!("`{name}` {:?}", tensor.shape()));
         let list = tensors.collect::<Vec<_>>().join(", ");
-        Err(format!("its {list} do not fit this base's weight {shape:?}"))
+        Err(format!("its {list} {reason}"))
     }
 
     /// The layers of a file by their own names.
-    fn add_spelt(&mut self, index: usize, file: &SafetensorsFile) {
+    fn add_spelt(&mut self, index: usize, files: &[SafetensorsFile]) {
+        let file = &files[index];
         for name in file.names() {
-            let Some(own) = name.strip_suffix(".weight") else { continue };
-            let layer = self.of_name(index, file, own);
+            let Some(own) = layer_name(file, name) else { continue };
+            let layer = self.of_name(index, files, own);
             let folder = file.path().parent().unwrap_or(Path::new("")).to_owned();
             self.spelt.entry(own.replace('.', "_")).or_default().push((folder, layer));
         }
     }
 
     /// The layers of a file by canonical path, where its family's names tell.
-    fn add_known(&mut self, index: usize, file: &SafetensorsFile, folder: Option<&str>, family: Option<&Family>) {
+    fn add_known(&mut self, index: usize, files: &[SafetensorsFile], folder: Option<&str>, family: Option<&Family>) {
+        let file = &files[index];
         let is_unknown = family.is_none();
         // A U-Net alone is of no family, and all of them that are in the original tree have the same names.
         let family = family.unwrap_or(&sd1::FAMILY);
@@ -337,17 +373,18 @@ impl StoredLayers {
         }
         // A folder that is no component of a known family holds another network, as a ControlNet.
         if folder.is_none() || is_unknown {
-            self.add_dotted(index, file);
+            self.add_dotted(index, files);
         }
     }
 
     /// The layers of a file whose names are canonical ones.
-    fn add_dotted(&mut self, index: usize, file: &SafetensorsFile) {
+    fn add_dotted(&mut self, index: usize, files: &[SafetensorsFile]) {
+        let file = &files[index];
         for name in file.names() {
-            let Some(own) = name.strip_suffix(".weight") else { continue };
+            let Some(own) = layer_name(file, name) else { continue };
             let path = names::from_dotted(own);
             if path.component != Component::MODEL {
-                let layer = self.of_name(index, file, own);
+                let layer = self.of_name(index, files, own);
                 self.insert(path, layer);
             }
         }
@@ -369,7 +406,7 @@ impl StoredLayers {
                 // Nothing adapts what is stored so.
                 Piece::Transposed => continue,
             };
-            let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (*stored).to_owned());
+            let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (index, (*stored).to_owned()));
             let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows, transposed: false };
             self.insert(ModulePath::new(group.component, path), layer);
         }
@@ -418,6 +455,12 @@ impl StoredLayers {
         }
         found
     }
+}
+
+/// The layer whose weight a tensor is.
+fn layer_name<'n>(file: &SafetensorsFile, name: &'n str) -> Option<&'n str> {
+    let is_experts = || name.contains(".experts.") && file.shape(name).is_some_and(|shape| shape.len() == 3);
+    name.strip_suffix(".weight").or_else(|| is_experts().then_some(name))
 }
 
 /// Whether a layer is called as those of GPT-2 that `Conv1D` implements.

@@ -1,14 +1,12 @@
 //! Language models whose output layer is their embedding. An adapter changes one end alone while it is loaded; so a merge
 //! writes the other end as a tensor of its own, and the configuration says that the two are no longer tied.
 
-use std::fs;
-use std::io::Write;
-use std::path::Path;
+use lora_core::{Adapter, AdapterModule, HostTensor};
 
-use serde_json::Value;
-
-use super::folder::{Base, read_json};
-use crate::{Error, Result, atomic};
+use super::configuration::TIED;
+use super::folder::Base;
+use super::rows::turn;
+use super::targets::is_head;
 
 /// Names of embeddings that output layers are tied to.
 const EMBEDDINGS: &[&str] = &[
@@ -20,7 +18,6 @@ const EMBEDDINGS: &[&str] = &[
     "transformer.word_embeddings.weight",
 ];
 const HEADS: &[&str] = &["lm_head.weight", "language_model.lm_head.weight"];
-const KEY: &str = "tie_word_embeddings";
 
 /// The embedding that is the output layer too, and the output layer's own name.
 #[derive(Debug, Clone)]
@@ -38,8 +35,8 @@ impl Tied {
         let embedding = EMBEDDINGS.iter().copied().find(|name| there(name))?;
         let own_head = HEADS.iter().any(|name| there(name));
         let said = base.config.as_ref().and_then(|config| {
-            let inner = config.get("text_config").and_then(|text| text.get(KEY));
-            config.get(KEY).or(inner)?.as_bool()
+            let inner = config.get("text_config").and_then(|text| text.get(TIED));
+            config.get(TIED).or(inner)?.as_bool()
         });
         // Encoders have no output layer at all.
         let has_output =
@@ -50,40 +47,36 @@ impl Tied {
         let head = if embedding.starts_with("language_model.") { HEADS[1] } else { HEADS[0] };
         tied.then_some(Self { embedding, head, has_config: base.config.is_some() })
     }
+
+    /// Whether an adapter changes both ends in the same way, as PEFT trains them with `ensure_weight_tying`: it is merged
+    /// once then, and they stay tied.
+    pub(super) fn is_one_adapter(&self, adapter: &Adapter) -> bool {
+        let embedding = self.embedding.strip_suffix(".weight").unwrap_or(self.embedding);
+        let mut modules = adapter.modules.iter();
+        let head = modules.find(|(path, _)| is_head(path)).map(|(_, module)| module);
+        let mut modules = adapter.modules.iter();
+        let embedding = modules.find(|(path, _)| path.path == embedding).map(|(_, module)| module);
+        head.zip(embedding).is_some_and(|(head, embedding)| is_same(head, embedding))
+    }
 }
 
-/// Writes into the copied configuration of a merged folder that nothing is tied, and into the index of its shards where
-/// the output layer is: in `file`, with `bytes` bytes.
-pub(super) fn untie(folder: &Path, tied: &Tied, file: &str, bytes: u64) -> Result<()> {
-    let path = folder.join("config.json");
-    let mut config = read_json(&path)?;
-    if !config.is_object() {
-        return Err(Error::format(&path, "is no JSON object"));
+/// Whether two modules make the same change of an output layer and of an embedding.
+fn is_same(head: &AdapterModule, embedding: &AdapterModule) -> bool {
+    if head.scale() != embedding.scale() {
+        return false;
     }
-    if config["text_config"].is_object() {
-        config["text_config"][KEY] = Value::Bool(false);
+    if head.tensors == embedding.tensors {
+        return true;
     }
-    config[KEY] = Value::Bool(false);
-    replace(&path, &config)?;
-    for entry in fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
-        let path = entry.map_err(Error::io(folder, "list"))?.path();
-        if !path.to_string_lossy().ends_with(".safetensors.index.json") {
-            continue;
-        }
-        let mut index = read_json(&path)?;
-        if index["weight_map"][tied.embedding].as_str() != Some(file) || !index["weight_map"][tied.head].is_null() {
-            continue;
-        }
-        index["weight_map"][tied.head] = Value::from(file);
-        if let Some(size) = index["metadata"]["total_size"].as_u64() {
-            index["metadata"]["total_size"] = Value::from(size + bytes);
-        }
-        replace(&path, &index)?;
-    }
-    Ok(())
-}
-
-fn replace(path: &Path, json: &Value) -> Result<()> {
-    let text = format!("{json:#}\n");
-    atomic::write(path, |file| file.write_all(text.as_bytes()))
+    // An embedding's update is the transposed product.
+    let turned = |tensor: &HostTensor| match *tensor.shape() {
+        [rows, columns] => turn(&tensor.to_f32(), rows, columns),
+        _ => Vec::new(),
+    };
+    head.factors().zip(embedding.factors()).is_some_and(|(head, own)| {
+        !head.embedding
+            && own.embedding
+            && *head.up.to_f32() == turned(own.down)[..]
+            && *head.down.to_f32() == turned(own.up)[..]
+    })
 }

@@ -18,6 +18,9 @@ pub enum Prediction {
     Velocity,
 }
 
+/// The largest SNR that weights count with: that of the first timesteps grows without bound as betas shrink.
+const MOST_SNR: f64 = 1000.0;
+
 /// Cumulative signal levels ᾱ_t.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoiseSchedule {
@@ -96,6 +99,23 @@ impl NoiseSchedule {
         match self.prediction {
             Prediction::Epsilon => snr.min(gamma) / snr,
             Prediction::Velocity => snr.min(gamma) / (snr + 1.0),
+        }
+    }
+
+    /// What brings a loss of the velocity to the scale of one of the noise: SNR/(SNR+1), the SNR at most 1000 (sd-scripts'
+    /// `scale_v_pred_loss_like_noise_pred`).
+    pub fn noise_like_weight(&self, t: usize) -> f64 {
+        let snr = self.snr(t).min(MOST_SNR);
+        snr / (snr + 1.0)
+    }
+
+    /// The loss weight of debiased estimation (Yu et al., 2023): 1/√SNR for ε; for velocity 1/(SNR+1), as sd-scripts has it. The
+    /// SNR counts as 1000 at most.
+    pub fn debiased_weight(&self, t: usize) -> f64 {
+        let snr = self.snr(t).min(MOST_SNR);
+        match self.prediction {
+            Prediction::Epsilon => snr.sqrt().recip(),
+            Prediction::Velocity => (snr + 1.0).recip(),
         }
     }
 

@@ -33,12 +33,15 @@ pub struct ClipConfig {
     pub heads: usize,
     /// The exact GELU, as OpenCLIP has it, instead of `x · sigmoid(1.702 x)`.
     pub exact_gelu: bool,
+    /// Width of the pooled vector, where the model's last states are projected to one (`CLIPTextModelWithProjection`).
+    pub projection: Option<usize>,
 }
 
 impl ClipConfig {
     /// Read off a component: widths from shapes; layers, heads and activation from its `config.json`. Without one, as
     /// in a single file, all layers are used, heads are 64 wide and the activation is that of OpenAI's CLIP. OpenCLIP's
-    /// text encoders have the exact GELU, which nothing in a single file tells: whoever knows the family sets it.
+    /// text encoders have the exact GELU, which nothing in a single file tells: whoever knows the family sets it. A
+    /// projection is left out, which most families do not read: [`ClipConfig::with_projection`] has it.
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or the config asks for what is not built here.
@@ -67,19 +70,43 @@ impl ClipConfig {
             layers: config::number(component, "num_hidden_layers")?.unwrap_or(present),
             heads,
             exact_gelu,
+            projection: None,
         })
     }
+
+    /// With the projection that a component has.
+    ///
+    /// # Errors
+    /// Where it has none.
+    pub fn with_projection(self, component: &ComponentWeights) -> Result<Self> {
+        Ok(Self { projection: Some(dimension(component, &format!("{PROJECTION}.weight"), 0)?), ..self })
+    }
 }
+
+/// The layer that makes the pooled vector, beside the levels of `text_model`.
+const PROJECTION: &str = "text_projection";
 
 /// The text encoder.
 #[derive(Debug)]
 pub struct ClipTextEncoder {
+    component: Component,
     config: ClipConfig,
     kind: Kind,
     token_embedding: Tensor,
     position_embedding: Tensor,
     layers: Vec<Shared<Layer>>,
     final_layer_norm: LayerNorm,
+    projection: Option<AdaptableLayer>,
+}
+
+/// What a text encoder tells a network that reads the states before its last layer.
+#[derive(Debug)]
+pub struct Penultimate {
+    /// States before the last layer, without the final norm, `[captions, states, width]`.
+    pub states: Tensor,
+    /// The last layer's state of each caption's end, normed and projected, `[captions, projection]`; where the model
+    /// has a projection.
+    pub pooled: Option<Tensor>,
 }
 
 #[derive(Debug)]
@@ -103,19 +130,29 @@ impl ClipTextEncoder {
     /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
     /// memory.
     pub fn new(weights: &Weights<'_>, config: ClipConfig) -> Result<Self> {
+        let width = config.width;
+        let projection = |outputs| AdaptableLayer::linear(&weights.at(PROJECTION), width, outputs, false);
+        let projection = config.projection.map(projection).transpose()?;
         let weights = weights.at("text_model");
         let embeddings = weights.at("embeddings");
-        let width = config.width;
         let layers = (0..config.layers)
             .map(|index| Layer::new(&weights.at("encoder.layers").at(index), &config).map(Shared::new));
         Ok(Self {
+            component: Component::TEXT_ENCODER,
             config,
             kind: weights.kind(),
             token_embedding: embeddings.at("token_embedding").tensor("weight", &[config.vocabulary, width])?,
             position_embedding: embeddings.at("position_embedding").tensor("weight", &[ROW as usize, width])?,
             layers: layers.collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::new(&weights.at("final_layer_norm"), width)?,
+            projection,
         })
+    }
+
+    /// The same as another text encoder of a base than the first.
+    #[must_use]
+    pub fn of(self, component: Component) -> Self {
+        Self { component, ..self }
     }
 
     /// Its sizes.
@@ -127,24 +164,17 @@ impl ClipTextEncoder {
     /// last layer; 2 leaves it out, as for bases trained so; and so on.
     ///
     /// # Errors
-    /// [`Error::Input`] for rows of another length, or a `clip_skip` beyond the layers; out of memory.
+    /// Where rows or `clip_skip` do not fit, and where memory runs out.
     pub fn forward(&self, tokens: &Tensor, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
-        let layers = (self.config.layers + 1)
-            .checked_sub(clip_skip)
-            .filter(|_| clip_skip >= 1 && tokens.size().last() == Some(&ROW));
+        let layers = (self.config.layers + 1).checked_sub(clip_skip).filter(|_| clip_skip >= 1);
         let Some(layers) = layers else {
             return Err(Error::Input {
                 what: "text encoder",
-                expected: format!("rows of {ROW} tokens and clip_skip from 1 to {}", self.config.layers),
-                found: format!("tokens {:?}, clip_skip {clip_skip}", tokens.size()),
+                expected: format!("clip_skip from 1 to {}", self.config.layers),
+                found: clip_skip.to_string(),
             });
         };
-        let embedded = Tensor::f_embedding(&self.token_embedding, tokens, -1, false, false)?;
-        let mut hidden = embedded.f_add(&self.position_embedding)?.f_to_kind(self.kind)?;
-        for layer in &self.layers[..layers] {
-            let inputs = [&hidden];
-            hidden = pass.block(layer, &inputs, |layer, inputs, pass| layer.forward(&inputs[0], pass))?;
-        }
+        let hidden = self.through(&self.layers[..layers], self.embedded(tokens)?, pass)?;
         self.final_layer_norm.forward(&hidden)
     }
 
@@ -152,9 +182,56 @@ impl ClipTextEncoder {
     /// chunk's start, 75 states of every chunk, the last chunk's end. `[captions, chunks · 75 + 2, width]`.
     ///
     /// # Errors
-    /// As of [`ClipTextEncoder::forward`]; [`Error::Torch`] where the rows are not whole captions.
+    /// As [`Self::forward`].
     pub fn encode(&self, tokens: &Tensor, chunks: usize, clip_skip: usize, pass: &Pass) -> Result<Tensor> {
-        let states = self.forward(tokens, clip_skip, pass)?;
+        self.joined(self.forward(tokens, clip_skip, pass)?, chunks)
+    }
+
+    /// States before the last layer of captions of `chunks` rows each, joined as by [`Self::encode`], and their pooled
+    /// vectors. `ends`, `[captions]` (int64), are the places of the end tokens that pooled vectors are read at, counted over all
+    /// rows: of a caption's first row, as sd-scripts takes it. Without a projection the last layer is not run.
+    ///
+    /// # Errors
+    /// Where rows do not fit, and where memory runs out.
+    pub fn penultimate(&self, tokens: &Tensor, ends: &Tensor, chunks: usize, pass: &Pass) -> Result<Penultimate> {
+        let (last, before) = self.layers.split_last().ok_or_else(|| Error::Input {
+            what: "text encoder",
+            expected: "layers".into(),
+            found: "none".into(),
+        })?;
+        let states = self.through(before, self.embedded(tokens)?, pass)?;
+        let pooled = match &self.projection {
+            None => None,
+            Some(projection) => {
+                let hidden = self.through(std::slice::from_ref(last), states.shallow_clone(), pass)?;
+                let ending = Tensor::f_embedding(&hidden.f_flatten(0, 1)?, ends, -1, false, false)?;
+                Some(projection.forward(&self.final_layer_norm.forward(&ending)?, pass)?)
+            }
+        };
+        Ok(Penultimate { states: self.joined(states, chunks)?, pooled })
+    }
+
+    fn embedded(&self, tokens: &Tensor) -> Result<Tensor> {
+        if tokens.size().last() != Some(&ROW) {
+            return Err(Error::Input {
+                what: "text encoder",
+                expected: format!("rows of {ROW} tokens"),
+                found: format!("tokens {:?}", tokens.size()),
+            });
+        }
+        let embedded = Tensor::f_embedding(&self.token_embedding, tokens, -1, false, false)?;
+        Ok(embedded.f_add(&self.position_embedding)?.f_to_kind(self.kind)?)
+    }
+
+    fn through(&self, layers: &[Shared<Layer>], mut hidden: Tensor, pass: &Pass) -> Result<Tensor> {
+        for layer in layers {
+            let inputs = [&hidden];
+            hidden = pass.block(layer, &inputs, |layer, inputs, pass| layer.forward(&inputs[0], pass))?;
+        }
+        Ok(hidden)
+    }
+
+    fn joined(&self, states: Tensor, chunks: usize) -> Result<Tensor> {
         if chunks == 1 {
             return Ok(states);
         }
@@ -210,7 +287,7 @@ impl Layer {
 
 impl Adaptable for ClipTextEncoder {
     fn component(&self) -> Component {
-        Component::TEXT_ENCODER
+        self.component
     }
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {

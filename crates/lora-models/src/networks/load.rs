@@ -33,7 +33,7 @@ pub fn load_unet(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held
 /// As of [`load_text_encoder`].
 pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Vae> {
     let component = checkpoint.component(Component::VAE)?;
-    Vae::new(&Weights::new(component, kind, device).held(held), VaeConfig::detect(component)?)
+    Vae::new(&Weights::new(component, kind, device).held(held), VaeConfig::detect(checkpoint)?)
 }
 
 /// The language model.

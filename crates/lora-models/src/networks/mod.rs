@@ -12,8 +12,8 @@ mod transformer;
 mod unet;
 mod vae;
 
-pub use clip::{ClipConfig, ClipTextEncoder};
+pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
 pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
-pub use unet::{Unet, UnetConfig};
+pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

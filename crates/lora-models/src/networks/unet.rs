@@ -1,5 +1,5 @@
-//! The U-Net that Stable Diffusion's first generations share (Rombach et al., CVPR 2022), conditioned on text:
-//! diffusers' `UNet2DConditionModel`.
+//! The U-Net that Stable Diffusion's first generations share (Rombach et al., CVPR 2022), conditioned on text, SDXL's (Podell
+//! et al., 2023) also on sizes: diffusers' `UNet2DConditionModel`.
 
 use lora_core::Component;
 use lora_io::checkpoint::ComponentWeights;
@@ -20,21 +20,26 @@ pub struct UnetConfig {
     pub latent_channels: usize,
     /// Channels of each level, from the finest.
     pub channels: Vec<usize>,
-    /// Levels that have transformers, from the finest.
-    pub attention: Vec<bool>,
+    /// Blocks of the transformers of each level, from the finest; 0 where a level has none.
+    pub transformer_depths: Vec<usize>,
+    /// Blocks of the transformer in the middle.
+    pub middle_depth: usize,
     /// Attention heads of each level.
     pub heads: Vec<usize>,
     /// Residual blocks of a level on the way down; one more on the way up.
     pub layers_per_block: usize,
-    /// Blocks of each transformer.
-    pub transformer_depth: usize,
     /// Width of the text encoder's states.
     pub context: usize,
     /// Groups of the group norms.
     pub norm_groups: usize,
     /// Transformers project by linear layers instead of 1×1 convolutions.
     pub linear_projection: bool,
+    /// Width of the vector that is added to the time embedding, of pooled text and six sizes; `None` without one.
+    pub added: Option<usize>,
 }
+
+/// Numbers that one of the six sizes is embedded in.
+const SIZE_WIDTH: usize = 256;
 
 impl UnetConfig {
     /// Read off a component: sizes from names and shapes; attention heads and norm groups from its `config.json`. Its
@@ -54,23 +59,32 @@ impl UnetConfig {
         // At least the first, so that its absence is the error.
         let levels = count(&resnet).max(1);
         let channels = (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<Vec<_>>>()?;
-        let attention: Vec<bool> = (0..levels).map(|level| component.contains(&projection(level))).collect();
-        let Some(first) = attention.iter().position(|&present| present) else {
+        let depth =
+            |block: &str| count(&|index| format!("{block}.attentions.0.transformer_blocks.{index}.norm1.weight"));
+        let transformer_depths: Vec<usize> = (0..levels).map(|level| depth(&format!("down_blocks.{level}"))).collect();
+        let Some(first) = transformer_depths.iter().position(|&depth| depth > 0) else {
             return Err(wrong("U-Net without attention; expected one that is conditioned on text".into()));
         };
         let block = format!("down_blocks.{first}.attentions.0.transformer_blocks");
         let linear_projection = component.shape(&projection(first)).is_some_and(|shape| shape.len() == 2);
         let config = Self {
             latent_channels: dimension(component, "conv_in.weight", 1)?,
-            attention,
+            transformer_depths,
+            middle_depth: depth("mid_block"),
             heads: heads(component, &channels, linear_projection)?,
             layers_per_block: count(&|layer| format!("down_blocks.0.resnets.{layer}.conv1.weight")),
-            transformer_depth: count(&|index| format!("{block}.{index}.norm1.weight")),
             context: dimension(component, &format!("{block}.0.attn2.to_k.weight"), 1)?,
             norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
             linear_projection,
+            added: match component.contains(ADDED) {
+                true => Some(dimension(component, ADDED, 1)?),
+                false => None,
+            },
             channels,
         };
+        if config::number(component, "addition_time_embed_dim")?.is_some_and(|width| width != SIZE_WIDTH) {
+            return Err(wrong(format!("U-Net with sizes not embedded in {SIZE_WIDTH} numbers each")));
+        }
         if config.latent_channels != 4 {
             return Err(wrong(format!(
                 "U-Net with {} input channels; expected 4 (9 is an inpainting model, 8 an instruction-editing one: neither can be trained here)",
@@ -83,12 +97,17 @@ impl UnetConfig {
         Ok(config)
     }
 
-    fn transformer(&self, level: usize) -> TransformerSizes {
+    /// Width of the pooled text in the added vector.
+    pub fn pooled(&self) -> Option<usize> {
+        self.added.map(|width| width.saturating_sub(6 * SIZE_WIDTH))
+    }
+
+    fn transformer(&self, level: usize, depth: usize) -> TransformerSizes {
         TransformerSizes {
             channels: self.channels[level],
             context: self.context,
             heads: self.heads[level],
-            depth: self.transformer_depth,
+            depth,
             norm_groups: self.norm_groups,
             linear_projection: self.linear_projection,
         }
@@ -120,6 +139,24 @@ fn heads(component: &ComponentWeights, channels: &[usize], linear_projection: bo
     }
 }
 
+/// The weight that shows the added vector's width.
+const ADDED: &str = "add_embedding.linear_1.weight";
+
+/// What a U-Net is conditioned on beside the time.
+#[derive(Debug, Clone, Copy)]
+pub struct Conditions<'t> {
+    /// Text states, `[batch, states, context]`.
+    pub context: &'t Tensor,
+    /// Pooled text beside [`Unet::size_embedding`], `[batch, added]`, where the U-Net takes such.
+    pub added: Option<&'t Tensor>,
+}
+
+impl<'t> From<&'t Tensor> for Conditions<'t> {
+    fn from(context: &'t Tensor) -> Self {
+        Self { context, added: None }
+    }
+}
+
 /// The U-Net.
 #[derive(Debug)]
 pub struct Unet {
@@ -127,6 +164,8 @@ pub struct Unet {
     conv_in: AdaptableLayer,
     time_linear_1: AdaptableLayer,
     time_linear_2: AdaptableLayer,
+    /// The two layers that the added vector goes through.
+    added: Option<[AdaptableLayer; 2]>,
     down: Vec<Level>,
     mid_first: Shared<Stage>,
     mid_second: Shared<Stage>,
@@ -183,9 +222,9 @@ impl Unet {
         let norm = Norm { groups: config.norm_groups, epsilon: 1e-5 };
         let resnet = |scope: Weights<'_>, inputs, outputs| ResnetBlock::new(&scope, inputs, outputs, Some(time), norm);
         let levels = channels.len();
-        let attention = |scope: Weights<'_>, level: usize| match config.attention[level] {
-            true => SpatialTransformer::new(&scope, config.transformer(level)).map(Some),
-            false => Ok(None),
+        let attention = |scope: Weights<'_>, level: usize| match config.transformer_depths[level] {
+            0 => Ok(None),
+            depth => SpatialTransformer::new(&scope, config.transformer(level, depth)).map(Some),
         };
 
         // The channels of every activation that the way up takes over from the way down, in order of creation.
@@ -230,14 +269,25 @@ impl Unet {
             up.push(built);
         }
 
+        let added = weights.at("add_embedding");
+        let added = |width| -> Result<[AdaptableLayer; 2]> {
+            Ok([
+                AdaptableLayer::linear(&added.at("linear_1"), width, time, true)?,
+                AdaptableLayer::linear(&added.at("linear_2"), time, time, true)?,
+            ])
+        };
         Ok(Self {
+            added: config.added.map(added).transpose()?,
             conv_in: AdaptableLayer::conv2d(&weights.at("conv_in"), config.latent_channels, first, 3, 1)?,
             time_linear_1: AdaptableLayer::linear(&weights.at("time_embedding.linear_1"), first, time, true)?,
             time_linear_2: AdaptableLayer::linear(&weights.at("time_embedding.linear_2"), time, time, true)?,
             down,
             mid_first: Shared::new(Stage {
                 resnet: resnet(mid.at("resnets.0"), last, last)?,
-                attention: Some(SpatialTransformer::new(&mid.at("attentions.0"), config.transformer(levels - 1))?),
+                attention: Some(SpatialTransformer::new(
+                    &mid.at("attentions.0"),
+                    config.transformer(levels - 1, config.middle_depth),
+                )?),
             }),
             mid_second: Shared::new(Stage { resnet: resnet(mid.at("resnets.1"), last, last)?, attention: None }),
             up,
@@ -252,25 +302,38 @@ impl Unet {
         &self.config
     }
 
-    /// The prediction for noised latents `[batch, 4, height, width]`, one timestep per item, and text states
-    /// `[batch, states, context]`; f32, shaped as the latents. Inputs are cast to the compute dtype here.
+    /// The prediction for noised latents `[batch, 4, height, width]`, one timestep per item, and what it is conditioned on:
+    /// text states alone where the U-Net takes nothing else; f32, shaped as the latents. Inputs are cast to the compute
+    /// dtype here.
     ///
     /// After each of its blocks it emits a `tracing` event at level trace with the field `block` (`down_blocks.0` …),
     /// for whoever measures what a block takes.
     ///
     /// # Errors
-    /// As of [`Unet::forward_embedded`].
-    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor, pass: &Pass) -> Result<Tensor> {
-        self.forward_embedded(latents, &self.time_embedding(timesteps, latents.device())?, context, pass)
+    /// Where inputs do not fit each other, and where memory runs out.
+    pub fn forward<'t>(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f64],
+        conditions: impl Into<Conditions<'t>>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        self.forward_embedded(latents, &self.time_embedding(timesteps, latents.device())?, conditions, pass)
     }
 
     /// [`Unet::forward`] with timesteps as [`Unet::time_embedding`] has them, so that nothing comes from host memory.
     ///
     /// # Errors
-    /// [`Error::Input`] where latents, timesteps and text do not go together or are not of this network's widths; out
-    /// of memory.
+    /// As [`Unet::forward`].
     #[expect(clippy::missing_panics_doc, reason = "the constructor counted the skips")]
-    pub fn forward_embedded(&self, latents: &Tensor, times: &Tensor, context: &Tensor, pass: &Pass) -> Result<Tensor> {
+    pub fn forward_embedded<'t>(
+        &self,
+        latents: &Tensor,
+        times: &Tensor,
+        conditions: impl Into<Conditions<'t>>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let Conditions { context, added } = conditions.into();
         let (batch, latent_channels, ..) = latents.size4()?;
         let (context_batch, _, context_width) = context.size3()?;
         let (times_batch, times_width) = times.size2()?;
@@ -289,7 +352,12 @@ impl Unet {
         let kind = self.kind();
         let context = context.f_to_kind(kind)?;
         let time = times.f_to_kind(kind)?;
-        let time = self.time_linear_2.forward(&self.time_linear_1.forward(&time, pass)?.f_silu()?, pass)?.f_silu()?;
+        let time = self.time_linear_2.forward(&self.time_linear_1.forward(&time, pass)?.f_silu()?, pass)?;
+        let time = match self.embed_added(added, batch, pass)? {
+            Some(added) => time.f_add(&added)?,
+            None => time,
+        };
+        let time = time.f_silu()?;
 
         let stage = |stage: &Shared<Stage>, hidden: &Tensor| {
             pass.block(stage, &[hidden, &time, &context], |stage, inputs, pass| stage.forward(inputs, pass))
@@ -329,26 +397,62 @@ impl Unet {
         Ok(output.f_to_kind(Kind::Float)?)
     }
 
-    /// Sinusoids of the timesteps (Vaswani et al., 2017), cosines first, as diffusers with `flip_sin_to_cos`;
-    /// f32 `[batch, channels of the finest level]`.
+    /// What the added vectors `[batch, added]` add to the time embedding.
+    fn embed_added(&self, added: Option<&Tensor>, batch: i64, pass: &Pass) -> Result<Option<Tensor>> {
+        match (&self.added, added) {
+            (None, None) => Ok(None),
+            (Some([first, second]), Some(vectors))
+                if vectors.size() == [batch, self.config.added.unwrap_or_default() as i64] =>
+            {
+                let inner = first.forward(&vectors.f_to_kind(self.kind())?, pass)?.f_silu()?;
+                Ok(Some(second.forward(&inner, pass)?))
+            }
+            (_, found) => Err(Error::Input {
+                what: "U-Net",
+                expected: match self.config.added {
+                    Some(width) => format!("pooled text and sizes [{batch}, {width}]"),
+                    None => "no pooled text and sizes".into(),
+                },
+                found: found.map_or("none".into(), |found| format!("{:?}", found.size())),
+            }),
+        }
+    }
+
+    /// [`sinusoids`] of the timesteps, f32 `[batch, channels of the finest level]`.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Where memory runs out.
     pub fn time_embedding(&self, timesteps: &[f64], device: Device) -> Result<Tensor> {
-        let half = self.config.channels[0] / 2;
-        let mut values = Vec::with_capacity(timesteps.len() * 2 * half);
-        for &timestep in timesteps {
-            let angle = |index: usize| timestep * (-(10_000f64.ln()) * index as f64 / half as f64).exp();
-            values.extend((0..half).map(|index| angle(index).cos() as f32));
-            values.extend((0..half).map(|index| angle(index).sin() as f32));
-        }
-        Ok(lora_torch::tensor::from_f32(&values, &[timesteps.len(), 2 * half], device)?)
+        let width = self.config.channels[0];
+        Ok(lora_torch::tensor::from_f32(&sinusoids(timesteps, width), &[timesteps.len(), width], device)?)
+    }
+
+    /// What the second part of an added vector is made of: height and width of the picture in its file, top and left edge of the part
+    /// that is shown, its height and width (Podell et al., 2023, section 2.2), each as [`sinusoids`]; f32 `[batch, 1536]`.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn size_embedding(sizes: &[[f64; 6]], device: Device) -> Result<Tensor> {
+        let width = 6 * SIZE_WIDTH;
+        Ok(lora_torch::tensor::from_f32(&sinusoids(sizes.as_flattened(), SIZE_WIDTH), &[sizes.len(), width], device)?)
     }
 
     /// The dtype it computes in.
     pub fn kind(&self) -> Kind {
         self.conv_in.kind()
     }
+}
+
+/// Sinusoids of numbers, `width` of each (Vaswani et al., 2017), cosines first, as diffusers with `flip_sin_to_cos`.
+fn sinusoids(numbers: &[f64], width: usize) -> Vec<f32> {
+    let half = width / 2;
+    let mut values = Vec::with_capacity(numbers.len() * width);
+    for &number in numbers {
+        let angle = |index: usize| number * (-(10_000f64.ln()) * index as f64 / half as f64).exp();
+        values.extend((0..half).map(|index| angle(index).cos() as f32));
+        values.extend((0..half).map(|index| angle(index).sin() as f32));
+    }
+    values
 }
 
 impl Adaptable for Unet {
@@ -360,6 +464,7 @@ impl Adaptable for Unet {
         visit(&mut self.conv_in);
         visit(&mut self.time_linear_1);
         visit(&mut self.time_linear_2);
+        self.added.iter_mut().flatten().for_each(&mut *visit);
         self.down.iter_mut().try_for_each(|level| level.visit(visit))?;
         exclusive(&mut self.mid_first)?.visit(visit)?;
         exclusive(&mut self.mid_second)?.visit(visit)?;

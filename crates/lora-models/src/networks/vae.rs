@@ -1,8 +1,10 @@
 //! The KL autoencoder between pictures and latents (diffusers' `AutoencoderKL`). Frozen; it carries no adapters.
 
-use lora_core::LayerGeometry;
-use lora_io::checkpoint::ComponentWeights;
+use lora_core::{Component, LayerGeometry};
+use lora_io::checkpoint::Checkpoint;
+use lora_io::family::sdxl;
 use lora_torch::tch::{Device, Kind, Tensor};
+use serde_json::Value;
 
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::config;
@@ -24,28 +26,45 @@ pub struct VaeConfig {
     pub norm_groups: usize,
     /// Factor that brings latents to unit variance.
     pub scaling_factor: f64,
+    /// Whether activations leave the range of fp16, as those of SDXL's published weights do.
+    pub overflows_in_half: bool,
 }
 
 impl VaeConfig {
     /// The factor between the autoencoder's latents and those that the U-Net sees in Stable Diffusion 1 and 2.
     pub const SCALING_FACTOR: f64 = 0.18215;
 
-    /// Read off a component: sizes from names and shapes; norm groups and scaling factor from its `config.json`, where
-    /// there is one, or else 32 and [`Self::SCALING_FACTOR`].
+    /// The same in Stable Diffusion XL.
+    pub const SDXL_SCALING_FACTOR: f64 = 0.13025;
+
+    /// Read off a checkpoint's autoencoder: sizes from names and shapes; norm groups, scaling factor and whether fp16 is enough
+    /// (`force_upcast`) from its `config.json`, where there is one, or else as the family's published autoencoder has them.
     ///
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes.
-    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+    pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
+        let component = checkpoint.component(Component::VAE)?;
+        let is_sdxl = *checkpoint.family() == sdxl::FAMILY;
+        let published = if is_sdxl { Self::SDXL_SCALING_FACTOR } else { Self::SCALING_FACTOR };
+        // Folders of other families say it too, by default and without need.
+        let enough = config::value(component, "force_upcast").and_then(Value::as_bool) == Some(false);
         let count =
             |name: &dyn Fn(usize) -> String| (0..).take_while(|&index| component.contains(&name(index))).count();
         let resnet = |level: usize| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
         let levels = count(&resnet).max(1);
+        let latent_channels = dimension(component, "decoder.conv_in.weight", 1)?;
+        if latent_channels != 4 {
+            let reason =
+                format!("an autoencoder of {latent_channels} latent channels, which is another family's; expected 4");
+            return Err(config::wrong(component, reason));
+        }
         Ok(Self {
-            latent_channels: dimension(component, "post_quant_conv.weight", 0)?,
+            latent_channels,
             channels: (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
             norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
-            scaling_factor: config::real(component, "scaling_factor")?.unwrap_or(Self::SCALING_FACTOR),
+            scaling_factor: config::real(component, "scaling_factor")?.unwrap_or(published),
+            overflows_in_half: is_sdxl && !enough,
         })
     }
 

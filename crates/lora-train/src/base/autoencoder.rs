@@ -7,7 +7,7 @@ use lora_core::DType;
 use lora_core::random::Stream;
 use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
-use lora_models::networks::{LatentDistribution, Vae, load_vae};
+use lora_models::networks::{LatentDistribution, Vae, VaeConfig, load_vae};
 use lora_models::weights::Held;
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
@@ -29,9 +29,11 @@ impl Autoencoder {
     /// What people call it.
     pub(crate) const TITLE: &str = "autoencoder";
 
-    /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training.
+    /// Loads the autoencoder. On the CPU it computes in f32 whatever the precision of training, and so it does where fp16 is
+    /// known to be too little for it.
     pub(crate) fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
-        let kind = if dry::platform(device).is_cpu() { Kind::Float } else { kind_of(precision) };
+        let too_little = precision == DType::F16 && VaeConfig::detect(checkpoint)?.overflows_in_half;
+        let kind = if dry::platform(device).is_cpu() || too_little { Kind::Float } else { kind_of(precision) };
         let _label = MemoryPart::Weights(Self::TITLE).label();
         Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device, in_tiles: false })
     }

@@ -44,7 +44,7 @@ impl<'o> DataOpening<'o> {
 pub struct Data {
     /// What people call an item, `picture`.
     pub noun: &'static str,
-    /// What [`Source::measure`] counts, in the plural, short enough for a rate: `img`.
+    /// What [`Source::amount`] counts, in the plural, short enough for a rate: `img`.
     pub unit: &'static str,
     /// Configuration keys that only such data have.
     pub keys: &'static [&'static Group],

@@ -4,7 +4,6 @@
 //! from base to base. Networks themselves are in `lora_models`, the names in their files in `lora_io::family`.
 
 mod autoencoder;
-mod captions;
 mod data;
 pub(crate) mod language;
 mod registry;
@@ -130,6 +129,11 @@ pub trait Base: fmt::Debug + Send {
     /// Its networks, in the order in which a run meets them: those that encode first, the one that steps are made of last.
     fn networks(&self) -> &[Network];
 
+    /// What a run says of the base before its first step: what was read off the files and could be meant otherwise.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Builds a network. `held` says how its weights are held; a network that leaves before training may hold them as it likes.
     ///
     /// # Errors
@@ -191,8 +195,14 @@ pub trait Base: fmt::Debug + Send {
     /// As [`Base::inputs`].
     fn validation_inputs(&self, item: &Item) -> Result<Inputs>;
 
-    /// The mean loss of a micro-batch, a scalar. It reads nothing but `inputs` and the loaded networks: it is recorded as a CUDA graph
-    /// and run on the device without memory.
+    /// What [`Base::loss`] tells beside the loss, for people to see: names, as they are in `metrics.jsonl`.
+    fn figures(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The mean loss of a micro-batch, a scalar; where there are [`Base::figures`], the loss and behind it these, each a mean
+    /// like it, `[1 + figures]`. It reads nothing but `inputs` and the loaded networks: it is recorded as a CUDA graph and run
+    /// on the device without memory.
     ///
     /// # Errors
     /// Where memory runs out.

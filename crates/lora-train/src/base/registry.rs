@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::DType;
+use lora_core::{Component, DType};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{FAMILIES, Family};
 use lora_torch::tch::Device;
@@ -73,7 +73,7 @@ pub struct Bases(Vec<Registration>);
 
 impl Default for Bases {
     fn default() -> Self {
-        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2, language::LANGUAGE])
+        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2, stable_diffusion::SDXL, language::LANGUAGE])
     }
 }
 
@@ -116,6 +116,18 @@ impl Bases {
             Err(lora_io::Error::Family { found, .. }) => Err(refused(found)),
             Err(other) => Err(other.into()),
         }
+    }
+
+    /// The same for the base of a configuration, with the parts that it takes from elsewhere.
+    ///
+    /// # Errors
+    /// As [`Bases::checkpoint`], and where a part is not what it has to be.
+    pub(crate) fn configured(&self, config: &TrainConfig) -> Result<Checkpoint> {
+        let mut checkpoint = self.checkpoint(&config.base_model)?;
+        if let Some(path) = config.extra.text("vae") {
+            checkpoint.replace(Component::VAE, path)?;
+        }
+        Ok(checkpoint)
     }
 
     /// How bases of a checkpoint's family are opened.

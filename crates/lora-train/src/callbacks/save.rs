@@ -1,5 +1,7 @@
 //! The LoRA every so many steps or epochs, and the state of the run.
 
+use std::path::PathBuf;
+
 use crate::callback::{Callback, Control};
 use crate::config::TrainConfig;
 use crate::session::{Session, StepReport};
@@ -10,13 +12,47 @@ use crate::{Error, Result};
 pub(crate) struct SaveCheckpoints {
     steps: Option<usize>,
     epochs: Option<usize>,
+    most: Option<usize>,
 }
 
 impl SaveCheckpoints {
     /// For a run.
     pub(crate) fn new(config: &TrainConfig) -> Self {
-        Self { steps: config.save_every_n_steps, epochs: config.save_every_n_epochs }
+        let (steps, epochs) = (config.save_every_n_steps, config.save_every_n_epochs);
+        Self { steps, epochs, most: config.save_total_limit }
     }
+}
+
+/// What the save after so many steps is called.
+fn name_of(output_name: &str, step: usize) -> String {
+    format!("{output_name}-step{step:06}")
+}
+
+/// Deletes the earliest saves up to a step beyond the last `most`: of a run's own names, and of folders the files that a save
+/// has, so that what somebody put there stays.
+fn forget(session: &Session, step: usize, most: usize) -> std::io::Result<()> {
+    let own = &session.config().output_name;
+    let steps = std::fs::read_dir(&session.config().output_dir)?.flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let number = name.strip_prefix(&format!("{own}-step"))?.trim_end_matches(".safetensors").parse().ok()?;
+        let path = session.save_path(&name_of(own, number));
+        (number <= step && path.file_name()?.to_str()? == name).then_some((number, path))
+    });
+    let mut saves: Vec<(usize, PathBuf)> = steps.collect();
+    saves.sort();
+    saves.truncate(saves.len().saturating_sub(most));
+    for (_, path) in saves {
+        if path.is_dir() {
+            let files = ["README.md", "adapter_config.json", "adapter_model.safetensors"];
+            for file in files.iter().map(|file| path.join(file)).filter(|file| file.exists()) {
+                std::fs::remove_file(file)?;
+            }
+            std::fs::remove_dir(&path)?;
+        } else {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 impl Callback for SaveCheckpoints {
@@ -24,9 +60,14 @@ impl Callback for SaveCheckpoints {
         let every = |interval: Option<usize>| interval.is_some_and(|interval| report.step.is_multiple_of(interval));
         let epochs = self.epochs.map(|epochs| epochs * session.plan().steps_per_epoch);
         if (every(self.steps) || every(epochs)) && report.step < report.steps {
-            let name = format!("{}-step{:06}", session.config().output_name, report.step);
+            let name = name_of(&session.config().output_name, report.step);
             match session.save(&name) {
-                Ok(path) => tracing::info!("saved {}", path.display()),
+                Ok(path) => {
+                    tracing::info!("saved {}", path.display());
+                    if let Some(Err(error)) = self.most.map(|most| forget(session, report.step, most)) {
+                        tracing::warn!("an earlier save cannot be deleted: {error}");
+                    }
+                }
                 // A full disk must not end a run whose result may still fit.
                 Err(Error::File(error)) => tracing::warn!("{error}; training goes on without this save"),
                 Err(error) => return Err(error),

@@ -75,10 +75,15 @@ impl<'r> Given<'r> {
 
     /// True or false.
     pub fn boolean(&mut self, default: bool) -> bool {
+        self.optional_boolean().unwrap_or(default)
+    }
+
+    /// True or false, where either is given.
+    pub fn optional_boolean(&mut self) -> Option<bool> {
         match self.value() {
-            None => default,
-            Some(Value::Bool(value)) => value,
-            Some(other) => self.mismatch("true or false", &other).unwrap_or(default),
+            None => None,
+            Some(Value::Bool(value)) => Some(value),
+            Some(other) => self.mismatch("true or false", &other),
         }
     }
 

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::DType;
 use lora_data::DatasetOptions;
+use lora_data::source::HeldOut;
 use lora_data::tokenizer::TextCleaning;
 use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
@@ -218,8 +219,13 @@ fields! {
     cache_dir: Option<PathBuf>,
     save_every_n_steps: Option<usize>,
     save_every_n_epochs: Option<usize>,
+    save_total_limit: Option<usize>,
     validation_data_dir: Option<PathBuf>,
+    validation_split: Option<HeldOut>,
     validate_every_n_steps: Option<usize>,
+    early_stopping_patience: Option<usize>,
+    early_stopping_threshold: f64,
+    save_best: bool,
     save_state: bool,
     save_state_every_n_steps: Option<usize>,
     resume: Resume,

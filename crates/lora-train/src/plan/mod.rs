@@ -110,7 +110,7 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         None if config.auto => Some(free(device, &machine, config)?),
         budget => budget,
     };
-    let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
+    let checkpoint = Arc::new(plugins.bases.configured(config)?);
     preflight(config, &checkpoint, precision_on(machine.platform, config.precision), plugins)?;
     // The search comes back to configurations that it has seen.
     let known = RefCell::new(BTreeMap::new());

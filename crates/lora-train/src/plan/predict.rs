@@ -142,15 +142,14 @@ fn follow(
     };
     let data = plugins.bases.registration(checkpoint)?.data;
     let (config, source) = stand_ins(config, peaks.machine.platform, data)?;
-    let (prompts, validation) = (config.samples.prompts.clone(), config.validation_data_dir.clone());
+    let prompts = config.samples.prompts.clone();
     let materials = Materials::dry(config, Arc::clone(checkpoint), source, device, plugins)?;
     let mut session = Session::assemble(materials, plugins, peaks)?;
     if let Some(prompt) = prompts.first() {
         session.sample(std::slice::from_ref(prompt))?;
         peaks.done(Phase::Samples);
     }
-    if let Some(folder) = validation {
-        let validation = session.load_validation(&folder)?;
+    if let Some(validation) = session.load_held_out()? {
         session.validation_loss(&validation)?;
         peaks.done(Phase::Validation);
     }
@@ -244,7 +243,7 @@ mod tests {
         );
         let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
         let plugins = Plugins::default();
-        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model).unwrap());
+        let checkpoint = Arc::new(plugins.bases.configured(&config).unwrap());
         let machine = Machine { platform: Platform::Cuda, fixed: 0, share: 0.0 };
         let peak = predict(&config, &checkpoint, &machine, &plugins).unwrap().peak();
 

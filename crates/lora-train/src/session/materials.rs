@@ -30,6 +30,8 @@ pub(crate) struct Materials {
     pub(super) config: TrainConfig,
     pub(super) optimiser: OptimiserState,
     pub(super) source: Arc<dyn Source>,
+    /// Items that are not trained on.
+    pub(super) held_out: Option<Box<dyn Source>>,
     pub(super) disk: Option<Arc<DiskCache>>,
     pub(super) checkpoint: Arc<Checkpoint>,
     /// Hashes of a base in one file: as older programs make it, and SHA-256.
@@ -60,7 +62,7 @@ impl Materials {
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
-        let checkpoint = Arc::new(plugins.bases.checkpoint(&config.base_model)?);
+        let checkpoint = Arc::new(plugins.bases.configured(&config)?);
         let registration = plugins.bases.registration(&checkpoint)?;
         registration.check(&config)?;
         let device = device::resolve(&config.device)?;
@@ -68,7 +70,13 @@ impl Materials {
         device::check_kind(device, kind_of(precision))?;
         notes.extend(preflight::check(&config, &checkpoint, precision, plugins)?);
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
-        let source: Arc<dyn Source> = (registration.data.open)(&opening)?.into();
+        let mut source = (registration.data.open)(&opening)?;
+        let held_out = config.validation_split.map(|split| source.hold_out(split, config.seed)).transpose()?;
+        if let Some(held_out) = &held_out {
+            let noun = registration.data.noun;
+            notes.push(format!("{} of the data (a {noun} each) are held out, not trained on", held_out.count()));
+        }
+        let source: Arc<dyn Source> = source.into();
         let limit = config.vram_budget.map(|budget| plan::enforce(budget, device));
         let limit = limit.transpose().unwrap_or_else(|error| {
             notes.push(format!("vram_budget is kept to as far as it was planned, but nothing enforces it: {error}"));
@@ -97,6 +105,7 @@ impl Materials {
             config,
             optimiser,
             source,
+            held_out,
             disk,
             checkpoint,
             base_hashes,
@@ -121,9 +130,12 @@ impl Materials {
         let (optimiser, mut notes) = optimiser(&config, plugins)?;
         let precision = precision(&config, device, &mut notes);
         let recorded = !dry::platform(device).is_cpu() && graphs::can_record(&config);
+        // What stands in for the data stands in for what is held out of them.
+        let held_out = config.validation_split.map(|_| source.of_another(&config.output_dir)).transpose()?;
         Ok(Self {
             optimiser,
             source: source.into(),
+            held_out,
             disk: None,
             checkpoint,
             base_hashes: None,

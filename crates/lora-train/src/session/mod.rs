@@ -38,7 +38,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_torch::graph::{Recorder, Scope};
 use lora_torch::memory::{self, DeviceMemory, Limit};
-use lora_torch::tch::{Device, Tensor, no_grad_guard};
+use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::from_f32;
 use lora_torch::{LossScaler, dry, foreach};
 
@@ -48,7 +48,7 @@ use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Settings};
+use crate::state::{Economy, Looks, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::{Error, Result};
 use encoded::Examples;
@@ -89,6 +89,9 @@ pub struct Session {
     _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
+    /// Items of the data that are not trained on, where the configuration holds some out.
+    held_out: Option<Box<dyn Source>>,
+    looks: Looks,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
@@ -114,9 +117,11 @@ struct TrainedAdapter {
 }
 
 /// What the forward and backward passes of a step gave.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct StepGradients {
     loss: f64,
+    /// What the base tells beside the loss.
+    figures: BTreeMap<&'static str, f64>,
     /// `None` where one was not finite.
     gradient_norm: Option<f64>,
 }
@@ -133,6 +138,9 @@ pub struct StepReport {
     pub epoch: u64,
     /// Mean loss of the step's items.
     pub loss: f64,
+    /// Means of what the base tells beside the loss ([`Base::figures`]).
+    #[serde(flatten)]
+    pub figures: BTreeMap<&'static str, f64>,
     /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
     pub learning_rate: f64,
     /// L2 norm of all gradients before clipping; `None` where the step was skipped.
@@ -145,7 +153,7 @@ pub struct StepReport {
     pub loss_scale: f64,
     /// Items of the step.
     pub items: usize,
-    /// What the items measure in all: pictures, trained tokens.
+    /// How much there was to learn of the items: pictures, trained tokens.
     pub measure: f64,
     /// Most items at once: less than asked for where memory ran out.
     pub micro_batch: usize,
@@ -202,6 +210,16 @@ impl Session {
         self.graphs.as_ref().map_or(0, StepGraphs::len)
     }
 
+    /// What looks at the held-out loss have shown so far ([`Session::take_look`]).
+    pub fn looks(&self) -> Looks {
+        self.looks
+    }
+
+    /// Takes a held-out loss after the last step into account; whether it is the lowest so far.
+    pub fn take_look(&mut self, loss: f64) -> bool {
+        self.looks.take(self.step, loss, self.config.early_stopping_threshold)
+    }
+
     /// Memory of the device; `None` on the CPU.
     ///
     /// # Errors
@@ -239,7 +257,7 @@ impl Session {
                 return Err(error);
             }
         };
-        let StepGradients { loss: total, gradient_norm } = gradients;
+        let StepGradients { loss: total, figures, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
@@ -280,13 +298,14 @@ impl Session {
             steps: self.plan.steps,
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
+            figures,
             learning_rate: shown * self.parameters.optimiser().optimiser().rate_factor(),
             gradient_norm,
             skipped: !finite,
             skipped_steps: self.skipped,
             loss_scale: self.scaler.scale(),
             items,
-            measure: batches.iter().map(|batch| self.measure(batch)).sum(),
+            measure: batches.iter().flatten().map(|visit| self.source.amount(visit.index)).sum(),
             micro_batch: self.micro_batch(&batches),
             seconds: start.elapsed().as_secs_f64(),
             memory,
@@ -319,14 +338,26 @@ impl Session {
         }
         // The only look at numbers in a step, as each waits for the device. It cannot come a step late: the optimiser must not
         // see gradients that are not finite.
-        let losses = Tensor::f_stack(&losses, 0)?;
-        let settled = self.parameters.settle(&losses, self.scaler.scale(), self.config.max_grad_norm)?;
+        let losses = Tensor::f_stack(&losses, 0)?.f_reshape([losses.len() as i64, -1])?;
+        let own = losses.f_select(-1, 0)?;
+        let settled = self.parameters.settle(&own, self.scaler.scale(), self.config.max_grad_norm)?;
+        let figures = self.figures(&losses)?;
         if !settled.loss.is_finite() {
             self.name_the_culprit(batches)?;
         }
         let finite = settled.finite && settled.loss.is_finite();
         self.scaler.update(finite);
-        Ok(StepGradients { loss: settled.loss, gradient_norm: finite.then_some(settled.norm) })
+        Ok(StepGradients { loss: settled.loss, figures, gradient_norm: finite.then_some(settled.norm) })
+    }
+
+    /// What the base tells beside the losses of micro-batches, `[micro-batches, 1 + figures]`.
+    fn figures(&self, losses: &Tensor) -> Result<BTreeMap<&'static str, f64>> {
+        let names = self.base.figures();
+        if names.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let means = Vec::<f64>::try_from(losses.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
+        Ok(names.iter().copied().zip(means.into_iter().skip(1)).collect())
     }
 
     /// How much of a step's loss visits make up.
@@ -373,7 +404,7 @@ impl Session {
             // What lives at the end of the forward pass does so for the backward pass.
             dry::relabel_all(MemoryPart::Working.number(), MemoryPart::Saved.number());
         }
-        loss.f_mul(inputs.get("scale")?)?.f_backward()?;
+        loss_of(&loss)?.f_mul(inputs.get("scale")?)?.f_backward()?;
         self.parameters.collect()?;
         if dry::is_dry(self.device) {
             dry::relabel(&self.parameters.gradients(), MemoryPart::Gradients.number());
@@ -390,6 +421,7 @@ impl Session {
             recompute: self.recomputes(),
             recompute_feed_forward: self.recomputes_feed_forward(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
+            without_adapters: false,
         };
         let scale = from_f32(&[scale as f32], &[], self.device)?;
         Ok((self.base.inputs(&items)?.with("scale", Some(scale)), pass))
@@ -459,6 +491,11 @@ impl Session {
         let last = self.base.networks().last().map_or("network", |network| network.title);
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
+}
+
+/// The loss alone of what [`Base::loss`] gives.
+fn loss_of(told: &Tensor) -> Result<Tensor> {
+    Ok(if told.dim() == 0 { told.shallow_clone() } else { told.f_select(0, 0)? })
 }
 
 /// Networks that train, the one that steps are made of first.

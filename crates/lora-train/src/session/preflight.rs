@@ -49,12 +49,13 @@ fn look(opening: &Opening<'_>, plugins: &Plugins) -> Result<Vec<String>> {
     }
     match config.train {
         TrainMode::Full => Ok(Vec::new()),
-        TrainMode::Adapter => adapter(&mut *base, config, plugins),
+        TrainMode::Adapter => adapter(&mut *base, opening, plugins),
     }
 }
 
 /// The adapter that the configuration asks for, held against the layers that there are.
-fn adapter(base: &mut dyn Base, config: &TrainConfig, plugins: &Plugins) -> Result<Vec<String>> {
+fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Result<Vec<String>> {
+    let (config, family) = (opening.config, opening.checkpoint.family());
     let mut layers = Vec::new();
     for network in trained(base) {
         if let Some(network) = base.adaptable(network.component) {
@@ -78,8 +79,12 @@ fn adapter(base: &mut dyn Base, config: &TrainConfig, plugins: &Plugins) -> Resu
     let notes = ranks(&*variant, &AdapterOptions::of(config, &targets)?, &targets)
         .map_err(|(key, message)| config.refused([(key, message)]))?;
     if let Some(path) = &config.init_from {
-        load_initial(path, config, plugins, &layers, &targets)
-            .map_err(|error| config.refused([("init_from", error.to_string())]))?;
+        load_initial(path, config, plugins, &layers, &targets).map_err(|error| {
+            let adapter = lora_io::adapter::read(path).ok();
+            let other = adapter.and_then(|read| lora_io::adapter::made_for_another(&read.adapter, family));
+            let error = other.map_or_else(|| error.to_string(), |other| format!("{other}: {error}"));
+            config.refused([("init_from", error)])
+        })?;
     }
     Ok(notes)
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::target::{TargetLayer, Targets};
-use lora_core::{Adapter, Component, DType};
+use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
+use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
 use lora_data::cache::DiskCache;
 use lora_data::source::Source;
 use lora_io::adapter;
@@ -28,7 +29,7 @@ use crate::parameters::ParameterList;
 use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Settings};
+use crate::state::{Economy, Looks, Settings};
 use crate::trainable::{AdapterOptions, TrainableAdapter};
 use crate::{Error, Result};
 
@@ -114,6 +115,7 @@ impl Session {
         let opening = Opening::new(config, &materials.checkpoint, device, precision);
         let registration = plugins.bases.registration(&materials.checkpoint)?;
         let mut base = plugins.bases.open(&opening)?;
+        notes.extend(base.notes());
         let networks = base.networks().to_vec();
         // What passes through the ring are the weights of the network that steps are made of, above all.
         let mut loader = {
@@ -217,6 +219,8 @@ impl Session {
             recorder: materials.recorder,
             _limit: materials.limit,
             graphs: materials.graphs,
+            held_out: materials.held_out,
+            looks: Looks::default(),
             tried: Vec::new(),
             torn: false,
             notes,
@@ -361,6 +365,23 @@ fn attach(
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
 }
 
+/// Why training cannot go on with a module that merging knows how to apply.
+fn not_trained_on(name: &ModulePath, module: &AdapterModule) -> Option<String> {
+    let has = |tensor: &str| module.tensors.contains_key(tensor);
+    let what = if adapter::lacks_first_values(module) {
+        format!("is {} as PEFT saves it unconverted, without what was taken out of the base", module.variant)
+    } else if has(WEIGHT_VALUE) {
+        "is a layer saved whole".to_owned()
+    } else if has(BIAS_VALUE) {
+        "has a trained bias".to_owned()
+    } else {
+        return None;
+    };
+    Some(format!(
+        "{name} {what}; merge it into the base with `lora merge` and train on the merged base, without init_from"
+    ))
+}
+
 /// The adapter to go on from, with its file name and hash: the same layers and rank as the configuration's.
 pub(super) fn load_initial(
     path: &Path,
@@ -370,8 +391,11 @@ pub(super) fn load_initial(
     targets: &[TargetLayer],
 ) -> Result<(Adapter, (String, String))> {
     let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
-    adapter::fit(path, &mut adapter, layers)?;
     let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
+    if let Some(reason) = adapter.modules.iter().find_map(|(name, module)| not_trained_on(name, module)) {
+        return differs(reason);
+    }
+    adapter::fit(path, &mut adapter, layers)?;
     if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.rank != config.lora_rank) {
         return differs(format!(
             "{module} has rank {}, the configuration says lora_rank = {}; make them equal",

@@ -51,7 +51,7 @@ impl Session {
         }
         let mut header = StateHeader::new(self.step, self.sampler.position(), self.settings.clone());
         (header.skipped, header.skipped_in_a_row) = (self.skipped, self.skipped_in_a_row);
-        (header.scaler, header.economy) = (self.scaler.state(), self.economy);
+        (header.scaler, header.economy, header.looks) = (self.scaler.state(), self.economy, self.looks);
         header.frozen = self.frozen_digest();
         let tensors = self.parameters.state()?;
         match write_state(&path, &header, &tensors) {
@@ -86,7 +86,7 @@ impl Session {
         self.parameters.load_state(state.tensors()?).map_err(|error| refused(error.to_string()))?;
         self.scaler.restore(header.scaler);
         (self.step, self.skipped, self.skipped_in_a_row) = (header.step, header.skipped, header.skipped_in_a_row);
-        self.economy = header.economy;
+        (self.economy, self.looks) = (header.economy, header.looks);
         self.notes.push(format!("goes on from step {} of {} ({})", self.step, self.plan.steps, state.path().display()));
         let changes = self.settings.changes(&header.settings);
         if !changes.is_empty() {

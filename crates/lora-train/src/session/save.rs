@@ -27,8 +27,7 @@ impl Session {
                 remedy: "use a lower learning_rate; nothing was written",
             });
         }
-        let peft = self.adapter().is_some() && !self.checkpoint.family().image;
-        let path = self.config.output_dir.join(if peft { name.to_owned() } else { format!("{name}.safetensors") });
+        let (peft, path) = (self.is_folder(), self.save_path(name));
         self.with_averages(|session| {
             match &session.trained {
                 Trained::Adapter(trained) => {
@@ -57,6 +56,17 @@ impl Session {
             }
             Ok(path.clone())
         })
+    }
+
+    /// Whether what is saved is a folder of PEFT's.
+    fn is_folder(&self) -> bool {
+        self.adapter().is_some() && !self.checkpoint.family().image
+    }
+
+    /// Where [`Session::save`] writes what it saves under a name.
+    pub fn save_path(&self, name: &str) -> PathBuf {
+        let name = if self.is_folder() { name.to_owned() } else { format!("{name}.safetensors") };
+        self.config.output_dir.join(name)
     }
 
     /// Does something with the running averages in place of the trained values, where there are any.

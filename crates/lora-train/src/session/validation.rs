@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::random::Stream;
+use lora_data::source::Source;
 use lora_models::layers::Pass;
 use lora_torch::tch::no_grad_guard;
 
-use super::Session;
 use super::encoded::to_memory;
+use super::{Session, loss_of};
 use crate::Result;
 use crate::base::{Encoded, Item, Subject};
 
@@ -33,9 +34,27 @@ impl Session {
     /// # Errors
     /// Where there are none or one cannot be read, and where memory runs out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
+        let source = self.source.of_another(folder)?;
+        self.encode_validation(&*source)
+    }
+
+    /// What the configuration says is not trained on, encoded: `validation_data_dir`, or what `validation_split` holds out.
+    ///
+    /// # Errors
+    /// As [`Session::load_validation`].
+    pub fn load_held_out(&mut self) -> Result<Option<Validation>> {
+        if let Some(folder) = self.config.validation_data_dir.clone() {
+            return self.load_validation(&folder).map(Some);
+        }
+        let Some(source) = self.held_out.take() else { return Ok(None) };
+        let encoded = self.encode_validation(&*source);
+        self.held_out = Some(source);
+        encoded.map(Some)
+    }
+
+    fn encode_validation(&mut self, source: &dyn Source) -> Result<Validation> {
         let _scope = self.scope()?;
         let _guard = no_grad_guard();
-        let source = self.source.of_another(folder)?;
         let (seed, device) = (self.config.seed, self.device);
         let measures = (0..source.count()).map(|item| source.measure(item)).collect();
         let encoder = self.base.networks().iter().find(|network| network.encodes == Some(Subject::Examples)).copied();
@@ -84,7 +103,7 @@ impl Session {
                     let mut looked_at = item.again();
                     looked_at.encoded.extend(session.caption_encodings(&caption(index, &item.caption))?);
                     let inputs = session.base.validation_inputs(&looked_at)?;
-                    losses.push(f64::try_from(session.base.loss(&inputs, &Pass::default())?)?);
+                    losses.push(f64::try_from(loss_of(&session.base.loss(&inputs, &Pass::default())?)?)?);
                 }
                 Ok(losses)
             })

@@ -44,6 +44,9 @@ pub(crate) struct StateHeader {
     pub position: Position,
     /// What was done when memory ran out.
     pub economy: Economy,
+    /// What looks at the held-out loss have shown.
+    #[serde(default)]
+    pub looks: Looks,
     /// A digest of what an adapter holds besides its trained tensors.
     pub frozen: Option<String>,
     /// What the run is.
@@ -66,6 +69,31 @@ pub(crate) struct Economy {
     pub encoder_leaves: bool,
 }
 
+/// What looks at the held-out loss have shown so far.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Looks {
+    /// The step with the lowest loss, and the loss.
+    pub best: Option<(usize, f64)>,
+    /// Looks in a row that were not better by as much as was asked for.
+    pub in_vain: usize,
+    /// The step of the last look that counted.
+    pub last: usize,
+}
+
+impl Looks {
+    /// Takes a look into account; whether it showed the lowest loss so far. Early stopping counts it as in vain unless it is
+    /// lower than that by more than `threshold`, as in transformers.
+    pub fn take(&mut self, step: usize, loss: f64, threshold: f64) -> bool {
+        let lowest = self.best.map_or(f64::INFINITY, |(_, lowest)| lowest);
+        self.last = step;
+        self.in_vain = if loss < lowest && lowest - loss > threshold { 0 } else { self.in_vain + 1 };
+        if loss < lowest {
+            self.best = Some((step, loss));
+        }
+        loss < lowest
+    }
+}
+
 impl StateHeader {
     /// Of the program and libtorch that run now.
     pub(crate) fn new(step: usize, position: Position, settings: Settings) -> Self {
@@ -79,6 +107,7 @@ impl StateHeader {
             scaler: (1.0, 0),
             position,
             economy: Economy::default(),
+            looks: Looks::default(),
             frozen: None,
             settings,
         }
@@ -199,6 +228,19 @@ mod tests {
 
     fn header() -> StateHeader {
         StateHeader::new(7, Position { epoch: 1, item: 3 }, Settings::default())
+    }
+
+    #[test]
+    fn looks_in_vain_are_counted_and_the_lowest_is_kept() {
+        let mut looks = Looks::default();
+        let told: Vec<(bool, usize)> = [3.0, 2.0, 1.95, 1.9, 2.5, f64::NAN, 1.0]
+            .into_iter()
+            .enumerate()
+            .map(|(index, loss)| (looks.take(10 * (index + 1), loss, 0.08), looks.in_vain))
+            .collect();
+        // 1.95 is the lowest by less than the threshold, and what follows is held against it.
+        let expected = [(true, 0), (true, 0), (true, 1), (true, 2), (false, 3), (false, 4), (true, 0)];
+        assert_eq!((told, looks.best, looks.last), (expected.to_vec(), Some((70, 1.0)), 70));
     }
 
     #[test]

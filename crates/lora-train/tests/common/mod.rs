@@ -66,7 +66,10 @@ pub(crate) fn prepare(folder: &Path, keys: &[&str]) -> Session {
 
 /// What a run that cannot be prepared says.
 pub(crate) fn refusal(folder: &Path, keys: &[&str]) -> String {
-    Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap_err().to_string()
+    match Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}) {
+        Ok(_) => panic!("it was not refused"),
+        Err(error) => error.to_string(),
+    }
 }
 
 /// The adapter of a run.

@@ -80,7 +80,7 @@ impl Decoder {
     /// # Errors
     /// If the shapes do not fit, or memory runs out.
     pub fn loss(&self, hidden: &Tensor, labels: &Tensor, options: &LossOptions<'_>, pass: &Pass) -> Result<Tensor> {
-        if let Some(head) = self.head().lm_head.frozen() {
+        if let Some(head) = self.head().lm_head.frozen(pass) {
             self.check_labels(hidden, labels)?;
             let last = labels.size2()?.1 - 1;
             let (hidden, labels) = (hidden.f_narrow(1, 0, last)?, labels.f_narrow(1, 1, last)?);
@@ -113,6 +113,10 @@ impl Decoder {
     pub fn token_losses(&self, hidden: &Tensor, labels: &Tensor, smoothing: f64, pass: &Pass) -> Result<Tensor> {
         self.check_labels(hidden, labels)?;
         let (batch, tokens) = labels.size2()?;
+        if let Some(head) = self.head().lm_head.frozen(pass) {
+            let (hidden, labels) = (hidden.f_narrow(1, 0, tokens - 1)?, labels.f_narrow(1, 1, tokens - 1)?);
+            return Ok(self.head().kernel(smoothing).of_tokens(&hidden, head, &labels)?);
+        }
         let chunk = (LOGITS / self.config().vocabulary as i64).max(FEWEST) / batch;
         let chunk = chunk.max(1);
         let hidden = hidden.f_narrow(1, 0, tokens - 1)?.f_split(chunk, 1)?;

@@ -1,6 +1,7 @@
 //! Causal language models as bases: rows of tokens laid out as tensors, the loss of next tokens, answers as samples. The
 //! network is `lora_models`' decoder; how records become rows is told in [`lora_data::texts`].
 
+mod preference;
 mod prompts;
 mod rows;
 mod texts;
@@ -25,6 +26,7 @@ use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::kind_of;
 
+use self::preference::Objective;
 use self::rows::Filled;
 use super::{Base, Inputs, Item, Network, Opening, Prompt, Registration, Sample};
 use crate::config::keys::language::KEYS;
@@ -58,6 +60,7 @@ struct LanguageModel {
     kind: Kind,
     learning_rate: f64,
     filled: Filled,
+    objective: Objective,
     smoothing: f64,
     /// NEFTune's α.
     noise: Option<f64>,
@@ -85,6 +88,7 @@ impl LanguageModel {
                 packing: extra.switch("packing") == Some(true),
                 most: extra.whole("max_seq_length").unwrap_or(2048),
             },
+            objective: Objective::of(config)?,
             smoothing: extra.number("label_smoothing").unwrap_or(0.0),
             noise: extra.number("neftune_noise_alpha"),
             sampling: Sampling {
@@ -110,7 +114,11 @@ impl LanguageModel {
             tokens.push(token_row(item)?);
         }
         let width = noise.map(|alpha| (alpha, self.config.width));
-        rows::lay_out(&tokens, items, self.filled, width, self.device)
+        let inputs = rows::lay_out(&tokens, items, self.filled, width, self.device)?;
+        match self.objective.is_of_pairs() {
+            true => self.objective.lay_out(inputs, &tokens, items, self.device),
+            false => Ok(inputs),
+        }
     }
 }
 
@@ -158,6 +166,10 @@ impl Base for LanguageModel {
         self.laid_out(std::slice::from_ref(item), None)
     }
 
+    fn figures(&self) -> &'static [&'static str] {
+        if self.objective.is_of_pairs() { preference::FIGURES } else { &[] }
+    }
+
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let decoder = self.decoder()?;
         let rows = Rows {
@@ -166,6 +178,9 @@ impl Base for LanguageModel {
             documents: inputs.find("documents").map(Tensor::shallow_clone),
             noise: inputs.find("noise").map(Tensor::shallow_clone),
         };
+        if self.objective.is_of_pairs() {
+            return self.objective.loss(decoder, &rows, inputs, pass);
+        }
         let hidden = decoder.hidden(&rows, pass)?;
         let options = LossOptions { weights: inputs.find("weights"), smoothing: self.smoothing };
         let sum = decoder.loss(&hidden, inputs.get("labels")?, &options, pass)?;

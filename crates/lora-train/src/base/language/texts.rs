@@ -57,6 +57,7 @@ fn options(config: &TrainConfig) -> Vec<TextOptions> {
         system_prompt: extra.text("system_prompt").map(str::to_owned),
         long_documents: long,
         overlap: extra.whole("overlap").unwrap_or(0),
+        pairs: Some(extra.text("objective").is_some_and(|objective| objective != "sft")),
         ..TextOptions::default()
     };
     config.datasets.iter().map(each).collect()

@@ -104,7 +104,7 @@ pub(super) static KEYS: Group = Group {
             name: "variant",
             values: "name",
             default: "\"lora\"",
-            meaning: "Adapter variant: `lora`, `dora`, `pissa`, `pissa-fast`, `olora`, `loha`, `lokr`, `oft`, `boft`, `ia3`, `vera`, `glora`, `full`, the other tools' conventions of them (`lycoris-dora`, `lycoris-dora-loha`, `lycoris-dora-lokr`, `peft-oft`, `peft-oft-neumann`, `peft-boft`, `lycoris-ia3`, `peft-glora`), or one that your program registers.",
+            meaning: "Adapter variant: `lora`, `dora`, `pissa`, `pissa-fast`, `olora`, `loha`, `lokr`, `oft`, `boft`, `ia3`, `vera`, `glora`, `full`, the other tools' conventions of them (`lycoris-dora`, `lycoris-dora-loha`, `lycoris-dora-lokr`, `peft-oft`, `peft-oft-neumann`, `peft-boft`, `lycoris-ia3`, `peft-glora`), PEFT's `peft-hra`, or one that your program registers.",
             memory: "All but `lora`, `dora`, `pissa`, `olora`, `vera`, `ia3` and `lokr` on linear layers form the whole update of a layer.",
             resumed: Resumed::Fixed(|config| config.variant.clone()),
             reads: Reads::Adapter(|given, config| config.variant = given.text().unwrap_or_else(|| "lora".into())),

@@ -16,7 +16,7 @@ pub(super) static KEYS: Group = Group {
             name: "base_model",
             values: "path",
             default: "required",
-            meaning: "Stable Diffusion 1.x or 2.x checkpoint: one `.safetensors` file in the original layout, or a diffusers folder.",
+            meaning: "A Stable Diffusion 1.x, 2.x or XL checkpoint: one `.safetensors` file in the original layout, or a diffusers folder.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Run(|given, config| config.base_model = given.required_text().into()),

@@ -92,10 +92,40 @@ static LOSS: Group = Group {
     behind: None,
     keys: &[
         Key {
+            name: "objective",
+            values: "sft, dpo, orpo",
+            default: "\"sft\"",
+            meaning: "What is learned: `sft` the texts themselves; of preference pairs (`chosen`, `rejected`) `dpo` to prefer the better answer more than the base does, `orpo` the better answer and its odds against the worse one.",
+            memory: "A pair is one row. `dpo` runs each row through the base without the adapter first, which keeps nothing.",
+            resumed: Resumed::Fixed(|config| config.extra.shown("objective")),
+            reads: Reads::Extra(|given| {
+                let known = ["sft", "dpo", "orpo"].map(|name| (name, name));
+                Setting::Text(given.choice(&known).unwrap_or("sft").to_owned())
+            }),
+        },
+        Key {
+            name: "dpo_beta",
+            values: "above 0",
+            default: "0.1 with dpo",
+            meaning: "How closely `dpo` holds to the base: the factor on log-probabilities against the base's.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("dpo_beta")),
+            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
+        },
+        Key {
+            name: "orpo_lambda",
+            values: "above 0",
+            default: "0.1 with orpo",
+            meaning: "How much the odds ratio counts in `orpo`, beside the loss of the better answer.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("orpo_lambda")),
+            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
+        },
+        Key {
             name: "label_smoothing",
             values: "0 … below 1",
             default: "0",
-            meaning: "Share of each target that goes to all other tokens.",
+            meaning: "Share of each target that goes to all other tokens; with `objective = \"dpo\"` the share of pairs that are taken to be the wrong way round.",
             memory: "",
             resumed: Resumed::Fixed(|config| config.extra.shown("label_smoothing")),
             reads: Reads::Extra(|given| Setting::Number(given.probability().unwrap_or(0.0))),

@@ -12,6 +12,7 @@ mod memory;
 mod optimisation;
 pub mod pictures;
 mod saving;
+pub mod sdxl;
 pub mod stable_diffusion;
 mod table;
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use lora_data::source::HeldOut;
+
 use super::{Given, Group, Key, Reads, Resumed};
 use crate::config::Resume;
 
@@ -29,13 +31,41 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.save_every_n_epochs = given.count(1)),
         },
         Key {
+            name: "save_total_limit",
+            values: "1 …",
+            default: "none",
+            meaning: "Keep so many of these saves, the last ones. The run's own LoRA and the best one do not count.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.save_total_limit = given.count(1)),
+        },
+        Key {
             name: "validation_data_dir",
             values: "path",
             default: "none",
-            meaning: "Pictures that are not trained on: their loss, with the same noise at each look, is told before and after training and written to `validation.jsonl`.",
+            meaning: "Pictures or texts that are not trained on: their loss, with the same noise at each look, is told before and after training and written to `validation.jsonl`.",
             memory: "The autoencoder again, for a moment.",
             resumed: Resumed::Unrecorded,
             reads: Reads::Run(|given, config| config.validation_data_dir = given.text().map(PathBuf::from)),
+        },
+        Key {
+            name: "validation_split",
+            values: "above 0 … below 1, or 1 …",
+            default: "none",
+            meaning: "Instead of that: this share of the training data, or so many pictures or records of it, are not trained on. Which ones, the `seed` says.",
+            memory: "As `validation_data_dir`.",
+            resumed: Resumed::Fixed(|config| format!("{:?}", config.validation_split)),
+            reads: Reads::Run(|given, config| {
+                let expected = "a share above 0 and below 1, or a whole number from 1 on";
+                let number = given.number(expected, |number| number > 0.0 && (number < 1.0 || number.fract() == 0.0));
+                config.validation_split = number.map(|number| match number < 1.0 {
+                    true => HeldOut::Share(number),
+                    false => HeldOut::Records(number as usize),
+                });
+                if config.validation_split.is_some() && given.has("validation_data_dir") {
+                    given.problem("there is a validation_data_dir; take one of the two out");
+                }
+            }),
         },
         Key {
             name: "validate_every_n_steps",
@@ -45,6 +75,44 @@ pub(super) static KEYS: Group = Group {
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Run(|given, config| config.validate_every_n_steps = given.count(1)),
+        },
+        Key {
+            name: "early_stopping_patience",
+            values: "1 …",
+            default: "none",
+            meaning: "Stop once the held-out loss has not fallen below its lowest for so many looks in a row. The look before training does not count.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.early_stopping_patience = given.count(1);
+                looks(given, config.early_stopping_patience.is_some());
+            }),
+        },
+        Key {
+            name: "early_stopping_threshold",
+            values: "0 …",
+            default: "0",
+            meaning: "How much lower it must be for that.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.early_stopping_threshold = given.not_negative().unwrap_or(0.0);
+                if given.has("early_stopping_threshold") && !given.has("early_stopping_patience") {
+                    given.problem("means nothing without early_stopping_patience");
+                }
+            }),
+        },
+        Key {
+            name: "save_best",
+            values: "true/false",
+            default: "false",
+            meaning: "Keep what had the lowest held-out loss as `<output_name>-best`, beside the last.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.save_best = given.boolean(false);
+                looks(given, config.save_best);
+            }),
         },
         Key {
             name: "save_state_every_n_steps",
@@ -171,6 +239,14 @@ pub(super) static PICTURES: Group = Group {
         },
     ],
 };
+
+/// Asks for what the lowest held-out loss cannot be told without.
+fn looks(given: &mut Given<'_>, wanted: bool) {
+    let held_out = given.has("validation_data_dir") || given.has("validation_split");
+    if wanted && !(held_out && given.has("validate_every_n_steps")) {
+        given.problem("needs validation_data_dir or validation_split, and validate_every_n_steps");
+    }
+}
 
 fn resume(given: &mut Given<'_>) -> Resume {
     match given.word().as_deref() {

@@ -4,7 +4,7 @@
 use lora_data::tokenizer::TextCleaning;
 use lora_models::diffusion::SamplerKind;
 
-use super::{Given, Group, Key, Reads, Resumed, shown};
+use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
 /// What captions that change from visit to visit cost.
 pub(super) const KEPT_ENCODER: &str =
@@ -36,7 +36,9 @@ pub static NETWORKS: Group = Group {
             resumed: Resumed::Fixed(|config| shown(&config.train_text_encoder)),
             reads: Reads::Run(|given, config| {
                 config.train_text_encoder = given.boolean(true);
-                if !config.train_unet && !config.train_text_encoder {
+                // Either of two text encoders may say otherwise.
+                let either = ["train_text_encoder_1", "train_text_encoder_2"].iter().any(|key| given.has(key));
+                if !config.train_unet && !config.train_text_encoder && !either {
                     given.problem("train_unet and train_text_encoder are both off; there is nothing to train");
                 }
             }),
@@ -147,10 +149,16 @@ pub static LOSS: Group = Group {
             memory: "",
             // It says something of the base, whose digest is recorded.
             resumed: Resumed::Elsewhere,
-            reads: Reads::Run(|given, config| {
-                let is_given = given.has("v_parameterization");
-                config.v_parameterization = is_given.then(|| given.boolean(false));
-            }),
+            reads: Reads::Run(|given, config| config.v_parameterization = given.optional_boolean()),
+        },
+        Key {
+            name: "zero_terminal_snr",
+            values: "true/false",
+            default: "as the base says",
+            meaning: "Whether the base was trained with noise alone at the last timestep, as some that predict the velocity were: for files that do not say it. Samples are then drawn with trailing timesteps and rescaled guidance.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("zero_terminal_snr")),
+            reads: Reads::Extra(|given| given.optional_boolean().map_or(Setting::Nothing, Setting::Switch)),
         },
         Key {
             name: "min_snr_gamma",
@@ -161,6 +169,33 @@ pub static LOSS: Group = Group {
             resumed: Resumed::Fixed(|config| shown(&config.min_snr_gamma)),
             reads: Reads::Run(|given, config| config.min_snr_gamma = given.positive()),
         },
+        Key {
+            name: "debiased_estimation_loss",
+            values: "true/false",
+            default: "false",
+            meaning: "Weights the loss by 1/√SNR (1/(SNR+1) where the velocity is predicted).",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("debiased_estimation_loss")),
+            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        },
+        Key {
+            name: "scale_v_pred_loss_like_noise_pred",
+            values: "true/false",
+            default: "false",
+            meaning: "Weights a loss of the velocity by SNR/(SNR+1), which is the scale of one of the noise.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("scale_v_pred_loss_like_noise_pred")),
+            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        },
+        Key {
+            name: "v_pred_like_loss",
+            values: "0 …",
+            default: "0",
+            meaning: "Adds so much of the loss at the scale of one of the velocity to a loss of the noise.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("v_pred_like_loss")),
+            reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(0.0))),
+        },
     ],
 };
 
@@ -169,6 +204,15 @@ pub static AUTOENCODER: Group = Group {
     section: "Precision and memory",
     behind: Some("cuda_graphs"),
     keys: &[
+        Key {
+            name: "vae",
+            values: "path",
+            default: "the base's own",
+            meaning: "Another autoencoder for the base: its file in the original or diffusers' layout, its folder, or a whole base that has it.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("vae")),
+            reads: Reads::Extra(|given| given.text().map_or(Setting::Nothing, Setting::Text)),
+        },
         Key {
             name: "cache_latents",
             values: "true/false",

@@ -71,6 +71,16 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("resume_from_checkpoint", "resume"),
     ("save_state_on_train_end", "save_state"),
     ("save_n_steps", "save_every_n_steps"),
+    ("val_set_size", "validation_split"),
+    ("early_stopping", "early_stopping_patience"),
+    ("load_best_model_at_end", "save_best"),
+    ("save_last_n_steps", "save_total_limit"),
+    ("save_last_n_epochs", "save_total_limit"),
+    ("rl", "objective"),
+    ("rl_beta", "dpo_beta"),
+    ("pref_beta", "dpo_beta"),
+    ("beta", "dpo_beta"),
+    ("orpo_alpha", "orpo_lambda"),
 ];
 
 /// The keys that a configuration may have: the general ones, those of the bases of this crate, and what a program registers.

@@ -1,6 +1,5 @@
-//! The blocks in which llama.cpp's GGUF files hold quantised weights, as far as weights are computed with as they lie
-//! in such files ([`crate::frozen::FrozenWeight::packed`]). What their bytes mean is told in lora-io's `gguf::blocks`,
-//! reading files is lora-io's too, and the arithmetic is in `cpp/blocks.cpp`.
+//! The blocks in which llama.cpp's GGUF files hold quantised weights: which there are, and how large they are. What their
+//! bytes mean is told where files are read (lora-io's `gguf::blocks`); computing with them is lora-torch's.
 
 use std::fmt;
 

@@ -1,0 +1,88 @@
+//! A component of a base from elsewhere: a file or folder of its own, or another base that has it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use lora_core::Component;
+
+use super::{Checkpoint, ComponentWeights, Group, diffusers};
+use crate::family::{ComponentNames, Names};
+use crate::safetensors::SafetensorsFile;
+use crate::{Error, Result};
+
+impl Checkpoint {
+    /// Takes a component's weights from elsewhere: one file in the original layout, with the prefix that the component has in
+    /// single files or without, or in diffusers' layout; a folder with the component's files and its `config.json`; or a whole
+    /// base of the same family.
+    ///
+    /// # Errors
+    ///
+    /// If the family has no such component, and if what is there is none: the message names a tensor that does not belong to it.
+    pub fn replace(&mut self, component: Component, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let names = self.family().components.iter().find(|own| own.component == component);
+        let names = names.ok_or_else(|| self.lacks(component))?;
+        let weights = match open(path, names)? {
+            Some(weights) => weights,
+            None => {
+                let mut other = Self::open_among(path, &[self.family()])?;
+                other.components.remove(&component).ok_or_else(|| other.lacks(component))?
+            }
+        };
+        self.components.insert(component, weights);
+        Ok(())
+    }
+}
+
+/// The component by itself; `None` for a whole base.
+fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>> {
+    let mut weights = ComponentWeights::new(path);
+    if path.is_dir() {
+        let Some(folder) = names.folder else { return Ok(None) };
+        if path.join(folder.place).is_dir() || !path.join("config.json").exists() {
+            return Ok(None);
+        }
+        for file in diffusers::open_files(path)? {
+            add(&mut weights, &file, names.component, folder)?;
+        }
+        weights.config = Some(crate::json::read(path.join("config.json"))?);
+        return Ok(Some(weights));
+    }
+    let file = Arc::new(SafetensorsFile::open(path)?);
+    // A base has this component beside others.
+    let prefix = names.single_file.map(|own| own.place).unwrap_or_default();
+    let has_prefix = file.names().any(|name| name.starts_with(prefix));
+    if has_prefix && !file.names().all(|name| name.starts_with(prefix)) {
+        return Ok(None);
+    }
+    let layouts = [
+        names.single_file.map(|own| if has_prefix { own } else { Names { place: "", ..own } }),
+        names.folder.map(|own| Names { place: "", ..own }),
+    ];
+    let mut refused = None;
+    for layout in layouts.into_iter().flatten() {
+        let mut weights = ComponentWeights::new(path);
+        match add(&mut weights, &file, names.component, layout) {
+            Ok(()) => return Ok(Some(weights)),
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    let name = names.component.name().replace('_', " ");
+    Err(refused.unwrap_or_else(|| Error::format(path, format!("is no {name} that is read from a file of its own"))))
+}
+
+/// Adds the tensors of a file under a layout's names.
+fn add(weights: &mut ComponentWeights, file: &Arc<SafetensorsFile>, component: Component, layout: Names) -> Result<()> {
+    let tensors = file.names().filter_map(|name| Some((name, name.strip_prefix(layout.place)?)));
+    let group = Group::new(component, layout.tree, tensors.collect());
+    for (stored, pieces) in group.weights() {
+        let Some(pieces) = pieces else {
+            let reason = format!("is no tensor of a {} of this base's kind", component.name().replace('_', " "));
+            return Err(Error::tensor(file.path(), stored, reason));
+        };
+        for (canonical, piece) in pieces {
+            weights.add(file, stored, canonical, piece)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,550 @@
+//! Stable Diffusion 1.x, 2.x and XL: one or two text encoders, a U-Net that denoises latents, an autoencoder. What tells them
+//! apart is the few values of [`Kind`].
+//!
+//! | here | what |
+//! |---|---|
+//! | `text` | captions through the text encoders |
+//! | `prediction` | the noise schedule and what the U-Net predicts, as files and keys say it |
+
+mod prediction;
+mod text;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lora_core::random::Stream;
+use lora_core::{Component, DType};
+use lora_data::Sample as PictureSample;
+use lora_data::source::Example;
+use lora_data::tokenizer::Padding;
+use lora_io::checkpoint::Checkpoint;
+use lora_io::family::{sd1, sd2, sdxl};
+use lora_io::metadata::TrainingRecord;
+use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler};
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
+use lora_models::weights::Held;
+use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
+use lora_torch::tensor::{from_f32, kind_of, upload};
+
+use self::text::{EncoderKind, InputNames, Reads, Text, TextEncoder};
+use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
+use super::{
+    Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
+};
+use crate::config::keys::{sdxl as sdxl_keys, stable_diffusion as keys};
+use crate::config::{SampleConfig, TrainConfig};
+use crate::loss::{Denoising, LossWeights};
+use crate::{Error, Result};
+
+/// What makes a run of theirs smaller.
+const REMEDIES: &str = "a lower max_resolution (512 to 448 to 384), train_text_encoder = false";
+
+/// Stable Diffusion 1.x.
+pub(super) const SD1: Registration = Registration {
+    family: &sd1::FAMILY,
+    keys: keys::KEYS,
+    data: PICTURES,
+    remedies: REMEDIES,
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SD1_KIND)?)),
+};
+
+/// Stable Diffusion 2.x: OpenCLIP's text encoder; bases of 512 px predict the noise, those of 768 px the velocity.
+pub(super) const SD2: Registration = Registration {
+    family: &sd2::FAMILY,
+    keys: keys::KEYS,
+    data: PICTURES,
+    remedies: REMEDIES,
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SD2_KIND)?)),
+};
+
+/// Stable Diffusion XL and the many bases that were trained from it: two text encoders, sizes beside the text.
+pub(super) const SDXL: Registration = Registration {
+    family: &sdxl::FAMILY,
+    keys: sdxl_keys::KEYS,
+    data: PICTURES,
+    remedies: "a lower max_resolution (1024 to 896 to 768), train_text_encoder = false",
+    open: |opening| Ok(Box::new(StableDiffusion::open(opening, &SDXL_KIND)?)),
+};
+
+static SD1_KIND: Kind = Kind {
+    encoders: &[EncoderKind {
+        component: TEXT_ENCODER,
+        title: "text encoder",
+        padding: Padding::End,
+        exact_gelu: false,
+        pools: false,
+        keys: None,
+        inputs: InputNames::FIRST,
+    }],
+    reads: Reads::Normed,
+    reads_sizes: false,
+    predicts: Some(Prediction::Epsilon),
+};
+
+static SD2_KIND: Kind = Kind {
+    encoders: &[EncoderKind {
+        component: TEXT_ENCODER,
+        title: "text encoder",
+        padding: Padding::Zero,
+        exact_gelu: true,
+        pools: false,
+        keys: None,
+        inputs: InputNames::FIRST,
+    }],
+    reads: Reads::Normed,
+    reads_sizes: false,
+    predicts: None,
+};
+
+static SDXL_KIND: Kind = Kind {
+    encoders: &[
+        EncoderKind {
+            component: TEXT_ENCODER,
+            title: "first text encoder",
+            padding: Padding::End,
+            exact_gelu: false,
+            pools: false,
+            keys: Some(["train_text_encoder_1", "text_encoder_1_lr"]),
+            inputs: InputNames::FIRST,
+        },
+        EncoderKind {
+            component: Component::TEXT_ENCODER_2,
+            title: "second text encoder",
+            padding: Padding::Zero,
+            exact_gelu: true,
+            pools: true,
+            keys: Some(["train_text_encoder_2", "text_encoder_2_lr"]),
+            inputs: InputNames::SECOND,
+        },
+    ],
+    reads: Reads::Penultimate,
+    reads_sizes: true,
+    predicts: Some(Prediction::Epsilon),
+};
+
+const UNET: Component = Component::UNET;
+const TEXT_ENCODER: Component = Component::TEXT_ENCODER;
+const VAE: Component = Component::VAE;
+
+/// Timesteps at which an item is judged, spread evenly.
+const JUDGED_TIMESTEPS: usize = 16;
+
+/// What differs between them, where files do not say.
+#[derive(Debug)]
+struct Kind {
+    /// Their text encoders, in the order in which the U-Net reads their states side by side.
+    encoders: &'static [EncoderKind],
+    /// Which states of them the U-Net reads.
+    reads: Reads,
+    /// Whether the U-Net reads a pooled vector and the sizes of the picture and of its part that is shown.
+    reads_sizes: bool,
+    /// What the U-Net predicts where nothing says it; `None` where that would be a guess.
+    predicts: Option<Prediction>,
+}
+
+/// A base of one of them.
+#[derive(Debug)]
+struct StableDiffusion {
+    kind: &'static Kind,
+    networks: Vec<Network>,
+    checkpoint: Arc<Checkpoint>,
+    device: Device,
+    precision: DType,
+    config: TrainConfig,
+    schedule: NoiseSchedule,
+    /// By what it is known what the U-Net predicts, for people.
+    known_by: &'static str,
+    autoencoder: Option<Autoencoder>,
+    encoders: Vec<TextEncoder>,
+    unet: Option<Unet>,
+}
+
+impl StableDiffusion {
+    fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
+        let config = opening.config;
+        let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
+        let encoders: Vec<_> = kind.encoders.iter().map(|own| TextEncoder::new(own, kind.reads, config)).collect();
+        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        networks.extend(encoders.iter().map(|encoder| {
+            network(encoder.kind.component, encoder.kind.title, encoder.trains, Some(Subject::Captions))
+        }));
+        networks.push(network(UNET, "U-Net", config.train_unet, None));
+        if networks.iter().all(|network| !network.trains) {
+            return Err(Error::NothingTrains);
+        }
+        let (schedule, known_by) = prediction::schedule(config, &opening.checkpoint, kind.predicts)?;
+        Ok(Self {
+            kind,
+            networks,
+            schedule,
+            known_by,
+            checkpoint: Arc::clone(&opening.checkpoint),
+            device: opening.device,
+            precision: opening.precision,
+            config: config.clone(),
+            autoencoder: None,
+            encoders,
+            unet: None,
+        })
+    }
+
+    fn unet(&self) -> Result<&Unet> {
+        self.unet.as_ref().ok_or(Error::NotLoaded { network: "U-Net" })
+    }
+
+    fn encoder(&self, component: Component) -> Result<&TextEncoder> {
+        self.encoders.iter().find(|own| own.kind.component == component).ok_or_else(|| missing(component, "captions"))
+    }
+
+    fn autoencoder(&self) -> Result<Autoencoder> {
+        Ok(Autoencoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling))
+    }
+
+    fn vae_config(&self) -> Result<VaeConfig> {
+        Ok(VaeConfig::detect(&self.checkpoint)?)
+    }
+
+    /// `[batch, 4, height, width]` f32 on the device, scaled, and how much each place counts, `[batch, 1, height, width]`, where
+    /// any item has a mask.
+    fn latents(&self, items: &[Item]) -> Result<(Tensor, Option<Tensor>)> {
+        let of = |item: &Item| -> Result<(Tensor, Option<Tensor>)> {
+            let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
+            Ok((upload(tensor(encoded, VAE, "latents")?, self.device)?, encoded.get("mask").map(Tensor::shallow_clone)))
+        };
+        let (latents, masks): (Vec<_>, Vec<_>) = items.iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let latents = Tensor::f_stack(&latents, 0)?;
+        if masks.iter().all(Option::is_none) {
+            return Ok((latents, None));
+        }
+        let (_, _, height, width) = latents.size4()?;
+        let full = Tensor::f_ones([1, height, width], (Number::Float, Device::Cpu))?;
+        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
+        let masks = upload(&Tensor::f_stack(&masks, 0)?, self.device)?;
+        Ok((latents, Some(masks)))
+    }
+
+    /// Standard normal noise of each item, with its offset, `[batch, 4, height, width]`.
+    fn noise(&self, items: &[Item], (count, channels, height, width): (i64, i64, i64, i64)) -> Result<Tensor> {
+        let plane = (height * width) as usize;
+        let mut noise = Vec::with_capacity(count as usize * channels as usize * plane);
+        for item in items {
+            let mut own = item.draw.at("noise").normals(channels as usize * plane);
+            if self.config.noise_offset > 0.0 {
+                let offsets = item.draw.at("noise_offset").normals(channels as usize);
+                for (plane, offset) in own.chunks_exact_mut(plane).zip(offsets) {
+                    plane.iter_mut().for_each(|value| *value += self.config.noise_offset as f32 * offset);
+                }
+            }
+            noise.extend(own);
+        }
+        Ok(from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?)
+    }
+
+    /// Adds the captions of a batch, for each text encoder as it takes them or as it left them.
+    fn with_captions(&self, mut inputs: Inputs, items: &[Item]) -> Result<Inputs> {
+        let captions: Vec<&str> = items.iter().map(|item| item.caption.as_str()).collect();
+        for encoder in &self.encoders {
+            let kept = items.iter().map(|item| item.encoded.get(&encoder.kind.component)).collect();
+            inputs = encoder.with_captions(inputs, &captions, kept, self.device)?;
+        }
+        Ok(inputs)
+    }
+
+    /// What was kept of one caption.
+    fn kept(&self, encoded: &BTreeMap<Component, Tensors>) -> Result<Text> {
+        let of = |encoder: &TextEncoder| {
+            let component = encoder.kind.component;
+            let kept = encoded.get(&component).ok_or_else(|| missing(component, "states"))?;
+            encoder.kept(&[kept], self.device)
+        };
+        Text::joined(self.encoders.iter().map(of).collect::<Result<_>>()?)
+    }
+
+    /// The text of a micro-batch.
+    fn text(&self, inputs: &Inputs, pass: &Pass) -> Result<Text> {
+        Text::joined(self.encoders.iter().map(|encoder| encoder.of_inputs(inputs, pass)).collect::<Result<_>>()?)
+    }
+
+    /// The sizes that the U-Net reads, embedded, `[batch, 1536]`; `None` for one that reads none.
+    fn sizes(&self, of: &[[f64; 6]]) -> Result<Option<Tensor>> {
+        Ok(self.kind.reads_sizes.then(|| Unet::size_embedding(of, self.device)).transpose()?)
+    }
+
+    /// The sizes of items.
+    fn item_sizes(&self, items: &[&Tensors]) -> Result<Option<Tensor>> {
+        if !self.kind.reads_sizes {
+            return Ok(None);
+        }
+        let of = |kept: &&Tensors| {
+            let sizes = Vec::<f64>::try_from(tensor(kept, VAE, SIZES)?.f_to_kind(Number::Double)?)?;
+            sizes.try_into().map_err(|_| missing(VAE, SIZES))
+        };
+        self.sizes(&items.iter().map(of).collect::<Result<Vec<_>>>()?)
+    }
+}
+
+/// What a U-Net reads beside states: the pooled text with the sizes, `[batch, added]`.
+fn added(text: &Text, sizes: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let (Some(pooled), Some(sizes)) = (&text.pooled, sizes) else { return Ok(None) };
+    Ok(Some(Tensor::f_cat(&[pooled, &sizes.f_to_kind(pooled.kind())?], -1)?))
+}
+
+/// The name under which the sizes of a picture and of its part that is shown are kept.
+const SIZES: &str = "sizes";
+
+/// Height and width of a picture in its file, top and left edge of the part that is shown in the picture as it was scaled, and
+/// the part's height and width: what SDXL is told (Podell et al., 2023, section 2.2), as diffusers' training scripts tell it.
+fn sizes_of(sample: &PictureSample) -> [f32; 6] {
+    let (frame, (width, height)) = (sample.frame, sample.size());
+    let left = match frame.mirrored {
+        true => frame.scaled.0.saturating_sub(frame.offset.0 + width),
+        false => frame.offset.0,
+    };
+    [frame.source.1, frame.source.0, frame.offset.1, left, height, width].map(|side| side as f32)
+}
+
+impl Base for StableDiffusion {
+    fn networks(&self) -> &[Network] {
+        &self.networks
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let predicts = match self.schedule.prediction() {
+            Prediction::Velocity => "the velocity",
+            _ => "the noise",
+        };
+        let zero = if self.schedule.has_zero_terminal_snr() { " with zero terminal SNR" } else { "" };
+        vec![format!("the U-Net predicts {predicts}{zero}, as {}", self.known_by)]
+    }
+
+    fn load(&mut self, network: Component, held: Held) -> Result<()> {
+        match network {
+            VAE => self.autoencoder = Some(self.autoencoder()?),
+            UNET => self.unet = Some(load_unet(&self.checkpoint, kind_of(self.precision), self.device, held)?),
+            _ => {
+                let Self { checkpoint, precision, device, .. } = self;
+                for encoder in self.encoders.iter_mut().filter(|own| own.kind.component == network) {
+                    encoder.load(checkpoint, *precision, *device, held.clone())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unload(&mut self, network: Component) {
+        match network {
+            VAE => self.autoencoder = None,
+            UNET => self.unet = None,
+            _ => {
+                self.encoders.iter_mut().filter(|own| own.kind.component == network).for_each(|own| own.network = None)
+            }
+        }
+    }
+
+    fn is_loaded(&self, network: Component) -> bool {
+        match network {
+            VAE => self.autoencoder.is_some(),
+            UNET => self.unet.is_some(),
+            _ => self.encoder(network).is_ok_and(|encoder| encoder.network.is_some()),
+        }
+    }
+
+    fn adaptable(&mut self, network: Component) -> Option<&mut dyn Adaptable> {
+        match network {
+            UNET => self.unet.as_mut().map(|network| network as &mut dyn Adaptable),
+            _ => {
+                let encoder = self.encoders.iter_mut().find(|own| own.kind.component == network)?;
+                encoder.network.as_mut().map(|network| network as &mut dyn Adaptable)
+            }
+        }
+    }
+
+    fn learning_rate(&self, network: Component) -> f64 {
+        self.encoder(network).map_or(self.config.unet_lr, |encoder| encoder.learning_rate)
+    }
+
+    fn encode(&mut self, network: Component, what: Encoded<'_>) -> Result<Tensors> {
+        match what {
+            Encoded::Example(Example::Picture(sample), path) => {
+                let Some(autoencoder) = &mut self.autoencoder else {
+                    return Err(Error::NotLoaded { network: Autoencoder::TITLE });
+                };
+                let LatentDistribution { mean, log_variance } =
+                    autoencoder.encode(&self.checkpoint, path, &sample.picture)?;
+                let mut tensors = Tensors::from([("mean".into(), mean), ("log_variance".into(), log_variance)]);
+                if let Some(mask) = &sample.mask {
+                    tensors.insert("mask".into(), latent_mask(mask, autoencoder.factor())?);
+                }
+                if self.kind.reads_sizes {
+                    tensors.insert(SIZES.into(), Tensor::from_slice(&sizes_of(sample)));
+                }
+                Ok(tensors)
+            }
+            Encoded::Caption(caption) => {
+                let _guard = no_grad_guard();
+                let text = self.encoder(network)?.text(&[caption], self.device, &Pass::default())?;
+                for tensor in text.tensors() {
+                    if !is_finite(tensor)? {
+                        return Err(Error::NotFinite {
+                            stage: "the text encoder".into(),
+                            place: format!(" for the caption {caption:?}"),
+                            remedy: "use precision = \"bf16\" or \"fp32\"",
+                        });
+                    }
+                }
+                Ok(text.into_tensors())
+            }
+            Encoded::Example(..) => Err(missing(network, "a picture")),
+        }
+    }
+
+    fn encoding_identity(&self, network: Component) -> Result<String> {
+        let (device, config) = (self.device, &self.config);
+        let hash = self.checkpoint.component(network)?.sha256()?;
+        Ok(match (network, &self.autoencoder) {
+            (VAE, Some(autoencoder)) => {
+                let tiles = if config.vae_tiling { " in tiles" } else { "" };
+                format!("{hash} {:?} {device:?}{tiles}", autoencoder.kind())
+            }
+            _ => {
+                let settings = self.encoder(network)?.settings();
+                format!("{hash} {:?} {:?} {device:?} {settings}", kind_of(self.precision), config.base_storage)
+            }
+        })
+    }
+
+    fn draw(&self, network: Component, encoded: &Tensors, draw: &Stream) -> Result<Tensors> {
+        let part = |name: &'static str| Ok::<_, Error>(tensor(encoded, network, name)?.shallow_clone());
+        let distribution = LatentDistribution { mean: part("mean")?, log_variance: part("log_variance")? };
+        let latents = sample_latents(&distribution, self.vae_config()?.scaling_factor, &draw.at("latent"))?;
+        let mut drawn = Tensors::from([("latents".to_owned(), latents)]);
+        for name in ["mask", SIZES] {
+            if let Some(kept) = encoded.get(name) {
+                drawn.insert(name.into(), kept.shallow_clone());
+            }
+        }
+        Ok(drawn)
+    }
+
+    fn caption_length(&self, caption: &str) -> Option<usize> {
+        Some(self.encoders.first()?.length(caption))
+    }
+
+    fn inputs(&self, items: &[Item]) -> Result<Inputs> {
+        let (latents, mask) = self.latents(items)?;
+        let noise = self.noise(items, latents.size4()?)?;
+        let timesteps: Vec<usize> =
+            items.iter().map(|item| item.draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
+        let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
+        let weights = LossWeights { items: &weights, mask: mask.as_ref(), ..LossWeights::of(&self.config) };
+        let denoising = Denoising::new(self.unet()?, &self.schedule, &latents, &noise, &timesteps, &weights)?;
+        let kept: Vec<&Tensors> = items.iter().filter_map(|item| item.encoded.get(&VAE)).collect();
+        self.with_captions(denoising.into_inputs().with(SIZES, self.item_sizes(&kept)?), items)
+    }
+
+    fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
+        let count = JUDGED_TIMESTEPS as i64;
+        let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
+        let latents = tensor(encoded, VAE, "latents")?;
+        let (channels, height, width) = latents.size3()?;
+        let many = latents.f_to_device(self.device)?.f_unsqueeze(0)?.f_repeat([count, 1, 1, 1])?;
+        let shape = [JUDGED_TIMESTEPS, channels as usize, height as usize, width as usize];
+        let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
+        let times: Vec<usize> = (0..JUDGED_TIMESTEPS)
+            .map(|step| (2 * step + 1) * NoiseSchedule::TIMESTEPS / (2 * JUDGED_TIMESTEPS))
+            .collect();
+        let text = self.kept(&item.encoded)?.repeated(count)?;
+        let added = added(&text, self.item_sizes(&[encoded; JUDGED_TIMESTEPS])?.as_ref())?;
+        let denoising = Denoising::new(self.unet()?, &self.schedule, &many, &noise, &times, &LossWeights::default())?;
+        Ok(denoising.into_inputs().with(CONTEXT, Some(text.states)).with(ADDED, added))
+    }
+
+    fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
+        let denoising = Denoising::of(inputs)?;
+        if let Some(context) = inputs.find(CONTEXT) {
+            return denoising.loss(self.unet()?, Conditions { context, added: inputs.find(ADDED) }, pass);
+        }
+        let text = self.text(inputs, pass)?;
+        let added = added(&text, inputs.find(SIZES))?;
+        denoising.loss(self.unet()?, Conditions { context: &text.states, added: added.as_ref() }, pass)
+    }
+
+    fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
+        let _guard = no_grad_guard();
+        if !is_finite(&self.latents(items)?.0)? {
+            return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
+        }
+        let text = self.text(&self.with_captions(Inputs::default(), items)?, &Pass::default())?;
+        for tensor in text.tensors() {
+            if !is_finite(tensor)? {
+                let remedy = "use precision = \"bf16\" or \"fp32\", or a lower learning_rate";
+                return Ok(Some(("the text encoder", remedy)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
+        let _guard = no_grad_guard();
+        let vae = self.vae_config()?;
+        let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
+        let sampler = Sampler::new(config.sampler, &self.schedule, config.steps)?;
+        let (pass, unet) = (Pass::default(), self.unet()?);
+        // The autoencoder comes when all latents are there, which are small, so that it is never beside the U-Net at work.
+        let mut all = Vec::new();
+        for (index, prompt) in prompts.iter().enumerate() {
+            let draw = Stream::new(config.seed).at("sample").with(index as u64);
+            let noise = draw.clone().normals(vae.latent_channels * height * width);
+            let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
+            let (without, with) = (self.kept(&prompt.without)?, self.kept(&prompt.with)?);
+            let [high, wide] = [config.resolution.1, config.resolution.0].map(|side| side as f64);
+            let sizes = self.sizes(&[[high, wide, 0.0, 0.0, high, wide]])?;
+            let added = [added(&without, sizes.as_ref())?, added(&with, sizes.as_ref())?];
+            let added: Vec<Tensor> = added.into_iter().flatten().collect();
+            let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
+            let context = Tensor::f_cat(&[without.states, with.states], 0)?;
+            let conditions = Conditions { context: &context, added: added.as_ref() };
+            all.push(sampler.sample(&noise, |latents, timestep| {
+                let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, &pass)?;
+                let halves = both.f_chunk(2, 0)?;
+                sampler.guided(&halves[0], &halves[1], config.guidance_scale)
+            })?);
+        }
+        // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.
+        let mut decoder = self.autoencoder()?.in_tiles(self.config.vae_tiling || vae.overflows_in_half);
+        let mut pictures = Vec::new();
+        for latents in all {
+            pictures.extend(match beside_recordings {
+                false => decoder.decode(&self.checkpoint, &latents)?,
+                // Recordings make room before the autoencoder leaves the device.
+                true => decoder.decode_here(&self.checkpoint, &latents)?,
+            });
+        }
+        Ok(pictures.into_iter().map(Sample::Picture).collect())
+    }
+
+    fn record(&self, record: &mut TrainingRecord) {
+        let config = &self.config;
+        record.unet_lr = config.train_unet.then_some(config.unet_lr);
+        record.text_encoder_lr = self.encoders.iter().find(|own| own.trains).map(|own| own.learning_rate);
+        record.clip_skip = (config.clip_skip > 1).then_some(config.clip_skip);
+        record.max_token_length = (config.max_token_length > 75).then_some(config.max_token_length);
+        record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
+        record.min_snr_gamma = config.min_snr_gamma;
+        record.text_cleaning = config.text_cleaning.name().into();
+        record.velocity = self.schedule.prediction() == Prediction::Velocity;
+    }
+}
+
+/// Names of what an item is judged by: its conditions side by side, once for all timesteps.
+const CONTEXT: &str = "context";
+const ADDED: &str = "added";
+
+fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> Result<&'t Tensor> {
+    encoded.get(name).ok_or_else(|| missing(network, name))
+}
+
+fn missing(network: Component, name: &'static str) -> Error {
+    Error::MissingEncoding { network, name }
+}

@@ -1,0 +1,110 @@
+//! Readers of pictures and of what is written about them.
+
+use std::fs;
+use std::io::Cursor;
+use std::path::Path;
+use std::sync::{Once, OnceLock};
+
+use lora_core::random::Stream;
+use lora_data::bucket::Framing;
+use lora_data::caption::{CaptionOptions, weights};
+use lora_data::dataset::{ImageDataset, ScanOptions, Strictness, TextEncoding};
+use lora_data::processor::ProcessorRegistry;
+use lora_data::tokenizer::{ClipTokenizer, TextCleaning};
+use lora_data::{DatasetOptions, MaskOptions, Pictures};
+
+use crate::{choose, empty_folder, file};
+
+fn scan(path: &Path, options: ScanOptions) {
+    if let Ok(dataset) = ImageDataset::scan(path, &options) {
+        for item in dataset.items() {
+            let _ = item.file.read();
+        }
+    }
+}
+
+/// All that is found is reported and nothing ends the reading.
+fn inspect() -> ScanOptions {
+    ScanOptions { strictness: Strictness::Inspect, recursive: true, ..ScanOptions::default() }
+}
+
+/// Any bytes as a picture: its header, whole, and at the fraction of its size that a small training size asks for. Panics of
+/// decoders are caught and are errors, so that they are no failures here; those elsewhere are.
+pub fn picture(bytes: &[u8]) {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
+    let folder = empty_folder("pictures");
+    fs::write(folder.join("a.jpg"), bytes).expect("written");
+    if lora_data::picture::dimensions(folder.join("a.jpg")).is_ok_and(|(width, height)| width * height > 1 << 22) {
+        // Large pictures may take memory and time.
+        return;
+    }
+    let _ = lora_data::picture::decode(folder.join("a.jpg"), [255; 3]);
+    let options = DatasetOptions {
+        path: folder.clone(),
+        scan: inspect(),
+        framing: Framing::Fixed((8, 8)),
+        processors: vec!["center_crop".into()],
+        captions: CaptionOptions::default(),
+        background: [0; 3],
+        batch_size: 1,
+        loss_weight: 1.0,
+        masks: MaskOptions { enabled: true, alpha: true, ..MaskOptions::default() },
+        group: 0,
+    };
+    if let Ok(pictures) = Pictures::open(vec![options], &ProcessorRegistry::default()) {
+        for index in 0..pictures.items().len() {
+            let _ = pictures.load(index, &Stream::new(1));
+        }
+    }
+}
+
+/// Any bytes as an archive of pictures.
+pub fn archive(bytes: &[u8]) {
+    scan(&file("a.tar", bytes), inspect());
+}
+
+/// Any bytes as a table of pictures.
+pub fn table(bytes: &[u8]) {
+    scan(&file("a.parquet", bytes), inspect());
+}
+
+fn one_pixel() -> &'static [u8] {
+    static PICTURE: OnceLock<Vec<u8>> = OnceLock::new();
+    PICTURE.get_or_init(|| {
+        let mut bytes = Cursor::new(Vec::new());
+        image::RgbImage::new(1, 1).write_to(&mut bytes, image::ImageFormat::Bmp).expect("written");
+        bytes.into_inner()
+    })
+}
+
+/// Any bytes as captions, beside pictures or as a list of them.
+pub fn captions(bytes: &[u8]) {
+    let kinds = ["a.txt", "a.caption", "metadata.csv", "metadata.jsonl", "list.json", "list.jsonl", "a.json", "gbk.txt"];
+    let Some((name, bytes)) = choose(bytes, &kinds) else { return };
+    let folder = empty_folder("captions");
+    fs::write(folder.join("a.bmp"), one_pixel()).expect("written");
+    fs::write(folder.join(if name == "gbk.txt" { "a.txt" } else { name }), bytes).expect("written");
+    for strictness in [Strictness::Strict, Strictness::Inspect] {
+        let mut options = ScanOptions { strictness, ..inspect() };
+        if name.starts_with("list") {
+            options.metadata_file = Some(folder.join(name));
+        }
+        if name == "gbk.txt" {
+            options.caption_encoding = TextEncoding::named("gbk");
+        }
+        scan(&folder, options);
+    }
+}
+
+/// Any text as a caption or a prompt: treated, weighted, as CLIP's tokens.
+pub fn prompt(bytes: &[u8]) {
+    static TOKENIZER: OnceLock<ClipTokenizer> = std::sync::OnceLock::new();
+    let tokenizer = TOKENIZER.get_or_init(|| ClipTokenizer::new(TextCleaning::default()));
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    weights::parse(text);
+    let options =
+        CaptionOptions { wildcards: true, shuffle: true, tag_dropout: 0.5, keep_tokens: 1, ..CaptionOptions::default() };
+    options.process(&text.lines().collect::<Vec<_>>(), 3, &Stream::new(1));
+    tokenizer.weighted_rows(text, 2);
+}
