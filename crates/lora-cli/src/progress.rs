@@ -51,6 +51,8 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
             }
             Preparing::Examples(done, of) => ("encoding examples", done, of),
             Preparing::Captions(done, of) => ("encoding captions", done, of),
+            // A stage that this program does not know is passed over.
+            _ => return,
         };
         let due = last.is_none_or(|last: Instant| last.elapsed() > Duration::from_secs(2));
         if due || done == of {

@@ -8,6 +8,7 @@ use crate::{Adapter, AdapterModule, ModulePath};
 
 /// One module's numbers.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct ModuleHealth {
     /// The module.
     pub module: ModulePath,

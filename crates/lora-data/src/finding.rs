@@ -133,6 +133,7 @@ impl Severity {
 
 /// One finding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// The file or folder.
     #[serde(serialize_with = "lossy")]

@@ -14,6 +14,7 @@ use crate::{Error, Result};
 
 /// What a processor knows besides the picture.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ProcessContext {
     /// Width and height of the picture as it was decoded, which may be at a fraction of the file's size.
     pub source: (usize, usize),

@@ -52,7 +52,7 @@ impl Mask {
         (0..height).flat_map(|y| (0..width).map(move |x| (x, y))).map(|(x, y)| mean(x, y)).collect()
     }
 
-    /// Of another size, for pictures whose mask has not theirs.
+    /// A copy of another size, for a picture whose mask differs from it in size.
     pub(crate) fn resized(&self, width: usize, height: usize) -> Result<Self> {
         if (self.width, self.height) == (width, height) {
             return Ok(self.clone());

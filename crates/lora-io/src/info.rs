@@ -10,6 +10,7 @@ use crate::{Result, hash};
 
 /// A summary of an adapter file or folder.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct AdapterInfo {
     /// The layout.
     pub format: Format,

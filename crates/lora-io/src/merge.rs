@@ -75,6 +75,7 @@ pub struct MergeOptions {
 
 /// What was merged.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct MergeReport {
     /// Files written, in order.
     pub files: Vec<PathBuf>,

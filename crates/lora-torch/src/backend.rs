@@ -78,6 +78,10 @@ impl Backend for TchBackend {
         Ok(tensor.f_sqrt().map_err(Error::from)?)
     }
 
+    fn at_least(&self, tensor: &Tensor, least: f64) -> lora_core::Result<Tensor> {
+        Ok(tensor.f_clamp_min(least).map_err(Error::from)?)
+    }
+
     fn sum(&self, tensor: &Tensor, axes: &[usize]) -> lora_core::Result<Tensor> {
         Ok(tensor.f_sum_dim_intlist(whole(axes).as_slice(), true, tensor.kind()).map_err(Error::from)?)
     }

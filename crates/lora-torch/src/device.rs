@@ -23,7 +23,7 @@ const CUBLAS_WORKSPACE: &CStr = c":4096:2:16:8";
 /// Bytes of that.
 pub const CUBLAS_WORKSPACE_BYTES: u64 = 2 * (4096 << 10) + 8 * (16 << 10);
 
-/// What loading CUDA came to.
+/// Whether CUDA could be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CudaStatus {
@@ -153,7 +153,7 @@ pub fn resolve(requested: &str) -> Result<Device> {
 }
 
 /// Makes sure that a device computes in a number type: a product and a convolution are tried. A GPU that only imitates
-/// bf16 is told of, as that costs more than it saves.
+/// bf16 is warned about: computing so costs more than it saves.
 ///
 /// # Errors
 /// [`Error::Precision`] where it does not; [`Error::DeviceLost`] and out of memory as they are.

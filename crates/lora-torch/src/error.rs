@@ -149,7 +149,7 @@ impl From<Error> for CoreError {
     }
 }
 
-/// Does some work whose failure for want of memory may come as a panic, and makes an error of it: tch 0.24 panics instead of
+/// Does some work and turns a panic that reports a lack of memory into an error: tch 0.24 panics instead of
 /// returning where an operation that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before
 /// the failure is read. Other panics go on.
 ///

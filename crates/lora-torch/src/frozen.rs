@@ -353,7 +353,7 @@ impl FrozenWeight {
     /// host memory these rows alone come to where it computes, which waits for it.
     ///
     /// # Errors
-    /// Where the weight has not two axes, a word is not below their number, or memory runs out.
+    /// Where the weight does not have two axes, the number of a word is not below the rows, or memory runs out.
     pub fn embed(&self, words: &Tensor) -> Result<Tensor> {
         let &[outputs, width] = &*self.shape else {
             return Err(Error::Torch(format!("an embedding has two axes, and this weight is {:?}", self.shape)));

@@ -9,6 +9,7 @@ use crate::{Result, shim};
 
 /// What a step's loss and gradients come to.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Settled {
     /// The sum of the losses.
     pub loss: f64,

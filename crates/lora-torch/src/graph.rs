@@ -90,7 +90,7 @@ impl Recorder {
         let graph = NonNull::new(graph).ok_or_else(|| Error::Torch("no graph".into()))?;
         let graph = Graph { calls: self.calls, graph };
         // A panic ends the recording, too, as a stream that goes on recording takes nothing else. tch panics where an operation
-        // with a number beside its tensors fails, be it only that it cannot be recorded.
+        // that takes a number beside its tensors fails, for instance because it cannot be recorded.
         let done = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
             let words = crate::error::panic_message(&*payload).unwrap_or("a panic");
             Err(Error::Torch(format!("while a step was recorded: {words}")).into())

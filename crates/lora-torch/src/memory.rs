@@ -11,6 +11,7 @@ use crate::{Error, Result, shim};
 
 /// Device memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceMemory {
     /// Held by live tensors.
     pub allocated: u64,
@@ -90,6 +91,7 @@ impl Drop for Limit {
 
 /// Host memory of this process in bytes, as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostMemory {
     /// Resident now.
     pub resident: u64,
@@ -117,6 +119,7 @@ pub fn host_available() -> Option<u64> {
 
 /// Host memory of libtorch's tensors in bytes, exact to the byte; what was allocated before counting began is left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostAllocations {
     /// Held now.
     pub live: u64,

@@ -15,6 +15,7 @@ unsafe extern "C" {
 
 /// Operations of one name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Count {
     /// How often it did work itself: neither by calling others, nor by a mere view or allocation. Each is one kernel or a few.
     pub work: u64,
@@ -24,6 +25,7 @@ pub struct Count {
 
 /// Operations by libtorch's names (`aten::mm` …).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Operations {
     /// Those that did work.
     pub by_name: BTreeMap<String, Count>,

@@ -52,6 +52,7 @@ impl Drop for Handle {
 
 /// What a ring has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StagingCounts {
     /// Bytes of the ring: an eighth of all its weights, and room for two to eight of the largest.
     pub ring_bytes: u64,

@@ -61,7 +61,7 @@ pub enum Error {
     /// Every network of the base is kept as it is.
     #[error("nothing is trained: the keys train_unet and train_text_encoder of this base's networks are all false")]
     NothingTrains,
-    /// A loss reads a tensor that the micro-batch has not.
+    /// A loss reads a tensor that the micro-batch lacks.
     #[error("a micro-batch has no tensor `{name}`, which the loss reads")]
     MissingInput {
         /// The tensor.

@@ -69,6 +69,7 @@ pub struct TextModel {
 
 /// How a model judges texts.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Evaluation {
     /// Mean cross entropy of a token, in nats.
     pub loss: f64,

@@ -4,12 +4,16 @@
 // What a program that trains, or brings a base, variant, optimiser, callback or source of its own, needs is public, each
 // item under one path. Everything else is private to the crate.
 pub mod base;
+mod bytes;
 pub mod callback;
 mod callbacks;
 pub mod config;
 mod error;
+mod full;
 pub mod inference;
+mod inputs;
 pub mod loss;
+mod meter;
 pub mod optimiser;
 pub mod parameters;
 pub mod plan;
@@ -20,11 +24,10 @@ mod schedule;
 mod session;
 mod state;
 pub mod trainable;
-mod whole;
 
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
 pub use lora_torch::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;
 pub use run::{Best, RunResult, train};
-pub use session::{Preparing, Resumed, Session, StepReport, Summary, Validation};
+pub use session::{Preparing, ResumedFrom, Session, StepReport, Summary, Validation};

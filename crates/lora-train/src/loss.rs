@@ -9,8 +9,8 @@ use lora_torch::tch::{Kind, Tensor};
 use lora_torch::tensor::from_f32;
 
 use crate::Result;
-use crate::base::Inputs;
 use crate::config::TrainConfig;
+use crate::inputs::Inputs;
 
 /// How much parts of a batch count.
 #[derive(Debug, Default)]

@@ -9,8 +9,8 @@ use lora_torch::foreach;
 use lora_torch::gradients::{self, Settled};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 
+use crate::meter::MemoryPart;
 use crate::optimiser::{OptimiserState, Slope};
-use crate::plan::Part;
 use crate::{Error, Result};
 
 /// One trained tensor.
@@ -86,7 +86,7 @@ impl ParameterList {
         leaf: Tensor,
         copy: Option<Tensor>,
     ) -> Result<()> {
-        let _label = Part::Optimiser.label();
+        let _label = MemoryPart::Optimiser.label();
         self.optimiser.register(&[(&name, &leaf)])?;
         let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
         self.list.push(Parameter { component, name, is_up, leaf, copy, average });
@@ -176,7 +176,7 @@ impl ParameterList {
 
     /// Exchanges the trained values with those to save and to draw with, where they are others: the running averages, or
     /// what the optimiser says (schedule-free). A second call puts them back, to the last bit. The exchange itself is in
-    /// place and cannot fail half-way for want of memory.
+    /// place and allocates nothing, so that it cannot fail half-way.
     ///
     /// # Errors
     /// Where memory runs out, before anything is exchanged.
@@ -267,7 +267,7 @@ impl ParameterList {
         Ok(gradients::clear(&mut leaves)?)
     }
 
-    /// Unscales the gradients, limits their common norm and reads what the step came to (see [`gradients::settle`]).
+    /// Unscales the gradients, limits their common norm and reads loss and norm (see [`gradients::settle`]).
     ///
     /// # Errors
     /// Where the device is lost or memory runs out. Numbers that are not finite are no error: [`Settled::finite`] says

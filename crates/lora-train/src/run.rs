@@ -15,6 +15,7 @@ use crate::session::{Preparing, Session};
 
 /// What a run left behind.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct RunResult {
     /// The LoRA.
     pub lora: PathBuf,
@@ -109,7 +110,7 @@ fn drive(session: &mut Session, callbacks: &mut [Box<dyn Callback>], stop: &Atom
     Ok(stopped)
 }
 
-/// Saves what was learnt before an error, if anything was and it is whole.
+/// Saves the weights that were trained before an error, where there are any and all are finite.
 fn rescue(session: &mut Session) {
     if session.steps_done() == 0 {
         return;
@@ -122,7 +123,7 @@ fn rescue(session: &mut Session) {
     }
 }
 
-/// Saves the state after an error, if that is wished; the one before stays where it cannot be.
+/// Saves the state after an error, if the configuration asks for states; where that fails, the state before stays.
 fn rescue_state(session: &mut Session) {
     if !session.config().save_state {
         return;

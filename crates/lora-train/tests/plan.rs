@@ -8,7 +8,7 @@ use std::sync::{Mutex, OnceLock};
 use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;
 use lora_train::config::{Format, TrainConfig};
-use lora_train::plan::{Part as Memory, Phase, PhasePeak, Plan, plan};
+use lora_train::plan::{MemoryPart as Memory, Phase, PhasePeak, Plan, plan};
 use lora_train::{Error, Plugins, Session};
 
 const GIB: u64 = 1 << 30;

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use common::{config, distance, prepare, trained, workspace};
 use lora_io::adapter::kohya;
 use lora_train::callback::{Callback, Control};
-use lora_train::optimiser::{Entry, Optimiser, Part};
+use lora_train::optimiser::{Entry, Optimiser, StatePart};
 use lora_train::{Plugins, Session, StepReport, train};
 
 struct StopAtOnce;
@@ -87,7 +87,7 @@ fn every_optimiser_trains_and_saving_does_not_disturb_it() {
 struct Descent;
 
 impl Optimiser for Descent {
-    fn parts(&self, _: &[i64]) -> Vec<Part> {
+    fn parts(&self, _: &[i64]) -> Vec<StatePart> {
         Vec::new()
     }
 

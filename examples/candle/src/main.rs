@@ -57,6 +57,9 @@ impl Backend for Candle {
     fn sqrt(&self, tensor: &Tensor) -> Result<Tensor> {
         tensor.sqrt().map_err(failed)
     }
+    fn at_least(&self, tensor: &Tensor, least: f64) -> Result<Tensor> {
+        tensor.maximum(least).map_err(failed)
+    }
     fn sum(&self, tensor: &Tensor, axes: &[usize]) -> Result<Tensor> {
         tensor.sum_keepdim(axes).map_err(failed)
     }

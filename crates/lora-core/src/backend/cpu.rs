@@ -61,6 +61,12 @@ impl Backend for CpuBackend {
         HostTensor::from_f32(tensor.shape(), tensor.to_f32().iter().map(|value| value.sqrt()).collect())
     }
 
+    fn at_least(&self, tensor: &HostTensor, least: f64) -> Result<HostTensor> {
+        let least = least as f32;
+        let larger = |&value: &f32| if value < least { least } else { value };
+        HostTensor::from_f32(tensor.shape(), tensor.to_f32().iter().map(larger).collect())
+    }
+
     fn sum(&self, tensor: &HostTensor, axes: &[usize]) -> Result<HostTensor> {
         let mut shape = tensor.shape().to_vec();
         for &axis in axes {

@@ -48,6 +48,8 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
     fn scale(&self, tensor: &Self::Tensor, factor: f64) -> Result<Self::Tensor>;
     /// The square root of each element.
     fn sqrt(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Each element, or `least` where it is less; such elements have no gradient.
+    fn at_least(&self, tensor: &Self::Tensor, least: f64) -> Result<Self::Tensor>;
     /// The sum over some axes, which stay with length 1.
     fn sum(&self, tensor: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
     /// `[..., m, k] × [..., k, n]`, leading axes equal.

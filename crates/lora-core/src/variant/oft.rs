@@ -95,18 +95,16 @@ fn antisymmetric<B: Backend>(backend: &B, blocks: &B::Tensor, factor: f64) -> Re
     backend.add(backend.scale(blocks, factor)?, &transposed)
 }
 
-/// `Q` no longer than the constraint allows.
+/// `Q` no longer than the constraint allows: `Q / max(1, ‖Q‖ / limit)`.
 fn constrained<B: Backend>(backend: &B, skew: B::Tensor, limit: f64) -> Result<B::Tensor> {
     if limit <= 0.0 {
         return Ok(skew);
     }
     let axes: Vec<usize> = (0..backend.shape(&skew).len()).collect();
-    let norm = backend.sqrt(&backend.sum(&backend.mul(&skew, &skew)?, &axes)?)?;
-    let length = backend.to_host(&backend.detach(&norm))?.to_f32()[0];
-    if f64::from(length) <= limit {
-        return Ok(skew);
-    }
-    backend.div(&backend.scale(&skew, limit)?, &norm)
+    // Squares, as a norm has no gradient at 0, where training begins. No number is read: that would wait for the device.
+    let squares = backend.sum(&backend.mul(&skew, &skew)?, &axes)?;
+    let excess = backend.sqrt(&backend.at_least(&backend.scale(&squares, limit.powi(-2))?, 1.0)?)?;
+    backend.div(&skew, &excess)
 }
 
 /// The upper triangles `[n, b(b-1)/2]`, row by row, as skew matrices `[n, b, b]`.

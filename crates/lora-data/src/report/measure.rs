@@ -10,6 +10,7 @@ const SIDE: usize = 512;
 
 /// What is measured of a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Measures {
     /// The strongest twentieth of the edges, each by the share of its height that falls within one pixel: near 1 for hard
     /// edges, 0 for a gradient. Does not depend on contrast; 1 where there are no edges at all.

@@ -70,6 +70,7 @@ impl Default for ReportOptions {
 
 /// One picture.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct PictureReport {
     /// The file.
     #[serde(serialize_with = "crate::finding::lossy")]
@@ -99,6 +100,7 @@ pub struct PictureReport {
 
 /// One picture as training sees it.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Preview {
     /// The file's name.
     pub name: String,
@@ -112,6 +114,7 @@ pub struct Preview {
 
 /// Counts of captions.
 #[derive(Debug, Clone, Default, Serialize)]
+#[non_exhaustive]
 pub struct CaptionCounts {
     /// By where they come from.
     pub sources: BTreeMap<&'static str, usize>,
@@ -125,6 +128,7 @@ pub struct CaptionCounts {
 
 /// What a look at a dataset gives.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct DatasetReport {
     /// Pictures of the run, in the order of the datasets.
     pub pictures: Vec<PictureReport>,

@@ -14,6 +14,7 @@ use crate::texts::{Marked, TextSummary, Texts};
 
 /// A row of which the learned part is marked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Shown {
     /// Where it is from.
     pub place: String,
@@ -23,6 +24,7 @@ pub struct Shown {
 
 /// What a look at a text dataset gives.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct TextReport {
     /// Counts.
     pub summary: TextSummary,

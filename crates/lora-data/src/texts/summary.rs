@@ -30,6 +30,7 @@ impl fmt::Display for Marked {
 
 /// Counts of a dataset before its first step.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[non_exhaustive]
 pub struct TextSummary {
     /// Usable records by their form.
     pub forms: BTreeMap<TextForm, usize>,

@@ -36,6 +36,7 @@ pub struct SpecialTokens {
 
 /// A text as tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Encoding {
     /// Numbers of the tokens.
     pub ids: Vec<u32>,

@@ -107,7 +107,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
     Ok(notes)
 }
 
-/// Whether the layout has a form of every module, before hours are spent on training one that it has not.
+/// Whether the layout has a form of every module, to be asked before hours are spent on training.
 ///
 /// # Errors
 /// [`Error::Module`] for the first module that has none.

@@ -70,6 +70,7 @@ impl fmt::Display for Format {
 
 /// An adapter as it was read.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct AdapterFile {
     /// Where it is.
     pub path: PathBuf,

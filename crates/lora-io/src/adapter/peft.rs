@@ -337,7 +337,7 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &
     Ok(notes)
 }
 
-/// Whether the layout has a form of every module, before hours are spent on training one that it has not.
+/// Whether the layout has a form of every module, to be asked before hours are spent on training.
 ///
 /// # Errors
 /// [`Error::Module`] that names the first of which it has none.

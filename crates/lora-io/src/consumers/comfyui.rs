@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use lora_core::Component;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::layers::{Kind, Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 use crate::family::{Family, sd2, sdxl};
@@ -68,7 +68,7 @@ const SUFFIXES: &[&str] = &[
 
 pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let mut modules: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for key in inventory.tensors.keys() {
         match split(key).filter(|(name, _)| names.contains(*name)) {
@@ -77,47 +77,47 @@ pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) ->
             }
             None => {
                 let (reason, cure) = unknown(key);
-                draft.ignore(key, Effect::Part, reason, cure);
+                builder.ignore(key, Effect::Part, reason, cure);
             }
         }
     }
     for (name, parts) in modules {
-        module(&mut draft, inventory, name, &parts);
+        module(&mut builder, inventory, name, &parts);
     }
-    draft.finish(Consumer::ComfyUi)
+    builder.finish(Consumer::ComfyUi)
 }
 
 /// The fates of one layer's parts.
-fn module(draft: &mut Draft, inventory: &Inventory, name: &str, parts: &BTreeSet<&'static str>) {
+fn module(builder: &mut OpinionBuilder, inventory: &Inventory, name: &str, parts: &BTreeSet<&'static str>) {
     let key = |part: &str| format!("{name}{part}");
     let has = |part: &str| parts.contains(part);
     let mut taken: BTreeSet<&str> = BTreeSet::new();
-    let mut need = |draft: &mut Draft, first: &'static str, others: &[&'static str]| {
+    let mut need = |builder: &mut OpinionBuilder, first: &'static str, others: &[&'static str]| {
         taken.extend(others.iter().copied().chain([first]));
         if let Some(missing) = others.iter().find(|part| !has(part)) {
             // The others are read without asking whether they are there: Python's KeyError.
-            draft.refuse(&key(first), format!("{} is missing, which is a KeyError", &missing[1..]), None);
+            builder.refuse(&key(first), format!("{} is missing, which is a KeyError", &missing[1..]), None);
         }
     };
     if let Some((up, down)) = PAIRS.into_iter().find(|(up, _)| has(up)) {
-        need(draft, up, &[down]);
+        need(builder, up, &[down]);
         if up == ".lora_up.weight" {
             taken.insert(".lora_mid.weight");
         }
         taken.insert(".reshape_weight");
     } else if has(".hada_w1_a") {
-        need(draft, ".hada_w1_a", &[".hada_w1_b", ".hada_w2_a", ".hada_w2_b"]);
+        need(builder, ".hada_w1_a", &[".hada_w1_b", ".hada_w2_a", ".hada_w2_b"]);
         if has(".hada_t1") {
-            need(draft, ".hada_t1", &[".hada_t2"]);
+            need(builder, ".hada_t1", &[".hada_t2"]);
         }
     } else if parts.iter().any(|part| part.starts_with(".lokr_w")) {
         taken.extend(parts.iter().filter(|part| part.starts_with(".lokr_")));
     } else if has(".a1.weight") {
-        need(draft, ".a1.weight", &[".a2.weight", ".b1.weight", ".b2.weight"]);
+        need(builder, ".a1.weight", &[".a2.weight", ".b1.weight", ".b2.weight"]);
     } else if has(".oft_blocks") {
         taken.insert(".oft_blocks");
         let reason = "OFT: the strength is applied twice, and alpha is taken without the layer's width";
-        draft.problem(Effect::Wrong, Some(&key(".oft_blocks")), reason, Cure::Flatten);
+        builder.problem(Effect::Wrong, Some(&key(".oft_blocks")), reason, Cure::Flatten);
     }
     for (part, partner) in [(".w_norm", ".b_norm"), (".diff", ".diff_b"), (".set_weight", "")] {
         if has(part) {
@@ -131,28 +131,28 @@ fn module(draft: &mut Draft, inventory: &Inventory, name: &str, parts: &BTreeSet
     for &part in parts {
         let key = key(part);
         if taken.contains(part) {
-            draft.load_unless_refused(&key);
+            builder.load_unless_refused(&key);
             if part == ".dora_scale" {
-                dora(draft, inventory, name, &key);
+                dora(builder, inventory, name, &key);
             }
             continue;
         }
         match part {
             ".alpha" | ".dora_scale" => {
-                draft.ignore(&key, Effect::Part, "nothing else of its layer is loaded", Cure::Flatten);
+                builder.ignore(&key, Effect::Part, "nothing else of its layer is loaded", Cure::Flatten);
             }
-            ".weight" | ".on_input" => draft.ignore(&key, Effect::Part, "IA3 is not supported", Cure::Flatten),
+            ".weight" | ".on_input" => builder.ignore(&key, Effect::Part, "IA3 is not supported", Cure::Flatten),
             ".scalar" | ".rescale" | ".lora_magnitude_vector" | ".lora_magnitude_vector.weight" if loads => {
                 let reason = "not asked for (`lora key not loaded`), and without this part the weights are wrong";
-                draft.ignore(&key, Effect::Wrong, reason, Cure::Flatten);
+                builder.ignore(&key, Effect::Wrong, reason, Cure::Flatten);
             }
-            _ => draft.ignore(&key, Effect::Part, "not asked for (`lora key not loaded`)", Cure::Flatten),
+            _ => builder.ignore(&key, Effect::Part, "not asked for (`lora key not loaded`)", Cure::Flatten),
         }
     }
 }
 
 /// What ComfyUI does differently from the trainers with a DoRA magnitude.
-fn dora(draft: &mut Draft, inventory: &Inventory, name: &str, key: &str) {
+fn dora(builder: &mut OpinionBuilder, inventory: &Inventory, name: &str, key: &str) {
     let shape = inventory.tensors[key].1.as_slice();
     let dim = |parts: &[&str], axis: usize| {
         parts.iter().find_map(|part| inventory.tensors.get(&format!("{name}{part}"))?.1.get(axis).copied())
@@ -161,11 +161,11 @@ fn dora(draft: &mut Draft, inventory: &Inventory, name: &str, key: &str) {
     let inputs = dim(&[".lora_down.weight", ".lora_A.weight"], 1);
     if shape.len() == 1 && outputs != inputs {
         // ComfyUI #12938: one axis broadcasts over the wrong one.
-        draft.problem(Effect::Wrong, Some(key), "a magnitude of one axis broadcasts wrongly", Cure::Flatten);
+        builder.problem(Effect::Wrong, Some(key), "a magnitude of one axis broadcasts wrongly", Cure::Flatten);
     } else if shape.first().copied() == outputs {
         // ComfyUI #15458.
         let reason = "the magnitude is divided by the norm of the base weight, not of the adapted one";
-        draft.problem(Effect::Note, Some(key), reason, Cure::Flatten);
+        builder.problem(Effect::Note, Some(key), reason, Cure::Flatten);
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use lora_core::Component;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::layers::{Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 use crate::family::{Family, sdxl};
@@ -19,25 +19,25 @@ pub(super) const VERSION: &str = "0.42.1";
 const PREFIXES: [&str; 4] = ["lora_te_", "lora_te1_", "lora_te2_", "lora_unet_"];
 
 pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let kohya = inventory.tensors.keys().all(|key| PREFIXES.iter().any(|prefix| key.starts_with(prefix)));
     // Removed before anything else, in either layout.
     let (magnitudes, keys): (Vec<&str>, Vec<&str>) =
         inventory.tensors.keys().map(String::as_str).partition(|key| key.contains("dora_scale"));
     for key in magnitudes {
         let reason = "DoRA's magnitude is dropped with a warning; the weights are wrong without it";
-        draft.ignore(key, Effect::Wrong, reason, Cure::Flatten);
+        builder.ignore(key, Effect::Wrong, reason, Cure::Flatten);
     }
     if kohya {
-        converted(&mut draft, inventory, base, layers, &keys);
+        converted(&mut builder, inventory, base, layers, &keys);
     } else {
-        dotted(&mut draft, inventory, layers, &keys);
+        dotted(&mut builder, inventory, layers, &keys);
     }
-    draft.finish(Consumer::Diffusers)
+    builder.finish(Consumer::Diffusers)
 }
 
 /// A file in the kohya layout.
-fn converted(draft: &mut Draft, inventory: &Inventory, base: &Family, layers: &[Layer], keys: &[&str]) {
+fn converted(builder: &mut OpinionBuilder, inventory: &Inventory, base: &Family, layers: &[Layer], keys: &[&str]) {
     let names = kohya_names(layers);
     let split = |key: &str| key.split_once('.').map(|(name, part)| (name.to_owned(), part.to_owned()));
     let mut modules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -65,7 +65,7 @@ fn converted(draft: &mut Draft, inventory: &Inventory, base: &Family, layers: &[
         let has = |part: &str| modules.get(name).is_some_and(|parts| parts.contains(part));
         if mixed && original(name) {
             let reason = "original names beside diffusers' names: the original ones are deleted";
-            draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+            builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
         } else if !has("lora_down.weight") || !["lora_down.weight", "lora_up.weight", "alpha"].contains(&part) {
             // Names are taken by their lora_down.weight; the rest of the state must be empty then.
             let plain = |part: &String| ["lora_down.weight", "lora_up.weight", "alpha"].contains(&part.as_str());
@@ -74,26 +74,26 @@ fn converted(draft: &mut Draft, inventory: &Inventory, base: &Family, layers: &[
                 Some(parts) if !parts.iter().all(plain) => Some(Cure::Flatten),
                 _ => None,
             };
-            draft.refuse(key, "left over after the conversion, which is a ValueError", cure);
+            builder.refuse(key, "left over after the conversion, which is a ValueError", cure);
         } else if !has("lora_up.weight") {
-            draft.refuse(key, "lora_up.weight is missing, which is a KeyError", None);
+            builder.refuse(key, "lora_up.weight is missing, which is a KeyError", None);
         } else if let Some(layer) = names.get(name) {
             layers_of.insert(name, layer);
-            draft.load(key);
+            builder.load(key);
         } else if original(name) && !maps {
             let reason = "only SDXL pipelines know original block names; here they become names of no layer";
-            draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+            builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
         } else {
-            draft.ignore(key, Effect::Part, "the pipeline has no layer of this name", None);
+            builder.ignore(key, Effect::Part, "the pipeline has no layer of this name", None);
         }
     }
-    lost_alphas(draft, inventory, &layers_of);
-    encoders_without_a_sign(draft, &modules);
+    lost_alphas(builder, inventory, &layers_of);
+    encoders_without_a_sign(builder, &modules);
 }
 
 /// The kind of a text encoder's part is told by `to_out_lora`, `lora_linear_layer` or `.lora_A.weight`, which only
 /// out_proj and the MLP become: q, k and v alone raise "Could not automatically infer state dict type".
-fn encoders_without_a_sign(draft: &mut Draft, modules: &BTreeMap<String, BTreeSet<String>>) {
+fn encoders_without_a_sign(builder: &mut OpinionBuilder, modules: &BTreeMap<String, BTreeSet<String>>) {
     for prefixes in [&["lora_te_", "lora_te1_"][..], &["lora_te2_"]] {
         let converted = |parts: &BTreeSet<String>| parts.contains("lora_down.weight");
         let names = || {
@@ -107,7 +107,7 @@ fn encoders_without_a_sign(draft: &mut Draft, modules: &BTreeMap<String, BTreeSe
         for name in names() {
             for part in &modules[name] {
                 let reason = "a text encoder with nothing but q, k and v is not recognised";
-                draft.refuse(&format!("{name}.{part}"), reason, Cure::ToKohya);
+                builder.refuse(&format!("{name}.{part}"), reason, Cure::ToKohya);
             }
         }
     }
@@ -115,7 +115,7 @@ fn encoders_without_a_sign(draft: &mut Draft, modules: &BTreeMap<String, BTreeSe
 
 /// The most frequent alpha of a component becomes `lora_alpha`, others go into `alpha_pattern`, whose keys match no
 /// attention layer; and a layer without alpha gets the most frequent one too, not its rank.
-fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&str, &Layer>) {
+fn lost_alphas(builder: &mut OpinionBuilder, inventory: &Inventory, layers_of: &BTreeMap<&str, &Layer>) {
     for component in [Component::UNET, Component::TEXT_ENCODER, Component::TEXT_ENCODER_2] {
         let of = || layers_of.iter().filter(|(_, layer)| layer.component == component);
         let mut counts: Vec<(f64, usize)> = Vec::new();
@@ -134,11 +134,11 @@ fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&s
             match inventory.scalars.get(&alpha) {
                 Some(&value) if value != common && layer.is_attention => {
                     let reason = "an attention layer's alpha other than the most frequent one is replaced by it";
-                    draft.ignore(&alpha, Effect::Wrong, reason, Cure::ToKohya);
+                    builder.ignore(&alpha, Effect::Wrong, reason, Cure::ToKohya);
                 }
                 None if !inventory.tensors.contains_key(&alpha) && rank != common => {
                     let reason = "a layer without alpha gets the most frequent alpha of the others, not its rank";
-                    draft.problem(Effect::Wrong, Some(&down), reason, Cure::ToKohya);
+                    builder.problem(Effect::Wrong, Some(&down), reason, Cure::ToKohya);
                 }
                 _ => {}
             }
@@ -147,7 +147,7 @@ fn lost_alphas(draft: &mut Draft, inventory: &Inventory, layers_of: &BTreeMap<&s
 }
 
 /// A file in dotted names.
-fn dotted(draft: &mut Draft, inventory: &Inventory, layers: &[Layer], keys: &[&str]) {
+fn dotted(builder: &mut OpinionBuilder, inventory: &Inventory, layers: &[Layer], keys: &[&str]) {
     let names = dotted_names(layers);
     // The U-Net's first key alone decides whether the older spellings of all its keys are renamed.
     let mut order = inventory.order.iter().map(String::as_str).chain(keys.iter().copied());
@@ -157,7 +157,7 @@ fn dotted(draft: &mut Draft, inventory: &Inventory, layers: &[Layer], keys: &[&s
     for &key in keys {
         if !key.contains("lora") {
             let reason = "a key without `lora` in a file that is not all kohya: \"Invalid LoRA checkpoint\"";
-            draft.refuse(key, reason, Cure::ToKohya);
+            builder.refuse(key, reason, Cure::ToKohya);
             continue;
         }
         let known = PAIRS.iter().find_map(|pair| {
@@ -169,28 +169,28 @@ fn dotted(draft: &mut Draft, inventory: &Inventory, layers: &[Layer], keys: &[&s
             _ if !renames && is_old(key) => {
                 let reason =
                     "the first key of the U-Net has PEFT's spelling, so that this one is not renamed: no effect";
-                draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+                builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
             }
             Some((name, partner)) if names.contains(name) => {
                 if all.contains(partner.as_str()) {
-                    draft.load(key);
+                    builder.load(key);
                 } else {
-                    draft.ignore(key, Effect::Part, "the other half of its pair is missing: no effect", None);
+                    builder.ignore(key, Effect::Part, "the other half of its pair is missing: no effect", None);
                 }
             }
             _ if key.starts_with("base_model.model.") => {
                 let reason = "PEFT's names: diffusers looks for names that start with `unet.` or `text_encoder.`";
-                draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+                builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
             }
             _ if PREFIXES.iter().any(|prefix| key.starts_with(prefix)) => {
                 let reason = "kohya names are converted only where every key of the file is one";
-                draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+                builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
             }
             _ if key.starts_with("lycoris_") => {
                 let reason = "names of LyCORIS' own wrapper belong to no part of a pipeline";
-                draft.ignore(key, Effect::Part, reason, Cure::ToKohya);
+                builder.ignore(key, Effect::Part, reason, Cure::ToKohya);
             }
-            _ => draft.ignore(key, Effect::Part, "the pipeline has no layer of this name", None),
+            _ => builder.ignore(key, Effect::Part, "the pipeline has no layer of this name", None),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::{Cure, Effect, Inventory};
 use crate::adapter::parts;
 
@@ -184,10 +184,10 @@ fn ends_in(module: &str, item: &str) -> bool {
 }
 
 /// The config, or `None` with the problem noted.
-pub(super) fn config<'a>(draft: &mut Draft, inventory: &'a Inventory) -> Option<Config<'a>> {
+pub(super) fn config<'a>(builder: &mut OpinionBuilder, inventory: &'a Inventory) -> Option<Config<'a>> {
     if inventory.config.is_none() {
         let cure = without_config(inventory, Cure::ToPortable);
-        draft.problem(Effect::Fatal, None, "there is no adapter_config.json beside the file", cure);
+        builder.problem(Effect::Fatal, None, "there is no adapter_config.json beside the file", cure);
     }
     inventory.config.as_ref().map(Config)
 }
@@ -209,14 +209,14 @@ pub(super) fn is_plain(key: &str) -> bool {
 }
 
 /// Notes each of these fields that is missing.
-pub(super) fn require(draft: &mut Draft, config: Config<'_>, fields: &[&str]) {
+pub(super) fn require(builder: &mut OpinionBuilder, config: Config<'_>, fields: &[&str]) {
     for field in fields.iter().filter(|field| config.get(field).is_none()) {
-        draft.problem(Effect::Fatal, None, format!("adapter_config.json has no `{field}`"), Cure::ToPortable);
+        builder.problem(Effect::Fatal, None, format!("adapter_config.json has no `{field}`"), Cure::ToPortable);
     }
 }
 
 /// What an initialisation that changed the base comes to where it is loaded onto the unchanged one.
-pub(super) fn mutated_base(draft: &mut Draft, effect: Effect, config: Config<'_>) {
+pub(super) fn mutated_base(builder: &mut OpinionBuilder, effect: Effect, config: Config<'_>) {
     if let Some(init) = config.mutating_init() {
         // What was taken out of the base follows from it for these two; the base of the others is in no file.
         let follows = ["pissa", "olora"].iter().any(|name| init.to_ascii_lowercase().starts_with(name));
@@ -226,7 +226,7 @@ pub(super) fn mutated_base(draft: &mut Draft, effect: Effect, config: Config<'_>
             Cure::Setting("save it again converted (path_initial_model_for_weight_conversion)".into())
         };
         let what = format!("initialised by `{init}`, which changed the base: wrong on the base as published");
-        draft.problem(effect, None, what, cure);
+        builder.problem(effect, None, what, cure);
     }
 }
 

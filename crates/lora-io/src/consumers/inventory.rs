@@ -12,6 +12,7 @@ use crate::{Error, Result};
 
 /// What an adapter file shows of itself.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Inventory {
     /// Element type and shape of each tensor, by its name in the file.
     pub tensors: BTreeMap<String, (StoredDType, Vec<usize>)>,

@@ -3,83 +3,83 @@
 //! The scale is always alpha over the tensor's rank. What is neither half of a pair nor a base layer's copy ends the
 //! conversion.
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::folder::{self, Part};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 
 pub(super) const VERSION: &str = "commit 0b03adaa";
 
 pub(super) fn opinion(inventory: &Inventory) -> Opinion {
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let modules = folder::modules(inventory.tensors.keys());
     for key in inventory.tensors.keys() {
         let (module, part) = folder::split(key);
         let paired = folder::partner(part).is_none_or(|partner| modules[module].contains(&partner));
         match part {
-            Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB if paired => draft.load(key),
+            Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB if paired => builder.load(key),
             Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB => {
-                draft.refuse(key, "the other half of its pair is missing", None);
+                builder.refuse(key, "the other half of its pair is missing", None);
             }
             Part::BaseLayer => {
-                draft.ignore(key, Effect::Part, "an embedding saved whole is passed over", Cure::Merge);
+                builder.ignore(key, Effect::Part, "an embedding saved whole is passed over", Cure::Merge);
             }
-            Part::Magnitude => draft.refuse(key, "DoRA ends the conversion", Cure::Flatten),
-            Part::Tokens => draft.refuse(key, "single trained tokens are not supported", None),
+            Part::Magnitude => builder.refuse(key, "DoRA ends the conversion", Cure::Flatten),
+            Part::Tokens => builder.refuse(key, "single trained tokens are not supported", None),
             Part::Full | Part::Bias | Part::BiasOfB => {
-                draft.refuse(key, "layers trained whole and biases end the conversion", Cure::Merge);
+                builder.refuse(key, "layers trained whole and biases end the conversion", Cure::Merge);
             }
             Part::NamedA | Part::NamedB | Part::Other => {
-                draft.refuse(key, "a name that is not half of a pair ends the conversion", Cure::ToPortable);
+                builder.refuse(key, "a name that is not half of a pair ends the conversion", Cure::ToPortable);
             }
         }
     }
-    let Some(config) = folder::config(&mut draft, inventory) else {
-        return draft.finish(Consumer::LlamaCpp);
+    let Some(config) = folder::config(&mut builder, inventory) else {
+        return builder.finish(Consumer::LlamaCpp);
     };
-    folder::require(&mut draft, config, &["lora_alpha"]);
+    folder::require(&mut builder, config, &["lora_alpha"]);
     if config.get("base_model_name_or_path").is_none() {
         let cure = Cure::Setting("--base FOLDER".into());
-        draft.problem(Effect::Fatal, None, "`base_model_name_or_path` is missing, so the base has to be given", cure);
+        builder.problem(Effect::Fatal, None, "`base_model_name_or_path` is missing, so the base has to be given", cure);
     }
     if config.flag("use_dora") {
-        draft.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
+        builder.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
     }
     if config.flag("use_rslora") {
         let what = "`use_rslora` is not looked at: the scale is alpha / r, not alpha / sqrt(r)";
-        draft.problem(Effect::Wrong, None, what, Cure::ToPortable);
+        builder.problem(Effect::Wrong, None, what, Cure::ToPortable);
     }
     // Ranks are the tensors' own, so a rank_pattern alone does no harm.
     if config.holds("alpha_pattern") {
-        draft.problem(Effect::Wrong, None, "`alpha_pattern` is not looked at: one alpha for all", Cure::ToPortable);
+        builder.problem(Effect::Wrong, None, "`alpha_pattern` is not looked at: one alpha for all", Cure::ToPortable);
     }
-    folder::mutated_base(&mut draft, Effect::Wrong, config);
-    draft.finish(Consumer::LlamaCpp)
+    folder::mutated_base(&mut builder, Effect::Wrong, config);
+    builder.finish(Consumer::LlamaCpp)
 }
 
 /// Of a file in its own format, by the runtime's rules (`src/llama-adapter.cpp`).
 pub(super) fn opinion_of_gguf(inventory: &Inventory) -> Opinion {
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     for (key, value) in [("general.type", "adapter"), ("adapter.type", "lora")] {
         if inventory.metadata.get(key).map(String::as_str) != Some(value) {
-            draft.problem(Effect::Fatal, None, format!("`{key}` is not `{value}`"), None);
+            builder.problem(Effect::Fatal, None, format!("`{key}` is not `{value}`"), None);
         }
     }
     if !inventory.metadata.contains_key("general.architecture") {
-        draft.problem(Effect::Fatal, None, "`general.architecture` is missing", None);
+        builder.problem(Effect::Fatal, None, "`general.architecture` is missing", None);
     }
     for key in inventory.tensors.keys() {
         let halves = [(".lora_a", ".lora_b"), (".lora_b", ".lora_a")];
         let other = halves.iter().find_map(|(own, other)| Some(format!("{}{other}", key.strip_suffix(own)?)));
         match other {
-            Some(other) if inventory.tensors.contains_key(&other) => draft.load(key),
-            Some(_) => draft.refuse(key, "the other half of its pair is missing", None),
+            Some(other) if inventory.tensors.contains_key(&other) => builder.load(key),
+            Some(_) => builder.refuse(key, "the other half of its pair is missing", None),
             None if key.ends_with("_norm.weight") => {
-                draft.ignore(key, Effect::Part, "norms are passed over", None);
+                builder.ignore(key, Effect::Part, "norms are passed over", None);
             }
-            None => draft.refuse(key, "a name that is not half of a pair ends the load", None),
+            None => builder.refuse(key, "a name that is not half of a pair ends the load", None),
         }
     }
-    draft.finish(Consumer::LlamaCpp)
+    builder.finish(Consumer::LlamaCpp)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::folder::{self, Config, Part};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 
@@ -13,8 +13,8 @@ pub(super) const VERSION: &str = "commit 9e92262 (2026-08-22)";
 const MAX_RANK: usize = 256;
 
 pub(super) fn opinion(inventory: &Inventory) -> Opinion {
-    let mut draft = Draft::default();
-    let config = folder::config(&mut draft, inventory);
+    let mut builder = OpinionBuilder::default();
+    let config = folder::config(&mut builder, inventory);
     let modules = folder::modules(inventory.tensors.keys());
     for (key, (_, shape)) in &inventory.tensors {
         let (module, part) = folder::split(key);
@@ -26,57 +26,57 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
         };
         let misfit = config.and_then(|config| config.rank_of(module)).zip(rank).filter(|(want, has)| want != *has);
         match part {
-            Part::Magnitude => draft.refuse(key, "DoRA is not supported", Cure::Flatten),
+            Part::Magnitude => builder.refuse(key, "DoRA is not supported", Cure::Flatten),
             Part::A | Part::B | Part::NamedA | Part::NamedB => {
                 if !paired {
-                    draft.refuse(key, "the other half of its pair is missing", None);
+                    builder.refuse(key, "the other half of its pair is missing", None);
                 } else if module == "lm_head" || module.ends_with(".lm_head") {
-                    draft.refuse(key, "adapters of lm_head are not supported", Cure::Merge);
+                    builder.refuse(key, "adapters of lm_head are not supported", Cure::Merge);
                 } else if config.and_then(|config| config.targets(module)) == Some(false) {
-                    draft.refuse(key, "`target_modules` does not name its layer", Cure::ToPortable);
+                    builder.refuse(key, "`target_modules` does not name its layer", Cure::ToPortable);
                 } else if let Some((want, has)) = misfit {
-                    draft.refuse(key, format!("rank {has} where the config says {want}"), Cure::ToPortable);
+                    builder.refuse(key, format!("rank {has} where the config says {want}"), Cure::ToPortable);
                 } else {
-                    draft.load(key);
+                    builder.load(key);
                 }
             }
-            Part::Tokens => draft.refuse(key, "single trained tokens are not supported", None),
+            Part::Tokens => builder.refuse(key, "single trained tokens are not supported", None),
             Part::Full | Part::BaseLayer | Part::Bias | Part::BiasOfB => {
-                draft.refuse(key, "not used by any layer: layers trained whole and biases", Cure::Merge);
+                builder.refuse(key, "not used by any layer: layers trained whole and biases", Cure::Merge);
             }
             Part::EmbeddingA | Part::EmbeddingB => {
-                draft.refuse(key, "not used by any layer: embeddings are not supported", Cure::Merge);
+                builder.refuse(key, "not used by any layer: embeddings are not supported", Cure::Merge);
             }
-            Part::Other => draft.refuse(key, "not used by any layer", Cure::ToPortable),
+            Part::Other => builder.refuse(key, "not used by any layer", Cure::ToPortable),
         }
     }
     if let Some(config) = config {
-        fields(&mut draft, config);
+        fields(&mut builder, config);
     }
-    draft.finish(Consumer::MistralRs)
+    builder.finish(Consumer::MistralRs)
 }
 
-fn fields(draft: &mut Draft, config: Config<'_>) {
-    folder::require(draft, config, &["r", "lora_alpha"]);
+fn fields(builder: &mut OpinionBuilder, config: Config<'_>) {
+    folder::require(builder, config, &["r", "lora_alpha"]);
     if config.get("target_modules").is_none() && config.get("target_parameters").is_none() {
         let what = "adapter_config.json has neither `target_modules` nor `target_parameters`";
-        draft.problem(Effect::Fatal, None, what, Cure::ToPortable);
+        builder.problem(Effect::Fatal, None, what, Cure::ToPortable);
     }
     if config.flag("use_dora") {
-        draft.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
+        builder.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
     }
     if config.holds("modules_to_save") {
-        draft.problem(Effect::Fatal, None, "`modules_to_save` is not supported", Cure::Merge);
+        builder.problem(Effect::Fatal, None, "`modules_to_save` is not supported", Cure::Merge);
     }
     if config.trains_bias() || config.flag("lora_bias") {
-        draft.problem(Effect::Fatal, None, "biases are not supported", Cure::Merge);
+        builder.problem(Effect::Fatal, None, "biases are not supported", Cure::Merge);
     }
-    folder::mutated_base(draft, Effect::Fatal, config);
+    folder::mutated_base(builder, Effect::Fatal, config);
     let patterns = config.get("rank_pattern").and_then(Value::as_object);
     let ranks = patterns.into_iter().flatten().filter_map(|(_, rank)| rank.as_u64()?.try_into().ok());
     if let Some(rank) = ranks.chain(config.rank()).max().filter(|rank| *rank > MAX_RANK) {
         let what = format!("rank {rank} is above the default limit of {MAX_RANK}");
-        draft.problem(Effect::Fatal, None, what, Cure::Resize);
+        builder.problem(Effect::Fatal, None, what, Cure::Resize);
     }
 }
 

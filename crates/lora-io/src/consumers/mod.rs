@@ -7,14 +7,14 @@
 //! |---|---|
 //! | `inventory` | what a file shows, and which base model it speaks of |
 //! | `layers` | the layers of Stable Diffusion models and their names in the layouts |
-//! | `draft` | collecting fates and problems into an opinion |
+//! | `builder` | collecting fates and problems into an opinion |
 //! | `webui`, `comfyui`, `diffusers`, `sd_scripts` | consumers of image adapters |
 //! | `folder` | names and config of a PEFT folder, for the four that read one |
 //! | `peft`, `vllm`, `llama_cpp`, `mistral_rs` | consumers of PEFT folders |
 
+mod builder;
 mod comfyui;
 mod diffusers;
-mod draft;
 mod folder;
 mod inventory;
 mod layers;
@@ -165,6 +165,7 @@ pub enum Effect {
 
 /// Something that keeps an adapter from loading as it was trained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Problem {
     /// What it does to the load.
     pub effect: Effect,
@@ -223,6 +224,7 @@ impl Serialize for Cure {
 
 /// What one consumer makes of a file.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Opinion {
     /// Who.
     pub consumer: Consumer,

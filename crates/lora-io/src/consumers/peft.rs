@@ -3,7 +3,7 @@
 //! The config decides which layers get an adapter; the state is then loaded without asking for every key to be used:
 //! missing ones bring a warning, unexpected ones nothing at all.
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::folder::{self, Config, PREFIX, Part};
 use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict, is_image};
 use crate::family::Family;
@@ -38,13 +38,13 @@ pub(super) fn opinion(inventory: &Inventory, base: Option<&Family>) -> Opinion {
         let what = format!("no rules are known here for adapters of PEFT's type {kind}");
         return Opinion::whole(Consumer::Peft, Verdict::Unknown, what, None);
     };
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let modules = folder::modules(inventory.tensors.keys());
     for (key, (_, shape)) in &inventory.tensors {
         let (module, part) = folder::split(key);
         if !key.starts_with(PREFIX) {
             let reason = "without `base_model.model.` no layer has this name: passed over without a message";
-            draft.ignore(key, Effect::Part, reason, Cure::ToPeft);
+            builder.ignore(key, Effect::Part, reason, Cure::ToPeft);
             continue;
         }
         let paired = folder::partner(part).is_none_or(|partner| modules[module].contains(&partner));
@@ -52,53 +52,53 @@ pub(super) fn opinion(inventory: &Inventory, base: Option<&Family>) -> Opinion {
         match part {
             Part::Full if !config.saves(module) => {
                 let reason = "`modules_to_save` does not name its layer: passed over without a message";
-                draft.ignore(key, Effect::Part, reason, None);
+                builder.ignore(key, Effect::Part, reason, None);
             }
             Part::Bias if !config.trains_bias() => {
-                draft.ignore(key, Effect::Part, "a bias where the config says none: passed over", None);
+                builder.ignore(key, Effect::Part, "a bias where the config says none: passed over", None);
             }
-            Part::Full | Part::Bias | Part::BaseLayer | Part::Tokens => draft.load(key),
+            Part::Full | Part::Bias | Part::BaseLayer | Part::Tokens => builder.load(key),
             // The adapter's name is put into each name on loading, and would then stand there twice.
             Part::NamedA | Part::NamedB => {
                 let reason = "the adapter's name is in the middle of the name: passed over without a message";
-                draft.ignore(key, Effect::Part, reason, Cure::ToPeft);
+                builder.ignore(key, Effect::Part, reason, Cure::ToPeft);
             }
             _ if !key.contains(marker) => {
                 let reason = "not a tensor of the config's `peft_type`: passed over without a message";
-                draft.ignore(key, Effect::Part, reason, None);
+                builder.ignore(key, Effect::Part, reason, None);
             }
             _ if untargeted => {
                 let reason = "`target_modules` does not name its layer: passed over without a message";
-                draft.ignore(key, Effect::Part, reason, Cure::ToPeft);
+                builder.ignore(key, Effect::Part, reason, Cure::ToPeft);
             }
             Part::Magnitude if !config.flag("use_dora") => {
                 let reason = "a DoRA magnitude where the config does not say `use_dora`: the weights are wrong";
-                draft.ignore(key, Effect::Wrong, reason, None);
+                builder.ignore(key, Effect::Wrong, reason, None);
             }
             Part::BiasOfB if !config.flag("lora_bias") => {
                 let reason = "a bias of lora_B where the config does not say `lora_bias`: the weights are wrong";
-                draft.ignore(key, Effect::Wrong, reason, None);
+                builder.ignore(key, Effect::Wrong, reason, None);
             }
             // lora_B starts at zero, lora_A (of embeddings the other way round) at random.
             Part::A | Part::EmbeddingB if !paired => {
-                draft.ignore(key, Effect::Part, "the other half is missing and stays zero: no effect", None);
+                builder.ignore(key, Effect::Part, "the other half is missing and stays zero: no effect", None);
             }
             Part::B | Part::EmbeddingA if !paired => {
                 let reason = "the other half is missing and stays as it was initialised: the weights are wrong";
-                draft.ignore(key, Effect::Wrong, reason, None);
+                builder.ignore(key, Effect::Wrong, reason, None);
             }
             Part::A | Part::B if kind == "LORA" => match misfit(config, module, part, shape) {
-                Some(reason) => draft.refuse(key, reason, None),
-                None => draft.load(key),
+                Some(reason) => builder.refuse(key, reason, None),
+                None => builder.load(key),
             },
-            _ => draft.load(key),
+            _ => builder.load(key),
         }
     }
     if config.flag("use_dora") && !modules.values().any(|parts| parts.contains(&Part::Magnitude)) {
         let what = "`use_dora` without a magnitude in the file: the weights are wrong";
-        draft.problem(Effect::Wrong, None, what, None);
+        builder.problem(Effect::Wrong, None, what, None);
     }
-    draft.finish(Consumer::Peft)
+    builder.finish(Consumer::Peft)
 }
 
 /// A tensor's rank that is not the config's: a size mismatch, which is an error even where keys may be missing.

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use lora_core::Component;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::layers::{Kind, Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion, folder};
 use crate::family::{Family, sdxl};
@@ -16,7 +16,7 @@ pub(super) const VERSION: &str = "0.10.1";
 
 pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     // Modules of other variants are none under other names either.
     let special = inventory.tensors.keys().filter(|key| !folder::is_plain(key));
     let special: HashSet<&str> =
@@ -31,7 +31,7 @@ pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) ->
                 let cure = if special.contains(name) { Cure::Flatten } else { Cure::ToKohya };
                 ("not a name of the kohya layout, which is the only one that sd-scripts reads", Some(cure))
             };
-            draft.ignore(key, Effect::Part, reason, cure);
+            builder.ignore(key, Effect::Part, reason, cure);
             continue;
         }
         let has = |part: &str| inventory.tensors.contains_key(&format!("{name}.{part}"));
@@ -43,23 +43,23 @@ pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) ->
                 _ if has("lora_A.weight") => Some(Cure::ToKohya),
                 _ => Some(Cure::Flatten),
             };
-            draft.ignore(key, Effect::Part, reason, cure);
+            builder.ignore(key, Effect::Part, reason, cure);
         } else if has("lora_mid.weight") {
             // The module's factor has the layer's kernel, the Tucker form's has none: the shapes differ.
             let reason = "the Tucker form (lora_mid) has other shapes than the module that is made for it";
-            draft.refuse(key, reason, Cure::Flatten);
+            builder.refuse(key, reason, Cure::Flatten);
         } else if !has("lora_up.weight") {
-            draft.ignore(key, Effect::Part, "lora_up.weight is missing and stays zero: no effect", None);
+            builder.ignore(key, Effect::Part, "lora_up.weight is missing and stays zero: no effect", None);
         } else if ["lora_down.weight", "lora_up.weight", "alpha"].contains(&part) {
-            draft.load(key);
+            builder.load(key);
         } else if part == "dora_scale" || part == "scalar" {
             let reason = "only lora_down, lora_up and alpha are read; without this part the weights are wrong";
-            draft.ignore(key, Effect::Wrong, reason, Cure::Flatten);
+            builder.ignore(key, Effect::Wrong, reason, Cure::Flatten);
         } else {
-            draft.ignore(key, Effect::Part, "only lora_down, lora_up and alpha are read", Cure::Flatten);
+            builder.ignore(key, Effect::Part, "only lora_down, lora_up and alpha are read", Cure::Flatten);
         }
     }
-    draft.finish(Consumer::SdScripts)
+    builder.finish(Consumer::SdScripts)
 }
 
 /// Native names of the layers that sd-scripts adapts; SDXL files in diffusers' names are converted on loading.

@@ -3,7 +3,7 @@
 //! One scale serves all layers, `lora_alpha / r` (over the root of `r` with rsLoRA). Every tensor has to be half of a pair
 //! or part of an embedding; an embedding saved whole is passed over.
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::folder::{self, Part};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 
@@ -16,42 +16,42 @@ const RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
 const DEFAULT_RANK: usize = 16;
 
 pub(super) fn opinion(inventory: &Inventory) -> Opinion {
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let modules = folder::modules(inventory.tensors.keys());
     for key in inventory.tensors.keys() {
         let (module, part) = folder::split(key);
         let paired = folder::partner(part).is_none_or(|partner| modules[module].contains(&partner));
         match part {
-            Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB if paired => draft.load(key),
+            Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB if paired => builder.load(key),
             // Read, not run.
             Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB => {
-                draft.refuse(key, "the other half of its pair is missing", None);
+                builder.refuse(key, "the other half of its pair is missing", None);
             }
             Part::BaseLayer if module.ends_with("embed_tokens") || module.ends_with("lm_head") => {
-                draft.ignore(key, Effect::Part, "an embedding saved whole is passed over", Cure::Merge);
+                builder.ignore(key, Effect::Part, "an embedding saved whole is passed over", Cure::Merge);
             }
-            Part::Magnitude => draft.refuse(key, "DoRA is not supported", Cure::Flatten),
-            Part::Tokens => draft.refuse(key, "single trained tokens are not supported", None),
+            Part::Magnitude => builder.refuse(key, "DoRA is not supported", Cure::Flatten),
+            Part::Tokens => builder.refuse(key, "single trained tokens are not supported", None),
             Part::Full | Part::BaseLayer | Part::Bias | Part::BiasOfB => {
-                draft.refuse(key, "\"unsupported LoRA weight\": layers trained whole and biases", Cure::Merge);
+                builder.refuse(key, "\"unsupported LoRA weight\": layers trained whole and biases", Cure::Merge);
             }
             Part::NamedA | Part::NamedB | Part::Other => {
-                draft.refuse(key, "\"unsupported LoRA weight\": not a name that vLLM knows", Cure::ToPortable);
+                builder.refuse(key, "\"unsupported LoRA weight\": not a name that vLLM knows", Cure::ToPortable);
             }
         }
     }
-    let Some(config) = folder::config(&mut draft, inventory) else {
-        return draft.finish(Consumer::Vllm);
+    let Some(config) = folder::config(&mut builder, inventory) else {
+        return builder.finish(Consumer::Vllm);
     };
-    folder::require(&mut draft, config, &["r", "lora_alpha", "target_modules"]);
+    folder::require(&mut builder, config, &["r", "lora_alpha", "target_modules"]);
     if config.flag("use_dora") {
-        draft.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
+        builder.problem(Effect::Fatal, None, "`use_dora`: DoRA is not supported", Cure::Flatten);
     }
     if config.holds("modules_to_save") {
-        draft.problem(Effect::Fatal, None, "`modules_to_save` is not supported", Cure::Merge);
+        builder.problem(Effect::Fatal, None, "`modules_to_save` is not supported", Cure::Merge);
     }
     if config.trains_bias() {
-        draft.problem(Effect::Fatal, None, "`bias`: only \"none\" is supported", Cure::Merge);
+        builder.problem(Effect::Fatal, None, "`bias`: only \"none\" is supported", Cure::Merge);
     }
     if let Some(rank) = config.rank().filter(|rank| *rank > DEFAULT_RANK) {
         let (what, cure) = match RANKS.into_iter().find(|allowed| *allowed >= rank) {
@@ -61,16 +61,16 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
             ),
             None => (format!("rank {rank} is above the highest limit, {}", RANKS[RANKS.len() - 1]), Cure::Resize),
         };
-        draft.problem(Effect::Fatal, None, what, cure);
+        builder.problem(Effect::Fatal, None, what, cure);
     }
     for field in ["rank_pattern", "alpha_pattern"] {
         if config.holds(field) {
             let what = format!("`{field}` is not looked at: every layer gets the scale of `lora_alpha` and `r`");
-            draft.problem(Effect::Wrong, None, what, Cure::ToPortable);
+            builder.problem(Effect::Wrong, None, what, Cure::ToPortable);
         }
     }
-    folder::mutated_base(&mut draft, Effect::Wrong, config);
-    draft.finish(Consumer::Vllm)
+    folder::mutated_base(&mut builder, Effect::Wrong, config);
+    builder.finish(Consumer::Vllm)
 }
 
 #[cfg(test)]

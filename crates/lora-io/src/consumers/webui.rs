@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use lora_core::Component;
 
-use super::draft::Draft;
+use super::builder::OpinionBuilder;
 use super::layers::{Layer, underscored};
 use super::{Consumer, Cure, Effect, Inventory, Opinion};
 use crate::family::{Family, sd1, sd2, sdxl};
@@ -19,53 +19,53 @@ const NOT_KOHYA: &str = "not a name of the kohya layout: no effect and no messag
 
 pub(super) fn opinion(inventory: &Inventory, base: &Family, layers: &[Layer]) -> Opinion {
     let names = names(base, layers);
-    let mut draft = Draft::default();
+    let mut builder = OpinionBuilder::default();
     let mut modules: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for key in inventory.tensors.keys() {
         match key.split_once('.') {
             Some((name, part)) => {
                 modules.entry(name).or_default().insert(part);
             }
-            None => draft.ignore(key, Effect::Part, NOT_KOHYA, Cure::ToKohya),
+            None => builder.ignore(key, Effect::Part, NOT_KOHYA, Cure::ToKohya),
         }
     }
     for (&name, parts) in &modules {
         let key = |part: &str| format!("{name}.{part}");
         // An embedding packed beside the LoRA loads as one.
         if name == "bundle_emb" {
-            parts.iter().for_each(|part| draft.load(&key(part)));
+            parts.iter().for_each(|part| builder.load(&key(part)));
             continue;
         }
         // Old kohya OFT files have their own prefix, which is looked up in the original tree.
         if !names.contains(&name.replace("oft_unet", "lora_unet")) {
             let (reason, cure) = unknown(name, base);
-            parts.iter().for_each(|part| draft.ignore(&key(part), Effect::Part, reason, cure.clone()));
+            parts.iter().for_each(|part| builder.ignore(&key(part), Effect::Part, reason, cure.clone()));
             continue;
         }
         let Some(used) = variant(parts) else {
             let reason = "its parts make up no variant that the WebUI knows, which fails the whole network";
             let dotted = |part: &&str| part.starts_with("lora.") || part.starts_with("lora_linear_layer.");
             let cure = parts.iter().any(dotted).then_some(Cure::ToKohya);
-            parts.iter().for_each(|part| draft.refuse(&key(part), reason, cure.clone()));
+            parts.iter().for_each(|part| builder.refuse(&key(part), reason, cure.clone()));
             continue;
         };
         if let Some(missing) = fused_partner(name, base, &modules) {
             let reason = format!("this encoder's attention is fused: without {missing} the layer is skipped");
-            parts.iter().for_each(|part| draft.ignore(&key(part), Effect::Part, reason.clone(), None));
+            parts.iter().for_each(|part| builder.ignore(&key(part), Effect::Part, reason.clone(), None));
             continue;
         }
         for part in parts {
             if used.contains(part) || ["alpha", "scale", "bias", "dora_scale"].contains(part) {
-                draft.load(&key(part));
+                builder.load(&key(part));
             } else {
                 // Parts that a variant does not ask for are passed over without notice.
                 let changes = ["scalar", "rescale", "lora_magnitude_vector", "lora_magnitude_vector.weight"];
                 let effect = if changes.contains(part) { Effect::Wrong } else { Effect::Part };
-                draft.ignore(&key(part), effect, "not asked for beside the other parts of its layer", Cure::Flatten);
+                builder.ignore(&key(part), effect, "not asked for beside the other parts of its layer", Cure::Flatten);
             }
         }
     }
-    draft.finish(Consumer::WebUi)
+    builder.finish(Consumer::WebUi)
 }
 
 /// The parts that the first fitting variant takes; `None` where none fits.

@@ -14,7 +14,7 @@ use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
 use super::is_finite;
-use crate::plan::Part;
+use crate::meter::MemoryPart;
 use crate::{Error, Result};
 
 /// The autoencoder with what it needs to fall back to f32: some overflow in fp16.
@@ -34,7 +34,7 @@ impl Autoencoder {
     pub(crate) fn load(checkpoint: &Checkpoint, precision: DType, device: Device) -> Result<Self> {
         let too_little = precision == DType::F16 && VaeConfig::detect(checkpoint)?.overflows_in_half;
         let kind = if dry::platform(device).is_cpu() || too_little { Kind::Float } else { kind_of(precision) };
-        let _label = Part::Weights(Self::TITLE).label();
+        let _label = MemoryPart::Weights(Self::TITLE).label();
         Ok(Self { vae: load_vae(checkpoint, kind, device, Held::default())?, device, in_tiles: false })
     }
 

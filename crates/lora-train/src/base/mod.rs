@@ -5,14 +5,12 @@
 
 mod autoencoder;
 mod data;
-mod inputs;
 pub(crate) mod language;
 mod registry;
 mod stable_diffusion;
 
+pub use crate::inputs::Inputs;
 pub use data::{Data, DataOpening, PICTURES};
-pub(crate) use inputs::InputShapes;
-pub use inputs::Inputs;
 pub use language::TEXTS;
 pub use registry::{Bases, Opening, Registration};
 

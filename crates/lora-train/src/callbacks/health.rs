@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::earlier;
+use crate::callbacks::history;
 use crate::config::RunLength;
 use crate::session::{Session, StepReport};
 
@@ -333,7 +333,7 @@ impl Callback for HealthCheck {
     /// What an earlier part of the run was told is not told again, and its losses count.
     fn on_start(&mut self, session: &mut Session) -> Result<Control> {
         if let Some(resumed) = session.resumed() {
-            for line in earlier::metrics(&session.config().output_dir, resumed) {
+            for line in history::metrics(&session.config().output_dir, resumed) {
                 let loss = line.loss.unwrap_or(f64::NAN);
                 self.health.observe(line.step, loss, line.gradient_norm, line.skipped);
                 self.skipped |= line.skipped;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::Result;
 use crate::callback::{Callback, Control};
-use crate::callbacks::earlier::{self, Line, METRICS};
+use crate::callbacks::history::{self, Line, METRICS};
 use crate::config::TrainConfig;
 use crate::report::loss_curve::{self, Point};
 use crate::session::{Session, StepReport};
@@ -35,11 +35,11 @@ impl Callback for Metrics {
             Some(resumed) => {
                 // What was done after the state was saved is done again.
                 let belongs = |line: &Line| line.step <= resumed.step;
-                let (file, lines) = earlier::go_on(&self.folder, METRICS, resumed, belongs)?;
+                let (file, lines) = history::go_on(&self.folder, METRICS, resumed, belongs)?;
                 self.points = lines.iter().map(point).collect();
                 file
             }
-            None => earlier::begin(&self.folder, METRICS)?,
+            None => history::begin(&self.folder, METRICS)?,
         });
         Ok(Control::Continue)
     }

@@ -2,8 +2,8 @@
 //! of the LoRA and of the run's state.
 
 mod crowded;
-mod earlier;
 mod health;
+mod history;
 mod metrics;
 mod samples;
 mod save;

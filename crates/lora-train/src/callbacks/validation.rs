@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Write;
 
 use crate::callback::{Callback, Control};
-use crate::callbacks::earlier;
+use crate::callbacks::history;
 use crate::config::TrainConfig;
 use crate::session::{Session, StepReport, Validation};
 use crate::{Error, Result};
@@ -100,11 +100,11 @@ impl Callback for ValidationLoss {
             Some(resumed) => {
                 // The state's own step is looked at again, now.
                 let belongs = |line: &Line| line.step < resumed.step;
-                let (file, lines) = earlier::go_on(own, FILE, resumed, belongs)?;
+                let (file, lines) = history::go_on(own, FILE, resumed, belongs)?;
                 self.first = lines.first().map(|line| line.loss);
                 file
             }
-            None => earlier::begin(own, FILE)?,
+            None => history::begin(own, FILE)?,
         };
         self.loaded = Some((validation, file));
         match self.look(session)? {

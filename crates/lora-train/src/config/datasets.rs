@@ -14,6 +14,7 @@ use super::sd_scripts;
 
 /// What the keys of a dataset say, before it is known whether its sizes fit each other.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct DatasetValues {
     /// What needs no look at other keys. `framing` is not among it.
     pub options: DatasetOptions,

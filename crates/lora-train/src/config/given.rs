@@ -140,7 +140,7 @@ impl<'r> Given<'r> {
     /// A size of memory, `"8GiB"`.
     pub(super) fn bytes(&mut self) -> Option<u64> {
         let text = self.text()?;
-        match crate::plan::bytes::parse(&text) {
+        match crate::bytes::parse(&text) {
             Ok(bytes) => Some(bytes),
             Err(message) => {
                 self.problem(message);

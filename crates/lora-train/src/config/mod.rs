@@ -31,6 +31,7 @@ use read::Reader;
 
 /// How the learning rate goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum LrScheduler {
     /// Stays.
     #[default]
@@ -58,6 +59,7 @@ impl Default for Warmup {
 
 /// Samples drawn along the way.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub struct SampleConfig {
     /// Prompts.
     pub prompts: Vec<String>,
@@ -79,6 +81,7 @@ pub struct SampleConfig {
 
 /// What a run trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum TrainMode {
     /// An adapter on the frozen base.
     #[default]
@@ -89,6 +92,7 @@ pub enum TrainMode {
 
 /// Whether to go on from the state of an earlier run.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Resume {
     /// Begin anew.
     #[default]

@@ -15,6 +15,7 @@ use crate::optimiser::OptimiserRegistry;
 
 /// What is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ConfigError {
     /// The file, where there is one.
     pub path: Option<PathBuf>,
@@ -24,6 +25,7 @@ pub struct ConfigError {
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Problem {
     /// Line, from 1, where it is known.
     pub line: Option<usize>,

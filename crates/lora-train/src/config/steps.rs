@@ -4,6 +4,7 @@ use std::fmt;
 
 /// The arithmetic of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StepPlan {
     /// Visits of pictures in an epoch, repeats included.
     pub visits_per_epoch: usize,

@@ -6,7 +6,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Batch, Entry, Optimiser, Part, Settings, WORKING_SET, batches_by};
+use super::{Batch, Entry, Optimiser, Settings, StatePart, WORKING_SET, batches_by};
 use crate::Result;
 
 /// Adafactor.
@@ -115,15 +115,15 @@ fn is_factored(shape: &[i64]) -> bool {
 }
 
 impl Optimiser for Adafactor {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
         let mut parts = match shape {
             [outer @ .., rows, columns] => {
                 let without = |side: &i64| [outer, &[*side]].concat();
-                vec![Part::zeros("rows", &without(rows)), Part::zeros("columns", &without(columns))]
+                vec![StatePart::zeros("rows", &without(rows)), StatePart::zeros("columns", &without(columns))]
             }
-            _ => vec![Part::zeros("square", shape)],
+            _ => vec![StatePart::zeros("square", shape)],
         };
-        parts.extend(self.beta1.map(|_| Part::zeros("mean", shape)));
+        parts.extend(self.beta1.map(|_| StatePart::zeros("mean", shape)));
         parts
     }
 

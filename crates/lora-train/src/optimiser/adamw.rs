@@ -2,7 +2,7 @@
 
 use lora_torch::gradients::AdamW as Fused;
 
-use super::{Batch, Entry, Optimiser, Part, Settings, batches};
+use super::{Batch, Entry, Optimiser, Settings, StatePart, batches};
 use crate::Result;
 
 /// AdamW with 32-bit state.
@@ -24,8 +24,8 @@ impl AdamW {
     }
 
     /// The two parts in 32 bits.
-    pub(super) fn wide_parts(shape: &[i64]) -> Vec<Part> {
-        vec![Part::zeros("mean", shape), Part::zeros("square", shape)]
+    pub(super) fn wide_parts(shape: &[i64]) -> Vec<StatePart> {
+        vec![StatePart::zeros("mean", shape), StatePart::zeros("square", shape)]
     }
 
     /// A step of tensors whose first two parts are in 32 bits.
@@ -42,7 +42,7 @@ impl AdamW {
 }
 
 impl Optimiser for AdamW {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
         Self::wide_parts(shape)
     }
 

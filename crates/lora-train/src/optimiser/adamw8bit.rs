@@ -5,7 +5,7 @@ use lora_torch::foreach;
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use super::dynamic_map::{BLOCK, DynamicMap};
-use super::{AdamW, Entry, First, Optimiser, Part, Settings, WORKING_SET, batches_by, bias_correction};
+use super::{AdamW, Entry, First, Optimiser, Settings, StatePart, WORKING_SET, batches_by, bias_correction};
 use crate::Result;
 
 /// AdamW with 8-bit state.
@@ -75,14 +75,19 @@ impl AdamW8bit {
 }
 
 impl Optimiser for AdamW8bit {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
         let elements = shape.iter().product::<i64>();
         if !self.is_narrow(elements) {
             return AdamW::wide_parts(shape);
         }
-        let codes = |name| Part { name, shape: shape.to_vec(), kind: Kind::Uint8, first: First::Zeros };
+        let codes = |name| StatePart { name, shape: shape.to_vec(), kind: Kind::Uint8, first: First::Zeros };
         let count = [elements.max(0).unsigned_abs().div_ceil(BLOCK as u64) as i64];
-        vec![codes("mean"), codes("square"), Part::zeros("mean_largest", &count), Part::zeros("square_largest", &count)]
+        vec![
+            codes("mean"),
+            codes("square"),
+            StatePart::zeros("mean_largest", &count),
+            StatePart::zeros("square_largest", &count),
+        ]
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {
@@ -111,7 +116,7 @@ impl Optimiser for AdamW8bit {
     }
 }
 
-/// Part of a tensor, flat, from the beginning of a block on; views of the tensors themselves.
+/// StatePart of a tensor, flat, from the beginning of a block on; views of the tensors themselves.
 #[derive(Debug)]
 struct Piece {
     parameter: Tensor,

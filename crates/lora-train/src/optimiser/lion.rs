@@ -2,7 +2,7 @@
 
 use lora_torch::foreach;
 
-use super::{Entry, Optimiser, Part, Settings, WORKING_SET, batches};
+use super::{Entry, Optimiser, Settings, StatePart, WORKING_SET, batches};
 use crate::Result;
 
 /// Lion: one tensor kept for each trained one.
@@ -20,8 +20,8 @@ impl Lion {
 }
 
 impl Optimiser for Lion {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
-        vec![Part::zeros("mean", shape)]
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
+        vec![StatePart::zeros("mean", shape)]
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

@@ -1,5 +1,5 @@
 //! Optimisers: the formulas, one a file, and what they share. An optimiser keeps a few tensors for each trained tensor
-//! ([`Part`]) and a few numbers of its own; [`OptimiserState`] holds them by name, saves and loads them. Which one a run
+//! ([`StatePart`]) and a few numbers of its own; [`OptimiserState`] holds them by name, saves and loads them. Which one a run
 //! uses is a name in the configuration ([`OptimiserRegistry`]).
 //!
 //! Steps work on lists of tensors ([`lora_torch::foreach`]), never on one number of the device at a time: at most one wait
@@ -36,10 +36,10 @@ use crate::Result;
 /// Most elements that a step holds temporary copies of at once, so that they stay small beside the state.
 const WORKING_SET: usize = 1 << 20;
 
-/// One formula. Trained tensors, gradients and what is kept are f32 unless a [`Part`] says otherwise.
+/// One formula. Trained tensors, gradients and what is kept are f32 unless a [`StatePart`] says otherwise.
 pub trait Optimiser: fmt::Debug {
     /// What is kept for a tensor of a shape. Names are stable: files hold them.
-    fn parts(&self, shape: &[i64]) -> Vec<Part>;
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart>;
 
     /// Takes a step with all tensors that have a gradient. Gradients may be overwritten.
     ///
@@ -84,13 +84,13 @@ pub trait Optimiser: fmt::Debug {
 
     /// Bytes kept for a tensor of a shape, at most: a part that turns out to be all zeros may take none.
     fn state_bytes(&self, shape: &[i64]) -> usize {
-        self.parts(shape).iter().map(Part::bytes).sum()
+        self.parts(shape).iter().map(StatePart::bytes).sum()
     }
 }
 
 /// A tensor that an optimiser keeps for a trained one.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Part {
+pub struct StatePart {
     /// Its name after that of the trained tensor, as in `<tensor>.mean`.
     pub name: &'static str,
     /// Its shape.
@@ -112,7 +112,7 @@ pub enum First {
     Sample(usize),
 }
 
-impl Part {
+impl StatePart {
     /// Zeros in f32.
     pub fn zeros(name: &'static str, shape: &[i64]) -> Self {
         Self { name, shape: shape.to_vec(), kind: Kind::Float, first: First::Zeros }

@@ -4,7 +4,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, batches};
+use super::{Entry, First, Optimiser, Settings, StatePart, WORKING_SET, batches};
 use crate::Result;
 
 /// Prodigy.
@@ -67,15 +67,15 @@ impl Prodigy {
 }
 
 impl Optimiser for Prodigy {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
         let sampled = [shape.iter().product::<i64>().max(0).unsigned_abs().div_ceil(self.slice as u64) as i64];
         let mut parts = vec![
-            Part::zeros("square", shape),
-            Part::zeros("sum", &sampled),
-            Part { name: "start", shape: sampled.to_vec(), kind: Kind::Float, first: First::Sample(self.slice) },
+            StatePart::zeros("square", shape),
+            StatePart::zeros("sum", &sampled),
+            StatePart { name: "start", shape: sampled.to_vec(), kind: Kind::Float, first: First::Sample(self.slice) },
         ];
         if self.betas.0 > 0.0 {
-            parts.push(Part::zeros("mean", shape));
+            parts.push(StatePart::zeros("mean", shape));
         }
         parts
     }

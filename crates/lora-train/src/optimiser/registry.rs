@@ -29,6 +29,7 @@ pub struct OptimiserRegistry(BTreeMap<String, Registered>);
 
 /// An optimiser made from a configuration.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Chosen {
     /// The optimiser.
     pub optimiser: Box<dyn Optimiser>,

@@ -5,7 +5,7 @@
 use lora_torch::foreach;
 use lora_torch::tch::{Kind, Tensor};
 
-use super::{Entry, First, Optimiser, Part, Settings, WORKING_SET, batches, bias_correction};
+use super::{Entry, First, Optimiser, Settings, StatePart, WORKING_SET, batches, bias_correction};
 use crate::Result;
 
 /// Schedule-free AdamW.
@@ -48,9 +48,9 @@ impl ScheduleFreeAdamW {
 }
 
 impl Optimiser for ScheduleFreeAdamW {
-    fn parts(&self, shape: &[i64]) -> Vec<Part> {
-        let z = Part { name: "z", shape: shape.to_vec(), kind: Kind::Float, first: First::Copy };
-        vec![z, Part::zeros("square", shape)]
+    fn parts(&self, shape: &[i64]) -> Vec<StatePart> {
+        let z = StatePart { name: "z", shape: shape.to_vec(), kind: Kind::Float, first: First::Copy };
+        vec![z, StatePart::zeros("square", shape)]
     }
 
     fn step(&mut self, entries: &[Entry<'_>]) -> Result<()> {

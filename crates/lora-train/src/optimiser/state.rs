@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lora_torch::foreach;
 use lora_torch::tch::{Device, Kind, Tensor};
 
-use super::{AdamW, Arguments, Chosen, Entry, First, Optimiser, Part, Settings};
+use super::{AdamW, Arguments, Chosen, Entry, First, Optimiser, Settings, StatePart};
 use crate::{Error, Result};
 
 /// Beginning of the names of numbers that belong to no tensor.
@@ -23,7 +23,7 @@ pub struct OptimiserState {
 #[derive(Debug)]
 struct Slot {
     steps: u64,
-    parts: Vec<Part>,
+    parts: Vec<StatePart>,
     tensors: Vec<Tensor>,
 }
 
@@ -68,7 +68,8 @@ impl OptimiserState {
     /// Where memory runs out.
     pub fn register(&mut self, parameters: &[(&str, &Tensor)]) -> Result<()> {
         let new: Vec<_> = parameters.iter().filter(|(name, _)| !self.slots.contains_key(*name)).collect();
-        let slots: Vec<Vec<Part>> = new.iter().map(|(_, parameter)| self.optimiser.parts(&parameter.size())).collect();
+        let slots: Vec<Vec<StatePart>> =
+            new.iter().map(|(_, parameter)| self.optimiser.parts(&parameter.size())).collect();
         // One look at the device for all tensors, where it matters that some of them are zero.
         let samples = slots.iter().flatten().any(|part| matches!(part.first, First::Sample(_)));
         let norms = match samples {
@@ -229,7 +230,7 @@ impl OptimiserState {
 }
 
 /// What a part begins with; `zero`: whether the trained tensor is all zeros.
-fn first(part: &Part, parameter: &Tensor, zero: bool) -> Result<Tensor> {
+fn first(part: &StatePart, parameter: &Tensor, zero: bool) -> Result<Tensor> {
     let options = (part.kind, parameter.device());
     Ok(match part.first {
         First::Zeros => Tensor::f_zeros(&part.shape, options)?,

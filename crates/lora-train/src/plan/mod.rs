@@ -4,8 +4,6 @@
 //! `predict` makes the run on a device without memory and counts; `remedies` says what can be changed. What to do when memory runs
 //! out all the same is not this module's.
 
-pub(crate) mod bytes;
-mod meter;
 mod predict;
 mod remedies;
 mod report;
@@ -19,18 +17,18 @@ use lora_torch::memory::Limit;
 use lora_torch::tch::Device;
 use lora_torch::{device, memory};
 
-pub use meter::{Part, Usage};
-pub use predict::{Phase, PhasePeak, Prediction, Recordings};
-pub use remedies::Setting;
+pub use crate::meter::{MemoryPart, Usage};
+pub use predict::{Peaks, Phase, PhasePeak, Recordings};
+pub use remedies::ChangedKey;
 
-use bytes::show;
+use crate::bytes::show;
 pub(crate) use predict::precision_on;
 use predict::{Machine, predict};
 use remedies::{Change, ladder, settings, wishes};
 
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
-use crate::session::foresee;
+use crate::session::preflight;
 use crate::{Error, Result};
 
 /// What a process holds on a card beside tensors: the driver's context and loaded kernels. An estimate; it depends on the
@@ -51,11 +49,11 @@ pub struct Plan {
     /// Bytes that may be used, where the configuration says so.
     pub budget: Option<u64>,
     /// The peaks of the configuration as it is.
-    pub as_configured: Prediction,
+    pub as_configured: Peaks,
     /// What is changed to fit the budget, in order; none where it fits or there is no budget.
     pub remedies: Vec<Remedy>,
     /// The peaks with all remedies.
-    pub planned: Prediction,
+    pub planned: Peaks,
     /// What each remedy comes to alone, where there is no budget; those that save nothing are left out.
     pub alternatives: Vec<Remedy>,
     /// What could be had for the memory that is left, each alone.
@@ -66,9 +64,10 @@ pub struct Plan {
 
 /// A change, and what it does.
 #[derive(Debug, Clone, serde::Serialize)]
+#[non_exhaustive]
 pub struct Remedy {
     /// Keys that it sets.
-    pub settings: Vec<Setting>,
+    pub settings: Vec<ChangedKey>,
     /// Bytes at the peak without it.
     pub peak_before: u64,
     /// Bytes at the peak with it.
@@ -112,13 +111,13 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         budget => budget,
     };
     let checkpoint = Arc::new(plugins.bases.configured(config)?);
-    foresee(config, &checkpoint, precision_on(machine.platform, config.precision), plugins)?;
+    preflight(config, &checkpoint, precision_on(machine.platform, config.precision), plugins)?;
     // The search comes back to configurations that it has seen.
     let known = RefCell::new(BTreeMap::new());
-    let peaks = |config: &TrainConfig| -> Result<Prediction> {
+    let peaks = |config: &TrainConfig| -> Result<Peaks> {
         let key = format!("{config:?}");
         if let Some(prediction) = known.borrow().get(&key) {
-            return Ok(Prediction::clone(prediction));
+            return Ok(Peaks::clone(prediction));
         }
         let prediction = predict(config, &checkpoint, &machine, plugins)?;
         known.borrow_mut().insert(key, prediction.clone());
@@ -195,7 +194,7 @@ fn search(
     ladder: &[Vec<Change>],
     budget: u64,
     remedies: &'static str,
-    peaks: &dyn Fn(&TrainConfig) -> Result<Prediction>,
+    peaks: &dyn Fn(&TrainConfig) -> Result<Peaks>,
 ) -> Result<Vec<Change>> {
     let changes = |levels: &[usize]| -> Vec<Change> {
         ladder.iter().zip(levels).filter_map(|(kind, &level)| kind.get(level.checked_sub(1)?).copied()).collect()
@@ -254,7 +253,7 @@ fn remedy(
     change: Change,
     before: &TrainConfig,
     after: &TrainConfig,
-    (peak_before, peak_after): (&Prediction, &Prediction),
+    (peak_before, peak_after): (&Peaks, &Peaks),
     machine: &Machine,
 ) -> Remedy {
     Remedy {

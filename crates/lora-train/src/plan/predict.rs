@@ -12,16 +12,17 @@ use lora_torch::device::CUBLAS_WORKSPACE_BYTES;
 use lora_torch::dry::{DryRun, Platform};
 use lora_torch::tch::{Kind, Tensor};
 
-use super::meter::{Part, Usage};
 use crate::Result;
 use crate::base::Data;
 use crate::config::{Resume, RunLength, TrainConfig};
+use crate::meter::{MemoryPart, Usage};
 use crate::plugins::Plugins;
 use crate::session::{Materials, Preparing, Session, Watch, can_record};
 
 /// A part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Phase {
     /// The network that encodes examples is loaded; they are encoded, where that is done before training.
     Examples,
@@ -39,6 +40,7 @@ pub enum Phase {
 
 /// The peak of one phase.
 #[derive(Debug, Clone, serde::Serialize)]
+#[non_exhaustive]
 pub struct PhasePeak {
     /// The phase.
     pub phase: Phase,
@@ -72,7 +74,8 @@ impl PhasePeak {
 
 /// The peaks of a run.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct Prediction {
+#[non_exhaustive]
+pub struct Peaks {
     /// Phases in their order.
     pub phases: Vec<PhasePeak>,
     /// Where steps are recorded as CUDA graphs.
@@ -81,6 +84,7 @@ pub struct Prediction {
 
 /// What recorded steps keep for themselves. It is no part of the peaks: where there is no room, they make it.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
+#[non_exhaustive]
 pub struct Recordings {
     /// Bytes of a step, as they are part of the training's peak.
     pub bytes: u64,
@@ -89,7 +93,7 @@ pub struct Recordings {
     pub most: u64,
 }
 
-impl Prediction {
+impl Peaks {
     /// Bytes at the highest of all peaks.
     pub fn peak(&self) -> u64 {
         self.phases.iter().map(PhasePeak::total).max().unwrap_or(0)
@@ -112,18 +116,23 @@ pub(super) fn predict(
     checkpoint: &Arc<Checkpoint>,
     machine: &Machine,
     plugins: &Plugins,
-) -> Result<Prediction> {
+) -> Result<Peaks> {
     let run = DryRun::begin(machine.platform)?;
-    let mut peaks = Peaks { run: &run, machine, network: "", phases: Vec::new() };
+    let mut peaks = PeakWatch { run: &run, machine, network: "", phases: Vec::new() };
     lora_torch::caught(|| follow(config, checkpoint, plugins, &mut peaks))?;
     let recorded = !machine.platform.is_cpu() && can_record(config);
     let phases = peaks.phases;
     let recordings = recorded.then(|| recordings(&phases, machine)).flatten();
-    Ok(Prediction { phases, recordings })
+    Ok(Peaks { phases, recordings })
 }
 
 /// All phases of a run, each once.
-fn follow(config: &TrainConfig, checkpoint: &Arc<Checkpoint>, plugins: &Plugins, peaks: &mut Peaks<'_>) -> Result<()> {
+fn follow(
+    config: &TrainConfig,
+    checkpoint: &Arc<Checkpoint>,
+    plugins: &Plugins,
+    peaks: &mut PeakWatch<'_>,
+) -> Result<()> {
     let device = peaks.run.device();
     // The backward pass, in a thread of its own, has a handle of its own.
     let workspace = || Tensor::f_zeros([CUBLAS_WORKSPACE_BYTES as i64], (Kind::Uint8, device));
@@ -175,7 +184,7 @@ fn stand_ins(config: &TrainConfig, platform: Platform, data: Data) -> Result<(Tr
 
 fn recordings(phases: &[PhasePeak], machine: &Machine) -> Option<Recordings> {
     let training = phases.iter().find(|peak| peak.phase == Phase::Training)?;
-    let step = training.parts.of(Part::Saved) + training.parts.of(Part::Working);
+    let step = training.parts.of(MemoryPart::Saved) + training.parts.of(MemoryPart::Working);
     let bytes = step + (step as f64 * machine.share) as u64;
     let beside = [Phase::Training, Phase::Samples, Phase::Validation];
     let beside = phases.iter().filter(|peak| beside.contains(&peak.phase)).map(PhasePeak::total);
@@ -183,7 +192,7 @@ fn recordings(phases: &[PhasePeak], machine: &Machine) -> Option<Recordings> {
 }
 
 /// Takes down the peak of each phase.
-struct Peaks<'r> {
+struct PeakWatch<'r> {
     run: &'r DryRun,
     machine: &'r Machine,
     /// The network that was loaded last.
@@ -191,7 +200,7 @@ struct Peaks<'r> {
     phases: Vec<PhasePeak>,
 }
 
-impl Watch for Peaks<'_> {
+impl Watch for PeakWatch<'_> {
     fn now(&mut self, preparing: Preparing) {
         if let Preparing::Loading(network) = preparing {
             self.network = network;
@@ -241,7 +250,7 @@ mod tests {
         // The rest of a step is left less and less.
         for (share, pictures, tried) in [(1.0, 4, 0), (0.8, 2, 1), (0.35, 1, 2)] {
             let run = DryRun::begin(machine.platform).unwrap();
-            let mut peaks = Peaks { run: &run, machine: &machine, network: "", phases: Vec::new() };
+            let mut peaks = PeakWatch { run: &run, machine: &machine, network: "", phases: Vec::new() };
             let (config, source) = stand_ins(&config, machine.platform, PICTURES).unwrap();
             let materials = Materials::dry(config, Arc::clone(&checkpoint), source, run.device(), &plugins).unwrap();
             let mut session = Session::assemble(materials, &plugins, &mut peaks).unwrap();

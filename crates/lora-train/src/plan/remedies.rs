@@ -220,7 +220,8 @@ fn side(side: usize, eighths: usize) -> usize {
 
 /// A key that a change sets.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Setting {
+#[non_exhaustive]
+pub struct ChangedKey {
     /// The key.
     pub key: &'static str,
     /// Its value before.
@@ -230,7 +231,7 @@ pub struct Setting {
 }
 
 /// What differs between two configurations, among the keys that changes set.
-pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting> {
+pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<ChangedKey> {
     let size = |(width, height): (usize, usize)| format!("\"{width},{height}\"");
     let precision = |precision: DType| match precision {
         DType::F32 => "\"fp32\"",
@@ -260,5 +261,5 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Setting
         ]
     };
     let pairs = values(before).into_iter().zip(values(after));
-    pairs.filter(|((_, from), (_, to))| from != to).map(|((key, from), (_, to))| Setting { key, from, to }).collect()
+    pairs.filter(|((_, from), (_, to))| from != to).map(|((key, from), (_, to))| ChangedKey { key, from, to }).collect()
 }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::bytes::show;
-use super::{Part, Plan, Prediction, Remedy};
+use super::{MemoryPart, Peaks, Plan, Remedy};
+use crate::bytes::show;
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,8 +43,8 @@ impl fmt::Display for Plan {
 }
 
 /// Phases as rows, parts as columns; parts that no phase has are left out.
-fn table(f: &mut fmt::Formatter<'_>, prediction: &Prediction) -> fmt::Result {
-    let mut parts: Vec<Part> =
+fn table(f: &mut fmt::Formatter<'_>, prediction: &Peaks) -> fmt::Result {
+    let mut parts: Vec<MemoryPart> =
         prediction.phases.iter().flat_map(|phase| phase.parts.parts()).map(|(part, _)| part).collect();
     parts.sort();
     parts.dedup();

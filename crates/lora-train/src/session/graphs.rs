@@ -12,8 +12,8 @@ use lora_torch::graph::{Graph, Recorder};
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{dry, foreach, memory};
 
-use crate::base::{InputShapes, Inputs};
 use crate::config::TrainConfig;
+use crate::inputs::{InputShapes, Inputs};
 use crate::parameters::ParameterList;
 use crate::{Error, Result};
 
@@ -158,7 +158,7 @@ impl Recorded {
     }
 }
 
-/// What passes came to: the loss and the norm of each gradient.
+/// The result of passes: the loss and the norm of each gradient.
 struct Outcome(Vec<f64>);
 
 impl Outcome {

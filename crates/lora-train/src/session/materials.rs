@@ -13,8 +13,8 @@ use lora_torch::tch::Device;
 use lora_torch::tensor::kind_of;
 use lora_torch::{device, dry};
 
-use super::foresee;
 use super::graphs::{self, StepGraphs};
+use super::preflight;
 use super::resume;
 use crate::base::DataOpening;
 use crate::config::{LrScheduler, TrainConfig};
@@ -68,7 +68,7 @@ impl Materials {
         let device = device::resolve(&config.device)?;
         let precision = precision(&config, device, &mut notes);
         device::check_kind(device, kind_of(precision))?;
-        notes.extend(foresee::check(&config, &checkpoint, precision, plugins)?);
+        notes.extend(preflight::check(&config, &checkpoint, precision, plugins)?);
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
         let mut source = (registration.data.open)(&opening)?;
         let held_out = config.validation_split.map(|split| source.hold_out(split, config.seed)).transpose()?;

@@ -4,23 +4,23 @@
 //! that micro-batch size, resuming and device do not change what is drawn.
 
 mod encoded;
-mod foresee;
 mod graphs;
 mod materials;
+mod out_of_memory;
+mod preflight;
 mod prepare;
 mod resume;
 mod sample;
 mod save;
 mod summary;
-mod survive;
 mod validation;
 
-pub(crate) use foresee::check as foresee;
 pub(crate) use graphs::can_record;
 pub(crate) use materials::Materials;
+pub(crate) use preflight::check as preflight;
 pub use prepare::Preparing;
 pub(crate) use prepare::Watch;
-pub use resume::Resumed;
+pub use resume::ResumedFrom;
 pub use summary::Summary;
 pub use validation::Validation;
 
@@ -44,12 +44,12 @@ use lora_torch::{LossScaler, dry, foreach};
 
 use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
+use crate::full::TrainedNetworks;
+use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
-use crate::plan::Part;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Looks, Settings};
 use crate::trainable::TrainableAdapter;
-use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 use encoded::Examples;
 use graphs::{Recording, StepGraphs};
@@ -82,7 +82,7 @@ pub struct Session {
     skipped: usize,
     skipped_in_a_row: usize,
     settings: Settings,
-    resumed: Option<Resumed>,
+    resumed: Option<ResumedFrom>,
     economy: Economy,
     recorder: Option<Arc<Recorder>>,
     /// Holds the allocator to `vram_budget` for as long as the session lives.
@@ -105,7 +105,7 @@ pub struct Session {
 #[derive(Debug)]
 enum Trained {
     Adapter(TrainedAdapter),
-    Whole(WholeNetworks),
+    Whole(TrainedNetworks),
 }
 
 /// An adapter with the layers that it is on, and how many there are in all.
@@ -126,8 +126,9 @@ struct StepGradients {
     gradient_norm: Option<f64>,
 }
 
-/// What a step came to.
+/// The result of a step.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[non_exhaustive]
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: usize,
@@ -401,12 +402,12 @@ impl Session {
         let loss = self.base.loss(inputs, pass)?;
         if dry::is_dry(self.device) {
             // What lives at the end of the forward pass does so for the backward pass.
-            dry::relabel_all(Part::Working.number(), Part::Saved.number());
+            dry::relabel_all(MemoryPart::Working.number(), MemoryPart::Saved.number());
         }
         loss_of(&loss)?.f_mul(inputs.get("scale")?)?.f_backward()?;
         self.parameters.collect()?;
         if dry::is_dry(self.device) {
-            dry::relabel(&self.parameters.gradients(), Part::Gradients.number());
+            dry::relabel(&self.parameters.gradients(), MemoryPart::Gradients.number());
         }
         Ok(loss.detach())
     }
@@ -504,7 +505,7 @@ fn trained(base: &dyn Base) -> Vec<Network> {
 
 /// While the answer lives, what is allocated counts as the weights of a network.
 fn label(base: &dyn Base, network: Component) -> dry::Labelled {
-    Part::Weights(title(base, network)).label()
+    MemoryPart::Weights(title(base, network)).label()
 }
 
 /// What people call a network of a base.

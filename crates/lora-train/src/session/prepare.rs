@@ -19,21 +19,23 @@ use lora_torch::{LossScaler, dry, memory};
 
 use super::encoded::{self, Examples};
 use super::materials::Materials;
-use super::survive::remedies;
+use super::out_of_memory::remedies;
 use super::{Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
+use crate::full::TrainedNetworks;
+use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
-use crate::plan::{Part, Phase};
+use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Looks, Settings};
 use crate::trainable::{AdapterOptions, TrainableAdapter};
-use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 
 /// How far preparing has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Preparing {
     /// Reading the base model's part of this name.
     Loading(&'static str),
@@ -117,7 +119,7 @@ impl Session {
         let networks = base.networks().to_vec();
         // What passes through the ring are the weights of the network that steps are made of, above all.
         let mut loader = {
-            let _label = networks.last().map(|network| Part::Weights(network.title).label());
+            let _label = networks.last().map(|network| MemoryPart::Weights(network.title).label());
             Loader::new(config, device)?
         };
 
@@ -159,7 +161,7 @@ impl Session {
         let (trained, init_from) = match config.train {
             TrainMode::Full => (Trained::Whole(loader.whole(&*base, &mut parameters)?), None),
             TrainMode::Adapter => {
-                let _label = Part::Adapter.label();
+                let _label = MemoryPart::Adapter.label();
                 let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
                 if !dry::is_dry(device) {
                     let (trained, family) = (adapter.adapter.export()?, materials.checkpoint.family());
@@ -259,7 +261,7 @@ impl<'c> Loader<'c> {
                 ..Frozen::stored(self.config.base_storage)
             }),
         };
-        let _label = Part::Weights(network.title).label();
+        let _label = MemoryPart::Weights(network.title).label();
         base.load(network.component, held)
     }
 
@@ -313,8 +315,8 @@ impl<'c> Loader<'c> {
     }
 
     /// The weights of whole networks, taken into the list of what is trained.
-    fn whole(&self, base: &dyn Base, parameters: &mut ParameterList) -> Result<WholeNetworks> {
-        let mut whole = WholeNetworks::default();
+    fn whole(&self, base: &dyn Base, parameters: &mut ParameterList) -> Result<TrainedNetworks> {
+        let mut whole = TrainedNetworks::default();
         for network in trained(base) {
             if let Some(weights) = self.trained.get(&network.component) {
                 whole.add(network.component, weights, parameters)?;

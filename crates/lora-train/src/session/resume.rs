@@ -13,7 +13,8 @@ use crate::{Error, Result};
 
 /// Where a run was taken up again.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resumed {
+#[non_exhaustive]
+pub struct ResumedFrom {
     /// The state.
     pub path: PathBuf,
     /// Steps that were done.
@@ -22,7 +23,7 @@ pub struct Resumed {
 
 impl Session {
     /// Where the run was taken up again, if it was.
-    pub fn resumed(&self) -> Option<&Resumed> {
+    pub fn resumed(&self) -> Option<&ResumedFrom> {
         self.resumed.as_ref()
     }
 
@@ -98,7 +99,7 @@ impl Session {
         if self.economy != Default::default() {
             self.notes.push("memory ran out before, so it goes on as it did then, in smaller pieces".into());
         }
-        self.resumed = Some(Resumed { path: state.path().to_owned(), step: self.step });
+        self.resumed = Some(ResumedFrom { path: state.path().to_owned(), step: self.step });
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use crate::config::StepPlan;
 
 /// What people get wrong most, to be read before the first step.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Summary {
     /// The data.
     pub data: Overview,

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 
 /// How a decoder is built.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct DecoderConfig {
     /// transformers' `model_type`.
     pub architecture: &'static str,
@@ -64,6 +65,7 @@ pub struct DecoderConfig {
 
 /// How one layer is built.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct LayerConfig {
     /// Query heads.
     pub heads: usize,
@@ -89,6 +91,7 @@ pub struct LayerConfig {
 
 /// A mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Experts {
     /// How many there are.
     pub count: usize,
@@ -114,6 +117,7 @@ pub enum Shares {
 
 /// The norms of a layer by their names in the file, where there are such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LayerNorms {
     /// On what attention reads.
     pub before_attention: Option<&'static str>,

@@ -256,7 +256,7 @@ impl Decoder {
     /// the final norm, as in transformers' `hidden_states`. Layers behind the last that is asked for are not computed.
     ///
     /// # Errors
-    /// As [`Self::hidden`], and for a number of layers that the decoder has not.
+    /// As [`Self::hidden`], and where the decoder has fewer layers than that.
     pub fn states(&self, rows: &Rows, after: &[usize], pass: &Pass) -> Result<Vec<Tensor>> {
         self.check(rows, after)?;
         self.run(rows, after, pass, Work::Rows)

@@ -11,6 +11,7 @@ use crate::Result;
 
 /// The rotary positions of some of a decoder's layers.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Rope {
     /// Radians a position by pair of features; the first features of a head turn, twice as many as there are pairs.
     pub frequencies: Vec<f64>,

@@ -10,12 +10,12 @@ const EXAMPLES: usize = 3;
 
 /// An opinion in the making.
 #[derive(Debug, Default)]
-pub(super) struct Draft {
+pub(super) struct OpinionBuilder {
     keys: BTreeMap<String, Fate>,
     problems: Vec<Problem>,
 }
 
-impl Draft {
+impl OpinionBuilder {
     /// This tensor takes effect.
     pub(super) fn load(&mut self, key: &str) {
         self.keys.insert(key.to_owned(), Fate::Loaded);
@@ -99,13 +99,13 @@ mod tests {
 
     #[test]
     fn equal_problems_are_counted_once_and_the_worst_comes_first() {
-        let mut draft = Draft::default();
+        let mut builder = OpinionBuilder::default();
         for key in ["a", "b", "c", "d"] {
-            draft.ignore(key, Effect::Part, "not asked for", Cure::ToKohya);
+            builder.ignore(key, Effect::Part, "not asked for", Cure::ToKohya);
         }
-        draft.load("e");
-        draft.problem(Effect::Wrong, None, "scale", None);
-        let opinion = draft.finish(Consumer::WebUi);
+        builder.load("e");
+        builder.problem(Effect::Wrong, None, "scale", None);
+        let opinion = builder.finish(Consumer::WebUi);
         assert_eq!(opinion.verdict, Verdict::LoadsWrong);
         assert_eq!(opinion.problems[0].what, "scale");
         assert_eq!(opinion.problems[1].keys, 4);
@@ -114,10 +114,10 @@ mod tests {
 
     #[test]
     fn a_refused_load_loads_nothing() {
-        let mut draft = Draft::default();
-        draft.load("a");
-        draft.refuse("b", "left over", None);
-        let opinion = draft.finish(Consumer::Diffusers);
+        let mut builder = OpinionBuilder::default();
+        builder.load("a");
+        builder.refuse("b", "left over", None);
+        let opinion = builder.finish(Consumer::Diffusers);
         assert_eq!(opinion.verdict, Verdict::Refuses);
         assert_eq!(opinion.loaded(), 0);
         assert!(matches!(opinion.keys["b"], Fate::Refused { .. }));
@@ -127,14 +127,14 @@ mod tests {
     #[test]
     fn the_verdict_follows_from_the_worst_problem() {
         let verdict = |effect: Option<Effect>, load: bool| {
-            let mut draft = Draft::default();
+            let mut builder = OpinionBuilder::default();
             if load {
-                draft.load("a");
+                builder.load("a");
             }
             if let Some(effect) = effect {
-                draft.problem(effect, None, "x", None);
+                builder.problem(effect, None, "x", None);
             }
-            draft.finish(Consumer::Peft).verdict
+            builder.finish(Consumer::Peft).verdict
         };
         assert_eq!(verdict(None, true), Verdict::Loads);
         assert_eq!(verdict(Some(Effect::Note), true), Verdict::Loads);

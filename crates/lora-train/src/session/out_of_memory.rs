@@ -1,6 +1,7 @@
 //! Out of memory in the middle of a step: what was computed is dropped, the next remedy applied and the same step run again
 //! with the same draws, as those belong to the items. All remedies here leave the update what it is; others are named
-//! when nothing is left. Also what gives way to samples and validation where there is no room for both.
+//! when nothing is left. Samples and validation are here too: where there is no room for them beside the recordings of
+//! steps, the recordings are dropped and made again.
 
 use lora_data::sampler::Visit;
 use lora_torch::{dry, memory};

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::Result;
-use crate::session::Resumed;
+use crate::session::ResumedFrom;
 
 /// The file of metrics.
 pub(super) const METRICS: &str = "metrics.jsonl";
@@ -28,7 +28,7 @@ pub(super) struct Line {
 fn lines<T: DeserializeOwned>(
     folder: &Path,
     file: &str,
-    resumed: &Resumed,
+    resumed: &ResumedFrom,
     belongs: impl Fn(&T) -> bool,
 ) -> Vec<(String, T)> {
     let (path, beside) = (folder.join(file), resumed.path.with_file_name(file));
@@ -38,7 +38,7 @@ fn lines<T: DeserializeOwned>(
 }
 
 /// The metrics of the steps before the state.
-pub(super) fn metrics(folder: &Path, resumed: &Resumed) -> Vec<Line> {
+pub(super) fn metrics(folder: &Path, resumed: &ResumedFrom) -> Vec<Line> {
     let own = lines(folder, METRICS, resumed, |line: &Line| line.step <= resumed.step);
     own.into_iter().map(|(_, line)| line).collect()
 }
@@ -48,7 +48,7 @@ pub(super) fn metrics(folder: &Path, resumed: &Resumed) -> Vec<Line> {
 pub(super) fn go_on<T: DeserializeOwned>(
     folder: &Path,
     file: &str,
-    resumed: &Resumed,
+    resumed: &ResumedFrom,
     belongs: impl Fn(&T) -> bool,
 ) -> Result<(File, Vec<T>)> {
     let path = folder.join(file);

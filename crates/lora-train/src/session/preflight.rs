@@ -1,4 +1,4 @@
-//! What the headers of files alone show to be wrong with a run: keys that name layers which the base has not, ranks that no
+//! What the headers of files alone show to be wrong with a run: keys that name layers which the base lacks, ranks that no
 //! layer can hold, an adapter to go on from that does not fit, a network that is not whole. Networks are built on the device
 //! without memory for it, in no time. Whatever is wrong is found again when the run comes to it; here it is found before
 //! hours have gone into encoding, and all of it at once.

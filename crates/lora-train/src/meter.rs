@@ -8,7 +8,8 @@ use lora_torch::dry::{self, LABELS, Labelled, Peak};
 
 /// What memory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Part {
+#[non_exhaustive]
+pub enum MemoryPart {
     /// Weights of a network, by the network's name, as they are stored; trained ones too, where all weights train.
     Weights(&'static str),
     /// The adapter's tensors.
@@ -25,33 +26,34 @@ pub enum Part {
 }
 
 /// Labels of the parts that every run has; those of weights follow. What has no label of its own is working memory.
-const FIXED: [Part; 5] = [Part::Working, Part::Adapter, Part::Gradients, Part::Optimiser, Part::Saved];
+const FIXED: [MemoryPart; 5] =
+    [MemoryPart::Working, MemoryPart::Adapter, MemoryPart::Gradients, MemoryPart::Optimiser, MemoryPart::Saved];
 
 /// Networks that have a label, in the order in which they were first met.
 static NETWORKS: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
-impl Part {
+impl MemoryPart {
     /// Its name in reports.
     pub fn name(self) -> String {
         match self {
-            Part::Weights(network) => format!("{network} weights"),
-            Part::Adapter => "adapter weights".into(),
-            Part::Gradients => "adapter gradients".into(),
-            Part::Optimiser => "optimiser state".into(),
-            Part::Saved => "saved activations".into(),
-            Part::Working => "working memory".into(),
+            MemoryPart::Weights(network) => format!("{network} weights"),
+            MemoryPart::Adapter => "adapter weights".into(),
+            MemoryPart::Gradients => "adapter gradients".into(),
+            MemoryPart::Optimiser => "optimiser state".into(),
+            MemoryPart::Saved => "saved activations".into(),
+            MemoryPart::Working => "working memory".into(),
         }
     }
 
     /// Its key in JSON.
     fn key(self) -> String {
         match self {
-            Part::Weights(network) => network.to_lowercase().replace('-', "").replace(' ', "_"),
-            Part::Adapter => "adapter".into(),
-            Part::Gradients => "gradients".into(),
-            Part::Optimiser => "optimiser".into(),
-            Part::Saved => "saved".into(),
-            Part::Working => "working".into(),
+            MemoryPart::Weights(network) => network.to_lowercase().replace('-', "").replace(' ', "_"),
+            MemoryPart::Adapter => "adapter".into(),
+            MemoryPart::Gradients => "gradients".into(),
+            MemoryPart::Optimiser => "optimiser".into(),
+            MemoryPart::Saved => "saved".into(),
+            MemoryPart::Working => "working".into(),
         }
     }
 
@@ -63,7 +65,7 @@ impl Part {
     /// The label. Networks beyond those that there are labels for count as working memory.
     pub(crate) fn number(self) -> u8 {
         let index = match self {
-            Part::Weights(network) => {
+            MemoryPart::Weights(network) => {
                 let mut networks = NETWORKS.lock().unwrap_or_else(PoisonError::into_inner);
                 let known = networks.iter().position(|known| *known == network);
                 let index = known.unwrap_or_else(|| {
@@ -80,30 +82,30 @@ impl Part {
 
 /// Bytes by part at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Usage(BTreeMap<Part, u64>);
+pub struct Usage(BTreeMap<MemoryPart, u64>);
 
 impl Usage {
     /// As they were counted.
     pub(super) fn of_peak(peak: &Peak) -> Self {
         let networks = NETWORKS.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let parts = FIXED.into_iter().chain(networks.into_iter().map(Part::Weights)).zip(0..);
+        let parts = FIXED.into_iter().chain(networks.into_iter().map(MemoryPart::Weights)).zip(0..);
         let counted = parts.map(|(part, label)| (part, peak.of(label)));
         Self(counted.filter(|&(_, bytes)| bytes > 0).collect())
     }
 
     /// Parts that there is something of, with their bytes.
-    pub fn parts(&self) -> impl Iterator<Item = (Part, u64)> {
+    pub fn parts(&self) -> impl Iterator<Item = (MemoryPart, u64)> {
         self.0.iter().map(|(&part, &bytes)| (part, bytes))
     }
 
     /// Bytes of a part.
-    pub fn of(&self, part: Part) -> u64 {
+    pub fn of(&self, part: MemoryPart) -> u64 {
         self.0.get(&part).copied().unwrap_or(0)
     }
 
     /// Bytes of the weights of all networks.
     pub fn weights(&self) -> u64 {
-        self.parts().filter(|(part, _)| matches!(part, Part::Weights(_))).map(|(_, bytes)| bytes).sum()
+        self.parts().filter(|(part, _)| matches!(part, MemoryPart::Weights(_))).map(|(_, bytes)| bytes).sum()
     }
 
     /// All bytes.
@@ -131,17 +133,20 @@ mod tests {
         run.reset_peak();
         let take = |count: i64| Tensor::zeros([count], (Kind::Uint8, run.device()));
         let weights = {
-            let _label = Part::Weights("U-Net").label();
+            let _label = MemoryPart::Weights("U-Net").label();
             take(1000)
         };
         let _saved = {
-            let _label = Part::Saved.label();
+            let _label = MemoryPart::Saved.label();
             take(1)
         };
         let usage = Usage::of_peak(&run.peak());
-        assert_eq!((usage.of(Part::Weights("U-Net")), usage.of(Part::Saved), usage.weights()), (1024, 512, 1024));
+        assert_eq!(
+            (usage.of(MemoryPart::Weights("U-Net")), usage.of(MemoryPart::Saved), usage.weights()),
+            (1024, 512, 1024)
+        );
         assert_eq!(serde_json::to_value(&usage).unwrap(), serde_json::json!({ "unet": 1024, "saved": 512 }));
-        assert_eq!(Part::Weights("text encoder").name(), "text encoder weights");
+        assert_eq!(MemoryPart::Weights("text encoder").name(), "text encoder weights");
         drop(weights);
     }
 }

@@ -15,11 +15,11 @@ use crate::parameters::ParameterList;
 
 /// The weights of the networks that are trained.
 #[derive(Debug, Default)]
-pub(crate) struct WholeNetworks {
+pub(crate) struct TrainedNetworks {
     weights: Vec<(Component, String, Tensor)>,
 }
 
-impl WholeNetworks {
+impl TrainedNetworks {
     /// Takes a network's weights into the list of what is trained.
     pub(crate) fn add(
         &mut self,
