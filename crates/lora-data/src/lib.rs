@@ -9,6 +9,7 @@ pub mod dataset;
 mod error;
 pub mod finding;
 pub mod focus;
+pub mod guard;
 mod joined;
 pub mod picture;
 mod pictures;
