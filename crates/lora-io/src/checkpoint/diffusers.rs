@@ -51,7 +51,7 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
             let tensors = file.names().map(|name| (name, name)).collect();
             checkpoint.add(&at, file, &Group::new(component, own.tree, tensors))?;
         }
-        checkpoint.set_config(component, crate::json::read(&at.join("config.json"))?);
+        checkpoint.set_config(component, crate::json::read(at.join("config.json"))?);
     }
     let scheduler = path.join("scheduler").join("scheduler_config.json");
     checkpoint.scheduler = scheduler.exists().then(|| crate::json::read(&scheduler)).transpose()?;

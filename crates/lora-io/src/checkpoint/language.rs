@@ -29,7 +29,7 @@ pub(super) fn open_folder(path: &Path, files: &[Arc<SafetensorsFile>]) -> Result
         }
     }
     checkpoint.unused.sort();
-    weights.config = Some(crate::json::read(&path.join("config.json"))?);
+    weights.config = Some(crate::json::read(path.join("config.json"))?);
     checkpoint.components.insert(Component::LANGUAGE_MODEL, weights);
     checkpoint.complete()
 }
