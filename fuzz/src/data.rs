@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Cursor;
 use std::path::Path;
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use lora_core::random::Stream;
 use lora_data::bucket::Framing;
@@ -28,11 +28,8 @@ fn inspect() -> ScanOptions {
     ScanOptions { strictness: Strictness::Inspect, recursive: true, ..ScanOptions::default() }
 }
 
-/// Any bytes as a picture: its header, whole, and at the fraction of its size that a small training size asks for. Panics of
-/// decoders are caught and are errors, so that they are no failures here; those elsewhere are.
+/// Any bytes as a picture: its header, whole, and at the fraction of its size that a small training size asks for.
 pub fn picture(bytes: &[u8]) {
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
     let folder = empty_folder("pictures");
     fs::write(folder.join("a.jpg"), bytes).expect("written");
     if lora_data::picture::dimensions(folder.join("a.jpg")).is_ok_and(|(width, height)| width * height > 1 << 22) {
@@ -80,7 +77,8 @@ fn one_pixel() -> &'static [u8] {
 
 /// Any bytes as captions, beside pictures or as a list of them.
 pub fn captions(bytes: &[u8]) {
-    let kinds = ["a.txt", "a.caption", "metadata.csv", "metadata.jsonl", "list.json", "list.jsonl", "a.json", "gbk.txt"];
+    let kinds =
+        ["a.txt", "a.caption", "metadata.csv", "metadata.jsonl", "list.json", "list.jsonl", "a.json", "gbk.txt"];
     let Some((name, bytes)) = choose(bytes, &kinds) else { return };
     let folder = empty_folder("captions");
     fs::write(folder.join("a.bmp"), one_pixel()).expect("written");
@@ -103,8 +101,13 @@ pub fn prompt(bytes: &[u8]) {
     let tokenizer = TOKENIZER.get_or_init(|| ClipTokenizer::new(TextCleaning::default()));
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     weights::parse(text);
-    let options =
-        CaptionOptions { wildcards: true, shuffle: true, tag_dropout: 0.5, keep_tokens: 1, ..CaptionOptions::default() };
+    let options = CaptionOptions {
+        wildcards: true,
+        shuffle: true,
+        tag_dropout: 0.5,
+        keep_tokens: 1,
+        ..CaptionOptions::default()
+    };
     options.process(&text.lines().collect::<Vec<_>>(), 3, &Stream::new(1));
     tokenizer.weighted_rows(text, 2);
 }

@@ -54,7 +54,8 @@ pub fn chat_template(bytes: &[u8]) {
     let Ok(source) = std::str::from_utf8(bytes) else { return };
     let templates = [("default".to_owned(), source.to_owned())];
     let Ok(template) = ChatTemplate::new("fuzzed", &templates, sound(), &TemplateOptions::default()) else { return };
-    let turns = [("system", "Be brief."), ("user", "Hi!"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")];
+    let turns =
+        [("system", "Be brief."), ("user", "Hi!"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")];
     let conversation = Conversation::of(turns);
     if let Ok(layout) = template.layout(&conversation) {
         for answer in &layout.answers {

@@ -17,12 +17,21 @@ use cap::Cap;
 
 /// No input of a target is larger than a few KiB; nothing that is read of it may take more than this.
 #[global_allocator]
-static ALLOCATOR: Cap<System> = Cap::new(System, 512 << 20);
+static ALLOCATOR: Cap<System> = Cap::new(System, 1 << 30);
 
 /// The folder of this process. Inputs are written over those before, which is faster than a folder for each.
 fn scratch() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder").keep())
+    FOLDER.get_or_init(|| {
+        // Panics that the crates catch, of decoders on damaged files, are no failures.
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !lora_data::guard::is_guarded() {
+                usual(panic);
+            }
+        }));
+        tempfile::tempdir().expect("a temporary folder").keep()
+    })
 }
 
 /// Bytes as a file of the scratch folder.

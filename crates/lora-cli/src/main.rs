@@ -93,6 +93,13 @@ fn main() -> ExitCode {
     if matches!(command, Command::Train(_) | Command::Generate(_) | Command::Evaluate(_)) {
         lora_train::yield_to_busy_programs();
     }
+    // What a decoder's panic on a damaged file becomes is an error that is told; the panic itself is not.
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !lora_data::guard::is_guarded() {
+            usual(panic);
+        }
+    }));
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -9,6 +9,7 @@ pub mod dataset;
 mod error;
 pub mod finding;
 mod focus;
+pub mod guard;
 mod joined;
 mod picture;
 mod pictures;

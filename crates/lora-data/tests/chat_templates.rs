@@ -191,3 +191,21 @@ fn answers_are_found_without_marks() {
     let known: Vec<(&str, String)> = WITHOUT_ITS_BEGIN.map(|(style, name)| (style, name.to_owned())).into();
     assert_eq!((same, others), (171, known));
 }
+
+/// Templates come with models: one that doubles a text until memory is full, or counts for ever, is refused.
+#[test]
+fn templates_that_would_take_all_memory_or_time_are_refused() {
+    let tokenizer = Tokenizer::open(folder("chatml")).unwrap();
+    let sources = [
+        "{% set all = namespace(x='abcd') %}{% for i in range(40) %}{% set all.x = all.x ~ all.x %}{% endfor %}{{ all.x }}",
+        "{{ '%2000000000d' | format(1) }}",
+        "{{ 'a\\nb' | indent(2000000000) }}",
+        "{% for i in range(10000) %}{% for j in range(10000) %}{% for k in range(10000) %}{% endfor %}{% endfor %}{% endfor %}",
+    ];
+    for source in sources {
+        let template =
+            ChatTemplate::new("a model's", &[("default".into(), source.into())], &tokenizer, &options()).unwrap();
+        let error = template.render(&Conversation::of([("user", "Hi")]), false).unwrap_err().to_string();
+        assert!(error.contains("a model's") && error.contains("fuel"), "{source}: {error}");
+    }
+}

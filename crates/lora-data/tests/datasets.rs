@@ -417,6 +417,16 @@ fn tables_are_read_row_by_row() {
     for index in (0..38).chain([20, 3, 30, 29, 28, 0]) {
         assert_eq!(items[index].file.read().unwrap(), png(items[index].size.0 as u32), "{index}");
     }
+    // Damaged ones are errors or lack rows, wherever the damage is.
+    let whole = std::fs::read(&path).unwrap();
+    for at in (0..whole.len()).step_by(7) {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0xff;
+        std::fs::write(&path, damaged).unwrap();
+        if let Ok(dataset) = ImageDataset::scan(&path, &ScanOptions::default()) {
+            assert!(dataset.items().len() <= 40, "{at}");
+        }
+    }
     std::fs::write(&path, b"PAR1 nonsense PAR1").unwrap();
     let error = ImageDataset::scan(&path, &ScanOptions::default()).unwrap_err().to_string();
     assert!(error.contains("set.parquet"), "{error}");

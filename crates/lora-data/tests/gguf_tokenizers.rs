@@ -40,6 +40,19 @@ fn numbers_are_those_of_the_same_tokenizer_as_a_folder() {
 }
 
 #[test]
+fn a_tokenizer_that_breaks_off_is_an_error_wherever_it_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(golden("chat/chatml/tokenizer.json")).unwrap();
+    for length in (0..whole.len() - 1).step_by(61) {
+        std::fs::write(folder.path().join("tokenizer.json"), &whole[..length]).unwrap();
+        let error = Tokenizer::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json") && error.contains("download"), "{length}: {error}");
+    }
+    std::fs::write(folder.path().join("tokenizer.json"), [b"\xef\xbb\xbf", &whole[..]].concat()).unwrap();
+    assert!(Tokenizer::open(folder.path()).is_ok());
+}
+
+#[test]
 fn a_rule_of_splitting_that_is_not_known_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("other.gguf");

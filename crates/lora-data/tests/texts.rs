@@ -459,3 +459,16 @@ fn a_report_tells_lengths_scripts_and_what_is_the_matter() {
         (&3.into(), &1.into())
     );
 }
+
+/// Files that the fuzz targets found: one at which parquet's reader panics, and one whose rows are errors without end.
+#[test]
+fn damaged_tables_end_and_are_named() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/damaged");
+    for name in ["reader-panics.parquet", "errors-without-end.parquet"] {
+        for strictness in [Strictness::Strict, Strictness::Normal] {
+            let options = TextOptions { path: folder.join(name), strictness, ..TextOptions::default() };
+            let error = Texts::open(options, tokenizer("chatml"), None).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+}

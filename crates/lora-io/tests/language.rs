@@ -50,7 +50,7 @@ fn shards_are_one_model_and_missing_ones_are_listed() {
     assert_eq!(weights.values(LAYER).unwrap(), numbers([2, 3], 0));
     assert!(weights.packed(LAYER).unwrap().is_none() && weights.gguf().is_none());
     std::fs::remove_file(at.join("config.json")).unwrap();
-    assert!(Checkpoint::open(at).unwrap_err().to_string().contains("config.json: cannot read"));
+    assert!(Checkpoint::open(at).unwrap_err().to_string().contains("config.json: cannot open"));
 }
 
 #[test]

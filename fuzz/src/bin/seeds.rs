@@ -55,7 +55,8 @@ fn picture(format: ImageFormat, picture: &DynamicImage) -> Vec<u8> {
 }
 
 fn pictures() {
-    let drawn = image::RgbaImage::from_fn(20, 13, |x, y| image::Rgba([(x * 12) as u8, (y * 19) as u8, 9, 255 - x as u8]));
+    let drawn =
+        image::RgbaImage::from_fn(20, 13, |x, y| image::Rgba([(x * 12) as u8, (y * 19) as u8, 9, 255 - x as u8]));
     let drawn = DynamicImage::from(drawn);
     let formats = [ImageFormat::Png, ImageFormat::Gif, ImageFormat::WebP, ImageFormat::Bmp, ImageFormat::Tiff];
     for format in formats {
@@ -122,12 +123,21 @@ fn captions() {
     let list = br#"{"a.bmp": {"caption": "one", "tags": "two, three", "train_resolution": [64, 64]}}"#;
     let lines = br#"{"image_path": "a.bmp", "caption": "one"}"#;
     let row = br#"{"file_name": "a.bmp", "text": "one"}"#;
-    let texts: [&[u8]; 8] =
-        [b"one\ntwo, three\n", b"one", b"file_name,text\na.bmp,\"one, two\"\n", row, list, lines, row, b"\xc4\xe3\xba\xc3"];
+    let texts: [&[u8]; 8] = [
+        b"one\ntwo, three\n",
+        b"one",
+        b"file_name,text\na.bmp,\"one, two\"\n",
+        row,
+        list,
+        lines,
+        row,
+        b"\xc4\xe3\xba\xc3",
+    ];
     for (kind, text) in texts.into_iter().enumerate() {
         add("captions", Some(kind as u8), "text", text);
     }
-    let prompt = "masterpiece, (a fox:1.3), [two], {red|blue} cat \\(x\\), __wild__ BREAK caf\u{e9} &amp; \u{1f980} <b>";
+    let prompt =
+        "masterpiece, (a fox:1.3), [two], {red|blue} cat \\(x\\), __wild__ BREAK caf\u{e9} &amp; \u{1f980} <b>";
     add("prompt", None, "text", prompt.as_bytes());
 }
 
@@ -171,7 +181,9 @@ fn weights() {
         add("safetensors", None, &name, &bytes);
         add("adapter", None, &name, &bytes);
     }
-    for (name, bytes) in files("lora-io/tests/golden", ".gguf").into_iter().chain(files("lora-data/tests/golden", ".gguf")) {
+    for (name, bytes) in
+        files("lora-io/tests/golden", ".gguf").into_iter().chain(files("lora-data/tests/golden", ".gguf"))
+    {
         add("gguf", None, &name, &bytes);
     }
     for (name, bytes) in files("lora-io/tests/golden", "adapter_config.json") {
@@ -181,7 +193,12 @@ fn weights() {
     add("peft_folder", None, "lora", config);
     let index = br#"{"metadata": {"total_size": 8}, "weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}"#;
     add("checkpoint_folder", Some(0), "index", index);
-    add("checkpoint_folder", Some(1), "part", br#"{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}"#);
+    add(
+        "checkpoint_folder",
+        Some(1),
+        "part",
+        br#"{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}"#,
+    );
     add("checkpoint_folder", Some(2), "model", br#"{"model_type": "llama"}"#);
     for (name, bytes) in files("lora-models/tests/golden/llm", "config.json") {
         add("checkpoint_folder", Some(3), &name, &bytes);

@@ -17,10 +17,14 @@ use serde_json::{Map, Value};
 use super::captions::{CAPTION_KEYS, caption_lines};
 use super::{CaptionSource, ImageDataset, Stored, file_name};
 use crate::finding::FindingKind;
+use crate::guard::guarded;
 use crate::{Error, Result, picture};
 
 /// Columns that hold pictures: bytes, or a group with `bytes`.
 const PICTURE_KEYS: &[&str] = &["image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"];
+
+/// Why a table is not read whose reader gave up.
+const DAMAGED: &str = "it is damaged";
 
 /// Rows that stay in memory when several threads ask for them a little out of order.
 const RECENT: usize = 32;
@@ -35,7 +39,7 @@ pub(super) struct Table {
 
 #[derive(Default)]
 struct State {
-    rows: Option<RowIter<'static>>,
+    rows: Option<Rows>,
     next: usize,
     recent: BTreeMap<usize, Vec<u8>>,
 }
@@ -59,7 +63,7 @@ impl Table {
         loop {
             let next = state.rows.as_mut().and_then(Iterator::next);
             let found = next.ok_or_else(|| failed(&self.path, format!("there is no row {row} any more")))?;
-            let bytes = picture_of(&found.map_err(|error| failed(&self.path, error))?, &self.column);
+            let bytes = picture_of(&found?, &self.column);
             state.next += 1;
             if state.next == row + 1 {
                 return bytes.ok_or_else(|| failed(&self.path, format!("row {row} has no picture")));
@@ -81,11 +85,33 @@ fn failed(path: &Path, reason: impl fmt::Display) -> Error {
 
 fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
     let file = File::open(path).map_err(Error::io(path, "open"))?;
-    SerializedFileReader::new(file).map_err(|error: ParquetError| failed(path, error))
+    guarded(
+        || failed(path, DAMAGED),
+        || SerializedFileReader::new(file).map_err(|error: ParquetError| failed(path, error)),
+    )
+}
+
+/// The rows of a table up to the first that cannot be read.
+struct Rows {
+    path: PathBuf,
+    rows: Option<RowIter<'static>>,
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Result<Row>> {
+        let (path, rows) = (&self.path, self.rows.as_mut()?);
+        let next = guarded(|| failed(path, DAMAGED), || rows.next().transpose().map_err(|error| failed(path, error)));
+        if next.is_err() {
+            self.rows = None;
+        }
+        next.transpose()
+    }
 }
 
 /// The rows of a table, all columns or some.
-fn rows(path: &Path, columns: Option<&[&str]>) -> Result<RowIter<'static>> {
+fn rows(path: &Path, columns: Option<&[&str]>) -> Result<Rows> {
     let reader = reader(path)?;
     let schema = reader.metadata().file_metadata().schema();
     let projection = columns.map(|columns| {
@@ -93,7 +119,11 @@ fn rows(path: &Path, columns: Option<&[&str]>) -> Result<RowIter<'static>> {
         Type::group_type_builder(schema.name()).with_fields(fields).build()
     });
     let projection = projection.transpose().map_err(|error| failed(path, error))?;
-    RowIter::from_file_into(Box::new(reader)).project(projection).map_err(|error| failed(path, error))
+    let rows = guarded(
+        || failed(path, DAMAGED),
+        || RowIter::from_file_into(Box::new(reader)).project(projection).map_err(|error| failed(path, error)),
+    )?;
+    Ok(Rows { path: path.to_owned(), rows: Some(rows) })
 }
 
 fn picture_of(row: &Row, column: &str) -> Option<Vec<u8>> {
@@ -150,7 +180,7 @@ impl ImageDataset {
             let row = match row {
                 Ok(row) => row,
                 Err(error) => {
-                    self.problem(&place, FindingKind::Unreadable, failed(path, error))?;
+                    self.problem(&place, FindingKind::Unreadable, error)?;
                     break;
                 }
             };
@@ -168,8 +198,7 @@ impl ImageDataset {
 
 /// The rows of a table as JSON objects.
 pub(crate) fn json_rows(path: &Path) -> Result<impl Iterator<Item = Result<Value>>> {
-    let path = path.to_owned();
-    Ok(rows(&path, None)?.map(move |row| row.map(|row| json(&row)).map_err(|error| failed(&path, error))))
+    Ok(rows(path, None)?.map(|row| row.map(|row| json(&row))))
 }
 
 fn json(row: &Row) -> Value {

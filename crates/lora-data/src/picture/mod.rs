@@ -4,13 +4,13 @@ mod complete;
 mod jpeg;
 
 use std::io::{BufRead, Cursor, Seek};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::guard::guarded;
 use crate::sample::Mask;
 use crate::{Error, Result};
 
@@ -126,86 +126,93 @@ pub(crate) fn decode_bytes(
     background: [u8; 3],
     enough: Option<(usize, usize)>,
 ) -> Result<Decoded> {
-    guarded(name, || {
-        let failed = |error: image::ImageError| Error::picture(name, error.to_string());
-        let reader = reader(name, Cursor::new(bytes))?;
-        let is_jpeg = reader.format() == Some(ImageFormat::Jpeg);
-        let mut decoder = reader.into_decoder().map_err(failed)?;
-        let (width, height) = decoder.dimensions();
-        let _turn = (u64::from(width) * u64::from(height) > LARGE)
-            .then(|| ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
-        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let profile = decoder.icc_profile().unwrap_or_default();
-        let cut_short = |error: complete::CutShort| Error::picture(name, error.to_string());
-        if is_jpeg {
-            complete::check_end(bytes).map_err(cut_short)?;
-        }
-        let factor = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
-            // A quarter turn swaps the sides.
-            let (across, down) = if is_turned(orientation) { (down, across) } else { (across, down) };
-            let bytes_at = |factor: usize| 6 * (width as u64 * height as u64) / (factor * factor) as u64;
-            let fits = |&factor: &usize| {
-                let large = width as usize / factor >= across && height as usize / factor >= down;
-                large && bytes_at(factor) <= MAX_DECODED_BYTES
+    guarded(
+        || gave_up(name),
+        || {
+            let failed = |error: image::ImageError| Error::picture(name, error.to_string());
+            let reader = reader(name, Cursor::new(bytes))?;
+            let is_jpeg = reader.format() == Some(ImageFormat::Jpeg);
+            let mut decoder = reader.into_decoder().map_err(failed)?;
+            let (width, height) = decoder.dimensions();
+            let _turn = (u64::from(width) * u64::from(height) > LARGE)
+                .then(|| ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+            let profile = decoder.icc_profile().unwrap_or_default();
+            let cut_short = |error: complete::CutShort| Error::picture(name, error.to_string());
+            if is_jpeg {
+                complete::check_end(bytes).map_err(cut_short)?;
+            }
+            let factor = enough.filter(|_| is_jpeg).and_then(|(across, down)| {
+                // A quarter turn swaps the sides.
+                let (across, down) = if is_turned(orientation) { (down, across) } else { (across, down) };
+                let bytes_at = |factor: usize| 6 * (width as u64 * height as u64) / (factor * factor) as u64;
+                let fits = |&factor: &usize| {
+                    let large = width as usize / factor >= across && height as usize / factor >= down;
+                    large && bytes_at(factor) <= MAX_DECODED_BYTES
+                };
+                [8, 4, 2].into_iter().find(fits)
+            });
+            let reduced = match factor {
+                Some(factor) => jpeg::decode(bytes, factor).map_err(cut_short)?,
+                None => None,
             };
-            [8, 4, 2].into_iter().find(fits)
-        });
-        let reduced = match factor {
-            Some(factor) => jpeg::decode(bytes, factor).map_err(cut_short)?,
-            None => None,
-        };
-        let reduced = reduced.and_then(|own| {
-            let (width, height) = (own.width as u32, own.height as u32);
-            image::RgbImage::from_raw(width, height, own.data).map(DynamicImage::ImageRgb8)
-        });
-        let mut picture = match reduced {
-            Some(picture) => picture,
-            None => {
-                if is_jpeg {
-                    complete::check_data(bytes).map_err(cut_short)?;
+            let reduced = reduced.and_then(|own| {
+                let (width, height) = (own.width as u32, own.height as u32);
+                image::RgbImage::from_raw(width, height, own.data).map(DynamicImage::ImageRgb8)
+            });
+            let mut picture = match reduced {
+                Some(picture) => picture,
+                None => {
+                    if is_jpeg {
+                        complete::check_data(bytes).map_err(cut_short)?;
+                    }
+                    DynamicImage::from_decoder(decoder).map_err(failed)?
                 }
-                DynamicImage::from_decoder(decoder).map_err(failed)?
-            }
-        };
-        picture.apply_orientation(orientation);
-        let (width, height) = (picture.width() as usize, picture.height() as usize);
-        let (data, alpha) = match picture.color().has_alpha() {
-            false => {
-                let mut rgb = picture.into_rgb8().into_raw();
-                to_srgb(profile.as_deref(), moxcms::Layout::Rgb, &mut rgb);
-                (rgb, None)
-            }
-            true => {
-                let mut rgba = picture.into_rgba8().into_raw();
-                to_srgb(profile.as_deref(), moxcms::Layout::Rgba, &mut rgba);
-                let pixels = rgba.as_chunks::<4>().0;
-                let mut data = vec![0; 3 * pixels.len()];
-                for (out, &[red, green, blue, alpha]) in data.as_chunks_mut::<3>().0.iter_mut().zip(pixels) {
-                    let over = |value: u8, under: u8| {
-                        let (alpha, value, under) = (u32::from(alpha), u32::from(value), u32::from(under));
-                        ((value * alpha + under * (255 - alpha) + 127) / 255) as u8
-                    };
-                    *out = [over(red, background[0]), over(green, background[1]), over(blue, background[2])];
+            };
+            picture.apply_orientation(orientation);
+            let (width, height) = (picture.width() as usize, picture.height() as usize);
+            let (data, alpha) = match picture.color().has_alpha() {
+                false => {
+                    let mut rgb = picture.into_rgb8().into_raw();
+                    to_srgb(profile.as_deref(), moxcms::Layout::Rgb, &mut rgb);
+                    (rgb, None)
                 }
-                (data, Mask::new(width, height, pixels.iter().map(|pixel| pixel[3]).collect()))
-            }
-        };
-        let picture = RgbPicture::new(width, height, data).ok_or_else(|| Error::picture(name, "it has no pixels"))?;
-        Ok(Decoded { picture, alpha })
-    })
+                true => {
+                    let mut rgba = picture.into_rgba8().into_raw();
+                    to_srgb(profile.as_deref(), moxcms::Layout::Rgba, &mut rgba);
+                    let pixels = rgba.as_chunks::<4>().0;
+                    let mut data = vec![0; 3 * pixels.len()];
+                    for (out, &[red, green, blue, alpha]) in data.as_chunks_mut::<3>().0.iter_mut().zip(pixels) {
+                        let over = |value: u8, under: u8| {
+                            let (alpha, value, under) = (u32::from(alpha), u32::from(value), u32::from(under));
+                            ((value * alpha + under * (255 - alpha) + 127) / 255) as u8
+                        };
+                        *out = [over(red, background[0]), over(green, background[1]), over(blue, background[2])];
+                    }
+                    (data, Mask::new(width, height, pixels.iter().map(|pixel| pixel[3]).collect()))
+                }
+            };
+            let picture =
+                RgbPicture::new(width, height, data).ok_or_else(|| Error::picture(name, "it has no pixels"))?;
+            Ok(Decoded { picture, alpha })
+        },
+    )
 }
 
 /// The header of a picture; `name` is for errors.
 pub(crate) fn header(name: &Path, source: impl BufRead + Seek) -> Result<Header> {
-    guarded(name, || {
-        let reader = reader(name, source)?;
-        let extensions = reader.format().map_or(&[] as &[&str], ImageFormat::extensions_str);
-        let mut decoder = reader.into_decoder().map_err(|error| Error::picture(name, error.to_string()))?;
-        let (width, height) = decoder.dimensions();
-        let turned = decoder.orientation().is_ok_and(is_turned);
-        let (width, height) = (width as usize, height as usize);
-        Ok(Header { size: if turned { (height, width) } else { (width, height) }, extensions })
-    })
+    guarded(
+        || gave_up(name),
+        || {
+            let reader = reader(name, source)?;
+            let extensions = reader.format().map_or(&[] as &[&str], ImageFormat::extensions_str);
+            let mut decoder = reader.into_decoder().map_err(|error| Error::picture(name, error.to_string()))?;
+            let (width, height) = decoder.dimensions();
+            let turned = decoder.orientation().is_ok_and(is_turned);
+            let (width, height) = (width as usize, height as usize);
+            Ok(Header { size: if turned { (height, width) } else { (width, height) }, extensions })
+        },
+    )
 }
 
 /// Whether width and height are exchanged.
@@ -230,10 +237,8 @@ fn reader<R: BufRead + Seek>(name: &Path, mut source: R) -> Result<ImageReader<R
     Ok(reader)
 }
 
-/// Decoders of damaged files have been known to panic; a bad picture must not end a run.
-fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(decode))
-        .unwrap_or_else(|_| Err(Error::picture(path, "the decoder gave up on damaged data")))
+fn gave_up(path: &Path) -> Error {
+    Error::picture(path, "the decoder gave up on damaged data")
 }
 
 /// Converts bytes from an embedded RGB profile; a profile that cannot be used leaves them as they are, as every viewer

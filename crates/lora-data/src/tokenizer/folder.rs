@@ -10,6 +10,7 @@ use lora_io::json::without_mark;
 use serde_json::Value;
 
 use super::language::{Parts, SpecialToken, SpecialTokens, digest};
+use crate::guard::guarded;
 use crate::{Error, Result};
 
 pub(super) fn read(folder: &Path) -> Result<Parts> {
@@ -25,8 +26,11 @@ pub(super) fn read(folder: &Path) -> Result<Parts> {
         return Err(Error::tokenizer(folder, reason));
     }
     let bytes = fs::read(&path).map_err(Error::io(&path, "read"))?;
-    let inner = tokenizers::Tokenizer::from_bytes(without_mark(&bytes))
-        .map_err(|failure| Error::tokenizer(&path, format!("{failure}; is the download complete?")))?;
+    let damaged = |reason: &str| Error::tokenizer(&path, format!("{reason}; is the download complete?"));
+    let inner = guarded(
+        || damaged("it is damaged"),
+        || tokenizers::Tokenizer::from_bytes(without_mark(&bytes)).map_err(|failure| damaged(&failure.to_string())),
+    )?;
     let settings = json(&folder.join("tokenizer_config.json"))?;
     let map = json(&folder.join("special_tokens_map.json"))?;
     let named = |key: &str| -> Result<Option<SpecialToken>> {

@@ -10,6 +10,7 @@ use lora_io::gguf::{GgufFile, Value as Stored};
 use serde_json::{Value, json};
 
 use super::language::{Parts, SpecialToken, SpecialTokens, digest};
+use crate::guard::guarded;
 use crate::{Error, Result};
 
 /// What kind of token one is, by the numbers of the format.
@@ -37,7 +38,10 @@ pub(super) fn read(file: &GgufFile) -> Result<Parts> {
     let vocabulary = vocabulary(file)?;
     let failed = |reason: String| Error::tokenizer(file.path(), reason);
     let json = vocabulary.to_json().map_err(failed)?.to_string();
-    let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(|failure| failed(failure.to_string()))?;
+    let inner = guarded(
+        || failed("it is damaged".to_owned()),
+        || tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(|failure| failed(failure.to_string())),
+    )?;
     let mut ends: BTreeSet<u32> = vocabulary.special.eos.iter().map(|token| token.id).collect();
     let others = ["eot", "eom"].map(|name| format!("tokenizer.ggml.{name}_token_id"));
     ends.extend(others.iter().filter_map(|key| u32::try_from(file.number(key)?).ok()));

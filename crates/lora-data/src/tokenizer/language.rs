@@ -10,6 +10,7 @@ use lora_io::gguf::{self, GgufFile};
 use lora_io::hash::sha256;
 
 use super::{folder, gguf as from_gguf};
+use crate::guard::guarded;
 use crate::{Error, Result};
 
 /// A token that has a meaning of its own.
@@ -188,7 +189,7 @@ impl Tokenizer {
     /// # Errors
     /// Where the tokenizer fails, which those of published models never do.
     pub fn encode(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.parts.inner.encode(text, false).map_err(|failure| self.failed(failure))?;
+        let encoding = self.asked(|inner| inner.encode(text, false))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
         Ok(Encoding { ids: encoding.get_ids().to_vec(), spans })
     }
@@ -198,7 +199,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.parts.inner.encode_fast(text, true).map_err(|failure| self.failed(failure))?;
+        let encoding = self.asked(|inner| inner.encode_fast(text, true))?;
         let mut ids = encoding.get_ids().to_vec();
         if let Some(eos) = &self.parts.special.eos
             && ids.last() != Some(&eos.id)
@@ -213,7 +214,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.parts.inner.decode(ids, false).map_err(|failure| self.failed(failure))
+        self.asked(|inner| inner.decode(ids, false))
     }
 
     /// The text of tokens without special ones.
@@ -225,8 +226,12 @@ impl Tokenizer {
         self.decode(&ids)
     }
 
-    fn failed(&self, failure: tokenizers::Error) -> Error {
-        Error::tokenizer(&self.parts.path, failure.to_string())
+    fn asked<T>(&self, work: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>) -> Result<T> {
+        let failed = |reason: &str| Error::tokenizer(&self.parts.path, reason);
+        guarded(
+            || failed("it is damaged: it gave up on a text"),
+            || work(&self.parts.inner).map_err(|failure| failed(&failure.to_string())),
+        )
     }
 }
 
