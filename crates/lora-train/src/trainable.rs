@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
-use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
+use lora_core::variant::{Parameters, Request, Variant, VariantRegistry, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
 use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
@@ -57,6 +57,18 @@ impl AdapterOptions {
             alphas: Patterns::parse(&config.alpha_pattern, targets)?,
             seed: config.seed,
         })
+    }
+
+    /// Layers that are trained whole: their weights themselves (PEFT's `modules_to_save`).
+    pub fn whole(seed: u64) -> Self {
+        Self {
+            variant: "full".into(),
+            rank: 1,
+            alpha: 1.0,
+            options: BTreeMap::from([("value".to_owned(), 1.0)]),
+            seed,
+            ..Self::default()
+        }
     }
 
     /// What one layer gets: the request, and the alpha to record.
@@ -127,8 +139,10 @@ impl TrainableAdapter {
                     }
                 };
                 let (mut leaves, mut trained, mut frozen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-                let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
+                let computes_in_half = variant.computes_in_input_dtype(&layer.geometry());
                 for (name, host) in tensors {
+                    // What takes a weight's place is computed with as the weight is.
+                    let half = (computes_in_half || name == WEIGHT_VALUE) && layer.kind() != Kind::Float;
                     let values = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
                     let leaf = if variant.is_trained(&name) {
                         let (full, is_up) = (format!("{module}.{name}"), variant.is_up(&name));
@@ -201,6 +215,20 @@ fn first_values(
         Ok((name, HostTensor::from_f32(shape, vec![0.0; count])?))
     };
     variant.shapes(&layer.geometry(), request)?.into_iter().map(zeros).collect()
+}
+
+/// The layers that a configuration adapts, and those that it trains whole, which are not adapted.
+///
+/// # Errors
+/// Where a name names no layer, or names are malformed.
+pub(crate) fn chosen(config: &TrainConfig, layers: &[TargetLayer]) -> Result<(Vec<TargetLayer>, Vec<TargetLayer>)> {
+    let saved = match config.extra.texts("modules_to_save") {
+        Some(names) if !names.is_empty() => Targets::parse(names)?.select(layers)?,
+        _ => Vec::new(),
+    };
+    let mut targets = Targets::parse(&config.target_modules)?.select(layers)?;
+    targets.retain(|target| saved.iter().all(|saved| saved.path != target.path));
+    Ok((targets, saved))
 }
 
 /// The layers of some networks that a list of targets names.

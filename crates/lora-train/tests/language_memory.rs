@@ -56,6 +56,8 @@ fn predictions_for_a_language_model_are_what_is_counted() {
         &["optimizer=adamw8bit", "neftune_noise_alpha=5"],
         &["target_modules=[\"all-linear\", \"embed_tokens\", \"lm_head\"]"],
         &[&validation],
+        &["modules_to_save=[\"lm_head\", \"embed_tokens\"]"],
+        &["modules_to_save=lm_head", "base_storage=nf4", "gradient_checkpointing=true"],
         &["objective=dpo", &pairs],
         &["objective=dpo", &pairs, "gradient_checkpointing=true", "base_storage=nf4"],
         &["objective=orpo", &pairs, "batch_size=2"],

@@ -1,13 +1,16 @@
 //! The whole difference, without any decomposition: `W' = W + scale · weight`, `b' = b + scale · bias`. LyCORIS calls it
 //! full (`diff`, `diff_b`) and, on normalisations, norm (`w_norm`, `b_norm`). Files of PEFT's may hold the trained weight
-//! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]), which takes the place of the base's; these are not trained here.
+//! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]), which takes the place of the base's (`modules_to_save`). Of these the
+//! weight is trained here, with the option `value`: it begins as a copy of the base's.
 
 use std::collections::BTreeMap;
 
 use super::{
-    BIAS_VALUE, BaseLayer, BiasChange, Changes, Parameters, Request, Variant, WEIGHT_VALUE, expect, replaced_bias,
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Dropout, Parameters, Request, Variant, WEIGHT_VALUE, expect,
+    forward_with_weight, replaced_bias,
 };
 use crate::backend::Backend;
+use crate::random::Stream;
 use crate::{HostTensor, LayerGeometry, Result};
 
 /// The difference itself.
@@ -15,23 +18,42 @@ use crate::{HostTensor, LayerGeometry, Result};
 pub struct Full;
 
 const NAME: &str = "full";
+/// The option of a weight that takes the place of the base's.
+const VALUE: &str = "value";
 
 impl<B: Backend> Variant<B> for Full {
     fn name(&self) -> &str {
         NAME
     }
 
-    /// `bias`: train a difference of the bias too.
+    /// `bias`: train a difference of the bias too. `value`: train the weight itself, in the place of a difference.
     fn options(&self) -> &[&'static str] {
-        &["bias"]
+        &["bias", VALUE]
     }
 
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>> {
+        if request.switch(VALUE) {
+            return Ok(BTreeMap::from([(WEIGHT_VALUE.to_owned(), geometry.weight_shape())]));
+        }
         let mut shapes = BTreeMap::from([("weight".to_owned(), geometry.weight_shape())]);
         if request.switch("bias") && !matches!(geometry, LayerGeometry::Embedding { .. }) {
             shapes.insert("bias".to_owned(), vec![geometry.outputs()]);
         }
         Ok(shapes)
+    }
+
+    fn initialise(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        request: &Request,
+        _stream: &Stream,
+    ) -> Result<BTreeMap<String, HostTensor>> {
+        if request.switch(VALUE) {
+            return Ok(BTreeMap::from([(WEIGHT_VALUE.to_owned(), backend.to_host(&base.weight()?)?)]));
+        }
+        let shapes = <Self as Variant<B>>::shapes(self, &base.geometry(), request)?;
+        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
     }
 
     fn rank_and_alpha(&self, _geometry: &LayerGeometry, _request: &Request, _alpha: f64) -> (usize, f64) {
@@ -61,6 +83,29 @@ impl<B: Backend> Variant<B> for Full {
                 backend.upload(&HostTensor::zeros(shape), like)
             }
         }
+    }
+
+    /// With a weight of its own nothing of the base's is computed, and there is no update for dropout to act on.
+    fn forward(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+        input: &B::Tensor,
+        dropout: Option<&Dropout>,
+    ) -> Result<B::Tensor> {
+        let Some(value) = parameters.tensors.get(WEIGHT_VALUE) else {
+            return forward_with_weight(self, backend, base, parameters, input, dropout);
+        };
+        let geometry = base.geometry();
+        expect(NAME, WEIGHT_VALUE, &geometry.weight_shape(), &backend.shape(value))?;
+        let bias = parameters.tensors.get(BIAS_VALUE).map(|bias| backend.share(bias)).or_else(|| base.bias());
+        // Rows are looked up by whole numbers.
+        if let LayerGeometry::Embedding { .. } = geometry {
+            return backend.apply(&geometry, input, value, bias.as_ref());
+        }
+        let bias = bias.map(|bias| backend.cast_like(&bias, input)).transpose()?;
+        backend.apply(&geometry, input, &backend.cast_like(value, input)?, bias.as_ref())
     }
 
     fn delta_bias(

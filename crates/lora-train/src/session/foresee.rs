@@ -18,7 +18,7 @@ use super::trained;
 use crate::base::{Base, Opening};
 use crate::config::{TrainConfig, TrainMode};
 use crate::plugins::Plugins;
-use crate::trainable::AdapterOptions;
+use crate::trainable::{AdapterOptions, chosen};
 use crate::{Error, Result};
 
 /// Refuses a run that cannot succeed; gives what to note about one that can.
@@ -64,6 +64,10 @@ fn adapter(base: &mut dyn Base, config: &TrainConfig, plugins: &Plugins) -> Resu
     let mut problems: Vec<(&'static str, String)> = Vec::new();
     let targets = Targets::parse(&config.target_modules)?;
     problems.extend(targets.unmatched(&layers).map(|error| ("target_modules", error.to_string())));
+    if let Some(names) = config.extra.texts("modules_to_save").filter(|names| !names.is_empty()) {
+        let saved = Targets::parse(names)?;
+        problems.extend(saved.unmatched(&layers).map(|error| ("modules_to_save", error.to_string())));
+    }
     let targets = targets.matched(&layers);
     for (key, pattern) in [("rank_pattern", &config.rank_pattern), ("alpha_pattern", &config.alpha_pattern)] {
         for (entry, number) in pattern {
@@ -78,7 +82,8 @@ fn adapter(base: &mut dyn Base, config: &TrainConfig, plugins: &Plugins) -> Resu
     let notes = ranks(&*variant, &AdapterOptions::of(config, &targets)?, &targets)
         .map_err(|(key, message)| config.refused([(key, message)]))?;
     if let Some(path) = &config.init_from {
-        load_initial(path, config, plugins, &layers, &targets)
+        let (targets, saved) = chosen(config, &layers)?;
+        load_initial(path, config, plugins, &layers, &[targets, saved].concat())
             .map_err(|error| config.refused([("init_from", error.to_string())]))?;
     }
     Ok(notes)

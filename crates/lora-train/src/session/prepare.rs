@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::target::{TargetLayer, Targets};
+use lora_core::target::TargetLayer;
 use lora_core::{Adapter, Component, DType};
 use lora_data::Source;
 use lora_data::cache::DiskCache;
@@ -27,7 +27,7 @@ use crate::plan::{Part, Phase};
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Looks, Settings};
-use crate::trainable::{AdapterOptions, TrainableAdapter};
+use crate::trainable::{AdapterOptions, TrainableAdapter, chosen};
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 
@@ -342,15 +342,17 @@ fn attach(
             layers.extend(network.adaptable_layers()?);
         }
     }
-    let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
-    let from =
-        config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &targets)).transpose()?;
+    let (targets, saved) = chosen(config, &layers)?;
+    let all = [&*targets, &*saved].concat();
+    let from = config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &all)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
     let initial = from.as_ref().map(|(adapter, _)| adapter);
     for network in &networks {
         if let Some(network) = base.adaptable(network.component) {
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
+            let whole = AdapterOptions::whole(config.seed);
+            adapter.attach(network, &saved, &plugins.variants, &whole, initial, parameters)?;
         }
     }
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
@@ -367,13 +369,15 @@ pub(super) fn load_initial(
     let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
     adapter::fit(path, &mut adapter, layers)?;
     let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
-    if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.rank != config.lora_rank) {
+    // Layers that are trained whole have no rank.
+    let mut adapted = adapter.modules.iter().filter(|(_, module)| module.variant != "full");
+    if let Some((module, other)) = adapted.clone().find(|(_, module)| module.rank != config.lora_rank) {
         return differs(format!(
             "{module} has rank {}, the configuration says lora_rank = {}; make them equal",
             other.rank, config.lora_rank
         ));
     }
-    if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.alpha != config.lora_alpha) {
+    if let Some((module, other)) = adapted.find(|(_, module)| module.alpha != config.lora_alpha) {
         return differs(format!(
             "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
             other.alpha, config.lora_alpha
