@@ -58,6 +58,7 @@ fn predictions_for_a_language_model_are_what_is_counted() {
         &[&validation],
         &["modules_to_save=[\"lm_head\", \"embed_tokens\"]"],
         &["modules_to_save=lm_head", "base_storage=nf4", "gradient_checkpointing=true"],
+        &["bias=all", "target_modules=q_proj"],
         &["objective=dpo", &pairs],
         &["objective=dpo", &pairs, "gradient_checkpointing=true", "base_storage=nf4"],
         &["objective=orpo", &pairs, "batch_size=2"],

@@ -1,4 +1,4 @@
-//! Layers that are trained and saved whole (PEFT's `modules_to_save`), against PEFT's own folder, loss and gradients.
+//! Layers and biases that are trained and saved themselves (PEFT's `modules_to_save` and `bias`), against PEFT's own folder, loss and gradients.
 
 #[path = "common/language.rs"]
 mod common;
@@ -13,31 +13,52 @@ use lora_torch::tensor::to_host;
 use lora_train::Plugins;
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
 
-/// PEFT's loss with the adapter.
-const LOSS: f64 = 6.591544175918978;
+/// PEFT's folder, what makes the same run of it, its loss, and how many tensors are trained.
+const CASES: [(&str, &str, f64, usize); 2] =
+    [("head_saved", "modules_to_save=lm_head", 6.591544175918978, 9), ("biases", "bias=all", 6.562820761192469, 20)];
 
 #[test]
 fn the_loss_and_gradients_are_pefts() {
     let folder = workspace();
-    let init_from = format!("init_from={}", golden("head_saved").display());
-    let keys = [
-        &init_from,
-        "target_modules=q_proj",
-        "modules_to_save=lm_head",
-        "max_grad_norm=0",
-        "gradient_accumulation_steps=12",
-    ];
-    let mut session = prepare(folder.path(), &keys);
-    let found = loss(&mut session);
-    assert!((found - LOSS).abs() < 1e-5, "{found}");
-    let file = SafetensorsFile::open(&golden("head_saved/gradients.safetensors")).unwrap();
-    let found = gradients(&mut session);
-    assert_eq!((found.len(), file.len()), (9, 9), "{:?}", found.keys());
-    for name in file.names() {
-        let own = name.replace("base_model.model.", "").replace(".modules_to_save", "").replace(".default", "");
-        let apart = distance(&to_host(&found[&own]).unwrap(), &file.get(name).unwrap().to_host().unwrap());
-        assert!(apart < 1e-4, "{name}: {apart:e}");
+    for (name, key, expected, count) in CASES {
+        let init_from = format!("init_from={}", golden(name).display());
+        let keys = [&init_from, key, "target_modules=q_proj", "max_grad_norm=0", "gradient_accumulation_steps=12"];
+        let mut session = prepare(folder.path(), &keys);
+        let found = loss(&mut session);
+        assert!((found - expected).abs() < 1e-5, "{name}: {found}");
+        let file = SafetensorsFile::open(&golden(&format!("{name}/gradients.safetensors"))).unwrap();
+        let found = gradients(&mut session);
+        assert_eq!((found.len(), file.len()), (count, count), "{:?}", found.keys());
+        for name in file.names() {
+            let own = name.replace("base_model.model.", "").replace(".modules_to_save", "");
+            let own = own.replace(".default", "").replace(".base_layer", "");
+            let apart = distance(&to_host(&found[&own]).unwrap(), &file.get(name).unwrap().to_host().unwrap());
+            assert!(apart < 1e-4, "{name}: {apart:e}");
+        }
     }
+}
+
+#[test]
+fn trained_biases_are_saved_where_peft_has_them() {
+    let folder = workspace();
+    for (bias, count) in [("all", 12), ("lora_only", 4)] {
+        let key = format!("bias={bias}");
+        let mut session = prepare(folder.path(), &[&key, "target_modules=q_proj", "lora_dropout=0.1"]);
+        steps(&mut session);
+        let after = loss(&mut session);
+        let saved = session.save(bias).unwrap();
+        let config: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(saved.join("adapter_config.json")).unwrap()).unwrap();
+        assert_eq!((&config["bias"], &config["modules_to_save"]), (&bias.into(), &serde_json::Value::Null));
+        let file = SafetensorsFile::open(&saved.join("adapter_model.safetensors")).unwrap();
+        assert_eq!(file.names().filter(|name| name.ends_with("bias")).count(), count);
+        assert_eq!(file.names().filter(|name| name.ends_with("q_proj.base_layer.bias")).count(), 4);
+        let init_from = format!("init_from={}", saved.display());
+        let again = loss(&mut prepare(folder.path(), &[&key, "target_modules=q_proj", &init_from]));
+        assert!((again - after).abs() < 1e-6, "{bias}: {after} against {again}");
+    }
+    let error = refusal(folder.path(), &["bias=all", "variant=dora"]);
+    assert!(error.contains("bias"), "{error}");
 }
 
 #[test]
@@ -71,7 +92,7 @@ fn what_is_saved_gives_the_same_loss() {
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
     let folder = workspace();
-    let keys = ["modules_to_save=lm_head", "max_train_steps=5"];
+    let keys = ["modules_to_save=lm_head", "bias=all", "max_train_steps=5"];
     let mut whole = prepare(folder.path(), &keys);
     steps(&mut whole);
     let mut session = prepare(folder.path(), &keys);

@@ -94,10 +94,21 @@ impl<B: Backend> Variant<B> for Full {
         input: &B::Tensor,
         dropout: Option<&Dropout>,
     ) -> Result<B::Tensor> {
-        let Some(value) = parameters.tensors.get(WEIGHT_VALUE) else {
-            return forward_with_weight(self, backend, base, parameters, input, dropout);
-        };
         let geometry = base.geometry();
+        let Some(value) = parameters.tensors.get(WEIGHT_VALUE) else {
+            if parameters.tensors.contains_key("weight") || !matches!(geometry, LayerGeometry::Linear { .. }) {
+                return forward_with_weight(self, backend, base, parameters, input, dropout);
+            }
+            // A bias alone is added to what the base makes.
+            let output = base.forward(input)?;
+            return match <Self as Variant<B>>::delta_bias(self, backend, base, parameters)? {
+                Some(delta) => {
+                    let delta = backend.cast_like(&delta, &output)?;
+                    backend.add(output, &delta)
+                }
+                None => Ok(output),
+            };
+        };
         expect(NAME, WEIGHT_VALUE, &geometry.weight_shape(), &backend.shape(value))?;
         let bias = parameters.tensors.get(BIAS_VALUE).map(|bias| backend.share(bias)).or_else(|| base.bias());
         // Rows are looked up by whole numbers.

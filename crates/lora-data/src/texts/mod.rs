@@ -234,11 +234,11 @@ impl Texts {
     pub fn stand_in(options: TextOptions, rows: usize) -> Self {
         let length = options.max_seq_length;
         let tokens = vec![TRAINED; length];
-        let (form, ranges) = match options.pairs {
-            Some(true) => (TextForm::Preference, vec![0..length / 2, length / 2..length]),
-            _ => (TextForm::Plain, vec![0..length]),
+        let document = |range| Document::new(&tokens, range, 1, 0);
+        let (form, group) = match options.pairs {
+            Some(true) => (TextForm::Preference, vec![document(0..length / 2), document(length / 2..length)]),
+            _ => (TextForm::Plain, vec![document(0..length)]),
         };
-        let group: Vec<Document> = ranges.into_iter().map(|range| Document::new(&tokens, range, 1, 0)).collect();
         let mut texts = Self::empty(options, None);
         texts.files.push("stand-in".into());
         texts.tokens = Arc::new(tokens);

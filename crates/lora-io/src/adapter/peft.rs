@@ -301,7 +301,7 @@ pub fn check(adapter: &Adapter) -> Result<()> {
 /// The tensors of an adapter of one component under their names in the file.
 fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTensor>> {
     let mut tensors = BTreeMap::new();
-    let plain = adapter.modules.iter().find(|(_, module)| module.variant != "dora" && !is_saved_whole(module));
+    let plain = adapter.modules.iter().find(|(_, module)| !["dora", WHOLE].contains(&module.variant.as_str()));
     if plain.is_some() && adapter.modules.values().any(|module| module.variant == "dora") {
         return Err(Error::Module {
             module: plain.map(|(path, _)| path.to_string()).unwrap_or_default(),
@@ -311,7 +311,7 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
     for (path, module) in &adapter.modules {
         let refused = |reason: String| Error::Module { module: path.to_string(), reason };
         super::whole(&path.to_string(), module)?;
-        let saved = is_saved_whole(module);
+        let saved = is_saved_whole(module) || is_bias_alone(module);
         if !saved && !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
             return Err(refused(format!(
                 "PEFT folders are written for LoRA and DoRA, this is {}; flatten it to a plain LoRA first",
@@ -329,7 +329,8 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
                 "embedding_up" => "lora_embedding_B",
                 "magnitude" => "lora_magnitude_vector",
                 WEIGHT_VALUE => "weight",
-                BIAS_VALUE if saved => "bias",
+                BIAS_VALUE if module.variant == WHOLE => "bias",
+                BIAS_VALUE => "base_layer.bias",
                 other => return Err(refused(format!("PEFT has no form of its tensor `{other}`"))),
             };
             // PEFT's magnitudes of convolutions keep the axes of an output.
@@ -354,11 +355,23 @@ fn is_saved_whole(module: &AdapterModule) -> bool {
     module.variant == WHOLE && module.tensors.contains_key(WEIGHT_VALUE)
 }
 
+/// Whether a module is a layer without an adapter whose bias is trained.
+fn is_bias_alone(module: &AdapterModule) -> bool {
+    module.variant == WHOLE && module.tensors.keys().all(|name| name == BIAS_VALUE)
+}
+
 fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
     let tensors = spelled(all, dtype)?;
-    let (saved, adapted): (BTreeMap<_, _>, BTreeMap<_, _>) =
-        all.modules.clone().into_iter().partition(|(_, module)| is_saved_whole(module));
-    let saved: Vec<&String> = saved.keys().map(|path| &path.path).collect();
+    let (beside, adapted): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        all.modules.clone().into_iter().partition(|(_, module)| module.variant == WHOLE);
+    let saved: Vec<&String> =
+        beside.iter().filter(|(_, module)| is_saved_whole(module)).map(|(path, _)| &path.path).collect();
+    let bias =
+        match (beside.values().any(is_bias_alone), adapted.values().any(|own| own.tensors.contains_key(BIAS_VALUE))) {
+            (true, _) => "all",
+            (false, true) => "lora_only",
+            (false, false) => "none",
+        };
     let adapter = &Adapter { modules: adapted, metadata: all.metadata.clone() };
     let dora = adapter.modules.values().any(|module| module.variant == "dora");
     let rank = most_common(adapter.modules.values().map(|module| module.rank));
@@ -384,7 +397,7 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
         "alpha_pattern": own_alphas,
         "auto_mapping": null,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,

@@ -18,7 +18,7 @@ use super::trained;
 use crate::base::{Base, Opening};
 use crate::config::{TrainConfig, TrainMode};
 use crate::plugins::Plugins;
-use crate::trainable::{AdapterOptions, chosen};
+use crate::trainable::{AdapterOptions, Biases, chosen};
 use crate::{Error, Result};
 
 /// Refuses a run that cannot succeed; gives what to note about one that can.
@@ -77,6 +77,10 @@ fn adapter(base: &mut dyn Base, config: &TrainConfig, plugins: &Plugins) -> Resu
     }
     if !problems.is_empty() {
         return Err(config.refused(problems).into());
+    }
+    if Biases::of(config) != Biases::None && config.variant != "lora" {
+        let message = format!("PEFT trains biases beside LoRA; take it out, or variant = \"{}\"", config.variant);
+        return Err(config.refused([("bias", message)]).into());
     }
     let variant = plugins.variants.get(&config.variant)?;
     let notes = ranks(&*variant, &AdapterOptions::of(config, &targets)?, &targets)

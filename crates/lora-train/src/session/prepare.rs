@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::target::TargetLayer;
-use lora_core::{Adapter, Component, DType};
+use lora_core::variant::BIAS_VALUE;
+use lora_core::{Adapter, AdapterModule, Component, DType};
 use lora_data::Source;
 use lora_data::cache::DiskCache;
 use lora_io::adapter;
@@ -27,7 +28,7 @@ use crate::plan::{Part, Phase};
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Looks, Settings};
-use crate::trainable::{AdapterOptions, TrainableAdapter, chosen};
+use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, chosen};
 use crate::whole::WholeNetworks;
 use crate::{Error, Result};
 
@@ -353,6 +354,9 @@ fn attach(
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
             let whole = AdapterOptions::whole(config.seed);
             adapter.attach(network, &saved, &plugins.variants, &whole, initial, parameters)?;
+            if Biases::of(config) == Biases::All {
+                adapter.attach_biases(network, &plugins.variants, initial, parameters)?;
+            }
         }
     }
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
@@ -383,11 +387,18 @@ pub(super) fn load_initial(
             other.alpha, config.lora_alpha
         ));
     }
+    // Where a layer's bias alone is trained, nothing is targeted.
+    let bias_alone = |module: &&AdapterModule| module.tensors.keys().all(|name| name == BIAS_VALUE);
+    let biases = adapter.modules.values().filter(bias_alone).count();
+    if biases > 0 && Biases::of(config) != Biases::All {
+        return differs(format!("it trains biases of {biases} layers that it does not adapt; set bias = \"all\""));
+    }
+    let adapted = adapter.modules.len() - biases;
     let missing: Vec<_> = targets.iter().filter(|target| !adapter.modules.contains_key(&target.path)).collect();
-    if adapter.modules.len() != targets.len() || !missing.is_empty() {
+    if adapted != targets.len() || !missing.is_empty() {
         return differs(format!(
             "it adapts {} layers, target_modules names {}{}; use the same targets",
-            adapter.modules.len(),
+            adapted,
             targets.len(),
             missing
                 .first()

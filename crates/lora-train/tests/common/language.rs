@@ -73,6 +73,7 @@ pub(crate) fn gradients(session: &mut Session) -> BTreeMap<String, Tensor> {
         let factor = match factor {
             "down" => "lora_A.",
             "up" => "lora_B.",
+            "bias_value" => return Some((format!("{module}.bias"), mean / 0.1)),
             _ => "",
         };
         Some((format!("{module}.{factor}weight"), mean / 0.1))
