@@ -51,7 +51,7 @@ fn numbers(values: &Value) -> Vec<f64> {
 #[test]
 fn losses_gradients_and_metrics_are_those_of_trl() {
     let (folder, expected) = (workspace(), expected());
-    let file = SafetensorsFile::open(&golden("preference/gradients.safetensors")).unwrap();
+    let file = SafetensorsFile::open(golden("preference/gradients.safetensors")).unwrap();
     for objective in ["dpo", "orpo"] {
         let (keys, expected) = (keys(objective), &expected[objective]);
         let found = gradients(&mut prepare(folder.path(), &of(&keys, &[])));

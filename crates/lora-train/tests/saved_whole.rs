@@ -26,7 +26,7 @@ fn the_loss_and_gradients_are_pefts() {
         let mut session = prepare(folder.path(), &keys);
         let found = loss(&mut session);
         assert!((found - expected).abs() < 1e-5, "{name}: {found}");
-        let file = SafetensorsFile::open(&golden(&format!("{name}/gradients.safetensors"))).unwrap();
+        let file = SafetensorsFile::open(golden(&format!("{name}/gradients.safetensors"))).unwrap();
         let found = gradients(&mut session);
         assert_eq!((found.len(), file.len()), (count, count), "{:?}", found.keys());
         for name in file.names() {
@@ -50,7 +50,7 @@ fn trained_biases_are_saved_where_peft_has_them() {
         let config: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(saved.join("adapter_config.json")).unwrap()).unwrap();
         assert_eq!((&config["bias"], &config["modules_to_save"]), (&bias.into(), &serde_json::Value::Null));
-        let file = SafetensorsFile::open(&saved.join("adapter_model.safetensors")).unwrap();
+        let file = SafetensorsFile::open(saved.join("adapter_model.safetensors")).unwrap();
         assert_eq!(file.names().filter(|name| name.ends_with("bias")).count(), count);
         assert_eq!(file.names().filter(|name| name.ends_with("q_proj.base_layer.bias")).count(), 4);
         let init_from = format!("init_from={}", saved.display());
