@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lora_core::random::Stream;
-use lora_core::target::{Patterns, TargetLayer};
-use lora_core::variant::{Parameters, Request, Variant, VariantRegistry};
+use lora_core::target::{Patterns, TargetLayer, Targets};
+use lora_core::variant::{BIAS_VALUE, BaseLayer, Parameters, Request, Variant, VariantRegistry, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
 use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
@@ -35,6 +35,8 @@ pub struct AdapterOptions {
     pub ranks: Patterns,
     /// Other alphas for some layers.
     pub alphas: Patterns,
+    /// Biases of its layers are trained too, in the place of the base's.
+    pub biases: bool,
     /// Seed of its first values.
     pub seed: u64,
 }
@@ -55,8 +57,22 @@ impl AdapterOptions {
             rank_stabilised: config.use_rslora,
             ranks: Patterns::parse(&config.rank_pattern, targets)?,
             alphas: Patterns::parse(&config.alpha_pattern, targets)?,
+            biases: Biases::of(config) != Biases::None,
             seed: config.seed,
         })
+    }
+
+    /// Layers that are trained whole: their weights themselves (PEFT's `modules_to_save`).
+    pub fn whole(seed: u64) -> Self {
+        Self {
+            variant: "full".into(),
+            rank: 1,
+            alpha: 1.0,
+            options: BTreeMap::from([("value".to_owned(), 1.0)]),
+            biases: true,
+            seed,
+            ..Self::default()
+        }
     }
 
     /// What one layer gets: the request, and the alpha to record.
@@ -65,6 +81,26 @@ impl AdapterOptions {
         let alpha = self.alphas.get(layer).unwrap_or(self.alpha);
         let alpha = if self.rank_stabilised { alpha * (rank as f64).sqrt() } else { alpha };
         (Request { rank, scale: alpha / rank.max(1) as f64, options: self.options.clone() }, alpha)
+    }
+}
+
+/// Which biases are trained (PEFT's `bias`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Biases {
+    None,
+    /// Those of adapted layers.
+    Adapted,
+    /// Those of all layers.
+    All,
+}
+
+impl Biases {
+    pub(crate) fn of(config: &TrainConfig) -> Self {
+        match config.extra.text("bias") {
+            Some("lora_only") => Self::Adapted,
+            Some("all") => Self::All,
+            _ => Self::None,
+        }
     }
 }
 
@@ -120,7 +156,7 @@ impl TrainableAdapter {
                 return;
             }
             result = (|| {
-                let (variant, tensors, rank, alpha) = match from.and_then(|adapter| adapter.modules.get(&module)) {
+                let (variant, mut tensors, rank, alpha) = match from.and_then(|adapter| adapter.modules.get(&module)) {
                     Some(known) => (variants.get(&known.variant)?, known.tensors.clone(), known.rank, known.alpha),
                     None => {
                         let (request, alpha) = options.for_layer(target);
@@ -129,9 +165,14 @@ impl TrainableAdapter {
                         (variant.clone(), first_values(&*variant, layer, &request, &stream)?, rank, alpha)
                     }
                 };
+                if options.biases && !tensors.contains_key(BIAS_VALUE) {
+                    tensors.extend(bias_of(layer)?.map(|bias| (BIAS_VALUE.to_owned(), bias)));
+                }
                 let (mut leaves, mut trained, mut frozen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-                let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
+                let computes_in_half = variant.computes_in_input_dtype(&layer.geometry());
                 for (name, host) in tensors {
+                    // What takes a weight's place is computed with as the weight is.
+                    let half = (computes_in_half || name == WEIGHT_VALUE) && layer.kind() != Kind::Float;
                     let values = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?;
                     let leaf = if variant.is_trained(&name) {
                         let (full, is_up) = (format!("{module}.{name}"), variant.is_up(&name));
@@ -152,6 +193,39 @@ impl TrainableAdapter {
                 let parameters = Parameters { tensors: leaves, scale: alpha / rank.max(1) as f64 };
                 layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
                 self.modules.insert(module, Attached { variant, rank, alpha, trained, frozen });
+                Ok(())
+            })();
+        })?;
+        result
+    }
+
+    /// Trains the biases of a network's layers that carry nothing yet, new or with the values of `from`.
+    pub(crate) fn attach_biases(
+        &mut self,
+        network: &mut dyn Adaptable,
+        variants: &VariantRegistry<TchBackend>,
+        from: Option<&Adapter>,
+        list: &mut ParameterList,
+    ) -> Result<()> {
+        let component = network.component();
+        let variant = variants.get("full")?;
+        let mut result = Ok(());
+        network.visit_layers(&mut |layer| {
+            let module = ModulePath::new(component, layer.path());
+            if result.is_err() || self.modules.contains_key(&module) {
+                return;
+            }
+            result = (|| {
+                let known = from.and_then(|adapter| adapter.modules.get(&module)?.tensors.get(BIAS_VALUE).cloned());
+                let Some(host) = known.map_or_else(|| bias_of(layer), |known| Ok(Some(known)))? else { return Ok(()) };
+                let leaf = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
+                list.add(component, format!("{module}.{BIAS_VALUE}"), false, &leaf)?;
+                let tensors = |leaf: &Tensor| BTreeMap::from([(BIAS_VALUE.to_owned(), leaf.shallow_clone())]);
+                let parameters = Parameters { tensors: tensors(&leaf), scale: 1.0 };
+                layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
+                let (trained, frozen) = (tensors(&leaf), BTreeMap::new());
+                self.modules
+                    .insert(module, Attached { variant: variant.clone(), rank: 1, alpha: 1.0, trained, frozen });
                 Ok(())
             })();
         })?;
@@ -192,6 +266,15 @@ impl TrainableAdapter {
     }
 }
 
+/// A layer's bias, where it has one. In a dry run only its shape matters.
+fn bias_of(layer: &AdaptableLayer) -> Result<Option<HostTensor>> {
+    let Some(bias) = BaseLayer::bias(layer) else { return Ok(None) };
+    if dry::is_dry(layer.device()) {
+        return Ok(Some(HostTensor::zeros(vec![layer.geometry().outputs()])));
+    }
+    Ok(Some(to_host(&bias.f_to_kind(Kind::Float)?)?))
+}
+
 /// What a layer's adapter begins with. In a dry run only its shapes matter, and some variants take the base's weight apart.
 fn first_values(
     variant: &dyn Variant<TchBackend>,
@@ -207,4 +290,18 @@ fn first_values(
         Ok((name, HostTensor::from_f32(shape, vec![0.0; count])?))
     };
     variant.shapes(&layer.geometry(), request)?.into_iter().map(zeros).collect()
+}
+
+/// The layers that a configuration adapts, and those that it trains whole, which are not adapted.
+///
+/// # Errors
+/// Where a name names no layer, or names are malformed.
+pub(crate) fn chosen(config: &TrainConfig, layers: &[TargetLayer]) -> Result<(Vec<TargetLayer>, Vec<TargetLayer>)> {
+    let saved = match config.extra.texts("modules_to_save") {
+        Some(names) if !names.is_empty() => Targets::parse(names)?.select(layers)?,
+        _ => Vec::new(),
+    };
+    let mut targets = Targets::parse(&config.target_modules)?.select(layers)?;
+    targets.retain(|target| saved.iter().all(|saved| saved.path != target.path));
+    Ok((targets, saved))
 }

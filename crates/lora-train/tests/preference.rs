@@ -4,13 +4,11 @@
 #[path = "common/language.rs"]
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs;
 
-use common::{golden, prepare, refusal, steps, workspace};
+use common::{golden, gradients, prepare, refusal, steps, workspace};
 use lora_core::conformance::distance;
 use lora_io::safetensors::SafetensorsFile;
-use lora_torch::tch::Tensor;
 use lora_torch::tensor::to_host;
 use lora_train::Session;
 use serde_json::Value;
@@ -48,19 +46,6 @@ fn expected() -> Value {
 
 fn numbers(values: &Value) -> Vec<f64> {
     values.as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
-}
-
-/// The gradients of a run's first step, by PEFT's names: a tenth of each is AdamW's mean.
-fn gradients(session: &mut Session) -> BTreeMap<String, Tensor> {
-    session.step().unwrap();
-    let state = session.parameters().state().unwrap();
-    let named = |(name, mean): (String, Tensor)| {
-        let (module, factor) =
-            name.strip_prefix("optimiser.language_model.")?.strip_suffix(".mean")?.rsplit_once('.')?;
-        let factor = if factor == "down" { "lora_A" } else { "lora_B" };
-        Some((format!("{module}.{factor}.weight"), mean / 0.1))
-    };
-    state.into_iter().filter_map(named).collect()
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! The whole difference, without any decomposition: `W' = W + scale · weight`, `b' = b + scale · bias`. LyCORIS calls it
 //! full (`diff`, `diff_b`) and, on normalisations, norm (`w_norm`, `b_norm`). Files of PEFT's may hold the trained weight
 //! or bias itself ([`WEIGHT_VALUE`], [`BIAS_VALUE`]) or single rows of an embedding ([`TOKEN_ROWS`]), which take the place
-//! of the base's; these are not trained here.
+//! of the base's (`modules_to_save`). Of these the weight is trained here, with the option `value`: it begins as a copy of
+//! the base's.
 
 use std::collections::BTreeMap;
 
 use super::{
-    BIAS_VALUE, BaseLayer, BiasChange, Changes, Parameters, Request, TOKEN_ROWS, TOKENS, Variant, WEIGHT_VALUE, expect,
-    replaced_bias, unsupported,
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Dropout, Parameters, Request, TOKEN_ROWS, TOKENS, Variant,
+    WEIGHT_VALUE, expect, forward_with_weight, replaced_bias, unsupported,
 };
 use crate::backend::Backend;
+use crate::random::Stream;
 use crate::{HostTensor, LayerGeometry, Result};
 
 /// The difference itself.
@@ -17,23 +19,42 @@ use crate::{HostTensor, LayerGeometry, Result};
 pub struct Full;
 
 const NAME: &str = "full";
+/// The option of a weight that takes the place of the base's.
+const VALUE: &str = "value";
 
 impl<B: Backend> Variant<B> for Full {
     fn name(&self) -> &str {
         NAME
     }
 
-    /// `bias`: train a difference of the bias too.
+    /// `bias`: train a difference of the bias too. `value`: train the weight itself, in the place of a difference.
     fn options(&self) -> &[&'static str] {
-        &["bias"]
+        &["bias", VALUE]
     }
 
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>> {
+        if request.switch(VALUE) {
+            return Ok(BTreeMap::from([(WEIGHT_VALUE.to_owned(), geometry.weight_shape())]));
+        }
         let mut shapes = BTreeMap::from([("weight".to_owned(), geometry.weight_shape())]);
         if request.switch("bias") && !matches!(geometry, LayerGeometry::Embedding { .. }) {
             shapes.insert("bias".to_owned(), vec![geometry.outputs()]);
         }
         Ok(shapes)
+    }
+
+    fn initialise(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        request: &Request,
+        _stream: &Stream,
+    ) -> Result<BTreeMap<String, HostTensor>> {
+        if request.switch(VALUE) {
+            return Ok(BTreeMap::from([(WEIGHT_VALUE.to_owned(), backend.to_host(&base.weight()?)?)]));
+        }
+        let shapes = <Self as Variant<B>>::shapes(self, &base.geometry(), request)?;
+        Ok(shapes.into_iter().map(|(name, shape)| (name, HostTensor::zeros(shape))).collect())
     }
 
     fn rank_and_alpha(&self, _geometry: &LayerGeometry, _request: &Request, _alpha: f64) -> (usize, f64) {
@@ -67,6 +88,40 @@ impl<B: Backend> Variant<B> for Full {
                 backend.upload(&HostTensor::zeros(shape), like)
             }
         }
+    }
+
+    /// With a weight of its own nothing of the base's is computed, and there is no update for dropout to act on.
+    fn forward(
+        &self,
+        backend: &B,
+        base: &dyn BaseLayer<B>,
+        parameters: &Parameters<B>,
+        input: &B::Tensor,
+        dropout: Option<&Dropout>,
+    ) -> Result<B::Tensor> {
+        let geometry = base.geometry();
+        let Some(value) = parameters.tensors.get(WEIGHT_VALUE) else {
+            if parameters.tensors.contains_key("weight") || !matches!(geometry, LayerGeometry::Linear { .. }) {
+                return forward_with_weight(self, backend, base, parameters, input, dropout);
+            }
+            // A bias alone is added to what the base makes.
+            let output = base.forward(input)?;
+            return match <Self as Variant<B>>::delta_bias(self, backend, base, parameters)? {
+                Some(delta) => {
+                    let delta = backend.cast_like(&delta, &output)?;
+                    backend.add(output, &delta)
+                }
+                None => Ok(output),
+            };
+        };
+        expect(NAME, WEIGHT_VALUE, &geometry.weight_shape(), &backend.shape(value))?;
+        let bias = parameters.tensors.get(BIAS_VALUE).map(|bias| backend.share(bias)).or_else(|| base.bias());
+        // Rows are looked up by whole numbers.
+        if let LayerGeometry::Embedding { .. } = geometry {
+            return backend.apply(&geometry, input, value, bias.as_ref());
+        }
+        let bias = bias.map(|bias| backend.cast_like(&bias, input)).transpose()?;
+        backend.apply(&geometry, input, &backend.cast_like(value, input)?, bias.as_ref())
     }
 
     fn delta_bias(

@@ -180,11 +180,19 @@ impl<B: Backend> Variant<B> for Lora {
     ) -> Result<B::Tensor> {
         let geometry = base.geometry();
         let changes_bias = [BIAS, BIAS_VALUE].iter().any(|name| parameters.tensors.contains_key(*name));
-        if is_grouped(&geometry) || changes_bias {
+        let adds_bias = matches!(geometry, LayerGeometry::Linear { .. });
+        if is_grouped(&geometry) || changes_bias && !adds_bias {
             // Within a group the factors are shared across groups: only the product has a layer's shape.
             return super::forward_with_weight(self, backend, base, parameters, input, dropout);
         }
-        with_low_rank(backend, base, parameters, input, dropout, NAME)
+        let output = with_low_rank(backend, base, parameters, input, dropout, NAME)?;
+        match changes_bias.then(|| self.delta_bias(backend, base, parameters)).transpose()?.flatten() {
+            Some(delta) => {
+                let delta = backend.cast_like(&delta, &output)?;
+                backend.add(output, &delta)
+            }
+            None => Ok(output),
+        }
     }
 
     fn computes_in_input_dtype(&self, geometry: &LayerGeometry) -> bool {

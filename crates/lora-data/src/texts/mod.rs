@@ -234,12 +234,11 @@ impl Texts {
     pub fn stand_in(options: TextOptions, rows: usize) -> Self {
         let length = options.max_seq_length;
         let tokens = vec![TRAINED; length];
-        let (form, ends) = match options.pairs {
-            Some(true) => (TextForm::Preference, &[0, length / 2, length][..]),
-            _ => (TextForm::Plain, &[0, length][..]),
+        let document = |range| Document::new(&tokens, range, 1, 0);
+        let (form, group) = match options.pairs {
+            Some(true) => (TextForm::Preference, vec![document(0..length / 2), document(length / 2..length)]),
+            _ => (TextForm::Plain, vec![document(0..length)]),
         };
-        let documents = ends.windows(2).map(|ends| Document::new(&tokens, ends[0]..ends[1], 1, 0));
-        let group: Vec<Document> = documents.collect();
         let mut texts = Self::empty(options, None);
         texts.files.push("stand-in".into());
         texts.tokens = Arc::new(tokens);

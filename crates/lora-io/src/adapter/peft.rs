@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use lora_core::variant::TOKEN_ROWS;
-use lora_core::{Adapter, Component, DType, HostTensor, ModulePath};
+use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
+use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
@@ -348,9 +348,8 @@ pub fn check(adapter: &Adapter) -> Result<()> {
 /// The tensors of an adapter of one component under their names in the file.
 fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTensor>> {
     let mut tensors = BTreeMap::new();
-    let dora = adapter.modules.values().filter(|module| module.variant == "dora").count();
-    if dora > 0 && dora < adapter.modules.len() {
-        let plain = adapter.modules.iter().find(|(_, module)| module.variant != "dora");
+    let plain = adapter.modules.iter().find(|(_, module)| !["dora", WHOLE].contains(&module.variant.as_str()));
+    if plain.is_some() && adapter.modules.values().any(|module| module.variant == "dora") {
         return Err(Error::Module {
             module: plain.map(|(path, _)| path.to_string()).unwrap_or_default(),
             reason: "PEFT has either DoRA on all modules or on none".into(),
@@ -359,7 +358,8 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
     for (path, module) in &adapter.modules {
         let refused = |reason: String| Error::Module { module: path.to_string(), reason };
         super::whole(&path.to_string(), module)?;
-        if !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
+        let saved = is_saved_whole(module) || is_bias_alone(module);
+        if !saved && !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
             return Err(refused(format!(
                 "PEFT folders are written for LoRA and DoRA, this is {}; flatten it to a plain LoRA first",
                 module.variant
@@ -375,6 +375,9 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
                 "embedding_down" => "lora_embedding_A",
                 "embedding_up" => "lora_embedding_B",
                 "magnitude" => "lora_magnitude_vector",
+                WEIGHT_VALUE => "weight",
+                BIAS_VALUE if module.variant == WHOLE => "bias",
+                BIAS_VALUE => "base_layer.bias",
                 other => return Err(refused(format!("PEFT has no form of its tensor `{other}`"))),
             };
             // PEFT's magnitudes of convolutions keep the axes of an output.
@@ -391,8 +394,32 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
     Ok(tensors)
 }
 
-fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
-    let tensors = spelled(adapter, dtype)?;
+/// The variant of layers that are saved whole.
+const WHOLE: &str = "full";
+
+/// Whether a module holds a weight in the place of the base's, as `modules_to_save` names them.
+fn is_saved_whole(module: &AdapterModule) -> bool {
+    module.variant == WHOLE && module.tensors.contains_key(WEIGHT_VALUE)
+}
+
+/// Whether a module is a layer without an adapter whose bias is trained.
+fn is_bias_alone(module: &AdapterModule) -> bool {
+    module.variant == WHOLE && module.tensors.keys().all(|name| name == BIAS_VALUE)
+}
+
+fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) -> Result<()> {
+    let tensors = spelled(all, dtype)?;
+    let (beside, adapted): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        all.modules.clone().into_iter().partition(|(_, module)| module.variant == WHOLE);
+    let saved: Vec<&String> =
+        beside.iter().filter(|(_, module)| is_saved_whole(module)).map(|(path, _)| &path.path).collect();
+    let bias =
+        match (beside.values().any(is_bias_alone), adapted.values().any(|own| own.tensors.contains_key(BIAS_VALUE))) {
+            (true, _) => "all",
+            (false, true) => "lora_only",
+            (false, false) => "none",
+        };
+    let adapter = &Adapter { modules: adapted, metadata: all.metadata.clone() };
     let dora = adapter.modules.values().any(|module| module.variant == "dora");
     let rank = most_common(adapter.modules.values().map(|module| module.rank));
     let alphas: BTreeMap<u64, (usize, f64)> = adapter.modules.values().fold(BTreeMap::new(), |mut counts, module| {
@@ -417,7 +444,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
         "alpha_pattern": own_alphas,
         "auto_mapping": null,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,
@@ -426,7 +453,7 @@ fn write_component(folder: &Path, adapter: &Adapter, dtype: DType, extra: &Extra
         "lora_alpha": whole(alpha),
         "lora_bias": false,
         "lora_dropout": extra.dropout,
-        "modules_to_save": null,
+        "modules_to_save": if saved.is_empty() { Value::Null } else { json!(saved) },
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": ranks,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::target::{TargetLayer, Targets};
+use lora_core::target::TargetLayer;
 use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
 use lora_data::cache::DiskCache;
@@ -30,7 +30,7 @@ use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Economy, Looks, Settings};
-use crate::trainable::{AdapterOptions, TrainableAdapter};
+use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, chosen};
 use crate::{Error, Result};
 
 /// How far preparing has come.
@@ -351,28 +351,33 @@ fn attach(
             layers.extend(network.adaptable_layers()?);
         }
     }
-    let targets = Targets::parse(&config.target_modules)?.select(&layers)?;
-    let from =
-        config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &targets)).transpose()?;
+    let (targets, saved) = chosen(config, &layers)?;
+    let all = [&*targets, &*saved].concat();
+    let from = config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &all)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
     let initial = from.as_ref().map(|(adapter, _)| adapter);
     for network in &networks {
         if let Some(network) = base.adaptable(network.component) {
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
+            let whole = AdapterOptions::whole(config.seed);
+            adapter.attach(network, &saved, &plugins.variants, &whole, initial, parameters)?;
+            if Biases::of(config) == Biases::All {
+                adapter.attach_biases(network, &plugins.variants, initial, parameters)?;
+            }
         }
     }
     Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
 }
 
 /// Why training cannot go on with a module that merging knows how to apply.
-fn not_trained_on(name: &ModulePath, module: &AdapterModule) -> Option<String> {
+fn not_trained_on(name: &ModulePath, module: &AdapterModule, config: &TrainConfig) -> Option<String> {
     let has = |tensor: &str| module.tensors.contains_key(tensor);
     let what = if adapter::lacks_first_values(module) {
         format!("is {} as PEFT saves it unconverted, without what was taken out of the base", module.variant)
-    } else if has(WEIGHT_VALUE) {
+    } else if has(WEIGHT_VALUE) && config.extra.texts("modules_to_save").is_none_or(<[String]>::is_empty) {
         "is a layer saved whole".to_owned()
-    } else if has(BIAS_VALUE) {
+    } else if has(BIAS_VALUE) && Biases::of(config) == Biases::None {
         "has a trained bias".to_owned()
     } else {
         return None;
@@ -392,27 +397,36 @@ pub(super) fn load_initial(
 ) -> Result<(Adapter, (String, String))> {
     let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
     let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
-    if let Some(reason) = adapter.modules.iter().find_map(|(name, module)| not_trained_on(name, module)) {
+    if let Some(reason) = adapter.modules.iter().find_map(|(name, module)| not_trained_on(name, module, config)) {
         return differs(reason);
     }
     adapter::fit(path, &mut adapter, layers)?;
-    if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.rank != config.lora_rank) {
+    // Layers that are trained whole have no rank.
+    let mut adapted = adapter.modules.iter().filter(|(_, module)| module.variant != "full");
+    if let Some((module, other)) = adapted.clone().find(|(_, module)| module.rank != config.lora_rank) {
         return differs(format!(
             "{module} has rank {}, the configuration says lora_rank = {}; make them equal",
             other.rank, config.lora_rank
         ));
     }
-    if let Some((module, other)) = adapter.modules.iter().find(|(_, module)| module.alpha != config.lora_alpha) {
+    if let Some((module, other)) = adapted.find(|(_, module)| module.alpha != config.lora_alpha) {
         return differs(format!(
             "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
             other.alpha, config.lora_alpha
         ));
     }
+    // Where a layer's bias alone is trained, nothing is targeted.
+    let bias_alone = |module: &&AdapterModule| module.tensors.keys().all(|name| name == BIAS_VALUE);
+    let biases = adapter.modules.values().filter(bias_alone).count();
+    if biases > 0 && Biases::of(config) != Biases::All {
+        return differs(format!("it trains biases of {biases} layers that it does not adapt; set bias = \"all\""));
+    }
+    let adapted = adapter.modules.len() - biases;
     let missing: Vec<_> = targets.iter().filter(|target| !adapter.modules.contains_key(&target.path)).collect();
-    if adapter.modules.len() != targets.len() || !missing.is_empty() {
+    if adapted != targets.len() || !missing.is_empty() {
         return differs(format!(
             "it adapts {} layers, target_modules names {}{}; use the same targets",
-            adapter.modules.len(),
+            adapted,
             targets.len(),
             missing
                 .first()

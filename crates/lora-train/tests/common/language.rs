@@ -2,9 +2,11 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lora_torch::tch::Tensor;
 use lora_train::StepReport;
 use lora_train::config::{Format, TrainConfig};
 use lora_train::{Plugins, Session};
@@ -59,6 +61,24 @@ pub(crate) fn refusal(folder: &Path, keys: &[&str]) -> String {
 pub(crate) fn loss(session: &mut Session) -> f64 {
     let validation = session.load_validation(&golden("chat.jsonl")).unwrap();
     session.validation_loss(&validation).unwrap()
+}
+
+/// The gradients of a run's first step, by PEFT's names: a tenth of each is AdamW's mean.
+pub(crate) fn gradients(session: &mut Session) -> BTreeMap<String, Tensor> {
+    session.step().unwrap();
+    let state = session.parameters().state().unwrap();
+    let named = |(name, mean): (String, Tensor)| {
+        let (module, factor) =
+            name.strip_prefix("optimiser.language_model.")?.strip_suffix(".mean")?.rsplit_once('.')?;
+        let factor = match factor {
+            "down" => "lora_A.",
+            "up" => "lora_B.",
+            "bias_value" => return Some((format!("{module}.bias"), mean / 0.1)),
+            _ => "",
+        };
+        Some((format!("{module}.{factor}weight"), mean / 0.1))
+    };
+    state.into_iter().filter_map(named).collect()
 }
 
 pub(crate) fn steps(session: &mut Session) -> Vec<StepReport> {

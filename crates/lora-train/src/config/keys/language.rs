@@ -4,7 +4,36 @@
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// The keys of a language model.
-pub static KEYS: &[&Group] = &[&LOSS, &SAMPLES];
+pub static KEYS: &[&Group] = &[&WHOLE, &LOSS, &SAMPLES];
+
+/// What is trained beside the adapter.
+static WHOLE: Group = Group {
+    section: "Adapter",
+    behind: Some("target_modules"),
+    keys: &[
+        Key {
+            name: "modules_to_save",
+            values: "list of names",
+            default: "[]",
+            meaning: "Layers of a language model whose weights are trained themselves and saved whole, as PEFT does: linear layers, `embed_tokens`, `lm_head`. They carry no adapter.",
+            memory: "Of each layer the weight in fp32, its gradient and the optimiser's numbers, beside the base's.",
+            resumed: Resumed::Fixed(|config| config.extra.shown("modules_to_save")),
+            reads: Reads::Extra(|given| Setting::Texts(given.texts().unwrap_or_default())),
+        },
+        Key {
+            name: "bias",
+            values: "none, all, lora_only",
+            default: "\"none\"",
+            meaning: "Which biases of a language model's linear layers are trained themselves: none, all, or those of layers that are adapted, as in PEFT.",
+            memory: "",
+            resumed: Resumed::Fixed(|config| config.extra.shown("bias")),
+            reads: Reads::Extra(|given| {
+                let known = ["none", "all", "lora_only"].map(|name| (name, name));
+                Setting::Text(given.choice(&known).unwrap_or("none").to_owned())
+            }),
+        },
+    ],
+};
 
 /// How records become rows.
 pub static TEXTS: Group = Group {

@@ -97,7 +97,7 @@ pub(super) static KEYS: Group = Group {
             resumed: Resumed::Unrecorded,
             reads: Reads::Run(|given, config| {
                 config.early_stopping_threshold = given.not_negative().unwrap_or(0.0);
-                if given.has("early_stopping_threshold") && !given.has("early_stopping_patience") {
+                if config.early_stopping_threshold > 0.0 && !given.has("early_stopping_patience") {
                     given.problem("means nothing without early_stopping_patience");
                 }
             }),
