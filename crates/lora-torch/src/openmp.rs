@@ -81,10 +81,10 @@ fn own_seconds(stat: &str) -> Option<f64> {
     Some((user + system) / TICKS)
 }
 
-/// Where other programs keep cores busy, starts the program again, in the same process and with the same arguments, with
-/// threads that yield to them. Call it first in `main` of a program that trains; it watches for a quarter of a second.
-/// It returns where the machine is quiet, where a variable says how threads wait, as it is in the program that was started again, and
-/// everywhere but on Linux.
+/// Where other programs keep cores busy, starts the program again, in the same process and with the same arguments,
+/// with threads that yield to them. Call it first in `main` of a program that trains; it watches for a quarter of a
+/// second. It returns where the machine is quiet, where a variable says how threads wait, as it is in the program that
+/// was started again, and everywhere but on Linux.
 ///
 /// ```no_run
 /// lora_torch::openmp::yield_to_busy_programs();
