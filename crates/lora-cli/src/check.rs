@@ -1,15 +1,14 @@
 //! `lora check`: what other programs would make of an adapter, and whether its numbers are healthy.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 
-use lora_core::ModulePath;
 use lora_core::health::{ModuleHealth, health};
 use lora_io::adapter;
 use lora_io::consumers::{Inventory, Verdict, opinions};
 use lora_io::family;
 use lora_io::merge;
-use lora_train::report::heat_map::{self, Cell};
+use lora_train::report::norms;
 
 use crate::Failure;
 use crate::adapters::apart;
@@ -32,72 +31,6 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-/// The block of a module: its path up to the numbers that tell blocks apart.
-fn block(path: &str) -> String {
-    let parts: Vec<&str> = path.split('.').collect();
-    let last = match parts.first() {
-        Some(&("down_blocks" | "up_blocks")) => 2,
-        Some(&"mid_block") => 1,
-        _ => parts.iter().position(|part| part.parse::<u32>().is_ok()).map_or(1, |place| place + 1),
-    };
-    parts[..last.min(parts.len())].join(".")
-}
-
-/// The row and the column of a module in the picture: blocks, and what repeats in each of them.
-fn place(path: &ModulePath) -> (String, String) {
-    const REPEATED: [&str; 10] = [
-        "down_blocks",
-        "up_blocks",
-        "mid_block",
-        "attentions",
-        "resnets",
-        "downsamplers",
-        "upsamplers",
-        "transformer_blocks",
-        "layers",
-        "blocks",
-    ];
-    let parts: Vec<&str> = path.path.split('.').collect();
-    let end = parts
-        .iter()
-        .rposition(|part| REPEATED.contains(part))
-        .map_or(0, |last| last + 1 + usize::from(parts.get(last + 1).is_some_and(|next| next.parse::<u32>().is_ok())));
-    let row = parts[..end].join(".").replace(".transformer_blocks.0", "").replace("text_model.encoder.", "");
-    let row = if row.is_empty() { path.component.to_string() } else { format!("{} {row}", path.component) };
-    (row, parts[end.min(parts.len() - 1)..].join("."))
-}
-
-/// Digits as numbers, so that block 10 comes after block 9.
-fn natural(label: &str) -> Vec<Result<u32, String>> {
-    label.split(['.', ' ']).map(|part| part.parse().map_err(|_| part.to_owned())).collect()
-}
-
-/// Norms of the updates, blocks by layers.
-fn picture(path: &Path, modules: &[ModuleHealth]) -> Result<(), Failure> {
-    let places: Vec<(String, String)> = modules.iter().map(|module| place(&module.module)).collect();
-    let sorted = |labels: BTreeSet<&String>| {
-        let mut labels: Vec<String> = labels.into_iter().cloned().collect();
-        labels.sort_by_key(|label| natural(label));
-        labels
-    };
-    let rows = sorted(places.iter().map(|(row, _)| row).collect());
-    let columns = sorted(places.iter().map(|(_, column)| column).collect());
-    let index = |labels: &[String], label: &String| labels.iter().position(|own| own == label).unwrap_or(0);
-    let cells: Vec<Cell> = modules
-        .iter()
-        .zip(&places)
-        .map(|(module, (row, column))| Cell {
-            row: index(&rows, row),
-            column: index(&columns, column),
-            value: if module.not_finite > 0 { f64::NAN } else { module.norm },
-        })
-        .collect();
-    let picture = heat_map::draw("norms of the updates", &rows, &columns, &cells);
-    picture.save(path).map_err(|error| Failure::Work(format!("{}: cannot write: {error}", path.display())))?;
-    eprintln!("drawn: {}", path.display());
-    Ok(())
-}
-
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if let Some(path) = &arguments.picture {
         apart(std::iter::once(&arguments.file).chain(&arguments.base), path)?;
@@ -114,17 +47,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let of_base = fit.as_ref().and_then(|fit| fit.as_ref().ok()).map(Vec::as_slice).unwrap_or_default();
     let notes: Vec<&String> = of_file.iter().chain(of_base).collect();
     if let Some(path) = &arguments.picture {
-        picture(path, &modules)?;
+        norms::write(path, &modules)?;
+        eprintln!("drawn: {}", path.display());
     }
-    let mut blocks: BTreeMap<String, (usize, f64)> = BTreeMap::new();
-    for module in &modules {
-        let entry = blocks.entry(format!("{} {}", module.module.component, block(&module.module.path))).or_default();
-        *entry = (entry.0 + 1, entry.1 + module.norm.powi(2));
-    }
+    let blocks = norms::by_block(&modules);
     let damaged: Vec<&ModuleHealth> = modules.iter().filter(|module| module.not_finite > 0).collect();
     let dead = modules.iter().filter(|module| module.is_dead()).count();
     if arguments.json {
-        let norms: BTreeMap<_, _> = blocks.iter().map(|(block, (_, squares))| (block, squares.sqrt())).collect();
+        let norms: BTreeMap<_, _> = blocks.iter().map(|(block, (_, norm))| (block, norm)).collect();
         let json = serde_json::json!({
             "opinions": opinions, "base": family::title(inventory.base()), "problem": read.as_ref().err().map(ToString::to_string),
             "fits": fit.as_ref().map(Result::is_ok), "misfit": fit.as_ref().and_then(|fit| fit.as_ref().err()),
@@ -173,10 +103,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     notes.iter().for_each(|note| println!("note: {note}"));
     println!("norms of the updates by block:");
-    let largest = blocks.values().map(|(_, squares)| squares.sqrt()).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
-    for (block, (count, squares)) in &blocks {
-        let bar = "█".repeat((30.0 * squares.sqrt() / largest).round() as usize);
-        println!("  {block:<42} {count:>4} modules {:>10.4} {bar}", squares.sqrt());
+    let largest = blocks.values().map(|(_, norm)| *norm).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
+    for (block, (count, norm)) in &blocks {
+        let bar = "█".repeat((30.0 * norm / largest).round() as usize);
+        println!("  {block:<42} {count:>4} modules {norm:>10.4} {bar}");
     }
     let (used, ranks) = modules
         .iter()

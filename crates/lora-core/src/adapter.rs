@@ -56,7 +56,7 @@ impl Component {
     ///
     /// # Errors
     ///
-    /// For a name that is empty, longer than [`Self::LONGEST_NAME`], or made of anything but ASCII letters, digits, `_`
+    /// For a name that is empty, longer than 64 bytes, or made of anything but ASCII letters, digits, `_`
     /// and `-`: it begins paths, whose parts are separated by dots.
     pub fn named(name: &str) -> Result<Self> {
         static OTHERS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());

@@ -49,7 +49,7 @@ pub(crate) fn as_matrix<'v>(values: &'v [f32], shape: &[usize]) -> MatRef<'v, f3
     MatRef::from_row_major_slice(values, rows, values.len() / rows.max(1))
 }
 
-/// All singular values and vectors of a matrix. Its cost grows with the cube of the shorter side: see [`truncated_svd`].
+/// All singular values and vectors of a matrix. Its cost grows with the cube of the shorter side.
 ///
 /// # Errors
 /// [`Error::NoConvergence`] where the matrix holds NaN or infinity.

@@ -20,8 +20,8 @@ pub struct Applied<'a, B: Backend> {
 /// An adapter with strength 0 leaves no trace.
 ///
 /// # Errors
-/// [`Error::MissingTensor`] or [`Error::Shape`] where the parameters of an adapter are not those of its variant on this
-/// layer; [`Error::Backend`] where the backend fails.
+/// [`crate::Error::MissingTensor`] or [`crate::Error::Shape`] where the parameters of an adapter are not those of its
+/// variant on this layer; [`crate::Error::Backend`] where the backend fails.
 pub fn merged_weight<B: Backend>(
     backend: &B,
     base: &dyn BaseLayer<B>,

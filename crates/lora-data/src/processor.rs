@@ -67,7 +67,7 @@ pub enum Crop {
     TopLeft,
     /// `random_crop`: any part, another at each visit.
     Random,
-    /// `focus_crop`: the most salient part, see [`crate::focus`].
+    /// `focus_crop`: the most salient part.
     Focus,
     /// `no_crop`: all of it, squashed or stretched where the aspect differs.
     None,

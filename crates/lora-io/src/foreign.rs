@@ -1,4 +1,4 @@
-//! What a file is that was taken for a model and is none, by its first bytes: a failed download, an archive, a pickle.
+//! Names a file that is no model, by its first bytes: a failed download, an archive, a pickle.
 //! Formats that are read here are told by their own readers.
 
 /// Bytes that are enough to tell.

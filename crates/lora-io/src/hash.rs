@@ -16,7 +16,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 /// SHA-256 of a whole file, 64 digits; its first 10 are the WebUI's AutoV2.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where the file cannot be read.
+/// [`Error::Io`] where the file cannot be read.
 pub fn file_sha256(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     digest(path, File::open(path).map_err(Error::io(path, "open"))?)
@@ -25,7 +25,7 @@ pub fn file_sha256(path: impl AsRef<Path>) -> Result<String> {
 /// AutoV1, the "legacy" model hash: SHA-256 of the 64 KiB at offset 1 MiB, first 8 digits.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where the file cannot be read.
+/// [`Error::Io`] where the file cannot be read.
 pub fn auto_v1(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     let mut file = File::open(path).map_err(Error::io(path, "open"))?;

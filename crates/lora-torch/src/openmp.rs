@@ -19,7 +19,7 @@ const WATCHED: Duration = Duration::from_millis(250);
 /// Cores that other programs keep busy before threads get into each other's way.
 pub const CROWDED: f64 = 0.4;
 
-/// Which of [`VARIABLES`] are set, each as `name=value`.
+/// Which of the variables that say how OpenMP's threads wait are set, each as `name=value`.
 pub fn setting() -> Option<String> {
     let set = VARIABLES.iter().filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)));
     Some(set.collect::<Vec<_>>().join(" ")).filter(|set| !set.is_empty())
@@ -81,10 +81,10 @@ fn own_seconds(stat: &str) -> Option<f64> {
     Some((user + system) / TICKS)
 }
 
-/// Where other programs keep cores busy, starts the program again, in the same process and with the same arguments, with
-/// threads that yield to them. Call it first in `main` of a program that trains; it watches for a quarter of a second.
-/// It returns where the machine is quiet, where one of [`VARIABLES`] is set, as it is in the program that was started again, and
-/// everywhere but on Linux.
+/// Where other programs keep cores busy, starts the program again, in the same process and with the same arguments,
+/// with threads that yield to them. Call it first in `main` of a program that trains; it watches for a quarter of a
+/// second. It returns where the machine is quiet, where a variable says how threads wait, as it is in the program that
+/// was started again, and everywhere but on Linux.
 ///
 /// ```no_run
 /// lora_torch::openmp::yield_to_busy_programs();

@@ -1,5 +1,5 @@
-//! What watches a run: progress, metrics, samples, saving and health checks are callbacks, and so is what a user's crate
-//! adds.
+//! What watches a run: progress, metrics, samples, saving and health checks are callbacks, and a user's crate can add its
+//! own.
 
 use crate::Result;
 use crate::session::{Session, StepReport};

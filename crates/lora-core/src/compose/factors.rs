@@ -1,4 +1,4 @@
-//! The two factors of a plain LoRA as matrices, whatever layer they belong to. What is done with them is told elsewhere.
+//! The two factors of a plain LoRA as matrices, whatever layer they belong to. Combining and resizing them is not here.
 
 use crate::linalg::{Svd, as_matrix, multiply};
 use crate::rank::{RankPolicy, kept};

@@ -1,7 +1,7 @@
 //! Making plain LoRAs out of others: several into one, one into a smaller one, the difference of two weights into one.
 //!
 //! Combining and resizing work on the factors alone (a QR decomposition of each and the singular values of the small core
-//! between them, see [`crate::linalg::svd_of_product`]): exact, and never a whole matrix. Extraction has to look at the
+//! between them, as `linalg` does): exact, and never a whole matrix. Extraction has to look at the
 //! whole difference and takes its largest singular values by random starts.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -7,8 +7,8 @@
 //! - **One alpha in the whole file.** diffusers takes the most frequent alpha for attention layers and loses the others,
 //!   so a plain LoRA with another alpha has the ratio folded into `lora_up`. Alpha is an F32 scalar whatever the dtype.
 //! - **Zero partners.** diffusers refuses a text-encoder LoRA that has only q, k or v. Such a file gets an `out_proj`
-//!   for each adapted layer whose factors are zero; the metadata lists them ([`ZERO_PARTNERS`]) and reading drops them.
-//! - **A user's own variants** are spelt `.<variant>.<tensor>` and listed in the metadata ([`CUSTOM_VARIANTS`]).
+//!   for each adapted layer whose factors are zero; the metadata lists them (`ZERO_PARTNERS`) and reading drops them.
+//! - **A user's own variants** are spelt `.<variant>.<tensor>` and listed in the metadata (`CUSTOM_VARIANTS`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

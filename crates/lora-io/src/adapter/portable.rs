@@ -12,7 +12,7 @@ const RANKS: &[usize] = &[1, 8, 16, 32, 64, 128, 256, 320, 512];
 /// The portable form, and notes on what changed. Modules of other variants than plain LoRA are refused.
 ///
 /// # Errors
-/// [`Error::Module`] for a module of another variant: flatten it first.
+/// [`crate::Error::Module`] for a module of another variant: flatten it first.
 pub fn portable(adapter: &Adapter) -> Result<(Adapter, Vec<String>)> {
     let highest = adapter.modules.values().map(|module| module.rank).max().unwrap_or(1);
     let rank = RANKS.iter().copied().find(|&rank| rank >= highest).unwrap_or(highest);

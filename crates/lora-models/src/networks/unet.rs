@@ -418,7 +418,7 @@ impl Unet {
         }
     }
 
-    /// [`sinusoids`] of the timesteps, f32 `[batch, channels of the finest level]`.
+    /// Sinusoids of the timesteps, f32 `[batch, channels of the finest level]`.
     ///
     /// # Errors
     /// Where memory runs out.
@@ -428,7 +428,7 @@ impl Unet {
     }
 
     /// What the second part of an added vector is made of: height and width of the picture in its file, top and left edge of the part
-    /// that is shown, its height and width (Podell et al., 2023, section 2.2), each as [`sinusoids`]; f32 `[batch, 1536]`.
+    /// that is shown, its height and width (Podell et al., 2023, section 2.2), each as sinusoids; f32 `[batch, 1536]`.
     ///
     /// # Errors
     /// Where memory runs out.

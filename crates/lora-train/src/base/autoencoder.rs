@@ -1,5 +1,5 @@
-//! The autoencoder of a diffusion model at work: pictures into latents and back, in tiles, in more precision or in host memory
-//! where that is what it takes. Its network is in `lora_models::networks`.
+//! The autoencoder of a diffusion model at work: pictures into latents and back. Where memory or precision does not suffice it
+//! works in tiles, in f32 or in host memory. Its network is in `lora_models::networks`.
 
 use std::path::Path;
 

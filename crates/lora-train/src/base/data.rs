@@ -14,7 +14,7 @@ use crate::Result;
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, pictures};
 
-/// What data are opened with.
+/// What a run gives to the function that opens its data.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct DataOpening<'o> {
@@ -24,7 +24,7 @@ pub struct DataOpening<'o> {
     pub processors: &'o ProcessorRegistry,
     /// The base's files: texts are split by its tokenizer.
     pub checkpoint: &'o Checkpoint,
-    /// Where what was made of items is kept.
+    /// The cache on disk of encoded items, where the run has one.
     pub disk: Option<&'o Arc<DiskCache>>,
 }
 

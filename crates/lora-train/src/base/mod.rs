@@ -53,7 +53,7 @@ pub enum Subject {
     Captions,
 }
 
-/// One that a network encodes.
+/// An example or a caption to encode.
 #[derive(Debug, Clone, Copy)]
 pub enum Encoded<'e> {
     /// An example, and the file that it is from, for messages.
@@ -94,14 +94,14 @@ impl Item {
     }
 }
 
-/// What to make a sample of.
+/// A prompt with its encodings, to make a sample of.
 #[derive(Debug)]
 pub struct Prompt {
     /// The prompt itself.
     pub text: String,
-    /// What networks made of the prompt.
+    /// The prompt's encodings, by network.
     pub with: BTreeMap<Component, Tensors>,
-    /// What they made of the negative prompt.
+    /// The negative prompt's encodings, by network.
     pub without: BTreeMap<Component, Tensors>,
 }
 

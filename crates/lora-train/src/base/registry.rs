@@ -28,7 +28,7 @@ pub struct Registration {
     pub open: fn(&Opening<'_>) -> Result<Box<dyn Base>>,
 }
 
-/// What a base is opened with.
+/// What a run gives to the function that opens its base.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Opening<'o> {

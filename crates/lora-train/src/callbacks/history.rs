@@ -1,4 +1,4 @@
-//! What an earlier part of the run wrote of itself, line by line, up to the step of the state that it goes on from.
+//! The lines that a run logged before it was resumed, read back up to the step of the state that it goes on from.
 
 use std::fs::File;
 use std::io::Write;

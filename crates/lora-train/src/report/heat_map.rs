@@ -6,13 +6,13 @@ use super::font;
 
 /// A cell's place and value.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cell {
+pub(super) struct Cell {
     /// Index of its row.
-    pub row: usize,
+    pub(super) row: usize,
     /// Index of its column.
-    pub column: usize,
+    pub(super) column: usize,
     /// 0 or more; anything else is drawn as damaged.
-    pub value: f64,
+    pub(super) value: f64,
 }
 
 const CELL: (u32, u32) = (52, 18);
@@ -29,7 +29,7 @@ const SCALE: [[f64; 3]; 4] = [[40.0, 30.0, 95.0], [40.0, 110.0, 142.0], [90.0, 1
 const SPAN: f64 = 1000.0;
 
 /// Draws the table. Column labels are written downwards.
-pub fn draw(title: &str, rows: &[String], columns: &[String], cells: &[Cell]) -> RgbImage {
+pub(super) fn draw(title: &str, rows: &[String], columns: &[String], cells: &[Cell]) -> RgbImage {
     let longest = |labels: &[String]| labels.iter().map(|label| font::width(label, 1)).max().unwrap_or(0);
     let left = GAP + longest(rows) + GAP;
     let top = 28 + longest(columns) + GAP;

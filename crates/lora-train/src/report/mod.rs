@@ -1,6 +1,7 @@
-//! Results as pictures: the loss curve, the grid of samples, tables of magnitudes. They know nothing of training.
+//! Results as pictures: the loss curve, the grid of samples, the norms of an adapter's updates. They know nothing of training.
 
 mod font;
 pub mod grid;
-pub mod heat_map;
+mod heat_map;
 pub(crate) mod loss_curve;
+pub mod norms;

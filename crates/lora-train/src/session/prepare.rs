@@ -55,7 +55,7 @@ impl fmt::Display for Preparing {
     }
 }
 
-/// Who is told how preparing goes.
+/// Observes how a run is prepared.
 pub(crate) trait Watch {
     /// What is done now.
     fn now(&mut self, preparing: Preparing);
@@ -63,7 +63,7 @@ pub(crate) trait Watch {
     fn done(&mut self, phase: Phase);
 }
 
-/// One who wants to know what is done now.
+/// Passes on what is done now, and nothing else.
 struct Told<'t>(&'t mut dyn FnMut(Preparing));
 
 impl Watch for Told<'_> {

@@ -1,5 +1,5 @@
-//! Rows of tokens as tensors. All of a batch are filled up to one length; what fills them is learned from by nobody: it
-//! comes after every token that is, or is a document of its own.
+//! Rows of tokens as tensors. All rows of a batch are filled up to one length. Nothing is learned from what fills them: it
+//! follows the tokens that are learned, or is a document of its own.
 
 use lora_data::texts::{LENGTH_STEP, TokenRow};
 use lora_models::networks::decoder::NO_LABEL;
