@@ -3,6 +3,8 @@
 - types.gguf, types.safetensors: one tensor per element type and its values by gguf's own dequantisation. Plain types and
   the 32-element ones are quantised from normal values by gguf; of the 256-element ones, which it cannot make, the blocks
   are random bytes with small finite scales.
+- quantised.safetensors: numbers and the bytes that gguf quantises them to. Some blocks are all zero, all the same, tiny or
+  large, or have the number of the largest magnitude twice with either sign.
 - llama.gguf, llama.safetensors: a model of two layers and its weights under Hugging Face's names as transformers loads
   them (names, order of the rows of query and key projections).
 
@@ -46,6 +48,20 @@ def types(draw):
 def add(writer, expected, kind, data):
     writer.add_tensor(kind.name, data, raw_dtype=kind)
     expected[kind.name] = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, kind), dtype=np.float32))
+
+
+def quantised(draw):
+    values = draw.normal(size=(24, 64)).astype(np.float32)
+    values[0], values[1], values[2, :32] = 0, 0.7, -1.5
+    values[3] *= 1e-6
+    values[4] *= 1e3
+    values[5] = np.abs(values[5])
+    values[6, ::2], values[6, 1::2] = 2, -2
+    values[7] = np.round(values[7] * 4) / 4
+    expected = {"values": torch.from_numpy(values)}
+    for kind in MADE[3:]:
+        expected[kind.name] = torch.from_numpy(np.ascontiguousarray(gguf.quants.quantize(values, kind)))
+    save_file(expected, FOLDER / "quantised.safetensors")
 
 
 def llama(draw):
@@ -97,6 +113,7 @@ def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     types(np.random.default_rng(1))
+    quantised(np.random.default_rng(3))
     llama(np.random.default_rng(2))
     print(sum(path.stat().st_size for path in FOLDER.iterdir()), "bytes")
 

@@ -11,9 +11,10 @@ use lora_core::rank::RankPolicy;
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, DType, Strength};
+use lora_data::tokenizer::Tokenizer;
 use lora_io::adapter::{self, AdapterFile, Format};
-use lora_io::gguf::LanguageModel;
 use lora_io::gguf::names::Architecture;
+use lora_io::gguf::{self, LanguageModel};
 use lora_io::merge::{self, MergeOptions, Weighted};
 use lora_io::{metadata, overwrite};
 
@@ -88,13 +89,13 @@ impl Rank {
 
 #[derive(clap::Args)]
 pub(crate) struct MergeArguments {
-    /// Base model: a .safetensors file or a folder.
+    /// Base model: a .safetensors file, a folder, or a language model in GGUF.
     #[arg(long)]
     base: PathBuf,
     /// Adapter and strength, `FILE:0.8`; `FILE:0.8:0.6` for text encoder and U-Net; a third list gives factors by block.
     #[arg(long, required = true)]
     lora: Vec<String>,
-    /// Output: a file for a file, a new folder for a folder.
+    /// Output: a file for a file, a new folder for a folder; for GGUF a .gguf file or a new folder.
     #[arg(long)]
     out: PathBuf,
     /// Type of the output's numbers (default: the base's).
@@ -103,6 +104,9 @@ pub(crate) struct MergeArguments {
     /// Take the adapter out of a model that it was merged into.
     #[arg(long)]
     unmerge: bool,
+    /// From GGUF into GGUF: quantise the tensors again that the adapter changes, in the types that they have.
+    #[arg(long, conflicts_with = "dtype")]
+    requantise: bool,
     /// The base is what PEFT's PiSSA or OLoRA left of the original model, for adapters that were saved unconverted.
     #[arg(long)]
     residual: bool,
@@ -223,7 +227,7 @@ pub(crate) struct CombineArguments {
 pub(crate) struct DequantiseArguments {
     /// Language model in GGUF.
     file: PathBuf,
-    /// Output: a .safetensors file.
+    /// Output: a new folder with weights, configuration and tokenizer, or a .safetensors file.
     #[arg(long)]
     out: PathBuf,
     /// Type of the output's numbers.
@@ -329,15 +333,33 @@ pub(crate) fn dequantise(arguments: &DequantiseArguments) -> Result<(), Failure>
     let elements = |name: &str| model.shape(name).unwrap_or_default().iter().product::<usize>();
     let bytes = model.names().map(elements).sum::<usize>() * dtype.size();
     let bar = bytes_bar("writing", bytes as u64);
-    let written = lora_io::gguf::dequantise(&arguments.file, &arguments.out, dtype, &|bytes| bar.inc(bytes))?;
+    let progress = |bytes| bar.inc(bytes);
+    let is_file = arguments.out.extension().is_some_and(|extension| extension == "safetensors");
+    let written = match is_file {
+        true => gguf::dequantise(&arguments.file, &arguments.out, dtype, &progress)?,
+        false => gguf::dequantise_to_folder(&arguments.file, &arguments.out, dtype, &progress)?,
+    };
     bar.finish_and_clear();
     println!("{}: {} tensors, {} bytes", arguments.out.display(), model.names().count(), written);
+    if !is_file {
+        let mut notes = Vec::new();
+        save_tokenizer(&arguments.file, &arguments.out, &mut notes);
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
+        return Ok(());
+    }
     match model.rope_scaling() {
         Ok(None) => {}
         Ok(Some(scaling)) => scale_rope(&arguments.out.with_file_name("config.json"), scaling)?,
         Err(error) => eprintln!("note: {error}"),
     }
     Ok(())
+}
+
+/// Writes the tokenizer of a GGUF model beside the weights that were made of it, or says why there is none.
+fn save_tokenizer(model: &Path, folder: &Path, notes: &mut Vec<String>) {
+    if let Err(error) = Tokenizer::open(model).and_then(|tokenizer| tokenizer.save(folder)) {
+        notes.push(format!("no tokenizer was written: {error}"));
+    }
 }
 
 /// Puts the scaling of a model's rotary frequencies into the configuration beside its weights, or says that it belongs
@@ -382,15 +404,19 @@ pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
     if arguments.residual {
         adapters.iter_mut().for_each(|weighted| adapter::on_residual(&mut weighted.adapter));
     }
-    let options = MergeOptions { dtype: arguments.dtype.map(DType::from), unmerge: arguments.unmerge };
+    let (unmerge, requantise) = (arguments.unmerge, arguments.requantise);
+    let options = MergeOptions { dtype: arguments.dtype.map(DType::from), unmerge, requantise };
     let started = Instant::now();
     let bar = Mutex::new(None::<ProgressBar>);
     let progress = |done: u64, of: u64| {
         let Ok(mut bar) = bar.lock() else { return };
         bar.get_or_insert_with(|| bytes_bar("merging", of)).set_position(done);
     };
-    let report =
+    let mut report =
         merge::merge(&arguments.base, &adapters, &arguments.out, &options, &VariantRegistry::default(), &progress)?;
+    if arguments.base.is_file() && arguments.out.is_dir() {
+        save_tokenizer(&arguments.base, &arguments.out, &mut report.notes);
+    }
     if let Ok(Some(bar)) = bar.into_inner() {
         bar.finish_and_clear();
     }

@@ -53,6 +53,28 @@ fn a_tokenizer_that_breaks_off_is_an_error_wherever_it_does() {
 }
 
 #[test]
+fn saved_beside_a_model_they_are_the_same() {
+    for style in ["llama3", "qwen3", "chatml", "mistral"] {
+        let inside = Tokenizer::open(golden(&format!("gguf/{style}.gguf"))).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(inside.save(folder.path()).unwrap().len(), 3);
+        let saved = Tokenizer::open(folder.path()).unwrap();
+        for text in
+            ["½ ² ③ 12345", "  two\n\n\tspaces ", "<|im_start|>user\nx<|im_end|>", "<s>[INST] x [/INST]", "🦀 東京"]
+        {
+            assert_eq!(
+                saved.encode_document(text).unwrap(),
+                inside.encode_document(text).unwrap(),
+                "{style}, {text:?}"
+            );
+        }
+        assert_eq!(saved.templates(), inside.templates(), "{style}");
+        assert_eq!(saved.special_tokens(), inside.special_tokens(), "{style}");
+        assert!(saved.ends().eq(inside.ends()), "{style}");
+    }
+}
+
+#[test]
 fn a_rule_of_splitting_that_is_not_known_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("other.gguf");

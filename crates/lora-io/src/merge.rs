@@ -7,6 +7,7 @@
 //! | here | what |
 //! |---|---|
 //! | `folder` | the files of a base |
+//! | `gguf` | language models in GGUF |
 //! | `targets` | which tensors a module changes |
 //! | `tied` | output layers that are embeddings |
 //! | `experts` | adapters on all experts of a layer, in the form that the base has them in |
@@ -21,6 +22,7 @@ mod compute;
 mod configuration;
 mod experts;
 mod folder;
+mod gguf;
 mod numbers;
 mod reduce;
 mod rows;
@@ -42,7 +44,7 @@ use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, Strength};
 use rayon::prelude::*;
 
-use crate::adapter::{damage, damaged};
+use crate::adapter::{self, damage, damaged};
 use crate::safetensors::{Entry, StoredDType, header};
 use crate::{Error, Result, atomic};
 use folder::Base;
@@ -71,6 +73,8 @@ pub struct MergeOptions {
     /// Take the adapters out again instead: exact up to rounding for additive variants, an error for those that cannot be
     /// taken out.
     pub unmerge: bool,
+    /// Quantise tensors of a GGUF file again that an adapter changes; they are not changed otherwise.
+    pub requantise: bool,
 }
 
 /// What was merged.
@@ -90,8 +94,9 @@ pub struct MergeReport {
 /// Bytes of a tensor that are worked on at once by one thread.
 const TILE: usize = 512 << 10;
 
-/// Merges adapters into a base: a safetensors file into a file, or a folder (diffusers, sharded Hugging Face) into a new
-/// folder. `progress` is told the bytes that are done and all there are.
+/// Merges adapters into a base: a safetensors file into a file, a folder (diffusers, sharded Hugging Face) into a new
+/// folder, or a language model in GGUF into a GGUF file or a new folder, without the tokenizer's files. `progress` is told
+/// the bytes that are done and all there are.
 ///
 /// # Errors
 /// [`Error::Unmatched`] with the modules that do not fit the base, [`Error::Module`] for one that is damaged or cannot
@@ -106,8 +111,6 @@ pub fn merge(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<MergeReport> {
     let (base, output) = (base.as_ref(), output.as_ref());
-    let base = Base::open(base)?;
-    guard(&base, output)?;
     atomic::clear_partial(folder_of(output));
     for adapter in adapters {
         if let Some((module, tensor)) = damaged(&adapter.adapter) {
@@ -115,6 +118,14 @@ pub fn merge(
             return Err(Error::Module { module: module.to_string(), reason });
         }
     }
+    if base.is_file() && adapter::is_gguf(base)? {
+        if options.unmerge {
+            return Err(Error::format(base, "is in GGUF, which adapters are not taken out of; name the model before"));
+        }
+        return gguf::merge(base, adapters, output, options, variants, progress);
+    }
+    let base = Base::open(base)?;
+    guard(&base, output)?;
     let adapters = &*experts::in_form(&base, adapters);
     let edits = Edits::new(&base, adapters, variants)?;
     let scales = Scales::of(&base);
@@ -156,8 +167,12 @@ pub fn merge(
 /// [`Error::Unmatched`] with the modules that name no layer or do not fit theirs; otherwise what opening the base
 /// gives.
 pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<Vec<String>> {
-    let base = Base::open(base.as_ref())?;
+    let base = base.as_ref();
     let weighted = [Weighted { name: "adapter".into(), adapter, strength: Strength::default() }];
+    if base.is_file() && adapter::is_gguf(base)? {
+        return gguf::matches(base, &weighted).map(|()| Vec::new());
+    }
+    let base = Base::open(base)?;
     Edits::new(&base, &experts::in_form(&base, &weighted), &VariantRegistry::default()).map(|edits| edits.notes)
 }
 

@@ -107,7 +107,7 @@ fn a_lora_changes_what_it_changes_in_diffusers() {
             let output = at.path().join("merged");
             let weighted =
                 [Weighted { name: "it".into(), adapter: read.adapter.clone(), strength: Strength::from(1.0) }];
-            let options = MergeOptions { dtype: Some(DType::F32), unmerge: false };
+            let options = MergeOptions { dtype: Some(DType::F32), ..MergeOptions::default() };
             merge(&base, &weighted, &output, &options, &VariantRegistry::default(), &|_, _| {}).unwrap();
             let before = weights(&Checkpoint::open(&base).unwrap());
             for (name, found) in weights(&Checkpoint::open(&output).unwrap()) {
@@ -150,7 +150,7 @@ fn the_lora_comes_back_from_the_merged_model() {
             let output = at.path().join(format!("{}-tuned", base.file_stem().unwrap().to_str().unwrap()));
             let weighted =
                 [Weighted { name: "it".into(), adapter: read.adapter.clone(), strength: Strength::from(1.0) }];
-            let options = MergeOptions { dtype: Some(DType::F32), unmerge: false };
+            let options = MergeOptions { dtype: Some(DType::F32), ..MergeOptions::default() };
             merge(&base, &weighted, &output, &options, &VariantRegistry::default(), &|_, _| {}).unwrap();
             let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
             let ranks = lora_core::compose::ExtractOptions::default();

@@ -194,6 +194,51 @@ fn a_file_that_does_not_tell_the_heads_is_read_with_the_base() {
     assert!(adapter::gguf::read_for(&path, &other).unwrap_err().to_string().contains("qwen2"));
 }
 
+/// `names.json` is from the tables of the gguf package.
+#[test]
+fn adapters_of_every_architecture_have_llama_cpps_names() {
+    let expected: serde_json::Value = serde_json::from_slice(&std::fs::read(golden("names.json")).unwrap()).unwrap();
+    let folder = tempdir().unwrap();
+    for (kind, own) in expected.as_object().unwrap() {
+        let config = format!(r#"{{"model_type": "{kind}", "num_attention_heads": 2, "num_key_value_heads": 1}}"#);
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let architecture = Architecture::of_base(folder.path()).unwrap();
+        assert_eq!(own["architecture"], architecture.name, "{kind}");
+        let names = own["names"].as_object().unwrap();
+        let mut adapter = Adapter::default();
+        for (module, name) in names {
+            assert_eq!(name, &serde_json::json!(architecture.stored(module)), "{kind}, {module}");
+            assert_eq!(architecture.module(name.as_str().unwrap()).as_ref(), Some(module), "{kind}");
+            let random = |shape: [usize; 2], seed: &str| {
+                HostTensor::from_f32(shape, Stream::new(1).at(seed).normals(shape[0] * shape[1])).unwrap()
+            };
+            let embedding = module.ends_with("embed_tokens");
+            let own = AdapterModule::of_factors(
+                random([2, 8], module),
+                random([8, 2], name.as_str().unwrap()),
+                embedding,
+                2,
+                4.0,
+            );
+            adapter.modules.insert(ModulePath::new(Component::LANGUAGE_MODEL, module), own);
+        }
+        adapter::gguf::set_architecture(&mut adapter, &architecture);
+        let path = folder.path().join("a.gguf");
+        adapter::write(&path, &adapter, Format::Gguf, DType::F32).unwrap();
+        assert_eq!(adapter::read(&path).unwrap().adapter, adapter, "{kind}");
+        // Pairs side by side in these, as llama.cpp turns them; halves in the others.
+        let stored = GgufFile::open(&path).unwrap().tensor("blk.11.attn_q.weight.lora_b").ok();
+        let own = adapter.modules.get(&ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.11.self_attn.q_proj"));
+        if let (Some(stored), Some(own)) = (stored, own) {
+            let rows = |tensor: &HostTensor| tensor.to_f32().chunks(2).map(<[f32]>::to_vec).collect::<Vec<_>>();
+            let (stored, own) = (rows(&stored), rows(&own.tensors["up"]));
+            let sides = [0, 2, 1, 3, 4, 6, 5, 7].map(|row| own[row].clone());
+            let reordered = ["llama", "mistral3", "smollm3", "granite"].contains(&&*architecture.name);
+            assert_eq!(stored, if reordered { sides.to_vec() } else { own }, "{kind}");
+        }
+    }
+}
+
 #[test]
 fn what_does_not_belong_is_named() {
     let folder = tempdir().unwrap();

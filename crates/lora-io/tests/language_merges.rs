@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use lora_core::conformance::distance;
 use lora_core::variant::VariantRegistry;
 use lora_core::{DType, HostTensor, Strength};
-use lora_io::adapter;
+use lora_io::adapter::{self, Format};
+use lora_io::gguf::GgufFile;
+use lora_io::gguf::names::Architecture;
 use lora_io::merge::{MergeOptions, MergeReport, Weighted, merge};
 use lora_io::safetensors::{SafetensorsFile, StoredDType, write};
 use support::{Raw, file, tensor};
@@ -119,6 +121,70 @@ fn updates_come_out_of_where_they_were_put() {
         let (before, after) = (tensors(&base), tensors(&at.path().join("back")));
         for (name, before) in &before {
             assert!(distance(&after[name], before) < 1e-5, "{model}: {name}");
+        }
+    }
+}
+
+/// llama.cpp has gate and up apart, and every expert's factors behind each other: what they make up is what is merged.
+#[test]
+fn adapters_of_experts_are_written_for_llama_cpp() {
+    for (model, in_turn) in [("qwen3_moe", false), ("gpt_oss", true)] {
+        let at = tempfile::tempdir().unwrap();
+        let case = golden().join(model).join("experts");
+        let mut adapter = adapter::read(&case).unwrap().adapter;
+        // llama.cpp takes no biases.
+        adapter.modules.retain(|_, module| module.variant == "lora" && !module.tensors.contains_key("bias_value"));
+        let architecture = Architecture::of_base(golden().join(model).join("model")).unwrap();
+        adapter::gguf::set_architecture(&mut adapter, &architecture);
+        let path = at.path().join("a.gguf");
+        adapter::write(&path, &adapter, Format::Gguf, DType::F32).unwrap();
+        let file = GgufFile::open(&path).unwrap();
+        let merged = SafetensorsFile::open(case.join("merged.safetensors")).unwrap();
+        let before = tensors(&golden().join(model).join("model"));
+        for (name, part, second) in
+            [("ffn_gate_exps", "gate", 0), ("ffn_up_exps", "up", 1), ("ffn_down_exps", "down", 0)]
+        {
+            let factor = |side: &str| file.tensor(&format!("blk.0.{name}.weight.{side}")).unwrap();
+            let (a, b) = (factor("lora_a"), factor("lora_b"));
+            let (&[experts, rank, inputs], &[3, outputs, 2]) = (a.shape(), b.shape()) else { panic!("{b:?}") };
+            assert_eq!((experts, rank), (3, 2));
+            for expert in 0..experts {
+                let a = HostTensor::from_f32(
+                    [rank, inputs],
+                    a.to_f32()[expert * rank * inputs..][..rank * inputs].to_vec(),
+                );
+                let b = HostTensor::from_f32(
+                    [outputs, rank],
+                    b.to_f32()[expert * outputs * rank..][..outputs * rank].to_vec(),
+                );
+                let update = support::product(&b.unwrap(), &a.unwrap(), 1.5);
+                let at = |tensor: &HostTensor, output: usize, input: usize| {
+                    let &[.., rows, columns] = tensor.shape() else { panic!() };
+                    let output = if in_turn && part != "down" { 2 * output + second } else { output };
+                    // gpt-oss stores inputs first.
+                    let place = if in_turn {
+                        expert * rows * columns + input * columns + output
+                    } else {
+                        output * columns + input
+                    };
+                    tensor.to_f32()[place]
+                };
+                let stored = match in_turn {
+                    true => format!(
+                        "model.layers.0.mlp.experts.{}",
+                        if part == "down" { "down_proj" } else { "gate_up_proj" }
+                    ),
+                    false => format!("model.layers.0.mlp.experts.{expert}.{part}_proj.weight"),
+                };
+                let (after, before) = (merged.get(&stored).unwrap().to_host().unwrap(), &before[&stored]);
+                for output in 0..outputs {
+                    for input in 0..inputs {
+                        let change = at(&after, output, input) - at(before, output, input);
+                        let apart = (update.to_f32()[output * inputs + input] - change).abs();
+                        assert!(apart < 1e-5, "{model}, {name}, {expert}: {apart:e}");
+                    }
+                }
+            }
         }
     }
 }

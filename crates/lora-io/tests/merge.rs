@@ -95,7 +95,7 @@ fn one_rounding_in_the_bases_own_type_and_copies_bit_for_bit() {
         assert!(metadata["lora_merged"].contains("0.7"));
 
         let back = folder.path().join("back");
-        let options = MergeOptions { unmerge: true, dtype: None };
+        let options = MergeOptions { unmerge: true, ..MergeOptions::default() };
         run(&output, &[weighted(vec![(to_q(), module)], 0.7)], &back, options).unwrap();
         let apart = lora_core::conformance::distance(&tensor(&back, TO_Q), &weight);
         assert!(apart < 2.0 * unit, "{dtype}: {apart:e}");

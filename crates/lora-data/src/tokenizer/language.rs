@@ -134,6 +134,10 @@ impl Tokenizer {
         Ok(Self { parts, marked, vocabulary_size })
     }
 
+    pub(super) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.parts.inner
+    }
+
     /// Where it was read from.
     pub fn path(&self) -> &Path {
         &self.parts.path

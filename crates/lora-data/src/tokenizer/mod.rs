@@ -6,6 +6,7 @@ mod clip;
 mod folder;
 mod gguf;
 mod language;
+mod save;
 
 pub use clean::TextCleaning;
 pub use clip::{CHUNK, ClipTokenizer, END, Padding, ROW};

@@ -1,21 +1,21 @@
 //! Adapters in GGUF, as llama.cpp's runtime takes them (`convert_lora_to_gguf.py` writes the same): plain LoRA of a
 //! language model, tensors `<base tensor>.lora_a` `[rank, in]` and `.lora_b` `[out, rank]`, one alpha for all,
-//! scale = alpha / rank. For the `llama` architecture the rows of query and key projections are in llama.cpp's order
-//! (see [`crate::gguf::names`]); of embeddings `lora_a` is stored transposed, `[entries, rank]`.
+//! scale = alpha / rank. For some architectures the rows of query and key projections are in llama.cpp's order
+//! (see [`crate::gguf::names`]); adapters of experts have a third axis in front and are written, not read; of embeddings `lora_a` is stored transposed, `[entries, rank]`.
 //!
 //! Which architecture it is, and how many heads it has, stands in the adapter's metadata under the header's own keys
 //! (`general.architecture`, `llama.attention.head_count` …); [`set_architecture`] puts it there. Files of other programs do
-//! not tell the heads: those of the `llama` architecture are read with [`read_for`].
+//! not tell the heads: those of architectures whose rows have another order are read with [`read_for`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lora_core::variant::LoraFactors;
+use lora_core::variant::{EXPERTS_DOWN, EXPERTS_UP, LoraFactors};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
 use super::{AdapterFile, Format, finite, scaled, unmatched};
 use crate::family::language;
-use crate::gguf::names::{Architecture, Order, from_gguf, reorder, to_gguf};
+use crate::gguf::names::{Architecture, Order, is_reordered, reorder};
 use crate::gguf::{self, GgufFile, TensorType, Value};
 use crate::safetensors::StoredDType;
 use crate::{Error, Result};
@@ -72,9 +72,9 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
     let named = |part: &str| file.names().any(|name| name.contains(part));
     match architecture {
         Ok(architecture) => from_file(&file, &architecture),
-        // Heads matter for `llama` alone, and there for two layers alone.
+        // Heads matter for a few architectures, and there for two layers alone.
         Err(_)
-            if file.text("general.architecture").is_some_and(|name| name != "llama")
+            if file.text("general.architecture").is_some_and(|name| !is_reordered(name))
                 || !named("attn_q.") && !named("attn_k.") =>
         {
             let name = file.text("general.architecture").unwrap_or_default().to_owned();
@@ -82,8 +82,8 @@ pub fn read(path: impl AsRef<Path>) -> Result<AdapterFile> {
         }
         Err(_) => Err(Error::format(
             file.path(),
-            "is a GGUF adapter of a llama model, whose rows are in an order that depends on the base's heads; name the base \
-             model (--base)",
+            "is a GGUF adapter of a model whose rows are in an order that depends on the base's heads; name the base model \
+             (--base)",
         )),
     }
 }
@@ -136,7 +136,7 @@ fn from_file(file: &GgufFile, architecture: &Architecture) -> Result<AdapterFile
             problems.push(format!("`{name}` (`{other}` is missing)"));
             continue;
         }
-        let Some(module) = stem.strip_suffix(".weight").and_then(from_gguf) else {
+        let Some(module) = stem.strip_suffix(".weight").and_then(|name| architecture.module(name)) else {
             problems.push(format!("`{name}` (no layer that is known here)"));
             continue;
         };
@@ -207,6 +207,36 @@ fn reordered(tensor: &HostTensor, rows: usize, heads: usize, order: Order) -> Re
     Ok(ordered.to_dtype(tensor.dtype()))
 }
 
+/// The matrices that an adapter of all experts of a layer changes in llama.cpp's model, which has gate and up apart: names,
+/// `lora_a` `[experts, rank, inputs]`, `lora_b` `[experts, outputs, rank]`.
+fn experts(
+    architecture: &Architecture,
+    path: &ModulePath,
+    module: &AdapterModule,
+) -> Option<Vec<(String, HostTensor, HostTensor)>> {
+    let (down, up) = (module.tensors.get(EXPERTS_DOWN)?, module.tensors.get(EXPERTS_UP)?);
+    let (index, part) = path.path.strip_prefix("model.layers.")?.split_once('.')?;
+    let name = |part: &str| format!("blk.{index}.ffn_{part}_exps");
+    match part {
+        "mlp.experts.down_proj" => Some(vec![(name("down"), down.clone(), up.clone())]),
+        "mlp.experts.gate_up_proj" => {
+            let &[experts, outputs, rank] = up.shape() else { return None };
+            let values = up.to_f32();
+            // gpt-oss has the rows of the two in turn, the others one half each.
+            let alternate = architecture.name == "gpt-oss";
+            let half = |second: usize| {
+                let row = |place: usize| if alternate { 2 * place + second } else { second * (outputs / 2) + place };
+                let rows = (0..experts).flat_map(|expert| (0..outputs / 2).map(move |place| (expert, place)));
+                let starts = rows.map(|(expert, place)| (expert * outputs + row(place)) * rank);
+                let values = starts.flat_map(|start| values[start..start + rank].to_vec()).collect();
+                HostTensor::from_f32([experts, outputs / 2, rank], values).ok()
+            };
+            Some(vec![(name("gate"), down.clone(), half(0)?), (name("up"), down.clone(), half(1)?)])
+        }
+        _ => None,
+    }
+}
+
 /// Writes plain LoRA of a language model. Alphas that differ, or scales that are not alpha / rank, are folded into the
 /// factors; the returned notes say so.
 ///
@@ -227,10 +257,21 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, dtype: DType) -> Result<
     for (module_path, module) in &adapter.modules {
         let failed = |reason: String| Error::Module { module: module_path.to_string(), reason };
         super::whole(&module_path.to_string(), module)?;
+        if let Some(parts) = experts(&architecture, module_path, module) {
+            for (name, down, up) in parts {
+                let up = scaled(&up, module.scale() * module.rank as f64 / alpha);
+                for (suffix, tensor) in [("lora_a", down), ("lora_b", up)] {
+                    let tensor = tensor.to_dtype(dtype);
+                    finite(&module_path.to_string(), suffix, &tensor)?;
+                    tensors.insert(format!("{name}.weight.{suffix}"), tensor);
+                }
+            }
+            continue;
+        }
         if module_path.component != Component::LANGUAGE_MODEL {
             return Err(failed("GGUF adapters are for language models; take kohya or diffusers for this one".into()));
         }
-        let Some(name) = to_gguf(&module_path.path) else {
+        let Some(name) = architecture.stored(&module_path.path) else {
             return Err(failed(format!("architecture `{}` has no such layer that is known here", architecture.name)));
         };
         let embedding = is_embedding(&module_path.path);

@@ -1,5 +1,5 @@
 //! Element types of GGUF tensors and what their blocks mean, value for value as ggml's reference dequantisation computes it
-//! in f32. Quantising is not done here.
+//! in f32. The other way round is [`super::quantise`]'s.
 //!
 //! | type | block | bytes | value |
 //! |---|---|---|---|
@@ -17,8 +17,8 @@
 use std::fmt;
 
 use half::{bf16, f16};
-use lora_core::HostData;
 use lora_core::blocks::BlockKind;
+use lora_core::{HostData, HostTensor};
 
 /// Element type of a tensor, as far as it is read here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -134,6 +134,16 @@ fn decode_block(kind: BlockKind, block: &[u8], out: &mut [f32]) {
             }
         }
     }
+}
+
+/// The numbers of whole blocks, in f32; none if there is a rest.
+pub fn values(kind: TensorType, blocks: &[u8]) -> Option<Vec<f32>> {
+    if !blocks.len().is_multiple_of(kind.block().1) {
+        return None;
+    }
+    let data = kind.decode(blocks);
+    let count = blocks.len() / kind.block().1 * kind.block().0;
+    HostTensor::new([count], data).ok().map(|tensor| tensor.to_f32().into_owned())
 }
 
 impl fmt::Display for TensorType {

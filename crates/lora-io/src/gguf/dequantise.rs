@@ -10,7 +10,7 @@ use lora_core::{DType, HostTensor};
 use super::names::{Architecture, Order, reorder};
 use super::{GgufFile, TensorType, config};
 use crate::safetensors::{self, Entry, TensorSource};
-use crate::{Error, Result};
+use crate::{Error, Result, atomic};
 
 /// The divisors of the rotary frequencies: no weights, but a part of the configuration. For all texts, or for short and
 /// for long ones.
@@ -127,6 +127,21 @@ impl LanguageModel {
         config::of(&self.file, &self.architecture, vocabulary, tied, divisors)
     }
 
+    /// The configuration of a folder with the weights in this type: as [`Self::config`], with the model's class, and with
+    /// factors on rotary frequencies in the words that the model was published with, where these are known.
+    ///
+    /// # Errors
+    /// As [`Self::config`].
+    pub fn folder_config(&self, dtype: DType) -> Result<serde_json::Value> {
+        let mut config = self.config()?;
+        config["architectures"] = serde_json::json!([self.architecture.class()]);
+        config["torch_dtype"] = torch_name(dtype).into();
+        if let Ok(Some(scaling)) = self.rope_scaling() {
+            config["rope_scaling"] = scaling;
+        }
+        Ok(config)
+    }
+
     /// Names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
@@ -186,6 +201,20 @@ impl LanguageModel {
         Ok((kind.block().0 > 1).then_some(Packed { bytes: Cow::Borrowed(bytes), kind, shape }))
     }
 
+    /// Numbers of a tensor of Hugging Face's model as the file has them: the other way round from [`Self::tensor`].
+    ///
+    /// # Errors
+    /// If its rows are no pairs of the heads.
+    pub(crate) fn to_stored(&self, name: &str, tensor: &HostTensor) -> Result<Vec<f32>> {
+        let shift = self.architecture.shift(name);
+        let values = tensor.to_f32();
+        let Some(heads) = self.reordered(name) else {
+            return Ok(values.iter().map(|value| value + shift).collect());
+        };
+        let rows = tensor.shape().first().copied().unwrap_or(0);
+        reorder(&values, rows, heads, Order::ToGguf).ok_or_else(|| self.no_pairs(name, rows, heads))
+    }
+
     /// The name of a tensor in the file.
     pub fn stored_name(&self, name: &str) -> Option<&str> {
         self.entries.get(name).map(String::as_str)
@@ -212,6 +241,43 @@ impl LanguageModel {
     fn no_pairs(&self, stored: &str, rows: usize, heads: usize) -> Error {
         Error::tensor(self.file.path(), stored, format!("{rows} rows are no pairs in {heads} heads"))
     }
+}
+
+/// PyTorch's name of a type.
+pub(crate) fn torch_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "float16",
+        DType::BF16 => "bfloat16",
+        _ => "float32",
+    }
+}
+
+/// Writes a GGUF model as a new folder in Hugging Face's layout: `model.safetensors`, as [`dequantise`] writes it, and
+/// `config.json`. Returns the size of the weights. Tokenizers are `lora-data`'s.
+///
+/// # Errors
+/// If the folder exists, or as [`dequantise`] and [`LanguageModel::folder_config`].
+pub fn dequantise_to_folder(
+    base: impl AsRef<Path>,
+    folder: impl AsRef<Path>,
+    dtype: DType,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<u64> {
+    let (base, folder) = (base.as_ref(), folder.as_ref());
+    if folder.exists() {
+        return Err(Error::format(folder, "exists already; name a new folder"));
+    }
+    let config = LanguageModel::open(base)?.folder_config(dtype)?;
+    let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let partial = tempfile::Builder::new()
+        .prefix(".lora-partial-")
+        .tempdir_in(parent)
+        .map_err(Error::io(parent, "create a folder in it"))?;
+    let written = dequantise(base, partial.path().join("model.safetensors"), dtype, progress)?;
+    let text = format!("{config:#}\n");
+    atomic::write(partial.path().join("config.json"), |file| std::io::Write::write_all(file, text.as_bytes()))?;
+    std::fs::rename(partial.keep(), folder).map_err(Error::io(folder, "put into place"))?;
+    Ok(written)
 }
 
 /// The tensors in one dtype.

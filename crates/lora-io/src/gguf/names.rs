@@ -1,6 +1,6 @@
-//! Names of a language model's tensors in GGUF and in Hugging Face's files, and the order of rows that differs: for the
-//! `llama` architecture llama.cpp stores the query and key projections with each head's rotary pairs side by side, where
-//! Hugging Face keeps the halves apart.
+//! Names of a language model's tensors in GGUF and in Hugging Face's files, and the order of rows that differs: for `llama` and
+//! some other architectures llama.cpp stores the query and key projections with each head's rotary pairs side by side,
+//! where Hugging Face keeps the halves apart.
 
 use std::path::Path;
 
@@ -22,13 +22,29 @@ pub struct Architecture {
 const ARCHITECTURES: &[(&str, &str)] = &[
     ("llama", "llama"),
     ("mistral", "llama"),
+    ("ministral", "llama"),
+    ("ministral3", "mistral3"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
+    ("qwen3_moe", "qwen3moe"),
+    ("smollm3", "smollm3"),
     ("gemma", "gemma"),
     ("gemma2", "gemma2"),
     ("gemma3_text", "gemma3"),
+    ("gemma4_text", "gemma4"),
     ("phi3", "phi3"),
+    ("olmo2", "olmo2"),
+    ("olmo3", "olmo2"),
+    ("granite", "granite"),
+    ("glm", "chatglm"),
+    ("glm4", "glm4"),
+    ("seed_oss", "seed_oss"),
+    ("gpt_oss", "gpt-oss"),
 ];
+
+/// Architectures that llama.cpp turns by neighbouring numbers and Hugging Face by halves of a head: the rows of their query
+/// and key projections are stored in llama.cpp's order. (Source: llama.cpp, `llama_model_rope_type` and the converter.)
+const REORDERED: &[&str] = &["llama", "mistral3", "smollm3", "granite"];
 
 /// Parts of a layer: GGUF after `blk.N.`, Hugging Face after `model.layers.N.`.
 const LAYER: &[(&str, &str)] = &[
@@ -51,6 +67,12 @@ const NORMS_ON_BOTH_SIDES: &[(&str, &str)] = &[
     ("ffn_norm", "pre_feedforward_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
 ];
+
+/// Further parts of Gemma 4.
+const PER_LAYER_INPUTS: &[(&str, &str)] = &[("inp_gate", "per_layer_input_gate"), ("proj", "per_layer_projection")];
+
+/// What chooses experts.
+const ROUTER: &[(&str, &str)] = &[("ffn_gate_inp", "mlp.gate")];
 
 /// Parts that are several in one.
 const FUSED: &[(&str, &str)] = &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")];
@@ -126,16 +148,33 @@ impl Architecture {
 
     /// The module of Hugging Face's model that a GGUF tensor (without `.weight`) belongs to.
     pub fn module(&self, name: &str) -> Option<String> {
-        let own = match self.name.as_str() {
-            "gemma2" | "gemma3" => NORMS_ON_BOTH_SIDES,
-            "phi3" => FUSED,
-            _ => &[],
-        };
+        let own = self.own_parts();
         let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let own = layer.and_then(|(index, part)| Some((index, own.iter().find(|(stored, _)| *stored == part)?.1)));
         match own {
             Some((index, module)) => Some(format!("model.layers.{}.{module}", index.parse::<u32>().ok()?)),
             None => from_gguf(name),
+        }
+    }
+
+    /// The GGUF name, without `.weight`, of a module of Hugging Face's model.
+    pub fn stored(&self, module: &str) -> Option<String> {
+        let layer = module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let own = layer.and_then(|(index, part)| {
+            let (stored, _) = self.own_parts().iter().find(|(_, own)| *own == part)?;
+            Some(format!("blk.{}.{stored}", index.parse::<u32>().ok()?))
+        });
+        own.or_else(|| to_gguf(module))
+    }
+
+    /// What this architecture names otherwise than most.
+    fn own_parts(&self) -> &'static [(&'static str, &'static str)] {
+        match self.name.as_str() {
+            "gemma2" | "gemma3" => NORMS_ON_BOTH_SIDES,
+            "gemma4" => PER_LAYER_INPUTS,
+            "phi3" | "glm4" | "chatglm" => FUSED,
+            "qwen3moe" => ROUTER,
+            _ => &[],
         }
     }
 
@@ -147,6 +186,19 @@ impl Architecture {
     /// Hugging Face's `model_type`; the first of several.
     pub(super) fn model_type(&self) -> &'static str {
         ARCHITECTURES.iter().find(|(_, own)| *own == self.name).map_or("", |(kind, _)| kind)
+    }
+
+    /// transformers' class of the whole model.
+    pub(super) fn class(&self) -> &'static str {
+        match self.name.as_str() {
+            "qwen2" => "Qwen2ForCausalLM",
+            "qwen3" => "Qwen3ForCausalLM",
+            "gemma" => "GemmaForCausalLM",
+            "gemma2" => "Gemma2ForCausalLM",
+            "gemma3" => "Gemma3ForCausalLM",
+            "phi3" => "Phi3ForCausalLM",
+            _ => "LlamaForCausalLM",
+        }
     }
 
     /// The header values that say it.
@@ -161,12 +213,18 @@ impl Architecture {
 
     /// Heads of a module whose rows are stored in llama.cpp's order.
     pub(crate) fn reordered(&self, module: &str) -> Option<usize> {
-        match self.name.as_str() {
-            "llama" if module.ends_with(".q_proj") => Some(self.heads),
-            "llama" if module.ends_with(".k_proj") => Some(self.kv_heads),
+        let is = |end: &str| is_reordered(&self.name) && module.ends_with(end);
+        match module {
+            _ if is(".q_proj") => Some(self.heads),
+            _ if is(".k_proj") => Some(self.kv_heads),
             _ => None,
         }
     }
+}
+
+/// Whether an architecture's query and key rows are in llama.cpp's order.
+pub(crate) fn is_reordered(architecture: &str) -> bool {
+    REORDERED.contains(&architecture)
 }
 
 /// Which way rows are put.

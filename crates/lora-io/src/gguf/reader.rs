@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use lora_core::HostTensor;
 use memmap2::{Mmap, UncheckedAdvice};
 
+use super::copy::Copied;
 use super::{ALIGNMENT, MAGIC, TensorType};
 use crate::{Error, Result, foreign};
 
@@ -136,6 +137,45 @@ impl GgufFile {
         (0..*length).map(|_| cursor.text().ok()).collect()
     }
 
+    /// Tensors begin at multiples of this.
+    pub(super) fn alignment(&self) -> usize {
+        self.number("general.alignment").and_then(|number| usize::try_from(number).ok()).unwrap_or(ALIGNMENT)
+    }
+
+    /// How many values the header has, and their bytes as they stand there; with another number of the file's type, where
+    /// one is given and the header has one.
+    pub(super) fn raw_values(&self, file_type: Option<u32>) -> (usize, Vec<u8>) {
+        // After the magic, the version and two counts.
+        const START: usize = 24;
+        let end = self.values.values().map(|(_, range)| range.end).max().unwrap_or(START);
+        let mut bytes = self.map[START..end].to_vec();
+        let own = self.values.get("general.file_type").map(|(_, range)| range.clone());
+        if let (Some(file_type), Some(range)) = (file_type, own.filter(|range| range.len() == 4)) {
+            bytes[range.start - START..range.end - START].copy_from_slice(&file_type.to_le_bytes());
+        }
+        (self.values.len(), bytes)
+    }
+
+    /// All tensors in the order of the file, of types that are read here or not.
+    pub(crate) fn stored(&self) -> Vec<Copied> {
+        let mut places: Vec<_> = self.tensors.iter().collect();
+        places.sort_by_key(|(name, tensor)| (tensor.bytes.start, tensor.bytes.end, *name));
+        let ends = places.iter().skip(1).map(|(_, next)| next.bytes.start).chain([self.map.len()]);
+        let copied = |((name, tensor), next): (&(&String, &Location), usize)| {
+            // Of a type that is not known here all that lies before the next tensor is taken.
+            let known = TensorType::from_id(tensor.kind).is_some();
+            let bytes = if known { tensor.bytes.len() } else { next - tensor.bytes.start };
+            Copied { name: (*name).clone(), shape: tensor.shape.clone(), kind: tensor.kind, bytes }
+        };
+        places.iter().zip(ends).map(copied).collect()
+    }
+
+    /// The bytes of a tensor of any type.
+    pub(crate) fn raw(&self, tensor: &Copied) -> &[u8] {
+        let start = self.tensors.get(&tensor.name).map_or(0, |own| own.bytes.start);
+        self.map.get(start..start + tensor.bytes).unwrap_or_default()
+    }
+
     /// Names of the tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
@@ -147,7 +187,7 @@ impl GgufFile {
     }
 
     /// The type of a tensor; none if it is not read here.
-    pub(crate) fn tensor_type(&self, name: &str) -> Option<TensorType> {
+    pub fn tensor_type(&self, name: &str) -> Option<TensorType> {
         TensorType::from_id(self.tensors.get(name)?.kind)
     }
 

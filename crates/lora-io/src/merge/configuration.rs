@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::folder::walk;
 use super::tied::Tied;
+use crate::gguf::dequantise::torch_name;
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result, atomic};
 
@@ -36,11 +37,7 @@ pub(super) fn rewrite(folder: &Path, untied: bool, dtype: Option<DType>, kept: &
         }
     }
     if let Some(dtype) = dtype {
-        let name = match dtype {
-            DType::F16 => "float16",
-            DType::BF16 => "bfloat16",
-            _ => "float32",
-        };
+        let name = torch_name(dtype);
         for key in DTYPES {
             for own in [Some("text_config"), None] {
                 let object = match own {

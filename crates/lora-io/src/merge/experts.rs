@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use lora_core::variant::{EXPERTS_DOWN, EXPERTS_UP};
-use lora_core::{AdapterModule, HostTensor, ModulePath};
+use lora_core::{AdapterModule, Component, HostTensor, ModulePath};
 
 use super::Weighted;
 use super::folder::Base;
@@ -25,8 +25,8 @@ const TURNED: &[&str] = &["gpt_oss", "openai_privacy_filter"];
 pub(super) fn in_form<'a>(base: &Base, adapters: &'a [Weighted]) -> Cow<'a, [Weighted]> {
     let there = |path: &str| base.files.iter().any(|file| file.contains(path));
     let strange = |(path, module): (&ModulePath, &AdapterModule)| {
-        module.tensors.contains_key(EXPERTS_DOWN)
-            || path.path.contains(".mlp.") && !there(&format!("{}.weight", path.path))
+        let is_mixture = path.component == Component::LANGUAGE_MODEL && path.path.contains(".mlp.");
+        module.tensors.contains_key(EXPERTS_DOWN) || is_mixture && !there(&format!("{}.weight", path.path))
     };
     if !adapters.iter().any(|own| own.adapter.modules.iter().any(strange)) {
         return Cow::Borrowed(adapters);
