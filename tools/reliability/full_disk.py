@@ -1,11 +1,11 @@
 """A disk that is full: the program writes to a file system of a few hundred KiB, of many sizes, so that another write fails
 each time.
 
-    python3 tools/reliability/full_disk.py [lora=target/release/lora] [what=train|commands] [step=100] [largest=3600]
+    python3 tools/reliability/full_disk.py [lora=target/release/lora] [what=train|commands|NAME] [step=100] [largest=3600]
 
 `train`: a run must end or go on with a message that says so, what it leaves must be readable, and the same run must go on from
 its state once there is room. `commands`: every command that writes a file must say so, leave the file that was there before as
-it was and nothing else, and do its work once there is room.
+it was and nothing else, and do its work once there is room; `what` may be the name of one of them.
 
 Needs Linux. Mounts a tmpfs in a user and mount namespace of its own (`unshare -rm`), which needs no privileges where the
 system allows such namespaces; elsewhere run it as root. Sizes are in KiB, from `step` to `largest`, which should hold all
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-from common import PICTURES, arguments, config, few_pictures, run, texts
+from common import BASE, PICTURES, arguments, config, few_pictures, run, texts
 
 GGUF = "crates/lora-models/tests/golden/llm/gguf/llama3.mixed.gguf"
 ADAPTER = "crates/lora-train/tests/golden/language/adapter"
@@ -80,20 +80,25 @@ def training(lora, size, folder, pictures):
 def commands(lora, folder):
     """Commands by name, each with the name of its output as `{}`; what they read is made in the folder."""
     keys = texts(folder)
-    base, adapter, merged = keys["base_model"], os.path.join(folder, "adapter"), os.path.join(folder, "merged")
+    base, adapter = keys["base_model"], os.path.join(folder, "adapter")
     shutil.copytree(ADAPTER, adapter)
-    status, said = run(lora, "merge", "--base", base, "--lora", adapter, "--out", merged)
-    assert status == 0, said
     weights = os.path.join(base, "model.safetensors")
+    shown = os.path.join(folder, "pictures")
+    os.mkdir(shown)
+    status, said = run(lora, "train", config(folder, max_train_steps=1, **few_pictures(shown)))
+    assert status == 0, said
+    file, tuned = os.path.join(folder, "out", "lora.safetensors"), os.path.join(folder, "tuned.safetensors")
+    status, said = run(lora, "merge", "--base", os.path.abspath(BASE), "--lora", file, "--out", tuned)
+    assert status == 0, said
     return {
         "merge into a folder": ["merge", "--base", base, "--lora", adapter, "--out", "{}"],
         "merge into a file": ["merge", "--base", weights, "--lora", adapter, "--out", "{}.safetensors"],
-        "combine": ["combine", "--lora", adapter, "--lora", adapter, "--out", "{}.safetensors"],
-        "convert to kohya": ["convert", adapter, "--to", "kohya", "--out", "{}.safetensors"],
-        "convert to PEFT": ["convert", adapter, "--to", "peft", "--out", "{}"],
+        "combine": ["combine", "--lora", file, "--lora", file, "--out", "{}.safetensors"],
+        "convert to diffusers": ["convert", file, "--to", "diffusers", "--out", "{}.safetensors"],
+        "convert to PEFT": ["convert", file, "--to", "peft", "--out", "{}"],
         "convert to GGUF": ["convert", adapter, "--to", "gguf", "--base", base, "--out", "{}.gguf"],
-        "resize": ["resize", adapter, "--rank", "2", "--out", "{}.safetensors"],
-        "extract": ["extract", "--base", base, "--tuned", merged, "--rank", "4", "--targets", "all-linear"]
+        "resize": ["resize", file, "--rank", "2", "--out", "{}.safetensors"],
+        "extract": ["extract", "--base", os.path.abspath(BASE), "--tuned", tuned, "--rank", "4", "--targets", "attention"]
         + ["--out", "{}.safetensors"],
         "dequantise": ["dequantise", os.path.abspath(GGUF), "--out", "{}.safetensors"],
         "dataset --html": ["dataset", os.path.abspath(PICTURES), "--shown", "10", "--html", "{}.html"],
@@ -144,7 +149,9 @@ def main():
             for outcome, of in outcomes.items():
                 print(f"{outcome}: {', '.join(map(str, of))} KiB")
         else:
-            for name, words in commands(lora, folder).items():
+            all_commands = commands(lora, folder)
+            names = list(all_commands) if own["what"] == "commands" else own["what"].split(",")
+            for name, words in ((name, all_commands[name]) for name in names):
                 for size in sizes:
                     had_room, problems = command(lora, words, size, folder)
                     failures += [f"{name}, {size} KiB: {problem}" for problem in problems]

@@ -210,6 +210,9 @@ pub(crate) fn header(name: &Path, source: impl BufRead + Seek) -> Result<Header>
             let (width, height) = decoder.dimensions();
             let turned = decoder.orientation().is_ok_and(is_turned);
             let (width, height) = (width as usize, height as usize);
+            if width == 0 || height == 0 {
+                return Err(Error::picture(name, "it has no pixels"));
+            }
             Ok(Header { size: if turned { (height, width) } else { (width, height) }, extensions })
         },
     )
