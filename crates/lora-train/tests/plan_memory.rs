@@ -201,6 +201,8 @@ const SCALARS: u64 = 64;
 fn tolerance(keys: &[&str]) -> f64 {
     let has = |key: &str| keys.contains(&key);
     match () {
+        // oneDNN takes more for the gradients of so few channels' weights.
+        () if has("precision=bf16") && has("target_modules=all-conv") => 1.0,
         () if has("precision=bf16") => 0.5,
         () if has("optimizer=prodigy") => 2.0,
         // In batches oneDNN's transposed convolution of many channels has a small scratchpad.

@@ -85,25 +85,11 @@ Tensor convolution(const Tensor &input, const Tensor &weight, const optional<Ten
   return product(input, weight, shape, transposed, side(stride, 0), input);
 }
 
-int64_t whole_blocks(int64_t channels) { return (channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS; }
-
-// Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does on the CPU.
+// Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does in fp32.
 int64_t filled(const Tensor &tensor) {
   const auto size = static_cast<int64_t>(tensor.nbytes()), channels = tensor.size(1);
-  return plays(Platform::Cpu) ? size / channels * whole_blocks(channels) : size;
-}
-
-// What the gradient of a weight takes on the side in bf16 on the CPU (oneDNN's kernel for AVX-512, by counting allocations): input
-// and weight in whole blocks, the gradient in fp32, and for kernels larger than one pixel an item's input and the gradient given,
-// turned round, each row of the input with the pixels at its edges. How several threads divide many channels is oneDNN's own affair,
-// and may take as much again.
-int64_t half_weight_gradient(const Tensor &given, const Tensor &input, const Tensor &weight) {
-  const int64_t weights = whole_blocks(weight.size(0)) * whole_blocks(weight.size(1)) * (weight.numel() / (weight.size(0) * weight.size(1)));
-  const int64_t arguments = filled(given) + filled(input) + 2 * weights, threads = 8192 * plan().threads;
-  if (weight.numel() == weight.size(0) * weight.size(1)) return arguments + 4 * weights + threads;
-  const int64_t edges = input.numel() / (input.size(0) * input.size(1)) / input.size(-1) * (weight.size(-1) - 1);
-  const int64_t read = filled(input) / input.size(0) + 2 * whole_blocks(input.size(1)) * edges;
-  return arguments + 4 * weights + read + filled(given) / given.size(0) + threads;
+  if (!plays(Platform::Cpu) || tensor.scalar_type() != at::kFloat) return size;
+  return size / channels * ((channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, const Tensor &input, const Tensor &weight,
@@ -114,15 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
   const Tensor ordered = given.contiguous(format);
   if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0), input);
   if (mask[1]) {
-    const bool half = given.scalar_type() != at::kFloat, last = format == at::MemoryFormat::ChannelsLast;
-    if (plays(Platform::Cpu) && half && !last) {
-      bytes(half_weight_gradient(given, input, weight));
-      to_weight = at::empty_like(weight);
-    } else {
-      to_weight = at::empty_like(weight);
-      const int64_t blocked = half ? static_cast<int64_t>(given.nbytes()) : filled(given);
-      bytes(blocked + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
-    }
+    to_weight = at::empty_like(weight);
+    bytes(filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
   }
   if (mask[2]) to_bias = make(bias.has_value() ? *bias : IntArrayRef({given.size(1)}), given);
   return {to_input, to_weight, to_bias};
