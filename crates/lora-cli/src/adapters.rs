@@ -437,8 +437,22 @@ pub(crate) fn merge(arguments: &MergeArguments) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The layout that most programs load for an adapter's family: PEFT's for language models, else kohya's.
+fn usual_format(adapter: &Adapter) -> Format {
+    match adapter::family(adapter) {
+        Some(family) if !family.image => Format::Peft,
+        _ => Format::Kohya,
+    }
+}
+
 /// Writes and says what was written.
 fn write(path: &Path, adapter: &Adapter, format: Format, dtype: DType) -> Result<(), Failure> {
+    if format == Format::Peft && path.extension().is_some_and(|extension| extension == "safetensors") {
+        let path = path.display();
+        return Err(Failure::Usage(format!(
+            "{path}: an adapter in PEFT's layout is a folder; leave .safetensors out of its name"
+        )));
+    }
     for note in adapter::write(path, adapter, format, dtype)? {
         eprintln!("note: {note}");
     }
@@ -536,7 +550,7 @@ pub(crate) fn combine(arguments: &CombineArguments) -> Result<(), Failure> {
     let names: Vec<_> = adapters.iter().map(|weighted| weighted.name.as_str()).collect();
     combined.metadata.insert("lora_combined".into(), names.join(", "));
     let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
-    write(&arguments.out, &combined, Format::Kohya, dtype)
+    write(&arguments.out, &combined, usual_format(&combined), dtype)
 }
 
 pub(crate) fn resize(arguments: &ResizeArguments) -> Result<(), Failure> {
@@ -565,5 +579,5 @@ pub(crate) fn extract(arguments: &ExtractArguments) -> Result<(), Failure> {
     };
     let (adapter, outcomes) = merge::extract(&arguments.base, &arguments.tuned, &targets, &options)?;
     summary(&outcomes);
-    write(&arguments.out, &adapter, Format::Kohya, arguments.dtype.into())
+    write(&arguments.out, &adapter, usual_format(&adapter), arguments.dtype.into())
 }

@@ -80,7 +80,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(lora_train::Error::from)?;
     let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
     let (page, json, print) = (html::page, serde_json::to_string_pretty, print_pictures);
-    Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), lost }.tell(arguments)
+    Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), noun: "pictures", lost }
+        .tell(arguments)
 }
 
 fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
@@ -97,12 +98,14 @@ fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result
         texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();
     let title = path.display().to_string();
     let (page, json, print) = (html::page_of_texts, serde_json::to_string_pretty, print_texts);
-    Told { title: &title, report: &report, page, json, print, usable: texts.rows(), lost }.tell(arguments)
+    Told { title: &title, report: &report, page, json, print, usable: texts.rows(), noun: "rows", lost }.tell(arguments)
 }
 
 /// What is known of a dataset, and how it is told.
 struct Told<'t, R> {
     title: &'t str,
+    /// What is used of it, in the plural.
+    noun: &'static str,
     report: &'t R,
     page: fn(&str, &R) -> String,
     json: fn(&R) -> serde_json::Result<String>,
@@ -116,7 +119,7 @@ struct Told<'t, R> {
 impl<R> Told<'_, R> {
     /// As a page, as JSON or in words, as the arguments ask.
     fn tell(&self, arguments: &Arguments) -> Result<(), Failure> {
-        let Self { title, report, page, json, print, usable, lost } = *self;
+        let Self { title, noun, report, page, json, print, usable, lost } = *self;
         if let Some(path) = &arguments.html {
             let page = page(title, report);
             lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
@@ -130,7 +133,7 @@ impl<R> Told<'_, R> {
             print(report, arguments.findings);
         }
         match (usable, arguments.strict && lost > 0) {
-            (0, _) => Err(Failure::Work(format!("{title}: there is nothing that can be used"))),
+            (0, _) => Err(Failure::Work(format!("{title}: there are no {noun} that can be used"))),
             (_, true) => Err(Failure::Work(format!("{lost} file(s), folder(s) or record(s) cannot be used"))),
             _ => Ok(()),
         }

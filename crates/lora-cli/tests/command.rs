@@ -361,6 +361,23 @@ fn what_is_read_is_not_replaced_and_metadata_follow_the_tensors() {
 }
 
 #[test]
+fn adapters_of_language_models_are_combined_into_a_folder_of_pefts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.0.self_attn.q_proj");
+    let factor =
+        |shape: [usize; 2]| HostTensor::from_f32(&shape, (0..8).map(|index| index as f32 - 3.0).collect()).unwrap();
+    let tensors = [("down".to_owned(), factor([2, 4])), ("up".to_owned(), factor([4, 2]))].into();
+    let module = AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha: 2.0 };
+    let adapter = Adapter { modules: [(path.clone(), module)].into(), ..Adapter::default() };
+    adapter::write(folder.path().join("a"), &adapter, Format::Peft, DType::F32).unwrap();
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    run(&["combine", "--lora", "a", "--lora", "a:0.5", "--out", "c"]).success();
+    let combined = adapter::read(folder.path().join("c")).unwrap();
+    assert_eq!((combined.format, combined.adapter.modules.contains_key(&path)), (Format::Peft, true));
+    run(&["resize", "a", "--rank", "1", "--out", "r.safetensors"]).code(2).stderr(contains("is a folder"));
+}
+
+#[test]
 fn info_tells_the_family_of_a_base_model() {
     let folder = workspace();
     let base = folder.path().join("xl.safetensors");

@@ -374,16 +374,16 @@ fn attach(
 fn not_trained_on(name: &ModulePath, module: &AdapterModule, config: &TrainConfig) -> Option<String> {
     let has = |tensor: &str| module.tensors.contains_key(tensor);
     let what = if adapter::lacks_first_values(module) {
-        format!("is {} as PEFT saves it unconverted, without what was taken out of the base", module.variant)
+        format!("is {} as PEFT saves it unconverted, without what was taken out of the base:", module.variant)
     } else if has(WEIGHT_VALUE) && config.extra.texts("modules_to_save").is_none_or(<[String]>::is_empty) {
-        "is a layer saved whole".to_owned()
+        "is a layer saved whole: name it in modules_to_save; or else".to_owned()
     } else if has(BIAS_VALUE) && Biases::of(config) == Biases::None {
-        "has a trained bias".to_owned()
+        "has a trained bias: set bias as it was trained; or else".to_owned()
     } else {
         return None;
     };
     Some(format!(
-        "{name} {what}; merge it into the base with `lora merge` and train on the merged base, without init_from"
+        "{name} {what} merge it into the base with `lora merge` and train on the merged base, without init_from"
     ))
 }
 
