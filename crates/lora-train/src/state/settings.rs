@@ -54,6 +54,9 @@ impl Settings {
         for key in config.keys().iter().filter(|key| config.has_key(key.name, own)) {
             match key.resumed {
                 Resumed::Fixed(shown) => settings.fixed.insert(key.name.to_owned(), shown(&config)),
+                Resumed::FixedSince(before, shown) => Some(shown(&config))
+                    .filter(|value| value != before)
+                    .and_then(|value| settings.fixed.insert(key.name.to_owned(), value)),
                 Resumed::Free(shown) => settings.free.insert(key.name.to_owned(), shown(&config)),
                 Resumed::FreeAs(name, shown) => settings.free.insert(name.to_owned(), shown(&config)),
                 Resumed::Elsewhere | Resumed::Unrecorded => None,

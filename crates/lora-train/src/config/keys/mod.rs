@@ -52,6 +52,8 @@ pub type Show = fn(&TrainConfig) -> String;
 pub enum Resumed {
     /// The value must stay: with another the run would be another run.
     Fixed(Show),
+    /// The same, recorded where it is not this value: that is what states mean which were written before there was the key.
+    FixedSince(&'static str, Show),
     /// The value may change, which is noted.
     Free(Show),
     /// The same, under a name that is not the key's.

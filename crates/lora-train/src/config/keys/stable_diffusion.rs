@@ -157,7 +157,7 @@ pub static LOSS: Group = Group {
             default: "as the base says",
             meaning: "Whether the base was trained with noise alone at the last timestep, as some that predict the velocity were: for files that do not say it. Samples are then drawn with trailing timesteps and rescaled guidance.",
             memory: "",
-            resumed: Resumed::Fixed(|config| config.extra.shown("zero_terminal_snr")),
+            resumed: Resumed::FixedSince("none", |config| config.extra.shown("zero_terminal_snr")),
             reads: Reads::Extra(|given| given.optional_boolean().map_or(Setting::Nothing, Setting::Switch)),
         },
         Key {
@@ -175,7 +175,7 @@ pub static LOSS: Group = Group {
             default: "false",
             meaning: "Weights the loss by 1/√SNR (1/(SNR+1) where the velocity is predicted).",
             memory: "",
-            resumed: Resumed::Fixed(|config| config.extra.shown("debiased_estimation_loss")),
+            resumed: Resumed::FixedSince("false", |config| config.extra.shown("debiased_estimation_loss")),
             reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
         },
         Key {
@@ -184,7 +184,7 @@ pub static LOSS: Group = Group {
             default: "false",
             meaning: "Weights a loss of the velocity by SNR/(SNR+1), which is the scale of one of the noise.",
             memory: "",
-            resumed: Resumed::Fixed(|config| config.extra.shown("scale_v_pred_loss_like_noise_pred")),
+            resumed: Resumed::FixedSince("false", |config| config.extra.shown("scale_v_pred_loss_like_noise_pred")),
             reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
         },
         Key {
@@ -193,7 +193,7 @@ pub static LOSS: Group = Group {
             default: "0",
             meaning: "Adds so much of the loss at the scale of one of the velocity to a loss of the noise.",
             memory: "",
-            resumed: Resumed::Fixed(|config| config.extra.shown("v_pred_like_loss")),
+            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("v_pred_like_loss")),
             reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(0.0))),
         },
     ],
@@ -210,7 +210,7 @@ pub static AUTOENCODER: Group = Group {
             default: "the base's own",
             meaning: "Another autoencoder for the base: its file in the original or diffusers' layout, its folder, or a whole base that has it.",
             memory: "",
-            resumed: Resumed::Fixed(|config| config.extra.shown("vae")),
+            resumed: Resumed::FixedSince("none", |config| config.extra.shown("vae")),
             reads: Reads::Extra(|given| given.text().map_or(Setting::Nothing, Setting::Text)),
         },
         Key {
