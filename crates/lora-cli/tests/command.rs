@@ -365,7 +365,7 @@ fn adapters_of_language_models_are_combined_into_a_folder_of_pefts() {
     let folder = tempfile::tempdir().unwrap();
     let path = ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.0.self_attn.q_proj");
     let factor =
-        |shape: [usize; 2]| HostTensor::from_f32(&shape, (0..8).map(|index| index as f32 - 3.0).collect()).unwrap();
+        |shape: [usize; 2]| HostTensor::from_f32(shape, (0..8).map(|index| index as f32 - 3.0).collect()).unwrap();
     let tensors = [("down".to_owned(), factor([2, 4])), ("up".to_owned(), factor([4, 2]))].into();
     let module = AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha: 2.0 };
     let adapter = Adapter { modules: [(path.clone(), module)].into(), ..Adapter::default() };

@@ -54,7 +54,7 @@ pub(super) static KEYS: Group = Group {
             default: "none",
             meaning: "Instead of that: this share of the training data, or so many pictures or records of it, are not trained on. Which ones, the `seed` says.",
             memory: "As `validation_data_dir`.",
-            resumed: Resumed::Fixed(|config| format!("{:?}", config.validation_split)),
+            resumed: Resumed::FixedSince("None", |config| format!("{:?}", config.validation_split)),
             reads: Reads::Run(|given, config| {
                 let expected = "a share above 0 and below 1, or a whole number from 1 on";
                 let number = given.number(expected, |number| number > 0.0 && (number < 1.0 || number.fract() == 0.0));
