@@ -16,6 +16,7 @@ mod archive;
 mod captions;
 mod encoding;
 mod folder;
+mod footer;
 mod regularisation;
 mod stored;
 #[cfg(feature = "parquet")]

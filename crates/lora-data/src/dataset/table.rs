@@ -15,6 +15,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::captions::{CAPTION_KEYS, caption_lines};
+use super::footer;
 use super::{CaptionSource, ImageDataset, Stored, file_name};
 use crate::finding::FindingKind;
 use crate::guard::guarded;
@@ -84,7 +85,10 @@ fn failed(path: &Path, reason: impl fmt::Display) -> Error {
 }
 
 fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+    if !footer::is_plausible(&mut file).map_err(Error::io(path, "read"))? {
+        return Err(failed(path, DAMAGED));
+    }
     guarded(
         || failed(path, DAMAGED),
         || SerializedFileReader::new(file).map_err(|error: ParquetError| failed(path, error)),
