@@ -6,8 +6,7 @@
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
 same pixels, batch, dtype and checkpointing, then ours alone in the forms that PEFT does not have, against the same peer. A
-second table says what each block of the U-Net keeps. On two cores a round takes 25 minutes; SDXL's
-needs 20 GiB of memory.
+second table says what each block of the U-Net keeps. On two cores a round takes 25 minutes; SDXL's needs 20 GiB of memory.
 """
 
 import argparse

@@ -5,8 +5,9 @@
     python text_side_by_side.py TARGET/release/lora assets/smollm2.gguf|FOLDER [--rounds 2] [--steps 8]
 
 Needs torch, transformers, peft and gguf. Both adapt all linear layers of the layers (rank 8) with AdamW, one row of plain
-text at a time, every token learned. The peer computes on the weights dequantised to fp32; ours on the weights as they are,
-which are the file's blocks where it is one of GGUF and fp32 where a folder of safetensors holds that, and on int8, nf4. The peak is the resident memory of the process, tokens a second are those of the median step.
+text at a time, every token learned. The peer computes on the weights in fp32. Ours computes on them as they are, which are
+the file's blocks in GGUF and fp32 in a folder of safetensors in fp32, and on int8 and nf4. The peak is the resident memory of
+the process, tokens a second are those of the median step.
 """
 
 import argparse
