@@ -1,5 +1,6 @@
 //! Merging into tiny language models against PEFT (`golden/language`): every kind of adapter that PEFT trains on them, bases in
-//! shards, in half precision and in 8 bits. The logits of the same cases are held by `lora-models`.
+//! shards, in half precision and in 8 bits. That transformers' logits on the merged folders are PEFT's is looked at by hand, with
+//! `tools/compat/check_language_files.py`.
 
 mod support;
 

@@ -14,7 +14,7 @@ use lora_io::adapter;
 use lora_io::safetensors::{self, SafetensorsFile};
 use lora_train::base::Sample;
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
-use lora_train::{Plugins, Session, train};
+use lora_train::{Plugins, train};
 
 /// Mean cross entropy of all conversations' answers without an adapter.
 const LOSS: f64 = 6.576780228273052;
@@ -99,19 +99,7 @@ fn rows_that_are_accumulated_give_the_step_of_a_whole_batch() {
 fn a_resumed_run_ends_with_the_same_bits() {
     let folder = workspace();
     let keys = ["max_train_steps=8", "lora_dropout=0.1", "neftune_noise_alpha=5", "label_smoothing=0.1"];
-    let end = |session: &mut Session| {
-        steps(session);
-        session.adapter().unwrap().export().unwrap()
-    };
-    let whole = end(&mut prepare(folder.path(), &keys));
-    let mut session = prepare(folder.path(), &keys);
-    for _ in 0..3 {
-        session.step().unwrap();
-    }
-    session.save_state().unwrap();
-    drop(session);
-    let mut resumed = prepare(folder.path(), &[&keys[..], &["resume=true"]].concat());
-    assert_eq!((resumed.steps_done(), end(&mut resumed) == whole), (3, true));
+    common::goes_on_as_if_never_stopped(folder.path(), &keys);
     let error = refusal(folder.path(), &[&keys[..], &["resume=true", "max_seq_length=128"]].concat());
     assert!(error.contains("max_seq_length"), "{error}");
 }

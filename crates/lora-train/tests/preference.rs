@@ -10,7 +10,6 @@ use common::{golden, gradients, prepare, refusal, steps, workspace};
 use lora_core::conformance::distance;
 use lora_io::safetensors::SafetensorsFile;
 use lora_torch::tensor::to_host;
-use lora_train::Session;
 use serde_json::Value;
 
 /// All pairs in one step, as the reference takes them.
@@ -125,19 +124,7 @@ fn a_resumed_run_on_pairs_ends_with_the_same_bits() {
     let folder = workspace();
     let data = format!("train_data_dir={}", golden("preference/pairs.jsonl").display());
     let keys = ["objective=dpo", &data, "lora_dropout=0.1", "label_smoothing=0.1"];
-    let end = |session: &mut Session| {
-        steps(session);
-        session.adapter().unwrap().export().unwrap()
-    };
-    let whole = end(&mut prepare(folder.path(), &keys));
-    let mut session = prepare(folder.path(), &keys);
-    for _ in 0..3 {
-        session.step().unwrap();
-    }
-    session.save_state().unwrap();
-    drop(session);
-    let mut resumed = prepare(folder.path(), &[&keys[..], &["resume=true"]].concat());
-    assert_eq!((resumed.steps_done(), end(&mut resumed) == whole), (3, true));
+    common::goes_on_as_if_never_stopped(folder.path(), &keys);
     let error = refusal(folder.path(), &[&keys[..], &["resume=true", "dpo_beta=0.3"]].concat());
     assert!(error.contains("dpo_beta"), "{error}");
 }

@@ -47,17 +47,7 @@ fn mark(folder: &Path, marks: &[&str]) {
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
     let keys = ["min_snr_gamma=5", "max_train_steps=4", "target_modules=attention-mlp"];
-    let mut session = prepare(folder.path(), &keys);
-    for _ in 0..2 {
-        session.step().unwrap();
-    }
-    session.save_state().unwrap();
-    let mut resumed = prepare(folder.path(), &[&keys[..], &["resume=true"]].concat());
-    let finish = |session: &mut Session| {
-        while session.step().unwrap().is_some() {}
-        std::fs::read(session.save("lora").unwrap()).unwrap()
-    };
-    assert_eq!(finish(&mut session), finish(&mut resumed));
+    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
     let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
     assert_eq!((picture.width(), picture.height()), (64, 64));
 

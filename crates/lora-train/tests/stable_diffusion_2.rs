@@ -9,8 +9,8 @@ use common::{config, prepare};
 use lora_core::DType;
 use lora_io::adapter;
 use lora_models::synthetic::SyntheticModel;
+use lora_train::Plugins;
 use lora_train::plan::plan;
-use lora_train::{Plugins, Session};
 
 /// Pictures, and a base of SD 2's kind in one file that does not say what it predicts.
 fn workspace() -> tempfile::TempDir {
@@ -41,17 +41,7 @@ fn what_the_base_predicts_is_never_guessed() {
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
     let keys = ["v_parameterization=true", "min_snr_gamma=5", "max_train_steps=4"];
-    let mut session = prepare(folder.path(), &keys);
-    for _ in 0..2 {
-        session.step().unwrap();
-    }
-    session.save_state().unwrap();
-    let mut resumed = prepare(folder.path(), &[&keys[..], &["resume=true"]].concat());
-    let finish = |session: &mut Session| {
-        while session.step().unwrap().is_some() {}
-        std::fs::read(session.save("lora").unwrap()).unwrap()
-    };
-    assert_eq!(finish(&mut session), finish(&mut resumed));
+    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
     let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
     assert_eq!((picture.width(), picture.height()), (64, 64));
 

@@ -84,3 +84,20 @@ pub(crate) fn gradients(session: &mut Session) -> BTreeMap<String, Tensor> {
 pub(crate) fn steps(session: &mut Session) -> Vec<StepReport> {
     std::iter::from_fn(|| session.step().unwrap()).collect()
 }
+
+/// A run in one go and one that goes on from its state after three steps end with the same adapter.
+pub(crate) fn goes_on_as_if_never_stopped(folder: &Path, keys: &[&str]) {
+    let end = |session: &mut Session| {
+        steps(session);
+        session.adapter().unwrap().export().unwrap()
+    };
+    let whole = end(&mut prepare(folder, keys));
+    let mut session = prepare(folder, keys);
+    for _ in 0..3 {
+        session.step().unwrap();
+    }
+    session.save_state().unwrap();
+    drop(session);
+    let mut resumed = prepare(folder, &[keys, &["resume=true"]].concat());
+    assert_eq!((resumed.steps_done(), end(&mut resumed) == whole), (3, true));
+}

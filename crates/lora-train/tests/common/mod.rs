@@ -100,3 +100,20 @@ pub(crate) fn distance(a: &Adapter, b: &Adapter) -> f32 {
     }
     worst / largest
 }
+
+/// A run in one go and one that goes on from its state after two steps leave the same bytes. Returns both at their ends; the LoRA is
+/// called `lora`.
+pub(crate) fn in_one_go_and_resumed(folder: &Path, keys: &[&str]) -> (Session, Session) {
+    let mut session = prepare(folder, keys);
+    for _ in 0..2 {
+        session.step().unwrap();
+    }
+    session.save_state().unwrap();
+    let mut resumed = prepare(folder, &[keys, &["resume=true"]].concat());
+    let finish = |session: &mut Session| {
+        while session.step().unwrap().is_some() {}
+        std::fs::read(session.save("lora").unwrap()).unwrap()
+    };
+    assert_eq!(finish(&mut session), finish(&mut resumed));
+    (session, resumed)
+}
