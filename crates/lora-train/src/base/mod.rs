@@ -134,6 +134,12 @@ pub trait Base: fmt::Debug + Send {
         Vec::new()
     }
 
+    /// How the names of layers begin whose answers nothing reads, though adapters for such bases have modules on them. What is
+    /// trained there does not move, as it should.
+    fn unread(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Builds a network. `held` says how its weights are held; a network that leaves before training may hold them as it likes.
     ///
     /// # Errors

@@ -302,7 +302,9 @@ impl HealthCheck {
     /// An up-projection that is still zero never got a gradient that mattered.
     fn updates(&mut self, session: &Session, at_end: bool) -> Result<()> {
         let (mut all, mut dead) = (0, Vec::new());
-        for up in session.parameters().iter().filter(|parameter| parameter.is_up) {
+        let unread = session.unread();
+        let is_read = |name: &str| !unread.iter().any(|start| name.starts_with(start));
+        for up in session.parameters().iter().filter(|parameter| parameter.is_up && is_read(&parameter.name)) {
             all += 1;
             if up.norm()? == 0.0 {
                 dead.push(up.name.as_str());

@@ -220,6 +220,11 @@ impl Session {
         self.looks.take(self.step, loss, self.config.early_stopping_threshold)
     }
 
+    /// How the names of parameters begin that nothing reads, see [`crate::base::Base::unread`].
+    pub(crate) fn unread(&self) -> Vec<String> {
+        self.base.unread()
+    }
+
     /// Memory of the device; `None` on the CPU.
     ///
     /// # Errors

@@ -318,6 +318,10 @@ impl Base for StableDiffusion {
         vec![format!("the U-Net predicts {predicts}{zero}, as {}", self.known_by)]
     }
 
+    fn unread(&self) -> Vec<String> {
+        self.encoders.iter().flat_map(TextEncoder::unread).collect()
+    }
+
     fn load(&mut self, network: Component, held: Held) -> Result<()> {
         match network {
             VAE => self.autoencoder = Some(self.autoencoder()?),
@@ -553,8 +557,27 @@ fn missing(network: Component, name: &'static str) -> Error {
 mod tests {
     use lora_data::RgbPicture;
     use lora_data::crop::CropPlan;
+    use lora_models::synthetic::SyntheticModel;
 
     use super::*;
+    use crate::config::Format;
+
+    #[test]
+    fn layers_behind_the_states_that_are_read_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("base.safetensors");
+        SyntheticModel::tiny_sdxl().write(&path, DType::F16).unwrap();
+        let text = format!("base_model: {}\ntrain_data_dir: d\noutput_dir: o\n", path.display());
+        let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
+        let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
+        let opening = Opening::new(&config, &checkpoint, Device::Cpu, DType::F32);
+        let mut base = StableDiffusion::open(&opening, &SDXL_KIND).unwrap();
+        for component in [TEXT_ENCODER, Component::TEXT_ENCODER_2] {
+            base.load(component, Held::default()).unwrap();
+        }
+        // Of two layers the last; of the second encoder's the pooled vector comes from it.
+        assert_eq!(base.unread(), ["text_encoder.text_model.encoder.layers.1."]);
+    }
 
     #[test]
     fn sizes_are_those_of_the_part_that_is_shown() {

@@ -159,6 +159,17 @@ impl TextEncoder {
         self.network.as_ref().ok_or(Error::NotLoaded { network: self.kind.title })
     }
 
+    /// How the names of its layers begin that come after the states which the U-Net reads.
+    pub(super) fn unread(&self) -> Vec<String> {
+        let layers = self.network.as_ref().map_or(0, |network| network.config().layers);
+        let read = match self.reads {
+            Reads::Normed => (layers + 1).saturating_sub(self.clip_skip),
+            Reads::Penultimate if self.kind.pools => layers,
+            Reads::Penultimate => layers.saturating_sub(1),
+        };
+        (read..layers).map(|layer| format!("{}.text_model.encoder.layers.{layer}.", self.kind.component)).collect()
+    }
+
     /// Number of tokens in a caption.
     pub(super) fn length(&self, caption: &str) -> usize {
         self.tokenizer.encode(caption).len()
