@@ -57,7 +57,7 @@ impl Inventory {
             false => (path.to_owned(), None),
         };
         if path.is_dir() && !weights.exists() {
-            return Err(Error::format(path, peft::without_config(path)));
+            return Err(peft::without_config(path));
         }
         if weights.is_file() && crate::adapter::is_gguf(&weights)? {
             let file = GgufFile::open(&weights)?;
