@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::Result;
 use crate::adapter::{names, parts, peft};
 use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family, language, sd1, sdxl};
 use crate::gguf::{GgufFile, TensorType};
 use crate::safetensors::{SafetensorsFile, StoredDType};
-use crate::{Error, Result};
 
 /// What an adapter file shows of itself.
 #[derive(Debug, Clone, Default)]
