@@ -10,6 +10,7 @@ mod generate;
 mod info;
 mod plan;
 mod progress;
+mod sample;
 mod train;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Command {
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
+    /// Draw pictures with adapters, or without beside with.
+    Sample(sample::Arguments),
     /// Let a language model answer, with adapters or without.
     Generate(generate::GenerateArguments),
     /// Loss and perplexity of a language model on texts, with adapters or without.
@@ -90,7 +93,7 @@ impl From<lora_io::Error> for Failure {
 
 fn main() -> ExitCode {
     let command = Arguments::parse().command;
-    if matches!(command, Command::Train(_) | Command::Generate(_) | Command::Evaluate(_)) {
+    if matches!(command, Command::Train(_) | Command::Sample(_) | Command::Generate(_) | Command::Evaluate(_)) {
         lora_train::yield_to_busy_programs();
     }
     // What a decoder's panic on a damaged file becomes is an error that is told; the panic itself is not.
@@ -111,6 +114,7 @@ fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
+        Command::Sample(arguments) => sample::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Evaluate(arguments) => generate::evaluate(&arguments),
         Command::Merge(arguments) => adapters::merge::run(&arguments),

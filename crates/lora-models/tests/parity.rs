@@ -215,32 +215,56 @@ fn unets_match_diffusers() {
     }
 }
 
+/// Guided latents from the golden files' noise.
+fn sampled(reference: &Reference, unet: &Unet, sampler: &Sampler) -> Tensor {
+    let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
+    let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
+    let fresh = |step| Ok(given(&format!("input.sampler.fresh.{step}"), &[2, 4, 8, 8]));
+    let found = no_grad(|| {
+        sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), fresh, |latents, timestep| {
+            let both = Tensor::cat(&[latents, latents], 0);
+            let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
+            sampler.guided(&halves[0], &halves[1], 7.5)
+        })
+    });
+    found.unwrap()
+}
+
 #[test]
 fn samplers_match_diffusers() {
     // A sampler knows nothing of what the third model's network is told beside the text.
     for reference in references().into_iter().take(2) {
         let (golden, unet) = (reference.golden("tiny_samplers"), reference.unet());
-        let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
-        let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
         let mut schedules = vec![("", reference.schedule.clone())];
         if reference.schedule.prediction() == Prediction::Velocity {
             schedules.push(("_zero_snr", reference.schedule.clone().with_zero_terminal_snr().unwrap()));
         }
         for (suffix, schedule) in schedules {
-            for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
-                let sampler = Sampler::new(kind, &schedule, 10).unwrap();
-                let found = no_grad(|| {
-                    sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
-                        let both = Tensor::cat(&[latents, latents], 0);
-                        let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
-                        sampler.guided(&halves[0], &halves[1], 7.5)
-                    })
-                });
+            for kind in SamplerKind::ALL {
+                let (name, sampler) = (kind.name(), Sampler::new(kind, &schedule, 10).unwrap());
+                let found = sampled(&reference, &unet, &sampler);
                 // Ten guided steps multiply rounding by up to 7.5 each.
-                let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}{suffix}.final")));
+                let error = relative(&found, &tensor(&golden, &format!("{name}{suffix}.final")));
                 assert!(error < 1e-3, "{}, {name}{suffix}: {error:e}", reference.folder);
             }
         }
+    }
+}
+
+#[test]
+fn two_loras_at_once_draw_what_a_pipeline_draws_with_both() {
+    for reference in references().into_iter().take(2) {
+        let (golden, mut unet) = (reference.golden("tiny_samplers"), reference.unet());
+        for (begin, strength) in [("lora", 0.8), ("other", 0.5)] {
+            adapt_beside(&mut unet, &["attention"], begin, strength);
+        }
+        let sampler = Sampler::new(SamplerKind::Euler, &reference.schedule, 20).unwrap();
+        let found = sampled(&reference, &unet, &sampler);
+        let error = relative(&found, &tensor(&golden, "two_loras.final"));
+        assert!(error < 1e-3, "{}: {error:e}", reference.folder);
+        let without = sampled(&reference, &reference.unet(), &sampler);
+        let effect = relative(&found, &without);
+        assert!(effect > 0.05, "{}: the adapters change nothing: {effect:e}", reference.folder);
     }
 }
 
@@ -274,6 +298,11 @@ fn noise_schedules_match_diffusers() {
 
 /// Adapts layers with the golden files' factors; returns them by their names there.
 fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
+    adapt_beside(network, targets, "lora", 1.0)
+}
+
+/// The same beside what the layers carry, of factors whose names begin so, at a strength.
+fn adapt_beside(network: &mut dyn Adaptable, targets: &[&str], begin: &str, strength: f64) -> BTreeMap<String, Tensor> {
     let chosen: Vec<TargetLayer> =
         Targets::parse(targets).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
     let component = network.component();
@@ -284,7 +313,7 @@ fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tens
         }
         let geometry = layer.geometry();
         let mut factor = |part: &str, shape: Vec<usize>, scale: f64| {
-            let name = format!("lora.{component}.{}.{part}", layer.path());
+            let name = format!("{begin}.{component}.{}.{part}", layer.path());
             let values = synthetic_uniform(&name, shape.iter().product()).map(|u| scale as f32 * u).collect();
             let leaf = from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap().set_requires_grad(true);
             leaves.insert(name, leaf.shallow_clone());
@@ -295,7 +324,7 @@ fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tens
             factor("up", geometry.pointwise_from(4).weight_shape(), 0.02),
         ];
         let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
-        layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
+        layer.attach_beside(AttachedAdapter { variant: Arc::new(Lora), parameters }, strength);
     };
     network.visit_layers(&mut attach).unwrap();
     leaves

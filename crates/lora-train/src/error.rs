@@ -97,12 +97,12 @@ pub enum Error {
         rows: usize,
     },
     /// An adapter of another base.
-    #[error("{path}: the base has no layer `{module}`; the adapter was made for another model")]
+    #[error("{path}: {reason}")]
     NotOfThisBase {
         /// The adapter.
         path: PathBuf,
-        /// A layer that it adapts.
-        module: String,
+        /// By what it shows.
+        reason: String,
     },
     /// A conversation, and no template to lay it out by.
     #[error("{path}: there is no chat template; set chat_template to a file or the name of one")]
@@ -117,6 +117,14 @@ pub enum Error {
         prompt: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A sampler of a name that none has.
+    #[error("there is no sampler `{name}`; known are {known}")]
+    NoSampler {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
     },
     /// Samples of a base that makes none.
     #[error("this base makes no samples; take sample_prompts out")]

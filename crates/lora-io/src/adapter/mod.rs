@@ -7,6 +7,7 @@
 pub mod diffusers;
 pub mod gguf;
 pub mod kohya;
+mod named;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
@@ -28,6 +29,7 @@ use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
+pub use named::find;
 use parts::{Parts, PeftContext, Tool};
 
 /// Layout of an adapter file.
