@@ -1,7 +1,6 @@
 //! One picture's caption: the tagger, the server, or the server with what the tagger says.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use lora_data::RgbPicture;
 use lora_data::dataset::Item;
@@ -154,7 +153,8 @@ impl Captioner {
         }
     }
 
-    /// Looks at a picture of a dataset. `name` is its path from the dataset's folder; `None` says that the run is to stop.
+    /// Looks at a picture of a dataset. `name` is its path from the dataset's folder; once `ends` says so there is no waiting, and
+    /// `None` where there is no caption for that reason.
     ///
     /// # Errors
     /// What no other picture would do better with.
@@ -163,7 +163,7 @@ impl Captioner {
         item: &Item,
         name: &str,
         thumbnail: usize,
-        stop: &AtomicBool,
+        ends: &dyn Fn() -> bool,
     ) -> Result<Option<Described>> {
         let mut described = Described {
             caption: Err(Problem::Empty),
@@ -202,7 +202,7 @@ impl Captioner {
             (Some(server), Some(picture)) => {
                 let prompt = prompt(self.settings.prompt(), tags.as_deref().unwrap_or_default(), item);
                 let sent = picture.scaled_to(self.settings.max_side)?.to_jpeg(QUALITY);
-                match server.ask(&prompt, &sent, stop)? {
+                match server.ask(&prompt, &sent, ends)? {
                     Answer::Caption(caption) => Ok(caption),
                     Answer::Problem(problem) => Err(problem),
                     Answer::Stopped => return Ok(None),

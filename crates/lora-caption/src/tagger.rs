@@ -145,7 +145,8 @@ fn model_in(path: &Path) -> Result<PathBuf> {
 fn session(path: &Path, device: Device) -> Result<(Session, bool), String> {
     let builder = || {
         let builder = Session::builder().map_err(|error| error.to_string())?;
-        builder.with_log_level(ort::logging::LogLevel::Error).map_err(|error| error.to_string())
+        // What fails is told by an error already.
+        builder.with_log_level(ort::logging::LogLevel::Fatal).map_err(|error| error.to_string())
     };
     let cuda = ort::ep::CUDA::default();
     let has_cuda = cuda.is_available().unwrap_or(false);

@@ -10,8 +10,8 @@ pub use report::{Captioned, Failure, Report};
 use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lora_data::dataset::{CaptionSource, ImageDataset, Item, ScanOptions, Strictness};
@@ -106,25 +106,26 @@ pub fn caption_folder(
 ) -> Result<Report> {
     let mut run = Run::open(captioner, options)?;
     let todo = Arc::new(std::mem::take(&mut run.todo));
+    let over = Arc::new(AtomicBool::new(false));
+    let ends = {
+        let (stop, over) = (Arc::clone(stop), Arc::clone(&over));
+        move || stop.load(Ordering::Relaxed) || over.load(Ordering::Relaxed)
+    };
     let jobs = {
-        let (stop, count) = (Arc::clone(stop), todo.len());
-        (0..count).take_while(move |_| !stop.load(Ordering::Relaxed))
+        let ends = ends.clone();
+        (0..todo.len()).take_while(move |_| !ends())
     };
     let work = {
-        let (captioner, todo, stop) = (Arc::clone(captioner), Arc::clone(&todo), Arc::clone(stop));
-        let cards = Mutex::new(options.cards);
+        let (captioner, todo, cards) = (Arc::clone(captioner), Arc::clone(&todo), options.cards);
         move |index: usize| {
             let Todo { item, name, .. } = &todo[index];
-            let mut left = cards.lock().unwrap_or_else(PoisonError::into_inner);
-            let thumbnail = if *left > 0 { THUMBNAIL } else { 0 };
-            *left = left.saturating_sub(1);
-            drop(left);
-            captioner.describe(item, name, thumbnail, &stop).map(|described| (index, described))
+            let thumbnail = if index < cards { THUMBNAIL } else { 0 };
+            captioner.describe(item, name, thumbnail, &ends).map(|described| (index, described))
         }
     };
     let threads = captioner.threads().min(todo.len());
-    let mut failure = None;
-    let mut done = 0;
+    let (mut done, mut failure) = (0, None);
+    // What is under way when something fails is waited for and written.
     for result in ahead(jobs, threads, 4 * threads, work) {
         let written = result.and_then(|(index, described)| {
             // Without an answer the run is stopping.
@@ -136,8 +137,8 @@ pub fn caption_folder(
             run.is_hopeless()
         });
         if let Err(error) = written {
-            failure = Some(error);
-            break;
+            over.store(true, Ordering::Relaxed);
+            failure.get_or_insert(error);
         }
     }
     run.close(done < todo.len(), failure)
@@ -221,7 +222,8 @@ impl Run {
             run.journal = Some(Journal::open(folder, &identity)?);
         }
         run.sort_out(&dataset)?;
-        run.report.pictures = dataset.items().len() + run.report.failed.len();
+        let unreadable = dataset.findings().iter().filter(|finding| finding.kind == FindingKind::Unreadable).count();
+        run.report.pictures = dataset.items().len() + unreadable;
         Ok(run)
     }
 

@@ -141,11 +141,11 @@ impl Server {
     ///
     /// # Errors
     /// [`Error::Server`] where no picture could get one.
-    pub(crate) fn ask(&self, prompt: &str, jpeg: &[u8], stop: &AtomicBool) -> Result<Answer> {
+    pub(crate) fn ask(&self, prompt: &str, jpeg: &[u8], ends: &dyn Fn() -> bool) -> Result<Answer> {
         let body = self.request(prompt, jpeg);
         let mut pause = self.pause;
         for repetition in 0.. {
-            if !self.may_go(stop) {
+            if !self.may_go(ends) {
                 return Ok(Answer::Stopped);
             }
             let (after, again) = match self.once(&body) {
@@ -171,7 +171,7 @@ impl Server {
                 }
                 Some(wait) => self.hold(wait),
                 None => {
-                    if !sleep_until(Instant::now() + pause, stop) {
+                    if !sleep_until(Instant::now() + pause, ends) {
                         return Ok(Answer::Stopped);
                     }
                 }
@@ -291,9 +291,9 @@ impl Server {
     }
 
     /// Waits as long as the server asked; `false` where the run is to stop.
-    fn may_go(&self, stop: &AtomicBool) -> bool {
+    fn may_go(&self, ends: &dyn Fn() -> bool) -> bool {
         let until = *self.not_before.lock().unwrap_or_else(PoisonError::into_inner);
-        sleep_until(until.unwrap_or_else(Instant::now), stop)
+        sleep_until(until.unwrap_or_else(Instant::now), ends)
     }
 
     fn failed(&self, reason: &str) -> Error {
@@ -307,9 +307,9 @@ impl Server {
 }
 
 /// Sleeps until then; `false` where the run is to stop.
-fn sleep_until(until: Instant, stop: &AtomicBool) -> bool {
+fn sleep_until(until: Instant, ends: &dyn Fn() -> bool) -> bool {
     loop {
-        if stop.load(Ordering::Relaxed) {
+        if ends() {
             return false;
         }
         let left = until.saturating_duration_since(Instant::now());
