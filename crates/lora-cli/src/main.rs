@@ -3,11 +3,13 @@
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
 mod adapters;
+mod caption;
 mod check;
 mod dataset;
 mod doctor;
 mod generate;
 mod info;
+mod interrupt;
 mod plan;
 mod progress;
 mod train;
@@ -32,6 +34,8 @@ enum Command {
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
+    /// Write captions by machine: tags of a tagger, sentences of a model on a server, or both.
+    Caption(Box<caption::Arguments>),
     /// Let a language model answer, with adapters or without.
     Generate(generate::GenerateArguments),
     /// Loss and perplexity of a language model on texts, with adapters or without.
@@ -82,6 +86,13 @@ impl From<lora_train::Error> for Failure {
     }
 }
 
+impl From<lora_caption::Error> for Failure {
+    fn from(error: lora_caption::Error) -> Self {
+        let message = error.to_string();
+        if error.is_usage() { Failure::Usage(message) } else { Failure::Work(message) }
+    }
+}
+
 impl From<lora_io::Error> for Failure {
     fn from(error: lora_io::Error) -> Self {
         Failure::Work(error.to_string())
@@ -111,6 +122,7 @@ fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
+        Command::Caption(arguments) => caption::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Evaluate(arguments) => generate::evaluate(&arguments),
         Command::Merge(arguments) => adapters::merge(&arguments),
