@@ -232,10 +232,10 @@ impl Captioner {
         RgbPicture::decode(&item.file.path, &bytes, [255; 3], enough)
     }
 
-    /// What makes two runs the same but for the folder.
+    /// What makes two runs the same but for the folder: all settings that a caption depends on.
     pub(crate) fn identity(&self) -> String {
-        // Neither shows a key: the settings name its variable only.
-        format!("{:?}", self.settings)
+        let Settings { device, requests, retries, timeout, api_key_env, .. } = Settings::default();
+        format!("{:?}", Settings { device, requests, retries, timeout, api_key_env, ..self.settings.clone() })
     }
 }
 

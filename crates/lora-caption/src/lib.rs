@@ -16,7 +16,7 @@ pub mod tags;
 
 pub use captioner::{Captioner, Problem};
 pub use error::{Error, Result};
-pub use folder::{Captioned, Existing, Failure, FolderOptions, Output, Progress, Report, caption_folder};
+pub use folder::{Captioned, Existing, Failure, FolderOptions, Output, Progress, Report, caption_folder, has_caption};
 pub use input::{Channels, Preprocessing};
 pub use settings::Settings;
 pub use tagger::Tagger;

@@ -234,6 +234,31 @@ mod tests {
     }
 
     #[test]
+    fn the_table_of_options_has_every_key_once_with_its_default() {
+        let error = serde_json::from_str::<Settings>("{\"no such key\": 1}").unwrap_err().to_string();
+        let (_, keys) = error.split_once("expected one of ").unwrap();
+        let keys: Vec<&str> = keys.split('`').skip(1).step_by(2).collect();
+        let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/captions.md");
+        let docs = std::fs::read_to_string(docs).unwrap();
+        let rows = docs.lines().filter_map(|line| line.strip_prefix("| `")).filter(|line| line.contains("` | `--"));
+        let listed: Vec<&str> = rows.map(|line| line.split('`').next().unwrap()).collect();
+        assert_eq!(listed, keys);
+        let own = Settings::default();
+        for (key, default) in [
+            ("threshold", own.threshold.to_string()),
+            ("character_threshold", own.character_threshold.to_string()),
+            ("max_side", own.max_side.to_string()),
+            ("max_tokens", own.max_tokens.to_string()),
+            ("requests", own.requests.to_string()),
+            ("retries", own.retries.to_string()),
+            ("timeout", own.timeout.to_string()),
+        ] {
+            let row = format!("| `{key}` | `--{}` | {default} |", key.replace('_', "-"));
+            assert!(docs.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
     fn prefix_and_suffix_are_joined_by_the_separator() {
         let settings = Settings { prefix: "sks".into(), suffix: " style ".into(), ..Settings::default() };
         assert_eq!(settings.framed(" a, b "), "sks, a, b, style");

@@ -76,6 +76,7 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
                 eprintln!("loading the {part}");
                 return;
             }
+            Preparing::Labels(done, of) => ("giving captions", done, of),
             Preparing::Examples(done, of) => ("encoding examples", done, of),
             Preparing::Captions(done, of) => ("encoding captions", done, of),
             // A stage that this program does not know is passed over.

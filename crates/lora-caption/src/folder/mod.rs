@@ -345,7 +345,9 @@ impl Run {
 
     fn is_hopeless(&self) -> Result<()> {
         let tried: Vec<&Failure> = self.report.failed.iter().filter(|own| own.tells_of_source()).collect();
-        match (self.report.captioned.is_empty(), tried.as_slice()) {
+        // Where pictures have captions already, those that are left may well be those that a model refuses.
+        let works = self.report.kept > 0 || !self.report.captioned.is_empty();
+        match (!works, tried.as_slice()) {
             (true, [.., last]) if tried.len() >= HOPELESS => {
                 Err(Error::NothingWorks { count: tried.len(), last: last.problem.to_string() })
             }
@@ -369,8 +371,8 @@ impl Run {
     }
 }
 
-/// Whether a picture has a caption of its own.
-fn has_caption(item: &Item) -> bool {
+/// Whether a picture has a caption of its own; the name of its folder is none.
+pub fn has_caption(item: &Item) -> bool {
     !item.caption.is_empty() && !matches!(item.caption_source, CaptionSource::Folder | CaptionSource::None)
 }
 
