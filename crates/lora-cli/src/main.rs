@@ -112,12 +112,15 @@ fn main() -> ExitCode {
         }
     }));
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
+    let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .without_time()
         .with_target(false)
         .with_writer(progress::Writer)
-        .init();
+        .finish();
+    // Not by `init`, which takes in what libraries give to the crate `log`, too: at its finest an HTTP client's has the bytes of
+    // requests, and a server's key among them. Nothing is set before this, so that it cannot fail.
+    let _ = tracing::subscriber::set_global_default(subscriber);
     let result = match command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
