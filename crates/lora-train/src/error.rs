@@ -132,6 +132,22 @@ pub enum Error {
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),
+    /// Captions could not be made.
+    #[error("auto_label: {0}")]
+    Captions(#[from] lora_caption::Error),
+    /// Some pictures have got no caption, and the run is strict.
+    #[error(
+        "auto_label: {count} pictures have got no caption, the first: {first}; write them by hand, or set strict = false"
+    )]
+    NoCaption {
+        /// How many.
+        count: usize,
+        /// The first, and why.
+        first: String,
+    },
+    /// The run was stopped while captions were made.
+    #[error("stopped while captions were made; those that are made are kept, and the next run goes on from there")]
+    StoppedLabelling,
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] lora_io::Error),
@@ -312,7 +328,7 @@ impl Error {
                 | Error::UnknownOptimiser { .. }
                 | Error::OptimiserArgument { .. }
                 | Error::Adapter(lora_core::Error::NoMatch { .. })
-        )
+        ) || matches!(self, Error::Captions(error) if error.is_usage())
     }
 
     /// Whether memory ran out.

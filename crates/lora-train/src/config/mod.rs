@@ -190,6 +190,8 @@ fields! {
     base_model: PathBuf,
     /// `train_data_dir`, `reg_data_dir`, `datasets` or `dataset_config`, with the keys of pictures and captions.
     datasets: Vec<DatasetOptions>,
+    /// Where captions of pictures without one come from.
+    auto_label: Option<lora_caption::Settings>,
     output_dir: PathBuf,
     output_name: String,
     init_from: Option<PathBuf>,

@@ -38,6 +38,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Preparing {
+    /// Giving captions to pictures without one: done, of.
+    Labels(usize, usize),
     /// Reading the base model's part of this name.
     Loading(&'static str),
     /// Encoding examples: done, of.
@@ -49,6 +51,7 @@ pub enum Preparing {
 impl fmt::Display for Preparing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Preparing::Labels(done, of) => write!(f, "while giving captions ({done} of {of} done)"),
             Preparing::Loading(part) => write!(f, "while loading the {part}"),
             Preparing::Examples(done, of) => write!(f, "while encoding examples ({done} of {of} done)"),
             Preparing::Captions(done, of) => write!(f, "while encoding captions ({done} of {of} done)"),
