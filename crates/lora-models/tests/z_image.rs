@@ -193,8 +193,9 @@ fn its_layers_can_carry_adapters_and_are_of_the_transformer() {
     let layers = network.adaptable_layers().unwrap();
     assert!(layers.iter().all(|layer| layer.path.component == Component::TRANSFORMER));
     let preset = |name: &str| Targets::parse(&[name]).unwrap().select(&layers).unwrap().len();
-    // Attention of two refiners each and of two layers.
-    assert_eq!((preset("attention"), preset("all-linear")), (6 * 4, layers.len()));
+    // The refiners and what modulates are left alone.
+    assert_eq!((preset("attention"), preset("attention-mlp")), (2 * 4, 2 * 7));
+    assert_eq!(preset("all-linear"), layers.len());
 }
 
 #[test]
