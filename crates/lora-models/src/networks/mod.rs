@@ -17,7 +17,7 @@ mod z_image;
 pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
-pub use load::{load_decoder, load_text_encoder, load_unet, load_vae, load_z_image};
+pub use load::{load_caption_decoder, load_decoder, load_text_encoder, load_unet, load_vae, load_z_image};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};
 pub use z_image::{ZImage, ZImageCaptions, ZImageConfig};
