@@ -368,6 +368,11 @@ fn run(
     pass: &Pass,
 ) -> Result<Tensor> {
     let context = Shared::new(context);
+    // Nothing is learnt before the layers, as a rule: then nothing has to be computed again, or kept for that.
+    let learns =
+        tokens.requires_grad() || time.is_some_and(Tensor::requires_grad) || blocks.iter().any(|block| block.learns());
+    let kept = Pass { recompute: pass.recompute && learns, ..pass.clone() };
+    let pass = &kept;
     for block in blocks {
         let inputs: Vec<&Tensor> = std::iter::once(&tokens).chain(time).collect();
         let context = context.clone();
@@ -446,6 +451,13 @@ impl Block {
     fn norm(&self, which: usize, input: &Tensor) -> Result<Tensor> {
         let weight = self.norms[which].f_to_kind(input.kind())?;
         Ok(rms_norm(input, Some(&weight), self.epsilon, RmsWeight::Rounded)?)
+    }
+
+    /// Whether anything in it is trained.
+    fn learns(&self) -> bool {
+        let Attention { to_q, to_k, to_v, to_out, .. } = &self.attention;
+        let layers = [to_q, to_k, to_v, to_out, &self.gate.w1, &self.w2, &self.gate.w3];
+        layers.into_iter().chain(&self.modulation).any(AdaptableLayer::learns)
     }
 
     fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
