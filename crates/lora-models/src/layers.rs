@@ -263,6 +263,11 @@ impl AdaptableLayer {
         }
     }
 
+    /// Whether anything of it is trained: an adapter, or its own weight.
+    pub(crate) fn learns(&self) -> bool {
+        !self.adapters.is_empty() || matches!(self.weight, LayerWeight::Trained { .. })
+    }
+
     /// The adapters that act in a pass.
     fn adapters_in(&self, pass: &Pass) -> &[(AttachedAdapter, f64)] {
         if pass.without_adapters { &[] } else { &self.adapters }

@@ -2,6 +2,7 @@
 //! forward pass. What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`],
 //! losses are the trainer's.
 
+mod axial_rotary;
 mod blocks;
 mod clip;
 mod config;
@@ -11,9 +12,12 @@ mod tiles;
 mod transformer;
 mod unet;
 mod vae;
+mod z_image;
 
+pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
-pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
+pub use load::{load_caption_decoder, load_decoder, load_text_encoder, load_unet, load_vae, load_z_image};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};
+pub use z_image::{ZImage, ZImageCaptions, ZImageConfig};

@@ -7,8 +7,11 @@
 
 pub mod clip;
 pub mod ldm;
+pub mod z_image;
 
 use std::fmt::Debug;
+
+use super::language;
 
 /// What depths of a network decide about names, read off a file's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +88,24 @@ pub struct Canonical;
 impl Tree for Canonical {
     fn weights(&self, stored: &str, _depths: &Depths) -> Option<Vec<(String, Piece)>> {
         Some(vec![(stored.to_owned(), Piece::All)])
+    }
+
+    fn stored(&self, canonical: &str, _depths: &Depths) -> Option<(String, Piece)> {
+        Some((canonical.to_owned(), Piece::All))
+    }
+}
+
+/// A language model that reads captions, in Hugging Face's names: of one that wraps others, the language model alone.
+#[derive(Debug)]
+pub struct LanguageEncoder;
+
+impl Tree for LanguageEncoder {
+    fn weights(&self, stored: &str, _depths: &Depths) -> Option<Vec<(String, Piece)>> {
+        if let Some(name) = language::canonical(stored) {
+            return Some(vec![(name, Piece::All)]);
+        }
+        // What a wrapper has beside its language model.
+        ["visual.", "model.visual."].iter().any(|start| stored.starts_with(start)).then(Vec::new)
     }
 
     fn stored(&self, canonical: &str, _depths: &Depths) -> Option<(String, Piece)> {
