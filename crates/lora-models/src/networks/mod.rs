@@ -2,18 +2,25 @@
 //! forward pass. What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`],
 //! losses are the trainer's.
 
+mod axial_rotary;
 mod blocks;
 mod clip;
 mod config;
 pub mod decoder;
+mod flux;
+mod joint;
 mod load;
+mod t5;
 mod tiles;
 mod transformer;
 mod unet;
 mod vae;
 
+pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
+pub use flux::{Flux, FluxConditions, FluxConfig};
 pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
+pub use t5::{T5Config, T5Encoder};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};
