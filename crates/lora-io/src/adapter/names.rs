@@ -228,8 +228,7 @@ mod tests {
 
     #[test]
     fn names_of_other_models_keep_their_spelling() {
-        for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
-        {
+        for name in ["lora_unet_blocks_0_self_attn_q", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"] {
             let module = from_kohya(name, &FAMILIES);
             assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
             assert_eq!(kohya(&module, None).as_deref(), Some(name));

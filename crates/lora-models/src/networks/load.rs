@@ -5,7 +5,9 @@ use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Device, Kind};
 
-use super::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
+use super::{
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
+};
 use crate::Result;
 use crate::weights::{Held, Weights};
 
@@ -43,4 +45,13 @@ pub fn load_vae(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held)
 pub fn load_decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Decoder> {
     let component = checkpoint.component(Component::LANGUAGE_MODEL)?;
     Decoder::load(&Weights::new(component, kind, device).held(held), DecoderConfig::detect(component)?)
+}
+
+/// Z-Image's transformer.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_z_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ZImage> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    ZImage::new(&Weights::new(component, kind, device).held(held), ZImageConfig::detect(component)?)
 }

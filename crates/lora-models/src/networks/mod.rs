@@ -15,12 +15,14 @@ mod tiles;
 mod transformer;
 mod unet;
 mod vae;
+mod z_image;
 
 pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
 pub use flux::{Flux, FluxConditions, FluxConfig};
-pub use load::{load_decoder, load_text_encoder, load_unet, load_vae};
+pub use load::{load_decoder, load_text_encoder, load_unet, load_vae, load_z_image};
 pub use t5::{T5Config, T5Encoder};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};
+pub use z_image::{ZImage, ZImageCaptions, ZImageConfig};
