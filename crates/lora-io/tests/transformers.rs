@@ -127,10 +127,7 @@ fn separate_factors_are_put_into_one_module_and_taken_out_again() {
     assert_eq!(file.shape("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"), Some([8, 8].as_slice()));
     assert_eq!(file.shape("lora_unet_single_blocks_0_linear1.lora_down.weight"), Some([16, 8].as_slice()));
     assert_eq!(file.shape("lora_unet_single_blocks_0_linear1.lora_up.weight"), Some([56, 16].as_slice()));
-    let mut back = adapter::read(&path).unwrap().adapter;
-    // The layer that was left out has an update of nothing.
-    assert!(update(&back, &left_out).iter().all(|value| *value == 0.0));
-    back.modules.remove(&left_out);
+    let back = adapter::read(&path).unwrap().adapter;
     same(&back, &separate, "separate");
     let ranks = |adapter: &Adapter| adapter.modules.values().map(|module| module.rank).collect::<Vec<_>>();
     assert_eq!(ranks(&back), ranks(&separate));

@@ -79,7 +79,15 @@ fn taken_apart(module: &AdapterModule, pieces: &[(String, Piece)]) -> Result<Vec
         };
         Ok((name.clone(), module))
     };
-    pieces.iter().map(one).collect()
+    let mut parts = pieces.iter().map(one).collect::<Result<Vec<_>, String>>()?;
+    // Where modules were put together, a layer between them may have had none.
+    let is_nothing = |module: &AdapterModule| {
+        module.tensors.get("up").is_some_and(|up| up.to_f32().iter().all(|value| *value == 0.0))
+    };
+    if parts.len() > 1 && !parts.iter().all(|(_, module)| is_nothing(module)) {
+        parts.retain(|(_, module)| !is_nothing(module));
+    }
+    Ok(parts)
 }
 
 /// The tensors of a plain LoRA whose first axis is the layer's outputs; an error for another variant.

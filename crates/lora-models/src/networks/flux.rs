@@ -330,7 +330,7 @@ impl DoubleBlock {
         };
         let (text_heads, text_modulation) = begin(&self.text, &text)?;
         let (image_heads, image_modulation) = begin(&self.image, &image)?;
-        let mixed = attend(&turned(Heads::joined(&text_heads, &image_heads)?, &sequence.positions)?, None)?;
+        let mixed = attend(&Heads::joined(&text_heads, &image_heads)?.turned(&sequence.positions)?, None)?;
         let (text_mixed, image_mixed) = parted(&mixed, sequence.text)?;
 
         let end = |stream: &Stream, tokens: &Tensor, mixed: &Tensor, modulation: &Modulation| -> Result<Tensor> {
@@ -359,16 +359,11 @@ impl SingleBlock {
     fn forward(&self, joined: &Tensor, vector: &Tensor, sequence: &Sequence, pass: &Pass) -> Result<Tensor> {
         let modulation = self.modulator.forward(vector, pass)?;
         let normed = modulated(&layer_norm(joined)?, &modulation.part(0), &modulation.part(1))?;
-        let heads = turned(self.projections.forward(&normed, pass)?, &sequence.positions)?;
+        let heads = self.projections.forward(&normed, pass)?.turned(&sequence.positions)?;
         let inner = self.proj_mlp.forward(&normed, pass)?.f_gelu("tanh")?;
         let added = self.proj_out.forward(&Tensor::f_cat(&[attend(&heads, None)?, inner], -1)?, pass)?;
         in_range(gated_sum(joined, &modulation.part(2), &added)?)
     }
-}
-
-/// Queries and keys turned by the positions of their tokens.
-fn turned(heads: Heads, positions: &AxialTables) -> Result<Heads> {
-    Ok(Heads { query: positions.turn(&heads.query)?, key: positions.turn(&heads.key)?, value: heads.value })
 }
 
 impl Adaptable for Flux {

@@ -4,6 +4,7 @@
 use lora_torch::norm::{RmsWeight, rms_norm};
 use lora_torch::tch::Tensor;
 
+use super::super::axial_rotary::AxialTables;
 use crate::Result;
 use crate::layers::{AdaptableLayer, Pass};
 use crate::weights::Weights;
@@ -29,15 +30,26 @@ impl Heads {
             value: joined(&first.value, &second.value)?,
         })
     }
+
+    /// Queries and keys turned by the positions of their tokens.
+    pub(in super::super) fn turned(self, positions: &AxialTables) -> Result<Self> {
+        Ok(Self { query: positions.turn(&self.query)?, key: positions.turn(&self.key)?, value: self.value })
+    }
+}
+
+/// How queries, keys and values are cut into heads, and queries and keys normed in each.
+#[derive(Debug)]
+pub(in super::super) struct QueryKeyNorms {
+    /// Weights `[head]`, where there are such.
+    weights: Option<[Tensor; 2]>,
+    heads: i64,
 }
 
 /// The layers that make them of one kind of token.
 #[derive(Debug)]
 pub(in super::super) struct Projections {
     layers: [AdaptableLayer; 3],
-    /// Weights `[head]` of the norms of queries and keys, where there are such.
-    norms: Option<[Tensor; 2]>,
-    heads: i64,
+    norms: QueryKeyNorms,
 }
 
 /// Names of those layers in a scope.
@@ -62,6 +74,26 @@ pub(in super::super) struct HeadSizes {
     pub(in super::super) norms: bool,
 }
 
+impl QueryKeyNorms {
+    /// Of the tokens that diffusers calls the attention's own: `norm_q` …
+    pub(in super::super) fn new(weights: &Weights<'_>, sizes: HeadSizes) -> Result<Self> {
+        Self::named(weights, sizes, ProjectionNames::OWN.norms)
+    }
+
+    fn named(weights: &Weights<'_>, sizes: HeadSizes, names: [&str; 2]) -> Result<Self> {
+        let norm = |name: &str| weights.at(name).tensor("weight", &[sizes.width / sizes.heads]);
+        let norms = sizes.norms.then(|| -> Result<_> { Ok([norm(names[0])?, norm(names[1])?]) });
+        Ok(Self { weights: norms.transpose()?, heads: sizes.heads as i64 })
+    }
+
+    /// Of queries, keys and values `[batch, tokens, width]`.
+    pub(in super::super) fn heads(&self, [query, key, value]: [&Tensor; 3]) -> Result<Heads> {
+        let norm = |index: usize| self.weights.as_ref().map(|norms| &norms[index]);
+        let cut = |projected: &Tensor, norm: Option<&Tensor>| heads(projected, self.heads, norm);
+        Ok(Heads { query: cut(query, norm(0))?, key: cut(key, norm(1))?, value: cut(value, None)? })
+    }
+}
+
 impl Projections {
     /// Of the tokens that diffusers calls the attention's own: `to_q` …
     pub(in super::super) fn own(weights: &Weights<'_>, sizes: HeadSizes) -> Result<Self> {
@@ -74,21 +106,17 @@ impl Projections {
     }
 
     fn new(weights: &Weights<'_>, sizes: HeadSizes, names: ProjectionNames) -> Result<Self> {
-        let HeadSizes { width, heads, bias, norms } = sizes;
-        let layer = |name: &str| AdaptableLayer::linear(&weights.at(name), width, width, bias);
-        let norm = |name: &str| weights.at(name).tensor("weight", &[width / heads]);
+        let layer = |name: &str| AdaptableLayer::linear(&weights.at(name), sizes.width, sizes.width, sizes.bias);
         let [query, key, value] = names.layers;
-        let norms = norms.then(|| -> Result<_> { Ok([norm(names.norms[0])?, norm(names.norms[1])?]) });
-        Ok(Self { layers: [layer(query)?, layer(key)?, layer(value)?], norms: norms.transpose()?, heads: heads as i64 })
+        let layers = [layer(query)?, layer(key)?, layer(value)?];
+        Ok(Self { layers, norms: QueryKeyNorms::named(weights, sizes, names.norms)? })
     }
 
     /// Of tokens `[batch, tokens, width]`.
     pub(in super::super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Heads> {
         let [query, key, value] = &self.layers;
-        let norm = |index: usize| self.norms.as_ref().map(|norms| &norms[index]);
-        let split =
-            |layer: &AdaptableLayer, norm: Option<&Tensor>| heads(&layer.forward(input, pass)?, self.heads, norm);
-        Ok(Heads { query: split(query, norm(0))?, key: split(key, norm(1))?, value: split(value, None)? })
+        let [query, key, value] = [query.forward(input, pass)?, key.forward(input, pass)?, value.forward(input, pass)?];
+        self.norms.heads([&query, &key, &value])
     }
 
     pub(in super::super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {

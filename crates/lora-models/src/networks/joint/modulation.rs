@@ -37,6 +37,11 @@ impl Modulator {
 }
 
 impl Modulation {
+    /// All parts.
+    pub(in super::super) fn all(&self) -> impl Iterator<Item = &Tensor> {
+        self.0.iter()
+    }
+
     /// The part of a number.
     pub(in super::super) fn part(&self, index: usize) -> Tensor {
         self.0[index].shallow_clone()
