@@ -7,16 +7,16 @@ use super::{adapt, distance, given, tensor, transformers};
 
 /// What one call of a network is told.
 #[derive(Debug)]
-pub struct Call {
-    pub latents: Tensor,
-    pub sigmas: Tensor,
-    pub context: Tensor,
-    pub pooled: Option<Tensor>,
+pub(crate) struct Call {
+    pub(crate) latents: Tensor,
+    pub(crate) sigmas: Tensor,
+    pub(crate) context: Tensor,
+    pub(crate) pooled: Option<Tensor>,
 }
 
 /// Numbers of a text state and of pooled text.
-pub const CONTEXT: i64 = 48;
-pub const POOLED: i64 = 40;
+pub(crate) const CONTEXT: i64 = 48;
+pub(crate) const POOLED: i64 = 40;
 
 /// Noise levels, and shapes of latents and number of text tokens, of the calls: `tools/golden/make_transformers.py`.
 fn call(name: &str, pooled: bool) -> Call {
@@ -36,7 +36,7 @@ fn call(name: &str, pooled: bool) -> Call {
 
 /// Holds velocities against a golden file's, then gradients of a LoRA on `targets`, with activations kept and computed
 /// again.
-pub fn matches<N: Adaptable>(
+pub(crate) fn matches<N: Adaptable>(
     name: &str,
     mut network: N,
     pooled: bool,

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses some of it")]
 
-pub mod flow;
+pub(crate) mod flow;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,19 +16,19 @@ use lora_models::weights::synthetic_uniform;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::from_host;
 
-pub const CPU: Device = Device::Cpu;
+pub(crate) const CPU: Device = Device::Cpu;
 
 /// A golden file of a transformer.
-pub fn transformers(name: &str) -> SafetensorsFile {
+pub(crate) fn transformers(name: &str) -> SafetensorsFile {
     let folder = format!("{}/tests/golden/transformers", env!("CARGO_MANIFEST_DIR"));
     SafetensorsFile::open(format!("{folder}/{name}.safetensors")).unwrap()
 }
 
-pub fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
+pub(crate) fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
     from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
 }
 
-pub fn integers(file: &SafetensorsFile, name: &str) -> Tensor {
+pub(crate) fn integers(file: &SafetensorsFile, name: &str) -> Tensor {
     let view = file.get(name).unwrap();
     let values: Vec<i64> =
         view.bytes().chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect();
@@ -36,27 +36,27 @@ pub fn integers(file: &SafetensorsFile, name: &str) -> Tensor {
 }
 
 /// An input that both sides make from its name.
-pub fn given(name: &str, shape: &[usize]) -> Tensor {
+pub(crate) fn given(name: &str, shape: &[usize]) -> Tensor {
     let scale = 3f64.sqrt() as f32;
     let values = synthetic_uniform(name, shape.iter().product()).map(|u| scale * u).collect();
     from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap()
 }
 
 /// Largest difference over the reference's standard deviation.
-pub fn relative(found: &Tensor, expected: &Tensor) -> f64 {
+pub(crate) fn relative(found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size());
     let worst = f64::try_from((found - expected).abs().max()).unwrap();
     worst / f64::try_from(expected.std(false)).unwrap()
 }
 
 /// Length of the difference over that of the reference.
-pub fn distance(found: &Tensor, expected: &Tensor) -> f64 {
+pub(crate) fn distance(found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size());
     f64::try_from((found - expected).norm()).unwrap() / f64::try_from(expected.norm()).unwrap()
 }
 
 /// Adapts layers with the golden files' factors; returns them by their names there.
-pub fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
+pub(crate) fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
     let chosen: Vec<TargetLayer> =
         Targets::parse(targets).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
     let component = network.component();
