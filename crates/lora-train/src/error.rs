@@ -38,6 +38,20 @@ pub enum Error {
         /// Its family.
         family: &'static str,
     },
+    /// A base is read in parts, and one of them is not there.
+    #[error("{path}: {family} without {part}, which a run needs beside the transformer; set {key} to {what}", path = path.display())]
+    PartMissing {
+        /// The file or folder.
+        path: PathBuf,
+        /// The base's family.
+        family: &'static str,
+        /// The part, with its article.
+        part: &'static str,
+        /// The key that names it.
+        key: &'static str,
+        /// What the key may name.
+        what: &'static str,
+    },
     /// A network is needed that is not loaded.
     #[error("the {network} is not loaded")]
     NotLoaded {

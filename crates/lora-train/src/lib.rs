@@ -24,6 +24,7 @@ mod schedule;
 mod session;
 mod state;
 pub mod trainable;
+pub mod velocity;
 
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.

@@ -26,8 +26,8 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
     };
     let is_known = |name: &&str| !is_no_weight(name) || !name.contains('.') && is_weight(name);
     let known: Vec<&str> = file.names().filter(is_known).collect();
-    for group in groups(family, &known) {
-        checkpoint.add(path, &file, &group)?;
+    for group in groups(family, &known).iter().filter(|group| !group.tensors.is_empty()) {
+        checkpoint.add(path, &file, group)?;
     }
     let strange = known.iter().filter(|name| family.in_single_file(name).is_none());
     checkpoint.unused.extend(strange.map(|name| (*name).to_owned()));

@@ -43,7 +43,7 @@ fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>>
             return Ok(None);
         }
         for file in diffusers::open_files(path)? {
-            add(&mut weights, &file, names.component, folder)?;
+            add(&mut weights, &file, names.component, Names { place: "", ..folder })?;
         }
         weights.config = Some(crate::json::read(path.join("config.json"))?);
         return Ok(Some(weights));

@@ -146,14 +146,15 @@ pub fn levels(steps: usize, factor: f64) -> Result<Vec<f64>> {
 ///
 /// # Errors
 /// What `velocity` gives; out of memory.
-pub fn euler(
+pub fn euler<E: From<Error>>(
     noise: &Tensor,
     levels: &[f64],
-    mut velocity: impl FnMut(&Tensor, f64) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let mut mixture = noise.f_to_kind(Kind::Float)?;
+    mut velocity: impl FnMut(&Tensor, f64) -> std::result::Result<Tensor, E>,
+) -> std::result::Result<Tensor, E> {
+    let mut mixture = noise.f_to_kind(Kind::Float).map_err(Error::from)?;
     for pair in levels.windows(2) {
-        mixture = mixture.f_add(&velocity(&mixture, pair[0])?.f_mul_scalar(pair[1] - pair[0])?)?;
+        let step = velocity(&mixture, pair[0])?.f_mul_scalar(pair[1] - pair[0]).map_err(Error::from)?;
+        mixture = mixture.f_add(&step).map_err(Error::from)?;
     }
     Ok(mixture)
 }
@@ -173,7 +174,7 @@ mod tests {
             let found = euler(&noise, &through, |mixture, level| {
                 let expected = noised(&data, &noise, &Tensor::from_slice(&[level as f32])).unwrap();
                 assert!(mixture.allclose(&expected, 1e-5, 1e-5, false), "at {level}");
-                Ok(true_velocity.shallow_clone())
+                Ok::<_, Error>(true_velocity.shallow_clone())
             });
             assert!(found.unwrap().allclose(&data, 1e-5, 1e-5, false));
         }

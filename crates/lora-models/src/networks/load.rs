@@ -55,3 +55,25 @@ pub fn load_z_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: H
     let component = checkpoint.component(Component::TRANSFORMER)?;
     ZImage::new(&Weights::new(component, kind, device).held(held), ZImageConfig::detect(component)?)
 }
+
+/// A language model that reads captions: without a head. A file without a `config.json` is Qwen3's, whose sizes its shapes
+/// show.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_caption_decoder(
+    checkpoint: &Checkpoint,
+    component: Component,
+    kind: Kind,
+    device: Device,
+    held: Held,
+) -> Result<Decoder> {
+    let weights = checkpoint.component(component)?;
+    let mut config = match weights.config() {
+        Some(_) => DecoderConfig::detect(weights)?,
+        None => DecoderConfig::of_qwen3(weights)?,
+    };
+    // Nothing reads its answers; so the head is the embedding's table, which is there once.
+    config.tied = true;
+    Decoder::load(&Weights::new(weights, kind, device).held(held), config)
+}

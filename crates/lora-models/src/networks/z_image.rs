@@ -324,8 +324,8 @@ impl Multiple for i64 {
 
 /// The same for lengths on the device, int64.
 fn up_to_multiple(lengths: &Tensor) -> Result<Tensor> {
-    let parts = lengths.f_add_scalar(MULTIPLE - 1)?.f_floor_divide_scalar(MULTIPLE)?;
-    Ok(parts.f_mul_scalar(MULTIPLE)?)
+    // It is a power of two.
+    Ok(lengths.f_add_scalar(MULTIPLE - 1)?.f_bitwise_and(-MULTIPLE)?)
 }
 
 /// `[batch, tokens, width]` with a token `[1, width]` as often behind them as makes their number a multiple of 32.

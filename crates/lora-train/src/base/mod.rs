@@ -5,6 +5,7 @@
 
 mod autoencoder;
 mod data;
+mod flow_matching;
 pub(crate) mod language;
 mod registry;
 mod stable_diffusion;

@@ -331,6 +331,11 @@ impl TrainConfig {
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
     }
 
+    /// Whether a key is given, rather than left to its default.
+    pub(crate) fn gives(&self, key: &'static str) -> bool {
+        self.read_by.given.contains(&key)
+    }
+
     /// Whether a base that brings these groups has a key.
     pub(crate) fn has_key(&self, key: &str, own: &[&Group]) -> bool {
         let keys = &self.read_by.keys;

@@ -421,7 +421,7 @@ impl Base for StableDiffusion {
     fn draw(&self, network: Component, encoded: &Tensors, draw: &Stream) -> Result<Tensors> {
         let part = |name: &'static str| Ok::<_, Error>(tensor(encoded, network, name)?.shallow_clone());
         let distribution = LatentDistribution { mean: part("mean")?, log_variance: part("log_variance")? };
-        let latents = sample_latents(&distribution, self.vae_config()?.scaling_factor, &draw.at("latent"))?;
+        let latents = sample_latents(&distribution, &self.vae_config()?, &draw.at("latent"))?;
         let mut drawn = Tensors::from([("latents".to_owned(), latents)]);
         for name in ["mask", SIZES] {
             if let Some(kept) = encoded.get(name) {
