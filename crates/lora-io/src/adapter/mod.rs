@@ -250,7 +250,12 @@ pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {
     let modules = adapter.modules.iter();
     let modules: Vec<_> = modules
-        .map(|(path, module)| Module { name: &path.path, path: path.clone(), inputs: input_width(module) })
+        .map(|(path, module)| Module {
+            name: &path.path,
+            path: path.clone(),
+            inputs: input_width(module),
+            outputs: output_width(module),
+        })
         .collect();
     family::adapter::told(&modules, &adapter.metadata)
 }
@@ -305,6 +310,11 @@ pub fn fit(path: &Path, adapter: &mut Adapter, layers: &[TargetLayer]) -> Result
         }
     }
     unmatched(path, problems)
+}
+
+/// Outputs of that layer, likewise.
+fn output_width(module: &AdapterModule) -> Option<usize> {
+    ["up", "w1_a"].iter().find_map(|name| module.tensors.get(*name)?.shape().first().copied())
 }
 
 fn unmatched(path: &Path, problems: Vec<String>) -> Result<()> {
