@@ -63,6 +63,8 @@ fn sizes() -> SyntheticModel {
             layers_per_block: 1,
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
+            shift_factor: 0.0,
+            quant_convs: true,
             overflows_in_half: false,
         },
     }

@@ -12,6 +12,7 @@ mod info;
 mod interrupt;
 mod plan;
 mod progress;
+mod sample;
 mod train;
 
 use std::process::ExitCode;
@@ -34,6 +35,8 @@ enum Command {
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
+    /// Draw pictures with adapters, or without beside with.
+    Sample(sample::Arguments),
     /// Write captions by machine: tags of a tagger, sentences of a model on a server, or both.
     Caption(Box<caption::Arguments>),
     /// Let a language model answer, with adapters or without.
@@ -101,7 +104,7 @@ impl From<lora_io::Error> for Failure {
 
 fn main() -> ExitCode {
     let command = Arguments::parse().command;
-    if matches!(command, Command::Train(_) | Command::Generate(_) | Command::Evaluate(_)) {
+    if matches!(command, Command::Train(_) | Command::Sample(_) | Command::Generate(_) | Command::Evaluate(_)) {
         lora_train::yield_to_busy_programs();
     }
     // What a decoder's panic on a damaged file becomes is an error that is told; the panic itself is not.
@@ -125,6 +128,7 @@ fn main() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
+        Command::Sample(arguments) => sample::run(&arguments),
         Command::Caption(arguments) => caption::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Evaluate(arguments) => generate::evaluate(&arguments),

@@ -38,8 +38,30 @@ const SYNONYMS: &[(&str, &[&str])] = &[
     ("fc2", &["fc2", "ff.net.2"]),
 ];
 
-const ATTENTION: &[&str] =
-    &["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0"];
+const ATTENTION: &[&str] = &[
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "out_proj",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+];
+
+/// How the blocks of networks begin that are transformers.
+const BLOCKS: &[&str] = &["layers.", "transformer_blocks.", "single_transformer_blocks."];
+
+/// Whether a layer of such a block makes scales and gates of the time.
+fn is_modulation(path: &str) -> bool {
+    ["adaLN_modulation.", ".norm", "_mod."].iter().any(|part| path.contains(part))
+}
 
 /// Names of the presets.
 pub(crate) const PRESETS: &[&str] = &["attention", "attention-mlp", "all-linear", "all-conv"];
@@ -164,8 +186,13 @@ impl Matcher {
         let path = layer.path.path.as_str();
         let unet = layer.path.component == Component::UNET;
         // sd-scripts' rule: in the U-Net all linear layers and 1×1 convolutions inside the transformers; in the text
-        // encoder attention and feed-forward.
-        let in_transformer = if unet { path.contains("attentions.") } else { path.contains(".layers.") };
+        // encoder attention and feed-forward. Of a network that is a transformer, the same of its blocks: what refines
+        // captions or pictures before them and what modulates is left alone, as musubi-tuner and diffusers do.
+        let in_transformer = match layer.path.component {
+            Component::UNET => path.contains("attentions."),
+            Component::TRANSFORMER => BLOCKS.iter().any(|start| path.starts_with(start)) && !is_modulation(path),
+            _ => path.contains(".layers."),
+        };
         match self {
             Matcher::Attention => in_transformer && ATTENTION.iter().any(|end| ends_with(path, end)),
             Matcher::AttentionMlp => in_transformer && !layer.geometry.is_spatial(),
@@ -251,6 +278,36 @@ mod tests {
         assert_eq!(selected(&["attention"]), ["to_q", "to_out.0", "q_proj", "out_proj"]);
         assert_eq!(selected(&["attention-mlp"]), ["proj_in", "to_q", "to_out.0", "proj", "q_proj", "out_proj", "fc1"]);
         assert_eq!(selected(&["all-conv"]).len(), 9);
+    }
+
+    #[test]
+    fn presets_take_the_blocks_of_a_transformer_without_modulation() {
+        let layer = |path: &str| TargetLayer {
+            path: ModulePath::new(Component::TRANSFORMER, path),
+            geometry: LayerGeometry::linear(8, 8),
+        };
+        let layers: Vec<_> = [
+            "all_x_embedder.2-1",
+            "t_embedder.mlp.0",
+            "context_refiner.0.attention.to_q",
+            "layers.0.adaLN_modulation.0",
+            "layers.0.attention.to_q",
+            "layers.0.attention.to_out.0",
+            "layers.0.feed_forward.w1",
+            "transformer_blocks.0.norm1.linear",
+            "transformer_blocks.0.attn.add_k_proj",
+            "transformer_blocks.0.img_mod.1",
+            "single_transformer_blocks.3.proj_mlp",
+        ]
+        .map(layer)
+        .into();
+        let selected = |preset: &str| -> Vec<String> {
+            let found = Targets::parse(&[preset]).unwrap().select(&layers).unwrap();
+            found.iter().map(|layer| short_name(&layer.path.path)).collect()
+        };
+        assert_eq!(selected("attention"), ["to_q", "to_out.0", "add_k_proj"]);
+        assert_eq!(selected("attention-mlp"), ["to_q", "to_out.0", "w1", "add_k_proj", "proj_mlp"]);
+        assert_eq!(selected("all-linear").len(), layers.len());
     }
 
     #[test]

@@ -90,6 +90,10 @@ pub struct TrainingRecord {
     pub base_sha256: Option<String>,
     /// Whether the base predicts the velocity instead of the noise.
     pub velocity: bool,
+    /// Whether it is trained by flow matching, which `modelspec.prediction_type` has no word for.
+    pub flow: bool,
+    /// Further keys with their values.
+    pub further: Vec<(&'static str, String)>,
     /// Per folder: repeats and pictures.
     pub folders: BTreeMap<String, (usize, usize)>,
     /// Whether activations were computed again in the backward pass.
@@ -214,7 +218,12 @@ impl TrainingRecord {
         set("modelspec.implementation_version", self.program.clone());
         set("modelspec.title", self.output_name.clone());
         set("modelspec.resolution", format!("{}x{}", self.resolution.0, self.resolution.1));
-        set("modelspec.prediction_type", if self.velocity { "v" } else { "epsilon" }.into());
+        if !self.flow {
+            set("modelspec.prediction_type", if self.velocity { "v" } else { "epsilon" }.into());
+        }
+        for (key, value) in &self.further {
+            set(key, value.clone());
+        }
         if let Some(clip_skip) = self.clip_skip {
             set("modelspec.encoder_layer", clip_skip.to_string());
         }

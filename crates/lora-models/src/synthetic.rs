@@ -1,6 +1,8 @@
 //! Whole checkpoints with made-up weights ([`SyntheticWeights`]): small models of the real architecture for tests,
 //! benches and demonstrations, or full-size ones to measure with.
 
+mod z_image;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -9,6 +11,7 @@ use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
+pub use self::z_image::SyntheticZImage;
 use crate::Result;
 use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
 pub use crate::weights::NamedShape;
@@ -126,6 +129,8 @@ impl SyntheticModel {
             layers_per_block: 2,
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
+            shift_factor: 0.0,
+            quant_convs: true,
             overflows_in_half: false,
         };
         Self { family: &sd1::FAMILY, text_encoder, text_encoder_2: None, unet, vae }

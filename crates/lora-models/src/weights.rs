@@ -157,6 +157,18 @@ impl<'s> Weights<'s> {
         Self { held, ..self.clone() }
     }
 
+    /// The same for the few layers of a network that every number passes, or that say how all others are scaled: its
+    /// way in, its way out, what embeds times and pooled text. Frozen ones are in the compute dtype on the device, however
+    /// the others are held.
+    #[must_use]
+    pub(crate) fn plain(&self) -> Self {
+        let held = match &self.held {
+            Held::Frozen(_) => Held::default(),
+            trained @ Held::Trained(_) => trained.clone(),
+        };
+        Self { held, ..self.clone() }
+    }
+
     /// Whether frozen layers live in host memory.
     pub(crate) fn in_host(&self) -> bool {
         matches!(&self.held, Held::Frozen(Frozen { staging: Some(_), .. }))

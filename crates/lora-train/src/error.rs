@@ -38,6 +38,20 @@ pub enum Error {
         /// Its family.
         family: &'static str,
     },
+    /// A base is read in parts, and one of them is not there.
+    #[error("{path}: {family} without {part}, which a run needs beside the transformer; set {key} to {what}", path = path.display())]
+    PartMissing {
+        /// The file or folder.
+        path: PathBuf,
+        /// The base's family.
+        family: &'static str,
+        /// The part, with its article.
+        part: &'static str,
+        /// The key that names it.
+        key: &'static str,
+        /// What the key may name.
+        what: &'static str,
+    },
     /// A network is needed that is not loaded.
     #[error("the {network} is not loaded")]
     NotLoaded {
@@ -97,12 +111,12 @@ pub enum Error {
         rows: usize,
     },
     /// An adapter of another base.
-    #[error("{path}: the base has no layer `{module}`; the adapter was made for another model")]
+    #[error("{path}: {reason}")]
     NotOfThisBase {
         /// The adapter.
         path: PathBuf,
-        /// A layer that it adapts.
-        module: String,
+        /// By what it shows.
+        reason: String,
     },
     /// A conversation, and no template to lay it out by.
     #[error("{path}: there is no chat template; set chat_template to a file or the name of one")]
@@ -117,6 +131,14 @@ pub enum Error {
         prompt: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A sampler of a name that none has.
+    #[error("there is no sampler `{name}`; known are {known}")]
+    NoSampler {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
     },
     /// Samples of a base that makes none.
     #[error("this base makes no samples; take sample_prompts out")]

@@ -20,6 +20,13 @@ impl Inputs {
         self
     }
 
+    /// Adds others.
+    #[must_use]
+    pub(crate) fn and(mut self, others: Self) -> Self {
+        self.0.extend(others.0);
+        self
+    }
+
     /// The tensor of a name.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ mod schedule;
 mod session;
 mod state;
 pub mod trainable;
+pub mod velocity;
 
 pub use auto_label::auto_label;
 pub use error::{Error, Result};

@@ -114,17 +114,7 @@ impl Denoising {
     /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
     pub fn loss<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
         let answer = unet.forward_embedded(&self.noised, &self.times, conditions, pass)?;
-        let squares = answer.f_sub(&self.target)?.f_square()?;
-        let squares = match &self.mask {
-            Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
-            None => squares,
-        };
-        let each = squares.f_flatten(1, -1)?.f_mean_dim(-1, false, Kind::Float)?;
-        let each = match &self.factors {
-            Some(factors) => each.f_mul(factors)?,
-            None => each,
-        };
-        Ok(each.f_mean(Kind::Float)?)
+        mean_square(&answer, &self.target, self.mask.as_ref(), self.factors.as_ref())
     }
 
     /// Its tensors by name.
@@ -151,6 +141,27 @@ impl Denoising {
             factors: optional("factors"),
         })
     }
+}
+
+/// Mean over the batch of each item's mean squared error, a scalar in f32: `mask`, `[batch, 1, height, width]`, says how much
+/// each place counts, `factors`, `[batch]`, how much each item.
+pub(crate) fn mean_square(
+    answer: &Tensor,
+    target: &Tensor,
+    mask: Option<&Tensor>,
+    factors: Option<&Tensor>,
+) -> Result<Tensor> {
+    let squares = answer.f_sub(target)?.f_square()?;
+    let squares = match mask {
+        Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
+        None => squares,
+    };
+    let each = squares.f_flatten(1, -1)?.f_mean_dim(-1, false, Kind::Float)?;
+    let each = match factors {
+        Some(factors) => each.f_mul(factors)?,
+        None => each,
+    };
+    Ok(each.f_mean(Kind::Float)?)
 }
 
 #[cfg(test)]

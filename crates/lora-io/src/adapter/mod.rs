@@ -4,9 +4,11 @@
 //! Reading is strict: a tensor that nothing takes, half a pair, two spellings of one module, a configuration field that
 //! changes the mathematics and is not supported are errors that list what is wrong.
 
+mod canonical;
 pub mod diffusers;
 pub mod gguf;
 pub mod kohya;
+mod named;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
@@ -28,6 +30,7 @@ use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
+pub use named::find;
 use parts::{Parts, PeftContext, Tool};
 
 /// Layout of an adapter file.
@@ -159,7 +162,10 @@ pub fn read_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Resul
         let reason = "these are PEFT names, whose scale stands in `adapter_config.json`; it is not beside the file";
         return Err(Error::format(path, reason));
     }
-    let kohya = file.names().any(names::is_kohya);
+    // Alphas beside dotted names are its layout too.
+    let is_kohya =
+        |name: &str| names::is_kohya(name) || name.starts_with("diffusion_model.") && name.ends_with(".alpha");
+    let kohya = file.names().any(is_kohya);
     // A file with names of both kinds is read by kohya's reader, which knows either.
     if kohya { kohya::from_file(&file, families) } else { diffusers::from_file(&file) }
 }
@@ -244,7 +250,12 @@ pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {
     let modules = adapter.modules.iter();
     let modules: Vec<_> = modules
-        .map(|(path, module)| Module { name: &path.path, path: path.clone(), inputs: input_width(module) })
+        .map(|(path, module)| Module {
+            name: &path.path,
+            path: path.clone(),
+            inputs: input_width(module),
+            outputs: output_width(module),
+        })
         .collect();
     family::adapter::told(&modules, &adapter.metadata)
 }
@@ -299,6 +310,11 @@ pub fn fit(path: &Path, adapter: &mut Adapter, layers: &[TargetLayer]) -> Result
         }
     }
     unmatched(path, problems)
+}
+
+/// Outputs of that layer, likewise.
+fn output_width(module: &AdapterModule) -> Option<usize> {
+    ["up", "w1_a"].iter().find_map(|name| module.tensors.get(*name)?.shape().first().copied())
 }
 
 fn unmatched(path: &Path, problems: Vec<String>) -> Result<()> {
@@ -436,6 +452,7 @@ fn assemble(
             Err(reason) => problems.push(format!("`{name}` ({reason})")),
         }
     }
+    problems.extend(canonical::canonical(&mut adapter));
     unmatched(file.path(), problems)?;
     if adapter.modules.is_empty() {
         return Err(Error::format(file.path(), "holds no adapter modules"));

@@ -20,6 +20,8 @@ use crate::family::tree::ldm::LdmUnet;
 use crate::family::tree::{Depths, Tree};
 use crate::family::{Family, sd1, sdxl};
 
+use super::canonical::is_transformer;
+
 /// The dotted path of an underscored one that is made of these families' words and numbers; `None` for any other.
 fn dotted(name: &str, families: &[&Family]) -> Option<String> {
     let mut path = String::with_capacity(name.len());
@@ -73,11 +75,16 @@ pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
     }
     let prefixes = families.iter().flat_map(|family| family.components);
     let prefixes = prefixes.filter_map(|names| Some((names.kohya?.prefix, names.component)));
-    let module = prefixes.chain([("lycoris", Component::UNET)]).find_map(|(prefix, component)| {
+    let others = [("lycoris", Component::UNET), ("lora_transformer", Component::TRANSFORMER)];
+    let module = prefixes.chain(others).find_map(|(prefix, component)| {
         let path = dotted(name.strip_prefix(prefix)?.strip_prefix('_')?, families)?;
+        if component == Component::UNET && is_transformer(&path) {
+            return Some(ModulePath::new(Component::TRANSFORMER, path));
+        }
         let path = match component {
             Component::UNET if path.starts_with("text_model.") => return None,
             Component::UNET => unet_path(&path)?,
+            Component::TRANSFORMER if !is_transformer(&path) => return None,
             _ => path,
         };
         Some(ModulePath::new(component, path))
@@ -107,6 +114,10 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
         if let Some(path) = name.strip_prefix(component.name()).and_then(|rest| rest.strip_prefix('.')) {
             return ModulePath::new(component, with_text_model(path));
         }
+    }
+    let of_transformer = ["transformer.", "diffusion_model."].iter().find_map(|prefix| name.strip_prefix(prefix));
+    if let Some(path) = of_transformer.filter(|path| is_transformer(path)) {
+        return ModulePath::new(Component::TRANSFORMER, path);
     }
     if let Some(path) = name.strip_prefix("diffusion_model.").and_then(unet_path).filter(|path| is_unet(path)) {
         return ModulePath::new(Component::UNET, path);
@@ -139,7 +150,9 @@ fn attention_path(path: &str) -> String {
 /// The dotted name of a module in the diffusers layout.
 pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
     match module.component {
-        Component::UNET | Component::TEXT_ENCODER | Component::TEXT_ENCODER_2 => Some(module.to_string()),
+        Component::UNET | Component::TRANSFORMER | Component::TEXT_ENCODER | Component::TEXT_ENCODER_2 => {
+            Some(module.to_string())
+        }
         Component::MODEL if module.path.contains('.') => Some(module.path.clone()),
         _ => None,
     }
@@ -215,8 +228,7 @@ mod tests {
 
     #[test]
     fn names_of_other_models_keep_their_spelling() {
-        for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
-        {
+        for name in ["lora_unet_blocks_0_self_attn_q", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"] {
             let module = from_kohya(name, &FAMILIES);
             assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
             assert_eq!(kohya(&module, None).as_deref(), Some(name));

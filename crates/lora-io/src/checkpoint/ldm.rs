@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Checkpoint, Group, refused, shapes};
 use crate::Result;
+use crate::family::tree::Depths;
 use crate::family::{BaseNames, Family};
 use crate::safetensors::SafetensorsFile;
 
@@ -18,9 +19,15 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
     };
     let mut checkpoint = Checkpoint::new(path, family);
     checkpoint.metadata = file.metadata().clone();
-    let known: Vec<&str> = file.names().filter(|name| !is_no_weight(name)).collect();
-    for group in groups(family, &known) {
-        checkpoint.add(path, &file, &group)?;
+    // A name without a dot may be a weight of its own.
+    let is_weight = |name: &str| {
+        let place = family.in_single_file(name);
+        place.is_some_and(|(_, names, bare)| names.tree.weights(bare, &Depths::default()).is_some())
+    };
+    let is_known = |name: &&str| !is_no_weight(name) || !name.contains('.') && is_weight(name);
+    let known: Vec<&str> = file.names().filter(is_known).collect();
+    for group in groups(family, &known).iter().filter(|group| !group.tensors.is_empty()) {
+        checkpoint.add(path, &file, group)?;
     }
     let strange = known.iter().filter(|name| family.in_single_file(name).is_none());
     checkpoint.unused.extend(strange.map(|name| (*name).to_owned()));

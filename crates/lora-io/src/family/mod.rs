@@ -4,7 +4,7 @@
 //!
 //! | here | what |
 //! |---|---|
-//! | `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, `language` | a family each |
+//! | `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, `flux2`, `qwen_image`, `z_image`, `language` | a family each |
 //! | `tree` | the names of a network in a layout, both ways |
 //! | `layers` | the layers of published models, in canonical names |
 //! | `adapter` | which family an adapter was made for |
@@ -12,14 +12,17 @@
 
 pub mod adapter;
 pub mod flux;
+pub mod flux2;
 pub mod language;
 pub mod layers;
+pub mod qwen_image;
 pub mod sd1;
 pub mod sd2;
 pub mod sd3;
 pub mod sdxl;
 pub mod tree;
 mod unknown;
+pub mod z_image;
 
 pub(crate) use unknown::describe;
 
@@ -32,8 +35,17 @@ use layers::Layer;
 use tree::{Depths, Tree};
 
 /// The families that are known here, in the order in which files are told apart: the first that fits is taken.
-pub static FAMILIES: [&Family; 6] =
-    [&flux::FAMILY, &sd3::FAMILY, &sdxl::FAMILY, &sd2::FAMILY, &sd1::FAMILY, &language::FAMILY];
+pub static FAMILIES: [&Family; 9] = [
+    &flux2::FAMILY,
+    &flux::FAMILY,
+    &sd3::FAMILY,
+    &qwen_image::FAMILY,
+    &z_image::FAMILY,
+    &sdxl::FAMILY,
+    &sd2::FAMILY,
+    &sd1::FAMILY,
+    &language::FAMILY,
+];
 
 /// The name of a family for people, or that there is none.
 pub fn title(family: Option<&Family>) -> &'static str {
@@ -92,7 +104,7 @@ pub struct Names {
 /// kohya's names of a component's modules.
 #[derive(Debug, Clone, Copy)]
 pub struct KohyaNames {
-    /// The prefix, without the underscore after it.
+    /// The prefix, without the underscore after it; one with a dot at its end stands before the path as it is, dots and all.
     pub prefix: &'static str,
     /// The tree that paths are of if they are not canonical, with the depths of the published model: an adapter does not
     /// show them.
@@ -161,11 +173,18 @@ impl Family {
         let path = match tree {
             None => module.path.clone(),
             Some((tree, depths)) => {
-                let (stored, _) = tree.stored(&format!("{}.weight", module.path), &depths)?;
-                stored.strip_suffix(".weight")?.to_owned()
+                let name = format!("{}.weight", module.path);
+                match tree.stored(&name, &depths) {
+                    Some((stored, _)) => stored.strip_suffix(".weight")?.to_owned(),
+                    // One that could not be taken apart has the original tree's name.
+                    None => tree.weights(&name, &depths).map(|_| module.path.clone())?,
+                }
             }
         };
-        Some(format!("{prefix}_{}", path.replace('.', "_")))
+        Some(match prefix.strip_suffix('.') {
+            Some(prefix) => format!("{prefix}.{path}"),
+            None => format!("{prefix}_{}", path.replace('.', "_")),
+        })
     }
 }
 

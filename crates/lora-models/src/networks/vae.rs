@@ -26,6 +26,10 @@ pub struct VaeConfig {
     pub norm_groups: usize,
     /// Factor that brings latents to unit variance.
     pub scaling_factor: f64,
+    /// What is taken from them before.
+    pub shift_factor: f64,
+    /// Whether a 1×1 convolution stands between the encoder and its moments, and another before the decoder.
+    pub quant_convs: bool,
     /// Whether activations leave the range of fp16, as those of SDXL's published weights do.
     pub overflows_in_half: bool,
 }
@@ -37,6 +41,10 @@ impl VaeConfig {
     /// The same in Stable Diffusion XL.
     pub const SDXL_SCALING_FACTOR: f64 = 0.13025;
 
+    /// Channels, factor and shift of the families whose autoencoder has others than Stable Diffusion's, as published.
+    const PUBLISHED: &[(&str, (usize, f64, f64))] =
+        &[("flux", (16, 0.3611, 0.1159)), ("z_image", (16, 0.3611, 0.1159)), ("sd3", (16, 1.5305, 0.0609))];
+
     /// Read off a checkpoint's autoencoder: sizes from names and shapes; norm groups, scaling factor and whether fp16 is enough
     /// (`force_upcast`) from its `config.json`, where there is one, or else as the family's published autoencoder has them.
     ///
@@ -45,7 +53,12 @@ impl VaeConfig {
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let component = checkpoint.component(Component::VAE)?;
         let is_sdxl = *checkpoint.family() == sdxl::FAMILY;
-        let published = if is_sdxl { Self::SDXL_SCALING_FACTOR } else { Self::SCALING_FACTOR };
+        let own = Self::PUBLISHED.iter().find(|(family, _)| *family == checkpoint.family().name);
+        let (channels, factor, shift) = match own {
+            Some((_, published)) => *published,
+            None if is_sdxl => (4, Self::SDXL_SCALING_FACTOR, 0.0),
+            None => (4, Self::SCALING_FACTOR, 0.0),
+        };
         // Folders of other families say it too, by default and without need.
         let enough = config::value(component, "force_upcast").and_then(Value::as_bool) == Some(false);
         let count =
@@ -53,9 +66,10 @@ impl VaeConfig {
         let resnet = |level: usize| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
         let levels = count(&resnet).max(1);
         let latent_channels = dimension(component, "decoder.conv_in.weight", 1)?;
-        if latent_channels != 4 {
-            let reason =
-                format!("an autoencoder of {latent_channels} latent channels, which is another family's; expected 4");
+        if latent_channels != channels {
+            let reason = format!(
+                "an autoencoder of {latent_channels} latent channels, which is another family's; expected {channels}"
+            );
             return Err(config::wrong(component, reason));
         }
         Ok(Self {
@@ -63,7 +77,9 @@ impl VaeConfig {
             channels: (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
             norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
-            scaling_factor: config::real(component, "scaling_factor")?.unwrap_or(published),
+            scaling_factor: config::real(component, "scaling_factor")?.unwrap_or(factor),
+            shift_factor: config::real(component, "shift_factor")?.unwrap_or(shift),
+            quant_convs: component.contains("quant_conv.weight"),
             overflows_in_half: is_sdxl && !enough,
         })
     }
@@ -72,6 +88,24 @@ impl VaeConfig {
     pub fn factor(&self) -> usize {
         1 << (self.channels.len() - 1)
     }
+
+    /// Latents of the autoencoder as a network sees them, `(latents - shift) · factor`.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn normalised(&self, latents: &Tensor) -> Result<Tensor> {
+        let shifted = if self.shift_factor == 0.0 { latents } else { &latents.f_sub_scalar(self.shift_factor)? };
+        Ok(shifted.f_mul_scalar(self.scaling_factor)?)
+    }
+
+    /// The way back.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn denormalised(&self, latents: &Tensor) -> Result<Tensor> {
+        let scaled = latents.f_div_scalar(self.scaling_factor)?;
+        Ok(if self.shift_factor == 0.0 { scaled } else { scaled.f_add_scalar(self.shift_factor)? })
+    }
 }
 
 /// The autoencoder.
@@ -79,8 +113,8 @@ impl VaeConfig {
 pub struct Vae {
     config: VaeConfig,
     encoder: Coder,
-    quant_conv: AdaptableLayer,
-    post_quant_conv: AdaptableLayer,
+    quant_conv: Option<AdaptableLayer>,
+    post_quant_conv: Option<AdaptableLayer>,
     decoder: Coder,
 }
 
@@ -100,7 +134,8 @@ struct Coder {
     conv_out: AdaptableLayer,
 }
 
-/// The Gaussian that the encoder gives for a picture: `[batch, 4, height / 8, width / 8]` each, f32, not yet scaled.
+/// The Gaussian that the encoder gives for a picture: `[batch, channels, height / 8, width / 8]` each, f32, not yet
+/// normalised.
 #[derive(Debug)]
 pub struct LatentDistribution {
     /// Mean.
@@ -143,10 +178,13 @@ impl Vae {
             .map(|level| (channels[(level + 1).min(channels.len() - 1)], channels[level]))
             .collect();
         let last = channels[channels.len() - 1];
+        let square = |name: &str, width: usize| {
+            config.quant_convs.then(|| AdaptableLayer::conv2d(&weights.at(name), width, width, 1, 1)).transpose()
+        };
         Ok(Self {
             encoder: Coder::new(&weights.at("encoder"), &config, &down, [3, channels[0], last, moments], true)?,
-            quant_conv: AdaptableLayer::conv2d(&weights.at("quant_conv"), moments, moments, 1, 1)?,
-            post_quant_conv: AdaptableLayer::conv2d(&weights.at("post_quant_conv"), latent, latent, 1, 1)?,
+            quant_conv: square("quant_conv", moments)?,
+            post_quant_conv: square("post_quant_conv", latent)?,
             decoder: Coder::new(&weights.at("decoder"), &config, &up, [latent, last, channels[0], 3], false)?,
             config,
         })
@@ -196,16 +234,24 @@ impl Vae {
     fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
         let pass = Pass::default();
         let encoded = self.encoder.encode(&pictures.f_to_kind(self.kind())?, &pass)?;
-        Ok(self.quant_conv.forward(&encoded, &pass)?.f_to_kind(Kind::Float)?)
+        let moments = match &self.quant_conv {
+            Some(quant_conv) => quant_conv.forward(&encoded, &pass)?,
+            None => encoded,
+        };
+        Ok(moments.f_to_kind(Kind::Float)?)
     }
 
-    /// Pictures of latents `[batch, 4, height, width]` (already divided by the scaling factor); f32, about [-1, 1].
+    /// Pictures of latents `[batch, channels, height, width]` ([`VaeConfig::denormalised`]); f32, about [-1, 1].
     ///
     /// # Errors
     /// [`Error::Torch`] for another number of channels; out of memory, where [`Vae::decode_in_tiles`] needs less.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let pass = Pass::default();
-        let hidden = self.post_quant_conv.forward(&latents.f_to_kind(self.kind())?, &pass)?;
+        let latents = latents.f_to_kind(self.kind())?;
+        let hidden = match &self.post_quant_conv {
+            Some(post_quant_conv) => post_quant_conv.forward(&latents, &pass)?,
+            None => latents,
+        };
         Ok(self.decoder.decode(&hidden, &pass)?.f_to_kind(Kind::Float)?)
     }
 
@@ -219,12 +265,12 @@ impl Vae {
 
     /// The dtype it computes in.
     pub fn kind(&self) -> Kind {
-        self.quant_conv.kind()
+        self.decoder.conv_in.kind()
     }
 
     /// Where it is.
     pub fn device(&self) -> Device {
-        self.quant_conv.device()
+        self.decoder.conv_in.device()
     }
 }
 

@@ -49,17 +49,12 @@ impl Autoencoder {
         self.vae.kind()
     }
 
-    /// Factor between the autoencoder's latents and those that the U-Net sees.
-    pub(crate) fn scaling_factor(&self) -> f64 {
-        self.vae.config().scaling_factor
-    }
-
     /// Pixels per latent in each direction.
     pub(crate) fn factor(&self) -> usize {
         self.vae.config().factor()
     }
 
-    /// The latent distribution of one picture, `[1, 4, height, width]` f32, on the device. Where fp16 overflows, the
+    /// The latent distribution of one picture, `[1, channels, height, width]` f32, on the device. Where fp16 overflows, the
     /// autoencoder is loaded again in f32, once.
     pub(crate) fn encode(
         &mut self,
@@ -113,7 +108,7 @@ impl Autoencoder {
         })
     }
 
-    /// Pictures of latents `[batch, 4, height, width]` as the U-Net has them. Where memory runs out, in tiles, then on the CPU.
+    /// Pictures of latents `[batch, channels, height, width]` as networks see them. Where memory runs out, in tiles, then on the CPU.
     pub(crate) fn decode(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         match lora_torch::caught(|| self.decode_here(checkpoint, latents)) {
             // Unlike latents, which training sees, pictures may differ a little.
@@ -133,7 +128,7 @@ impl Autoencoder {
     pub(crate) fn decode_here(&mut self, checkpoint: &Checkpoint, latents: &Tensor) -> Result<Vec<RgbPicture>> {
         let _guard = no_grad_guard();
         let latents = latents.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
-        let scaled = latents.f_div_scalar(self.scaling_factor())?;
+        let scaled = self.vae.config().denormalised(&latents)?;
         let pixels = match self.in_tiles {
             true => self.vae.decode_in_tiles(&scaled, Vae::TILE)?,
             false => self.vae.decode(&scaled)?,
@@ -154,15 +149,11 @@ impl Autoencoder {
     }
 }
 
-/// One sample of a latent distribution, scaled: `[4, height, width]`.
-pub(crate) fn sample_latents(
-    distribution: &LatentDistribution,
-    scaling_factor: f64,
-    random: &Stream,
-) -> Result<Tensor> {
+/// One sample of a latent distribution, normalised: `[channels, height, width]`.
+pub(crate) fn sample_latents(distribution: &LatentDistribution, vae: &VaeConfig, random: &Stream) -> Result<Tensor> {
     let shape: Vec<usize> = distribution.mean.size().iter().map(|&side| side as usize).collect();
     let noise = from_f32(&random.clone().normals(shape.iter().product()), &shape, distribution.mean.device())?;
-    Ok(distribution.sample(&noise)?.f_mul_scalar(scaling_factor)?.f_squeeze_dim(0)?)
+    Ok(vae.normalised(&distribution.sample(&noise)?)?.f_squeeze_dim(0)?)
 }
 
 /// The weights of a mask's latents, `[1, height, width]` on the host.

@@ -5,6 +5,7 @@
 
 mod autoencoder;
 mod data;
+mod flow_matching;
 pub(crate) mod language;
 mod registry;
 mod stable_diffusion;
@@ -103,6 +104,13 @@ pub struct Prompt {
     pub with: BTreeMap<Component, Tensors>,
     /// The negative prompt's encodings, by network.
     pub without: BTreeMap<Component, Tensors>,
+}
+
+impl Prompt {
+    /// A prompt of which nothing is encoded.
+    pub(crate) fn plain(text: &str) -> Self {
+        Self { text: text.to_owned(), with: BTreeMap::new(), without: BTreeMap::new() }
+    }
 }
 
 /// What a base makes of a prompt.

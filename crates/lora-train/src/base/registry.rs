@@ -8,7 +8,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{FAMILIES, Family};
 use lora_torch::tch::Device;
 
-use super::{Base, Data, language, stable_diffusion};
+use super::{Base, Data, flow_matching, language, stable_diffusion};
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, Keys};
 use crate::{Error, Result};
@@ -73,7 +73,15 @@ pub struct Bases(Vec<Registration>);
 
 impl Default for Bases {
     fn default() -> Self {
-        Self(vec![stable_diffusion::SD1, stable_diffusion::SD2, stable_diffusion::SDXL, language::LANGUAGE])
+        Self(vec![
+            stable_diffusion::SD1,
+            stable_diffusion::SD2,
+            stable_diffusion::SDXL,
+            flow_matching::FLUX,
+            flow_matching::SD3,
+            flow_matching::Z_IMAGE,
+            language::LANGUAGE,
+        ])
     }
 }
 
@@ -130,9 +138,19 @@ impl Bases {
     /// As [`Bases::checkpoint`], and where a part is not what it has to be.
     pub(crate) fn configured(&self, config: &TrainConfig) -> Result<Checkpoint> {
         let mut checkpoint = self.checkpoint(&config.base_model)?;
-        if let Some(path) = config.extra.text("vae") {
-            checkpoint.replace(Component::VAE, path)?;
+        self.registration(&checkpoint)?.check(config)?;
+        let parts = [
+            ("vae", Component::VAE),
+            ("text_encoder", Component::TEXT_ENCODER),
+            ("text_encoder_2", Component::TEXT_ENCODER_2),
+            ("text_encoder_3", Component::TEXT_ENCODER_3),
+        ];
+        for (key, component) in parts {
+            if let Some(path) = config.extra.text(key) {
+                checkpoint.replace(component, path)?;
+            }
         }
+        flow_matching::check_parts(&checkpoint, config)?;
         Ok(checkpoint)
     }
 

@@ -18,14 +18,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use lora_core::DType;
-use lora_data::DatasetOptions;
 use lora_data::source::HeldOut;
 use lora_data::tokenizer::TextCleaning;
+use lora_data::{DatasetOptions, PromptLine};
 use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
-use crate::Plugins;
 use crate::optimiser::Arguments;
+use crate::{Error, Plugins};
 use keys::{Extra, Group, Keys};
 use read::Reader;
 
@@ -77,6 +77,43 @@ pub struct SampleConfig {
     pub seed: u64,
     /// Width and height.
     pub resolution: (usize, usize),
+}
+
+impl SampleConfig {
+    /// How one prompt is drawn: as it says itself, else as all are.
+    ///
+    /// # Errors
+    /// [`Error::NoSampler`] where it names a sampler that there is not.
+    pub(crate) fn for_prompt(&self, line: &PromptLine) -> Result<Self, Error> {
+        let sampler = line.sampler.as_deref().map(sampler_named).transpose()?;
+        let (width, height) = self.resolution;
+        Ok(Self {
+            negative_prompt: line.negative.clone().unwrap_or_else(|| self.negative_prompt.clone()),
+            steps: line.steps.unwrap_or(self.steps),
+            guidance_scale: line.guidance.unwrap_or(self.guidance_scale),
+            sampler: sampler.unwrap_or(self.sampler),
+            seed: line.seed.unwrap_or(self.seed),
+            resolution: (line.width.unwrap_or(width), line.height.unwrap_or(height)),
+            ..self.clone()
+        })
+    }
+
+    /// The pixels of a prompt's picture.
+    pub(crate) fn area(&self, prompt: &str) -> usize {
+        let line = PromptLine::parse(prompt);
+        line.width.unwrap_or(self.resolution.0) * line.height.unwrap_or(self.resolution.1)
+    }
+}
+
+/// The sampler of a name.
+///
+/// # Errors
+/// [`Error::NoSampler`] with the names that there are.
+pub(crate) fn sampler_named(name: &str) -> Result<SamplerKind, Error> {
+    SamplerKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| Error::NoSampler {
+        name: name.to_owned(),
+        known: SamplerKind::ALL.map(SamplerKind::name).join(", "),
+    })
 }
 
 /// What a run trains.
@@ -331,6 +368,11 @@ impl TrainConfig {
     pub(crate) fn keys_of_other_bases(&self, own: &[&Group]) -> Vec<&'static str> {
         let ReadBy { keys, given, .. } = &self.read_by;
         keys.of_other_bases(own).filter(|key| given.contains(key)).collect()
+    }
+
+    /// Whether a key is given, rather than left to its default.
+    pub(crate) fn gives(&self, key: &'static str) -> bool {
+        self.read_by.given.contains(&key)
     }
 
     /// Whether a base that brings these groups has a key.

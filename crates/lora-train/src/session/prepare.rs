@@ -8,6 +8,7 @@ use std::sync::Arc;
 use lora_core::target::TargetLayer;
 use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
+use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
 use lora_data::source::Source;
 use lora_io::adapter;
@@ -334,7 +335,10 @@ fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
     let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
     captions.push(config.samples.negative_prompt.clone());
-    captions.extend(config.samples.prompts.iter().cloned());
+    for prompt in config.samples.prompts.iter().map(|prompt| PromptLine::parse(prompt)) {
+        captions.push(prompt.text);
+        captions.extend(prompt.negative);
+    }
     captions.sort();
     captions.dedup();
     captions

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::families::{self, FAMILIES, GPT_OSS, Switches};
 use super::keys::Reader;
 use super::rotary::Rope;
+use crate::weights::dimension;
 use crate::{Error, Result};
 
 /// How a decoder is built.
@@ -156,6 +157,31 @@ impl DecoderConfig {
             Some(config) => Self::read(config, &source),
             None => Err(Error::Architecture { source_name: source, reason: "has no config.json".into() }),
         }
+    }
+
+    /// Of a file with Qwen3's weights and no `config.json`: sizes from names and shapes, what they do not show as published.
+    ///
+    /// # Errors
+    /// If a weight that sizes are read off is missing or lacks axes.
+    pub fn of_qwen3(component: &ComponentWeights) -> Result<Self> {
+        let side = |name: &str, axis| dimension(component, name, axis);
+        let layer = |name: &str| format!("model.layers.0.{name}.weight");
+        let count = |index: &usize| component.contains(&format!("model.layers.{index}.input_layernorm.weight"));
+        let head = side(&layer("self_attn.q_norm"), 0)?.max(1);
+        let config = serde_json::json!({
+            "model_type": "qwen3",
+            "vocab_size": side("model.embed_tokens.weight", 0)?,
+            "hidden_size": side("model.embed_tokens.weight", 1)?,
+            "intermediate_size": side(&layer("mlp.gate_proj"), 0)?,
+            "num_hidden_layers": (0..).take_while(count).count(),
+            "num_attention_heads": side(&layer("self_attn.q_proj"), 0)? / head,
+            "num_key_value_heads": side(&layer("self_attn.k_proj"), 0)? / head,
+            "head_dim": head,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1_000_000,
+        });
+        Self::read(&config, &component.path().display().to_string())
     }
 
     /// Out of a `config.json`; `source` is what to call it in errors. A wrapper of several kinds of input is read where it

@@ -7,6 +7,7 @@
 
 mod adapter;
 mod data;
+pub mod flow_matching;
 pub mod language;
 mod memory;
 mod optimisation;

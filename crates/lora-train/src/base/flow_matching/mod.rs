@@ -1,0 +1,529 @@
+//! Bases that are trained by flow matching: a network that answers with velocities between pictures' latents and noise, an
+//! encoder of captions, an autoencoder. What tells them apart is the few values of [`Kind`].
+//!
+//! | here | what |
+//! |---|---|
+//! | `z_image` | Z-Image's kind |
+//! | `flux`, `sd3` | FLUX.1's, Stable Diffusion 3's |
+//! | `text` | the text encoders of a base |
+//! | `language`, `clip`, `t5` | captions through an encoder of each kind |
+//! | `levels` | how noise levels are drawn, as keys say it |
+
+mod clip;
+mod flux;
+mod language;
+mod levels;
+mod sd3;
+mod t5;
+mod text;
+mod z_image;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lora_core::random::Stream;
+use lora_core::{Component, DType};
+use lora_data::bucket::Framing;
+use lora_data::source::Example;
+use lora_io::checkpoint::Checkpoint;
+use lora_io::family::Family;
+use lora_io::metadata::TrainingRecord;
+use lora_models::diffusion::flow::{self, NoiseLevels, Shift};
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::{LatentDistribution, VaeConfig};
+use lora_models::weights::Held;
+use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
+use lora_torch::tensor::{from_f32, kind_of, upload};
+
+use self::text::{CaptionReaders, EncoderKind};
+use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
+use super::{
+    Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
+};
+use crate::config::{SampleConfig, TrainConfig};
+use crate::velocity::VelocityLoss;
+use crate::{Error, Result};
+
+pub(super) use self::flux::FLUX;
+pub(super) use self::sd3::SD3;
+pub(super) use self::z_image::Z_IMAGE;
+
+const VAE: Component = Component::VAE;
+const TRANSFORMER: Component = Component::TRANSFORMER;
+
+/// Noise levels at which an item is judged, spread evenly.
+const JUDGED_LEVELS: usize = 4;
+
+/// What differs between them, where files do not say.
+struct Kind {
+    family: &'static Family,
+    /// Those that read captions, in the order in which they come.
+    encoders: &'static [EncoderKind],
+    /// Builds the network that answers with velocities.
+    load: fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>,
+    /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
+    layout: fn(&[&Tensors], Device) -> Result<Inputs>,
+    /// Whether latents are drawn from the autoencoder's distribution, or are its mean.
+    draws_latents: bool,
+    /// Latents along a side of one token.
+    patch: usize,
+    /// How drawn noise levels are moved where no key says it.
+    shift: Shift,
+    /// How those of samples are moved.
+    sample_shift: fn(&Checkpoint) -> Shift,
+    /// Guidance of samples where no key says it.
+    guidance: fn(&Checkpoint) -> Guidance,
+    /// `modelspec.architecture`, where it is not the family's.
+    architecture: fn(&Checkpoint) -> Option<&'static str>,
+    /// What to know of files whose names say that they are distilled to few steps.
+    distilled: &'static str,
+}
+
+impl std::fmt::Debug for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Kind({})", self.family)
+    }
+}
+
+/// How samples follow their prompt more closely.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Guidance {
+    /// The answer moves away from that of a negative prompt, so many times as far; 1 asks for no second answer.
+    Contrast(f64),
+    /// The network is told a strength, in training too.
+    Told(f64),
+}
+
+/// The name of the strengths of guidance, `[batch]`, that a network is told.
+const GUIDANCE: &str = "guidance";
+
+/// A network that answers with velocities.
+trait Transformer: Adaptable + std::fmt::Debug + Send {
+    /// The velocity, noise minus data, of noised latents `[batch, channels, height, width]` at noise levels `[batch]`; f32, of
+    /// the latents' shape. `inputs` has what [`Kind::layout`] made of captions.
+    ///
+    /// # Errors
+    /// Where inputs are missing or do not fit; where memory runs out.
+    fn velocity(&self, latents: &Tensor, levels: &Tensor, inputs: &Inputs, pass: &Pass) -> Result<Tensor>;
+
+    /// As what its layers are visited.
+    fn as_adaptable(&mut self) -> &mut dyn Adaptable;
+}
+
+/// The kinds that are known here.
+static KINDS: [&Kind; 3] = [&z_image::KIND, &flux::KIND, &sd3::KIND];
+
+/// Holds a base of one of these kinds against what a run needs beside its transformer; bases of other kinds are let be.
+///
+/// # Errors
+/// [`Error::PartMissing`] with the key that names the part.
+pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Result<()> {
+    let Some(kind) = KINDS.iter().find(|kind| kind.family == checkpoint.family()) else { return Ok(()) };
+    let missing = |part, key, what| {
+        let (path, family) = (checkpoint.path().to_owned(), kind.family.title);
+        Err(Error::PartMissing { path, family, part, key, what })
+    };
+    if checkpoint.component(VAE).is_err() {
+        let what = "the file or folder of its autoencoder (ae.safetensors), or a diffusers folder that has it";
+        return missing("an autoencoder", "vae", what);
+    }
+    for encoder in kind.encoders {
+        if checkpoint.component(encoder.component).is_err() {
+            return missing("a text encoder", encoder.key, encoder.published);
+        }
+        let tokenizer = |folder| text::tokenizer(checkpoint, encoder.component, folder, config);
+        if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
+            return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
+        }
+    }
+    Ok(())
+}
+
+/// A base of one of them.
+#[derive(Debug)]
+struct FlowMatching {
+    kind: &'static Kind,
+    networks: Vec<Network>,
+    checkpoint: Arc<Checkpoint>,
+    device: Device,
+    precision: DType,
+    config: TrainConfig,
+    levels: NoiseLevels,
+    autoencoder: Option<Autoencoder>,
+    encoders: CaptionReaders,
+    guidance: Guidance,
+    transformer: Option<Box<dyn Transformer>>,
+}
+
+impl FlowMatching {
+    fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
+        let config = opening.config;
+        let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
+        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        networks
+            .extend(kind.encoders.iter().map(|own| network(own.component, own.title, false, Some(Subject::Captions))));
+        networks.push(network(TRANSFORMER, "transformer", true, None));
+        let base = Self {
+            kind,
+            networks,
+            encoders: CaptionReaders::open(kind.encoders, &opening.checkpoint, config)?,
+            guidance: (kind.guidance)(&opening.checkpoint),
+            levels: levels::of(config, kind.shift)?,
+            checkpoint: Arc::clone(&opening.checkpoint),
+            device: opening.device,
+            precision: opening.precision,
+            config: config.clone(),
+            autoencoder: None,
+            transformer: None,
+        };
+        base.check_sides()?;
+        Ok(base)
+    }
+
+    /// Pictures have to be cut into whole tokens.
+    fn check_sides(&self) -> Result<()> {
+        let multiple = self.vae_config()?.factor() * self.kind.patch;
+        let fits = |(width, height): (usize, usize)| width % multiple == 0 && height % multiple == 0;
+        let mut problems = Vec::new();
+        for dataset in &self.config.datasets {
+            match &dataset.framing {
+                Framing::Buckets(buckets) if buckets.options().step % multiple != 0 => {
+                    let step = buckets.options().step;
+                    problems.push(("bucket_reso_steps", format!("{step}; expected a multiple of {multiple}")));
+                }
+                Framing::Buckets(_) => {}
+                framing => {
+                    let (wide, high) = framing.resolution();
+                    if !fits((wide, high)) {
+                        problems.push(("max_resolution", format!("{wide}×{high}; expected multiples of {multiple}")));
+                    }
+                }
+            }
+        }
+        let (wide, high) = self.config.samples.resolution;
+        if !self.config.samples.prompts.is_empty() && !fits((wide, high)) {
+            problems.push(("sample_resolution", format!("{wide}×{high}; expected multiples of {multiple}")));
+        }
+        problems.dedup();
+        if problems.is_empty() { Ok(()) } else { Err(self.config.refused(problems).into()) }
+    }
+
+    fn transformer(&self) -> Result<&dyn Transformer> {
+        self.transformer.as_deref().ok_or(Error::NotLoaded { network: "transformer" })
+    }
+
+    fn autoencoder(&self) -> Result<Autoencoder> {
+        Ok(Autoencoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling))
+    }
+
+    fn vae_config(&self) -> Result<VaeConfig> {
+        Ok(VaeConfig::detect(&self.checkpoint)?)
+    }
+
+    /// Tokens of a picture of so many latents.
+    fn tokens(&self, (height, width): (i64, i64)) -> usize {
+        let patch = self.kind.patch as i64;
+        ((height / patch) * (width / patch)) as usize
+    }
+
+    /// `[batch, channels, height, width]` f32 on the device, normalised, and how much each place counts, `[batch, 1, height,
+    /// width]`, where any item has a mask.
+    fn latents(&self, items: &[Item]) -> Result<(Tensor, Option<Tensor>)> {
+        let of = |item: &Item| -> Result<(Tensor, Option<Tensor>)> {
+            let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
+            Ok((upload(tensor(encoded, VAE, "latents")?, self.device)?, encoded.get("mask").map(Tensor::shallow_clone)))
+        };
+        let (latents, masks): (Vec<_>, Vec<_>) = items.iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let latents = Tensor::f_stack(&latents, 0)?;
+        if masks.iter().all(Option::is_none) {
+            return Ok((latents, None));
+        }
+        let (_, _, height, width) = latents.size4()?;
+        let full = Tensor::f_ones([1, height, width], (Number::Float, Device::Cpu))?;
+        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
+        Ok((latents, Some(upload(&Tensor::f_stack(&masks, 0)?, self.device)?)))
+    }
+
+    /// Captions of a batch as the network takes them: those that were kept, others as the encoder, which stays then, makes
+    /// them now.
+    fn with_captions(&self, inputs: Inputs, items: &[Item]) -> Result<Inputs> {
+        let _guard = no_grad_guard();
+        let of = |item: &Item| self.encoders.of_item(item, self.device);
+        let encoded = items.iter().map(of).collect::<Result<Vec<_>>>()?;
+        let inputs = inputs.and((self.kind.layout)(&encoded.iter().collect::<Vec<_>>(), self.device)?);
+        self.with_guidance(inputs, items.len(), self.trained_guidance())
+    }
+
+    /// The strength of guidance that the network is told in training.
+    fn trained_guidance(&self) -> f64 {
+        self.config.extra.number("guidance_scale").unwrap_or(1.0)
+    }
+
+    /// Adds the strength of guidance for each of `count` items, where the network is told such.
+    fn with_guidance(&self, inputs: Inputs, count: usize, strength: f64) -> Result<Inputs> {
+        match self.guidance {
+            Guidance::Contrast(_) => Ok(inputs),
+            Guidance::Told(_) => {
+                Ok(inputs.with(GUIDANCE, Some(from_f32(&vec![strength as f32; count], &[count], self.device)?)))
+            }
+        }
+    }
+
+    /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.
+    fn denoised(
+        &self,
+        noise: &Tensor,
+        [with, without]: [&BTreeMap<Component, Tensors>; 2],
+        levels: &[f64],
+        guidance: f64,
+    ) -> Result<Tensor> {
+        let (pass, transformer) = (Pass::default(), self.transformer()?);
+        let of = |kept| self.with_guidance(self.kept(kept, 1)?, 1, guidance);
+        let (with, without) = (of(with)?, of(without)?);
+        let is_told = matches!(self.guidance, Guidance::Told(_));
+        flow::euler(noise, levels, |mixture, level| {
+            let level = from_f32(&[level as f32], &[1], self.device)?;
+            let with = transformer.velocity(mixture, &level, &with, &pass)?;
+            if is_told || guidance == 1.0 {
+                return Ok(with);
+            }
+            // One after the other: captions differ in length, and half as much is in memory.
+            let without = transformer.velocity(mixture, &level, &without, &pass)?;
+            Ok(without.f_add(&with.f_sub(&without)?.f_mul_scalar(guidance)?)?)
+        })
+    }
+
+    /// What was kept of one caption, `count` times.
+    fn kept(&self, encoded: &BTreeMap<Component, Tensors>, count: usize) -> Result<Inputs> {
+        let kept = self.encoders.kept(encoded)?;
+        (self.kind.layout)(&vec![&kept; count], self.device)
+    }
+}
+
+impl Base for FlowMatching {
+    fn networks(&self) -> &[Network] {
+        &self.networks
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let name = self.config.base_model.file_name().map(|name| name.to_string_lossy().to_lowercase());
+        let distilled =
+            name.is_some_and(|name| ["turbo", "schnell", "distilled"].iter().any(|word| name.contains(word)));
+        distilled.then(|| self.kind.distilled.to_owned()).into_iter().collect()
+    }
+
+    fn load(&mut self, network: Component, held: Held) -> Result<()> {
+        let kind = kind_of(self.precision);
+        match network {
+            VAE => self.autoencoder = Some(self.autoencoder()?),
+            TRANSFORMER => self.transformer = Some((self.kind.load)(&self.checkpoint, kind, self.device, held)?),
+            _ => {
+                if let Some(encoder) = self.encoders.of_mut(network) {
+                    encoder.load(&self.checkpoint, kind, self.device, held)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unload(&mut self, network: Component) {
+        match network {
+            VAE => self.autoencoder = None,
+            TRANSFORMER => self.transformer = None,
+            _ => {
+                if let Some(encoder) = self.encoders.of_mut(network) {
+                    encoder.unload();
+                }
+            }
+        }
+    }
+
+    fn is_loaded(&self, network: Component) -> bool {
+        match network {
+            VAE => self.autoencoder.is_some(),
+            TRANSFORMER => self.transformer.is_some(),
+            _ => self.encoders.of(network).is_ok_and(|encoder| encoder.is_loaded()),
+        }
+    }
+
+    fn adaptable(&mut self, network: Component) -> Option<&mut dyn Adaptable> {
+        let transformer = self.transformer.as_mut().filter(|_| network == TRANSFORMER)?;
+        Some(transformer.as_adaptable())
+    }
+
+    fn learning_rate(&self, _network: Component) -> f64 {
+        self.config.learning_rate
+    }
+
+    fn encode(&mut self, network: Component, what: Encoded<'_>) -> Result<Tensors> {
+        match what {
+            Encoded::Example(Example::Picture(sample), path) => {
+                let Some(autoencoder) = &mut self.autoencoder else {
+                    return Err(Error::NotLoaded { network: Autoencoder::TITLE });
+                };
+                let LatentDistribution { mean, log_variance } =
+                    autoencoder.encode(&self.checkpoint, path, &sample.picture)?;
+                let mut tensors = Tensors::from([("mean".into(), mean), ("log_variance".into(), log_variance)]);
+                if let Some(mask) = &sample.mask {
+                    tensors.insert("mask".into(), latent_mask(mask, autoencoder.factor())?);
+                }
+                Ok(tensors)
+            }
+            Encoded::Caption(caption) => {
+                let _guard = no_grad_guard();
+                let encoded = self.encoders.of(network)?.encode(caption, self.device)?;
+                for tensor in encoded.values() {
+                    if !is_finite(tensor)? {
+                        return Err(Error::NotFinite {
+                            stage: "the text encoder".into(),
+                            place: format!(" for the caption {caption:?}"),
+                            remedy: "use precision = \"bf16\" or \"fp32\"",
+                        });
+                    }
+                }
+                Ok(encoded)
+            }
+            Encoded::Example(..) => Err(missing(network, "a picture")),
+        }
+    }
+
+    fn encoding_identity(&self, network: Component) -> Result<String> {
+        let (device, config) = (self.device, &self.config);
+        let hash = self.checkpoint.component(network)?.sha256()?;
+        Ok(match (network, &self.autoencoder) {
+            (VAE, Some(autoencoder)) => {
+                let tiles = if config.vae_tiling { " in tiles" } else { "" };
+                format!("{hash} {:?} {device:?}{tiles}", autoencoder.kind())
+            }
+            _ => {
+                let settings = self.encoders.of(network)?.settings();
+                format!("{hash} {:?} {:?} {device:?} {settings}", kind_of(self.precision), config.base_storage)
+            }
+        })
+    }
+
+    fn draw(&self, network: Component, encoded: &Tensors, draw: &Stream) -> Result<Tensors> {
+        let vae = self.vae_config()?;
+        let mean = tensor(encoded, network, "mean")?.shallow_clone();
+        let latents = match self.kind.draws_latents {
+            true => {
+                let log_variance = tensor(encoded, network, "log_variance")?.shallow_clone();
+                sample_latents(&LatentDistribution { mean, log_variance }, &vae, &draw.at("latent"))?
+            }
+            false => vae.normalised(&mean)?.f_squeeze_dim(0)?,
+        };
+        let mut drawn = Tensors::from([("latents".to_owned(), latents)]);
+        if let Some(mask) = encoded.get("mask") {
+            drawn.insert("mask".into(), mask.shallow_clone());
+        }
+        Ok(drawn)
+    }
+
+    fn caption_length(&self, caption: &str) -> Option<usize> {
+        self.encoders.longest()?.tokens(caption).ok()
+    }
+
+    fn inputs(&self, items: &[Item]) -> Result<Inputs> {
+        let (latents, mask) = self.latents(items)?;
+        let (_, channels, height, width) = latents.size4()?;
+        let count = (channels * height * width) as usize;
+        let noise: Vec<f32> = items.iter().flat_map(|item| item.draw.at("noise").normals(count)).collect();
+        let shape: Vec<usize> = latents.size().iter().map(|&side| side as usize).collect();
+        let noise = from_f32(&noise, &shape, self.device)?;
+        let tokens = self.tokens((height, width));
+        let levels: Vec<f64> = items.iter().map(|item| self.levels.draw(&item.draw.at("timestep"), tokens)).collect();
+        let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
+        let loss = VelocityLoss::new(&latents, &noise, &levels, &weights, mask.as_ref())?;
+        self.with_captions(loss.into_inputs(), items)
+    }
+
+    fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
+        let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
+        let latents = tensor(encoded, VAE, "latents")?;
+        let (channels, height, width) = latents.size3()?;
+        let many = latents.f_to_device(self.device)?.f_unsqueeze(0)?.f_repeat([JUDGED_LEVELS as i64, 1, 1, 1])?;
+        let shape = [JUDGED_LEVELS, channels as usize, height as usize, width as usize];
+        let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
+        let levels: Vec<f64> =
+            (0..JUDGED_LEVELS).map(|step| (2 * step + 1) as f64 / (2 * JUDGED_LEVELS) as f64).collect();
+        let loss = VelocityLoss::new(&many, &noise, &levels, &[], None)?;
+        let inputs = loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?);
+        self.with_guidance(inputs, JUDGED_LEVELS, self.trained_guidance())
+    }
+
+    fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
+        let transformer = self.transformer()?;
+        VelocityLoss::of(inputs)?.loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
+    }
+
+    fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
+        let _guard = no_grad_guard();
+        if !is_finite(&self.latents(items)?.0)? {
+            return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
+        }
+        if self.precision == DType::F16 {
+            return Ok(Some(("the transformer", "use precision = \"bf16\": such transformers overflow in fp16")));
+        }
+        Ok(None)
+    }
+
+    fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
+        let _guard = no_grad_guard();
+        let vae = self.vae_config()?;
+        let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
+        let tokens = self.tokens((height as i64, width as i64));
+        let shift = (self.kind.sample_shift)(&self.checkpoint);
+        let levels = flow::levels(config.steps, shift.factor(tokens))?;
+        let given = self.config.gives("sample_guidance_scale");
+        let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
+        let guidance = if given { config.guidance_scale } else { usual };
+        // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
+        let mut all = Vec::new();
+        for (index, prompt) in prompts.iter().enumerate() {
+            let mut draw = Stream::new(config.seed).at("sample").with(index as u64);
+            let noise = draw.normals(vae.latent_channels * height * width);
+            let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
+            all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, guidance)?);
+        }
+        let mut decoder = self.autoencoder()?;
+        let mut pictures = Vec::new();
+        for latents in all {
+            pictures.extend(match beside_recordings {
+                false => decoder.decode(&self.checkpoint, &latents)?,
+                // Recordings make room before the autoencoder leaves the device.
+                true => decoder.decode_here(&self.checkpoint, &latents)?,
+            });
+        }
+        Ok(pictures.into_iter().map(Sample::Picture).collect())
+    }
+
+    fn record(&self, record: &mut TrainingRecord) {
+        record.flow = true;
+        record.unet_lr = Some(self.config.learning_rate);
+        record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
+        record.further.extend(levels::record(&self.config, &self.levels));
+        if let Some(architecture) = (self.kind.architecture)(&self.checkpoint) {
+            record.further.push(("modelspec.architecture", format!("{architecture}/lora")));
+        }
+        if matches!(self.guidance, Guidance::Told(_)) {
+            record.further.push(("ss_guidance_scale", self.trained_guidance().to_string()));
+        }
+    }
+}
+
+fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> Result<&'t Tensor> {
+    encoded.get(name).ok_or_else(|| missing(network, name))
+}
+
+/// What was kept of captions under a name, one behind the other along a new first axis.
+fn stacked(captions: &[&Tensors], network: Component, name: &'static str) -> Result<Tensor> {
+    let each: Vec<&Tensor> = captions.iter().map(|kept| tensor(kept, network, name)).collect::<Result<_>>()?;
+    Ok(Tensor::f_stack(&each, 0)?)
+}
+
+fn missing(network: Component, name: &'static str) -> Error {
+    Error::MissingEncoding { network, name }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,380 @@
+//! Z-Image: whole runs on a tiny model of its kind, and twenty steps against PyTorch, diffusers and PEFT. The numbers of its
+//! networks are held by lora-models' test of the same name, those of captions and samples beside the base.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lora_core::target::Targets;
+use lora_core::variant::VariantRegistry;
+use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
+use lora_io::adapter;
+use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
+use lora_io::family::{Family, z_image};
+use lora_io::safetensors::{SafetensorsFile, write};
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::{ZImage, ZImageCaptions};
+use lora_models::synthetic::{NamedShape, SyntheticModel, SyntheticZImage};
+use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
+use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::tensor::from_host;
+use lora_train::optimiser::OptimiserState;
+use lora_train::parameters::ParameterList;
+use lora_train::plan::plan;
+use lora_train::trainable::{AdapterOptions, TrainableAdapter};
+use lora_train::velocity::VelocityLoss;
+use lora_train::{Plugins, Session};
+
+use common::{config, prepare, refusal};
+
+const CPU: Device = Device::Cpu;
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image");
+
+/// Pictures, and a base of Z-Image's kind in a diffusers folder.
+fn workspace() -> tempfile::TempDir {
+    let folder = common::workspace();
+    std::fs::remove_file(folder.path().join("base.safetensors")).unwrap();
+    SyntheticZImage::tiny().write(&base(folder.path()), DType::F32).unwrap();
+    add_tokenizer(&base(folder.path()));
+    folder
+}
+
+fn base(folder: &Path) -> PathBuf {
+    folder.join("base.safetensors")
+}
+
+fn add_tokenizer(base: &Path) {
+    std::fs::create_dir_all(base.join("tokenizer")).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(format!("{GOLDEN}/tokenizer/{file}"), base.join("tokenizer").join(file)).unwrap();
+    }
+}
+
+fn losses(folder: &Path, keys: &[&str]) -> Vec<f64> {
+    let mut session = prepare(folder, keys);
+    std::iter::from_fn(|| session.step().unwrap()).map(|report| report.loss).collect()
+}
+
+fn finish(session: &mut Session) -> Adapter {
+    while session.step().unwrap().is_some() {}
+    adapter::read(session.save("lora").unwrap()).unwrap().adapter
+}
+
+fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
+    from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
+}
+
+fn given(name: &str, shape: &[usize]) -> Tensor {
+    let scale = 3f64.sqrt() as f32;
+    let values = synthetic_uniform(name, shape.iter().product()).map(|u| scale * u).collect();
+    from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap()
+}
+
+#[test]
+fn twenty_steps_are_those_of_pytorch() {
+    let golden = SafetensorsFile::open(format!("{GOLDEN}/expected.safetensors")).unwrap();
+    let weights = SyntheticWeights::new("transformer");
+    let mut network =
+        ZImage::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticZImage::tiny().transformer).unwrap();
+    let targets = Targets::parse(&["attention-mlp"]).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
+    // The golden file's first values: `down` by formula, `up` zero.
+    let mut from = Adapter::default();
+    for target in &targets {
+        let shape = target.geometry.with_outputs(4).weight_shape();
+        let bound = (3.0 / target.geometry.fan_in() as f64).sqrt() as f32;
+        let values = synthetic_uniform(&format!("lora.{}.down", target.path), shape.iter().product());
+        let tensors = BTreeMap::from([
+            ("down".to_owned(), HostTensor::from_f32(shape, values.map(|u| bound * u).collect()).unwrap()),
+            ("up".to_owned(), HostTensor::zeros(target.geometry.pointwise_from(4).weight_shape())),
+        ]);
+        from.modules
+            .insert(target.path.clone(), AdapterModule { variant: "lora".into(), tensors, rank: 4, alpha: 2.0 });
+    }
+    let (mut trained, mut parameters) = (TrainableAdapter::default(), ParameterList::new(OptimiserState::adamw(), 0.0));
+    let options = AdapterOptions::lora(4, 2.0, 0);
+    let variants = VariantRegistry::default();
+    trained.attach(&mut network, &targets, &variants, &options, Some(&from), &mut parameters).unwrap();
+
+    let latents = given("input.train.latents", &[2, 16, 8, 8]);
+    let texts = [tensor(&golden, "text.0"), tensor(&golden, "text.2")];
+    let lengths: Vec<i64> = texts.iter().map(|text| text.size()[0]).collect();
+    let longest = lengths.iter().copied().max().unwrap();
+    let states: Vec<Tensor> =
+        texts.iter().map(|text| text.constant_pad_nd([0, 0, 0, longest - text.size()[0]])).collect();
+    let (states, lengths) = (Tensor::stack(&states, 0), Tensor::from_slice(&lengths));
+    let sigmas = tensor(&golden, "trajectory.sigmas");
+    let expected = golden.get("trajectory.losses").unwrap();
+    let expected = expected.bytes().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+    for (step, expected) in expected.enumerate() {
+        let noise = given(&format!("input.trajectory.{step}.noise"), &[2, 16, 8, 8]);
+        let levels = Vec::<f64>::try_from(sigmas.get(step as i64).to_kind(Kind::Double)).unwrap();
+        let loss = VelocityLoss::new(&latents, &noise, &levels, &[], None).unwrap();
+        let captions = ZImageCaptions { states: &states, lengths: &lengths, ragged: true };
+        let loss =
+            loss.loss(|noised, levels| Ok(network.forward(noised, levels, captions, &Pass::default())?)).unwrap();
+        loss.backward();
+        parameters.settle(&loss.detach(), 1.0, f64::INFINITY).unwrap();
+        parameters.step(|_: Component, _| 1e-3).unwrap();
+        parameters.clear_gradients().unwrap();
+        let found = f64::try_from(&loss).unwrap();
+        assert!((found / expected - 1.0).abs() < 1e-6, "step {step}: {found} {expected}");
+    }
+    let found = trained.export().unwrap();
+    assert_eq!(found.modules.len(), 14);
+    for (path, module) in &found.modules {
+        for (name, own) in &module.tensors {
+            let expected = tensor(&golden, &format!("trajectory.final.lora.{path}.{name}"));
+            let own = from_host(own, CPU).unwrap();
+            let error = f64::try_from((&own - &expected).norm() / expected.norm()).unwrap();
+            assert!(error < 1e-4, "{path} {name}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn runs_are_trained_saved_resumed_planned_and_sampled() {
+    let folder = workspace();
+    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2"];
+    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
+    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
+    assert_eq!((picture.width(), picture.height()), (64, 64));
+
+    let path = folder.path().join("out/lora.safetensors");
+    let read = adapter::read(&path).unwrap();
+    assert_eq!(read.family, Some(&z_image::FAMILY));
+    assert_eq!(read.adapter.modules.len(), session.targets().len());
+    assert_eq!(session.targets().len(), 14);
+    let said = |key: &str| read.adapter.metadata.get(key).map(String::as_str);
+    assert_eq!(said("ss_base_model_version"), Some("z_image"));
+    assert_eq!(said("modelspec.architecture"), Some("Z-Image/lora"));
+    assert_eq!((said("modelspec.prediction_type"), said("ss_timestep_sampling")), (None, Some("flux_shift")));
+    // Names that diffusers and ComfyUI read both.
+    let stored = SafetensorsFile::open(&path).unwrap();
+    assert!(stored.contains("diffusion_model.layers.0.attention.to_q.lora_down.weight"));
+    assert!(stored.names().all(|name| name.starts_with("diffusion_model.layers.")));
+
+    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
+    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
+}
+
+#[test]
+fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
+    let folder = workspace();
+    for keys in [
+        &["train=full"][..],
+        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"],
+        &["base_storage=int8", "offload_base=true", "precision=bf16"],
+        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
+        &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
+        &["timestep_sampling=logit_normal", "logit_mean=-0.5", "logit_std=1.2", "min_timestep=100", "max_timestep=900"],
+        &["variant=lokr"],
+        &["target_modules=all-linear"],
+    ] {
+        let losses = losses(folder.path(), keys);
+        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
+    }
+    // Checkpoints and few bytes that hold the same numbers change nothing.
+    let plain = losses(folder.path(), &[]);
+    assert_eq!(losses(folder.path(), &["gradient_checkpointing=true"]), plain);
+    assert_ne!(losses(folder.path(), &["discrete_flow_shift=8"]), plain);
+    let other = losses(folder.path(), &["timestep_sampling=shift"]);
+    assert_eq!(losses(folder.path(), &["discrete_flow_shift=3"]), other);
+}
+
+/// The base's components as they are stored, for files of their own.
+struct Parts {
+    checkpoint: Checkpoint,
+    components: Vec<Component>,
+}
+
+impl CheckpointSource for Parts {
+    fn family(&self) -> &'static Family {
+        &z_image::FAMILY
+    }
+
+    fn components(&self) -> Vec<Component> {
+        self.components.clone()
+    }
+
+    fn weights(&self, component: Component) -> Vec<NamedShape> {
+        let weights = self.checkpoint.component(component).unwrap();
+        weights.names().map(|name| (name.to_owned(), weights.shape(name).unwrap().to_vec())).collect()
+    }
+
+    fn values(&self, component: Component, name: &str, _shape: &[usize]) -> lora_io::Result<HostTensor> {
+        self.checkpoint.component(component)?.values(name)
+    }
+}
+
+/// Files as ComfyUI's: the transformer with queries, keys and values in one, text encoder and autoencoder by themselves; and
+/// all in one.
+fn single_files(folder: &Path) -> [PathBuf; 4] {
+    let open = |components: &[Component]| Parts {
+        checkpoint: Checkpoint::open(base(folder)).unwrap(),
+        components: components.to_vec(),
+    };
+    let (text, vae) = (Component::TEXT_ENCODER, Component::VAE);
+    let files = ["z_image", "qwen_3_4b", "ae", "all"].map(|name| folder.join(format!("{name}.safetensors")));
+    write_single_file(&files[0], &open(&[Component::TRANSFORMER]), DType::F32, &BTreeMap::new()).unwrap();
+    write_single_file(&files[3], &open(&[text, vae, Component::TRANSFORMER]), DType::F32, &BTreeMap::new()).unwrap();
+    for (file, component, prefix) in
+        [(&files[1], text, "text_encoders.qwen3_4b.transformer."), (&files[2], vae, "vae.")]
+    {
+        let whole = folder.join("part.safetensors");
+        write_single_file(&whole, &open(&[component]), DType::F32, &BTreeMap::new()).unwrap();
+        let stored = SafetensorsFile::open(&whole).unwrap();
+        let bare = |name: &str| {
+            let tensor = stored.get(name).unwrap().to_host().unwrap();
+            (name.strip_prefix(prefix).unwrap().to_owned(), tensor)
+        };
+        write(file, &stored.names().map(bare).collect::<BTreeMap<_, _>>(), &BTreeMap::new()).unwrap();
+    }
+    files
+}
+
+#[test]
+fn files_of_every_layout_are_the_same_base() {
+    let folder = workspace();
+    let [transformer, text, vae, all] = single_files(folder.path()).map(|file| file.display().to_string());
+    assert!(SafetensorsFile::open(&transformer).unwrap().contains("layers.0.attention.qkv.weight"));
+    let expected = losses(folder.path(), &[]);
+    let tokenizer = format!("tokenizer={}", base(folder.path()).join("tokenizer").display());
+    let (text, vae) = (format!("text_encoder={text}"), format!("vae={vae}"));
+    let of = |base: &str, keys: &[&str]| losses(folder.path(), &[&[base], keys].concat());
+    let transformer = format!("base_model={transformer}");
+    assert_eq!(of(&transformer, &[&text, &vae, &tokenizer]), expected);
+    assert_eq!(of(&format!("base_model={all}"), &[&tokenizer]), expected);
+    // Parts of a diffusers folder.
+    let own = base(folder.path()).display().to_string();
+    assert_eq!(of(&transformer, &[&format!("text_encoder={own}"), &format!("vae={own}")]), expected);
+    let folder_of = |name: &str| base(folder.path()).join(name).display().to_string();
+    let (text, vae) = (folder_of("text_encoder"), folder_of("vae"));
+    assert_eq!(of(&transformer, &[&format!("text_encoder={text}"), &format!("vae={vae}")]), expected);
+}
+
+#[test]
+fn what_is_missing_or_of_another_family_is_named_with_the_key_that_helps() {
+    let folder = workspace();
+    let [transformer, text, vae, _] = single_files(folder.path()).map(|file| file.display().to_string());
+    let base_model = format!("base_model={transformer}");
+    let (text, vae) = (format!("text_encoder={text}"), format!("vae={vae}"));
+    let says = |keys: &[&str], words: &[&str]| {
+        let error = refusal(folder.path(), keys);
+        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
+    };
+    says(&[&base_model], &["Z-Image without an autoencoder", "set vae to", "ae.safetensors"]);
+    says(&[&base_model, &vae], &["without a text encoder", "set text_encoder to", "Qwen3 4B"]);
+    says(&[&base_model, &vae, &text], &["without a tokenizer", "set tokenizer to"]);
+
+    // Parts of other families.
+    let sd1 = folder.path().join("sd1.safetensors");
+    SyntheticModel::tiny().write(&sd1, DType::F16).unwrap();
+    let sd1 = sd1.display().to_string();
+    says(&[&base_model, &text, &format!("vae={sd1}")], &["sd1.safetensors", "Stable Diffusion 1.x"]);
+    says(&[&base_model, &vae, &format!("text_encoder={sd1}")], &["sd1.safetensors", "Stable Diffusion 1.x"]);
+
+    // Keys of other bases.
+    says(&["clip_skip=2"], &["clip_skip", "Z-Image has no such key"]);
+    says(&["min_snr_gamma=5"], &["min_snr_gamma", "Z-Image has no such key"]);
+    says(&["train_text_encoder=true"], &["train_text_encoder", "Z-Image has no such key"]);
+    says(&["discrete_flow_shift=3", "timestep_sampling=flux_shift"], &["discrete_flow_shift", "take one of both out"]);
+    says(&["min_timestep=600", "max_timestep=500"], &["max_timestep", "not above"]);
+    says(&["max_resolution=72"], &["max_resolution", "multiples of 16"]);
+    says(
+        &["enable_bucket=true", "bucket_reso_steps=8", "min_bucket_reso=32"],
+        &["bucket_reso_steps", "multiple of 16"],
+    );
+
+    // A LoRA of another family.
+    let mut foreign = Adapter::default();
+    let path = ModulePath::new(Component::UNET, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k");
+    let tensors = BTreeMap::from([
+        ("down".to_owned(), HostTensor::zeros([4, 768])),
+        ("up".to_owned(), HostTensor::zeros([320, 4])),
+    ]);
+    foreign.modules.insert(path, AdapterModule { variant: "lora".into(), tensors, rank: 4, alpha: 4.0 });
+    let file = folder.path().join("foreign.safetensors");
+    adapter::write(&file, &foreign, adapter::Format::Kohya, DType::F32).unwrap();
+    let init = format!("init_from={}", file.display());
+    says(&[&init], &["init_from", "made for Stable Diffusion 1.x, the base is Z-Image"]);
+}
+
+#[test]
+fn a_run_goes_on_from_its_own_file_and_from_fused_ones() {
+    let folder = workspace();
+    let first = finish(&mut prepare(folder.path(), &["target_modules=attention-mlp", "save_precision=fp32"]));
+    let own = format!("init_from={}", folder.path().join("out/lora.safetensors").display());
+    let (_, reports) = common::trained(folder.path(), &[&own, "target_modules=attention-mlp"]);
+    assert_eq!(reports.len(), 2);
+
+    // Queries, keys and values share their `down` in the original tree, as trainers write it there.
+    let fused = folder.path().join("fused.safetensors");
+    let mut tensors = BTreeMap::new();
+    for layer in 0..2 {
+        let of = |name: &str| {
+            let path = ModulePath::new(Component::TRANSFORMER, format!("layers.{layer}.attention.{name}"));
+            first.modules[&path].tensors.clone()
+        };
+        let ups: Vec<f32> = ["to_q", "to_k", "to_v"].iter().flat_map(|name| of(name)["up"].to_f32().to_vec()).collect();
+        let name = format!("lora_unet_layers_{layer}_attention_qkv");
+        tensors.insert(format!("{name}.lora_down.weight"), of("to_q")["down"].clone());
+        tensors.insert(format!("{name}.lora_up.weight"), HostTensor::from_f32([192, 4], ups).unwrap());
+        tensors.insert(format!("{name}.alpha"), HostTensor::from_f32([], vec![2.0]).unwrap());
+        let out = of("to_out.0");
+        let name = format!("lora_unet_layers_{layer}_attention_out");
+        tensors.insert(format!("{name}.lora_down.weight"), out["down"].clone());
+        tensors.insert(format!("{name}.lora_up.weight"), out["up"].clone());
+        tensors.insert(format!("{name}.alpha"), HostTensor::from_f32([], vec![2.0]).unwrap());
+    }
+    write(&fused, &tensors, &BTreeMap::new()).unwrap();
+    let read = adapter::read(&fused).unwrap();
+    assert_eq!((read.adapter.modules.len(), read.family), (8, Some(&z_image::FAMILY)));
+    for (path, module) in &read.adapter.modules {
+        assert_eq!(module.tensors["up"], first.modules[path].tensors["up"], "{path}");
+    }
+    let init = format!("init_from={}", fused.display());
+    let keys = [&*init, "lora_alpha=2", "target_modules=attention"];
+    assert_eq!(common::trained(folder.path(), &keys).1.len(), 2);
+}
+
+/// A plan at the published model's sizes, in GiB, batch 1, rank 16, with samples.
+fn planned(side: usize, keys: &[&str]) -> f64 {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    SyntheticZImage::full().write_headers(&base).unwrap();
+    add_tokenizer(&base);
+    let (resolution, sample) = (format!("max_resolution={side}"), format!("sample_resolution={side}"));
+    let own = [
+        &format!("base_model={}", base.display()),
+        "lora_rank=16",
+        &resolution,
+        "precision=bf16",
+        "target_modules=attention-mlp",
+        "gradient_checkpointing=true",
+        "base_storage=nf4",
+        "device=cuda",
+        "sample_prompts=a",
+        &sample,
+        "vram_budget=100GiB",
+    ];
+    let plan = plan(&config(workspace().path(), &[&own[..], keys].concat()), &Plugins::default()).unwrap();
+    for phase in &plan.as_configured.phases {
+        println!("{side} {keys:?} {:?}: {:.2} GiB", phase.phase, phase.parts.total() as f64 / f64::from(1 << 30));
+    }
+    plan.as_configured.peak() as f64 / f64::from(1 << 30)
+}
+
+#[test]
+fn the_published_model_fits_small_cards() {
+    for (side, keys, most) in [
+        (512, &[][..], 5.05),
+        (512, &["optimizer=adamw8bit"], 4.9),
+        (1024, &["vae_tiling=true"], 6.0),
+        (512, &["offload_base=true", "vae_tiling=true"], 3.5),
+    ] {
+        let found = planned(side, keys);
+        println!("{side} {keys:?}: {found:.2} GiB");
+        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
+    }
+}
