@@ -28,6 +28,7 @@ use lora_data::source::Example;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::Family;
 use lora_io::metadata::TrainingRecord;
+use lora_models::diffusion::SamplerKind;
 use lora_models::diffusion::flow::{self, NoiseLevels, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
@@ -474,9 +475,12 @@ impl Base for FlowMatching {
         let tokens = self.tokens((height as i64, width as i64));
         let shift = (self.kind.sample_shift)(&self.checkpoint);
         let levels = flow::levels(config.steps, shift.factor(tokens))?;
-        let given = self.config.gives("sample_guidance_scale");
         let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
-        let guidance = if given { config.guidance_scale } else { usual };
+        let guidance = config.guidance_scale.unwrap_or(usual);
+        if config.sampler != SamplerKind::Euler {
+            let known = SamplerKind::Euler.name().to_owned();
+            return Err(Error::NoSampler { name: config.sampler.name().into(), known });
+        }
         // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
