@@ -52,7 +52,7 @@ pub(crate) use folder::walk;
 use numbers::{is_float, is_readable};
 use rows::Update;
 
-use targets::{Edit, Edits};
+use targets::{Edit, Edits, Order};
 
 /// An adapter and how strongly it is merged.
 #[derive(Debug, Clone)]
@@ -232,7 +232,7 @@ impl Job<'_> {
 
     /// What an edit does, where rows of it can be computed apart.
     fn update(&self, edit: &Edit) -> Option<Update<'_>> {
-        if edit.bias || edit.transposed { None } else { Update::of(self.module(edit), self.variants) }
+        if edit.bias || edit.order != Order::Same { None } else { Update::of(self.module(edit), self.variants) }
     }
 
     /// Where the numbers of a tensor of the output come from.

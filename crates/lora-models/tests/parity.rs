@@ -4,22 +4,17 @@
 //! Tolerances: the references themselves move by up to 3e-6 between one thread and two, and by 1e-5 (gradients) between
 //! float32 and float64 weights; 1e-4 and 1e-3 leave room for other kernels and none for another formula.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+mod common;
 
-use lora_core::target::{TargetLayer, Targets};
-use lora_core::variant::{Lora, Parameters};
-use lora_core::{Component, HostTensor};
+use common::{CPU, adapt, adapt_beside, given, integers, relative, tensor};
+use lora_core::Component;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, SamplerKind};
-use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
+use lora_models::layers::Pass;
 use lora_models::networks::{ClipTextEncoder, Conditions, Unet, Vae};
 use lora_models::synthetic::SyntheticModel;
-use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
-use lora_torch::tch::{Device, Kind, Tensor, no_grad};
-use lora_torch::tensor::from_host;
-
-const CPU: Device = Device::Cpu;
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::tch::{Kind, Tensor, no_grad};
 
 /// A tiny model with its golden files.
 struct Reference {
@@ -82,31 +77,6 @@ impl Reference {
         let weights = SyntheticWeights::new("unet");
         Unet::new(&Weights::new(&weights, Kind::Float, CPU), self.model.unet.clone()).unwrap()
     }
-}
-
-fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
-    from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
-}
-
-fn integers(file: &SafetensorsFile, name: &str) -> Tensor {
-    let view = file.get(name).unwrap();
-    let values: Vec<i64> =
-        view.bytes().chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect();
-    Tensor::from_slice(&values).view(view.shape().iter().map(|&side| side as i64).collect::<Vec<_>>().as_slice())
-}
-
-/// An input that both sides make from its name.
-fn given(name: &str, shape: &[usize]) -> Tensor {
-    let scale = 3f64.sqrt() as f32;
-    let values = synthetic_uniform(name, shape.iter().product()).map(|u| scale * u).collect();
-    from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap()
-}
-
-/// Largest difference over the reference's standard deviation.
-fn relative(found: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(found.size(), expected.size());
-    let worst = f64::try_from((found - expected).abs().max()).unwrap();
-    worst / f64::try_from(expected.std(false)).unwrap()
 }
 
 /// Token rows, and the places of their first end tokens over all rows.
@@ -215,32 +185,56 @@ fn unets_match_diffusers() {
     }
 }
 
+/// Guided latents from the golden files' noise.
+fn sampled(reference: &Reference, unet: &Unet, sampler: &Sampler) -> Tensor {
+    let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
+    let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
+    let fresh = |step| Ok(given(&format!("input.sampler.fresh.{step}"), &[2, 4, 8, 8]));
+    let found = no_grad(|| {
+        sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), fresh, |latents, timestep| {
+            let both = Tensor::cat(&[latents, latents], 0);
+            let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
+            sampler.guided(&halves[0], &halves[1], 7.5)
+        })
+    });
+    found.unwrap()
+}
+
 #[test]
 fn samplers_match_diffusers() {
     // A sampler knows nothing of what the third model's network is told beside the text.
     for reference in references().into_iter().take(2) {
         let (golden, unet) = (reference.golden("tiny_samplers"), reference.unet());
-        let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
-        let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
         let mut schedules = vec![("", reference.schedule.clone())];
         if reference.schedule.prediction() == Prediction::Velocity {
             schedules.push(("_zero_snr", reference.schedule.clone().with_zero_terminal_snr().unwrap()));
         }
         for (suffix, schedule) in schedules {
-            for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
-                let sampler = Sampler::new(kind, &schedule, 10).unwrap();
-                let found = no_grad(|| {
-                    sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
-                        let both = Tensor::cat(&[latents, latents], 0);
-                        let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
-                        sampler.guided(&halves[0], &halves[1], 7.5)
-                    })
-                });
+            for kind in SamplerKind::ALL {
+                let (name, sampler) = (kind.name(), Sampler::new(kind, &schedule, 10).unwrap());
+                let found = sampled(&reference, &unet, &sampler);
                 // Ten guided steps multiply rounding by up to 7.5 each.
-                let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}{suffix}.final")));
+                let error = relative(&found, &tensor(&golden, &format!("{name}{suffix}.final")));
                 assert!(error < 1e-3, "{}, {name}{suffix}: {error:e}", reference.folder);
             }
         }
+    }
+}
+
+#[test]
+fn two_loras_at_once_draw_what_a_pipeline_draws_with_both() {
+    for reference in references().into_iter().take(2) {
+        let (golden, mut unet) = (reference.golden("tiny_samplers"), reference.unet());
+        for (begin, strength) in [("lora", 0.8), ("other", 0.5)] {
+            adapt_beside(&mut unet, &["attention"], begin, strength);
+        }
+        let sampler = Sampler::new(SamplerKind::Euler, &reference.schedule, 20).unwrap();
+        let found = sampled(&reference, &unet, &sampler);
+        let error = relative(&found, &tensor(&golden, "two_loras.final"));
+        assert!(error < 1e-3, "{}: {error:e}", reference.folder);
+        let without = sampled(&reference, &reference.unet(), &sampler);
+        let effect = relative(&found, &without);
+        assert!(effect > 0.05, "{}: the adapters change nothing: {effect:e}", reference.folder);
     }
 }
 
@@ -270,35 +264,6 @@ fn noise_schedules_match_diffusers() {
             assert!(error < if what == "snr" { 2e-4 } else { 1e-5 }, "{name}.{what}: {error:e}");
         }
     }
-}
-
-/// Adapts layers with the golden files' factors; returns them by their names there.
-fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
-    let chosen: Vec<TargetLayer> =
-        Targets::parse(targets).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
-    let component = network.component();
-    let mut leaves = BTreeMap::new();
-    let mut attach = |layer: &mut AdaptableLayer| {
-        if !chosen.iter().any(|target| target.path.path == layer.path()) {
-            return;
-        }
-        let geometry = layer.geometry();
-        let mut factor = |part: &str, shape: Vec<usize>, scale: f64| {
-            let name = format!("lora.{component}.{}.{part}", layer.path());
-            let values = synthetic_uniform(&name, shape.iter().product()).map(|u| scale as f32 * u).collect();
-            let leaf = from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap().set_requires_grad(true);
-            leaves.insert(name, leaf.shallow_clone());
-            (part.to_owned(), leaf)
-        };
-        let tensors = [
-            factor("down", geometry.with_outputs(4).weight_shape(), (3.0 / geometry.fan_in() as f64).sqrt()),
-            factor("up", geometry.pointwise_from(4).weight_shape(), 0.02),
-        ];
-        let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
-        layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
-    };
-    network.visit_layers(&mut attach).unwrap();
-    leaves
 }
 
 /// Rows with token 0 after their ends.

@@ -17,7 +17,7 @@ use lora_core::backend::CpuBackend;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 
-use super::{AdapterFile, Format, diffusers, names, parts};
+use super::{AdapterFile, Format, canonical, diffusers, names, parts};
 use crate::family::{FAMILIES, Family};
 use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{Entry, SafetensorsFile, TensorSource, header, verify, write as write_file};
@@ -51,8 +51,18 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
         }
         Ok(())
     };
-    for (module_path, module) in &adapter.modules {
-        let name = named(module_path, family)?;
+    let mut separate = 0;
+    let modules = canonical::fused(adapter, family, &mut separate).map_err(|(path, reason)| match reason {
+        None => nameless(&path),
+        Some(reason) => Error::Module { module: path.to_string(), reason },
+    })?;
+    if separate > 0 {
+        notes.push(format!(
+            "{separate} modules with factors of their own lie on layers that are one in this layout: each becomes a part of \
+             one module of their ranks together, which is the same update"
+        ));
+    }
+    for (name, module) in &modules {
         peft_dora += usize::from(parts::is_respelt_dora(module));
         if is_custom(&module.variant) {
             custom.insert(module.variant.clone());
@@ -63,9 +73,9 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
             let mut same = module.clone();
             same.alpha = common;
             same.tensors.insert("up".into(), super::scaled(&module.tensors["up"], ratio));
-            insert(&name, &same)?;
+            insert(name, &same)?;
         } else {
-            insert(&name, module)?;
+            insert(name, module)?;
         }
     }
     let partners = zero_partners(adapter);
@@ -120,10 +130,14 @@ pub fn check(adapter: &Adapter, family: Option<&Family>) -> Result<()> {
 }
 
 fn named(module: &ModulePath, family: Option<&Family>) -> Result<String> {
-    names::kohya(module, family).ok_or_else(|| Error::Module {
+    names::kohya(module, family).ok_or_else(|| nameless(module))
+}
+
+fn nameless(module: &ModulePath) -> Error {
+    Error::Module {
         module: module.to_string(),
         reason: "the kohya layout has no name for it; write another format (peft for language models)".into(),
-    })
+    }
 }
 
 fn is_custom(variant: &str) -> bool {

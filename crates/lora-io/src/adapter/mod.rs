@@ -8,6 +8,7 @@ mod canonical;
 pub mod diffusers;
 pub mod gguf;
 pub mod kohya;
+mod named;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
@@ -29,6 +30,7 @@ use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
+pub use named::find;
 use parts::{Parts, PeftContext, Tool};
 
 /// Layout of an adapter file.
@@ -248,7 +250,12 @@ pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {
     let modules = adapter.modules.iter();
     let modules: Vec<_> = modules
-        .map(|(path, module)| Module { name: &path.path, path: path.clone(), inputs: input_width(module) })
+        .map(|(path, module)| Module {
+            name: &path.path,
+            path: path.clone(),
+            inputs: input_width(module),
+            outputs: output_width(module),
+        })
         .collect();
     family::adapter::told(&modules, &adapter.metadata)
 }
@@ -303,6 +310,11 @@ pub fn fit(path: &Path, adapter: &mut Adapter, layers: &[TargetLayer]) -> Result
         }
     }
     unmatched(path, problems)
+}
+
+/// Outputs of that layer, likewise.
+fn output_width(module: &AdapterModule) -> Option<usize> {
+    ["up", "w1_a"].iter().find_map(|name| module.tensors.get(*name)?.shape().first().copied())
 }
 
 fn unmatched(path: &Path, problems: Vec<String>) -> Result<()> {

@@ -75,7 +75,8 @@ pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
     }
     let prefixes = families.iter().flat_map(|family| family.components);
     let prefixes = prefixes.filter_map(|names| Some((names.kohya?.prefix, names.component)));
-    let module = prefixes.chain([("lycoris", Component::UNET)]).find_map(|(prefix, component)| {
+    let others = [("lycoris", Component::UNET), ("lora_transformer", Component::TRANSFORMER)];
+    let module = prefixes.chain(others).find_map(|(prefix, component)| {
         let path = dotted(name.strip_prefix(prefix)?.strip_prefix('_')?, families)?;
         if component == Component::UNET && is_transformer(&path) {
             return Some(ModulePath::new(Component::TRANSFORMER, path));
@@ -83,6 +84,7 @@ pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
         let path = match component {
             Component::UNET if path.starts_with("text_model.") => return None,
             Component::UNET => unet_path(&path)?,
+            Component::TRANSFORMER if !is_transformer(&path) => return None,
             _ => path,
         };
         Some(ModulePath::new(component, path))
@@ -226,8 +228,7 @@ mod tests {
 
     #[test]
     fn names_of_other_models_keep_their_spelling() {
-        for name in ["lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"]
-        {
+        for name in ["lora_unet_blocks_0_self_attn_q", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "x"] {
             let module = from_kohya(name, &FAMILIES);
             assert_eq!((module.component, module.path.as_str()), (Component::MODEL, name));
             assert_eq!(kohya(&module, None).as_deref(), Some(name));

@@ -26,7 +26,7 @@ use std::sync::{Arc, OnceLock};
 use lora_core::{Component, HostTensor};
 use sha2::{Digest, Sha256};
 
-use crate::family::tree::{Depths, Piece, Tree};
+use crate::family::tree::{Depths, Piece, Share, Tree};
 use crate::family::{BaseNames, FAMILIES, Family, describe};
 use crate::gguf::{GgufFile, LanguageModel, Packed};
 use crate::merge::SCALES;
@@ -67,7 +67,7 @@ struct Place {
     shape: Vec<usize>,
     piece: Piece,
     /// Its bytes where they cannot be a range of the file's.
-    transposed: OnceLock<Vec<u8>>,
+    rearranged: OnceLock<Vec<u8>>,
 }
 
 /// A file's tensors that belong to one component.
@@ -253,16 +253,21 @@ impl Place {
             (Piece::All, shape) => shape.to_vec(),
             (Piece::Pointwise, &[outputs, inputs, 1, 1]) => vec![outputs, inputs],
             (Piece::Pointwise, shape) => shape.to_vec(),
-            (Piece::Rows { parts, .. }, [rows, rest @ ..]) if rows.is_multiple_of(parts) => {
-                [&[rows / parts], rest].concat()
-            }
-            (Piece::Rows { parts, .. }, shape) => {
-                return Err(format!("has the shape {shape:?}; expected {parts} parts of equally many rows"));
-            }
+            (Piece::Rows(share), shape) => match shape
+                .split_first()
+                .and_then(|(&all, rest)| Some((share.rows(all)?, rest)))
+            {
+                Some((rows, rest)) => [&[rows.len()], rest].concat(),
+                None => {
+                    return Err(format!("has the shape {shape:?}; expected {} parts of equally many rows", share.of));
+                }
+            },
+            (Piece::Swapped, shape) if shape.first().is_some_and(|rows| rows.is_multiple_of(2)) => shape.to_vec(),
+            (Piece::Swapped, shape) => return Err(format!("has the shape {shape:?}; expected two halves of rows")),
             (Piece::Transposed, &[rows, columns]) => vec![columns, rows],
             (Piece::Transposed, shape) => return Err(format!("has the shape {shape:?}; expected a matrix")),
         };
-        Ok(Self { file, stored: stored.to_owned(), shape, piece, transposed: OnceLock::new() })
+        Ok(Self { file, stored: stored.to_owned(), shape, piece, rearranged: OnceLock::new() })
     }
 }
 
@@ -363,7 +368,8 @@ impl ComponentWeights {
         self.gguf.as_ref().map_or(Ok(None), |model| model.packed_as_stored(name))
     }
 
-    /// A weight in the memory map of a safetensors file. A transposed one is copied when it is first asked for.
+    /// A weight in the memory map of a safetensors file. One that lies there in another order is copied when it is first
+    /// asked for.
     ///
     /// # Errors
     ///
@@ -375,9 +381,13 @@ impl ComponentWeights {
         let view = self.files[place.file].get(&place.stored)?;
         match place.piece {
             Piece::All | Piece::Pointwise => Ok(view.with_shape(&place.shape)),
-            Piece::Rows { part, parts } => Ok(view.part(part, parts, &place.shape)),
+            Piece::Rows(share) => Ok(view.part(share, &place.shape)),
             Piece::Transposed => {
-                let bytes = place.transposed.get_or_init(|| transposed(view.bytes(), view.shape()));
+                let bytes = place.rearranged.get_or_init(|| transposed(view.bytes(), view.shape()));
+                Ok(view.with_bytes(bytes, &place.shape))
+            }
+            Piece::Swapped => {
+                let bytes = place.rearranged.get_or_init(|| swapped(view.bytes()));
                 Ok(view.with_bytes(bytes, &place.shape))
             }
         }
@@ -410,13 +420,19 @@ impl ComponentWeights {
             model.release(name);
         }
         if let Some(place) = self.entries.get(name) {
-            let (part, parts) = match place.piece {
-                Piece::Rows { part, parts } => (part, parts),
-                _ => (0, 1),
+            let share = match place.piece {
+                Piece::Rows(share) => share,
+                _ => Share::one(0, 1),
             };
-            self.files[place.file].release_part(&place.stored, part, parts);
+            self.files[place.file].release_part(&place.stored, share);
         }
     }
+}
+
+/// The bytes of a tensor with the second half of its rows before the first.
+fn swapped(bytes: &[u8]) -> Vec<u8> {
+    let (first, second) = bytes.split_at(bytes.len() / 2);
+    [second, first].concat()
 }
 
 /// The bytes of a matrix of a shape with rows and columns exchanged.

@@ -8,7 +8,7 @@ use lora_core::{Component, DType, HostTensor};
 
 use super::Checkpoint;
 use crate::family::Family;
-use crate::family::tree::Piece;
+use crate::family::tree::{Piece, Share};
 use crate::safetensors::{Entry, TensorSource, write};
 use crate::{Error, Result};
 
@@ -101,15 +101,35 @@ struct Weight {
     piece: Piece,
 }
 
+impl Weight {
+    /// Rows of one part of the tensor that it is some parts of; `None` where it has none.
+    fn rows_of_a_part(&self) -> Option<usize> {
+        let parts = if let Piece::Rows(share) = self.piece { share.count } else { 1 };
+        match self.shape.first() {
+            Some(rows) => rows.is_multiple_of(parts).then(|| rows / parts),
+            None => (parts == 1).then_some(1),
+        }
+    }
+}
+
 impl Stored {
+    fn shares(&self) -> impl Iterator<Item = Share> {
+        self.weights.iter().filter_map(|weight| match weight.piece {
+            Piece::Rows(share) => Some(share),
+            _ => None,
+        })
+    }
+
     /// Whether all parts are there and fit each other.
     fn check(&self) -> Result<(), String> {
         let Some(first) = self.weights.first() else { return Err("is made of nothing".into()) };
         let whole = match first.piece {
-            Piece::Rows { parts, .. } => self.weights.len() == parts,
+            Piece::Rows(Share { of, .. }) => self.shares().map(|share| share.count).sum::<usize>() == of,
             _ => self.weights.len() == 1,
         };
-        if whole && self.weights.iter().all(|weight| weight.shape == first.shape) {
+        let part = first.rows_of_a_part();
+        let fits = |weight: &Weight| weight.rows_of_a_part() == part && weight.shape.get(1..) == first.shape.get(1..);
+        if whole && part.is_some() && self.weights.iter().all(fits) {
             return Ok(());
         }
         let found: Vec<String> = self.weights.iter().map(|own| format!("`{}` {:?}", own.name, own.shape)).collect();
@@ -119,7 +139,7 @@ impl Stored {
     fn shape(&self) -> Vec<usize> {
         let Weight { shape, piece, .. } = &self.weights[0];
         match (piece, shape.as_slice()) {
-            (Piece::Rows { parts, .. }, [rows, rest @ ..]) => [&[rows * parts], rest].concat(),
+            (Piece::Rows(share), [rows, rest @ ..]) => [&[rows / share.count * share.of], rest].concat(),
             (Piece::Pointwise, &[outputs, inputs]) => vec![outputs, inputs, 1, 1],
             (Piece::Transposed, &[rows, columns]) => vec![columns, rows],
             (_, shape) => shape.to_vec(),
@@ -150,7 +170,7 @@ fn place(
             let tensor = tensor.or_insert_with(|| Stored { component, weights: Vec::new() });
             tensor.weights.push(Weight { name: name.clone(), shape: shape.clone(), piece });
             tensor.weights.sort_by_key(|weight| match weight.piece {
-                Piece::Rows { part, .. } => part,
+                Piece::Rows(share) => share.first,
                 _ => 0,
             });
         }
@@ -188,6 +208,7 @@ impl TensorSource for SingleFile<'_> {
             let values = values.to_dtype(self.dtype);
             match piece {
                 Piece::Transposed => bytes.extend(super::transposed(values.bytes(), shape)),
+                Piece::Swapped => bytes.extend(super::swapped(values.bytes())),
                 _ => bytes.extend_from_slice(values.bytes()),
             }
         }

@@ -134,6 +134,14 @@ impl Inventory {
         Some(if original && !first_encoder { &sdxl::FAMILY } else { &sd1::FAMILY })
     }
 
+    /// Outputs of a module's layer, where a tensor beside shows them.
+    fn outputs(&self, module: &str) -> Option<usize> {
+        [".lora_up.weight", ".lora_B.weight"].iter().find_map(|part| {
+            let (_, shape) = self.tensors.get(&format!("{module}{part}"))?;
+            shape.first().copied()
+        })
+    }
+
     /// The modules that the tensors' names speak of.
     fn modules(&self) -> Vec<Module<'_>> {
         let tensors = self.tensors.iter().map(|(name, (_, shape))| {
@@ -141,7 +149,8 @@ impl Inventory {
             let path =
                 if names::is_kohya(name) { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
             let inputs = ["lora_down", "hada_w1_b"].contains(&part).then(|| shape.get(1).copied()).flatten();
-            Module { name: module, path, inputs }
+            let outputs = self.outputs(module);
+            Module { name: module, path, inputs, outputs }
         });
         tensors.collect()
     }

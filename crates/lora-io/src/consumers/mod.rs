@@ -349,7 +349,7 @@ mod tests {
         let flux = Inventory::default().tensor("lora_unet_double_blocks_0_img_mlp_0.lora_down.weight", &[4, 8]);
         for opinion in &opinions(&flux)[..4] {
             assert_eq!(opinion.verdict, Verdict::Unknown, "{}", opinion.consumer);
-            assert!(opinion.problems[0].what.contains("Flux"));
+            assert!(opinion.problems[0].what.contains("FLUX.1"));
         }
     }
 

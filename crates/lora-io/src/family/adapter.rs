@@ -35,6 +35,8 @@ pub struct Module<'a> {
     pub path: ModulePath,
     /// Numbers that its layer reads, where a tensor shows them.
     pub inputs: Option<usize>,
+    /// Numbers that its layer gives, likewise.
+    pub outputs: Option<usize>,
 }
 
 impl Module<'_> {
@@ -45,6 +47,17 @@ impl Module<'_> {
         }
         let (_, rest) = self.path.path.split_once(start)?;
         rest.split('.').next()?.parse().ok()
+    }
+
+    /// Its path, where it is a transformer's.
+    pub(super) fn of_transformer(&self) -> Option<&str> {
+        (self.path.component == Component::TRANSFORMER).then_some(self.path.path.as_str())
+    }
+
+    /// Whether its layer gives so many times as many numbers as it reads, a half for each being 2 : 4.
+    pub(super) fn widens(&self, outputs: usize, inputs: usize) -> bool {
+        let sides = self.outputs.zip(self.inputs);
+        sides.is_some_and(|(own_outputs, own_inputs)| own_outputs * inputs == own_inputs * outputs)
     }
 
     /// Whether it reads text states in cross attention.

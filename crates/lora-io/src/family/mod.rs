@@ -4,7 +4,7 @@
 //!
 //! | here | what |
 //! |---|---|
-//! | `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, `z_image`, `language` | a family each |
+//! | `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, `flux2`, `qwen_image`, `z_image`, `language` | a family each |
 //! | `tree` | the names of a network in a layout, both ways |
 //! | `layers` | the layers of published models, in canonical names |
 //! | `adapter` | which family an adapter was made for |
@@ -12,8 +12,10 @@
 
 pub mod adapter;
 pub mod flux;
+pub mod flux2;
 pub mod language;
 pub mod layers;
+pub mod qwen_image;
 pub mod sd1;
 pub mod sd2;
 pub mod sd3;
@@ -33,8 +35,17 @@ use layers::Layer;
 use tree::{Depths, Tree};
 
 /// The families that are known here, in the order in which files are told apart: the first that fits is taken.
-pub static FAMILIES: [&Family; 7] =
-    [&flux::FAMILY, &sd3::FAMILY, &z_image::FAMILY, &sdxl::FAMILY, &sd2::FAMILY, &sd1::FAMILY, &language::FAMILY];
+pub static FAMILIES: [&Family; 9] = [
+    &flux2::FAMILY,
+    &flux::FAMILY,
+    &sd3::FAMILY,
+    &qwen_image::FAMILY,
+    &z_image::FAMILY,
+    &sdxl::FAMILY,
+    &sd2::FAMILY,
+    &sd1::FAMILY,
+    &language::FAMILY,
+];
 
 /// The name of a family for people, or that there is none.
 pub fn title(family: Option<&Family>) -> &'static str {
@@ -162,8 +173,12 @@ impl Family {
         let path = match tree {
             None => module.path.clone(),
             Some((tree, depths)) => {
-                let (stored, _) = tree.stored(&format!("{}.weight", module.path), &depths)?;
-                stored.strip_suffix(".weight")?.to_owned()
+                let name = format!("{}.weight", module.path);
+                match tree.stored(&name, &depths) {
+                    Some((stored, _)) => stored.strip_suffix(".weight")?.to_owned(),
+                    // One that could not be taken apart has the original tree's name.
+                    None => tree.weights(&name, &depths).map(|_| module.path.clone())?,
+                }
             }
         };
         Some(match prefix.strip_suffix('.') {

@@ -9,7 +9,7 @@ use lora_core::backend::CpuBackend;
 use lora_core::merge::{Applied, geometry, merged_bias, merged_weight};
 use lora_core::variant::{BIAS_VALUE, FrozenLayer, Parameters, TOKEN_ROWS, WEIGHT_VALUE};
 
-use super::numbers::{self, all_finite, from_f32, to_f32};
+use super::numbers::{all_finite, from_f32, to_f32};
 use super::rows::{Tile, Update};
 use super::targets::Edit;
 use super::{Job, Piece};
@@ -103,9 +103,9 @@ impl Job<'_> {
         let (index, name) = &piece.source;
         let file = &self.base.files[*index];
         let wrong = |error: lora_core::Error| Error::tensor(file.path(), name, error.to_string());
-        let turned = edits[0].transposed && !edits[0].bias;
+        let order = edits[0].order;
         let own = HostTensor::from_f32(shape, values).map_err(wrong)?;
-        let own = if turned { numbers::transposed(own) } else { own };
+        let own = order.exchanged(own);
         let base = self.frozen(*index, edits[0], own.clone())?;
         let formulas = edits.iter().map(|edit| self.variants.get(&self.module(edit).variant));
         let formulas = formulas.collect::<lora_core::Result<Vec<_>>>().map_err(wrong)?;
@@ -136,7 +136,7 @@ impl Job<'_> {
         } else {
             merged_weight(&CpuBackend, &base, &applied).map_err(wrong)?
         };
-        Ok(if turned { numbers::transposed(merged) } else { merged })
+        Ok(order.exchanged(merged))
     }
 
     /// The layer under a module, with `own` as its weight, or as its bias where the change is the bias'.
@@ -145,7 +145,7 @@ impl Job<'_> {
         let rows = edit.rows.as_ref();
         let partner = edit.partner.as_ref().map(|(index, name)| self.scales.numbers(self.base, *index, name, rows));
         let partner = partner.transpose()?;
-        let partner = partner.map(|partner| if edit.transposed { numbers::transposed(partner) } else { partner });
+        let partner = partner.map(|partner| edit.order.exchanged(partner));
         let (weight, bias) = match edit.bias {
             true => (partner, Some(own)),
             false => (Some(own), partner),

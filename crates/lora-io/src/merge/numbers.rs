@@ -63,6 +63,16 @@ pub(super) fn all_finite(dtype: StoredDType, bytes: &[u8]) -> bool {
     }
 }
 
+/// A tensor with the second half of its rows before the first; one without halves as it is.
+pub(super) fn swapped(tensor: HostTensor) -> HostTensor {
+    if tensor.shape().first().is_none_or(|rows| rows % 2 != 0) {
+        return tensor;
+    }
+    let values = tensor.to_f32();
+    let (first, second) = values.split_at(values.len() / 2);
+    HostTensor::from_f32(tensor.shape(), [second, first].concat()).expect("as many values as places")
+}
+
 /// A matrix with rows and columns exchanged; anything else as it is.
 pub(super) fn transposed(tensor: HostTensor) -> HostTensor {
     let &[rows, columns] = tensor.shape() else { return tensor };

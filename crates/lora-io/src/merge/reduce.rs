@@ -10,15 +10,13 @@ use lora_core::{Adapter, HostTensor, LayerGeometry, ModulePath};
 use rayon::prelude::*;
 
 use super::folder::Base;
-use super::numbers;
 use super::scales::Scales;
 use super::targets::{StoredLayer, StoredLayers};
 use crate::{Error, Result};
 
 /// The weight of a layer, in f32.
 fn weight(base: &Base, scales: &Scales, layer: &StoredLayer) -> Result<HostTensor> {
-    let weight = scales.numbers(base, layer.file, &layer.weight, layer.rows.as_ref())?;
-    Ok(if layer.transposed { numbers::transposed(weight) } else { weight })
+    Ok(layer.order.exchanged(scales.numbers(base, layer.file, &layer.weight, layer.rows.as_ref())?))
 }
 
 /// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use lora_core::backend::{CpuBackend, ShapeBackend};
 use lora_core::merge::geometry;
 use lora_core::variant::{BiasChange, Changes, EXPERTS_DOWN, FrozenLayer, Parameters, TOKEN_ROWS, VariantRegistry};
-use lora_core::{AdapterModule, Component, ModulePath, Strength};
+use lora_core::{AdapterModule, Component, HostTensor, ModulePath, Strength};
 
-use super::Weighted;
 use super::folder::Base;
 use super::rows::Update;
 use super::tied::Tied;
+use super::{Weighted, numbers};
 use crate::adapter::{self, names};
 use crate::checkpoint::{self, Group};
 use crate::error::listed;
@@ -26,6 +26,28 @@ use crate::family::tree::Piece;
 use crate::family::{BaseNames, FAMILIES, Family, sd1};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
+
+/// How the numbers of a layer's weight lie in its tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// As the layer has them.
+    Same,
+    /// With rows and columns exchanged.
+    Transposed,
+    /// With the second half of the rows before the first; so do those of its bias.
+    Swapped,
+}
+
+impl Order {
+    /// A tensor of a layer in the order of the file, or the other way round: each order is its own way back.
+    pub(super) fn exchanged(self, tensor: HostTensor) -> HostTensor {
+        match self {
+            Self::Same => tensor,
+            Self::Transposed => numbers::transposed(tensor),
+            Self::Swapped => numbers::swapped(tensor),
+        }
+    }
+}
 
 /// What one module does to one tensor.
 #[derive(Debug, Clone)]
@@ -38,8 +60,8 @@ pub(super) struct Edit {
     pub(super) rows: Option<Range<usize>>,
     /// Whether the tensor is the layer's bias.
     pub(super) bias: bool,
-    /// Whether the layer's weight is stored with rows and columns exchanged.
-    pub(super) transposed: bool,
+    /// How the layer's weight is stored.
+    pub(super) order: Order,
     /// The layer's other tensor, the bias of a weight or the weight of a bias: its file and its name.
     pub(super) partner: Option<(usize, String)>,
 }
@@ -71,7 +93,7 @@ pub(super) struct StoredLayer {
     /// Its file, which may be another shard, and its name.
     bias: Option<(usize, String)>,
     pub(super) rows: Option<Range<usize>>,
-    pub(super) transposed: bool,
+    pub(super) order: Order,
 }
 
 impl StoredLayer {
@@ -81,7 +103,7 @@ impl StoredLayer {
         if let (Some(rows), Some(first)) = (&self.rows, shape.first_mut()) {
             *first = rows.len();
         }
-        if self.transposed {
+        if self.order == Order::Transposed {
             shape.reverse();
         }
         shape
@@ -161,7 +183,7 @@ impl Edits {
             module: path.clone(),
             rows: layer.rows.clone(),
             bias,
-            transposed: layer.transposed,
+            order: layer.order,
             partner: if bias { Some((layer.file, layer.weight.clone())) } else { layer.bias.clone() },
         };
         // An unknown variant is an error where its update is worked out.
@@ -291,10 +313,10 @@ impl StoredLayers {
             files.iter().enumerate().filter(beside).find(|(_, other)| other.contains(&bias)).map(|(place, _)| place)
         };
         let bias = place.map(|place| (place, bias));
-        let transposed = self.conv1d && is_conv1d(name);
+        let order = if self.conv1d && is_conv1d(name) { Order::Transposed } else { Order::Same };
         // The experts of a layer are one tensor without that end.
         let weight = if file.contains(name) { name.to_owned() } else { format!("{name}.weight") };
-        StoredLayer { file: file_index, weight, bias, rows: None, transposed }
+        StoredLayer { file: file_index, weight, bias, rows: None, order }
     }
 
     /// Adds a layer beside its copies in other files.
@@ -398,16 +420,18 @@ impl StoredLayers {
         for (name, (stored, piece)) in &places {
             let Some(path) = name.strip_suffix(".weight") else { continue };
             let rows = match *piece {
-                Piece::All | Piece::Pointwise => None,
-                Piece::Rows { part, parts } => {
-                    let rows = file.shape(stored).and_then(|shape| shape.first()).map_or(0, |rows| rows / parts);
-                    Some(part * rows..(part + 1) * rows)
+                Piece::All | Piece::Pointwise | Piece::Swapped => None,
+                Piece::Rows(share) => {
+                    let all = file.shape(stored).and_then(|shape| shape.first()).copied().unwrap_or(0);
+                    // A tensor without such parts fits no module.
+                    Some(share.rows(all).unwrap_or(0..0))
                 }
                 // Nothing adapts what is stored so.
                 Piece::Transposed => continue,
             };
             let bias = places.get(&format!("{path}.bias")).map(|(stored, _)| (index, (*stored).to_owned()));
-            let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows, transposed: false };
+            let order = if *piece == Piece::Swapped { Order::Swapped } else { Order::Same };
+            let layer = StoredLayer { file: index, weight: (*stored).to_owned(), bias, rows, order };
             self.insert(ModulePath::new(group.component, path), layer);
         }
     }

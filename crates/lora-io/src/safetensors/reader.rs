@@ -13,6 +13,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::float8::{from_e4m3, from_e5m2};
 use super::{MAX_HEADER, StoredDType};
+use crate::family::tree::Share;
 use crate::{Error, Result, foreign};
 
 /// An open safetensors file.
@@ -161,14 +162,14 @@ impl SafetensorsFile {
     /// Tells the kernel that a tensor's pages are not needed any more, so that resident memory while loading a model
     /// stays near one tensor. Reading it again is correct, only slower.
     pub fn release(&self, name: &str) {
-        self.release_part(name, 0, 1);
+        self.release_part(name, Share::one(0, 1));
     }
 
     /// The same for one of several equal parts of a tensor's bytes.
-    pub(crate) fn release_part(&self, name: &str, part: usize, parts: usize) {
+    pub(crate) fn release_part(&self, name: &str, share: Share) {
         let Some(location) = self.tensors.get(name) else { return };
-        let size = (location.end - location.begin) / parts;
-        let start = self.data_start + location.begin + part * size;
+        let part = (location.end - location.begin) / share.of;
+        let (size, start) = (share.count * part, self.data_start + location.begin + share.first * part);
         // Whole pages inside the tensor only: its neighbours may be in use.
         const PAGE: usize = 4096;
         let begin = start.next_multiple_of(PAGE);
@@ -214,10 +215,10 @@ impl<'f> TensorView<'f> {
         Self { shape, ..self }
     }
 
-    /// One of several parts of equally many rows, in its own shape.
-    pub(crate) fn part(self, part: usize, parts: usize, shape: &'f [usize]) -> Self {
-        let size = self.bytes.len() / parts;
-        Self { bytes: &self.bytes[part * size..(part + 1) * size], shape, ..self }
+    /// A share of its rows, in the share's shape.
+    pub(crate) fn part(self, share: Share, shape: &'f [usize]) -> Self {
+        let part = self.bytes.len() / share.of;
+        Self { bytes: &self.bytes[share.first * part..(share.first + share.count) * part], shape, ..self }
     }
 
     /// The same tensor with its bytes in another order.

@@ -202,13 +202,38 @@ impl ClipTextEncoder {
         let states = self.through(before, self.embedded(tokens)?, pass)?;
         let pooled = match &self.projection {
             None => None,
-            Some(projection) => {
+            Some(_) => {
                 let hidden = self.through(std::slice::from_ref(last), states.shallow_clone(), pass)?;
-                let ending = Tensor::f_embedding(&hidden.f_flatten(0, 1)?, ends, -1, false, false)?;
-                Some(projection.forward(&self.final_layer_norm.forward(&ending)?, pass)?)
+                Some(self.ending(&hidden, ends, pass)?)
             }
         };
         Ok(Penultimate { states: self.joined(states, chunks)?, pooled })
+    }
+
+    /// The states of rows' ends through all layers, the final norm and the projection where there is one, `[rows, width]`; `ends` as
+    /// for [`Self::penultimate`].
+    ///
+    /// # Errors
+    /// As [`Self::penultimate`].
+    pub fn end(&self, tokens: &Tensor, ends: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.ending(&self.through(&self.layers, self.embedded(tokens)?, pass)?, ends, pass)
+    }
+
+    /// The states before the last layer, `[rows, 77, width]`, and [`Self::end`].
+    ///
+    /// # Errors
+    /// As [`Self::penultimate`].
+    pub fn states_and_end(&self, tokens: &Tensor, ends: &Tensor, pass: &Pass) -> Result<(Tensor, Tensor)> {
+        let last = self.layers.len().saturating_sub(1);
+        let states = self.through(&self.layers[..last], self.embedded(tokens)?, pass)?;
+        let hidden = self.through(&self.layers[last..], states.shallow_clone(), pass)?;
+        Ok((states, self.ending(&hidden, ends, pass)?))
+    }
+
+    fn ending(&self, hidden: &Tensor, ends: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let ending = Tensor::f_embedding(&hidden.f_flatten(0, 1)?, ends, -1, false, false)?;
+        let ending = self.final_layer_norm.forward(&ending)?;
+        self.projection.as_ref().map_or(Ok(ending.shallow_clone()), |projection| projection.forward(&ending, pass))
     }
 
     fn embedded(&self, tokens: &Tensor) -> Result<Tensor> {

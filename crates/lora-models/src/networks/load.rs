@@ -6,7 +6,8 @@ use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Device, Kind};
 
 use super::{
-    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, FluxConfig, Sd3, Sd3Config, T5Config, T5Encoder, Unet,
+    UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
 };
 use crate::Result;
 use crate::weights::{Held, Weights};
@@ -54,6 +55,40 @@ pub fn load_decoder(checkpoint: &Checkpoint, kind: Kind, device: Device, held: H
 pub fn load_z_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<ZImage> {
     let component = checkpoint.component(Component::TRANSFORMER)?;
     ZImage::new(&Weights::new(component, kind, device).held(held), ZImageConfig::detect(component)?)
+}
+
+/// FLUX.1's transformer.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_flux(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Flux> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    Flux::new(&Weights::new(component, kind, device).held(held), FluxConfig::detect(component)?)
+}
+
+/// Stable Diffusion 3's transformer.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_sd3(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Sd3> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    Sd3::new(&Weights::new(component, kind, device).held(held), Sd3Config::detect(component)?)
+}
+
+/// A T5 encoder, as the text encoder that it is of the base.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_t5(
+    checkpoint: &Checkpoint,
+    component: Component,
+    kind: Kind,
+    device: Device,
+    held: Held,
+) -> Result<T5Encoder> {
+    let weights = checkpoint.component(component)?;
+    let encoder = T5Encoder::new(&Weights::new(weights, kind, device).held(held), T5Config::detect(weights)?)?;
+    Ok(encoder.of(component))
 }
 
 /// A language model that reads captions: without a head. A file without a `config.json` is Qwen3's, whose sizes its shapes

@@ -7,7 +7,13 @@ mod blocks;
 mod clip;
 mod config;
 pub mod decoder;
+mod flux;
+mod flux2;
+mod joint;
 mod load;
+mod qwen_image;
+mod sd3;
+mod t5;
 mod tiles;
 mod transformer;
 mod unet;
@@ -17,7 +23,15 @@ mod z_image;
 pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
-pub use load::{load_caption_decoder, load_decoder, load_text_encoder, load_unet, load_vae, load_z_image};
+pub use flux::{Flux, FluxConditions, FluxConfig};
+pub use flux2::{Flux2, Flux2Conditions, Flux2Config};
+pub use load::{
+    load_caption_decoder, load_decoder, load_flux, load_sd3, load_t5, load_text_encoder, load_unet, load_vae,
+    load_z_image,
+};
+pub use qwen_image::{QwenImage, QwenImageConditions, QwenImageConfig};
+pub use sd3::{Sd3, Sd3Conditions, Sd3Config};
+pub use t5::{T5Config, T5Encoder};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};
 pub use z_image::{ZImage, ZImageCaptions, ZImageConfig};

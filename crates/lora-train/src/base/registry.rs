@@ -77,6 +77,8 @@ impl Default for Bases {
             stable_diffusion::SD1,
             stable_diffusion::SD2,
             stable_diffusion::SDXL,
+            flow_matching::FLUX,
+            flow_matching::SD3,
             flow_matching::Z_IMAGE,
             language::LANGUAGE,
         ])
@@ -137,7 +139,13 @@ impl Bases {
     pub(crate) fn configured(&self, config: &TrainConfig) -> Result<Checkpoint> {
         let mut checkpoint = self.checkpoint(&config.base_model)?;
         self.registration(&checkpoint)?.check(config)?;
-        for (key, component) in [("vae", Component::VAE), ("text_encoder", Component::TEXT_ENCODER)] {
+        let parts = [
+            ("vae", Component::VAE),
+            ("text_encoder", Component::TEXT_ENCODER),
+            ("text_encoder_2", Component::TEXT_ENCODER_2),
+            ("text_encoder_3", Component::TEXT_ENCODER_3),
+        ];
+        for (key, component) in parts {
             if let Some(path) = config.extra.text(key) {
                 checkpoint.replace(component, path)?;
             }

@@ -10,7 +10,7 @@
 //! | `ln_final` | `text_model.final_layer_norm` |
 //! | `text_projection` | `text_projection.weight`, transposed |
 
-use super::{Depths, Piece, Tree, numbered, swap_prefix};
+use super::{Depths, Piece, Share, Tree, numbered, swap_prefix};
 
 /// Words with underscores in module paths of CLIP text encoders, in transformers' tree.
 pub(crate) const WORDS: &[&str] = &[
@@ -119,7 +119,7 @@ impl Tree for OpenClip {
         let (layer, rest) = numbered(stored.strip_prefix(BLOCKS)?)?;
         if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
             let part = |(part, name)| {
-                (format!("{LAYERS}{layer}.self_attn.{name}.{kind}"), Piece::Rows { part, parts: FUSED.len() })
+                (format!("{LAYERS}{layer}.self_attn.{name}.{kind}"), Piece::Rows(Share::one(part, FUSED.len())))
             };
             return Some(FUSED.iter().enumerate().map(part).collect());
         }
@@ -138,7 +138,7 @@ impl Tree for OpenClip {
         if let Some((name, kind)) = rest.strip_prefix("self_attn.").and_then(|rest| rest.split_once('.'))
             && let Some(part) = FUSED.iter().position(|fused| *fused == name)
         {
-            let piece = Piece::Rows { part, parts: FUSED.len() };
+            let piece = Piece::Rows(Share::one(part, FUSED.len()));
             return Some((format!("{BLOCKS}{layer}.attn.in_proj_{kind}"), piece));
         }
         Some((format!("{BLOCKS}{layer}.{}", swap_prefix(rest, LAYER, true)?), Piece::All))
@@ -188,7 +188,7 @@ mod tests {
         let names: Vec<_> = weights.iter().map(|(name, _)| name.rsplit("self_attn.").next().unwrap()).collect();
         assert_eq!(names, ["q_proj.bias", "k_proj.bias", "v_proj.bias"]);
         for (part, (name, piece)) in weights.iter().enumerate() {
-            assert_eq!(*piece, Piece::Rows { part, parts: 3 });
+            assert_eq!(*piece, Piece::Rows(Share::one(part, 3)));
             assert_eq!(ALL_USED.stored(name, &depths), Some((stored.to_owned(), *piece)));
         }
     }

@@ -6,12 +6,21 @@
 //! their `text_model.` level).
 
 pub mod clip;
+pub mod flux;
+pub mod flux2;
 pub mod ldm;
+pub mod qwen_image;
+pub mod sd3;
+mod t5;
+mod table;
 pub mod z_image;
 
 use std::fmt::Debug;
 
 use super::language;
+
+pub use t5::T5;
+pub use table::{Module, Order, Table};
 
 /// What depths of a network decide about names, read off a file's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,15 +49,36 @@ pub enum Piece {
     All,
     /// All of it, a matrix that may be stored as the kernel of a 1×1 convolution.
     Pointwise,
-    /// One of several parts of equally many rows.
-    Rows {
-        /// Which, from 0.
-        part: usize,
-        /// How many there are.
-        parts: usize,
-    },
+    /// Some of its rows.
+    Rows(Share),
     /// A matrix with rows and columns exchanged.
     Transposed,
+    /// All of it, the second half of its rows before the first.
+    Swapped,
+}
+
+/// A share of a tensor's rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Parts before it.
+    pub first: usize,
+    /// Parts that it has.
+    pub count: usize,
+    /// Parts of equally many rows that the tensor has.
+    pub of: usize,
+}
+
+impl Share {
+    /// One of several equal parts.
+    pub const fn one(part: usize, of: usize) -> Self {
+        Self { first: part, count: 1, of }
+    }
+
+    /// Its rows of so many; `None` where these do not divide into parts.
+    pub fn rows(self, all: usize) -> Option<std::ops::Range<usize>> {
+        let part = all.is_multiple_of(self.of).then(|| all / self.of)?;
+        Some(self.first * part..(self.first + self.count) * part)
+    }
 }
 
 /// The names of one network in one layout, both ways. Names come without the component's prefix.

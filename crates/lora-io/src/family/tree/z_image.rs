@@ -1,7 +1,7 @@
 //! Names of Z-Image's transformer in single files: those that ComfyUI repacked, which have queries, keys and values in one
 //! tensor, and diffusers' own, which people save by themselves. Either may stand behind a prefix.
 
-use super::{Depths, Piece, Tree, swap_prefix};
+use super::{Depths, Piece, Share, Tree, swap_prefix};
 
 /// What tensors stand behind in files that hold other parts too, or once did.
 const PREFIXES: &[&str] = &["model.diffusion_model.", "diffusion_model.", "model."];
@@ -67,7 +67,7 @@ impl Tree for ZImage {
         let Some((block, part)) = name.split_once(".attention.") else { return all(name.to_owned()) };
         if let Some(end) = part.strip_prefix(FUSED) {
             let piece = |(part, name): (usize, &&str)| {
-                (format!("{block}.attention.{name}{end}"), Piece::Rows { part, parts: SEPARATE.len() })
+                (format!("{block}.attention.{name}{end}"), Piece::Rows(Share::one(part, SEPARATE.len())))
             };
             return Some(SEPARATE.iter().enumerate().map(piece).collect());
         }
@@ -86,7 +86,7 @@ impl Tree for ZImage {
         };
         let separate = SEPARATE.iter().enumerate().find_map(|(index, name)| Some((index, part.strip_prefix(name)?)));
         if let Some((part, end)) = separate {
-            let piece = Piece::Rows { part, parts: SEPARATE.len() };
+            let piece = Piece::Rows(Share::one(part, SEPARATE.len()));
             return Some((format!("{block}.attention.{FUSED}{end}"), piece));
         }
         let part = swap_prefix(part, ATTENTION, true).unwrap_or_else(|| part.to_owned());
@@ -121,7 +121,7 @@ mod tests {
         }
         let fused = ZImage.weights("layers.3.attention.qkv.weight", &Depths::default()).unwrap();
         for (part, (canonical, piece)) in fused.iter().enumerate() {
-            assert_eq!(*piece, Piece::Rows { part, parts: 3 });
+            assert_eq!(*piece, Piece::Rows(Share::one(part, 3)));
             let stored = ZImage.stored(canonical, &Depths::default());
             assert_eq!(stored, Some(("layers.3.attention.qkv.weight".into(), *piece)));
         }

@@ -4,10 +4,17 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `text` | captions through a language model |
+//! | `flux`, `sd3` | FLUX.1's, Stable Diffusion 3's |
+//! | `text` | the text encoders of a base |
+//! | `language`, `clip`, `t5` | captions through an encoder of each kind |
 //! | `levels` | how noise levels are drawn, as keys say it |
 
+mod clip;
+mod flux;
+mod language;
 mod levels;
+mod sd3;
+mod t5;
 mod text;
 mod z_image;
 
@@ -28,7 +35,7 @@ use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of, upload};
 
-use self::text::{CaptionEncoder, EncoderKind};
+use self::text::{CaptionReaders, EncoderKind};
 use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
@@ -37,6 +44,8 @@ use crate::config::{SampleConfig, TrainConfig};
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
+pub(super) use self::flux::FLUX;
+pub(super) use self::sd3::SD3;
 pub(super) use self::z_image::Z_IMAGE;
 
 const VAE: Component = Component::VAE;
@@ -48,11 +57,11 @@ const JUDGED_LEVELS: usize = 4;
 /// What differs between them, where files do not say.
 struct Kind {
     family: &'static Family,
-    /// Reads captions.
-    encoder: EncoderKind,
+    /// Those that read captions, in the order in which they come.
+    encoders: &'static [EncoderKind],
     /// Builds the network that answers with velocities.
     load: fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>,
-    /// What its network is told of captions: their encodings by name, laid out as a batch on the device.
+    /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
     layout: fn(&[&Tensors], Device) -> Result<Inputs>,
     /// Whether latents are drawn from the autoencoder's distribution, or are its mean.
     draws_latents: bool,
@@ -61,9 +70,11 @@ struct Kind {
     /// How drawn noise levels are moved where no key says it.
     shift: Shift,
     /// How those of samples are moved.
-    sample_shift: Shift,
+    sample_shift: fn(&Checkpoint) -> Shift,
     /// Guidance of samples where no key says it.
-    guidance: f64,
+    guidance: fn(&Checkpoint) -> Guidance,
+    /// `modelspec.architecture`, where it is not the family's.
+    architecture: fn(&Checkpoint) -> Option<&'static str>,
     /// What to know of files whose names say that they are distilled to few steps.
     distilled: &'static str,
 }
@@ -73,6 +84,18 @@ impl std::fmt::Debug for Kind {
         write!(f, "Kind({})", self.family)
     }
 }
+
+/// How samples follow their prompt more closely.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Guidance {
+    /// The answer moves away from that of a negative prompt, so many times as far; 1 asks for no second answer.
+    Contrast(f64),
+    /// The network is told a strength, in training too.
+    Told(f64),
+}
+
+/// The name of the strengths of guidance, `[batch]`, that a network is told.
+const GUIDANCE: &str = "guidance";
 
 /// A network that answers with velocities.
 trait Transformer: Adaptable + std::fmt::Debug + Send {
@@ -88,7 +111,7 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 1] = [&z_image::KIND];
+static KINDS: [&Kind; 3] = [&z_image::KIND, &flux::KIND, &sd3::KIND];
 
 /// Holds a base of one of these kinds against what a run needs beside its transformer; bases of other kinds are let be.
 ///
@@ -104,11 +127,14 @@ pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Resu
         let what = "the file or folder of its autoencoder (ae.safetensors), or a diffusers folder that has it";
         return missing("an autoencoder", "vae", what);
     }
-    if checkpoint.component(kind.encoder.component).is_err() {
-        return missing("a text encoder", "text_encoder", kind.encoder.published);
-    }
-    if text::tokenizer(checkpoint, kind.encoder.component, config).is_none() {
-        return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
+    for encoder in kind.encoders {
+        if checkpoint.component(encoder.component).is_err() {
+            return missing("a text encoder", encoder.key, encoder.published);
+        }
+        let tokenizer = |folder| text::tokenizer(checkpoint, encoder.component, folder, config);
+        if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
+            return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
+        }
     }
     Ok(())
 }
@@ -124,7 +150,8 @@ struct FlowMatching {
     config: TrainConfig,
     levels: NoiseLevels,
     autoencoder: Option<Autoencoder>,
-    encoder: CaptionEncoder,
+    encoders: CaptionReaders,
+    guidance: Guidance,
     transformer: Option<Box<dyn Transformer>>,
 }
 
@@ -132,15 +159,15 @@ impl FlowMatching {
     fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
         let config = opening.config;
         let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
-        let networks = vec![
-            network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples)),
-            network(kind.encoder.component, kind.encoder.title, false, Some(Subject::Captions)),
-            network(TRANSFORMER, "transformer", true, None),
-        ];
+        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        networks
+            .extend(kind.encoders.iter().map(|own| network(own.component, own.title, false, Some(Subject::Captions))));
+        networks.push(network(TRANSFORMER, "transformer", true, None));
         let base = Self {
             kind,
             networks,
-            encoder: CaptionEncoder::open(&kind.encoder, &opening.checkpoint, config)?,
+            encoders: CaptionReaders::open(kind.encoders, &opening.checkpoint, config)?,
+            guidance: (kind.guidance)(&opening.checkpoint),
             levels: levels::of(config, kind.shift)?,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
@@ -221,13 +248,25 @@ impl FlowMatching {
     /// them now.
     fn with_captions(&self, inputs: Inputs, items: &[Item]) -> Result<Inputs> {
         let _guard = no_grad_guard();
-        let component = self.kind.encoder.component;
-        let of = |item: &Item| match item.encoded.get(&component) {
-            Some(kept) => Ok(shallow(kept)),
-            None => self.encoder.encode(&item.caption, self.device),
-        };
+        let of = |item: &Item| self.encoders.of_item(item, self.device);
         let encoded = items.iter().map(of).collect::<Result<Vec<_>>>()?;
-        Ok(inputs.and((self.kind.layout)(&encoded.iter().collect::<Vec<_>>(), self.device)?))
+        let inputs = inputs.and((self.kind.layout)(&encoded.iter().collect::<Vec<_>>(), self.device)?);
+        self.with_guidance(inputs, items.len(), self.trained_guidance())
+    }
+
+    /// The strength of guidance that the network is told in training.
+    fn trained_guidance(&self) -> f64 {
+        self.config.extra.number("guidance_scale").unwrap_or(1.0)
+    }
+
+    /// Adds the strength of guidance for each of `count` items, where the network is told such.
+    fn with_guidance(&self, inputs: Inputs, count: usize, strength: f64) -> Result<Inputs> {
+        match self.guidance {
+            Guidance::Contrast(_) => Ok(inputs),
+            Guidance::Told(_) => {
+                Ok(inputs.with(GUIDANCE, Some(from_f32(&vec![strength as f32; count], &[count], self.device)?)))
+            }
+        }
     }
 
     /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.
@@ -239,11 +278,13 @@ impl FlowMatching {
         guidance: f64,
     ) -> Result<Tensor> {
         let (pass, transformer) = (Pass::default(), self.transformer()?);
-        let (with, without) = (self.kept(with, 1)?, self.kept(without, 1)?);
+        let of = |kept| self.with_guidance(self.kept(kept, 1)?, 1, guidance);
+        let (with, without) = (of(with)?, of(without)?);
+        let is_told = matches!(self.guidance, Guidance::Told(_));
         flow::euler(noise, levels, |mixture, level| {
             let level = from_f32(&[level as f32], &[1], self.device)?;
             let with = transformer.velocity(mixture, &level, &with, &pass)?;
-            if guidance == 1.0 {
+            if is_told || guidance == 1.0 {
                 return Ok(with);
             }
             // One after the other: captions differ in length, and half as much is in memory.
@@ -254,9 +295,8 @@ impl FlowMatching {
 
     /// What was kept of one caption, `count` times.
     fn kept(&self, encoded: &BTreeMap<Component, Tensors>, count: usize) -> Result<Inputs> {
-        let component = self.kind.encoder.component;
-        let kept = encoded.get(&component).ok_or_else(|| missing(component, "states"))?;
-        (self.kind.layout)(&vec![kept; count], self.device)
+        let kept = self.encoders.kept(encoded)?;
+        (self.kind.layout)(&vec![&kept; count], self.device)
     }
 }
 
@@ -277,7 +317,11 @@ impl Base for FlowMatching {
         match network {
             VAE => self.autoencoder = Some(self.autoencoder()?),
             TRANSFORMER => self.transformer = Some((self.kind.load)(&self.checkpoint, kind, self.device, held)?),
-            _ => self.encoder.load(&self.checkpoint, kind, self.device, held)?,
+            _ => {
+                if let Some(encoder) = self.encoders.of_mut(network) {
+                    encoder.load(&self.checkpoint, kind, self.device, held)?;
+                }
+            }
         }
         Ok(())
     }
@@ -286,7 +330,11 @@ impl Base for FlowMatching {
         match network {
             VAE => self.autoencoder = None,
             TRANSFORMER => self.transformer = None,
-            _ => self.encoder.unload(),
+            _ => {
+                if let Some(encoder) = self.encoders.of_mut(network) {
+                    encoder.unload();
+                }
+            }
         }
     }
 
@@ -294,7 +342,7 @@ impl Base for FlowMatching {
         match network {
             VAE => self.autoencoder.is_some(),
             TRANSFORMER => self.transformer.is_some(),
-            _ => self.encoder.is_loaded(),
+            _ => self.encoders.of(network).is_ok_and(|encoder| encoder.is_loaded()),
         }
     }
 
@@ -323,7 +371,7 @@ impl Base for FlowMatching {
             }
             Encoded::Caption(caption) => {
                 let _guard = no_grad_guard();
-                let encoded = self.encoder.encode(caption, self.device)?;
+                let encoded = self.encoders.of(network)?.encode(caption, self.device)?;
                 for tensor in encoded.values() {
                     if !is_finite(tensor)? {
                         return Err(Error::NotFinite {
@@ -348,7 +396,7 @@ impl Base for FlowMatching {
                 format!("{hash} {:?} {device:?}{tiles}", autoencoder.kind())
             }
             _ => {
-                let settings = self.encoder.settings();
+                let settings = self.encoders.of(network)?.settings();
                 format!("{hash} {:?} {:?} {device:?} {settings}", kind_of(self.precision), config.base_storage)
             }
         })
@@ -372,7 +420,7 @@ impl Base for FlowMatching {
     }
 
     fn caption_length(&self, caption: &str) -> Option<usize> {
-        self.encoder.tokens(caption).ok().map(|tokens| tokens.len())
+        self.encoders.longest()?.tokens(caption).ok()
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
@@ -399,7 +447,8 @@ impl Base for FlowMatching {
         let levels: Vec<f64> =
             (0..JUDGED_LEVELS).map(|step| (2 * step + 1) as f64 / (2 * JUDGED_LEVELS) as f64).collect();
         let loss = VelocityLoss::new(&many, &noise, &levels, &[], None)?;
-        Ok(loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?))
+        let inputs = loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?);
+        self.with_guidance(inputs, JUDGED_LEVELS, self.trained_guidance())
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
@@ -423,9 +472,11 @@ impl Base for FlowMatching {
         let vae = self.vae_config()?;
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
         let tokens = self.tokens((height as i64, width as i64));
-        let levels = flow::levels(config.steps, self.kind.sample_shift.factor(tokens))?;
+        let shift = (self.kind.sample_shift)(&self.checkpoint);
+        let levels = flow::levels(config.steps, shift.factor(tokens))?;
         let given = self.config.gives("sample_guidance_scale");
-        let guidance = if given { config.guidance_scale } else { self.kind.guidance };
+        let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
+        let guidance = if given { config.guidance_scale } else { usual };
         // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
@@ -449,13 +500,25 @@ impl Base for FlowMatching {
     fn record(&self, record: &mut TrainingRecord) {
         record.flow = true;
         record.unet_lr = Some(self.config.learning_rate);
-        record.max_token_length = Some(self.encoder.length());
+        record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
         record.further.extend(levels::record(&self.config, &self.levels));
+        if let Some(architecture) = (self.kind.architecture)(&self.checkpoint) {
+            record.further.push(("modelspec.architecture", format!("{architecture}/lora")));
+        }
+        if matches!(self.guidance, Guidance::Told(_)) {
+            record.further.push(("ss_guidance_scale", self.trained_guidance().to_string()));
+        }
     }
 }
 
 fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> Result<&'t Tensor> {
     encoded.get(name).ok_or_else(|| missing(network, name))
+}
+
+/// What was kept of captions under a name, one behind the other along a new first axis.
+fn stacked(captions: &[&Tensors], network: Component, name: &'static str) -> Result<Tensor> {
+    let each: Vec<&Tensor> = captions.iter().map(|kept| tensor(kept, network, name)).collect::<Result<_>>()?;
+    Ok(Tensor::f_stack(&each, 0)?)
 }
 
 fn missing(network: Component, name: &'static str) -> Error {

@@ -60,7 +60,7 @@ fn captions_and_samples_are_those_of_the_pipeline() {
         assert!(error < 1e-5, "{prompt}: {error:e}");
         kept.push(BTreeMap::from([(Component::TEXT_ENCODER, encoded)]));
     }
-    let levels = flow::levels(4, base.kind.sample_shift.factor(24)).unwrap();
+    let levels = flow::levels(4, (base.kind.sample_shift)(&base.checkpoint).factor(24)).unwrap();
     let values = synthetic_uniform("input.sample.noise", 16 * 8 * 12).map(|u| 3f64.sqrt() as f32 * u);
     let noise = from_f32(&values.collect::<Vec<_>>(), &[1, 16, 8, 12], Device::Cpu).unwrap();
     let _guard = no_grad_guard();

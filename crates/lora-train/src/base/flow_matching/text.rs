@@ -1,114 +1,177 @@
-//! Captions through a language model: what stands around them, which of its states are read. The tokenizer is `lora_data`'s,
-//! the network is `lora_models`'.
+//! The text encoders of a base: which there are, what each keeps of a caption, and all of that together. How a kind of encoder
+//! reads captions is in `language`, `clip` and `t5`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_core::Component;
 use lora_data::tokenizer::Tokenizer;
 use lora_io::checkpoint::Checkpoint;
-use lora_models::layers::Pass;
-use lora_models::networks::decoder::Rows;
-use lora_models::networks::{Decoder, load_caption_decoder};
 use lora_models::weights::Held;
-use lora_torch::dry;
-use lora_torch::tch::{Device, Kind, Tensor};
-use lora_torch::tensor::upload;
+use lora_torch::tch::{Device, Kind};
 
-use super::super::Tensors;
+use super::super::{Item, Tensors};
+use super::clip::ClipReader;
+use super::language::LanguageReader;
+use super::t5::T5Reader;
 use crate::config::TrainConfig;
 use crate::{Error, Result};
 
-/// The text encoder of a kind of base: what its files do not say.
+/// A text encoder of a kind of base: what its files do not say.
 #[derive(Debug)]
 pub(super) struct EncoderKind {
     /// The part of the base that it is.
     pub(super) component: Component,
     /// What people call it.
     pub(super) title: &'static str,
-    /// What the key `text_encoder` may name, for people.
+    /// The key that names it, where the base's file is the transformer alone.
+    pub(super) key: &'static str,
+    /// What that key may name, for people.
     pub(super) published: &'static str,
-    /// What stands before a caption and behind it, special tokens among them.
-    pub(super) around: [&'static str; 2],
-    /// Layers behind the states that are read; states behind the last layer are normed, others are not.
-    pub(super) unread_layers: usize,
+    /// The folder of its tokenizer in a diffusers folder; `None` where the vocabulary is this program's.
+    pub(super) tokenizer: Option<&'static str>,
+    /// How it reads captions.
+    pub(super) reads: Reads,
 }
 
-/// The name of what is kept of a caption.
+/// How an encoder reads captions.
+#[derive(Debug)]
+pub(super) enum Reads {
+    /// A language model.
+    Language {
+        /// What stands before a caption and behind it, special tokens among them.
+        around: [&'static str; 2],
+        /// Layers behind the states that are read; states behind the last layer are normed, others are not.
+        unread_layers: usize,
+    },
+    /// T5: rows filled up to this length, where no key says another.
+    T5(fn(&Checkpoint) -> usize),
+    /// CLIP's, of which this is kept.
+    Clip(Clip),
+}
+
+/// What is kept of CLIP's answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Clip {
+    /// The normed state of the end, under this name.
+    End(&'static str),
+    /// The states before the last layer, and the projected state of the end.
+    StatesAndPooled {
+        /// Their names.
+        names: [&'static str; 2],
+        /// OpenCLIP's: rows are filled up with 0, the GELU is exact.
+        open: bool,
+    },
+}
+
+/// The name of the states that are kept of a caption.
 pub(super) const STATES: &str = "states";
 
-/// The text encoder of an open base.
-#[derive(Debug)]
-pub(super) struct CaptionEncoder {
-    kind: &'static EncoderKind,
-    tokenizer: Tokenizer,
-    /// Tokens of a caption and what stands around it, at most.
-    length: usize,
-    network: Option<Decoder>,
+/// A text encoder of an open base.
+pub(super) trait CaptionReader: std::fmt::Debug + Send {
+    /// Builds the network.
+    fn load(&mut self, checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<()>;
+    /// Lets go of it.
+    fn unload(&mut self);
+    /// Whether it is there.
+    fn is_loaded(&self) -> bool;
+    /// Tokens of a caption at most.
+    fn length(&self) -> usize;
+    /// The number of a caption's tokens with what stands around it, uncut.
+    fn tokens(&self, caption: &str) -> Result<usize>;
+    /// What answers depend on beside the caption and the weights.
+    fn settings(&self) -> String;
+    /// What is kept of a caption, on the device, in the compute dtype.
+    fn encode(&self, caption: &str, device: Device) -> Result<Tensors>;
 }
 
+/// All text encoders of an open base, in their order.
+#[derive(Debug)]
+pub(super) struct CaptionReaders(Vec<(&'static EncoderKind, Box<dyn CaptionReader>)>);
+
 /// Where the tokenizer of a base's text encoder is: where a key says it, in the encoder's own folder, or beside it.
-pub(super) fn tokenizer(checkpoint: &Checkpoint, component: Component, config: &TrainConfig) -> Option<PathBuf> {
+pub(super) fn tokenizer(
+    checkpoint: &Checkpoint,
+    component: Component,
+    folder: &str,
+    config: &TrainConfig,
+) -> Option<PathBuf> {
     let given = config.extra.text("tokenizer").map(PathBuf::from);
     let encoder = checkpoint.component(component).ok()?.path().to_owned();
     let beside = [Some(encoder.as_path()), encoder.parent()].into_iter().flatten();
-    let places = beside.flat_map(|folder| [folder.to_owned(), folder.join("tokenizer")]);
+    let places = beside.flat_map(|place| [place.to_owned(), place.join(folder)]);
     // The text encoder may come from elsewhere without one: a base's own is of the same kind.
-    let of_base = checkpoint.path().join("tokenizer");
+    let of_base = checkpoint.path().join(folder);
     given.into_iter().chain(places).chain([of_base]).find(|folder| Tokenizer::is_at(folder))
 }
 
-impl CaptionEncoder {
-    pub(super) fn open(kind: &'static EncoderKind, checkpoint: &Checkpoint, config: &TrainConfig) -> Result<Self> {
-        let found = tokenizer(checkpoint, kind.component, config);
-        let path = found.unwrap_or_else(|| checkpoint.path().join("tokenizer"));
-        let tokenizer = Tokenizer::open(&path)?;
-        let rows = checkpoint.component(kind.component)?.shape("model.embed_tokens.weight").and_then(<[_]>::first);
-        if let Some(&rows) = rows.filter(|rows| **rows < tokenizer.vocabulary_size()) {
-            return Err(Error::Vocabulary { path, tokens: tokenizer.vocabulary_size(), rows });
+/// That tokenizer, held against the number of `rows` in its encoder's table.
+pub(super) fn open_tokenizer(
+    checkpoint: &Checkpoint,
+    component: Component,
+    (folder, table): (&str, &str),
+    config: &TrainConfig,
+) -> Result<Tokenizer> {
+    let found = tokenizer(checkpoint, component, folder, config);
+    let path = found.unwrap_or_else(|| checkpoint.path().join(folder));
+    let tokenizer = Tokenizer::open(&path)?;
+    let rows = checkpoint.component(component)?.shape(table).and_then(<[_]>::first);
+    match rows.filter(|rows| **rows < tokenizer.vocabulary_size()) {
+        Some(&rows) => Err(Error::Vocabulary { path, tokens: tokenizer.vocabulary_size(), rows }),
+        None => Ok(tokenizer),
+    }
+}
+
+impl CaptionReaders {
+    pub(super) fn open(kinds: &'static [EncoderKind], checkpoint: &Checkpoint, config: &TrainConfig) -> Result<Self> {
+        let open = |kind: &'static EncoderKind| -> Result<(&'static EncoderKind, Box<dyn CaptionReader>)> {
+            Ok((
+                kind,
+                match &kind.reads {
+                    Reads::Language { around, unread_layers } => {
+                        Box::new(LanguageReader::open(kind, (*around, *unread_layers), checkpoint, config)?)
+                    }
+                    Reads::T5(usual) => Box::new(T5Reader::open(kind, usual(checkpoint), checkpoint, config)?),
+                    Reads::Clip(kept) => Box::new(ClipReader::new(kind, *kept, config)),
+                },
+            ))
+        };
+        kinds.iter().map(open).collect::<Result<_>>().map(Self)
+    }
+
+    pub(super) fn of(&self, component: Component) -> Result<&dyn CaptionReader> {
+        let own = self.0.iter().find(|(kind, _)| kind.component == component);
+        own.map(|(_, reader)| &**reader).ok_or(Error::EncodesNothing { network: component })
+    }
+
+    pub(super) fn of_mut(&mut self, component: Component) -> Option<&mut Box<dyn CaptionReader>> {
+        self.0.iter_mut().find(|(kind, _)| kind.component == component).map(|(_, reader)| reader)
+    }
+
+    /// The one that reads the most of a caption.
+    pub(super) fn longest(&self) -> Option<&dyn CaptionReader> {
+        self.0.iter().map(|(_, reader)| &**reader).max_by_key(|reader| reader.length())
+    }
+
+    /// What all keep of an item's caption: what was kept, or what those that stayed make of it now.
+    pub(super) fn of_item(&self, item: &Item, device: Device) -> Result<Tensors> {
+        let mut all = Tensors::new();
+        for (kind, reader) in &self.0 {
+            match item.encoded.get(&kind.component) {
+                Some(kept) => all.extend(super::shallow(kept)),
+                None => all.extend(reader.encode(&item.caption, device)?),
+            }
         }
-        let length = config.extra.whole("max_sequence_length").unwrap_or(512);
-        Ok(Self { kind, tokenizer, length, network: None })
+        Ok(all)
     }
 
-    pub(super) fn load(&mut self, checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<()> {
-        self.network = Some(load_caption_decoder(checkpoint, self.kind.component, kind, device, held)?);
-        Ok(())
-    }
-
-    pub(super) fn unload(&mut self) {
-        self.network = None;
-    }
-
-    pub(super) fn is_loaded(&self) -> bool {
-        self.network.is_some()
-    }
-
-    /// Tokens of a caption at most.
-    pub(super) fn length(&self) -> usize {
-        self.length
-    }
-
-    /// The tokens of a caption with what stands around it, uncut.
-    pub(super) fn tokens(&self, caption: &str) -> Result<Vec<u32>> {
-        let [before, behind] = self.kind.around;
-        Ok(self.tokenizer.encode(&format!("{before}{caption}{behind}"))?.ids)
-    }
-
-    /// What answers depend on beside the caption and the weights.
-    pub(super) fn settings(&self) -> String {
-        format!("{} {:?} {} {}", self.length, self.kind.around, self.kind.unread_layers, self.tokenizer.digest())
-    }
-
-    /// The states of a caption, `[tokens, width]` on the device, in the compute dtype.
-    pub(super) fn encode(&self, caption: &str, device: Device) -> Result<Tensors> {
-        let network = self.network.as_ref().ok_or(Error::NotLoaded { network: self.kind.title })?;
-        let mut tokens: Vec<i64> = self.tokens(caption)?.into_iter().map(i64::from).collect();
-        // What a run may need is planned with captions as long as they can be: nobody has looked at the real ones.
-        tokens.resize(if dry::is_dry(device) { self.length } else { tokens.len().min(self.length) }, 0);
-        let rows = Rows::of(&upload(&Tensor::from_slice(&tokens).f_unsqueeze(0)?, device)?, 0)?;
-        let depth = network.config().layers.len().saturating_sub(self.kind.unread_layers);
-        let states = network.states(&rows, &[depth], &Pass::default())?;
-        let states = states.first().map(|states| states.f_squeeze_dim(0)).transpose()?;
-        Ok(states.map(|states| (STATES.to_owned(), states)).into_iter().collect())
+    /// What all kept of a caption.
+    pub(super) fn kept(&self, encoded: &BTreeMap<Component, Tensors>) -> Result<Tensors> {
+        let mut all = Tensors::new();
+        for (kind, _) in &self.0 {
+            let kept = encoded.get(&kind.component);
+            all.extend(super::shallow(kept.ok_or_else(|| super::missing(kind.component, STATES))?));
+        }
+        Ok(all)
     }
 }

@@ -8,8 +8,8 @@ use lora_models::networks::{ZImage, ZImageCaptions, load_z_image};
 use lora_torch::tch::{Device, Kind as Number, Tensor};
 use lora_torch::tensor::upload;
 
-use super::text::{EncoderKind, STATES};
-use super::{FlowMatching, Inputs, Kind, Registration, Tensors, Transformer, tensor};
+use super::text::{EncoderKind, Reads, STATES};
+use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, tensor};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -25,21 +25,26 @@ pub(in super::super) const Z_IMAGE: Registration = Registration {
 
 pub(super) static KIND: Kind = Kind {
     family: &z_image::FAMILY,
-    encoder: EncoderKind {
+    encoders: &[EncoderKind {
         component: Component::TEXT_ENCODER,
         title: "text encoder",
+        key: "text_encoder",
+        tokenizer: Some("tokenizer"),
         published: "Qwen3 4B, its folder, its file (qwen_3_4b.safetensors), or a diffusers folder that has it",
-        // Qwen3's template of one message, with thinking left open.
-        around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
-        unread_layers: 1,
-    },
+        reads: Reads::Language {
+            // Qwen3's template of one message, with thinking left open.
+            around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
+            unread_layers: 1,
+        },
+    }],
     load: |checkpoint, kind, device, held| Ok(Box::new(load_z_image(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: false,
     patch: 2,
     shift: Shift::FLUX,
-    sample_shift: Shift::Factor(3.0),
-    guidance: 5.0,
+    sample_shift: |_| Shift::Factor(3.0),
+    guidance: |_| Guidance::Contrast(5.0),
+    architecture: |_| None,
     distilled: "its name says that this base is distilled to few steps (Turbo): training it directly loses that within some \
                 hundred steps; train on Z-Image's base model, and use the LoRA with either",
 };

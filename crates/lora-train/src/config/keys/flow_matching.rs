@@ -7,6 +7,57 @@ use super::{Given, Group, Key, Reads, Resumed, Setting};
 /// All of them.
 pub static KEYS: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS];
 
+/// FLUX.1's: the same, a second text encoder and the guidance that it is told.
+pub static FLUX: &[&Group] = &[&CAPTIONS, &LEVELS, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
+
+/// Stable Diffusion 3's: the same, and two more text encoders.
+pub static SD3: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
+
+/// The guidance that a network is told.
+pub static GUIDANCE: Group = Group {
+    section: "Pictures and captions",
+    behind: Some("max_timestep"),
+    keys: &[Key {
+        name: "guidance_scale",
+        values: "0 …",
+        default: "1",
+        meaning: "The strength of guidance that FLUX.1 dev is told in training, as a constant; adapters that are trained at 1 are used at the usual 3.5. Samples are told `sample_guidance_scale`.",
+        memory: "",
+        resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("guidance_scale")),
+        reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(1.0))),
+    }],
+};
+
+/// Where the second text encoder is.
+pub static SECOND_ENCODER: Group = Group {
+    section: "Precision and memory",
+    behind: Some("text_encoder"),
+    keys: &[Key {
+        name: "text_encoder_2",
+        values: "path",
+        default: "the base's own",
+        meaning: "The second text encoder of a base whose file is the transformer alone: FLUX.1's T5-XXL, Stable Diffusion 3's CLIP-bigG; a folder, a file or a diffusers folder that has it.",
+        memory: "As `text_encoder`.",
+        resumed: Resumed::FixedSince("none", |config| config.extra.shown("text_encoder_2")),
+        reads: Reads::Extra(path),
+    }],
+};
+
+/// Where the third one is.
+pub static THIRD_ENCODER: Group = Group {
+    section: "Precision and memory",
+    behind: Some("text_encoder_2"),
+    keys: &[Key {
+        name: "text_encoder_3",
+        values: "path",
+        default: "the base's own",
+        meaning: "The third text encoder, likewise: Stable Diffusion 3's T5-XXL.",
+        memory: "As `text_encoder`.",
+        resumed: Resumed::FixedSince("none", |config| config.extra.shown("text_encoder_3")),
+        reads: Reads::Extra(path),
+    }],
+};
+
 /// How captions become states.
 pub static CAPTIONS: Group = Group {
     section: "Pictures and captions",

@@ -1,0 +1,134 @@
+//! Transformers that denoise by flow matching: weights and adapters in diffusers' tree and in the original one
+//! (`tools/golden/make_transformer_layouts.py`, which holds them against diffusers' own converter).
+
+use std::path::PathBuf;
+
+use lora_core::{Adapter, Component, DType, ModulePath};
+use lora_io::adapter::{self, Format};
+use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
+use lora_io::safetensors::SafetensorsFile;
+
+fn golden(name: &str) -> PathBuf {
+    format!("{}/tests/golden/transformers/{name}.safetensors", env!("CARGO_MANIFEST_DIR")).into()
+}
+
+const FAMILIES: [&str; 3] = ["flux", "flux2", "sd3"];
+
+#[test]
+fn files_in_both_trees_hold_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in FAMILIES {
+        let expected = SafetensorsFile::open(golden(name)).unwrap();
+        for layout in [name.to_owned(), format!("{name}_original")] {
+            let checkpoint = Checkpoint::open(golden(&layout)).unwrap();
+            assert_eq!(checkpoint.family().name, name, "{layout}");
+            assert!(checkpoint.unused().is_empty(), "{layout}: {:?}", checkpoint.unused());
+            let found = checkpoint.component(Component::TRANSFORMER).unwrap();
+            assert_eq!(found.names().collect::<Vec<_>>(), expected.names().collect::<Vec<_>>(), "{layout}");
+            for weight in expected.names() {
+                let view = expected.get(weight).unwrap();
+                let own = found.tensor(weight).unwrap();
+                assert_eq!((own.shape(), own.bytes()), (view.shape(), view.bytes()), "{layout}: {weight}");
+            }
+        }
+        // And what is written in the original tree is the original's file.
+        let checkpoint = Checkpoint::open(golden(name)).unwrap();
+        let path = folder.path().join(format!("{name}.safetensors"));
+        let source = Replaced { checkpoint: &checkpoint, weights: Default::default() };
+        write_single_file(&path, &source, DType::F16, &Default::default()).unwrap();
+        let (written, original) = (
+            SafetensorsFile::open(&path).unwrap(),
+            SafetensorsFile::open(golden(&format!("{name}_original"))).unwrap(),
+        );
+        assert_eq!(written.names().collect::<Vec<_>>(), original.names().collect::<Vec<_>>());
+        for weight in original.names() {
+            assert_eq!(written.get(weight).unwrap().bytes(), original.get(weight).unwrap().bytes(), "{name}: {weight}");
+        }
+    }
+}
+
+/// What a module adds to its layer's weight, `[outputs, inputs]`.
+fn update(adapter: &Adapter, path: &ModulePath) -> Vec<f32> {
+    let module = &adapter.modules[path];
+    let (down, up) = (&module.tensors["down"], &module.tensors["up"]);
+    let (rank, inputs) = (down.shape()[0], down.shape()[1]);
+    let (down, up) = (down.to_f32(), up.to_f32());
+    let entry = |row: &[f32], column: usize| -> f32 {
+        (0..rank).map(|k| row[k] * down[k * inputs + column]).sum::<f32>() * module.scale() as f32
+    };
+    up.chunks(rank)
+        .flat_map(|row| (0..inputs).map(move |column| (row, column)))
+        .map(|(row, column)| entry(row, column))
+        .collect()
+}
+
+fn same(found: &Adapter, expected: &Adapter, what: &str) {
+    let paths = |adapter: &Adapter| adapter.modules.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(paths(found), paths(expected), "{what}");
+    for path in expected.modules.keys() {
+        let (found, expected) = (update(found, path), update(expected, path));
+        assert_eq!(found.len(), expected.len(), "{what}: {path}");
+        let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+        assert!(worst < 1e-6, "{what}: {path}: {worst:e}");
+    }
+}
+
+#[test]
+fn adapters_in_all_layouts_are_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in FAMILIES {
+        let read = |layout: &str| adapter::read(golden(&format!("{name}_lora_{layout}"))).unwrap();
+        let expected = read("diffusers");
+        assert_eq!(expected.format, Format::Diffusers);
+        for layout in ["kohya", "comfyui"] {
+            let found = read(layout);
+            assert_eq!(found.family.map(|family| family.name), Some(name), "{layout}");
+            same(&found.adapter, &expected.adapter, &format!("{name}, {layout}"));
+        }
+        // Factors that layers share are written once, and come back as they were.
+        let kohya = SafetensorsFile::open(golden(&format!("{name}_lora_kohya"))).unwrap();
+        let path = folder.path().join(format!("{name}.safetensors"));
+        let family = read("kohya").family;
+        adapter::kohya::write(&path, &read("kohya").adapter, family, DType::F16).unwrap();
+        let written = SafetensorsFile::open(&path).unwrap();
+        assert_eq!(written.names().collect::<Vec<_>>(), kohya.names().collect::<Vec<_>>(), "{name}");
+        for tensor in kohya.names().filter(|tensor| !tensor.ends_with("alpha")) {
+            assert_eq!(written.get(tensor).unwrap().bytes(), kohya.get(tensor).unwrap().bytes(), "{name}: {tensor}");
+        }
+        // diffusers' layout comes back too.
+        adapter::write(&path, &expected.adapter, Format::Diffusers, DType::F32).unwrap();
+        same(&adapter::read(&path).unwrap().adapter, &expected.adapter, name);
+    }
+}
+
+/// Layers that were trained with factors of their own lie in one layer in kohya's tree: the file's module has the ranks of
+/// all, each on its rows, and reading gives them back.
+#[test]
+fn separate_factors_are_put_into_one_module_and_taken_out_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let mut separate = adapter::read(golden("flux_lora_diffusers")).unwrap().adapter;
+    for (index, module) in separate.modules.values_mut().enumerate() {
+        let down = &module.tensors["down"];
+        let values = down.to_f32().iter().map(|value| value + index as f32 / 16.0).collect();
+        let changed = lora_core::HostTensor::from_f32(down.shape(), values).unwrap();
+        module.tensors.insert("down".into(), changed);
+        // And scales of their own.
+        module.alpha = 1.0 + (index % 3) as f64;
+    }
+    // One of three is not adapted.
+    let left_out = ModulePath::new(Component::TRANSFORMER, "transformer_blocks.0.attn.to_k");
+    separate.modules.remove(&left_out).unwrap();
+    let family = adapter::family(&separate);
+    assert_eq!(family.map(|family| family.name), Some("flux"));
+    let notes = adapter::kohya::write(&path, &separate, family, DType::F32).unwrap();
+    assert!(notes[0].contains("one module of their ranks together"), "{notes:?}");
+    let file = SafetensorsFile::open(&path).unwrap();
+    assert_eq!(file.shape("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"), Some([8, 8].as_slice()));
+    assert_eq!(file.shape("lora_unet_single_blocks_0_linear1.lora_down.weight"), Some([16, 8].as_slice()));
+    assert_eq!(file.shape("lora_unet_single_blocks_0_linear1.lora_up.weight"), Some([56, 16].as_slice()));
+    let back = adapter::read(&path).unwrap().adapter;
+    same(&back, &separate, "separate");
+    let ranks = |adapter: &Adapter| adapter.modules.values().map(|module| module.rank).collect::<Vec<_>>();
+    assert_eq!(ranks(&back), ranks(&separate));
+}

@@ -1,0 +1,395 @@
+//! FLUX.1's transformer (Black Forest Labs, 2024): blocks in which text and picture have layers of their own, then blocks
+//! in which they share them; diffusers' `FluxTransformer2DModel`.
+
+use lora_core::Component;
+use lora_io::checkpoint::ComponentWeights;
+use lora_torch::checkpoint::Shared;
+use lora_torch::tch::{Kind, Tensor};
+
+use super::axial_rotary::{AxialRotary, AxialTables};
+use super::config;
+use super::joint::{
+    Embedder, FeedForward, HeadSizes, Heads, Modulation, Modulator, Projections, SINUSOIDS, Sinusoids, attend,
+    gated_sum, in_range, layer_norm, modulated, pack, parted, positions, unpack,
+};
+use crate::layers::{Adaptable, AdaptableLayer, Pass, exclusive};
+use crate::weights::{Weights, dimension};
+use crate::{Error, Result};
+
+/// Sizes of a transformer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FluxConfig {
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Width of a token's state.
+    pub width: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Width inside of the feed-forward.
+    pub inner: usize,
+    /// Width of the text encoder's states.
+    pub context: usize,
+    /// Width of the pooled text.
+    pub pooled: usize,
+    /// Blocks in which text and picture have layers of their own.
+    pub double_blocks: usize,
+    /// Blocks in which they share them.
+    pub single_blocks: usize,
+    /// Whether it is told a strength of guidance.
+    pub guidance: bool,
+    /// Numbers of a head that are turned by each axis of a position.
+    pub axes: Vec<usize>,
+}
+
+/// Base of the frequencies of positions.
+const THETA: f64 = 10_000.0;
+
+impl FluxConfig {
+    /// Read off a component's names and shapes; the axes of positions from its `config.json`, and without one an eighth
+    /// and twice seven sixteenths of a head, as published ones have.
+    ///
+    /// # Errors
+    /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
+    pub fn detect(component: &ComponentWeights) -> Result<Self> {
+        let count = |blocks: &str, end: &str| {
+            (0..).take_while(|&index| component.contains(&format!("{blocks}.{index}.{end}"))).count()
+        };
+        let width = dimension(component, "x_embedder.weight", 0)?;
+        let inputs = dimension(component, "x_embedder.weight", 1)?;
+        let outputs = dimension(component, "proj_out.weight", 0)?;
+        let head = dimension(component, "single_transformer_blocks.0.attn.norm_q.weight", 0)?;
+        if inputs != outputs || !inputs.is_multiple_of(4) {
+            let reason = format!(
+                "transformer that takes {inputs} numbers a token and gives {outputs}; expected as many, four a channel (more is \
+                 a model that is told a second picture, which cannot be trained here)"
+            );
+            return Err(config::wrong(component, reason));
+        }
+        if head == 0 || !width.is_multiple_of(head) {
+            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
+        }
+        let axes = match config::numbers(component, "axes_dims_rope")? {
+            Some(axes) => axes,
+            None => vec![head / 8, 7 * head / 16, 7 * head / 16],
+        };
+        if axes.len() != 3 || axes.iter().sum::<usize>() != head {
+            return Err(config::wrong(component, format!("axes {axes:?} of positions for heads of {head}")));
+        }
+        Ok(Self {
+            latent_channels: inputs / 4,
+            width,
+            heads: width / head,
+            inner: dimension(component, "single_transformer_blocks.0.proj_mlp.weight", 0)?,
+            context: dimension(component, "context_embedder.weight", 1)?,
+            pooled: dimension(component, "time_text_embed.text_embedder.linear_1.weight", 1)?,
+            double_blocks: count("transformer_blocks", "attn.to_q.weight"),
+            single_blocks: count("single_transformer_blocks", "attn.to_q.weight"),
+            guidance: component.contains(GUIDANCE),
+            axes,
+        })
+    }
+
+    fn head_sizes(&self) -> HeadSizes {
+        HeadSizes { width: self.width, heads: self.heads, bias: true, norms: true }
+    }
+}
+
+/// The weight that shows whether guidance is embedded.
+const GUIDANCE: &str = "time_text_embed.guidance_embedder.linear_1.weight";
+
+/// What the transformer is told beside the latents.
+#[derive(Debug, Clone, Copy)]
+pub struct FluxConditions<'t> {
+    /// Noise levels σ, `[batch]`, from 0 to 1.
+    pub sigmas: &'t Tensor,
+    /// Text states, `[batch, tokens, context]`.
+    pub context: &'t Tensor,
+    /// Pooled text, `[batch, pooled]`.
+    pub pooled: &'t Tensor,
+    /// Strengths of guidance, `[batch]`, where the transformer is told such.
+    pub guidance: Option<&'t Tensor>,
+}
+
+/// FLUX.1's transformer.
+#[derive(Debug)]
+pub struct Flux {
+    config: FluxConfig,
+    kind: Kind,
+    sinusoids: Sinusoids,
+    rotary: AxialRotary,
+    timestep_embedder: Embedder,
+    guidance_embedder: Option<Embedder>,
+    text_embedder: Embedder,
+    context_embedder: AdaptableLayer,
+    x_embedder: AdaptableLayer,
+    double_blocks: Vec<Shared<DoubleBlock>>,
+    single_blocks: Vec<Shared<SingleBlock>>,
+    norm_out: Modulator,
+    proj_out: AdaptableLayer,
+}
+
+/// What one kind of token has of its own in a block.
+#[derive(Debug)]
+struct Stream {
+    modulator: Modulator,
+    projections: Projections,
+    to_out: AdaptableLayer,
+    feed_forward: FeedForward,
+}
+
+#[derive(Debug)]
+struct DoubleBlock {
+    image: Stream,
+    text: Stream,
+}
+
+#[derive(Debug)]
+struct SingleBlock {
+    modulator: Modulator,
+    projections: Projections,
+    proj_mlp: AdaptableLayer,
+    proj_out: AdaptableLayer,
+}
+
+/// What all blocks of a pass share.
+#[derive(Debug)]
+struct Sequence {
+    /// Text tokens, which come first.
+    text: i64,
+    positions: AxialTables,
+}
+
+impl Flux {
+    /// Built from its weights. The layers outside of the blocks are in the compute dtype, however the others are held.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
+    /// memory.
+    pub fn new(weights: &Weights<'_>, config: FluxConfig) -> Result<Self> {
+        let (width, plain) = (config.width, weights.plain());
+        let time_text = plain.at("time_text_embed");
+        let embedder = |name: &str, inputs| Embedder::new(&time_text.at(name), inputs, width, true);
+        let tokens = 4 * config.latent_channels;
+        let (double, single) = (weights.at("transformer_blocks"), weights.at("single_transformer_blocks"));
+        let double = (0..config.double_blocks).map(|at| DoubleBlock::new(&double.at(at), &config).map(Shared::new));
+        let single = (0..config.single_blocks).map(|at| SingleBlock::new(&single.at(at), &config).map(Shared::new));
+        Ok(Self {
+            kind: weights.kind(),
+            sinusoids: Sinusoids::new(weights.device())?,
+            rotary: AxialRotary::new(&config.axes, THETA, weights.device())?,
+            timestep_embedder: embedder("timestep_embedder", SINUSOIDS)?,
+            guidance_embedder: match config.guidance {
+                true => Some(embedder("guidance_embedder", SINUSOIDS)?),
+                false => None,
+            },
+            text_embedder: embedder("text_embedder", config.pooled)?,
+            context_embedder: AdaptableLayer::linear(&plain.at("context_embedder"), config.context, width, true)?,
+            x_embedder: AdaptableLayer::linear(&plain.at("x_embedder"), tokens, width, true)?,
+            double_blocks: double.collect::<Result<_>>()?,
+            single_blocks: single.collect::<Result<_>>()?,
+            norm_out: Modulator::new(&plain.at("norm_out.linear"), width, 2, true)?,
+            proj_out: AdaptableLayer::linear(&plain.at("proj_out"), width, tokens, true)?,
+            config,
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &FluxConfig {
+        &self.config
+    }
+
+    /// The dtype it computes in.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The velocity, noise less data, of noised latents `[batch, channels, height, width]`; f32, shaped as the latents.
+    /// Inputs are cast to the compute dtype here.
+    ///
+    /// # Errors
+    /// Where inputs do not fit each other, and where memory runs out.
+    pub fn forward(&self, latents: &Tensor, conditions: &FluxConditions<'_>, pass: &Pass) -> Result<Tensor> {
+        self.check(latents, conditions)?;
+        let (_, _, height, width) = latents.size4()?;
+        let vector = self.vector(conditions, pass)?;
+        let image = self.x_embedder.forward(&pack(&latents.f_to_kind(self.kind)?)?, pass)?;
+        let text = self.context_embedder.forward(&conditions.context.f_to_kind(self.kind)?, pass)?;
+        let tokens = text.size3()?.1;
+        let sequence = Shared::new(Sequence { text: tokens, positions: self.positions(tokens, height, width)? });
+
+        let mut joined = Tensor::f_cat(&[text, image], 1)?;
+        for block in &self.double_blocks {
+            let sequence = sequence.clone();
+            joined = pass.block(block, &[&joined, &vector], move |block, inputs, pass| {
+                block.forward(&inputs[0], &inputs[1], &sequence, pass)
+            })?;
+        }
+        for block in &self.single_blocks {
+            let sequence = sequence.clone();
+            joined = pass.block(block, &[&joined, &vector], move |block, inputs, pass| {
+                block.forward(&inputs[0], &inputs[1], &sequence, pass)
+            })?;
+        }
+        let (_, image) = parted(&joined, tokens)?;
+        let ends = self.norm_out.forward(&vector, pass)?;
+        let normed = modulated(&layer_norm(&image)?, &ends.part(1), &ends.part(0))?;
+        unpack(&self.proj_out.forward(&normed, pass)?.f_to_kind(Kind::Float)?, height, width)
+    }
+
+    /// What blocks are scaled and shifted by, through SiLU: `[batch, width]`.
+    fn vector(&self, conditions: &FluxConditions<'_>, pass: &Pass) -> Result<Tensor> {
+        let times = self.sinusoids.of_thousandfold(conditions.sigmas)?;
+        let mut vector = self.timestep_embedder.forward(&times, pass)?;
+        if let (Some(embedder), Some(guidance)) = (&self.guidance_embedder, conditions.guidance) {
+            vector = vector.f_add(&embedder.forward(&self.sinusoids.of_thousandfold(guidance)?, pass)?)?;
+        }
+        Ok(vector.f_add(&self.text_embedder.forward(conditions.pooled, pass)?)?.f_silu()?)
+    }
+
+    /// Text at the origin, the picture's tokens by row and column on the second and third axis.
+    fn positions(&self, text: i64, height: i64, width: i64) -> Result<AxialTables> {
+        let device = self.x_embedder.device();
+        let places = positions(height / 2, width / 2, (0, 0), device)?;
+        let image = Tensor::f_cat(&[places.f_narrow(1, 0, 1)?.f_zeros_like()?, places], 1)?;
+        let text = Tensor::f_zeros([text, 3], (Kind::Int64, device))?;
+        self.rotary.tables(&Tensor::f_cat(&[text, image], 0)?.f_unsqueeze(0)?)
+    }
+
+    fn check(&self, latents: &Tensor, conditions: &FluxConditions<'_>) -> Result<()> {
+        let FluxConditions { sigmas, context, pooled, guidance } = conditions;
+        let FluxConfig { latent_channels, context: context_width, pooled: pooled_width, .. } = self.config;
+        let (batch, channels, ..) = latents.size4()?;
+        let (context_batch, _, found_width) = context.size3()?;
+        let fits = channels == latent_channels as i64
+            && (context_batch, found_width) == (batch, context_width as i64)
+            && pooled.size() == [batch, pooled_width as i64]
+            && sigmas.size() == [batch]
+            && guidance.is_some() == self.config.guidance
+            && guidance.is_none_or(|guidance| guidance.size() == [batch]);
+        if fits {
+            return Ok(());
+        }
+        let told = if self.config.guidance { "one guidance each" } else { "no guidance" };
+        Err(Error::Input {
+            what: "FLUX.1's transformer",
+            expected: format!(
+                "latents [{batch}, {latent_channels}, …], one σ each, text [{batch}, …, {context_width}], pooled text \
+                 [{batch}, {pooled_width}], {told}"
+            ),
+            found: format!(
+                "latents {:?}, σ {:?}, text {:?}, pooled text {:?}, guidance {:?}",
+                latents.size(),
+                sigmas.size(),
+                context.size(),
+                pooled.size(),
+                guidance.map(Tensor::size)
+            ),
+        })
+    }
+}
+
+impl Stream {
+    /// The layers' names in a block: the modulator's and the feed-forward's, and those of the attention.
+    fn new(weights: &Weights<'_>, config: &FluxConfig, is_text: bool) -> Result<Self> {
+        let (norm, feed_forward, out) = match is_text {
+            true => ("norm1_context", "ff_context", "to_add_out"),
+            false => ("norm1", "ff", "to_out.0"),
+        };
+        let attention = weights.at("attn");
+        Ok(Self {
+            modulator: Modulator::new(&weights.at(norm).at("linear"), config.width, 6, true)?,
+            projections: match is_text {
+                true => Projections::added(&attention, config.head_sizes())?,
+                false => Projections::own(&attention, config.head_sizes())?,
+            },
+            to_out: AdaptableLayer::linear(&attention.at(out), config.width, config.width, true)?,
+            feed_forward: FeedForward::new(&weights.at(feed_forward), config.width, config.inner)?,
+        })
+    }
+
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        self.modulator.visit(visit);
+        self.projections.visit(visit);
+        visit(&mut self.to_out);
+        self.feed_forward.visit(visit)
+    }
+}
+
+impl DoubleBlock {
+    fn new(weights: &Weights<'_>, config: &FluxConfig) -> Result<Self> {
+        Ok(Self { image: Stream::new(weights, config, false)?, text: Stream::new(weights, config, true)? })
+    }
+
+    /// Tokens `[batch, tokens, width]`, text first, of the same.
+    fn forward(&self, joined: &Tensor, vector: &Tensor, sequence: &Sequence, pass: &Pass) -> Result<Tensor> {
+        let (text, image) = parted(joined, sequence.text)?;
+        let begin = |stream: &Stream, tokens: &Tensor| -> Result<_> {
+            let modulation = stream.modulator.forward(vector, pass)?;
+            let normed = modulated(&layer_norm(tokens)?, &modulation.part(0), &modulation.part(1))?;
+            Ok((stream.projections.forward(&normed, pass)?, modulation))
+        };
+        let (text_heads, text_modulation) = begin(&self.text, &text)?;
+        let (image_heads, image_modulation) = begin(&self.image, &image)?;
+        let mixed = attend(&Heads::joined(&text_heads, &image_heads)?.turned(&sequence.positions)?, None)?;
+        let (text_mixed, image_mixed) = parted(&mixed, sequence.text)?;
+
+        let end = |stream: &Stream, tokens: &Tensor, mixed: &Tensor, modulation: &Modulation| -> Result<Tensor> {
+            let tokens = gated_sum(tokens, &modulation.part(2), &stream.to_out.forward(mixed, pass)?)?;
+            let normed = modulated(&layer_norm(&tokens)?, &modulation.part(3), &modulation.part(4))?;
+            gated_sum(&tokens, &modulation.part(5), &stream.feed_forward.forward(&normed, pass)?)
+        };
+        let text = end(&self.text, &text, &text_mixed, &text_modulation)?;
+        let image = end(&self.image, &image, &image_mixed, &image_modulation)?;
+        in_range(Tensor::f_cat(&[text, image], 1)?)
+    }
+}
+
+impl SingleBlock {
+    fn new(weights: &Weights<'_>, config: &FluxConfig) -> Result<Self> {
+        let &FluxConfig { width, inner, .. } = config;
+        Ok(Self {
+            modulator: Modulator::new(&weights.at("norm.linear"), width, 3, true)?,
+            projections: Projections::own(&weights.at("attn"), config.head_sizes())?,
+            proj_mlp: AdaptableLayer::linear(&weights.at("proj_mlp"), width, inner, true)?,
+            proj_out: AdaptableLayer::linear(&weights.at("proj_out"), width + inner, width, true)?,
+        })
+    }
+
+    /// Tokens `[batch, tokens, width]`, text first, of the same.
+    fn forward(&self, joined: &Tensor, vector: &Tensor, sequence: &Sequence, pass: &Pass) -> Result<Tensor> {
+        let modulation = self.modulator.forward(vector, pass)?;
+        let normed = modulated(&layer_norm(joined)?, &modulation.part(0), &modulation.part(1))?;
+        let heads = self.projections.forward(&normed, pass)?.turned(&sequence.positions)?;
+        let inner = self.proj_mlp.forward(&normed, pass)?.f_gelu("tanh")?;
+        let added = self.proj_out.forward(&Tensor::f_cat(&[attend(&heads, None)?, inner], -1)?, pass)?;
+        in_range(gated_sum(joined, &modulation.part(2), &added)?)
+    }
+}
+
+impl Adaptable for Flux {
+    fn component(&self) -> Component {
+        Component::TRANSFORMER
+    }
+
+    fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        self.timestep_embedder.visit(visit);
+        self.guidance_embedder.iter_mut().for_each(|embedder| embedder.visit(visit));
+        self.text_embedder.visit(visit);
+        visit(&mut self.context_embedder);
+        visit(&mut self.x_embedder);
+        for block in &mut self.double_blocks {
+            let DoubleBlock { image, text } = exclusive(block)?;
+            image.visit(visit)?;
+            text.visit(visit)?;
+        }
+        for block in &mut self.single_blocks {
+            let SingleBlock { modulator, projections, proj_mlp, proj_out } = exclusive(block)?;
+            modulator.visit(visit);
+            projections.visit(visit);
+            [proj_mlp, proj_out].into_iter().for_each(&mut *visit);
+        }
+        self.norm_out.visit(visit);
+        visit(&mut self.proj_out);
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+//! FLUX.1's transformer against diffusers and PEFT on tiny models (`tools/golden/make_transformers.py`).
+
+mod common;
+
+use common::CPU;
+use common::flow::{CONTEXT, Call, POOLED, matches};
+use lora_models::layers::Pass;
+use lora_models::networks::{Flux, FluxConditions, FluxConfig};
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::tch::{Kind, Tensor, no_grad};
+
+fn network(guidance: bool) -> Flux {
+    let config = FluxConfig {
+        latent_channels: 16,
+        width: 64,
+        heads: 2,
+        inner: 256,
+        context: CONTEXT as usize,
+        pooled: POOLED as usize,
+        double_blocks: 2,
+        single_blocks: 2,
+        guidance,
+        axes: vec![4, 14, 14],
+    };
+    Flux::new(&Weights::new(&SyntheticWeights::new("transformer"), Kind::Float, CPU), config).unwrap()
+}
+
+fn velocity(network: &Flux, call: &Call, pass: &Pass) -> Tensor {
+    let guidance = network.config().guidance.then(|| call.sigmas.full_like(3.5));
+    let conditions = FluxConditions {
+        sigmas: &call.sigmas,
+        context: &call.context,
+        pooled: call.pooled.as_ref().unwrap(),
+        guidance: guidance.as_ref(),
+    };
+    network.forward(&call.latents, &conditions, pass).unwrap()
+}
+
+const TARGETS: &[&str] = &["re:transformer_blocks\\..*(attn|ff).*", "re:single_transformer_blocks\\..*(attn|proj).*"];
+
+#[test]
+fn velocities_and_gradients_match_diffusers_and_peft() {
+    for (name, guidance) in [("flux_dev", true), ("flux_schnell", false)] {
+        matches(name, network(guidance), true, TARGETS, velocity);
+    }
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_named() {
+    let network = network(true);
+    let (sigmas, context) = (Tensor::from_slice(&[0.5f32]), Tensor::zeros([1, 3, CONTEXT], (Kind::Float, CPU)));
+    let pooled = Tensor::zeros([1, POOLED], (Kind::Float, CPU));
+    let error = |latents: &[i64], guidance: Option<&Tensor>| {
+        let conditions = FluxConditions { sigmas: &sigmas, context: &context, pooled: &pooled, guidance };
+        let latents = Tensor::zeros(latents, (Kind::Float, CPU));
+        no_grad(|| network.forward(&latents, &conditions, &Pass::default())).unwrap_err().to_string()
+    };
+    assert!(error(&[1, 16, 4, 4], None).contains("one guidance each"));
+    assert!(error(&[1, 4, 4, 4], Some(&sigmas)).contains("[1, 16, …]"));
+    assert!(error(&[1, 16, 5, 4], Some(&sigmas)).contains("even height and width"));
+}

@@ -1,0 +1,54 @@
+//! The T5 encoder against transformers on a tiny model (`tools/golden/make_transformers.py`).
+
+mod common;
+
+use common::{CPU, distance, tensor, transformers};
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::{T5Config, T5Encoder};
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::tch::{Kind, Tensor, no_grad};
+
+const CONFIG: T5Config = T5Config {
+    vocabulary: 160,
+    width: 32,
+    inner: 48,
+    heads: 3,
+    intermediate: 64,
+    layers: 2,
+    buckets: 32,
+    max_distance: 128,
+};
+
+fn encoder(kind: Kind) -> T5Encoder {
+    T5Encoder::new(&Weights::new(&SyntheticWeights::new("text_encoder_2"), kind, CPU), CONFIG).unwrap()
+}
+
+/// The two rows of the golden file.
+fn tokens() -> Tensor {
+    let row = |row: i64| (0..200).map(move |at| (31 * at * at + 7 * row) % 160);
+    Tensor::from_slice(&(0..2).flat_map(row).collect::<Vec<i64>>()).view([2, 200])
+}
+
+#[test]
+fn states_match_transformers() {
+    let expected = tensor(&transformers("t5"), "states");
+    for recompute in [false, true] {
+        let pass = Pass { recompute, ..Pass::default() };
+        let found = no_grad(|| encoder(Kind::Float).forward(&tokens(), &pass).unwrap());
+        let error = distance(&found, &expected);
+        assert!(error < 1e-5, "recompute {recompute}: {error:e}");
+    }
+    assert!(encoder(Kind::Float).forward(&tokens().view([-1]), &Pass::default()).is_err());
+    assert_eq!(encoder(Kind::Float).adaptable_layers().unwrap().len(), 14);
+}
+
+#[test]
+fn states_in_half_precision_are_near() {
+    let expected = tensor(&transformers("t5"), "states");
+    for (kind, bound) in [(Kind::Half, 1e-2), (Kind::BFloat16, 3e-2)] {
+        let found = no_grad(|| encoder(kind).forward(&tokens(), &Pass::default()).unwrap());
+        assert_eq!(found.kind(), kind);
+        let error = distance(&found.to_kind(Kind::Float), &expected);
+        assert!(error < bound, "{kind:?}: {error:e}");
+    }
+}

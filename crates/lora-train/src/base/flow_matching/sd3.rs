@@ -1,0 +1,93 @@
+//! Stable Diffusion 3 and 3.5: captions through CLIP-L, OpenCLIP's bigG and T5, whose states stand one behind the other; an
+//! autoencoder of 16 channels.
+
+use lora_core::Component;
+use lora_io::family::sd3;
+use lora_models::diffusion::flow::Shift;
+use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::{Sd3, Sd3Conditions, load_sd3};
+use lora_torch::tch::{Device, Tensor};
+use lora_torch::tensor::upload;
+
+use super::text::{Clip, EncoderKind, Reads, STATES};
+use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, stacked};
+use crate::Result;
+use crate::base::PICTURES;
+use crate::config::keys::flow_matching as keys;
+
+/// Stable Diffusion 3 and 3.5.
+pub(in super::super) const SD3: Registration = Registration {
+    family: &sd3::FAMILY,
+    keys: keys::SD3,
+    data: PICTURES,
+    remedies: "a lower max_resolution (1024 to 768 to 512), base_storage = \"nf4\"",
+    open: |opening| Ok(Box::new(FlowMatching::open(opening, &KIND)?)),
+};
+
+const FIRST: [&str; 2] = ["states_l", "pooled_l"];
+const SECOND: [&str; 2] = ["states_g", "pooled_g"];
+/// What the transformer is told of pooled states.
+const POOLED: &str = "pooled";
+
+pub(super) static KIND: Kind = Kind {
+    family: &sd3::FAMILY,
+    encoders: &[
+        EncoderKind {
+            component: Component::TEXT_ENCODER,
+            title: "CLIP-L text encoder",
+            key: "text_encoder",
+            published: "CLIP-L, its folder, its file (clip_l.safetensors), or a diffusers folder that has it",
+            tokenizer: None,
+            reads: Reads::Clip(Clip::StatesAndPooled { names: FIRST, open: false }),
+        },
+        EncoderKind {
+            component: Component::TEXT_ENCODER_2,
+            title: "CLIP-bigG text encoder",
+            key: "text_encoder_2",
+            published: "OpenCLIP's bigG, its folder, its file (clip_g.safetensors), or a diffusers folder that has it",
+            tokenizer: None,
+            reads: Reads::Clip(Clip::StatesAndPooled { names: SECOND, open: true }),
+        },
+        EncoderKind {
+            component: Component::TEXT_ENCODER_3,
+            title: "T5 text encoder",
+            key: "text_encoder_3",
+            published: "T5-XXL's encoder, its folder, its file (t5xxl_fp16.safetensors), or a diffusers folder that has it",
+            tokenizer: Some("tokenizer_3"),
+            reads: Reads::T5(|_| 256),
+        },
+    ],
+    load: |checkpoint, kind, device, held| Ok(Box::new(load_sd3(checkpoint, kind, device, held)?)),
+    layout,
+    draws_latents: true,
+    patch: 2,
+    shift: Shift::Factor(3.0),
+    sample_shift: |_| Shift::Factor(3.0),
+    guidance: |_| Guidance::Contrast(4.5),
+    architecture: |_| None,
+    distilled: "its name says that this base is distilled to few steps (turbo): training it directly loses that within some \
+                hundred steps; train on the model that it was made of",
+};
+
+/// CLIP's states side by side and filled up with zeros to T5's width, T5's behind them; pooled states side by side.
+fn layout(captions: &[&Tensors], device: Device) -> Result<Inputs> {
+    let of = |component, name| stacked(captions, component, name);
+    let (first, second) = (Component::TEXT_ENCODER, Component::TEXT_ENCODER_2);
+    let long = of(Component::TEXT_ENCODER_3, STATES)?;
+    let wide = Tensor::f_cat(&[of(first, FIRST[0])?, of(second, SECOND[0])?], -1)?;
+    let missing = long.size3()?.2 - wide.size3()?.2;
+    let states = Tensor::f_cat(&[wide.f_constant_pad_nd([0, missing])?, long], 1)?;
+    let pooled = Tensor::f_cat(&[of(first, FIRST[1])?, of(second, SECOND[1])?], -1)?;
+    Ok(Inputs::default().with(STATES, Some(upload(&states, device)?)).with(POOLED, Some(upload(&pooled, device)?)))
+}
+
+impl Transformer for Sd3 {
+    fn velocity(&self, latents: &Tensor, levels: &Tensor, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
+        let conditions = Sd3Conditions { sigmas: levels, context: inputs.get(STATES)?, pooled: inputs.get(POOLED)? };
+        Ok(self.forward(latents, &conditions, pass)?)
+    }
+
+    fn as_adaptable(&mut self) -> &mut dyn Adaptable {
+        self
+    }
+}

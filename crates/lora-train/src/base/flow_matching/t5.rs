@@ -1,0 +1,93 @@
+//! Captions through T5's encoder: rows of one length, filled up with token 0, whose states count as those of the caption do. The
+//! tokenizer is `lora_data`'s, the network is `lora_models`'.
+
+use lora_core::Component;
+use lora_data::tokenizer::Tokenizer;
+use lora_io::checkpoint::Checkpoint;
+use lora_models::layers::Pass;
+use lora_models::networks::{T5Encoder, load_t5};
+use lora_models::weights::Held;
+use lora_torch::tch::{Device, Kind, Tensor};
+use lora_torch::tensor::upload;
+
+use super::super::Tensors;
+use super::text::{CaptionReader, EncoderKind, STATES, open_tokenizer};
+use crate::config::TrainConfig;
+use crate::{Error, Result};
+
+/// The token that ends a caption.
+const END: u32 = 1;
+
+/// The text encoder.
+#[derive(Debug)]
+pub(super) struct T5Reader {
+    kind: &'static EncoderKind,
+    tokenizer: Tokenizer,
+    length: usize,
+    network: Option<T5Encoder>,
+}
+
+impl T5Reader {
+    /// `usual` is the length of rows where no key says another.
+    pub(super) fn open(
+        kind: &'static EncoderKind,
+        usual: usize,
+        checkpoint: &Checkpoint,
+        config: &TrainConfig,
+    ) -> Result<Self> {
+        let names = (kind.tokenizer.unwrap_or("tokenizer"), "shared.weight");
+        let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
+        let given = config.extra.whole("max_sequence_length").filter(|_| config.gives("max_sequence_length"));
+        Ok(Self { kind, tokenizer, length: given.unwrap_or(usual), network: None })
+    }
+
+    fn component(&self) -> Component {
+        self.kind.component
+    }
+
+    /// A caption's row.
+    fn row(&self, caption: &str) -> Result<Vec<i64>> {
+        let mut ids = self.tokenizer.encode_document(caption)?;
+        if ids.len() > self.length {
+            ids.truncate(self.length - 1);
+            ids.push(END);
+        }
+        let mut row: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        row.resize(self.length, 0);
+        Ok(row)
+    }
+}
+
+impl CaptionReader for T5Reader {
+    fn load(&mut self, checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<()> {
+        self.network = Some(load_t5(checkpoint, self.component(), kind, device, held)?);
+        Ok(())
+    }
+
+    fn unload(&mut self) {
+        self.network = None;
+    }
+
+    fn is_loaded(&self) -> bool {
+        self.network.is_some()
+    }
+
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    fn tokens(&self, caption: &str) -> Result<usize> {
+        Ok(self.tokenizer.encode_document(caption)?.len())
+    }
+
+    fn settings(&self) -> String {
+        format!("{} {}", self.length, self.tokenizer.digest())
+    }
+
+    fn encode(&self, caption: &str, device: Device) -> Result<Tensors> {
+        let network = self.network.as_ref().ok_or(Error::NotLoaded { network: self.kind.title })?;
+        let row = upload(&Tensor::from_slice(&self.row(caption)?).f_unsqueeze(0)?, device)?;
+        let states = network.forward(&row, &Pass::default())?.f_squeeze_dim(0)?;
+        Ok(Tensors::from([(STATES.to_owned(), states)]))
+    }
+}
