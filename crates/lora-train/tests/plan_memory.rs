@@ -198,7 +198,7 @@ fn predictions_are_what_is_counted() {
         &["batch_size=2", "max_resolution=256"],
         &["gradient_checkpointing=true", "max_resolution=\"256,128\""],
         &["gradient_checkpointing=true", "base_storage=nf4", "recompute_feed_forward=true", "max_resolution=256"],
-        &["base_storage=int8", "precision=bf16", "batch_size=2"],
+        &["base_storage=int8", "batch_size=2"],
         &["offload_base=true", "base_storage=fp8", "gradient_checkpointing=true"],
         &["sample_prompts=a", "sample_resolution=128", "sample_steps=2", "validation"],
         &["target_modules=all-linear", "gradient_checkpointing=true"],

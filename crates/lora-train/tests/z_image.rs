@@ -370,7 +370,10 @@ fn the_published_model_fits_small_cards() {
     for (side, keys, most) in [
         (512, &[][..], 5.05),
         (512, &["optimizer=adamw8bit"], 4.9),
-        (1024, &["vae_tiling=true"], 6.0),
+        (512, &["recompute_feed_forward=true"], 5.0),
+        (1024, &["vae_tiling=true", "recompute_feed_forward=true", "optimizer=adamw8bit"], 6.0),
+        (1024, &["vae_tiling=true"], 6.4),
+        (1024, &["vae_tiling=true", "cpu_offload_checkpointing=true"], 5.5),
         (512, &["offload_base=true", "vae_tiling=true"], 3.5),
     ] {
         let found = planned(side, keys);

@@ -55,13 +55,16 @@ const TRANSFORMER: Component = Component::TRANSFORMER;
 /// Noise levels at which an item is judged, spread evenly.
 const JUDGED_LEVELS: usize = 4;
 
+/// Builds a network that answers with velocities.
+type LoadTransformer = fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>;
+
 /// What differs between them, where files do not say.
 struct Kind {
     family: &'static Family,
     /// Those that read captions, in the order in which they come.
     encoders: &'static [EncoderKind],
     /// Builds the network that answers with velocities.
-    load: fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>,
+    load: LoadTransformer,
     /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
     layout: fn(&[&Tensors], Device) -> Result<Inputs>,
     /// Whether latents are drawn from the autoencoder's distribution, or are its mean.
