@@ -36,6 +36,8 @@ const IMAGE_PREFIXES: &[&str] = &[
     "oft_unet_",
     "bundle_emb.",
     "unet.",
+    "transformer.transformer_blocks.",
+    "transformer.single_transformer_blocks.",
     "text_encoder",
     "diffusion_model.",
     "down_blocks.",
