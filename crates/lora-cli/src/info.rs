@@ -20,9 +20,10 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let info = match AdapterInfo::read(&arguments.file) {
         Ok(info) => info,
-        // What is no adapter may be a base.
+        // What is no adapter may be a base, or a base that is refused for a reason of its own.
         Err(error) => match Checkpoint::open(&arguments.file) {
             Ok(base) => return show_base(&base, arguments.json),
+            Err(refused) if matches!(error, lora_io::Error::Family { .. }) => return Err(refused.into()),
             Err(_) => return Err(error.into()),
         },
     };

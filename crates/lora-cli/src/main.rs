@@ -37,17 +37,17 @@ enum Command {
     /// Loss and perplexity of a language model on texts, with adapters or without.
     Evaluate(generate::EvaluateArguments),
     /// Merge adapters into a base model.
-    Merge(adapters::MergeArguments),
+    Merge(adapters::merge::Arguments),
     /// Write an adapter in another format.
-    Convert(adapters::ConvertArguments),
+    Convert(adapters::convert::Arguments),
     /// Make one LoRA of several.
-    Combine(adapters::CombineArguments),
+    Combine(adapters::combine::Arguments),
     /// Give a LoRA other ranks.
-    Resize(adapters::ResizeArguments),
+    Resize(adapters::resize::Arguments),
     /// Make a LoRA of the difference of two models.
-    Extract(adapters::ExtractArguments),
+    Extract(adapters::extract::Arguments),
     /// Write the weights of a language model in GGUF as safetensors.
-    Dequantise(adapters::DequantiseArguments),
+    Dequantise(adapters::dequantise::Arguments),
     /// Show what a LoRA file holds, or of what family a base model is.
     Info(info::Arguments),
     /// Say what other programs would make of an adapter, and whether its numbers are healthy.
@@ -113,12 +113,12 @@ fn main() -> ExitCode {
         Command::Dataset(arguments) => dataset::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Evaluate(arguments) => generate::evaluate(&arguments),
-        Command::Merge(arguments) => adapters::merge(&arguments),
-        Command::Convert(arguments) => adapters::convert(&arguments),
-        Command::Combine(arguments) => adapters::combine(&arguments),
-        Command::Resize(arguments) => adapters::resize(&arguments),
-        Command::Extract(arguments) => adapters::extract(&arguments),
-        Command::Dequantise(arguments) => adapters::dequantise(&arguments),
+        Command::Merge(arguments) => adapters::merge::run(&arguments),
+        Command::Convert(arguments) => adapters::convert::run(&arguments),
+        Command::Combine(arguments) => adapters::combine::run(&arguments),
+        Command::Resize(arguments) => adapters::resize::run(&arguments),
+        Command::Extract(arguments) => adapters::extract::run(&arguments),
+        Command::Dequantise(arguments) => adapters::dequantise::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

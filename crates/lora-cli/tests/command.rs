@@ -388,6 +388,12 @@ fn info_tells_the_family_of_a_base_model() {
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!((json["base"].as_str(), json["marks"].as_array().map(Vec::len)), (Some("sdxl"), Some(0)));
     assert!(json["components"]["unet"]["parameters"].as_u64().unwrap() > 0);
+    // A base that is refused is named for what it lacks, not for being no adapter.
+    let cut = folder.path().join("cut");
+    std::fs::create_dir_all(cut.join("unet")).unwrap();
+    std::fs::write(cut.join("model_index.json"), "{}").unwrap();
+    let reason = contains("has no diffusion_pytorch_model.safetensors");
+    lora().arg("info").arg(&cut).assert().code(1).stderr(reason);
 }
 
 #[test]

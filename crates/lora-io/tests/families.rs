@@ -276,6 +276,10 @@ fn what_is_not_opened_is_described_by_what_is_in_it() {
     }
     let error = Checkpoint::open(at.path()).unwrap_err().to_string();
     assert!(error.contains("without any of the folders") && error.contains("text_encoder"), "{error}");
+    let refiner = folder(&sdxl::FAMILY, at.path());
+    std::fs::remove_dir_all(refiner.join("text_encoder")).unwrap();
+    let error = Checkpoint::open(&refiner).unwrap_err().to_string();
+    assert!(error.contains("without its first text encoder") && error.contains("refiner"), "{error}");
     // A folder whose layout is known and whose family is not trained here is opened all the same.
     for component in ["transformer", "vae"] {
         let folder = at.path().join("flux").join(component);

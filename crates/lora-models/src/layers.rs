@@ -262,6 +262,11 @@ impl AdaptableLayer {
         }
     }
 
+    /// Whether anything of it is trained: an adapter, or its own weight.
+    pub(crate) fn learns(&self) -> bool {
+        self.adapter.is_some() || matches!(self.weight, LayerWeight::Trained { .. })
+    }
+
     /// The adapter that acts in a pass.
     fn adapter_in(&self, pass: &Pass) -> Option<&AttachedAdapter> {
         self.adapter.as_ref().filter(|_| !pass.without_adapters)

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use lora_core::DType;
-use lora_models::synthetic::SyntheticModel;
+use lora_models::synthetic::{SyntheticModel, SyntheticZImage};
 use lora_torch::frozen::{FrozenWeight, Storage};
 use lora_torch::memory::{count_host_allocations, host_allocations, reset_host_peak};
 use lora_torch::tch::{Device, Kind, Tensor};
@@ -18,8 +18,27 @@ use lora_train::{Error, Plugins, Session};
 
 /// A tiny model but for the channels of the U-Net.
 fn workspace(model: &SyntheticModel) -> tempfile::TempDir {
+    let folder = with_pictures();
+    model.write(folder.path().join("base"), DType::F16).unwrap();
+    folder
+}
+
+/// A tiny model of Z-Image's kind.
+fn z_image() -> tempfile::TempDir {
+    let folder = with_pictures();
+    let (base, golden) = (folder.path().join("base"), "../lora-models/tests/golden/z_image/tokenizer");
+    let mut model = SyntheticZImage::tiny();
+    (model.transformer.width, model.transformer.heads, model.transformer.inner) = (256, 8, 680);
+    model.write(&base, DType::BF16).unwrap();
+    std::fs::create_dir(base.join("tokenizer")).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(Path::new(golden).join(file), base.join("tokenizer").join(file)).unwrap();
+    }
+    folder
+}
+
+fn with_pictures() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    model.write(folder.path().join("base.safetensors"), DType::F16).unwrap();
     let data = folder.path().join("data");
     std::fs::create_dir(&data).unwrap();
     // One picture, visited four times, without a caption, as what stands in for it: on the CPU what waits in host memory counts.
@@ -35,7 +54,7 @@ fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     let text = format!(
         "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
          max_train_steps: 1\nrepeats: 4\n{adapter}",
-        path("base.safetensors"),
+        path("base"),
         path("data"),
         path("out"),
     );
@@ -171,6 +190,20 @@ fn predictions_are_what_is_counted() {
         for keys in grid {
             wrong.extend(disagreements(folder.path(), keys));
         }
+    }
+    // Captions are all as long as they may be: 8 tokens are those that stand around every one.
+    let folder = z_image();
+    for keys in [
+        &[][..],
+        &["batch_size=2", "max_resolution=256"],
+        &["gradient_checkpointing=true", "max_resolution=\"256,128\""],
+        &["gradient_checkpointing=true", "base_storage=nf4", "recompute_feed_forward=true", "max_resolution=256"],
+        &["base_storage=int8", "batch_size=2"],
+        &["offload_base=true", "base_storage=fp8", "gradient_checkpointing=true"],
+        &["sample_prompts=a", "sample_resolution=128", "sample_steps=2", "validation"],
+        &["target_modules=all-linear", "gradient_checkpointing=true"],
+    ] {
+        wrong.extend(disagreements(folder.path(), &[&["max_sequence_length=8"], keys].concat()));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

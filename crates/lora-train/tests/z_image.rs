@@ -281,7 +281,10 @@ fn what_is_missing_or_of_another_family_is_named_with_the_key_that_helps() {
     says(&["discrete_flow_shift=3", "timestep_sampling=flux_shift"], &["discrete_flow_shift", "take one of both out"]);
     says(&["min_timestep=600", "max_timestep=500"], &["max_timestep", "not above"]);
     says(&["max_resolution=72"], &["max_resolution", "multiples of 16"]);
-    says(&["enable_bucket=true", "bucket_reso_steps=8"], &["bucket_reso_steps", "multiple of 16"]);
+    says(
+        &["enable_bucket=true", "bucket_reso_steps=8", "min_bucket_reso=32"],
+        &["bucket_reso_steps", "multiple of 16"],
+    );
 
     // A LoRA of another family.
     let mut foreign = Adapter::default();
@@ -358,16 +361,21 @@ fn planned(side: usize, keys: &[&str]) -> f64 {
     let plan = plan(&config(workspace().path(), &[&own[..], keys].concat()), &Plugins::default()).unwrap();
     for phase in &plan.as_configured.phases {
         println!("{side} {keys:?} {:?}: {:.2} GiB", phase.phase, phase.parts.total() as f64 / f64::from(1 << 30));
-        println!("    {:?}", phase.parts);
     }
     plan.as_configured.peak() as f64 / f64::from(1 << 30)
 }
 
 #[test]
 fn the_published_model_fits_small_cards() {
-    for (side, keys, most) in
-        [(512, &[][..], 5.0), (1024, &["vae_tiling=true"], 6.0), (512, &["offload_base=true", "vae_tiling=true"], 3.5)]
-    {
+    for (side, keys, most) in [
+        (512, &[][..], 5.05),
+        (512, &["optimizer=adamw8bit"], 4.9),
+        (512, &["recompute_feed_forward=true"], 5.0),
+        (1024, &["vae_tiling=true", "recompute_feed_forward=true", "optimizer=adamw8bit"], 6.0),
+        (1024, &["vae_tiling=true"], 6.4),
+        (1024, &["vae_tiling=true", "cpu_offload_checkpointing=true"], 5.5),
+        (512, &["offload_base=true", "vae_tiling=true"], 3.5),
+    ] {
         let found = planned(side, keys);
         println!("{side} {keys:?}: {found:.2} GiB");
         assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");

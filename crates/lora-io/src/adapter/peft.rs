@@ -44,7 +44,7 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let folder = folder.as_ref();
     let config_path = folder.join(CONFIG);
     if !config_path.exists() {
-        return Err(Error::format(folder, without_config(folder)));
+        return Err(without_config(folder));
     }
     let config = crate::json::read(&config_path)?;
     let weights = folder.join(WEIGHTS);
@@ -98,8 +98,8 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     Ok(read)
 }
 
-/// What is said of a folder that is no adapter's.
-pub(crate) fn without_config(folder: &Path) -> String {
+/// The error of a folder that is no adapter's.
+pub(crate) fn without_config(folder: &Path) -> Error {
     let below = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut adapters: Vec<String> = below
         .filter(|path| path.join(CONFIG).exists())
@@ -107,12 +107,17 @@ pub(crate) fn without_config(folder: &Path) -> String {
         .collect();
     adapters.sort();
     if !adapters.is_empty() {
-        return format!("holds adapters in folders of their own; name one of them: {}", adapters.join(", "));
+        let found = format!("holds adapters in folders of their own; name one of them: {}", adapters.join(", "));
+        return Error::format(folder, found);
     }
     if folder.join("model_index.json").exists() || folder.join("config.json").exists() {
-        return "is the folder of a whole model, not of an adapter; are base and LoRA swapped?".into();
+        let found = "the folder of a whole model, not of an adapter; are base and LoRA swapped?".into();
+        return Error::Family { path: folder.to_owned(), found };
     }
-    format!("has no {CONFIG}, so it is no adapter of PEFT's; name a file, or the folder that holds it")
+    Error::format(
+        folder,
+        format!("has no {CONFIG}, so it is no adapter of PEFT's; name a file, or the folder that holds it"),
+    )
 }
 
 /// The fields that mean something here.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, ComponentWeights, Group, diffusers};
-use crate::family::{ComponentNames, Names};
+use super::{Checkpoint, ComponentWeights, Group, diffusers, shapes};
+use crate::family::{BaseNames, ComponentNames, FAMILIES, Family, Names};
 use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
@@ -25,7 +25,11 @@ impl Checkpoint {
         let weights = match open(path, names)? {
             Some(weights) => weights,
             None => {
-                let mut other = Self::open_among(path, &[self.family()])?;
+                let mut other = Self::open_among(path, &[&[self.family()], FAMILIES.as_slice()].concat())?;
+                if other.family != self.family {
+                    let reason = format!("is {}; expected parts of {}", other.family, self.family);
+                    return Err(Error::format(path, reason));
+                }
                 other.components.remove(&component).ok_or_else(|| other.lacks(component))?
             }
         };
@@ -49,7 +53,12 @@ fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>>
         return Ok(Some(weights));
     }
     let file = Arc::new(SafetensorsFile::open(path)?);
-    // A base has this component beside others.
+    let mut all = BaseNames::default();
+    all.add(None, shapes(&file));
+    // A whole base has this component beside others.
+    if Family::of_base(&all, &FAMILIES).is_some_and(|family| family.image) {
+        return Ok(None);
+    }
     let prefix = names.single_file.map(|own| own.place).unwrap_or_default();
     let has_prefix = file.names().any(|name| name.starts_with(prefix));
     if has_prefix && !file.names().all(|name| name.starts_with(prefix)) {

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::Result;
 use crate::adapter::{names, parts, peft};
 use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family, language, sd1, sdxl};
 use crate::gguf::{GgufFile, TensorType};
 use crate::safetensors::{SafetensorsFile, StoredDType};
-use crate::{Error, Result};
 
 /// What an adapter file shows of itself.
 #[derive(Debug, Clone, Default)]
@@ -59,7 +59,7 @@ impl Inventory {
             false => (path.to_owned(), None),
         };
         if path.is_dir() && !weights.exists() {
-            return Err(Error::format(path, peft::without_config(path)));
+            return Err(peft::without_config(path));
         }
         if weights.is_file() && crate::adapter::is_gguf(&weights)? {
             let file = GgufFile::open(&weights)?;

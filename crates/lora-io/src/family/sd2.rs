@@ -13,7 +13,10 @@ pub static FAMILY: Family = Family {
     name: "sd2",
     title: "Stable Diffusion 2.x",
     image: true,
-    tells: |base| base.begins("cond_stage_model.model.") || base.axes("unet/", ".proj_in.weight") == Some(2),
+    tells: |base| {
+        base.begins("cond_stage_model.model.")
+            || base.axes("unet/", ".proj_in.weight") == Some(2) && !base.begins("unet/add_embedding.")
+    },
     components: &[
         ComponentNames {
             component: Component::TEXT_ENCODER,

@@ -16,10 +16,10 @@ pub static FAMILY: Family = Family {
     title: "Stable Diffusion XL",
     image: true,
     tells: |base| {
-        // The refiner's only text encoder is OpenCLIP's.
+        // The refiner's only text encoder is OpenCLIP's, the second of a folder.
         let refiner = base.begins("conditioner.embedders.0.model.");
         base.begins("conditioner.embedders.") && !refiner
-            || base.begins("unet/add_embedding.") && base.begins("text_encoder_2/")
+            || base.begins("unet/add_embedding.") && base.begins("text_encoder/")
     },
     components: &[
         ComponentNames {

@@ -16,6 +16,9 @@ pub(crate) fn describe(names: &BaseNames<'_>, dtypes: &BTreeSet<&str>, families:
     if names.begins("conditioner.embedders.0.model.") {
         return "Stable Diffusion XL's refiner, which is another network".into();
     }
+    if names.begins("unet/add_embedding.") {
+        return "Stable Diffusion XL without its first text encoder: its refiner, which is another network, or not whole".into();
+    }
     if names.begins("model.diffusion_model.input_blocks.") || names.begins("down_blocks.") {
         return "a U-Net alone, without text encoder and autoencoder".into();
     }

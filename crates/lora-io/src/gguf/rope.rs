@@ -2,8 +2,11 @@
 //! Hugging Face configuration. Llama 3.1's scaling is the one that llama.cpp's converter writes so.
 
 use std::f64::consts::TAU;
+use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+
+use crate::Result;
 
 /// Factors equal to this are equal: the converter computes in f32 of another order.
 const CLOSE: f64 = 1e-5;
@@ -39,6 +42,31 @@ const HIGH: f64 = 4.0;
 fn scaled(turns: f64, factor: f64) -> f64 {
     let smooth = ((turns - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
     1.0 / ((1.0 - smooth) / factor + smooth)
+}
+
+/// Puts the scaling of a model's rotary frequencies into the `config.json` beside its weights; returns what a reader should
+/// know of that, `None` where the file says it already.
+///
+/// # Errors
+///
+/// If the file cannot be written.
+pub fn add_to_config(path: &Path, scaling: &Value) -> Result<Option<String>> {
+    let text = std::fs::read(path).unwrap_or_default();
+    let Ok(mut config) = serde_json::from_slice::<Map<String, Value>>(crate::json::without_mark(&text)) else {
+        return Ok(Some(format!("the config.json of this model needs \"rope_scaling\": {scaling}")));
+    };
+    let tables = ["rope_scaling", "rope_parameters"].iter().filter_map(|key| config.get(*key)?.as_object());
+    if let Some(found) = tables.into_iter().find(|table| table.contains_key("factor")) {
+        let mut numbers = scaling.as_object().into_iter().flatten().filter(|(_, value)| value.is_number());
+        let same = numbers.all(|(key, value)| found.get(key).and_then(Value::as_f64) == value.as_f64());
+        let other =
+            || format!("{} scales RoPE in another way than the file, whose factors are {scaling}", path.display());
+        return Ok((!same).then(other));
+    }
+    config.insert("rope_scaling".into(), scaling.clone());
+    let text = format!("{:#}\n", Value::from(config));
+    crate::atomic::write(path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
+    Ok(Some(format!("{}: \"rope_scaling\": {scaling} was added", path.display())))
 }
 
 #[cfg(test)]

@@ -368,6 +368,15 @@ fn run(
     pass: &Pass,
 ) -> Result<Tensor> {
     let context = Shared::new(context);
+    // Nothing is learnt before the layers, as a rule: then nothing has to be computed again, or kept for that.
+    let learns =
+        tokens.requires_grad() || time.is_some_and(Tensor::requires_grad) || blocks.iter().any(|block| block.learns());
+    let kept = Pass {
+        recompute: pass.recompute && learns,
+        recompute_feed_forward: pass.recompute_feed_forward && learns,
+        ..pass.clone()
+    };
+    let pass = &kept;
     for block in blocks {
         let inputs: Vec<&Tensor> = std::iter::once(&tokens).chain(time).collect();
         let context = context.clone();
@@ -378,16 +387,154 @@ fn run(
     Ok(tokens)
 }
 
-/// Attention and a gated feed-forward, each between two norms, scaled and gated by the time in all but the blocks that
-/// read captions alone.
+/// Attention and a gated feed-forward, scaled and gated by the time in all but the blocks that read captions alone.
 #[derive(Debug)]
 struct Block {
     modulation: Option<AdaptableLayer>,
+    mix: Shared<Mix>,
+    feed: Shared<Feed>,
+}
+
+/// What the time makes of a part of a block: what its input is multiplied by, and what it adds, `[batch, 1, width]` each.
+type Modulation<'t> = Option<[&'t Tensor; 2]>;
+
+/// The modulation among the inputs of a part.
+fn modulation(inputs: &[Tensor]) -> Modulation<'_> {
+    match inputs {
+        [_, scale, gate] => Some([scale, gate]),
+        _ => None,
+    }
+}
+
+/// Tokens that a feed-forward takes at once where it is computed again by itself: wide as it is, it would be the most
+/// that a step holds.
+const TOKENS_AT_ONCE: i64 = 1024;
+
+impl Block {
+    fn new(weights: &Weights<'_>, config: &ZImageConfig, modulated: bool) -> Result<Self> {
+        let modulation =
+            || AdaptableLayer::linear(&weights.plain().at("adaLN_modulation.0"), config.time, 4 * config.width, true);
+        Ok(Self {
+            modulation: modulated.then(modulation).transpose()?,
+            mix: Shared::new(Mix::new(weights, config)?),
+            feed: Shared::new(Feed::new(weights, config)?),
+        })
+    }
+
+    /// `[batch, tokens, width]` of the same; `time` is `[batch, time]`.
+    fn forward(
+        &self,
+        tokens: &Tensor,
+        time: Option<&Tensor>,
+        context: &Shared<Context>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let parts = match (&self.modulation, time) {
+            (Some(layer), Some(time)) => layer.forward(time, pass)?.f_unsqueeze(1)?.f_chunk(4, -1)?,
+            _ => Vec::new(),
+        };
+        let [for_mix, for_feed] = [parts.get(..2), parts.get(2..4)].map(Option::unwrap_or_default);
+        // A block that is computed again holds all of its activations at once; by parts it holds the largest's.
+        let by_parts = pass.recompute && pass.recompute_feed_forward;
+        if !by_parts {
+            let tokens = self.mix.forward(&inputs_of(tokens, for_mix), context, pass)?;
+            return self.feed.forward(&inputs_of(&tokens, for_feed), pass);
+        }
+        let inputs = inputs_of(tokens, for_mix);
+        let context = context.clone();
+        let tokens = pass.feed_forward(&self.mix, &inputs.iter().collect::<Vec<_>>(), move |mix, inputs, pass| {
+            mix.forward(inputs, &context, pass)
+        })?;
+        let count = tokens.size3()?.1;
+        let slices = (0..count).step_by(TOKENS_AT_ONCE as usize);
+        let fed = slices.map(|first| {
+            let slice = tokens.f_narrow(1, first, TOKENS_AT_ONCE.min(count - first))?;
+            let inputs = inputs_of(&slice, for_feed);
+            pass.feed_forward(&self.feed, &inputs.iter().collect::<Vec<_>>(), |feed, inputs, pass| {
+                feed.forward(inputs, &Pass { recompute_feed_forward: false, ..pass.clone() })
+            })
+        });
+        match fed.collect::<Result<Vec<_>>>()?.as_slice() {
+            [one] => Ok(one.shallow_clone()),
+            several => Ok(Tensor::f_cat(several, 1)?),
+        }
+    }
+
+    /// Whether anything in it is trained.
+    fn learns(&self) -> bool {
+        let Attention { to_q, to_k, to_v, to_out, .. } = &self.mix.attention;
+        let Feed { gate, w2, .. } = &*self.feed;
+        let layers = [to_q, to_k, to_v, to_out, &gate.w1, w2, &gate.w3];
+        layers.into_iter().chain(&self.modulation).any(AdaptableLayer::learns)
+    }
+
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        self.modulation.iter_mut().for_each(&mut *visit);
+        let Attention { to_q, to_k, to_v, to_out, .. } = &mut exclusive(&mut self.mix)?.attention;
+        [to_q, to_k, to_v, to_out].into_iter().for_each(&mut *visit);
+        let Feed { gate, w2, .. } = exclusive(&mut self.feed)?;
+        let Gate { w1, w3 } = exclusive(gate)?;
+        [w1, w2, w3].into_iter().for_each(visit);
+        Ok(())
+    }
+}
+
+/// Tokens with the modulation of a part, as its inputs.
+fn inputs_of(tokens: &Tensor, modulation: &[Tensor]) -> Vec<Tensor> {
+    std::iter::once(tokens).chain(modulation).map(Tensor::shallow_clone).collect()
+}
+
+/// What a part of a block adds to tokens, between two norms.
+fn added(
+    tokens: &Tensor,
+    modulation: Modulation<'_>,
+    norms: &[Tensor; 2],
+    epsilon: f64,
+    part: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let norm = |weight: &Tensor, input: &Tensor| {
+        rms_norm(input, Some(&weight.f_to_kind(input.kind())?), epsilon, RmsWeight::Rounded)
+    };
+    let [before, behind] = norms;
+    let read = norm(before, tokens)?;
+    let Some([scale, gate]) = modulation else { return Ok(tokens.f_add(&norm(behind, &part(&read)?)?)?) };
+    let read = read.f_mul(&scale.f_add_scalar(1)?)?;
+    Ok(tokens.f_add(&norm(behind, &part(&read)?)?.f_mul(&gate.f_tanh()?)?)?)
+}
+
+/// The attention of a block with the norms around it.
+#[derive(Debug)]
+struct Mix {
     attention: Attention,
+    /// `[width]` each.
+    norms: [Tensor; 2],
+    epsilon: f64,
+}
+
+impl Mix {
+    fn new(weights: &Weights<'_>, config: &ZImageConfig) -> Result<Self> {
+        let norm = |name: &str| weights.at(name).tensor("weight", &[config.width]);
+        Ok(Self {
+            attention: Attention::new(&weights.at("attention"), config)?,
+            norms: [norm("attention_norm1")?, norm("attention_norm2")?],
+            epsilon: config.epsilon,
+        })
+    }
+
+    /// Of tokens `[batch, tokens, width]` and their modulation.
+    fn forward(&self, inputs: &[Tensor], context: &Context, pass: &Pass) -> Result<Tensor> {
+        let attend = |read: &Tensor| self.attention.forward(read, context, pass);
+        added(&inputs[0], modulation(inputs), &self.norms, self.epsilon, attend)
+    }
+}
+
+/// The feed-forward of a block with the norms around it.
+#[derive(Debug)]
+struct Feed {
     gate: Shared<Gate>,
     w2: AdaptableLayer,
-    /// Before and after the attention, before and after the feed-forward, `[width]` each.
-    norms: [Tensor; 4],
+    /// `[width]` each.
+    norms: [Tensor; 2],
     epsilon: f64,
 }
 
@@ -398,63 +545,31 @@ struct Gate {
     w3: AdaptableLayer,
 }
 
-impl Block {
-    fn new(weights: &Weights<'_>, config: &ZImageConfig, modulated: bool) -> Result<Self> {
+impl Feed {
+    fn new(weights: &Weights<'_>, config: &ZImageConfig) -> Result<Self> {
         let (width, inner) = (config.width, config.inner);
         let norm = |name: &str| weights.at(name).tensor("weight", &[width]);
-        let modulation =
-            || AdaptableLayer::linear(&weights.plain().at("adaLN_modulation.0"), config.time, 4 * width, true);
-        let feed_forward = weights.at("feed_forward");
+        let own = weights.at("feed_forward");
         Ok(Self {
-            modulation: modulated.then(modulation).transpose()?,
-            attention: Attention::new(&weights.at("attention"), config)?,
             gate: Shared::new(Gate {
-                w1: AdaptableLayer::linear(&feed_forward.at("w1"), width, inner, false)?,
-                w3: AdaptableLayer::linear(&feed_forward.at("w3"), width, inner, false)?,
+                w1: AdaptableLayer::linear(&own.at("w1"), width, inner, false)?,
+                w3: AdaptableLayer::linear(&own.at("w3"), width, inner, false)?,
             }),
-            w2: AdaptableLayer::linear(&feed_forward.at("w2"), inner, width, false)?,
-            norms: [norm("attention_norm1")?, norm("attention_norm2")?, norm("ffn_norm1")?, norm("ffn_norm2")?],
+            w2: AdaptableLayer::linear(&own.at("w2"), inner, width, false)?,
+            norms: [norm("ffn_norm1")?, norm("ffn_norm2")?],
             epsilon: config.epsilon,
         })
     }
 
-    /// `[batch, tokens, width]` of the same; `time` is `[batch, time]`.
-    fn forward(&self, tokens: &Tensor, time: Option<&Tensor>, context: &Context, pass: &Pass) -> Result<Tensor> {
-        let modulation = match (&self.modulation, time) {
-            (Some(layer), Some(time)) => Some(layer.forward(time, pass)?.f_unsqueeze(1)?.f_chunk(4, -1)?),
-            _ => None,
+    /// Of tokens `[batch, tokens, width]` and their modulation.
+    fn forward(&self, inputs: &[Tensor], pass: &Pass) -> Result<Tensor> {
+        let feed = |read: &Tensor| {
+            let inner = pass.feed_forward(&self.gate, &[read], |gate, inputs, pass| {
+                Ok(swiglu(&gate.w1.forward(&inputs[0], pass)?, &gate.w3.forward(&inputs[0], pass)?)?)
+            })?;
+            self.w2.forward(&inner, pass)
         };
-        let scaled = |normed: Tensor, part: usize| match &modulation {
-            Some(parts) => normed.f_mul(&parts[part].f_add_scalar(1)?),
-            None => Ok(normed),
-        };
-        let gated = |added: Tensor, part: usize| match &modulation {
-            Some(parts) => added.f_mul(&parts[part].f_tanh()?),
-            None => Ok(added),
-        };
-        let read = scaled(self.norm(0, tokens)?, 0)?;
-        let mixed = self.attention.forward(&read, context, pass)?;
-        let tokens = tokens.f_add(&gated(self.norm(1, &mixed)?, 1)?)?;
-        let read = scaled(self.norm(2, &tokens)?, 2)?;
-        let inner = pass.feed_forward(&self.gate, &[&read], |gate, inputs, pass| {
-            Ok(swiglu(&gate.w1.forward(&inputs[0], pass)?, &gate.w3.forward(&inputs[0], pass)?)?)
-        })?;
-        let added = self.norm(3, &self.w2.forward(&inner, pass)?)?;
-        Ok(tokens.f_add(&gated(added, 3)?)?)
-    }
-
-    fn norm(&self, which: usize, input: &Tensor) -> Result<Tensor> {
-        let weight = self.norms[which].f_to_kind(input.kind())?;
-        Ok(rms_norm(input, Some(&weight), self.epsilon, RmsWeight::Rounded)?)
-    }
-
-    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
-        self.modulation.iter_mut().for_each(&mut *visit);
-        let Attention { to_q, to_k, to_v, to_out, .. } = &mut self.attention;
-        [to_q, to_k, to_v, to_out].into_iter().for_each(&mut *visit);
-        let Gate { w1, w3 } = exclusive(&mut self.gate)?;
-        [w1, &mut self.w2, w3].into_iter().for_each(visit);
-        Ok(())
+        added(&inputs[0], modulation(inputs), &self.norms, self.epsilon, feed)
     }
 }
 

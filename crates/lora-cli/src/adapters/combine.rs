@@ -1,0 +1,116 @@
+//! `lora combine`: one LoRA of several.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use lora_core::DType;
+use lora_core::compose::{self, Keep, MajoritySign, Method, Pruning};
+use lora_io::adapter;
+
+use super::{Precision, Rank, summary, usual_format, weighted, write};
+use crate::Failure;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Adapter and strength, as of `lora merge`.
+    #[arg(long, required = true)]
+    lora: Vec<String>,
+    /// Output file.
+    #[arg(long)]
+    out: PathBuf,
+    /// How the updates become one. With a rule for ranks, the result is taken apart again to those ranks.
+    #[arg(long, default_value = "sum")]
+    method: CombineMethod,
+    /// Share of the numbers that the pruning methods keep.
+    #[arg(long)]
+    density: Option<f64>,
+    /// How `ties` and `dare-ties` elect signs.
+    #[arg(long, default_value = "total")]
+    majority_sign: Majority,
+    /// Seed of the numbers that `dare-linear` and `dare-ties` keep.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    rank: Rank,
+    /// Type of the output's numbers (default: the first adapter's).
+    #[arg(long)]
+    dtype: Option<Precision>,
+}
+
+/// Methods of combining on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum CombineMethod {
+    /// The exact sum; ranks add up.
+    Sum,
+    /// Factors one by one as PEFT's `linear` (equal ranks only; not the sum of the updates).
+    Linear,
+    /// The largest numbers, elected signs, the mean of those that agree.
+    Ties,
+    /// Random numbers, enlarged so that the mean stays.
+    DareLinear,
+    /// Random numbers, elected signs.
+    DareTies,
+    /// The largest numbers.
+    MagnitudePrune,
+}
+
+/// Elections of signs on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Majority {
+    /// The sign of the sum.
+    Total,
+    /// The sign that more adapters have.
+    Frequency,
+}
+
+impl Arguments {
+    fn method(&self) -> Result<Method, Failure> {
+        let policy = self.rank.policy();
+        let random = Keep::Random { seed: self.seed };
+        let sign = Some(match self.majority_sign {
+            Majority::Total => MajoritySign::Total,
+            Majority::Frequency => MajoritySign::Frequency,
+        });
+        let (keep, majority) = match self.method {
+            CombineMethod::Sum if self.density.is_none() => {
+                return Ok(policy.map_or(Method::Concatenate, Method::Svd));
+            }
+            CombineMethod::Linear if policy.is_none() && self.density.is_none() => return Ok(Method::Linear),
+            CombineMethod::Linear if policy.is_some() => {
+                return Err(Failure::Usage("--method linear keeps the rank; leave the rule for ranks out".into()));
+            }
+            CombineMethod::Sum | CombineMethod::Linear => {
+                return Err(Failure::Usage("--density belongs to the pruning methods".into()));
+            }
+            CombineMethod::Ties => (Keep::Largest, sign),
+            CombineMethod::MagnitudePrune => (Keep::Largest, None),
+            CombineMethod::DareLinear => (random, None),
+            CombineMethod::DareTies => (random, sign),
+        };
+        let density =
+            self.density.ok_or_else(|| Failure::Usage("this method needs --density, for instance 0.5".into()))?;
+        let pruning = Pruning { keep, density, majority };
+        Ok(policy.map_or(Method::Pruned(pruning), |policy| Method::PrunedSvd(pruning, policy)))
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let (adapters, dtype) = weighted(&arguments.lora, &arguments.out)?;
+    let mut families: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
+    families.dedup();
+    if let [first, second, ..] = families.as_slice() {
+        eprintln!("note: these adapters seem to be made for different base models: {first} and {second}");
+    }
+    let method = arguments.method()?;
+    let parts: Vec<_> = adapters.iter().map(|weighted| (&weighted.adapter, &weighted.strength)).collect();
+    let (mut combined, outcomes) =
+        compose::combine(&parts, method).map_err(|error| Failure::Work(error.to_string()))?;
+    summary(&outcomes);
+    if let Some(version) = adapters[0].adapter.metadata.get("ss_base_model_version") {
+        combined.metadata.insert("ss_base_model_version".into(), version.clone());
+    }
+    let names: Vec<_> = adapters.iter().map(|weighted| weighted.name.as_str()).collect();
+    combined.metadata.insert("lora_combined".into(), names.join(", "));
+    let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
+    write(&arguments.out, &combined, usual_format(&combined), dtype)
+}

@@ -1,0 +1,169 @@
+//! What is done with finished adapters, a command a file, and what these commands share: arguments, adapters with their
+//! strengths, what may be written where.
+
+pub(crate) mod combine;
+pub(crate) mod convert;
+pub(crate) mod dequantise;
+pub(crate) mod extract;
+pub(crate) mod merge;
+pub(crate) mod resize;
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use lora_core::compose::Outcome;
+use lora_core::rank::RankPolicy;
+use lora_core::{Adapter, DType, Strength};
+use lora_data::tokenizer::Tokenizer;
+use lora_io::adapter::{self, AdapterFile, Format};
+use lora_io::merge::Weighted;
+use lora_io::overwrite;
+
+use crate::Failure;
+
+/// Element types on the command line.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Precision {
+    Fp32,
+    Fp16,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Fp32 => DType::F32,
+            Precision::Fp16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// The rule for ranks on the command line.
+#[derive(clap::Args)]
+pub(crate) struct Rank {
+    /// Rank of the result.
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Keep singular values above the largest divided by this.
+    #[arg(long, conflicts_with = "rank")]
+    sv_ratio: Option<f64>,
+    /// Keep the fewest singular values whose sum reaches this share.
+    #[arg(long, conflicts_with_all = ["rank", "sv_ratio"])]
+    sv_cumulative: Option<f64>,
+    /// Keep the fewest singular values whose norm reaches this share.
+    #[arg(long, conflicts_with_all = ["rank", "sv_ratio", "sv_cumulative"])]
+    sv_fro: Option<f64>,
+}
+
+impl Rank {
+    fn policy(&self) -> Option<RankPolicy> {
+        let share = self.sv_cumulative.map(RankPolicy::Cumulative).or(self.sv_fro.map(RankPolicy::Frobenius));
+        self.rank.map(RankPolicy::Fixed).or(self.sv_ratio.map(RankPolicy::Ratio)).or(share)
+    }
+}
+
+/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
+fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
+    let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
+    let mut path = argument;
+    let mut strength = "";
+    for _ in 0..3 {
+        match path.rsplit_once(':') {
+            Some((rest, last)) if numbers(last) => {
+                path = rest;
+                strength = &argument[rest.len() + 1..];
+            }
+            _ => break,
+        }
+    }
+    let strength = match strength {
+        "" => Strength::default(),
+        text => Strength::parse(text).map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?,
+    };
+    Ok((Path::new(path), strength))
+}
+
+/// Reads an adapter to work with, says what a reader should know of it, and refuses one that is damaged.
+fn sound(read: AdapterFile) -> Result<AdapterFile, Failure> {
+    read.undamaged()?;
+    read.notes.iter().for_each(|note| eprintln!("note: {}: {note}", read.path.display()));
+    Ok(read)
+}
+
+/// The adapters of `--lora`, none of which the output may replace, and the type of the first one's numbers.
+fn weighted(arguments: &[String], out: &Path) -> Result<(Vec<Weighted>, Option<DType>), Failure> {
+    let (mut adapters, mut dtype) = (Vec::new(), None);
+    for argument in arguments {
+        let (path, strength) = strength_of(argument)?;
+        apart([path], out)?;
+        let read = sound(adapter::read(path)?)?;
+        dtype = dtype.or(Some(read.dtype()));
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        adapters.push(Weighted { name, adapter: read.adapter, strength });
+    }
+    Ok((adapters, dtype))
+}
+
+fn bytes_bar(what: &'static str, of: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}");
+    ProgressBar::new(of).with_prefix(what).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Writes the tokenizer of a GGUF model beside the weights that were made of it, or says why there is none.
+fn save_tokenizer(model: &Path, folder: &Path, notes: &mut Vec<String>) {
+    if let Err(error) = Tokenizer::open(model).and_then(|tokenizer| tokenizer.save(folder)) {
+        notes.push(format!("no tokenizer was written: {error}"));
+    }
+}
+
+/// The layout that most programs load for an adapter's family: PEFT's for language models, else kohya's.
+fn usual_format(adapter: &Adapter) -> Format {
+    match adapter::family(adapter) {
+        Some(family) if !family.image => Format::Peft,
+        _ => Format::Kohya,
+    }
+}
+
+/// Writes and says what was written.
+fn write(path: &Path, adapter: &Adapter, format: Format, dtype: DType) -> Result<(), Failure> {
+    if format == Format::Peft && path.extension().is_some_and(|extension| extension == "safetensors") {
+        let path = path.display();
+        return Err(Failure::Usage(format!(
+            "{path}: an adapter in PEFT's layout is a folder; leave .safetensors out of its name"
+        )));
+    }
+    for note in adapter::write(path, adapter, format, dtype)? {
+        eprintln!("note: {note}");
+    }
+    println!("{}: {} modules, {format}, {dtype}", path.display(), adapter.modules.len());
+    Ok(())
+}
+
+/// Refuses to write over what is read.
+pub(crate) fn apart<'p>(
+    inputs: impl IntoIterator<Item = &'p (impl AsRef<Path> + ?Sized + 'p)>,
+    output: &Path,
+) -> Result<(), Failure> {
+    overwrite::refuse(inputs.into_iter().map(AsRef::as_ref), output)
+        .map_err(|error| Failure::Usage(format!("--out: {error}")))
+}
+
+/// The ranks and what they keep, as a line.
+fn summary(outcomes: &[Outcome]) {
+    let (mut least, mut sum, mut ranks) = (f64::INFINITY, 0.0, (usize::MAX, 0));
+    for outcome in outcomes {
+        least = least.min(outcome.kept);
+        sum += outcome.kept;
+        ranks = (ranks.0.min(outcome.rank), ranks.1.max(outcome.rank));
+    }
+    let mean = sum / outcomes.len().max(1) as f64;
+    eprintln!(
+        "ranks {} to {}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
+        ranks.0,
+        ranks.1,
+        100.0 * mean,
+        100.0 * least
+    );
+}
