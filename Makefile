@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-text build test lint bench peers gpu docs clean
+.PHONY: help setup setup-onnx quickstart quickstart-text build test lint bench peers gpu docs clean
 
 # A Python with torch, diffusers and peft, for `make peers`.
 PYTHON ?= python3
@@ -9,10 +9,13 @@ PYTHON ?= python3
 MODEL ?= sd1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Find or fetch libtorch (once; clones share it)
 	@sh tools/setup-libtorch.sh
+
+setup-onnx: ## Find or fetch ONNX Runtime, which taggers need (once; clones share it)
+	@sh tools/setup-onnxruntime.sh
 
 build: setup ## Build the command: target/release/lora
 	cargo build --release -p lora-cli
@@ -24,7 +27,7 @@ quickstart-text: setup ## Teach a small language model a voice (fetches a base o
 	@sh tools/fetch-smollm2.sh
 	cargo run --release -p lora-examples --example llm
 
-test: setup ## Run all tests
+test: setup setup-onnx ## Run all tests
 	cargo test --workspace --all-targets
 	cargo test --workspace --doc
 

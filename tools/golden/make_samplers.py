@@ -1,11 +1,18 @@
-"""tiny_samplers.safetensors: ten guided steps of DDIM and Euler with a tiny U-Net."""
+"""tiny_samplers.safetensors: ten guided steps of each sampler with a tiny U-Net, and twenty of Euler with two LoRAs on it."""
+
+import itertools
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.schedulers import scheduling_euler_ancestral_discrete
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 import files
+import synthetic
 import tiny
+import training
 from tiny import given
 
 STEPS, GUIDANCE = 10, 7.5
@@ -15,6 +22,8 @@ OFFSETS = dict(set_alpha_to_one=False, steps_offset=1)
 
 def sample(unet, scheduler, rescale):
     """Final latents, and those after the first step."""
+    fresh = (given(f"input.sampler.fresh.{step}", (2, 4, 8, 8)) for step in itertools.count())
+    scheduling_euler_ancestral_discrete.randn_tensor = lambda *_, **__: next(fresh)
     width = (2, 77, tiny.CONTEXT)
     context = torch.cat([given("input.sampler.uncond", width), given("input.sampler.cond", width)])
     latents, first = given("input.sampler.noise", (2, 4, 8, 8)) * scheduler.init_noise_sigma, None
@@ -37,10 +46,37 @@ def schedulers():
     # holds. "leading" is the variant that later configs ask for.
     for name, spacing in (("euler", "linspace"), ("euler_leading", "leading")):
         yield name, EulerDiscreteScheduler(**tiny.SCHEDULE, steps_offset=1, timestep_spacing=spacing), 0.0
+    yield "euler_a", EulerAncestralDiscreteScheduler(**tiny.SCHEDULE, steps_offset=1), 0.0
+    yield "dpmpp_2m", DPMSolverMultistepScheduler(**tiny.SCHEDULE, steps_offset=1), 0.0
     if tiny.SCHEDULE["prediction_type"] == "v_prediction":
         zero = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
         yield "ddim_zero_snr", DDIMScheduler(**ddim, **zero), 0.7
         yield "euler_zero_snr", EulerDiscreteScheduler(**tiny.SCHEDULE, steps_offset=1, **zero), 0.7
+        yield "euler_a_zero_snr", EulerAncestralDiscreteScheduler(**tiny.SCHEDULE, steps_offset=1, **zero), 0.7
+        yield "dpmpp_2m_zero_snr", DPMSolverMultistepScheduler(**tiny.SCHEDULE, steps_offset=1, **zero), 0.7
+
+
+# Two LoRAs, by the beginning of their tensors' names, and how strongly they are applied.
+ADAPTERS = {"lora": 0.8, "other": 0.5}
+
+
+def adapted():
+    """The U-Net with two LoRAs on its attention, as a pipeline that loaded both has them."""
+    unet = tiny.unet()
+    targets = training.attention_targets(unet, {})["unet"]
+    config = LoraConfig(r=training.RANK, lora_alpha=training.ALPHA, target_modules=targets)
+    for name in ADAPTERS:
+        unet.add_adapter(config, adapter_name=name)
+    unet.set_adapters(list(ADAPTERS), weights=list(ADAPTERS.values()))
+    with torch.no_grad():
+        for path, module in unet.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for name in ADAPTERS:
+                down, up = module.lora_A[name].weight, module.lora_B[name].weight
+                down.copy_(torch.from_numpy(synthetic.weight(f"{name}.unet.{path}.down", tuple(down.shape))))
+                up.copy_(torch.from_numpy(synthetic.lora_up(f"{name}.unet.{path}.up", tuple(up.shape))))
+    return unet
 
 
 def main():
@@ -61,6 +97,10 @@ def main():
             final, made[f"{name}.first"] = sample(unet, scheduler, rescale)
         made[f"{name}.final"] = final
         print(f"  {name}: std {final.std():.4f}, largest {final.abs().max():.4f}")
+    scheduler = EulerDiscreteScheduler(**tiny.SCHEDULE, steps_offset=1)
+    scheduler.set_timesteps(2 * STEPS)
+    with torch.no_grad():
+        made["two_loras.final"], _ = sample(adapted(), scheduler, 0.0)
     files.write(f"{tiny.FILES}_samplers.safetensors", made)
 
 

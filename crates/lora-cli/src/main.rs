@@ -3,13 +3,16 @@
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
 mod adapters;
+mod caption;
 mod check;
 mod dataset;
 mod doctor;
 mod generate;
 mod info;
+mod interrupt;
 mod plan;
 mod progress;
+mod sample;
 mod train;
 
 use std::process::ExitCode;
@@ -32,6 +35,10 @@ enum Command {
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
     Dataset(dataset::Arguments),
+    /// Draw pictures with adapters, or without beside with.
+    Sample(sample::Arguments),
+    /// Write captions by machine: tags of a tagger, sentences of a model on a server, or both.
+    Caption(Box<caption::Arguments>),
     /// Let a language model answer, with adapters or without.
     Generate(generate::GenerateArguments),
     /// Loss and perplexity of a language model on texts, with adapters or without.
@@ -82,6 +89,13 @@ impl From<lora_train::Error> for Failure {
     }
 }
 
+impl From<lora_caption::Error> for Failure {
+    fn from(error: lora_caption::Error) -> Self {
+        let message = error.to_string();
+        if error.is_usage() { Failure::Usage(message) } else { Failure::Work(message) }
+    }
+}
+
 impl From<lora_io::Error> for Failure {
     fn from(error: lora_io::Error) -> Self {
         Failure::Work(error.to_string())
@@ -90,7 +104,7 @@ impl From<lora_io::Error> for Failure {
 
 fn main() -> ExitCode {
     let command = Arguments::parse().command;
-    if matches!(command, Command::Train(_) | Command::Generate(_) | Command::Evaluate(_)) {
+    if matches!(command, Command::Train(_) | Command::Sample(_) | Command::Generate(_) | Command::Evaluate(_)) {
         lora_train::yield_to_busy_programs();
     }
     // What a decoder's panic on a damaged file becomes is an error that is told; the panic itself is not.
@@ -101,16 +115,21 @@ fn main() -> ExitCode {
         }
     }));
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
+    let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .without_time()
         .with_target(false)
         .with_writer(progress::Writer)
-        .init();
+        .finish();
+    // Not by `init`, which takes in what libraries give to the crate `log`, too: at its finest an HTTP client's has the bytes of
+    // requests, and a server's key among them. Nothing is set before this, so that it cannot fail.
+    let _ = tracing::subscriber::set_global_default(subscriber);
     let result = match command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
+        Command::Sample(arguments) => sample::run(&arguments),
+        Command::Caption(arguments) => caption::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Evaluate(arguments) => generate::evaluate(&arguments),
         Command::Merge(arguments) => adapters::merge::run(&arguments),

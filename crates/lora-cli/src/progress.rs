@@ -15,6 +15,33 @@ fn bar() -> &'static Mutex<Option<ProgressBar>> {
     BAR.get_or_init(Mutex::default)
 }
 
+/// Puts a bar on screen, or takes it off.
+fn put(new: Option<ProgressBar>) {
+    if let Ok(mut bar) = bar().lock()
+        && let Some(old) = std::mem::replace(&mut *bar, new)
+    {
+        old.finish();
+    }
+}
+
+/// A bar of so many steps in this program's style.
+fn new_bar(steps: usize) -> ProgressBar {
+    let bar = ProgressBar::new(steps as u64);
+    let style = ProgressStyle::with_template("{bar:32} {pos}/{len} [{elapsed} < {eta}] {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}
+
+/// Brings the bar on screen up to date.
+fn advance(done: usize, message: String) {
+    if let Ok(bar) = bar().lock()
+        && let Some(bar) = &*bar
+    {
+        bar.set_position(done as u64);
+        bar.set_message(message);
+    }
+}
+
 /// Log lines on standard error, above the bar where there is one.
 pub(crate) struct Writer;
 
@@ -49,6 +76,7 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
                 eprintln!("loading the {part}");
                 return;
             }
+            Preparing::Labels(done, of) => ("giving captions", done, of),
             Preparing::Examples(done, of) => ("encoding examples", done, of),
             Preparing::Captions(done, of) => ("encoding captions", done, of),
             // A stage that this program does not know is passed over.
@@ -79,25 +107,12 @@ impl Default for TrainingBar {
     }
 }
 
-impl TrainingBar {
-    fn put(&self, new: Option<ProgressBar>) {
-        if let Ok(mut bar) = bar().lock()
-            && let Some(old) = std::mem::replace(&mut *bar, new)
-        {
-            old.finish();
-        }
-    }
-}
-
 impl Callback for TrainingBar {
     fn on_start(&mut self, session: &mut Session) -> lora_train::Result<Control> {
         eprintln!("{}", session.summary());
         self.start = Instant::now();
         if self.terminal {
-            let bar = ProgressBar::new(session.plan().steps as u64);
-            let style = ProgressStyle::with_template("{bar:32} {pos}/{len} [{elapsed} < {eta}] {msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            self.put(Some(bar));
+            put(Some(new_bar(session.plan().steps)));
         }
         Ok(Control::Continue)
     }
@@ -118,12 +133,7 @@ impl Callback for TrainingBar {
             if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
         );
         if self.terminal {
-            if let Ok(bar) = bar().lock()
-                && let Some(bar) = &*bar
-            {
-                bar.set_position(report.step as u64);
-                bar.set_message(message);
-            }
+            advance(report.step, message);
         } else if report.step == 1 || report.step == report.steps || self.printed.elapsed() > Duration::from_secs(10) {
             self.printed = Instant::now();
             let left = elapsed / report.step as f64 * (report.steps - report.step) as f64;
@@ -133,13 +143,54 @@ impl Callback for TrainingBar {
     }
 
     fn on_end(&mut self, _session: &mut Session) -> lora_train::Result<()> {
-        self.put(None);
+        put(None);
         Ok(())
     }
 }
 
 impl Drop for TrainingBar {
     fn drop(&mut self) {
-        self.put(None);
+        put(None);
+    }
+}
+
+/// The bar of captions: how many have failed, pictures a second, time left.
+pub(crate) struct CaptionBar {
+    terminal: bool,
+    start: Instant,
+    printed: Instant,
+    failed: usize,
+}
+
+impl Default for CaptionBar {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self { terminal: io::stderr().is_terminal(), start: now, printed: now, failed: 0 }
+    }
+}
+
+impl CaptionBar {
+    /// One more picture is done.
+    pub(crate) fn show(&mut self, done: usize, of: usize, failed: bool) {
+        self.failed += usize::from(failed);
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let failures = if self.failed > 0 { format!(" {} without", self.failed) } else { String::new() };
+        let message = format!("{:.2} img/s{failures}", done as f64 / elapsed.max(1e-3));
+        if self.terminal {
+            if done == 1 {
+                put(Some(new_bar(of)));
+            }
+            advance(done, message);
+        } else if done == of || self.printed.elapsed() > Duration::from_secs(10) {
+            self.printed = Instant::now();
+            let left = elapsed / done as f64 * (of - done) as f64;
+            eprintln!("caption {done}/{of} {message}, {left:.0} s left");
+        }
+    }
+}
+
+impl Drop for CaptionBar {
+    fn drop(&mut self) {
+        put(None);
     }
 }

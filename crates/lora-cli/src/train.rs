@@ -1,14 +1,12 @@
 //! `lora train`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_train::config::TrainConfig;
 use lora_train::{Best, Plugins, train};
 
-use crate::Failure;
 use crate::progress::{TrainingBar, preparing};
+use crate::{Failure, interrupt};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -27,19 +25,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let output_dir = config.output_dir.clone();
     let has_samples = !config.samples.prompts.is_empty();
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    let handler = ctrlc::set_handler(move || {
-        // The second signal ends at once, for those who mean it.
-        if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step; the LoRA will be saved (once more to end at once)");
-    });
-    if let Err(error) = handler {
-        tracing::warn!("signals are not caught ({error}): an interrupt will lose the run");
-    }
-
+    let stop = interrupt::flag("stopping after this step; the LoRA will be saved (once more to end at once)");
     let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())?;
     if arguments.json {
         let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped, "best": result.best });

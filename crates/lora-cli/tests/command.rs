@@ -434,3 +434,33 @@ fn a_run_beside_a_busy_program_lets_its_threads_yield_unless_it_is_told_otherwis
     assert!(untold.contains("OMP_WAIT_POLICY=PASSIVE"));
     assert!(told.contains("GOMP_SPINCOUNT=20") && !told.contains("OMP_WAIT_POLICY"), "{told}");
 }
+
+#[test]
+fn pictures_are_drawn_with_adapters_and_beside_the_base() {
+    let folder = workspace();
+    train(folder.path(), &[]).success();
+    let sample = |arguments: &[&str]| {
+        let usual = ["sample", "--base", "base.safetensors", "--size", "64", "--steps", "2", "--set", "device=cpu"];
+        lora().current_dir(folder.path()).args(usual).args(arguments).assert()
+    };
+    let size = |path: &str| image::image_dimensions(folder.path().join(path)).unwrap();
+    sample(&["--prompt", "a <lora:lora:0.5>", "--lora-dir", "out", "--out", "new/one.png"]).success();
+    assert_eq!(size("new/one.png"), (64, 64));
+    sample(&["--prompt", "a --w 128", "--lora", "out/lora.safetensors:0.5", "--count", "2", "--out", "many"]).success();
+    assert_eq!((size("many/0001.png"), size("many/0002.png")), ((128, 64), (128, 64)));
+    let compare = ["--lora", "out/lora.safetensors", "--compare", "--strengths", "0,1", "--count", "2"];
+    sample(&[&["--prompt", "a", "--out", "compared.png"], &compare[..]].concat()).success();
+    // Two rows and two columns of cells that are 128 pixels a side.
+    assert!(size("compared.png").0 > 256 && size("compared.png").1 > 256);
+
+    let nearest = contains("<lora:lors>").and(contains("the nearest are `lora`"));
+    sample(&["--prompt", "a <lora:lors>", "--lora-dir", "out"]).code(2).stderr(nearest);
+    sample(&["--prompt", "a", "--compare"]).code(2).stderr(contains("--compare needs an adapter"));
+    sample(&["--prompt", "a", "--out", "picture.jpg"]).code(2).stderr(contains("picture.jpg"));
+    sample(&["--prompt", "a", "--sampler", "heun"]).code(2).stderr(contains("heun").and(contains("dpmpp_2m")));
+    let other = folder.path().join("xl.safetensors");
+    SyntheticModel::tiny_sdxl().write(&other, DType::F16).unwrap();
+    let refused = contains("Stable Diffusion XL").and(contains("out/lora.safetensors"));
+    let arguments = ["sample", "--base", "xl.safetensors", "--prompt", "a", "--lora", "out/lora.safetensors"];
+    lora().current_dir(folder.path()).args(arguments).assert().code(1).stderr(refused);
+}

@@ -36,6 +36,12 @@ impl Strength {
         Self { components: components.map(|component| (component, text_encoders)).collect(), ..Self::from(others) }
     }
 
+    /// The same, so many times as strong.
+    pub fn times(&self, factor: f64) -> Self {
+        let components = self.components.iter().map(|(component, own)| (*component, own * factor)).collect();
+        Self { components, others: self.others * factor, blocks: self.blocks.clone() }
+    }
+
     /// The factor for a component, blocks apart.
     pub fn of_component(&self, component: Component) -> f64 {
         self.components.get(&component).copied().unwrap_or(self.others)
@@ -235,6 +241,9 @@ mod tests {
         assert_eq!(of(Component::UNET, "mid_block.attentions.0.proj_in"), 1.6);
         assert_eq!(of(Component::UNET, "down_blocks.0.attentions.0.proj_in"), 0.0);
         assert_eq!(of(Component::LANGUAGE_MODEL, "model.layers.0.mlp.up_proj"), 0.8);
+        let twice = strength.times(2.0);
+        assert_eq!(twice.of(&ModulePath::new(Component::UNET, "mid_block.attentions.0.proj_in")), 3.2);
+        assert_eq!(twice.of_component(Component::TEXT_ENCODER), 1.0);
         assert!(Strength::parse("1:1:1,2").is_err() && Strength::parse("x").is_err());
     }
 }

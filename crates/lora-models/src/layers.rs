@@ -158,7 +158,8 @@ pub struct AdaptableLayer {
     weight: LayerWeight,
     bias: Option<Tensor>,
     geometry: LayerGeometry,
-    adapter: Option<AttachedAdapter>,
+    /// The adapters that it carries, each with its strength. In training it is one, at full strength.
+    adapters: Vec<(AttachedAdapter, f64)>,
 }
 
 impl AdaptableLayer {
@@ -202,7 +203,7 @@ impl AdaptableLayer {
             LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },
         };
         let geometry = LayerGeometry::linear(embedding.geometry.outputs(), embedding.geometry.inputs());
-        Ok(Self { path: path.to_owned(), weight, bias: None, geometry, adapter: None })
+        Ok(Self { path: path.to_owned(), weight, bias: None, geometry, adapters: Vec::new() })
     }
 
     /// A linear layer whose weight `[outputs, inputs]` and bias are parts of larger tensors. A frozen one is copied, so
@@ -215,7 +216,7 @@ impl AdaptableLayer {
             weight: weights.hold("weight", weight)?,
             bias: Some(bias),
             geometry: LayerGeometry::linear(inputs as usize, outputs as usize),
-            adapter: None,
+            adapters: Vec::new(),
         })
     }
 
@@ -230,7 +231,7 @@ impl AdaptableLayer {
             weight: weights.layer("weight", &geometry.weight_shape())?,
             bias: bias.then(|| weights.tensor("bias", &[geometry.outputs()])).transpose()?,
             geometry,
-            adapter: None,
+            adapters: Vec::new(),
         })
     }
 
@@ -257,19 +258,19 @@ impl AdaptableLayer {
     /// Its weight, where in this pass that alone makes its output: frozen, without a bias and without an adapter.
     pub(crate) fn frozen(&self, pass: &Pass) -> Option<&FrozenWeight> {
         match &self.weight {
-            LayerWeight::Frozen(weight) if self.bias.is_none() && self.adapter_in(pass).is_none() => Some(weight),
+            LayerWeight::Frozen(weight) if self.bias.is_none() && self.adapters_in(pass).is_empty() => Some(weight),
             _ => None,
         }
     }
 
     /// Whether anything of it is trained: an adapter, or its own weight.
     pub(crate) fn learns(&self) -> bool {
-        self.adapter.is_some() || matches!(self.weight, LayerWeight::Trained { .. })
+        !self.adapters.is_empty() || matches!(self.weight, LayerWeight::Trained { .. })
     }
 
-    /// The adapter that acts in a pass.
-    fn adapter_in(&self, pass: &Pass) -> Option<&AttachedAdapter> {
-        self.adapter.as_ref().filter(|_| !pass.without_adapters)
+    /// The adapters that act in a pass.
+    fn adapters_in(&self, pass: &Pass) -> &[(AttachedAdapter, f64)] {
+        if pass.without_adapters { &[] } else { &self.adapters }
     }
 
     /// Bytes of its weight as it is held.
@@ -279,33 +280,50 @@ impl AdaptableLayer {
 
     /// Hangs an adapter on the layer, in place of any other.
     pub fn attach(&mut self, adapter: AttachedAdapter) {
-        self.adapter = Some(adapter);
+        self.adapters = vec![(adapter, 1.0)];
     }
 
-    /// Takes the adapter off.
-    pub fn detach(&mut self) -> Option<AttachedAdapter> {
-        self.adapter.take()
+    /// Hangs an adapter on the layer beside those that it carries: `strength` times what it changes of the layer's output is
+    /// added to theirs. For inference; what trains is alone on its layer.
+    pub fn attach_beside(&mut self, adapter: AttachedAdapter, strength: f64) {
+        self.adapters.push((adapter, strength));
     }
 
-    /// The adapter it carries.
+    /// Takes all adapters off.
+    pub fn detach(&mut self) {
+        self.adapters.clear();
+    }
+
+    /// The adapter it carries, the first of several.
     pub fn adapter(&self) -> Option<&AttachedAdapter> {
-        self.adapter.as_ref()
+        self.adapters.first().map(|(adapter, _)| adapter)
     }
 
-    /// The layer's output, with its adapter's update where it carries one.
+    /// The layer's output, with its adapters' updates where it carries any.
     ///
     /// # Errors
     /// [`Error::Torch`] where the input does not fit the layer; out of memory.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let Some(adapter) = self.adapter_in(pass) else {
-            return self.weight.apply(&self.geometry, input, self.bias.as_ref());
+        let alone = || self.weight.apply(&self.geometry, input, self.bias.as_ref());
+        let with = |adapter: &AttachedAdapter| -> Result<Tensor> {
+            let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
+                items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
+                ..*dropout
+            });
+            Ok(adapter.variant.forward(&TchBackend, self, &adapter.parameters, input, dropout.as_ref())?)
         };
-        let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
-            items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
-            ..*dropout
-        });
-        let AttachedAdapter { variant, parameters } = adapter;
-        Ok(variant.forward(&TchBackend, self, parameters, input, dropout.as_ref())?)
+        match self.adapters_in(pass) {
+            [] => alone(),
+            [(adapter, 1.0)] => with(adapter),
+            several => {
+                let base = alone()?;
+                let mut sum = base.shallow_clone();
+                for (adapter, strength) in several {
+                    sum = sum.f_add(&with(adapter)?.f_sub(&base)?.f_mul_scalar(*strength)?)?;
+                }
+                Ok(sum)
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{CPU, adapt, given, integers, relative, tensor};
+use common::{CPU, adapt, adapt_beside, given, integers, relative, tensor};
 use lora_core::Component;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler, SamplerKind};
@@ -185,32 +185,56 @@ fn unets_match_diffusers() {
     }
 }
 
+/// Guided latents from the golden files' noise.
+fn sampled(reference: &Reference, unet: &Unet, sampler: &Sampler) -> Tensor {
+    let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
+    let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
+    let fresh = |step| Ok(given(&format!("input.sampler.fresh.{step}"), &[2, 4, 8, 8]));
+    let found = no_grad(|| {
+        sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), fresh, |latents, timestep| {
+            let both = Tensor::cat(&[latents, latents], 0);
+            let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
+            sampler.guided(&halves[0], &halves[1], 7.5)
+        })
+    });
+    found.unwrap()
+}
+
 #[test]
 fn samplers_match_diffusers() {
     // A sampler knows nothing of what the third model's network is told beside the text.
     for reference in references().into_iter().take(2) {
         let (golden, unet) = (reference.golden("tiny_samplers"), reference.unet());
-        let of = |name: &str| given(&format!("input.sampler.{name}"), &[2, 77, reference.model.unet.context]);
-        let context = Tensor::cat(&[of("uncond"), of("cond")], 0);
         let mut schedules = vec![("", reference.schedule.clone())];
         if reference.schedule.prediction() == Prediction::Velocity {
             schedules.push(("_zero_snr", reference.schedule.clone().with_zero_terminal_snr().unwrap()));
         }
         for (suffix, schedule) in schedules {
-            for (kind, name) in [(SamplerKind::Ddim, "ddim"), (SamplerKind::Euler, "euler")] {
-                let sampler = Sampler::new(kind, &schedule, 10).unwrap();
-                let found = no_grad(|| {
-                    sampler.sample(&given("input.sampler.noise", &[2, 4, 8, 8]), |latents, timestep| {
-                        let both = Tensor::cat(&[latents, latents], 0);
-                        let halves = unet.forward(&both, &[timestep; 4], &context, &Pass::default())?.chunk(2, 0);
-                        sampler.guided(&halves[0], &halves[1], 7.5)
-                    })
-                });
+            for kind in SamplerKind::ALL {
+                let (name, sampler) = (kind.name(), Sampler::new(kind, &schedule, 10).unwrap());
+                let found = sampled(&reference, &unet, &sampler);
                 // Ten guided steps multiply rounding by up to 7.5 each.
-                let error = relative(&found.unwrap(), &tensor(&golden, &format!("{name}{suffix}.final")));
+                let error = relative(&found, &tensor(&golden, &format!("{name}{suffix}.final")));
                 assert!(error < 1e-3, "{}, {name}{suffix}: {error:e}", reference.folder);
             }
         }
+    }
+}
+
+#[test]
+fn two_loras_at_once_draw_what_a_pipeline_draws_with_both() {
+    for reference in references().into_iter().take(2) {
+        let (golden, mut unet) = (reference.golden("tiny_samplers"), reference.unet());
+        for (begin, strength) in [("lora", 0.8), ("other", 0.5)] {
+            adapt_beside(&mut unet, &["attention"], begin, strength);
+        }
+        let sampler = Sampler::new(SamplerKind::Euler, &reference.schedule, 20).unwrap();
+        let found = sampled(&reference, &unet, &sampler);
+        let error = relative(&found, &tensor(&golden, "two_loras.final"));
+        assert!(error < 1e-3, "{}: {error:e}", reference.folder);
+        let without = sampled(&reference, &reference.unet(), &sampler);
+        let effect = relative(&found, &without);
+        assert!(effect > 0.05, "{}: the adapters change nothing: {effect:e}", reference.folder);
     }
 }
 

@@ -111,12 +111,12 @@ pub enum Error {
         rows: usize,
     },
     /// An adapter of another base.
-    #[error("{path}: the base has no layer `{module}`; the adapter was made for another model")]
+    #[error("{path}: {reason}")]
     NotOfThisBase {
         /// The adapter.
         path: PathBuf,
-        /// A layer that it adapts.
-        module: String,
+        /// By what it shows.
+        reason: String,
     },
     /// A conversation, and no template to lay it out by.
     #[error("{path}: there is no chat template; set chat_template to a file or the name of one")]
@@ -132,12 +132,36 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A sampler of a name that none has.
+    #[error("there is no sampler `{name}`; known are {known}")]
+    NoSampler {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
     /// Samples of a base that makes none.
     #[error("this base makes no samples; take sample_prompts out")]
     NoSamples,
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),
+    /// Captions could not be made.
+    #[error("auto_label: {0}")]
+    Captions(#[from] lora_caption::Error),
+    /// Some pictures have got no caption, and the run is strict.
+    #[error(
+        "auto_label: {count} pictures have got no caption, the first: {first}; write them by hand, or set strict = false"
+    )]
+    NoCaption {
+        /// How many.
+        count: usize,
+        /// The first, and why.
+        first: String,
+    },
+    /// The run was stopped while captions were made.
+    #[error("stopped while captions were made; those that are made are kept, and the next run goes on from there")]
+    StoppedLabelling,
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] lora_io::Error),
@@ -318,7 +342,7 @@ impl Error {
                 | Error::UnknownOptimiser { .. }
                 | Error::OptimiserArgument { .. }
                 | Error::Adapter(lora_core::Error::NoMatch { .. })
-        )
+        ) || matches!(self, Error::Captions(error) if error.is_usage())
     }
 
     /// Whether memory ran out.

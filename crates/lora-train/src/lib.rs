@@ -3,6 +3,7 @@
 
 // What a program that trains, or brings a base, variant, optimiser, callback or source of its own, needs is public, each
 // item under one path. Everything else is private to the crate.
+mod auto_label;
 pub mod base;
 mod bytes;
 pub mod callback;
@@ -26,6 +27,7 @@ mod state;
 pub mod trainable;
 pub mod velocity;
 
+pub use auto_label::auto_label;
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
 pub use lora_torch::openmp::yield_to_busy_programs;

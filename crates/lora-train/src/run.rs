@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::Result;
 use crate::callback::{Callback, Control};
 use crate::callbacks::{
     Crowded, HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss, best_name,
@@ -12,6 +11,7 @@ use crate::callbacks::{
 use crate::config::TrainConfig;
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
+use crate::{Result, auto_label};
 
 /// What a run left behind.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,6 +65,7 @@ pub fn train(
     callbacks.extend(plugins.callbacks(&config.callbacks)?);
     callbacks.append(&mut extra);
 
+    auto_label(&config, plugins, stop, progress)?;
     let mut session = Session::prepare(config, plugins, progress)?;
     let stopped = match drive(&mut session, &mut callbacks, stop) {
         Ok(stopped) => stopped,

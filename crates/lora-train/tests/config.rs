@@ -69,6 +69,8 @@ fn every_mistake_is_named_with_what_would_be_right() {
         ("enable_bucket = true\nmax_bucket_reso = 1000000000", &["`max_bucket_reso`", "32768"]),
         ("learning_rate = nan", &[":4: `learning_rate`", "finite number", "nan or inf"]),
         ("lora_alpha = 4\nrank_pattern = { q = 4, k = inf }", &[":5: `rank_pattern.k`", "finite number"]),
+        ("auto_label = { tagger = \"t\", threshold = \"high\" }", &[":4", "`auto_label`", "`threshold`", "high"]),
+        ("auto_label = { tagger = \"t\", prompt = \"{tags}\" }", &["`auto_label`", "server: model and prompt"]),
         ("caption_encoding = \"klingon\"", &["`caption_encoding`", "klingon", "shift_jis"]),
         ("output_name = \"a\\q\"\nloss = 1", &[":4: `output_name`", "TOML"]),
         ("lora_rank = \"four\"", &["`lora_rank`", "whole number", "\"four\""]),

@@ -65,7 +65,7 @@ impl Rank {
 }
 
 /// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
-fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
+pub(crate) fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
     let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
     let mut path = argument;
     let mut strength = "";

@@ -47,7 +47,7 @@ impl Stored {
     }
 
     /// The file on disk, where it is one of its own.
-    pub(crate) fn own_file(&self) -> Option<&Path> {
+    pub fn own_file(&self) -> Option<&Path> {
         matches!(self.place, Place::File).then_some(self.path.as_path())
     }
 

@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::crop::CropPlan;
 use crate::guard::guarded;
 use crate::sample::Mask;
 use crate::{Error, Result};
@@ -62,6 +63,36 @@ impl RgbPicture {
     /// Interleaved RGB bytes.
     pub fn data(&self) -> &[u8] {
         &self.data
+    }
+
+    /// Decodes the bytes of a picture file by their content: upright, in sRGB, transparency laid over `background`. `name` is for
+    /// errors. Where a smaller picture will do, of at least the sides `enough`, a JPEG is decoded at a fraction of its size.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] where the bytes are no picture that can be decoded.
+    pub fn decode(name: &Path, bytes: &[u8], background: [u8; 3], enough: Option<(usize, usize)>) -> Result<Self> {
+        decode_bytes(name, bytes, background, enough).map(|decoded| decoded.picture)
+    }
+
+    /// The whole picture with its longer side at most `longest` pixels, in its aspect.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the picture cannot be scaled.
+    pub fn scaled_to(&self, longest: usize) -> Result<Self> {
+        let side = |side: usize| (side * longest / self.width.max(self.height).max(longest)).max(1);
+        CropPlan::squash((side(self.width), side(self.height))).apply(self)
+    }
+
+    /// As the bytes of a JPEG file, of a quality from 1 to 100. Sides above 65,535 pixels, which JPEG cannot have, give none.
+    pub fn to_jpeg(&self, quality: u8) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, quality);
+        let (width, height) = (self.width as u32, self.height as u32);
+        // Writing into memory fails for no picture that was decoded.
+        match image::ImageEncoder::write_image(encoder, &self.data, width, height, image::ExtendedColorType::Rgb8) {
+            Ok(()) => bytes,
+            Err(_) => Vec::new(),
+        }
     }
 
     pub(crate) fn data_mut(&mut self) -> &mut [u8] {

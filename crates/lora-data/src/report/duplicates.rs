@@ -152,7 +152,7 @@ mod tests {
             let smaller = CropPlan::squash((90, 68)).apply(picture).unwrap();
             let brighter: Vec<u8> = picture.data().iter().map(|&value| value.saturating_add(6)).collect();
             let brighter = RgbPicture::new(200, 150, brighter).unwrap();
-            let compressed = image::load_from_memory(&super::super::jpeg(picture)).unwrap().into_rgb8();
+            let compressed = image::load_from_memory(&picture.to_jpeg(80)).unwrap().into_rgb8();
             let compressed = RgbPicture::new(200, 150, compressed.into_raw()).unwrap();
             for copy in [smaller, brighter, compressed] {
                 assert!(own.is_near(&of(&copy), 6), "{index}: {}", (own.hash ^ of(&copy).hash).count_ones());

@@ -1,4 +1,4 @@
-//! A report as one page that needs nothing else: findings, and pictures or texts as training sees them.
+//! Pages that need nothing else: reports, with findings and with pictures or texts as training sees them, and contact sheets.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -92,6 +92,45 @@ fn write(page: &mut String, title: &str, report: &DatasetReport) -> std::fmt::Re
         write!(page, "</p>")?;
     }
     write!(page, "</html>")
+}
+
+/// A picture of a contact sheet.
+#[derive(Debug, Clone, Default)]
+pub struct SheetCard {
+    /// The file's name.
+    pub name: String,
+    /// What is written about it.
+    pub caption: String,
+    /// What is the matter with it; empty where nothing is.
+    pub problem: String,
+    /// A small JPEG.
+    pub jpeg: Vec<u8>,
+}
+
+/// Pictures with their captions, as one page that needs nothing else. `summary` stands above them.
+pub fn contact_sheet(title: &str, summary: &str, cards: &[SheetCard]) -> String {
+    let mut page = String::new();
+    // Writing into a string cannot fail.
+    let _ = write_sheet(&mut page, title, summary, cards);
+    page
+}
+
+fn write_sheet(page: &mut String, title: &str, summary: &str, cards: &[SheetCard]) -> std::fmt::Result {
+    head(page, title)?;
+    write!(page, "<p>{}</p><div class=\"cards\">", escape_text(summary))?;
+    for SheetCard { name, caption, problem, jpeg } in cards {
+        write!(page, "<div class=\"card\">")?;
+        if !jpeg.is_empty() {
+            let (name, jpeg) = (escape_attribute(name), STANDARD.encode(jpeg));
+            write!(page, "<div class=\"frame\"><img alt=\"{name}\" src=\"data:image/jpeg;base64,{jpeg}\"></div>")?;
+        }
+        write!(page, "<div><b>{}</b></div><div>{}</div>", escape_text(name), escape_text(caption))?;
+        if !problem.is_empty() {
+            write!(page, "<div class=\"lost\">{}</div>", escape_text(problem))?;
+        }
+        write!(page, "</div>")?;
+    }
+    write!(page, "</div></html>")
 }
 
 /// What a page begins with.

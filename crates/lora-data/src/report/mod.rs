@@ -16,15 +16,17 @@ use lora_core::random::Stream;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::crop::CropPlan;
 use crate::dataset::{CaptionSource, Role};
 use crate::finding::{Finding, FindingKind};
 use crate::prefetch::{ahead, cores};
 use crate::source::{Shape, Source};
 use crate::tokenizer::ClipTokenizer;
-use crate::{Pictures, Result, RgbPicture, Sample};
+use crate::{Pictures, Result, Sample};
 
 use duplicates::Fingerprint;
+
+/// JPEG quality of pictures on pages.
+const QUALITY: u8 = 80;
 
 /// What is looked for, and from where on it is reported. The defaults were set on photographs and drawings.
 #[derive(Debug, Clone)]
@@ -240,7 +242,7 @@ fn look(pictures: &Pictures, index: usize, thumbnail: usize) -> Result<Looked> {
     let bytes = pictures.items()[index].file.read()?;
     let sample = pictures.decode(index, &bytes)?;
     let size = sample.size();
-    let small = scaled_to(&sample.picture, thumbnail)?;
+    let small = sample.picture.scaled_to(thumbnail)?;
     let processed = pictures.process(index, sample.clone(), &Stream::new(0))?;
     let frame = processed.frame;
     // A frame belongs to the picture as it was decoded unless a processor gave it another size in between.
@@ -256,27 +258,10 @@ fn look(pictures: &Pictures, index: usize, thumbnail: usize) -> Result<Looked> {
         measures: Measures::of(&sample.picture)?,
         fingerprint: Fingerprint::of(&sample.picture)?,
         sha256: Sha256::digest(&bytes).into(),
-        thumbnail: jpeg(&small),
+        thumbnail: small.to_jpeg(QUALITY),
         kept,
         size,
     })
-}
-
-fn scaled_to(picture: &RgbPicture, longest: usize) -> Result<RgbPicture> {
-    let (width, height) = (picture.width(), picture.height());
-    let side = |side: usize| (side * longest / width.max(height).max(longest)).max(1);
-    CropPlan::squash((side(width), side(height))).apply(picture)
-}
-
-fn jpeg(picture: &RgbPicture) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 80);
-    let (width, height) = (picture.width() as u32, picture.height() as u32);
-    // Writing into memory fails for no picture that was decoded.
-    match image::ImageEncoder::write_image(encoder, picture.data(), width, height, image::ExtendedColorType::Rgb8) {
-        Ok(()) => bytes,
-        Err(_) => Vec::new(),
-    }
 }
 
 fn judge(report: &PictureReport, looked: &Looked, options: &ReportOptions, findings: &mut Vec<Finding>) {
@@ -373,12 +358,12 @@ fn previews(pictures: &Pictures, options: &ReportOptions) -> Vec<Preview> {
         let draw = Stream::new(0).at("preview").with(index as u64);
         let sample = pictures.load(index, &draw).ok()?;
         let size = sample.size();
-        let picture = scaled_to(&darkened(sample).picture, options.thumbnail).ok()?;
+        let picture = darkened(sample).picture.scaled_to(options.thumbnail).ok()?;
         Some(Preview {
             name: item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
             size,
             caption: pictures.options(index).captions.process(&item.lines(), 1, &draw),
-            jpeg: jpeg(&picture),
+            jpeg: picture.to_jpeg(QUALITY),
         })
     };
     (0..shown).filter_map(preview).collect()

@@ -8,6 +8,7 @@ mod canonical;
 pub mod diffusers;
 pub mod gguf;
 pub mod kohya;
+mod named;
 pub mod names;
 pub(crate) mod parts;
 pub mod peft;
@@ -29,6 +30,7 @@ use crate::family::adapter::Module;
 use crate::family::{self, FAMILIES, Family};
 use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
+pub use named::find;
 use parts::{Parts, PeftContext, Tool};
 
 /// Layout of an adapter file.

@@ -23,7 +23,7 @@ use crate::metadata::HASH;
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
 use crate::{Error, Result, atomic};
 
-const CONFIG: &str = "adapter_config.json";
+pub(super) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// What a configuration says that the adapter does not know.

@@ -1,6 +1,6 @@
-//! Samplers that turn noise into latents: DDIM (Song et al., 2021, η = 0) and Euler (Karras et al., 2022, algorithm 2
-//! without churn), with the timesteps that diffusers' schedulers take, and guidance. Deterministic given the starting
-//! noise.
+//! Samplers that turn noise into latents, with the timesteps that diffusers' schedulers take, and guidance: DDIM (Song et
+//! al., 2021, η = 0), Euler and its ancestral form (Karras et al., 2022, algorithm 2 without churn; k-diffusion), DPM-Solver++
+//! of second order (Lu et al., 2022, multistep with midpoints). The same noise gives the same latents.
 
 use lora_torch::tch::Tensor;
 
@@ -16,6 +16,25 @@ pub enum SamplerKind {
     /// Euler; timesteps spaced evenly from 999 to 0, "trailing" ones with zero terminal SNR.
     #[default]
     Euler,
+    /// Euler that goes further down than asked at each step and draws new noise for the difference; timesteps as of Euler.
+    EulerAncestral,
+    /// DPM-Solver++ (2M); timesteps spaced evenly from 999 on, 0 left out, "trailing" ones with zero terminal SNR.
+    DpmSolver2M,
+}
+
+impl SamplerKind {
+    /// All samplers.
+    pub const ALL: [SamplerKind; 4] = [Self::Euler, Self::EulerAncestral, Self::Ddim, Self::DpmSolver2M];
+
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ddim => "ddim",
+            Self::Euler => "euler",
+            Self::EulerAncestral => "euler_a",
+            Self::DpmSolver2M => "dpmpp_2m",
+        }
+    }
 }
 
 /// A sampler set up for a number of steps.
@@ -31,7 +50,7 @@ pub struct Sampler {
 #[derive(Debug, Clone, Copy)]
 struct Step {
     timestep: f64,
-    /// DDIM: ᾱ here and after the step. Euler: σ here and after the step.
+    /// DDIM: ᾱ here and after the step. Others: σ here and after the step.
     now: f64,
     next: f64,
 }
@@ -57,7 +76,7 @@ impl Sampler {
                 let alpha = |t: f64| schedule.alpha_cumulative(t as usize);
                 Step { timestep, now: alpha(timestep), next: alpha(next(index).unwrap_or(0.0)) }
             }
-            SamplerKind::Euler => Step {
+            _ => Step {
                 timestep,
                 now: sigma(schedule, timestep),
                 next: next(index).map_or(0.0, |next| sigma(schedule, next)),
@@ -88,48 +107,115 @@ impl Sampler {
     }
 
     /// Denoises from standard normal noise `[batch, 4, height, width]`. `predict` is the (guided) U-Net: noised latents
-    /// as it expects them, and the timestep.
+    /// as it expects them, and the timestep. `fresh` is standard normal noise of the same shape for a step, which only
+    /// [`SamplerKind::EulerAncestral`] asks for.
     ///
     /// # Errors
-    /// What `predict` gives; out of memory.
-    pub fn sample(&self, noise: &Tensor, mut predict: impl FnMut(&Tensor, f64) -> Result<Tensor>) -> Result<Tensor> {
+    /// What `predict` and `fresh` give; out of memory.
+    pub fn sample(
+        &self,
+        noise: &Tensor,
+        mut fresh: impl FnMut(usize) -> Result<Tensor>,
+        mut predict: impl FnMut(&Tensor, f64) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut latents = match self.kind {
-            SamplerKind::Ddim => noise.shallow_clone(),
-            SamplerKind::Euler => noise.f_mul_scalar(self.steps[0].now)?,
+            SamplerKind::Ddim | SamplerKind::DpmSolver2M => noise.shallow_clone(),
+            SamplerKind::Euler | SamplerKind::EulerAncestral => noise.f_mul_scalar(self.steps[0].now)?,
         };
-        for &Step { timestep, now, next } in &self.steps {
+        let mut earlier = None;
+        for (index, step) in self.steps.iter().enumerate() {
             latents = match self.kind {
-                SamplerKind::Ddim => {
-                    let (signal, sigma) = (now.sqrt(), (1.0 - now).sqrt());
-                    let answer = predict(&latents, timestep)?;
-                    let (clean, epsilon) = match self.prediction {
-                        Prediction::Epsilon => {
-                            let clean = latents.f_sub(&answer.f_mul_scalar(sigma)?)?.f_div_scalar(signal)?;
-                            (clean, answer)
-                        }
-                        Prediction::Velocity => (
-                            latents.f_mul_scalar(signal)?.f_sub(&answer.f_mul_scalar(sigma)?)?,
-                            answer.f_mul_scalar(signal)?.f_add(&latents.f_mul_scalar(sigma)?)?,
-                        ),
-                    };
-                    clean.f_mul_scalar(next.sqrt())?.f_add(&epsilon.f_mul_scalar((1.0 - next).sqrt())?)?
+                SamplerKind::Ddim => self.ddim(step, &latents, predict(&latents, step.timestep)?)?,
+                SamplerKind::Euler | SamplerKind::EulerAncestral => {
+                    let power = step.now * step.now + 1.0;
+                    let answer = predict(&latents.f_div_scalar(power.sqrt())?, step.timestep)?;
+                    let slope = self.slope(step.now, &latents, answer)?;
+                    let (down, up) = if self.kind == SamplerKind::Euler { (step.next, 0.0) } else { step.ancestral() };
+                    let moved = latents.f_add(&slope.f_mul_scalar(down - step.now)?)?;
+                    if up > 0.0 { moved.f_add(&fresh(index)?.f_mul_scalar(up)?)? } else { moved }
                 }
-                SamplerKind::Euler => {
-                    let power = now * now + 1.0;
-                    let answer = predict(&latents.f_div_scalar(power.sqrt())?, timestep)?;
-                    let slope = match self.prediction {
-                        Prediction::Epsilon => answer,
-                        Prediction::Velocity => {
-                            let clean =
-                                latents.f_div_scalar(power)?.f_sub(&answer.f_mul_scalar(now / power.sqrt())?)?;
-                            latents.f_sub(&clean)?.f_div_scalar(now)?
-                        }
-                    };
-                    latents.f_add(&slope.f_mul_scalar(next - now)?)?
+                SamplerKind::DpmSolver2M => {
+                    let answer = predict(&latents, step.timestep)?;
+                    let clean = self.clean(&latents, &answer, Mix::of_sigma(step.now))?;
+                    let moved = step.dpm_solver(&latents, &clean, earlier.as_ref())?;
+                    earlier = Some((clean, step.now));
+                    moved
                 }
             };
         }
         Ok(latents)
+    }
+
+    /// The picture that an answer of the network means, of latents that are `mix` of picture and noise.
+    fn clean(&self, latents: &Tensor, answer: &Tensor, mix: Mix) -> Result<Tensor> {
+        let Mix { signal, noise } = mix;
+        Ok(match self.prediction {
+            Prediction::Epsilon => latents.f_sub(&answer.f_mul_scalar(noise)?)?.f_div_scalar(signal)?,
+            Prediction::Velocity => latents.f_mul_scalar(signal)?.f_sub(&answer.f_mul_scalar(noise)?)?,
+        })
+    }
+
+    fn ddim(&self, step: &Step, latents: &Tensor, answer: Tensor) -> Result<Tensor> {
+        let mix = Mix { signal: step.now.sqrt(), noise: (1.0 - step.now).sqrt() };
+        let clean = self.clean(latents, &answer, mix)?;
+        let epsilon = match self.prediction {
+            Prediction::Epsilon => answer,
+            Prediction::Velocity => answer.f_mul_scalar(mix.signal)?.f_add(&latents.f_mul_scalar(mix.noise)?)?,
+        };
+        Ok(clean.f_mul_scalar(step.next.sqrt())?.f_add(&epsilon.f_mul_scalar((1.0 - step.next).sqrt())?)?)
+    }
+
+    /// The change of latents (picture + σ · noise) with σ.
+    fn slope(&self, sigma: f64, latents: &Tensor, answer: Tensor) -> Result<Tensor> {
+        let power = sigma * sigma + 1.0;
+        Ok(match self.prediction {
+            Prediction::Epsilon => answer,
+            Prediction::Velocity => {
+                let clean = latents.f_div_scalar(power)?.f_sub(&answer.f_mul_scalar(sigma / power.sqrt())?)?;
+                latents.f_sub(&clean)?.f_div_scalar(sigma)?
+            }
+        })
+    }
+}
+
+/// How much of the picture and of the noise is in latents whose variance stays 1.
+#[derive(Debug, Clone, Copy)]
+struct Mix {
+    signal: f64,
+    noise: f64,
+}
+
+impl Mix {
+    /// At a ratio σ of noise to picture.
+    fn of_sigma(sigma: f64) -> Self {
+        let signal = 1.0 / (sigma * sigma + 1.0).sqrt();
+        Self { signal, noise: sigma * signal }
+    }
+}
+
+impl Step {
+    /// The σ that the ancestral form goes down to, and the noise that it adds then.
+    fn ancestral(&self) -> (f64, f64) {
+        let (from, to) = (self.now * self.now, self.next * self.next);
+        let up = to * (from - to) / from;
+        ((to - up).sqrt(), up.sqrt())
+    }
+
+    /// The step of DPM-Solver++ from the picture that the network means now and that of the step before, which was at another
+    /// σ. The last step, to σ = 0, is of first order, as all it needs is the picture.
+    fn dpm_solver(&self, latents: &Tensor, clean: &Tensor, earlier: Option<&(Tensor, f64)>) -> Result<Tensor> {
+        let (now, next) = (Mix::of_sigma(self.now), Mix::of_sigma(self.next));
+        // λ = −ln σ, whose difference over the step is infinite at the last one.
+        let ahead = (self.now / self.next).ln();
+        let towards = next.signal * (1.0 - (-ahead).exp());
+        let target = match earlier {
+            Some((before, sigma)) if self.next > 0.0 => {
+                let ratio = (sigma / self.now).ln() / ahead;
+                clean.f_add(&clean.f_sub(before)?.f_mul_scalar(0.5 / ratio)?)?
+            }
+            _ => clean.shallow_clone(),
+        };
+        Ok(latents.f_mul_scalar(next.noise / now.noise)?.f_add(&target.f_mul_scalar(towards)?)?)
     }
 }
 
@@ -146,8 +232,9 @@ fn timesteps(kind: SamplerKind, schedule: &NoiseSchedule, steps: usize) -> Vec<f
         _ if schedule.has_zero_terminal_snr() => (total as f64 * left as f64 / steps as f64).round_ties_even() - 1.0,
         SamplerKind::Ddim => (((left - 1) * (total / steps) + 1) as f64).min(last),
         // A single step starts where the noise is.
-        SamplerKind::Euler if steps == 1 => last,
-        SamplerKind::Euler => last * (left - 1) as f64 / (steps - 1) as f64,
+        SamplerKind::DpmSolver2M => (last * left as f64 / steps as f64).round_ties_even(),
+        _ if steps == 1 => last,
+        _ => last * (left - 1) as f64 / (steps - 1) as f64,
     };
     (1..=steps).rev().map(timestep).collect()
 }
@@ -176,12 +263,13 @@ mod tests {
             let prediction = schedule.prediction();
             let picture = Tensor::from_slice(&[0.5f32, -1.0, 0.25, 2.0]).view([1, 1, 2, 2]);
             let noise = Tensor::from_slice(&[1.0f32, 0.3, -0.7, 0.1]).view([1, 1, 2, 2]);
-            for kind in [SamplerKind::Ddim, SamplerKind::Euler] {
+            for kind in SamplerKind::ALL {
                 let sampler = Sampler::new(kind, &schedule, 20).unwrap();
-                let result = sampler.sample(&noise, |latents, t| {
+                let fresh = |_: usize| Ok(Tensor::from_slice(&[-0.4f32, 0.9, 0.2, -1.3]).view([1, 1, 2, 2]));
+                let result = sampler.sample(&noise, fresh, |latents, t| {
                     // Interpolated ᾱ agrees with the samplers' own only at whole timesteps; Euler's are fractional.
                     let step = sampler.steps.iter().find(|step| step.timestep == t).unwrap();
-                    let alpha = if kind == SamplerKind::Euler { 1.0 / (1.0 + step.now * step.now) } else { step.now };
+                    let alpha = if kind == SamplerKind::Ddim { step.now } else { 1.0 / (1.0 + step.now * step.now) };
                     let (signal, sigma) = (alpha.sqrt(), (1.0 - alpha).sqrt());
                     let epsilon = (latents - &picture * signal) / sigma;
                     Ok(match prediction {

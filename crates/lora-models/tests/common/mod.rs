@@ -57,6 +57,16 @@ pub(crate) fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 
 /// Adapts layers with the golden files' factors; returns them by their names there.
 pub(crate) fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<String, Tensor> {
+    adapt_beside(network, targets, "lora", 1.0)
+}
+
+/// The same beside what the layers carry, of factors whose names begin so, at a strength.
+pub(crate) fn adapt_beside(
+    network: &mut dyn Adaptable,
+    targets: &[&str],
+    begin: &str,
+    strength: f64,
+) -> BTreeMap<String, Tensor> {
     let chosen: Vec<TargetLayer> =
         Targets::parse(targets).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
     let component = network.component();
@@ -67,7 +77,7 @@ pub(crate) fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<S
         }
         let geometry = layer.geometry();
         let mut factor = |part: &str, shape: Vec<usize>, scale: f64| {
-            let name = format!("lora.{component}.{}.{part}", layer.path());
+            let name = format!("{begin}.{component}.{}.{part}", layer.path());
             let values = synthetic_uniform(&name, shape.iter().product()).map(|u| scale as f32 * u).collect();
             let leaf = from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap().set_requires_grad(true);
             leaves.insert(name, leaf.shallow_clone());
@@ -78,7 +88,7 @@ pub(crate) fn adapt(network: &mut dyn Adaptable, targets: &[&str]) -> BTreeMap<S
             factor("up", geometry.pointwise_from(4).weight_shape(), 0.02),
         ];
         let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
-        layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
+        layer.attach_beside(AttachedAdapter { variant: Arc::new(Lora), parameters }, strength);
     };
     network.visit_layers(&mut attach).unwrap();
     leaves

@@ -106,6 +106,13 @@ pub struct Prompt {
     pub without: BTreeMap<Component, Tensors>,
 }
 
+impl Prompt {
+    /// A prompt of which nothing is encoded.
+    pub(crate) fn plain(text: &str) -> Self {
+        Self { text: text.to_owned(), with: BTreeMap::new(), without: BTreeMap::new() }
+    }
+}
+
 /// What a base makes of a prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Sample {

@@ -50,11 +50,7 @@ impl Samples {
         let (mut pictures, mut texts) = (Vec::new(), Vec::new());
         for sample in samples {
             match sample {
-                Sample::Picture(picture) => pictures.push(GridPicture {
-                    width: picture.width(),
-                    height: picture.height(),
-                    rgb: picture.data().to_vec(),
-                }),
+                Sample::Picture(picture) => pictures.push(GridPicture::from(&picture)),
                 Sample::Text(text) => texts.push(text),
             }
         }
@@ -67,10 +63,7 @@ impl Samples {
         }
         if !pictures.is_empty() {
             self.rows.push(GridRow { label, pictures });
-            let picture = grid::draw(&self.rows, &self.prompts);
-            lora_io::atomic::write(self.folder.join("samples.png"), |file| {
-                picture.write_to(file, image::ImageFormat::Png).map_err(std::io::Error::other)
-            })?;
+            grid::write(&self.folder.join("samples.png"), &self.rows, &self.prompts)?;
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::read::{Reader, near};
@@ -254,6 +255,25 @@ impl<'r> Given<'r> {
                 None
             }
         }
+    }
+
+    /// A table with entries of its own. One that is wrong is named.
+    pub(super) fn table<T: DeserializeOwned>(&mut self) -> Option<T> {
+        let value = self.value()?;
+        let Value::Object(table) = &value else { return self.mismatch("a table", &value) };
+        let read = |table: Map<String, Value>| serde_json::from_value::<T>(Value::Object(table));
+        let wrong: Vec<String> = table
+            .iter()
+            .filter_map(|(name, value)| {
+                let error = read(Map::from_iter([(name.clone(), value.clone())])).err()?.to_string();
+                Some(if error.contains(name.as_str()) { error } else { format!("`{name}`: {error}") })
+            })
+            .collect();
+        if wrong.is_empty() {
+            return read(table.clone()).map_err(|error| self.problem(error.to_string())).ok();
+        }
+        wrong.into_iter().for_each(|error| self.problem(error));
+        None
     }
 
     /// A list of tables.

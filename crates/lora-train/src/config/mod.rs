@@ -18,14 +18,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use lora_core::DType;
-use lora_data::DatasetOptions;
 use lora_data::source::HeldOut;
 use lora_data::tokenizer::TextCleaning;
+use lora_data::{DatasetOptions, PromptLine};
 use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
-use crate::Plugins;
 use crate::optimiser::Arguments;
+use crate::{Error, Plugins};
 use keys::{Extra, Group, Keys};
 use read::Reader;
 
@@ -77,6 +77,43 @@ pub struct SampleConfig {
     pub seed: u64,
     /// Width and height.
     pub resolution: (usize, usize),
+}
+
+impl SampleConfig {
+    /// How one prompt is drawn: as it says itself, else as all are.
+    ///
+    /// # Errors
+    /// [`Error::NoSampler`] where it names a sampler that there is not.
+    pub(crate) fn for_prompt(&self, line: &PromptLine) -> Result<Self, Error> {
+        let sampler = line.sampler.as_deref().map(sampler_named).transpose()?;
+        let (width, height) = self.resolution;
+        Ok(Self {
+            negative_prompt: line.negative.clone().unwrap_or_else(|| self.negative_prompt.clone()),
+            steps: line.steps.unwrap_or(self.steps),
+            guidance_scale: line.guidance.unwrap_or(self.guidance_scale),
+            sampler: sampler.unwrap_or(self.sampler),
+            seed: line.seed.unwrap_or(self.seed),
+            resolution: (line.width.unwrap_or(width), line.height.unwrap_or(height)),
+            ..self.clone()
+        })
+    }
+
+    /// The pixels of a prompt's picture.
+    pub(crate) fn area(&self, prompt: &str) -> usize {
+        let line = PromptLine::parse(prompt);
+        line.width.unwrap_or(self.resolution.0) * line.height.unwrap_or(self.resolution.1)
+    }
+}
+
+/// The sampler of a name.
+///
+/// # Errors
+/// [`Error::NoSampler`] with the names that there are.
+pub(crate) fn sampler_named(name: &str) -> Result<SamplerKind, Error> {
+    SamplerKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| Error::NoSampler {
+        name: name.to_owned(),
+        known: SamplerKind::ALL.map(SamplerKind::name).join(", "),
+    })
 }
 
 /// What a run trains.
@@ -153,6 +190,8 @@ fields! {
     base_model: PathBuf,
     /// `train_data_dir`, `reg_data_dir`, `datasets` or `dataset_config`, with the keys of pictures and captions.
     datasets: Vec<DatasetOptions>,
+    /// Where captions of pictures without one come from.
+    auto_label: Option<lora_caption::Settings>,
     output_dir: PathBuf,
     output_name: String,
     init_from: Option<PathBuf>,

@@ -145,7 +145,8 @@ fn follow(
     let prompts = config.samples.prompts.clone();
     let materials = Materials::dry(config, Arc::clone(checkpoint), source, device, plugins)?;
     let mut session = Session::assemble(materials, plugins, peaks)?;
-    if let Some(prompt) = prompts.first() {
+    // The largest picture takes the most.
+    if let Some(prompt) = prompts.iter().rev().max_by_key(|prompt| session.config().samples.area(prompt)) {
         session.sample(std::slice::from_ref(prompt))?;
         peaks.done(Phase::Samples);
     }

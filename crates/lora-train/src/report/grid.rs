@@ -1,9 +1,13 @@
-//! Samples side by side: rows are moments of training, columns prompts.
+//! Samples side by side: rows are moments of training or strengths, columns prompts or seeds.
+
+use std::path::Path;
 
 use image::imageops::{FilterType, overlay, resize};
-use image::{Rgb, RgbImage};
+use image::{ImageFormat, Rgb, RgbImage};
+use lora_data::RgbPicture;
 
 use super::font;
+use crate::Result;
 
 /// One row of the grid.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +27,35 @@ pub struct GridPicture {
     pub height: usize,
     /// `width · height · 3` bytes.
     pub rgb: Vec<u8>,
+}
+
+impl From<&RgbPicture> for GridPicture {
+    fn from(picture: &RgbPicture) -> Self {
+        Self { width: picture.width(), height: picture.height(), rgb: picture.data().to_vec() }
+    }
+}
+
+impl GridPicture {
+    /// Writes the picture as PNG; a file that is there is replaced once the new one is whole.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn save(self, path: &Path) -> Result<()> {
+        save(path, &RgbImage::from_raw(self.width as u32, self.height as u32, self.rgb).unwrap_or_default())
+    }
+}
+
+/// Writes the grid as PNG, in the same way.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn write(path: &Path, rows: &[GridRow], columns: &[String]) -> Result<()> {
+    save(path, &draw(rows, columns))
+}
+
+fn save(path: &Path, picture: &RgbImage) -> Result<()> {
+    let png = |file: &mut _| picture.write_to(file, ImageFormat::Png).map_err(std::io::Error::other);
+    Ok(lora_io::atomic::write(path, png)?)
 }
 
 const GAP: u32 = 8;

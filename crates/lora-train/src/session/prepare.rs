@@ -8,6 +8,7 @@ use std::sync::Arc;
 use lora_core::target::TargetLayer;
 use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
+use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
 use lora_data::source::Source;
 use lora_io::adapter;
@@ -37,6 +38,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Preparing {
+    /// Giving captions to pictures without one: done, of.
+    Labels(usize, usize),
     /// Reading the base model's part of this name.
     Loading(&'static str),
     /// Encoding examples: done, of.
@@ -48,6 +51,7 @@ pub enum Preparing {
 impl fmt::Display for Preparing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Preparing::Labels(done, of) => write!(f, "while giving captions ({done} of {of} done)"),
             Preparing::Loading(part) => write!(f, "while loading the {part}"),
             Preparing::Examples(done, of) => write!(f, "while encoding examples ({done} of {of} done)"),
             Preparing::Captions(done, of) => write!(f, "while encoding captions ({done} of {of} done)"),
@@ -331,7 +335,10 @@ fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
     let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
     captions.push(config.samples.negative_prompt.clone());
-    captions.extend(config.samples.prompts.iter().cloned());
+    for prompt in config.samples.prompts.iter().map(|prompt| PromptLine::parse(prompt)) {
+        captions.push(prompt.text);
+        captions.extend(prompt.negative);
+    }
     captions.sort();
     captions.dedup();
     captions

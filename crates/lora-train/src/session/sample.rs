@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use lora_core::Component;
+use lora_data::PromptLine;
 use lora_models::weights::{Frozen, Held};
 use lora_torch::tch::no_grad_guard;
 
 use super::Session;
 use crate::Result;
 use crate::base::{Base, Encoded, Prompt, Sample, Subject, Tensors, shallow};
+use crate::config::SampleConfig;
 
 impl Session {
     /// Makes a sample of each prompt with what is trained as it is now; with its running average, where there is one.
@@ -22,14 +24,26 @@ impl Session {
 
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
-        let config = self.config.samples.clone();
-        let mut all = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let without = self.caption_encodings(&config.negative_prompt)?;
-            all.push(Prompt { text: prompt.clone(), with: self.caption_encodings(prompt)?, without });
-        }
         let recordings = self.recorded_shapes() > 0;
-        self.base.sample(&all, &config, recordings)
+        if !self.checkpoint.family().image {
+            let prompts: Vec<Prompt> = prompts.iter().map(|prompt| Prompt::plain(prompt)).collect();
+            return self.base.sample(&prompts, &self.config.samples, recordings);
+        }
+        // Those that are drawn alike are drawn together: the autoencoder comes once.
+        let mut alike: Vec<(SampleConfig, Vec<Prompt>)> = Vec::new();
+        for prompt in prompts {
+            let line = PromptLine::parse(prompt);
+            let config = self.config.samples.for_prompt(&line)?;
+            let with = self.caption_encodings(&line.text)?;
+            let without = self.caption_encodings(&config.negative_prompt)?;
+            let prompt = Prompt { text: line.text, with, without };
+            match alike.last_mut().filter(|(known, _)| *known == config) {
+                Some((_, together)) => together.push(prompt),
+                None => alike.push((config, vec![prompt])),
+            }
+        }
+        let drawn = alike.iter().map(|(config, prompts)| self.base.sample(prompts, config, recordings));
+        Ok(drawn.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
     /// What the base's networks make of a caption: as it was kept, or made now.

@@ -499,8 +499,10 @@ impl Base for StableDiffusion {
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
             let draw = Stream::new(config.seed).at("sample").with(index as u64);
-            let noise = draw.clone().normals(vae.latent_channels * height * width);
-            let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
+            let shape = [1, vae.latent_channels, height, width];
+            let normals = |draw: &Stream| from_f32(&draw.clone().normals(shape.iter().product()), &shape, self.device);
+            let noise = normals(&draw)?;
+            let fresh = |step: usize| Ok(normals(&draw.at("step").with(step as u64))?);
             let (without, with) = (self.kept(&prompt.without)?, self.kept(&prompt.with)?);
             let [high, wide] = [config.resolution.1, config.resolution.0].map(|side| side as f64);
             let sizes = self.sizes(&[[high, wide, 0.0, 0.0, high, wide]])?;
@@ -509,7 +511,7 @@ impl Base for StableDiffusion {
             let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
             let context = Tensor::f_cat(&[without.states, with.states], 0)?;
             let conditions = Conditions { context: &context, added: added.as_ref() };
-            all.push(sampler.sample(&noise, |latents, timestep| {
+            all.push(sampler.sample(&noise, fresh, |latents, timestep| {
                 let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
                 sampler.guided(&halves[0], &halves[1], config.guidance_scale)

@@ -174,6 +174,15 @@ pub(super) static PICTURES: Group = Group {
             reads: Reads::Dataset(|given, dataset| dataset.options.scan.caption_encoding = encoding(given)),
         },
         Key {
+            name: "auto_label",
+            values: "table",
+            default: "none",
+            meaning: "Before training, pictures without a caption get one, which is written beside them: `{ tagger = \"FOLDER\" }`, `{ server = \"http://localhost:11434\", model = \"NAME\" }` or both, with the options of [captions.md](captions.md). The name of an `N_name` folder and `class_tokens` are no captions; regularisation pictures are left alone.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.auto_label = auto_label(given)),
+        },
+        Key {
             name: "class_tokens",
             values: "text",
             default: "the `name` of an `N_name` folder",
@@ -195,6 +204,17 @@ pub(super) static PICTURES: Group = Group {
         },
     ],
 };
+
+fn auto_label(given: &mut Given<'_>) -> Option<lora_caption::Settings> {
+    let settings: lora_caption::Settings = given.table()?;
+    match settings.check() {
+        Ok(()) => Some(settings),
+        Err(error) => {
+            given.problem(error.to_string());
+            None
+        }
+    }
+}
 
 fn encoding(given: &mut Given<'_>) -> Option<TextEncoding> {
     let name = given.text()?;

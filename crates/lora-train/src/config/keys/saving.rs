@@ -1,11 +1,12 @@
 //! What is written along the way, going on from it, samples and validation.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use lora_data::PromptLine;
 use lora_data::source::HeldOut;
 
 use super::{Given, Group, Key, Reads, Resumed};
-use crate::config::Resume;
+use crate::config::{Resume, sampler_named};
 
 /// The keys, in the order of the reference.
 pub(super) static KEYS: Group = Group {
@@ -145,12 +146,12 @@ pub(super) static KEYS: Group = Group {
         },
         Key {
             name: "sample_prompts",
-            values: "list of texts",
+            values: "list of texts, or a .txt file of a line each",
             default: "[]",
-            meaning: "Prompts drawn before, during and after training, into one grid.",
+            meaning: "Prompts drawn before, during and after training, into one grid. For pictures a prompt may say more of its own, as in sd-scripts' files: `a cat --n blurry --w 512 --h 768 --d 7 --s 28 --l 6.5 --ss dpmpp_2m` (negative prompt, size, seed, steps, guidance, sampler).",
             memory: "Drawing needs the autoencoder again, for a moment.",
             resumed: Resumed::Unrecorded,
-            reads: Reads::Run(|given, config| config.samples.prompts = given.texts().unwrap_or_default()),
+            reads: Reads::Run(|given, config| config.samples.prompts = prompts(given)),
         },
         Key {
             name: "sample_every_n_steps",
@@ -246,6 +247,26 @@ fn looks(given: &mut Given<'_>, wanted: bool) {
     if wanted && !(held_out && given.has("validate_every_n_steps")) {
         given.problem("needs validation_data_dir or validation_split, and validate_every_n_steps");
     }
+}
+
+/// Prompts, each as it is given; one that names a text file stands for the file's lines.
+fn prompts(given: &mut Given<'_>) -> Vec<String> {
+    let mut all = Vec::new();
+    for prompt in given.texts().unwrap_or_default() {
+        let is_file = Path::new(&prompt).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"));
+        match PromptLine::lines_of(Path::new(&prompt)) {
+            _ if !is_file => all.push(prompt),
+            Ok(lines) if lines.is_empty() => given.problem(format!("{prompt} holds no prompts")),
+            Ok(lines) => all.extend(lines),
+            Err(error) => given.problem(error.to_string()),
+        }
+    }
+    for sampler in all.iter().filter_map(|prompt| PromptLine::parse(prompt).sampler) {
+        if let Err(error) = sampler_named(&sampler) {
+            given.problem(error.to_string());
+        }
+    }
+    all
 }
 
 fn resume(given: &mut Given<'_>) -> Resume {

@@ -240,14 +240,13 @@ pub static SAMPLER: Group = Group {
     behind: Some("sample_guidance_scale"),
     keys: &[Key {
         name: "sample_sampler",
-        values: "euler, ddim",
+        values: "euler, euler_a, ddim, dpmpp_2m",
         default: "\"euler\"",
         meaning: "Sampler.",
         memory: "",
         resumed: Resumed::Unrecorded,
         reads: Reads::Run(|given, config| {
-            config.samples.sampler =
-                given.choice(&[("euler", SamplerKind::Euler), ("ddim", SamplerKind::Ddim)]).unwrap_or_default()
+            config.samples.sampler = given.choice(&SamplerKind::ALL.map(|kind| (kind.name(), kind))).unwrap_or_default()
         }),
     }],
 };

@@ -1,25 +1,22 @@
-//! What a language model with its adapters does: it writes, and is judged on texts. Training is not here.
+//! What a language model with its adapters does: it writes, and is judged on texts.
 
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lora_core::compose::{self, Method};
-use lora_core::variant::{Parameters, VariantRegistry};
-use lora_core::{Adapter, Component, DType, ModulePath, Strength};
+use lora_core::{Component, DType, Strength};
 use lora_data::source::{Example, Source};
 use lora_data::texts::{TextOptions, Texts, TokenRow};
-use lora_io::adapter;
-use lora_models::layers::{Adaptable, AttachedAdapter, Pass};
+use lora_models::layers::{Adaptable, Pass};
 pub use lora_models::networks::decoder::Sampling;
 use lora_models::networks::decoder::{Decoder, DecoderConfig, Rows};
 use lora_models::weights::{Frozen, Held, Weights};
-use lora_torch::TchBackend;
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_host, kind_of};
+use lora_torch::tensor::kind_of;
 
+use super::adapters;
 pub use crate::base::language::Writer;
 use crate::base::language::{Prompts, labels_of};
 use crate::{Error, Plugins, Result};
@@ -89,7 +86,7 @@ impl fmt::Display for Evaluation {
 }
 
 impl TextModel {
-    /// Loads a base and hangs adapters on it. Of several, all must be plain LoRAs: they become their exact sum.
+    /// Loads a base and hangs adapters on it: their changes are added.
     ///
     /// # Errors
     /// Where a file is missing or damaged, an adapter does not fit the base, and where memory runs out.
@@ -102,9 +99,13 @@ impl TextModel {
         let weights = Weights::new(component, kind_of(options.precision), device)
             .held(Held::Frozen(Frozen::stored(options.base_storage)));
         let mut decoder = Decoder::load(&weights, config)?;
-        if let Some(adapter) = joined(&options.adapters, &mut decoder, plugins)? {
-            attach(&adapter, &mut decoder, &plugins.variants)?;
-        }
+        let (layers, families) = (decoder.adaptable_layers()?, plugins.bases.families());
+        let read = |(path, strength): &(PathBuf, f64)| {
+            Ok((adapters::read(path, checkpoint.family(), &layers, &families)?, Strength::from(*strength)))
+        };
+        let all: Vec<_> = options.adapters.iter().map(read).collect::<Result<_>>()?;
+        let several: Vec<_> = all.iter().map(|(adapter, strength)| (adapter, strength)).collect();
+        adapters::hang(&adapters::joined(&several)?, &mut decoder, &plugins.variants)?;
         let prompts = Prompts::new(&options.base, options.chat_template.clone(), options.system_prompt.clone());
         Ok(Self { decoder, writer: prompts.writer()?, end_tokens })
     }
@@ -250,53 +251,6 @@ fn windows(ids: &[u32], length: usize) -> Vec<TokenRow> {
         TokenRow { ids: ids.to_vec(), trained, documents: vec![ids.len()] }
     };
     whole.into_iter().filter(|ids| ids.len() > 1).map(row).collect()
-}
-
-/// The sum of adapters as one; the very adapter where it is one at full strength.
-fn joined(files: &[(PathBuf, f64)], decoder: &mut Decoder, plugins: &Plugins) -> Result<Option<Adapter>> {
-    let layers = decoder.adaptable_layers()?;
-    let mut adapters = Vec::with_capacity(files.len());
-    for (path, strength) in files {
-        let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
-        adapter::fit(path, &mut adapter, &layers)?;
-        let unknown = adapter.modules.keys().find(|module| !layers.iter().any(|layer| layer.path == **module));
-        if let Some(module) = unknown {
-            return Err(Error::NotOfThisBase { path: path.clone(), module: module.to_string() });
-        }
-        adapters.push((adapter, Strength::from(*strength)));
-    }
-    match adapters.as_slice() {
-        [] => Ok(None),
-        [(adapter, strength)] if *strength == Strength::default() => Ok(Some(adapter.clone())),
-        several => {
-            let weighted: Vec<_> = several.iter().map(|(adapter, strength)| (adapter, strength)).collect();
-            Ok(Some(compose::combine(&weighted, Method::Concatenate)?.0))
-        }
-    }
-}
-
-/// Hangs an adapter on a network's layers; nothing of it is trained.
-fn attach(adapter: &Adapter, network: &mut dyn Adaptable, variants: &VariantRegistry<TchBackend>) -> Result<()> {
-    let component = network.component();
-    let mut result = Ok(());
-    network.visit_layers(&mut |layer| {
-        let Some(module) = adapter.modules.get(&ModulePath::new(component, layer.path())) else { return };
-        let mut hang = || -> Result<()> {
-            let variant = variants.get(&module.variant)?;
-            let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
-            let kind = if half { layer.kind() } else { Kind::Float };
-            let put = |host| -> Result<Tensor> { Ok(from_host(host, layer.device())?.f_to_kind(kind)?) };
-            let tensors = module.tensors.iter().map(|(name, host)| Ok((name.clone(), put(host)?)));
-            let tensors = tensors.collect::<Result<_>>()?;
-            let parameters = Parameters { tensors, scale: module.alpha / module.rank.max(1) as f64 };
-            layer.attach(AttachedAdapter { variant, parameters });
-            Ok(())
-        };
-        if result.is_ok() {
-            result = hang();
-        }
-    })?;
-    result
 }
 
 #[cfg(test)]
