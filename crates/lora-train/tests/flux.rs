@@ -261,19 +261,15 @@ fn planned(side: usize, keys: &[&str]) -> f64 {
 
 #[test]
 fn the_published_model_fits_small_cards() {
-    let (eight, feed, host, off) =
-        ("optimizer=adamw8bit", "recompute_feed_forward=true", "cpu_offload_checkpointing=true", "offload_base=true");
+    let (eight_bits, in_host) = ("optimizer=adamw8bit", "cpu_offload_checkpointing=true");
+    let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
     for (side, keys, most) in [
-        (512, &[eight][..], 80.0),
-        (512, &[eight, feed], 80.0),
-        (512, &[eight, feed, host], 80.0),
-        (512, &[feed], 80.0),
-        (1024, &[eight, feed, "vae_tiling=true"], 90.5),
-        (1024, &[eight, feed, host, "vae_tiling=true"], 90.5),
-        (512, &[off, "vae_tiling=true"], 30.0),
-        (512, &[eight, feed, off, "vae_tiling=true"], 30.0),
-        (1024, &[off, "vae_tiling=true"], 40.5),
-        (1024, &[eight, feed, off, host, "vae_tiling=true"], 40.5),
+        (512, &[][..], 8.6),
+        (512, &[eight_bits, in_host], 8.0),
+        (512, &[offload, tiles], 3.1),
+        (1024, &[eight_bits, tiles], 9.7),
+        (1024, &[eight_bits, in_host, tiles], 8.0),
+        (1024, &[offload, tiles], 4.5),
     ] {
         let found = planned(side, keys);
         println!("{side} {keys:?}: {found:.2} GiB");

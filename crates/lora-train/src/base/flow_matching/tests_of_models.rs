@@ -5,7 +5,6 @@
 use std::path::{Path, PathBuf};
 
 use lora_core::Adapter;
-use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_io::adapter;
 use lora_io::safetensors::SafetensorsFile;
