@@ -135,7 +135,7 @@ fn exchanged(module: &AdapterModule) -> Result<AdapterModule, String> {
     for name in of_outputs(module, "a layer whose rows lie in another order")? {
         let tensor = &module.tensors[&name];
         let all = tensor.shape().first().copied().unwrap_or(0);
-        if all % 2 != 0 {
+        if all == 0 || all % 2 != 0 {
             return Err(format!("its `{name}` {:?} has no two halves of rows", tensor.shape()));
         }
         own.tensors.insert(name, rows(tensor, &(all / 2..all).chain(0..all / 2).collect::<Vec<_>>()));
