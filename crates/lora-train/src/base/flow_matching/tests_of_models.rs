@@ -71,7 +71,7 @@ impl Model {
             tokenizer.display()
         );
         let text = if self.kind.family.name == "flux" { text } else { text.replace("guidance_scale: 3.5\n", "") };
-        let config = TrainConfig::from_text(&text, Format::Yaml, &[]).unwrap();
+        let config = TrainConfig::from_text(&text, Format::Yaml, &[] as &[&str]).unwrap();
         let mut checkpoint = Checkpoint::open(&at).unwrap();
         for (component, name) in
             [(Component::TEXT_ENCODER, "clip_l"), (Component::TEXT_ENCODER_2, "t5xxl"), (VAE, "ae")]
