@@ -119,6 +119,8 @@ MODELS = {
     "flux2": flux2,
     "qwen_image": qwen_image,
 }
+# Those whose training is followed for twenty steps.
+TRAJECTORIES = ("flux_dev",)
 # Linear layers of the blocks: all but those that shift and scale.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 MODULATION = ("norm", "_mod.")
@@ -159,7 +161,32 @@ def transformer(name):
     lost = [key for key, parameter in parameters.items() if parameter.grad is None]
     print(f"  {name}: loss {loss.item():.6f}, {len(parameters)} factors, without gradient: {lost}")
     made["loss"] = loss.detach().double()
+    if name in TRAJECTORIES:
+        made |= trajectory(name)
     files.write(f"transformers/{name}.safetensors", made)
+
+
+def trajectory(name):
+    """Twenty steps of AdamW from a LoRA whose `up` is zero: losses, and the factors in the end."""
+    model, velocity, (context_width, pooled_width) = MODELS[name]()
+    tiny.fill(model, "transformer")
+    parameters = training.inject(model, "transformer", targets(model), zero_up=True)
+    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    latents = given("input.train.latents", (2, 16, 8, 8))
+    context = given("input.train.context", (2, 12, context_width))
+    pooled = given("input.train.pooled", (2, pooled_width)) if pooled_width else None
+    losses = []
+    for step in range(20):
+        levels = torch.tensor([(step + 0.5) / 20, ((7 * step) % 20 + 0.5) / 20])
+        noise, sigma = given(f"input.trajectory.{step}.noise", (2, 16, 8, 8)), levels.view(-1, 1, 1, 1)
+        answer = velocity(model, (1 - sigma) * latents + sigma * noise, levels, context, pooled)
+        loss = (answer - (noise - latents)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach().double())
+    print(f"  {name}: twenty steps from {losses[0]:.6f} to {losses[-1]:.6f}")
+    return {"trajectory.losses": torch.stack(losses)} | {f"trajectory.{key}": value for key, value in parameters.items()}
 
 
 def t5():

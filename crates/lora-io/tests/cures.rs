@@ -104,6 +104,16 @@ fn samples() -> Vec<(&'static str, Tensors, Option<Value>)> {
             ],
             None,
         ),
+        (
+            "kohya names of Stable Diffusion 3",
+            pair("lora_unet_joint_blocks_0_x_block_attn_proj", ".lora_down.weight", ".lora_up.weight", 4),
+            None,
+        ),
+        (
+            "generic names of FLUX.1",
+            pair("diffusion_model.double_blocks.0.img_attn.proj", ".lora_A.weight", ".lora_B.weight", 4),
+            None,
+        ),
         ("kohya with PEFT's parts", pair(KOHYA, ".lora_A.weight", ".lora_B.weight", 4), None),
         ("a scalar", kohya(&[(".scalar", scalar(0.5))]), None),
         ("DoRA", kohya(&[(".dora_scale", one(&[16, 1]))]), None),
@@ -225,6 +235,7 @@ fn cured(cure: &Cure, path: &Path, base: &Path, folder: &Path) -> Result<Option<
     let native = if path.is_dir() { Format::Peft } else { Format::Kohya };
     match cure {
         Cure::ToKohya => to(&read.adapter, Format::Kohya)?,
+        Cure::ToDiffusers => to(&read.adapter, Format::Diffusers)?,
         Cure::ToPeft => to(&read.adapter, Format::Peft)?,
         Cure::ToPortable => to(&adapter::portable::portable(&read.adapter).map_err(text)?.0, Format::Peft)?,
         Cure::Flatten => {
@@ -286,7 +297,8 @@ fn every_cure_that_is_named_works() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    for cure in [Cure::ToKohya, Cure::ToPeft, Cure::ToPortable, Cure::Flatten, Cure::Merge, Cure::Resize] {
+    use Cure::{Flatten, Merge, Resize, ToDiffusers, ToKohya, ToPeft, ToPortable};
+    for cure in [ToKohya, ToDiffusers, ToPeft, ToPortable, Flatten, Merge, Resize] {
         assert!(tried.contains(&cure.to_string()), "{cure} is named for no sample");
     }
 }

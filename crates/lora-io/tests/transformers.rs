@@ -3,9 +3,11 @@
 
 use std::path::PathBuf;
 
-use lora_core::{Adapter, Component, DType, ModulePath};
+use lora_core::variant::VariantRegistry;
+use lora_core::{Adapter, Component, DType, ModulePath, Strength};
 use lora_io::adapter::{self, Format};
 use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
+use lora_io::merge::{self, MergeOptions, Weighted};
 use lora_io::safetensors::SafetensorsFile;
 
 fn golden(name: &str) -> PathBuf {
@@ -98,6 +100,41 @@ fn adapters_in_all_layouts_are_the_same() {
         // diffusers' layout comes back too.
         adapter::write(&path, &expected.adapter, Format::Diffusers, DType::F32).unwrap();
         same(&adapter::read(&path).unwrap().adapter, &expected.adapter, name);
+    }
+}
+
+/// Merged into either tree an adapter of any layout changes the same weights by the same numbers.
+#[test]
+fn merges_into_both_trees_are_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let variants = VariantRegistry::default();
+    for name in FAMILIES {
+        let mut merged = Vec::new();
+        for (base, layout) in [
+            (name.to_owned(), "diffusers"),
+            (format!("{name}_original"), "kohya"),
+            (format!("{name}_original"), "diffusers"),
+        ] {
+            let adapter = adapter::read(golden(&format!("{name}_lora_{layout}"))).unwrap().adapter;
+            let weighted = Weighted { name: layout.into(), adapter, strength: Strength::from(0.75) };
+            let out = folder.path().join(format!("{base}_{layout}.safetensors"));
+            merge::merge(&golden(&base), &[weighted], &out, &MergeOptions::default(), &variants, &|_, _| {}).unwrap();
+            merged.push(Checkpoint::open(&out).unwrap());
+        }
+        let before = Checkpoint::open(golden(name)).unwrap();
+        let transformer = |checkpoint: &Checkpoint, weight: &str| {
+            checkpoint.component(Component::TRANSFORMER).unwrap().values(weight).unwrap()
+        };
+        let mut changed = 0;
+        for weight in before.component(Component::TRANSFORMER).unwrap().names() {
+            let first = transformer(&merged[0], weight);
+            changed += usize::from(first != transformer(&before, weight));
+            for other in &merged[1..] {
+                assert_eq!(transformer(other, weight), first, "{name}: {weight}");
+            }
+        }
+        let modules = adapter::read(golden(&format!("{name}_lora_diffusers"))).unwrap().adapter.modules.len();
+        assert_eq!(changed, modules, "{name}");
     }
 }
 

@@ -1,6 +1,8 @@
 //! Whole checkpoints with made-up weights ([`SyntheticWeights`]): small models of the real architecture for tests,
 //! benches and demonstrations, or full-size ones to measure with.
 
+mod flux;
+mod folder;
 mod z_image;
 
 use std::collections::BTreeMap;
@@ -11,6 +13,7 @@ use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
+pub use self::flux::SyntheticFlux;
 pub use self::z_image::SyntheticZImage;
 use crate::Result;
 use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};

@@ -135,7 +135,7 @@ fn exchanged(module: &AdapterModule) -> Result<AdapterModule, String> {
     for name in of_outputs(module, "a layer whose rows lie in another order")? {
         let tensor = &module.tensors[&name];
         let all = tensor.shape().first().copied().unwrap_or(0);
-        if all % 2 != 0 {
+        if all == 0 || all % 2 != 0 {
             return Err(format!("its `{name}` {:?} has no two halves of rows", tensor.shape()));
         }
         own.tensors.insert(name, rows(tensor, &(all / 2..all).chain(0..all / 2).collect::<Vec<_>>()));
@@ -163,14 +163,14 @@ fn shaped(shape: &[usize], values: Vec<f32>) -> HostTensor {
     HostTensor::from_f32(shape, values).expect("as many values as the shape has")
 }
 
-/// An adapter's modules as they are in the original tree of its family, by their kohya names; `None` for a module that the
-/// layout has no name for. Those of layers that are one there become one module. `separate` counts modules that were put
+/// An adapter's modules as they are in the original tree of its family, by their kohya names, each with the component that it
+/// is of; `None` for a module that the layout has no name for. Those of layers that are one there become one module. `separate` counts modules that were put
 /// together with factors of their own each: then the one has the sum of their ranks.
 pub(super) fn fused(
     adapter: &Adapter,
     family: Option<&Family>,
     separate: &mut usize,
-) -> Result<BTreeMap<String, AdapterModule>, (ModulePath, Option<String>)> {
+) -> Result<BTreeMap<String, (Component, AdapterModule)>, (ModulePath, Option<String>)> {
     let tree = family.and_then(|family| {
         let names = family.component(Component::TRANSFORMER)?;
         names.kohya.and_then(|own| own.tree)
@@ -186,14 +186,14 @@ pub(super) fn fused(
             Some(Piece::Rows(share)) => groups.entry(name).or_default().push((share, path, module)),
             Some(Piece::Swapped) => {
                 let own = exchanged(module).map_err(|reason| (path.clone(), Some(reason)))?;
-                all.insert(name, own);
+                all.insert(name, (path.component, own));
             }
-            _ => drop(all.insert(name, module.clone())),
+            _ => drop(all.insert(name, (path.component, module.clone()))),
         }
     }
     for (name, parts) in groups {
         let module = joined(&parts, separate).map_err(|reason| (parts[0].1.clone(), Some(reason)))?;
-        all.insert(name, module);
+        all.insert(name, (Component::TRANSFORMER, module));
     }
     Ok(all)
 }

@@ -62,13 +62,15 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
              one module of their ranks together, which is the same update"
         ));
     }
-    for (name, module) in &modules {
+    for (name, (component, module)) in &modules {
         peft_dora += usize::from(parts::is_respelt_dora(module));
         if is_custom(&module.variant) {
             custom.insert(module.variant.clone());
         }
         let ratio = module.alpha / common;
-        if module.is_lora() && ratio != 1.0 && module.tensors.contains_key("up") {
+        // Of transformers every program reads each alpha, and modules that were put together have their own.
+        let folds = *component != Component::TRANSFORMER;
+        if folds && module.is_lora() && ratio != 1.0 && module.tensors.contains_key("up") {
             folded += 1;
             let mut same = module.clone();
             same.alpha = common;

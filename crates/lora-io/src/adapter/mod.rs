@@ -228,6 +228,19 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
     }
 }
 
+/// Writes an adapter for a base of a family in the layout that most programs load: kohya's, and of plain LoRAs for Stable
+/// Diffusion 3 diffusers', since diffusers passes over kohya's there.
+///
+/// # Errors
+/// As of [`write`].
+pub fn write_for(path: impl AsRef<Path>, adapter: &Adapter, family: &Family, dtype: DType) -> Result<Vec<String>> {
+    let is_plain = |module: &AdapterModule| module.factors().is_some_and(|factors| !factors.embedding);
+    if *family == family::sd3::FAMILY && adapter.modules.values().all(is_plain) {
+        return diffusers::write(path, adapter, dtype);
+    }
+    kohya::write(path, adapter, Some(family), dtype)
+}
+
 /// Takes an adapter whose first values are missing (PEFT's PiSSA and OLoRA as they are saved unconverted) for a plain LoRA,
 /// which it is on the changed base that PEFT trained it on.
 pub fn on_residual(adapter: &mut Adapter) {

@@ -1,13 +1,16 @@
 //! How files name a module, and the canonical path behind it.
 //!
-//! | layout | U-Net | text encoders | language model |
-//! |---|---|---|---|
-//! | kohya | `lora_unet_` + path with `_` (SDXL: the original tree's) | `lora_te_`, SDXL `lora_te1_`, `lora_te2_` | |
-//! | LyCORIS' wrapper | `lycoris_` + path with `_` | | |
-//! | sd-scripts' OFT | `oft_unet_` + path with `_` | | |
-//! | diffusers | `unet.` + path | `text_encoder.`, `text_encoder_2.` | |
-//! | PEFT | `base_model.model.` + path | the same | the same |
-//! | ComfyUI's generic | `diffusion_model.` + original path | | |
+//! | layout | U-Net | transformer | text encoders | language model |
+//! |---|---|---|---|---|
+//! | kohya | `lora_unet_` + path with `_` (SDXL: the original tree's) | `lora_unet_` + the original tree's | `lora_te_`, SDXL `lora_te1_`, `lora_te2_` | |
+//! | OneTrainer's older | | `lora_transformer_` + path with `_` | | |
+//! | LyCORIS' wrapper | `lycoris_` + path with `_` | | | |
+//! | sd-scripts' OFT | `oft_unet_` + path with `_` | | | |
+//! | diffusers | `unet.` + path | `transformer.` + path | `text_encoder.`, `text_encoder_2.` | |
+//! | PEFT | `base_model.model.` + path | the same | the same | the same |
+//! | ComfyUI's generic | `diffusion_model.` + original path | the same | | |
+//!
+//! Layers of transformers that are one in the original tree are taken apart and put together in [`super::canonical`].
 //!
 //! An underscore in a kohya name may be a dot or part of a word. The words that these models' paths are made of are
 //! known, so the reading is unique; a name made of anything else belongs to [`Component::MODEL`] and keeps its spelling,

@@ -36,6 +36,8 @@ const IMAGE_PREFIXES: &[&str] = &[
     "oft_unet_",
     "bundle_emb.",
     "unet.",
+    "transformer.transformer_blocks.",
+    "transformer.single_transformer_blocks.",
     "text_encoder",
     "diffusion_model.",
     "down_blocks.",
@@ -125,7 +127,7 @@ impl Inventory {
         let ends = ["conv_in", "conv_out", "time_embed", "add_embedding", "label_emb"];
         // Transformers have `lora_unet_` names too, and blocks of other names.
         let unet = starts(&["lora_unet_", "oft_unet_", "lycoris_", "unet.", "diffusion_model."]);
-        if unet && !contains(&blocks) && !contains(&ends) {
+        if unet && !contains(&blocks) && !contains(&ends) || starts(&["transformer."]) {
             return None;
         }
         // Only SDXL's native names are those of the original tree.

@@ -9,6 +9,7 @@
 //! | `layers` | the layers of Stable Diffusion models and their names in the layouts |
 //! | `builder` | collecting fates and problems into an opinion |
 //! | `webui`, `comfyui`, `diffusers`, `sd_scripts` | consumers of image adapters |
+//! | `transformers` | the same four on adapters for transformers that denoise by flow matching |
 //! | `folder` | names and config of a PEFT folder, for the four that read one |
 //! | `peft`, `vllm`, `llama_cpp`, `mistral_rs` | consumers of PEFT folders |
 
@@ -24,6 +25,7 @@ mod peft;
 #[cfg(test)]
 mod samples;
 mod sd_scripts;
+mod transformers;
 mod vllm;
 mod webui;
 
@@ -185,6 +187,8 @@ pub struct Problem {
 pub enum Cure {
     /// Conversion to the kohya layout.
     ToKohya,
+    /// Conversion to diffusers' layout.
+    ToDiffusers,
     /// Conversion to a PEFT folder.
     ToPeft,
     /// Conversion to the PEFT folder that the strictest consumer takes.
@@ -205,6 +209,7 @@ impl fmt::Display for Cure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Cure::ToKohya => "lora convert --to kohya",
+            Cure::ToDiffusers => "lora convert --to diffusers",
             Cure::ToPeft => "lora convert --to peft",
             Cure::ToPortable => "lora convert --to portable",
             Cure::Flatten => "lora convert --flatten RANK --base BASE",
@@ -289,15 +294,18 @@ pub fn opinions(inventory: &Inventory) -> Vec<Opinion> {
             format!("an adapter for a language model; {consumer} is for image models"),
             None,
         ),
-        _ => match base.filter(|_| !layers.is_empty()) {
+        _ => match base.filter(|base| !layers.is_empty() || transformers::judges(base)) {
+            Some(base) if transformers::judges(base) => transformers::opinion(consumer, inventory, base),
             Some(base) => image_opinion(consumer, inventory, base, &layers),
-            None => {
-                let what = format!("no rules are known here for {consumer} and this base model ({title})");
-                Opinion::whole(consumer, Verdict::Unknown, what, None)
-            }
+            None => unknown(consumer, title),
         },
     };
     Consumer::ALL.into_iter().map(judge).collect()
+}
+
+fn unknown(consumer: Consumer, title: &str) -> Opinion {
+    let what = format!("no rules are known here for {consumer} and this base model ({title})");
+    Opinion::whole(consumer, Verdict::Unknown, what, None)
 }
 
 /// The opinion of a consumer of image adapters.
@@ -341,15 +349,6 @@ mod tests {
             assert_eq!(opinion.verdict, Verdict::NothingLoaded, "{}", opinion.consumer);
             assert!(opinion.keys.is_empty());
             assert_eq!(opinion.problems.len(), 1);
-        }
-    }
-
-    #[test]
-    fn a_base_without_rules_is_said_to_be_unknown() {
-        let flux = Inventory::default().tensor("lora_unet_double_blocks_0_img_mlp_0.lora_down.weight", &[4, 8]);
-        for opinion in &opinions(&flux)[..4] {
-            assert_eq!(opinion.verdict, Verdict::Unknown, "{}", opinion.consumer);
-            assert!(opinion.problems[0].what.contains("FLUX.1"));
         }
     }
 

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use lora_core::DType;
-use lora_io::adapter::{kohya, peft};
+use lora_io::adapter::{peft, write_for};
 use lora_io::atomic;
 use lora_io::metadata::TrainingRecord;
 
@@ -42,7 +42,7 @@ impl Session {
                         let card = session.card(name);
                         atomic::write(path.join("README.md"), |file| file.write_all(card.as_bytes()))?;
                     } else {
-                        kohya::write(&path, &adapter, Some(session.checkpoint.family()), precision)?;
+                        write_for(&path, &adapter, session.checkpoint.family(), precision)?;
                     }
                 }
                 Trained::Whole(whole) => {

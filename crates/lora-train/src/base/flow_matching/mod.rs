@@ -534,3 +534,5 @@ fn missing(network: Component, name: &'static str) -> Error {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_of_models;

@@ -1,0 +1,209 @@
+//! What programs make of adapters for transformers that denoise by flow matching: which of the spellings of a layer each
+//! knows. diffusers' rules (0.42.1) were seen running on tiny models, as were ComfyUI's (a commit of October 2025) but for those
+//! of FLUX.2 and Z-Image, which were read, not run; sd-scripts' were read, not run.
+
+use lora_core::Component;
+
+use super::builder::OpinionBuilder;
+use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict};
+use crate::adapter::{names, parts};
+use crate::family::tree::{Depths, Piece};
+use crate::family::{FAMILIES, Family, flux, flux2, qwen_image, sd3, z_image};
+
+/// How a file spells a layer of the transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// `lora_unet_` and underscores.
+    Kohya,
+    /// `lora_transformer_` and underscores.
+    Legacy,
+    /// `diffusion_model.` and dots.
+    Generic,
+    /// `transformer.` and dots.
+    Diffusers,
+}
+
+/// A module of the transformer as a file spells it.
+struct Own {
+    spelling: Spelling,
+    path: String,
+    /// Whether the original tree has a layer of that name, and diffusers' tree.
+    original: bool,
+    canonical: bool,
+}
+
+/// Whether adapters for a base of a family are judged here.
+pub(super) fn judges(base: &Family) -> bool {
+    base.component(Component::TRANSFORMER).is_some_and(|names| names.single_file.is_some())
+}
+
+pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &Family) -> Opinion {
+    if consumer == Consumer::WebUi {
+        let what = format!("no rules are known here for {consumer} and {base}; Forge loads with ComfyUI's");
+        return Opinion::whole(consumer, Verdict::Unknown, what, None);
+    }
+    if consumer == Consumer::SdScripts && ![&flux::FAMILY, &sd3::FAMILY].contains(&base) {
+        let what = format!("sd-scripts does not know {base}; musubi-tuner does");
+        return Opinion::whole(consumer, Verdict::NothingLoaded, what, None);
+    }
+    let mut builder = OpinionBuilder::default();
+    for key in inventory.tensors.keys() {
+        let module = parts::split(key).map_or(key.as_str(), |(module, _)| module);
+        let fate = match own(module, base) {
+            Some(own) => of_transformer(consumer, base, &own),
+            None => of_text(consumer, base, module),
+        };
+        match fate {
+            Ok(None) => builder.load(key),
+            Ok(Some(note)) => {
+                builder.load(key);
+                builder.problem(note.0, Some(key), note.1, note.2);
+            }
+            Err((reason, cure)) => builder.ignore(key, Effect::Part, reason, cure),
+        }
+    }
+    builder.finish(consumer)
+}
+
+/// A load, with what is to be said of it; or why there is none, and what helps.
+type Outcome = Result<Option<(Effect, &'static str, Option<Cure>)>, (&'static str, Option<Cure>)>;
+
+fn own(module: &str, base: &Family) -> Option<Own> {
+    let spellings = [
+        ("lora_unet_", Spelling::Kohya),
+        ("lora_transformer_", Spelling::Legacy),
+        ("diffusion_model.", Spelling::Generic),
+        ("transformer.", Spelling::Diffusers),
+    ];
+    let (_, spelling) = spellings.into_iter().find(|(prefix, _)| module.starts_with(prefix))?;
+    let path = if names::is_kohya(module) { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
+    if path.component != Component::TRANSFORMER {
+        return None;
+    }
+    let tree = base.component(Component::TRANSFORMER)?.single_file?.tree;
+    let name = format!("{}.weight", path.path);
+    let weights = tree.weights(&name, &Depths::default())?;
+    let canonical = weights == [(name.clone(), Piece::All)];
+    let (first, _) = weights.first()?;
+    let original = tree.stored(first, &Depths::default()).is_some_and(|(stored, _)| stored == name);
+    Some(Own { spelling, path: path.path, original, canonical })
+}
+
+/// What becomes of a layer of the transformer.
+fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
+    const LOADS: Outcome = Ok(None);
+    let is = |families: &[&Family]| families.contains(&base);
+    let convert = Some(if is(&[&sd3::FAMILY]) { Cure::ToDiffusers } else { Cure::ToKohya });
+    let dotted = matches!(own.spelling, Spelling::Generic | Spelling::Diffusers);
+    match consumer {
+        Consumer::Diffusers => match own.spelling {
+            Spelling::Diffusers if own.canonical => LOADS,
+            Spelling::Kohya if own.original && is(&[&flux::FAMILY]) && !own.path.contains("_blocks.") => Err((
+                "layers outside of the blocks are renamed and then passed over in silence",
+                Some(Cure::ToDiffusers),
+            )),
+            Spelling::Kohya | Spelling::Generic
+                if is(&[&flux2::FAMILY]) && own.path == "final_layer.adaLN_modulation.1" =>
+            {
+                let reason = "the halves of this layer's rows are not exchanged as they have to be";
+                Ok(Some((Effect::Wrong, reason, Some(Cure::ToDiffusers))))
+            }
+            Spelling::Kohya if own.original && !is(&[&sd3::FAMILY]) => LOADS,
+            Spelling::Kohya if own.canonical && is(&[&z_image::FAMILY, &qwen_image::FAMILY]) => LOADS,
+            Spelling::Generic if own.original && is(&[&flux2::FAMILY, &qwen_image::FAMILY]) => LOADS,
+            Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => LOADS,
+            _ => Err(("a spelling that this pipeline passes over in silence", convert)),
+        },
+        Consumer::ComfyUi => match own.spelling {
+            Spelling::Kohya | Spelling::Generic if own.original => LOADS,
+            Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => LOADS,
+            Spelling::Diffusers if own.canonical && is(&[&flux2::FAMILY]) => {
+                Ok(Some((Effect::Note, "diffusers' names of this base were read, not run", Some(Cure::ToKohya))))
+            }
+            Spelling::Diffusers if own.canonical => LOADS,
+            Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &sd3::FAMILY]) => LOADS,
+            _ => Err(("no layer of this base model has this name (`lora key not loaded`)", convert)),
+        },
+        _ if own.spelling == Spelling::Kohya && own.original => LOADS,
+        _ if dotted => Err(("dotted names are passed over", Some(Cure::ToKohya))),
+        _ => Err(("the network has no layer of this name", Some(Cure::ToKohya))),
+    }
+}
+
+/// What becomes of anything else: a text encoder's layer, or what is none.
+fn of_text(consumer: Consumer, base: &Family, module: &str) -> Outcome {
+    let begins = |starts: &[&str]| starts.iter().any(|start| module.starts_with(start));
+    let has_encoders = [&flux::FAMILY, &sd3::FAMILY].contains(&base);
+    let known = match consumer {
+        Consumer::Diffusers if *base == flux::FAMILY => begins(&["lora_te1_", "text_encoder."]),
+        Consumer::Diffusers => *base == sd3::FAMILY && begins(&["text_encoder.", "text_encoder_2."]),
+        Consumer::ComfyUi => has_encoders && begins(&["lora_te1_", "lora_te2_", "lora_te3_", "text_encoders."]),
+        _ if *base == flux::FAMILY => begins(&["lora_te1_", "lora_te3_"]),
+        _ => begins(&["lora_te1_", "lora_te2_", "lora_te3_"]),
+    };
+    if known { Ok(None) } else { Err(("no layer of this base model has this name", None)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::opinions;
+    use super::*;
+
+    fn verdicts(inventory: &Inventory) -> [Verdict; 3] {
+        let all = opinions(inventory);
+        [Consumer::ComfyUi, Consumer::Diffusers, Consumer::SdScripts]
+            .map(|consumer| all.iter().find(|own| own.consumer == consumer).unwrap().verdict)
+    }
+
+    #[test]
+    fn each_spelling_of_flux_loads_where_it_did_when_it_was_tried() {
+        use Verdict::{Loads, LoadsPart, NothingLoaded};
+        let kohya = Inventory::default().lora("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216).lora(
+            "lora_unet_single_blocks_0_linear1",
+            3072,
+            21504,
+        );
+        assert_eq!(kohya.base(), Some(&flux::FAMILY));
+        assert_eq!(verdicts(&kohya), [Loads, Loads, Loads]);
+        let outside = kohya.lora("lora_unet_img_in", 64, 3072);
+        assert_eq!(verdicts(&outside), [Loads, LoadsPart, Loads]);
+        let generic = Inventory::default().pair("diffusion_model.double_blocks.0.img_attn.qkv");
+        assert_eq!(verdicts(&generic), [Loads, NothingLoaded, NothingLoaded]);
+        let diffusers = Inventory::default()
+            .pair("transformer.single_transformer_blocks.0.attn.to_q")
+            .pair("transformer.transformer_blocks.0.attn.add_q_proj");
+        assert_eq!(diffusers.base(), Some(&flux::FAMILY));
+        assert_eq!(verdicts(&diffusers), [Loads, Loads, NothingLoaded]);
+    }
+
+    #[test]
+    fn diffusers_reads_no_kohya_file_of_stable_diffusion_3() {
+        use Verdict::{Loads, NothingLoaded};
+        let kohya = Inventory::default().lora("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, 4608);
+        assert_eq!(kohya.base(), Some(&sd3::FAMILY));
+        assert_eq!(verdicts(&kohya), [Loads, NothingLoaded, Loads]);
+        let diffusers = opinions(&kohya).into_iter().find(|own| own.consumer == Consumer::Diffusers).unwrap();
+        assert_eq!(diffusers.problems[0].cure, Some(Cure::ToDiffusers));
+        let dotted = Inventory::default().pair("transformer.transformer_blocks.0.attn2.to_q");
+        assert_eq!(verdicts(&dotted), [Loads, Loads, NothingLoaded]);
+    }
+
+    #[test]
+    fn fused_names_of_z_image_load_and_separate_ones_behind_the_generic_prefix() {
+        use Verdict::{Loads, NothingLoaded};
+        let fused = Inventory::default().lora("lora_unet_layers_0_attention_qkv", 3840, 11520);
+        assert_eq!(fused.base(), Some(&z_image::FAMILY));
+        assert_eq!(verdicts(&fused), [Loads, Loads, NothingLoaded]);
+        let separate = Inventory::default().lora("lora_unet_layers_0_attention_to_q", 3840, 3840);
+        assert_eq!(verdicts(&separate), [NothingLoaded, Loads, NothingLoaded]);
+        let generic = Inventory::default().pair("diffusion_model.layers.0.attention.to_q");
+        assert_eq!(verdicts(&generic), [Loads, Loads, NothingLoaded]);
+    }
+
+    #[test]
+    fn wide_feed_forwards_tell_flux_2_from_flux_1() {
+        let one = Inventory::default().lora("lora_unet_single_blocks_0_linear1", 3072, 7 * 3072);
+        let two = Inventory::default().lora("lora_unet_single_blocks_0_linear1", 3072, 9 * 3072);
+        assert_eq!((one.base(), two.base()), (Some(&flux::FAMILY), Some(&flux2::FAMILY)));
+    }
+}

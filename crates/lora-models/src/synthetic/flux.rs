@@ -1,0 +1,138 @@
+//! Models of FLUX.1's kind with made-up weights.
+
+use std::path::Path;
+
+use lora_core::{Component, DType};
+use lora_torch::tch::{Device, Kind};
+use serde_json::json;
+
+use super::folder::Part;
+use crate::Result;
+use crate::layers::head_width;
+use crate::networks::{ClipConfig, ClipTextEncoder, Flux, FluxConfig, T5Config, T5Encoder, Vae, VaeConfig};
+use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
+
+/// The sizes of a model of FLUX.1's kind: a transformer, CLIP-L and T5, which read captions, an autoencoder of 16 channels.
+#[derive(Debug, Clone)]
+pub struct SyntheticFlux {
+    /// CLIP's.
+    pub text_encoder: ClipConfig,
+    /// T5's.
+    pub text_encoder_2: T5Config,
+    /// The transformer's.
+    pub transformer: FluxConfig,
+    /// The autoencoder's.
+    pub vae: VaeConfig,
+}
+
+impl SyntheticFlux {
+    /// A small model, most of whose parameters are CLIP's vocabulary: 2 double and 2 single blocks of 64 numbers in 2 heads,
+    /// encoders of 2 layers.
+    pub fn tiny() -> Self {
+        let (clip, t5) = ((40, 2), T5Config { vocabulary: 400, ..Self::t5(48, 2, 3, 16) });
+        Self::new(clip, t5, Self::transformer(64, 2, [2, 2]), vec![32; 4])
+    }
+
+    /// FLUX.1 dev's sizes: 16.9 billion parameters.
+    pub fn full() -> Self {
+        let t5 = T5Config { intermediate: 10_240, ..Self::t5(4096, 24, 64, 64) };
+        Self::new((768, 12), t5, Self::transformer(3072, 24, [19, 38]), vec![128, 256, 512, 512])
+    }
+
+    fn t5(width: usize, layers: usize, heads: usize, head: usize) -> T5Config {
+        let (intermediate, inner) = (2 * width, heads * head);
+        T5Config { vocabulary: 32_128, width, inner, heads, intermediate, layers, buckets: 32, max_distance: 128 }
+    }
+
+    fn transformer(width: usize, heads: usize, [double_blocks, single_blocks]: [usize; 2]) -> FluxConfig {
+        let head = width / heads;
+        FluxConfig {
+            latent_channels: 16,
+            width,
+            heads,
+            inner: 4 * width,
+            context: 0,
+            pooled: 0,
+            double_blocks,
+            single_blocks,
+            guidance: true,
+            axes: vec![head / 8, 7 * head / 16, 7 * head / 16],
+        }
+    }
+
+    fn new((width, layers): (usize, usize), t5: T5Config, transformer: FluxConfig, channels: Vec<usize>) -> Self {
+        let text_encoder = ClipConfig {
+            vocabulary: 49_408,
+            width,
+            intermediate: 4 * width,
+            layers,
+            heads: width / head_width(&[width]),
+            exact_gelu: false,
+            projection: None,
+        };
+        let vae = VaeConfig {
+            latent_channels: 16,
+            channels,
+            layers_per_block: 2,
+            norm_groups: 32,
+            scaling_factor: 0.3611,
+            shift_factor: 0.1159,
+            quant_convs: false,
+            overflows_in_half: false,
+        };
+        let transformer = FluxConfig { context: t5.width, pooled: width, ..transformer };
+        Self { text_encoder, text_encoder_2: t5, transformer, vae }
+    }
+
+    fn parts(&self) -> Result<Vec<Part>> {
+        let synthetic = SyntheticWeights::new("flux");
+        let asked = |build: &dyn Fn(&Weights<'_>) -> Result<()>| -> Result<_> {
+            let shapes = ShapesOnly::new(&synthetic);
+            build(&Weights::new(&shapes, Kind::Float, Device::Cpu))?;
+            Ok(shapes.asked())
+        };
+        let Self { text_encoder, text_encoder_2, transformer, vae } = self;
+        Ok(vec![
+            Part {
+                component: Component::TEXT_ENCODER,
+                config: json!({ "num_attention_heads": text_encoder.heads, "hidden_act": "quick_gelu" }),
+                weights: asked(&|weights| ClipTextEncoder::new(weights, *text_encoder).map(drop))?,
+            },
+            Part {
+                component: Component::TEXT_ENCODER_2,
+                config: json!({ "relative_attention_max_distance": text_encoder_2.max_distance }),
+                weights: asked(&|weights| T5Encoder::new(weights, *text_encoder_2).map(drop))?,
+            },
+            Part {
+                component: Component::TRANSFORMER,
+                config: json!({ "_class_name": "FluxTransformer2DModel", "axes_dims_rope": transformer.axes }),
+                weights: asked(&|weights| Flux::new(weights, transformer.clone()).map(drop))?,
+            },
+            Part {
+                component: Component::VAE,
+                config: json!({
+                    "_class_name": "AutoencoderKL", "norm_num_groups": vae.norm_groups,
+                    "scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor,
+                }),
+                weights: asked(&|weights| Vae::new(weights, vae.clone()).map(drop))?,
+            },
+        ])
+    }
+
+    /// Writes a diffusers folder in `dtype`, without a tokenizer.
+    ///
+    /// # Errors
+    /// Where the file system refuses, or the model cannot be built.
+    pub fn write(&self, folder: &Path, dtype: DType) -> Result<()> {
+        self.parts()?.into_iter().try_for_each(|part| part.write(folder, dtype))
+    }
+
+    /// Writes a diffusers folder in 16-bit numbers whose files have headers and no weights, as
+    /// [`SyntheticModel::write_headers`](super::SyntheticModel::write_headers) does; without a tokenizer.
+    ///
+    /// # Errors
+    /// As [`SyntheticFlux::write`].
+    pub fn write_headers(&self, folder: &Path) -> Result<()> {
+        self.parts()?.into_iter().try_for_each(|part| part.write_header(folder))
+    }
+}
