@@ -81,6 +81,31 @@ fn every_variant_that_the_kohya_layout_has_reads_back() {
 }
 
 #[test]
+fn folders_for_several_networks_are_all_there_or_none_is() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().join("both");
+    let mut adapter = of_row(&ROWS[0], |layer| layer == Layer::Square);
+    let module = adapter.modules[&path_of(Layer::Square)].clone();
+    let encoder = ModulePath::new(Component::TEXT_ENCODER, "text_model.encoder.layers.0.self_attn.q_proj");
+    adapter.modules.insert(encoder.clone(), module.clone());
+    for _ in 0..2 {
+        // Over what is there, too.
+        adapter::write(&folder, &adapter, Format::Peft, DType::F32).unwrap();
+        for component in ["unet", "text_encoder"] {
+            assert_eq!(adapter::read(folder.join(component)).unwrap().adapter.modules.len(), 1, "{component}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
+
+    // The text encoder is written first, the U-Net is refused.
+    let refused = AdapterModule { variant: "loha".into(), ..module };
+    adapter.modules.insert(path_of(Layer::Square), refused);
+    let other = place.path().join("other");
+    adapter::write(&other, &adapter, Format::Peft, DType::F32).unwrap_err();
+    assert!(!other.exists() && std::fs::read_dir(place.path()).unwrap().count() == 1);
+}
+
+#[test]
 fn plain_lora_passes_through_every_format() {
     let folder = tempfile::tempdir().unwrap();
     let unet =

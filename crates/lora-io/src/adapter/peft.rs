@@ -321,17 +321,27 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &
     let folder = folder.as_ref();
     let components: BTreeSet<Component> = adapter.modules.keys().map(|path| path.component).collect();
     let mut notes = Vec::new();
-    for &component in &components {
-        let folder = if components.len() == 1 { folder.to_owned() } else { folder.join(component.name()) };
-        fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
-        let own = adapter.modules.iter().filter(|(path, _)| path.component == component);
-        let own = Adapter {
-            modules: own.map(|(path, module)| (path.clone(), module.clone())).collect(),
-            metadata: adapter.metadata.clone(),
-        };
-        write_component(&folder, &own, dtype, extra)?;
-    }
-    if components.len() > 1 {
+    if components.len() == 1 {
+        fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        write_component(folder, adapter, dtype, extra)?;
+    } else {
+        // Where the disk is full at the second network, the first is not there either.
+        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
+        let partial = atomic::NewFolder::begin(parent)?;
+        for &component in &components {
+            let own = adapter.modules.iter().filter(|(path, _)| path.component == component);
+            let own = Adapter {
+                modules: own.map(|(path, module)| (path.clone(), module.clone())).collect(),
+                metadata: adapter.metadata.clone(),
+            };
+            let made = partial.path().join(component.name());
+            fs::create_dir_all(&made).map_err(Error::io(&made, "create"))?;
+            write_component(&made, &own, dtype, extra)?;
+        }
+        for component in &components {
+            moved(&partial.path().join(component.name()), &folder.join(component.name()))?;
+        }
         let names: Vec<_> = components.iter().map(|component| component.name()).collect();
         notes.push(format!("one folder for each network: {}", names.join(", ")));
     }
@@ -340,6 +350,17 @@ pub fn write(folder: impl AsRef<Path>, adapter: &Adapter, dtype: DType, extra: &
         notes.push("training metadata stays in the file's header, where PEFT does not look".into());
     }
     Ok(notes)
+}
+
+/// Moves a folder's files into another, over those that are there.
+fn moved(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(Error::io(to, "create"))?;
+    for entry in fs::read_dir(from).map_err(Error::io(from, "list"))? {
+        let entry = entry.map_err(Error::io(from, "list"))?;
+        let target = to.join(entry.file_name());
+        fs::rename(entry.path(), &target).map_err(Error::io(&target, "put in its place"))?;
+    }
+    Ok(())
 }
 
 /// Whether the layout has a form of every module, to be asked before hours are spent on training.
