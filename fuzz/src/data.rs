@@ -32,11 +32,12 @@ fn inspect() -> ScanOptions {
 pub fn picture(bytes: &[u8]) {
     let folder = empty_folder("pictures");
     fs::write(folder.join("a.jpg"), bytes).expect("written");
-    if lora_data::picture::dimensions(folder.join("a.jpg")).is_ok_and(|(width, height)| width * height > 1 << 22) {
+    let reader = image::ImageReader::new(Cursor::new(bytes)).with_guessed_format().expect("bytes are read");
+    if reader.into_dimensions().is_ok_and(|(width, height)| u64::from(width) * u64::from(height) > 1 << 22) {
         // Large pictures may take memory and time.
         return;
     }
-    let _ = lora_data::picture::decode(folder.join("a.jpg"), [255; 3]);
+    let _ = lora_data::RgbPicture::decode(Path::new("a.jpg"), bytes, [255; 3], None);
     let options = DatasetOptions {
         path: folder.clone(),
         scan: inspect(),

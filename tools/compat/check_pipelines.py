@@ -61,8 +61,10 @@ def trained(options, folder):
     keys = dict(
         base_model=str(options.base), train_data_dir=str(options.pictures), output_dir=str(folder), output_name="ours",
         max_resolution=options.size, max_train_steps=4, learning_rate=0.02, lora_rank=4, lora_alpha=2, device="cpu",
-        save_precision="fp32", precision="fp32", train_text_encoder=options.text_encoder, seed=1,
+        save_precision="fp32", precision="fp32", seed=1,
     )
+    if not (options.base / "transformer").is_dir():  # bases with a transformer have no such key
+        keys["train_text_encoder"] = options.text_encoder
     config.write_text(json.dumps(keys))
     run(options.command, "train", config)
     return folder / "ours.safetensors"

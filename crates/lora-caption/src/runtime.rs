@@ -10,7 +10,12 @@ const VARIABLE: &str = "ORT_DYLIB_PATH";
 
 /// Opens the library, once in a process: as `ORT_DYLIB_PATH` says; else as `make setup-onnx` left it in the user's cache
 /// folder; else beside the program; else as the system finds it.
-pub(crate) fn open() -> Result<()> {
+///
+/// Gives the library's path, or its bare name where the system found it.
+///
+/// # Errors
+/// [`Error::Runtime`] where there is none that can be opened.
+pub fn onnx_runtime() -> Result<PathBuf> {
     let path = match std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) {
         Some(value) => stated(&value)?,
         None => found().unwrap_or_else(|| PathBuf::from(name())),
@@ -19,7 +24,7 @@ pub(crate) fn open() -> Result<()> {
         // Another part of the program may have made its own environment: then that one serves.
         Ok(environment) => {
             environment.with_name("lora").commit();
-            Ok(())
+            Ok(path)
         }
         Err(error) => Err(Error::Runtime { reason: error.to_string() }),
     }

@@ -63,7 +63,7 @@ impl Tagger {
     pub fn open_with(path: &Path, device: Device, preprocessing: Preprocessing) -> Result<Self> {
         let path = model_in(path)?;
         let tags = TagList::read(&path.with_file_name(LIST))?;
-        runtime::open()?;
+        runtime::onnx_runtime()?;
         let refused = |reason: String| Error::Tagger { path: path.clone(), reason };
         let (session, on_gpu) = session(&path, device).map_err(refused)?;
         let (side, layout) = input(&session).map_err(refused)?;

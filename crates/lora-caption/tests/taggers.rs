@@ -5,8 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lora_caption::tagger::Device;
-use lora_caption::{Channels, Error, Preprocessing, Tagger};
+use lora_caption::{Channels, Device, Error, Preprocessing, Tagger};
 use lora_data::RgbPicture;
 
 fn golden() -> PathBuf {

@@ -6,9 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use lora_caption::choose::RatingPlace;
-use lora_caption::tagger::Device;
-use lora_caption::{Captioner, Existing, FolderOptions, Output, Report, Settings, caption_folder};
+use lora_caption::{Captioner, Device, Existing, FolderOptions, Output, RatingPlace, Report, Settings, caption_folder};
 use lora_data::dataset::{ScanOptions, TextEncoding};
 use lora_data::report::html;
 

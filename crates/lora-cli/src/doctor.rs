@@ -29,6 +29,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             "cuda": cuda.to_string(),
             "cuda_graphs": graph::available().map_or_else(|error| error.to_string(), |()| "available".into()),
             "precisions": precisions.iter().map(|(name, list)| ((*name).to_owned(), serde_json::json!(list))).collect::<serde_json::Map<_, _>>(),
+            "onnxruntime": lora_caption::onnx_runtime().ok(),
             "threads": lora_torch::tch::get_num_threads(),
             "threads_wait": openmp::setting(),
         });
@@ -38,6 +39,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     println!("lora {} on libtorch {}", env!("CARGO_PKG_VERSION"), lora_torch::LIBTORCH);
     println!("libtorch:  {}", folder.display());
     println!("cuda:      {cuda}");
+    match lora_caption::onnx_runtime() {
+        Ok(path) => println!("onnx:      {}", path.display()),
+        Err(_) => println!("onnx:      none, which taggers need (make setup-onnx, or ORT_DYLIB_PATH)"),
+    }
     if let (CudaStatus::Available(_), Err(error)) = (cuda, graph::available()) {
         println!("graphs:    none, so that steps wait for the host: {error}");
     }

@@ -201,6 +201,13 @@ fn training_gives_captions_to_pictures_without_one_and_writes_them() {
     train(&[]).success();
     assert_eq!(server.count(), 3, "the next run has them");
     std::fs::remove_file(folder.path().join("data/03.txt")).unwrap();
+    // A picture without a caption is named; it ends a strict run alone.
+    let refusing = Server::start(|_| caption("I cannot help with that."));
+    let label = format!("auto_label={{server=\"{}\", model=\"m\"}}", refusing.url());
+    train(&["--set", &label, "strict=true"])
+        .code(1)
+        .stderr(contains("1 pictures have got no caption").and(contains("03.png: refused")));
+    train(&["--set", &label]).success().stderr(contains("auto_label: data/03.png: refused: I cannot help"));
     let nowhere = "auto_label={server=\"http://127.0.0.1:9\", model=\"m\"}";
     train(&["--set", nowhere])
         .code(1)

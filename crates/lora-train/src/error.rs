@@ -132,6 +132,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// `auto` on a system that does not tell how much memory is free.
+    #[error("auto: this system does not tell how much memory of the device {device} is free; set vram_budget")]
+    FreeMemoryUnknown {
+        /// The key `device`.
+        device: String,
+    },
     /// A sampler of a name that none has.
     #[error("there is no sampler `{name}`; known are {known}")]
     NoSampler {
@@ -269,6 +275,12 @@ pub enum Error {
         path: PathBuf,
         /// The settings that differ, with their values then and now.
         list: String,
+    },
+    /// An autoencoder that decodes into something else than pictures.
+    #[error("the autoencoder decodes into {shape:?}, which are no pictures [batch, 3, height, width]")]
+    DecodedPicture {
+        /// The shape of what it decoded.
+        shape: Vec<i64>,
     },
     /// A tensor of a state does not fit the run.
     #[error("tensor `{name}`: expected {expected}, found {found}")]

@@ -78,9 +78,10 @@ pub(super) fn read(body: &str) -> Body {
 
 /// What the server itself says is wrong, in the forms that servers have.
 pub(super) fn error_message(value: &Value) -> Option<String> {
-    let error = value.get("error").filter(|error| !error.is_null()).or_else(|| value.get("detail"))?;
+    let error = ["error", "detail"].iter().find_map(|key| value.get(*key).filter(|error| !error.is_null()))?;
     let message = error.get("message").unwrap_or(error);
-    Some(shortened(message.as_str().map_or_else(|| message.to_string(), str::to_owned).as_str()))
+    let message = shortened(&message.as_str().map_or_else(|| message.to_string(), str::to_owned));
+    (!message.is_empty()).then_some(message)
 }
 
 pub(super) fn looks_like_html(body: &str) -> bool {

@@ -141,9 +141,8 @@ impl Autoencoder {
         let pixels = pixels.f_to_device(Device::Cpu)?.f_contiguous()?;
         let picture = |index: i64| {
             let planes: Vec<f32> = Vec::try_from(pixels.get(index).f_flatten(0, -1)?)?;
-            RgbPicture::from_planar(width as usize, height as usize, &planes).ok_or_else(|| {
-                Error::from(lora_torch::Error::Torch("a decoded picture has another size than asked for".into()))
-            })
+            RgbPicture::from_planar(width as usize, height as usize, &planes)
+                .ok_or_else(|| Error::DecodedPicture { shape: pixels.size() })
         };
         (0..batch).map(picture).collect()
     }

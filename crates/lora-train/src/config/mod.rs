@@ -69,8 +69,8 @@ pub struct SampleConfig {
     pub every_n_steps: Option<usize>,
     /// Sampler steps.
     pub steps: usize,
-    /// Classifier-free guidance.
-    pub guidance_scale: f64,
+    /// Classifier-free guidance; as usual for the base without.
+    pub guidance_scale: Option<f64>,
     /// Sampler.
     pub sampler: SamplerKind,
     /// Seed of the starting noise.
@@ -90,7 +90,7 @@ impl SampleConfig {
         Ok(Self {
             negative_prompt: line.negative.clone().unwrap_or_else(|| self.negative_prompt.clone()),
             steps: line.steps.unwrap_or(self.steps),
-            guidance_scale: line.guidance.unwrap_or(self.guidance_scale),
+            guidance_scale: line.guidance.or(self.guidance_scale),
             sampler: sampler.unwrap_or(self.sampler),
             seed: line.seed.unwrap_or(self.seed),
             resolution: (line.width.unwrap_or(width), line.height.unwrap_or(height)),

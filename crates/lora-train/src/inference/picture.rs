@@ -84,12 +84,16 @@ impl PictureModel {
     /// # Errors
     /// [`Error::Base`] for a base that is not known or draws no pictures; [`Error::Config`] for keys that cannot be.
     pub fn open(options: &PictureModelOptions, plugins: &Plugins) -> Result<Self> {
-        let config = config(options, plugins)?;
+        let config = config(options, &[], plugins)?;
         let checkpoint = Arc::new(plugins.bases.configured(&config)?);
         if !checkpoint.family().image {
             let found = format!("{}, which writes texts (`lora generate`)", checkpoint.family());
             return Err(Error::Base { path: options.base.clone(), found, expected: "a base that draws".into() });
         }
+        // Prompts mean what they mean in the WebUI, where a base has such captions.
+        let groups: Vec<_> = plugins.bases.registration(&checkpoint)?.groups().collect();
+        let weighted = config.has_key(WEIGHTED, &groups).then(|| format!("{WEIGHTED}=true"));
+        let config = self::config(options, weighted.as_slice(), plugins)?;
         let device = lora_torch::device::resolve(&config.device)?;
         let precision = precision_on(dry::platform(device), config.precision);
         let layers = layers(&config, &checkpoint, plugins)?;
@@ -213,13 +217,16 @@ impl PictureModel {
     }
 }
 
-/// The configuration of a base that is not trained: of its keys those count that say how the base is held.
-fn config(options: &PictureModelOptions, plugins: &Plugins) -> Result<TrainConfig> {
-    let text = serde_json::json!({
-        "base_model": options.base, "train_data_dir": ".", "output_dir": ".", "weighted_captions": true,
-    });
+/// Whether brackets weigh words.
+const WEIGHTED: &str = "weighted_captions";
+
+/// The configuration of a base that is not trained: of its keys those count that say how the base is held. `usual` are keys that
+/// options may change.
+fn config(options: &PictureModelOptions, usual: &[String], plugins: &Plugins) -> Result<TrainConfig> {
+    let text = serde_json::json!({ "base_model": options.base, "train_data_dir": ".", "output_dir": "." });
+    let keys = [usual, &options.keys].concat();
     // JSON is YAML.
-    Ok(TrainConfig::from_text_with(&text.to_string(), Format::Yaml, &options.keys, plugins)?)
+    Ok(TrainConfig::from_text_with(&text.to_string(), Format::Yaml, &keys, plugins)?)
 }
 
 /// The layers of all networks, from the headers of the base's files.

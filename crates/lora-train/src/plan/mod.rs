@@ -273,9 +273,6 @@ fn free(device: Device, machine: &Machine, config: &TrainConfig) -> Result<u64> 
         }
         _ => memory::host_available(),
     };
-    let unknown = || {
-        let message = format!("auto: this system does not tell how much memory of {device:?} is free; set vram_budget");
-        Error::from(lora_torch::Error::Torch(message))
-    };
+    let unknown = || Error::FreeMemoryUnknown { device: config.device.clone() };
     Ok(((free.ok_or_else(unknown)? + machine.fixed) as f64 * (1.0 - AUTO_MARGIN)) as u64)
 }

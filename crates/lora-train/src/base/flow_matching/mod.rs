@@ -28,6 +28,7 @@ use lora_data::source::Example;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::Family;
 use lora_io::metadata::TrainingRecord;
+use lora_models::diffusion::SamplerKind;
 use lora_models::diffusion::flow::{self, NoiseLevels, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
@@ -54,13 +55,16 @@ const TRANSFORMER: Component = Component::TRANSFORMER;
 /// Noise levels at which an item is judged, spread evenly.
 const JUDGED_LEVELS: usize = 4;
 
+/// Builds a network that answers with velocities.
+type LoadTransformer = fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>;
+
 /// What differs between them, where files do not say.
 struct Kind {
     family: &'static Family,
     /// Those that read captions, in the order in which they come.
     encoders: &'static [EncoderKind],
     /// Builds the network that answers with velocities.
-    load: fn(&Checkpoint, Number, Device, Held) -> Result<Box<dyn Transformer>>,
+    load: LoadTransformer,
     /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
     layout: fn(&[&Tensors], Device) -> Result<Inputs>,
     /// Whether latents are drawn from the autoencoder's distribution, or are its mean.
@@ -474,9 +478,12 @@ impl Base for FlowMatching {
         let tokens = self.tokens((height as i64, width as i64));
         let shift = (self.kind.sample_shift)(&self.checkpoint);
         let levels = flow::levels(config.steps, shift.factor(tokens))?;
-        let given = self.config.gives("sample_guidance_scale");
         let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
-        let guidance = if given { config.guidance_scale } else { usual };
+        let guidance = config.guidance_scale.unwrap_or(usual);
+        if config.sampler != SamplerKind::Euler {
+            let known = SamplerKind::Euler.name().to_owned();
+            return Err(Error::NoSampler { name: config.sampler.name().into(), known });
+        }
         // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {

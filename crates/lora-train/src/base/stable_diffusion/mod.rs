@@ -127,6 +127,9 @@ const UNET: Component = Component::UNET;
 const TEXT_ENCODER: Component = Component::TEXT_ENCODER;
 const VAE: Component = Component::VAE;
 
+/// Guidance of samples where nothing says it.
+const GUIDANCE: f64 = 7.5;
+
 /// Timesteps at which an item is judged, spread evenly.
 const JUDGED_TIMESTEPS: usize = 16;
 
@@ -514,7 +517,7 @@ impl Base for StableDiffusion {
             all.push(sampler.sample(&noise, fresh, |latents, timestep| {
                 let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, &pass)?;
                 let halves = both.f_chunk(2, 0)?;
-                sampler.guided(&halves[0], &halves[1], config.guidance_scale)
+                sampler.guided(&halves[0], &halves[1], config.guidance_scale.unwrap_or(GUIDANCE))
             })?);
         }
         // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.

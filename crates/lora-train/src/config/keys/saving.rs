@@ -219,12 +219,12 @@ pub(super) static PICTURES: Group = Group {
         Key {
             name: "sample_guidance_scale",
             values: "1 …",
-            default: "7.5",
-            meaning: "Classifier-free guidance.",
+            default: "the base's usual",
+            meaning: "Classifier-free guidance; 7.5 for Stable Diffusion.",
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Run(|given, config| {
-                config.samples.guidance_scale = given.number("a number from 1 on", |scale| scale >= 1.0).unwrap_or(7.5)
+                config.samples.guidance_scale = given.number("a number from 1 on", |scale| scale >= 1.0);
             }),
         },
         Key {
