@@ -66,7 +66,7 @@ impl Model {
         let last = self.kind.encoders.last().unwrap();
         let tokenizer = model.join(last.tokenizer.unwrap());
         let text = format!(
-            "base_model: {}\ntrain_data_dir: d\noutput_dir: o\nmax_resolution: 64\ntokenizer: {}\nguidance_scale: 3.5\n",
+            "base_model: {}\ntrain_data_dir: d\noutput_dir: o\nmax_resolution: 64\ntokenizer: {}\ntext_cleaning: none\nguidance_scale: 3.5\n",
             at.display(),
             tokenizer.display()
         );
