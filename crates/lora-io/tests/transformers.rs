@@ -118,7 +118,7 @@ fn merges_into_both_trees_are_the_same() {
             let adapter = adapter::read(golden(&format!("{name}_lora_{layout}"))).unwrap().adapter;
             let weighted = Weighted { name: layout.into(), adapter, strength: Strength::from(0.75) };
             let out = folder.path().join(format!("{base}_{layout}.safetensors"));
-            merge::merge(&golden(&base), &[weighted], &out, &MergeOptions::default(), &variants, &|_, _| {}).unwrap();
+            merge::merge(golden(&base), &[weighted], &out, &MergeOptions::default(), &variants, &|_, _| {}).unwrap();
             merged.push(Checkpoint::open(&out).unwrap());
         }
         let before = Checkpoint::open(golden(name)).unwrap();

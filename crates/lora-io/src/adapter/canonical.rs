@@ -163,14 +163,16 @@ fn shaped(shape: &[usize], values: Vec<f32>) -> HostTensor {
     HostTensor::from_f32(shape, values).expect("as many values as the shape has")
 }
 
+/// Modules by their kohya names, each with the component that it is of.
+type Fused = BTreeMap<String, (Component, AdapterModule)>;
+
+/// A module that has no form in kohya's layout, and why; without a reason it has no name there.
+type Unwritten = (ModulePath, Option<String>);
+
 /// An adapter's modules as they are in the original tree of its family, by their kohya names, each with the component that it
 /// is of; `None` for a module that the layout has no name for. Those of layers that are one there become one module. `separate` counts modules that were put
 /// together with factors of their own each: then the one has the sum of their ranks.
-pub(super) fn fused(
-    adapter: &Adapter,
-    family: Option<&Family>,
-    separate: &mut usize,
-) -> Result<BTreeMap<String, (Component, AdapterModule)>, (ModulePath, Option<String>)> {
+pub(super) fn fused(adapter: &Adapter, family: Option<&Family>, separate: &mut usize) -> Result<Fused, Unwritten> {
     let tree = family.and_then(|family| {
         let names = family.component(Component::TRANSFORMER)?;
         names.kohya.and_then(|own| own.tree)
