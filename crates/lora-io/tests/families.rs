@@ -265,8 +265,8 @@ fn what_is_not_opened_is_described_by_what_is_in_it() {
         Checkpoint::open(&path).unwrap_err().to_string()
     };
     for (names, found) in [
-        (&["double_blocks.0.img_attn.qkv.weight"][..], "this is Flux, whose networks are not opened"),
-        (&["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3, whose networks"),
+        (&["model.layers.0.self_attn.q_proj.weight"][..], "a language model"),
+        (&["double_blocks.0.img_attn.qkv.weight"], "expected 3 parts"),
         (&["conditioner.embedders.0.model.ln_final.weight"], "refiner"),
         (&["a.x", "a.y", "b.x"], "3 tensors (F32) whose names begin with `a`, `b`; known are"),
         (&["1", "2", "3", "4", "5"], "`1`, `2`, `3`, `4`, …"),

@@ -262,7 +262,7 @@ fn other_models_are_named_and_damaged_ones_too() {
     for (name, found) in [
         ("conditioner.embedders.0.transformer.x", "Stable Diffusion XL"),
         ("cond_stage_model.model.x", "Stable Diffusion 2.x"),
-        ("double_blocks.0.x", "Flux"),
+        ("double_blocks.0.x", "FLUX.1"),
         ("model.layers.0.x", "language model"),
         ("unet.x.lora_A.weight", "a LoRA, not a base"),
         ("first_stage_model.encoder.conv_in.weight", "autoencoder alone"),

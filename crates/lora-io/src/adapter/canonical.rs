@@ -10,6 +10,9 @@ use super::names;
 use crate::family::tree::{Depths, Piece, Share};
 use crate::family::{FAMILIES, Family, Names};
 
+/// Where files in kohya's form say which base they were made for.
+const BASE_VERSION: &str = "ss_base_model_version";
+
 /// The name tree of a family's transformer in single files.
 fn tree_of(family: &Family) -> Option<Names> {
     family.component(Component::TRANSFORMER)?.single_file
@@ -26,7 +29,8 @@ pub(super) fn is_transformer(path: &str) -> bool {
 /// variant than plain LoRA cannot be taken apart, and keeps the name of its layer in the original tree.
 pub(super) fn canonical(adapter: &mut Adapter) -> Vec<String> {
     // Families share names, and not what lies behind them.
-    let own = super::family(adapter).and_then(tree_of);
+    let family = super::family(adapter);
+    let own = family.and_then(tree_of);
     let trees: Vec<Names> = own.into_iter().chain(FAMILIES.into_iter().filter_map(tree_of)).collect();
     let depths = depths(adapter);
     let mut problems = Vec::new();
@@ -42,6 +46,11 @@ pub(super) fn canonical(adapter: &mut Adapter) -> Vec<String> {
                 problems.push(format!("`{path}` (`{canonical}` is there under another name already)"));
             }
         }
+    }
+    // Canonical names of single blocks are several families'; the original ones said whose they are.
+    if let Some(labels) = family.filter(|own| super::family(adapter) != Some(*own)).and_then(|own| own.labels.as_ref())
+    {
+        adapter.metadata.entry(BASE_VERSION.into()).or_insert_with(|| labels.version[0].into());
     }
     problems
 }

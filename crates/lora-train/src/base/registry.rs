@@ -202,8 +202,8 @@ mod tests {
         let rest = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"];
         let one = "cond_stage_model.transformer.text_model.final_layer_norm.weight";
         assert_eq!(write(&[&[one], &rest[..]].concat()), Ok(()));
-        let error = write(&[&["double_blocks.0.img_attn.qkv.weight"], &rest[..1]].concat()).unwrap_err();
-        assert!(error.contains("this is Flux") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
+        let error = write(&[&["double_stream_modulation_img.lin.weight"], &rest[..1]].concat()).unwrap_err();
+        assert!(error.contains("this is FLUX.2") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
         let error = write(&["something.weight"]).unwrap_err();
         assert!(error.contains("`something`") && error.contains("expected Stable Diffusion 1.x"), "{error}");
     }

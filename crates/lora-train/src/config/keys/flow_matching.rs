@@ -81,7 +81,7 @@ pub static LEVELS: Group = Group {
         Key {
             name: "timestep_sampling",
             values: "uniform, sigmoid, shift, flux_shift, logit_normal, mode",
-            default: "\"flux_shift\"",
+            default: "flux_shift",
             meaning: "How noise levels are drawn for bases that are trained by flow matching: evenly; the sigmoid of normal numbers; the same moved towards noise by `discrete_flow_shift` (3 without it), or by the picture's size as FLUX.1's; with `logit_mean` and `logit_std`; with a mode in the middle. Where `discrete_flow_shift` is given, `shift`.",
             memory: "",
             resumed: Resumed::FixedSince("none", |config| config.extra.shown("timestep_sampling")),
