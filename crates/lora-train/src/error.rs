@@ -132,6 +132,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A sample of a size that the base does not draw.
+    #[error("a sample of {} by {} pixels: expected multiples of {multiple}", .size.0, .size.1)]
+    SampleSize {
+        /// Width and height.
+        size: (usize, usize),
+        /// What both have to be multiples of.
+        multiple: usize,
+    },
     /// `auto` on a system that does not tell how much memory is free.
     #[error("auto: this system does not tell how much memory of the device {device} is free; set vram_budget")]
     FreeMemoryUnknown {

@@ -139,6 +139,8 @@ fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
     let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
     assert_eq!((picture.width(), picture.height()), (64, 64));
+    let error = resumed.sample(&["a cat --w 72".to_owned()]).unwrap_err().to_string();
+    assert!(error.contains("72 by 64") && error.contains("multiples of 16"), "{error}");
 
     let path = folder.path().join("out/lora.safetensors");
     let read = adapter::read(&path).unwrap();

@@ -232,7 +232,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
 /// Diffusion 3 diffusers', since diffusers passes over kohya's there.
 ///
 /// # Errors
-/// As of [`write`].
+/// As of [`write()`].
 pub fn write_for(path: impl AsRef<Path>, adapter: &Adapter, family: &Family, dtype: DType) -> Result<Vec<String>> {
     let is_plain = |module: &AdapterModule| module.factors().is_some_and(|factors| !factors.embedding);
     if *family == family::sd3::FAMILY && adapter.modules.values().all(is_plain) {

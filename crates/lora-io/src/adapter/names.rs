@@ -10,7 +10,7 @@
 //! | PEFT | `base_model.model.` + path | the same | the same | the same |
 //! | ComfyUI's generic | `diffusion_model.` + original path | the same | | |
 //!
-//! Layers of transformers that are one in the original tree are taken apart and put together in [`super::canonical`].
+//! Layers of transformers that are one in the original tree are taken apart and put together in `adapter::canonical`.
 //!
 //! An underscore in a kohya name may be a dot or part of a word. The words that these models' paths are made of are
 //! known, so the reading is unique; a name made of anything else belongs to [`Component::MODEL`] and keeps its spelling,

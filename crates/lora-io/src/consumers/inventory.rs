@@ -51,7 +51,7 @@ impl Inventory {
     /// would make of them is the question; a file without any part of an adapter is not.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`] where the file cannot be read or holds no part of an adapter.
+    /// [`crate::Error::Io`] or [`crate::Error::Format`] where the file cannot be read or holds no part of an adapter.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (weights, config) = match path.is_dir() {

@@ -474,6 +474,10 @@ impl Base for FlowMatching {
     fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
         let vae = self.vae_config()?;
+        let multiple = vae.factor() * self.kind.patch;
+        if !config.resolution.0.is_multiple_of(multiple) || !config.resolution.1.is_multiple_of(multiple) {
+            return Err(Error::SampleSize { size: config.resolution, multiple });
+        }
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
         let tokens = self.tokens((height as i64, width as i64));
         let shift = (self.kind.sample_shift)(&self.checkpoint);
