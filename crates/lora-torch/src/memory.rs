@@ -204,11 +204,10 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn host_memory_sees_an_allocation() {
-        let before = host_memory().unwrap();
-        // Much more than what tests beside this one give back meanwhile.
-        let block = Tensor::ones([256 << 20], (Kind::Uint8, Device::Cpu));
-        let after = host_memory().unwrap();
-        assert!(after.peak >= before.resident + (128 << 20), "{before:?} {after:?}");
+        // More than the process holds beside it. What was held before says nothing: other tests give back meanwhile.
+        let block = Tensor::ones([1 << 30], (Kind::Uint8, Device::Cpu));
+        let seen = host_memory().unwrap();
+        assert!(seen.resident >= 1 << 30 && seen.peak >= seen.resident, "{seen:?}");
         drop(block);
     }
 }
