@@ -3,15 +3,14 @@
 //!
 //! Tolerances: the references move by 2e-6 between float32 and float64.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+mod common;
 
+use common::adapt;
 use lora_core::target::Targets;
-use lora_core::variant::{Lora, Parameters};
 use lora_core::{Component, HostTensor};
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::flow::{self, Density, NoiseLevels, Shift};
-use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
+use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Vae, ZImage, ZImageCaptions};
 use lora_models::synthetic::SyntheticZImage;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
@@ -97,7 +96,7 @@ fn velocities_are_those_of_diffusers_with_captions_of_any_length() {
 #[test]
 fn gradients_are_those_of_peft_with_activations_kept_and_computed_again() {
     let (golden, mut network) = (golden(), transformer());
-    let leaves = adapt(&mut network);
+    let leaves = adapt(&mut network, &["re:layers\\..*\\.(to_[qkv]|to_out\\.0|w[123])"]);
     let latents = given("input.train.latents", &[2, 16, 8, 8]);
     let noise = given("input.train.noise", &[2, 16, 8, 8]);
     let sigmas = Tensor::from_slice(&[0.25f32, 0.75]);
@@ -118,34 +117,6 @@ fn gradients_are_those_of_peft_with_activations_kept_and_computed_again() {
         }
     }
     assert_eq!(leaves.len(), golden.names().filter(|name| name.starts_with("lora.")).count());
-}
-
-/// Adapts attention and feed-forward of the layers with the golden file's factors; returns them by their names there.
-fn adapt(network: &mut ZImage) -> BTreeMap<String, Tensor> {
-    let layers = network.adaptable_layers().unwrap();
-    let targets = Targets::parse(&["re:layers\\..*\\.(to_[qkv]|to_out\\.0|w[123])"]).unwrap().select(&layers).unwrap();
-    let mut leaves = BTreeMap::new();
-    let mut attach = |layer: &mut AdaptableLayer| {
-        if !targets.iter().any(|target| target.path.path == layer.path()) {
-            return;
-        }
-        let geometry = layer.geometry();
-        let mut factor = |part: &str, shape: Vec<usize>, scale: f64| {
-            let name = format!("lora.transformer.{}.{part}", layer.path());
-            let values = synthetic_uniform(&name, shape.iter().product()).map(|u| scale as f32 * u).collect();
-            let leaf = from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap().set_requires_grad(true);
-            leaves.insert(name, leaf.shallow_clone());
-            (part.to_owned(), leaf)
-        };
-        let tensors = [
-            factor("down", geometry.with_outputs(4).weight_shape(), (3.0 / geometry.fan_in() as f64).sqrt()),
-            factor("up", geometry.pointwise_from(4).weight_shape(), 0.02),
-        ];
-        let parameters = Parameters { tensors: tensors.into(), scale: 0.5 };
-        layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
-    };
-    network.visit_layers(&mut attach).unwrap();
-    leaves
 }
 
 #[test]

@@ -19,14 +19,14 @@ use lora_models::synthetic::SyntheticFlux;
 use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::from_host;
+use lora_train::Plugins;
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::plan::plan;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
 use lora_train::velocity::VelocityLoss;
-use lora_train::{Plugins, Session};
 
-use common::{config, prepare, refusal};
+use common::{config, finish, losses, prepare, refusal};
 
 const CPU: Device = Device::Cpu;
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/transformers");
@@ -50,16 +50,6 @@ fn add_tokenizer(base: &Path) {
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(format!("{TOKENIZER}/{file}"), base.join("tokenizer_2").join(file)).unwrap();
     }
-}
-
-fn losses(folder: &Path, keys: &[&str]) -> Vec<f64> {
-    let mut session = prepare(folder, keys);
-    std::iter::from_fn(|| session.step().unwrap()).map(|report| report.loss).collect()
-}
-
-fn finish(session: &mut Session) -> Adapter {
-    while session.step().unwrap().is_some() {}
-    adapter::read(session.save("lora").unwrap()).unwrap().adapter
 }
 
 fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {

@@ -7,29 +7,19 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{config, prepare, refusal};
-use lora_core::{Adapter, Component, DType, HostTensor};
+use common::{config, finish, losses, prepare, refusal};
+use lora_core::{Component, DType, HostTensor};
 use lora_io::adapter;
 use lora_io::safetensors::{Entry, SafetensorsFile, StoredDType, TensorSource, write};
 use lora_models::synthetic::SyntheticModel;
+use lora_train::Plugins;
 use lora_train::plan::plan;
-use lora_train::{Plugins, Session};
 
 /// Pictures, and a base of SDXL's kind in one file.
 fn workspace() -> tempfile::TempDir {
     let folder = common::workspace();
     SyntheticModel::tiny_sdxl().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
     folder
-}
-
-fn losses(folder: &Path, keys: &[&str]) -> Vec<f64> {
-    let mut session = prepare(folder, keys);
-    std::iter::from_fn(|| session.step().unwrap()).map(|report| report.loss).collect()
-}
-
-fn finish(session: &mut Session) -> Adapter {
-    while session.step().unwrap().is_some() {}
-    adapter::read(session.save("lora").unwrap()).unwrap().adapter
 }
 
 /// Adds tensors without elements to the base.

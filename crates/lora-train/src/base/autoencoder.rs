@@ -3,17 +3,17 @@
 
 use std::path::Path;
 
-use lora_core::DType;
 use lora_core::random::Stream;
+use lora_core::{Component, DType};
 use lora_data::{Mask, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::{LatentDistribution, Vae, VaeConfig, load_vae};
 use lora_models::weights::Held;
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of};
+use lora_torch::tensor::{from_f32, kind_of, upload};
 
-use super::is_finite;
+use super::{Item, is_finite};
 use crate::meter::MemoryPart;
 use crate::{Error, Result};
 
@@ -146,6 +146,31 @@ impl Autoencoder {
         };
         (0..batch).map(picture).collect()
     }
+}
+
+/// Latents of items as the autoencoder encoded them, `[batch, channels, height, width]` f32 on the device, normalised, and how
+/// much each place counts, `[batch, 1, height, width]`, where any item has a mask.
+///
+/// # Errors
+/// [`Error::MissingEncoding`] where an item has no latents; where memory runs out.
+pub(super) fn latents_of(items: &[Item], device: Device) -> Result<(Tensor, Option<Tensor>)> {
+    let network = Component::VAE;
+    let of = |item: &Item| -> Result<(Tensor, Option<Tensor>)> {
+        let missing = Error::MissingEncoding { network, name: "latents" };
+        let encoded = item.encoded.get(&network);
+        let latents = encoded.and_then(|encoded| encoded.get("latents")).ok_or(missing)?;
+        let mask = encoded.and_then(|encoded| encoded.get("mask")).map(Tensor::shallow_clone);
+        Ok((upload(latents, device)?, mask))
+    };
+    let (latents, masks): (Vec<_>, Vec<_>) = items.iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let latents = Tensor::f_stack(&latents, 0)?;
+    if masks.iter().all(Option::is_none) {
+        return Ok((latents, None));
+    }
+    let (_, _, height, width) = latents.size4()?;
+    let full = Tensor::f_ones([1, height, width], (Kind::Float, Device::Cpu))?;
+    let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
+    Ok((latents, Some(upload(&Tensor::f_stack(&masks, 0)?, device)?)))
 }
 
 /// One sample of a latent distribution, normalised: `[channels, height, width]`.

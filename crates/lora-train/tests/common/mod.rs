@@ -83,6 +83,18 @@ pub(crate) fn run(session: &mut Session) -> (Adapter, Vec<StepReport>) {
     (adapter(session), reports)
 }
 
+/// The losses of a whole run.
+pub(crate) fn losses(folder: &Path, keys: &[&str]) -> Vec<f64> {
+    let mut session = prepare(folder, keys);
+    std::iter::from_fn(|| session.step().unwrap()).map(|report| report.loss).collect()
+}
+
+/// The rest of a run: the adapter as its file holds it.
+pub(crate) fn finish(session: &mut Session) -> Adapter {
+    while session.step().unwrap().is_some() {}
+    lora_io::adapter::read(session.save("lora").unwrap()).unwrap().adapter
+}
+
 /// A whole run.
 pub(crate) fn trained(folder: &Path, keys: &[&str]) -> (Adapter, Vec<StepReport>) {
     run(&mut prepare(folder, keys))

@@ -34,10 +34,10 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of, upload};
+use lora_torch::tensor::{from_f32, kind_of};
 
 use self::text::{CaptionReaders, EncoderKind};
-use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
+use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
@@ -230,24 +230,6 @@ impl FlowMatching {
         ((height / patch) * (width / patch)) as usize
     }
 
-    /// `[batch, channels, height, width]` f32 on the device, normalised, and how much each place counts, `[batch, 1, height,
-    /// width]`, where any item has a mask.
-    fn latents(&self, items: &[Item]) -> Result<(Tensor, Option<Tensor>)> {
-        let of = |item: &Item| -> Result<(Tensor, Option<Tensor>)> {
-            let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
-            Ok((upload(tensor(encoded, VAE, "latents")?, self.device)?, encoded.get("mask").map(Tensor::shallow_clone)))
-        };
-        let (latents, masks): (Vec<_>, Vec<_>) = items.iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let latents = Tensor::f_stack(&latents, 0)?;
-        if masks.iter().all(Option::is_none) {
-            return Ok((latents, None));
-        }
-        let (_, _, height, width) = latents.size4()?;
-        let full = Tensor::f_ones([1, height, width], (Number::Float, Device::Cpu))?;
-        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
-        Ok((latents, Some(upload(&Tensor::f_stack(&masks, 0)?, self.device)?)))
-    }
-
     /// Captions of a batch as the network takes them: those that were kept, others as the encoder, which stays then, makes
     /// them now.
     fn with_captions(&self, inputs: Inputs, items: &[Item]) -> Result<Inputs> {
@@ -428,7 +410,7 @@ impl Base for FlowMatching {
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
-        let (latents, mask) = self.latents(items)?;
+        let (latents, mask) = latents_of(items, self.device)?;
         let (_, channels, height, width) = latents.size4()?;
         let count = (channels * height * width) as usize;
         let noise: Vec<f32> = items.iter().flat_map(|item| item.draw.at("noise").normals(count)).collect();
@@ -462,7 +444,7 @@ impl Base for FlowMatching {
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
         let _guard = no_grad_guard();
-        if !is_finite(&self.latents(items)?.0)? {
+        if !is_finite(&latents_of(items, self.device)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
         if self.precision == DType::F16 {

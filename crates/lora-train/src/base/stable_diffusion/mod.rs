@@ -25,10 +25,10 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of, upload};
+use lora_torch::tensor::{from_f32, kind_of};
 
 use self::text::{EncoderKind, InputNames, Reads, Text, TextEncoder};
-use super::autoencoder::{Autoencoder, latent_mask, sample_latents};
+use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
 };
@@ -206,25 +206,6 @@ impl StableDiffusion {
 
     fn vae_config(&self) -> Result<VaeConfig> {
         Ok(VaeConfig::detect(&self.checkpoint)?)
-    }
-
-    /// `[batch, 4, height, width]` f32 on the device, scaled, and how much each place counts, `[batch, 1, height, width]`, where
-    /// any item has a mask.
-    fn latents(&self, items: &[Item]) -> Result<(Tensor, Option<Tensor>)> {
-        let of = |item: &Item| -> Result<(Tensor, Option<Tensor>)> {
-            let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
-            Ok((upload(tensor(encoded, VAE, "latents")?, self.device)?, encoded.get("mask").map(Tensor::shallow_clone)))
-        };
-        let (latents, masks): (Vec<_>, Vec<_>) = items.iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let latents = Tensor::f_stack(&latents, 0)?;
-        if masks.iter().all(Option::is_none) {
-            return Ok((latents, None));
-        }
-        let (_, _, height, width) = latents.size4()?;
-        let full = Tensor::f_ones([1, height, width], (Number::Float, Device::Cpu))?;
-        let masks: Vec<&Tensor> = masks.iter().map(|mask| mask.as_ref().unwrap_or(&full)).collect();
-        let masks = upload(&Tensor::f_stack(&masks, 0)?, self.device)?;
-        Ok((latents, Some(masks)))
     }
 
     /// Standard normal noise of each item, with its offset, `[batch, 4, height, width]`.
@@ -439,7 +420,7 @@ impl Base for StableDiffusion {
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
-        let (latents, mask) = self.latents(items)?;
+        let (latents, mask) = latents_of(items, self.device)?;
         let noise = self.noise(items, latents.size4()?)?;
         let timesteps: Vec<usize> =
             items.iter().map(|item| item.draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
@@ -479,7 +460,7 @@ impl Base for StableDiffusion {
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
         let _guard = no_grad_guard();
-        if !is_finite(&self.latents(items)?.0)? {
+        if !is_finite(&latents_of(items, self.device)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
         let text = self.text(&self.with_captions(Inputs::default(), items)?, &Pass::default())?;
