@@ -431,9 +431,10 @@ impl SyntheticWeights {
     pub fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let full = format!("{}.{name}", self.component);
         let uniform = synthetic_uniform(&full, shape.iter().product());
-        let values: Vec<f32> = if shape.len() == 1 && name.ends_with(".weight") {
+        // Norms' weights, and variances.
+        let values: Vec<f32> = if shape.len() == 1 && (name.ends_with(".weight") || name.ends_with(".running_var")) {
             uniform.map(|u| 1.0 + 0.1 * u).collect()
-        } else if name.ends_with(".bias") {
+        } else if name.ends_with(".bias") || name.ends_with(".running_mean") {
             uniform.map(|u| 0.05 * u).collect()
         } else {
             let fan_in: usize = shape[1..].iter().product();

@@ -148,7 +148,8 @@ fn logits_of_gpt_oss_are_transformers() {
         let alone = Rows::of(&ids, 0).unwrap();
         let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
         let positions = alone.positions.repeat([1, 2]);
-        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents), noise: None };
+        let packed =
+            Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents), unpadded: None, noise: None };
         for rows in [alone, packed] {
             let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
             let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);
@@ -213,8 +214,13 @@ fn packed(reference: &Reference) -> (Rows, Tensor) {
         documents.extend(filler(left, width - 1));
     }
     let shaped = |values: Vec<i64>| Tensor::from_slice(&values).view([-1, width]);
-    let rows =
-        Rows { tokens: shaped(tokens), positions: shaped(positions), documents: Some(shaped(documents)), noise: None };
+    let rows = Rows {
+        tokens: shaped(tokens),
+        positions: shaped(positions),
+        documents: Some(shaped(documents)),
+        unpadded: None,
+        noise: None,
+    };
     (rows, shaped(targets))
 }
 
@@ -557,8 +563,13 @@ fn every_family_runs_on_the_device_without_memory() {
                 decoder.visit_layers(&mut attach).unwrap();
                 let there = |own: &Tensor| own.to_device(run.device());
                 let documents = rows.documents.as_ref().map(there);
-                let rows =
-                    Rows { tokens: there(&rows.tokens), positions: there(&rows.positions), documents, noise: None };
+                let rows = Rows {
+                    tokens: there(&rows.tokens),
+                    positions: there(&rows.positions),
+                    documents,
+                    unpadded: None,
+                    noise: None,
+                };
                 for recompute in [false, true] {
                     let pass = Pass { recompute, ..Pass::default() };
                     let hidden = decoder.hidden(&rows, &pass).unwrap_or_else(|error| panic!("{family}: {error}"));

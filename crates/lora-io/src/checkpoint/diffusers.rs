@@ -53,8 +53,9 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
         }
         checkpoint.set_config(component, crate::json::read(at.join("config.json"))?);
     }
-    let scheduler = path.join("scheduler").join("scheduler_config.json");
-    checkpoint.scheduler = scheduler.exists().then(|| crate::json::read(&scheduler)).transpose()?;
+    let read = |file: PathBuf| file.exists().then(|| crate::json::read(&file)).transpose();
+    checkpoint.scheduler = read(path.join("scheduler").join("scheduler_config.json"))?;
+    checkpoint.index = read(path.join("model_index.json"))?;
     checkpoint.complete()
 }
 

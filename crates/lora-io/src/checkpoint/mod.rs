@@ -43,6 +43,7 @@ pub struct Checkpoint {
     family: &'static Family,
     components: BTreeMap<Component, ComponentWeights>,
     scheduler: Option<serde_json::Value>,
+    index: Option<serde_json::Value>,
     metadata: BTreeMap<String, String>,
     /// Names of tensors outside all components, and whether they have no elements.
     marks: BTreeMap<String, bool>,
@@ -138,6 +139,7 @@ impl Checkpoint {
             family,
             components: BTreeMap::new(),
             scheduler: None,
+            index: None,
             metadata: BTreeMap::new(),
             marks: BTreeMap::new(),
             unused: Vec::new(),
@@ -171,6 +173,11 @@ impl Checkpoint {
     /// `scheduler_config.json` of a diffusers folder.
     pub fn scheduler(&self) -> Option<&serde_json::Value> {
         self.scheduler.as_ref()
+    }
+
+    /// `model_index.json` of a diffusers folder, which describes its pipeline.
+    pub fn index(&self) -> Option<&serde_json::Value> {
+        self.index.as_ref()
     }
 
     /// The header's free text of a single file.

@@ -47,6 +47,8 @@ pub(super) struct Block {
 pub(super) struct Rows<'r> {
     /// `[batch, tokens]`: equal numbers are a document. Without, a row is one.
     pub(super) documents: Option<&'r Tensor>,
+    /// Tokens of a row that can be seen; all without.
+    pub(super) unpadded: Option<i64>,
     pub(super) tokens: i64,
     pub(super) kind: Kind,
     pub(super) device: Device,
@@ -59,7 +61,7 @@ impl Rows<'_> {
     /// by block.
     pub(super) fn mask(&self, window: Option<usize>, looked_at: bool) -> Result<Mask> {
         let window = window.map(|window| window as i64).filter(|window| *window < self.tokens);
-        if self.documents.is_none() && window.is_none() && !looked_at {
+        if self.documents.is_none() && self.unpadded.is_none() && window.is_none() && !looked_at {
             return Ok(Mask::Causal);
         }
         let mut blocks = Vec::new();
@@ -78,6 +80,9 @@ impl Rows<'_> {
         let mut seen = columns.f_le_tensor(&rows)?;
         if let Some(window) = window {
             seen = seen.f_bitwise_and_tensor(&rows.f_sub(&columns)?.f_lt(window)?)?;
+        }
+        if let Some(unpadded) = self.unpadded {
+            seen = seen.f_bitwise_and_tensor(&columns.f_lt(unpadded)?)?;
         }
         seen = seen.f_unsqueeze(0)?;
         if let Some(documents) = self.documents {
@@ -216,18 +221,21 @@ mod tests {
         let documents = Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 9]);
         let documents = documents.view([2, tokens]);
         let sinks = random(&[4]);
-        for (documents, window, cap, sinks) in [
-            (None, None, None, None),
-            (Some(&documents), None, None, None),
-            (None, Some(3), None, None),
-            (Some(&documents), Some(4), None, None),
-            (Some(&documents), Some(4), Some(2.0), None),
-            (None, None, Some(2.0), None),
-            (Some(&documents), Some(4), None, Some(&sinks)),
+        for (documents, unpadded, window, cap, sinks) in [
+            (None, None, None, None, None),
+            (Some(&documents), None, None, None, None),
+            (None, None, Some(3), None, None),
+            (Some(&documents), None, Some(4), None, None),
+            (Some(&documents), None, Some(4), Some(2.0), None),
+            (None, None, None, Some(2.0), None),
+            (Some(&documents), None, Some(4), None, Some(&sinks)),
+            (None, Some(5), None, None, None),
+            (None, Some(1), None, Some(2.0), None),
         ] {
             let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
                 let seen: Vec<i64> = (0..=at)
+                    .filter(|&other| unpadded.is_none_or(|count| other < count))
                     .filter(|&other| window.is_none_or(|window: usize| at - other < window as i64))
                     .filter(|&other| {
                         documents.is_none_or(|all| all.int64_value(&[row, other]) == all.int64_value(&[row, at]))
@@ -247,11 +255,11 @@ mod tests {
                 expected.get(row).get(head).get(at).copy_(&mixed);
             }
             for block in [1, 4, 64] {
-                let rows = Rows { documents, tokens, kind: Kind::Float, device: Device::Cpu, block };
+                let rows = Rows { documents, unpadded, tokens, kind: Kind::Float, device: Device::Cpu, block };
                 let mask = rows.mask(window, cap.is_some() || sinks.is_some()).unwrap();
                 let found = attend(&query, &key, &value, &mask, Scores { scale, cap, sinks }).unwrap();
                 let apart = worst(&found, &expected);
-                assert!(apart < 1e-5, "{documents:?} {window:?} {cap:?} {block}: {apart:e}");
+                assert!(apart < 1e-5, "{documents:?} {unpadded:?} {window:?} {cap:?} {block}: {apart:e}");
             }
         }
     }
