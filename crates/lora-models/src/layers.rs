@@ -180,15 +180,16 @@ impl AdaptableLayer {
     }
 
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
-    /// rows and makes no others whole. `alone`: nothing else reads it, so that where layers live in host memory it may
-    /// stay there, and the rows alone come to the device.
+    /// rows and makes no others whole. `alone`: nothing else reads it, so that where memory is short (layers are in few
+    /// bytes or live in host memory) it stays in host memory, and the rows alone come to the device. Then a look-up
+    /// cannot be recorded in a CUDA graph: see [`Self::looked_up`].
     ///
     /// # Errors
     /// As of [`AdaptableLayer::new`].
     pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize, alone: bool) -> Result<Self> {
         let own = Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)?;
         match own.weight {
-            LayerWeight::Frozen(weight) if alone && weights.in_host() => {
+            LayerWeight::Frozen(weight) if alone && (weights.in_host() || weight.is_in_few_bytes()) => {
                 Ok(Self { weight: LayerWeight::Frozen(weight.waiting_in_host()?), ..own })
             }
             weight => Ok(Self { weight, ..own }),
@@ -304,19 +305,43 @@ impl AdaptableLayer {
     /// # Errors
     /// [`Error::Torch`] where the input does not fit the layer; out of memory.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let alone = || self.weight.apply(&self.geometry, input, self.bias.as_ref());
+        self.forward_from(self, input, pass)
+    }
+
+    /// Rows of an embedding's table, where that waits in host memory: `[…, width]` on the device for numbers `[…]` (i64)
+    /// in host memory. `None` where the table is on the device, and a pass looks them up itself.
+    ///
+    /// # Errors
+    /// If a number is not below the table's entries; out of memory.
+    pub(crate) fn looked_up(&self, numbers: &Tensor) -> Result<Option<Tensor>> {
+        match &self.weight {
+            LayerWeight::Frozen(weight) if weight.waits() => Ok(Some(weight.embed(numbers)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// [`Self::forward`] of an embedding whose rows may have been [looked up](Self::looked_up) before.
+    pub(crate) fn forward_looked_up(&self, input: &Tensor, rows: Option<&Tensor>, pass: &Pass) -> Result<Tensor> {
+        match rows {
+            Some(rows) => self.forward_from(&LookedUp { layer: self, rows }, input, pass),
+            None => self.forward(input, pass),
+        }
+    }
+
+    fn forward_from(&self, base: &dyn BaseLayer<TchBackend>, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let alone = || Ok(base.forward(input)?);
         let with = |adapter: &AttachedAdapter| -> Result<Tensor> {
             let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
                 items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
                 ..*dropout
             });
-            Ok(adapter.variant.forward(&TchBackend, self, &adapter.parameters, input, dropout.as_ref())?)
+            Ok(adapter.variant.forward(&TchBackend, base, &adapter.parameters, input, dropout.as_ref())?)
         };
         match self.adapters_in(pass) {
             [] => alone(),
             [(adapter, 1.0)] => with(adapter),
             several => {
-                let base = alone()?;
+                let base: Tensor = alone()?;
                 let mut sum = base.shallow_clone();
                 for (adapter, strength) in several {
                     sum = sum.f_add(&with(adapter)?.f_sub(&base)?.f_mul_scalar(*strength)?)?;
@@ -355,6 +380,35 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
             return Ok(None);
         };
         Ok(Some(weight.apply_low_rank(input, self.bias.as_ref(), down, up, scale)?))
+    }
+}
+
+/// An embedding whose base rows were looked up before the pass.
+struct LookedUp<'l> {
+    layer: &'l AdaptableLayer,
+    rows: &'l Tensor,
+}
+
+impl BaseLayer<TchBackend> for LookedUp<'_> {
+    fn geometry(&self) -> LayerGeometry {
+        self.layer.geometry
+    }
+
+    /// A tensor of its own, which an update may be added into.
+    fn forward(&self, _input: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(if self.layer.learns() {
+            self.rows.f_detach_copy().map_err(lora_torch::Error::from)?
+        } else {
+            self.rows.shallow_clone()
+        })
+    }
+
+    fn weight(&self) -> lora_core::Result<Tensor> {
+        BaseLayer::weight(self.layer)
+    }
+
+    fn bias(&self) -> Option<Tensor> {
+        BaseLayer::bias(self.layer)
     }
 }
 

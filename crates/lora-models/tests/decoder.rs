@@ -13,7 +13,7 @@ use lora_core::{Component, LayerGeometry};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
-use lora_models::networks::decoder::{LossOptions, NO_LABEL, Rows, Sampling};
+use lora_models::networks::decoder::{LookedUp, LossOptions, NO_LABEL, Rows, Sampling};
 use lora_models::networks::{Decoder, DecoderConfig, load_decoder};
 use lora_models::weights::{Frozen, Held, Weights};
 use lora_torch::dry::{DryRun, Platform};
@@ -148,7 +148,13 @@ fn logits_of_gpt_oss_are_transformers() {
         let alone = Rows::of(&ids, 0).unwrap();
         let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
         let positions = alone.positions.repeat([1, 2]);
-        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents), noise: None };
+        let packed = Rows {
+            tokens: ids.view([1, 48]),
+            positions,
+            documents: Some(documents),
+            noise: None,
+            looked_up: LookedUp::default(),
+        };
         for rows in [alone, packed] {
             let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
             let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);
@@ -156,6 +162,35 @@ fn logits_of_gpt_oss_are_transformers() {
             assert!(error < 1e-4, "{error:e}");
         }
     });
+}
+
+/// Tables in host memory are read before the pass; whatever reads them afterwards computes with these rows alone.
+#[test]
+fn rows_that_were_looked_up_before_the_pass_give_the_same_states() {
+    for family in ["llama3", "gemma4"] {
+        let reference = Reference::of(family);
+        let decoder = reference.decoder();
+        let ids = reference.integers("ids");
+        no_grad(|| {
+            let rows = Rows::of(&ids, 0).unwrap();
+            let plain = decoder.hidden(&rows, &Pass::default()).unwrap();
+            let none = decoder.look_up(&ids).unwrap();
+            assert!(none.tokens.is_none() && none.layer_inputs.is_none(), "on the CPU nothing waits elsewhere");
+            let checkpoint = Checkpoint::open(golden(family).join("model")).unwrap();
+            let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+            let of = |name: &str| -> Option<Tensor> {
+                let name = format!("model.{name}.weight");
+                let shape: Vec<i64> = weights.shape(&name)?.iter().map(|&side| side as i64).collect();
+                let table = from_host(&weights.tensor(&name).unwrap().to_host().unwrap(), CPU).unwrap();
+                let rows = table.to_kind(Kind::Float).index_select(0, &ids.view([-1]));
+                Some(rows.view([ids.size()[0], ids.size()[1], shape[1]]))
+            };
+            let looked_up = LookedUp { tokens: of("embed_tokens"), layer_inputs: of("embed_tokens_per_layer") };
+            // The tokens themselves are not read.
+            let rows = Rows { tokens: ids.zeros_like(), looked_up, ..rows };
+            assert_eq!(decoder.hidden(&rows, &Pass::default()).unwrap(), plain, "{family}");
+        });
+    }
 }
 
 /// transformers 5 writes other keys than published files have.
@@ -213,8 +248,13 @@ fn packed(reference: &Reference) -> (Rows, Tensor) {
         documents.extend(filler(left, width - 1));
     }
     let shaped = |values: Vec<i64>| Tensor::from_slice(&values).view([-1, width]);
-    let rows =
-        Rows { tokens: shaped(tokens), positions: shaped(positions), documents: Some(shaped(documents)), noise: None };
+    let rows = Rows {
+        tokens: shaped(tokens),
+        positions: shaped(positions),
+        documents: Some(shaped(documents)),
+        noise: None,
+        looked_up: LookedUp::default(),
+    };
     (rows, shaped(targets))
 }
 
@@ -557,8 +597,13 @@ fn every_family_runs_on_the_device_without_memory() {
                 decoder.visit_layers(&mut attach).unwrap();
                 let there = |own: &Tensor| own.to_device(run.device());
                 let documents = rows.documents.as_ref().map(there);
-                let rows =
-                    Rows { tokens: there(&rows.tokens), positions: there(&rows.positions), documents, noise: None };
+                let rows = Rows {
+                    tokens: there(&rows.tokens),
+                    positions: there(&rows.positions),
+                    documents,
+                    noise: None,
+                    looked_up: LookedUp::default(),
+                };
                 for recompute in [false, true] {
                     let pass = Pass { recompute, ..Pass::default() };
                     let hidden = decoder.hidden(&rows, &pass).unwrap_or_else(|error| panic!("{family}: {error}"));

@@ -37,6 +37,9 @@ pub struct AdapterOptions {
     pub alphas: Patterns,
     /// Biases of its layers are trained too, in the place of the base's.
     pub biases: bool,
+    /// Factors are cast to half precision where a layer computes, instead of once a step for all layers together: no
+    /// copies of all of them are held, nor gradients of copies, for more and smaller kernels.
+    pub cast_where_used: bool,
     /// Seed of its first values.
     pub seed: u64,
 }
@@ -58,6 +61,7 @@ impl AdapterOptions {
             ranks: Patterns::parse(&config.rank_pattern, targets)?,
             alphas: Patterns::parse(&config.alpha_pattern, targets)?,
             biases: Biases::of(config) != Biases::None,
+            cast_where_used: config.gradient_checkpointing,
             seed: config.seed,
         })
     }
@@ -177,7 +181,7 @@ impl TrainableAdapter {
                     let leaf = if variant.is_trained(&name) {
                         let (full, is_up) = (format!("{module}.{name}"), variant.is_up(&name));
                         trained.insert(name.clone(), values.shallow_clone());
-                        if half {
+                        if half && (name == WEIGHT_VALUE || !options.cast_where_used) {
                             list.add_in(layer.kind(), component, full, is_up, &values)?
                         } else {
                             let leaf = values.f_set_requires_grad(true)?;

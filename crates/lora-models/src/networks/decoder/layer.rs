@@ -71,9 +71,12 @@ impl Layer {
         pass: &Pass,
     ) -> Result<Output> {
         let Beside { layer_input, borrowed, cache } = beside;
-        let read = normed(self.before_attention.as_ref(), hidden)?;
-        let (added, keys_values) = self.attention.forward(&read, borrowed, cache, context, pass)?;
-        let hidden = self.residual(hidden, &normed(self.after_attention.as_ref(), &added)?)?;
+        // What nothing reads again goes before the feed-forward, where most is held.
+        let (hidden, keys_values) = {
+            let read = normed(self.before_attention.as_ref(), hidden)?;
+            let (added, keys_values) = self.attention.forward(&read, borrowed, cache, context, pass)?;
+            (self.residual(hidden, &normed(self.after_attention.as_ref(), &added)?)?, keys_values)
+        };
         let read = normed(self.before_feed_forward.as_ref(), &hidden)?;
         let added = self.feed_forward.forward(&read, pass)?;
         let mut hidden = self.residual(&hidden, &normed(self.after_feed_forward.as_ref(), &added)?)?;

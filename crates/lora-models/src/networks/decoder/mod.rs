@@ -72,6 +72,27 @@ pub struct Rows {
     pub documents: Option<Tensor>,
     /// Added to the embeddings, `[batch, tokens, width]`, f32: noise, while training (NEFTune).
     pub noise: Option<Tensor>,
+    /// What the tokens look up, where that was done before the pass.
+    pub looked_up: LookedUp,
+}
+
+/// Rows of the embeddings of tokens, looked up beforehand ([`Decoder::look_up`]): in the compute dtype, on the decoder's
+/// device. Where there are none the pass looks them up.
+#[derive(Debug, Default)]
+pub struct LookedUp {
+    /// Of `embed_tokens`, `[batch, tokens, width]`.
+    pub tokens: Option<Tensor>,
+    /// Of the table of layers' own inputs, `[batch, tokens, layers · own width]`.
+    pub layer_inputs: Option<Tensor>,
+}
+
+impl LookedUp {
+    /// The same tensors once more.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let of = |own: &Option<Tensor>| own.as_ref().map(Tensor::shallow_clone);
+        Self { tokens: of(&self.tokens), layer_inputs: of(&self.layer_inputs) }
+    }
 }
 
 impl Rows {
@@ -82,7 +103,13 @@ impl Rows {
     pub fn of(tokens: &Tensor, first: i64) -> Result<Self> {
         let (_, count) = tokens.size2()?;
         let positions = Tensor::f_arange_start(first, first + count, (Kind::Int64, tokens.device()))?;
-        Ok(Self { tokens: tokens.shallow_clone(), positions: positions.f_unsqueeze(0)?, documents: None, noise: None })
+        Ok(Self {
+            tokens: tokens.shallow_clone(),
+            positions: positions.f_unsqueeze(0)?,
+            documents: None,
+            noise: None,
+            looked_up: LookedUp::default(),
+        })
     }
 
     /// The length of each token's document, or of a row's longest where documents are not told apart, in a shape that
@@ -161,9 +188,10 @@ impl LayerInputs {
     }
 
     /// `[batch, tokens, layers, width]`.
-    fn forward(&self, tokens: &Tensor, embedded: &Tensor, pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, rows: &Rows, embedded: &Tensor, pass: &Pass) -> Result<Tensor> {
         let split = |all: &Tensor| all.f_unflatten(-1, [-1, self.width as i64]);
-        let own = scaled(&self.embed_tokens.forward(tokens, pass)?, (self.width as f64).sqrt())?;
+        let own = self.embed_tokens.forward_looked_up(&rows.tokens, rows.looked_up.layer_inputs.as_ref(), pass)?;
+        let own = scaled(&own, (self.width as f64).sqrt())?;
         let width = embedded.size().last().copied().unwrap_or(1);
         let projected = self.projection.forward(embedded, pass)?.f_mul_scalar((width as f64).powf(-0.5))?;
         let projected = self.norm.forward(&split(&projected)?)?;
@@ -239,6 +267,16 @@ impl Decoder {
         self.embed_tokens.device()
     }
 
+    /// What tokens `[batch, tokens]` in host memory look up in tables that are there too: a CUDA graph cannot do that. Such
+    /// are tables that only rows are read of, where the weights are in few bytes or live in host memory.
+    ///
+    /// # Errors
+    /// If a token is not of the vocabulary, or memory runs out.
+    pub fn look_up(&self, tokens: &Tensor) -> Result<LookedUp> {
+        let layer_inputs = self.layer_inputs.as_ref().map(|own| own.embed_tokens.looked_up(tokens)).transpose()?;
+        Ok(LookedUp { tokens: self.embed_tokens.looked_up(tokens)?, layer_inputs: layer_inputs.flatten() })
+    }
+
     fn head(&self) -> &Shared<Head> {
         &self.head
     }
@@ -289,12 +327,13 @@ impl Decoder {
 
     fn run(&self, rows: &Rows, after: &[usize], pass: &Pass, mut work: Work<'_>) -> Result<Vec<Tensor>> {
         let context = Shared::new(self.context(rows, &work)?);
-        let mut embedded = self.embed_tokens.forward(&rows.tokens, pass)?.f_to_kind(self.kind)?;
+        let embedded = self.embed_tokens.forward_looked_up(&rows.tokens, rows.looked_up.tokens.as_ref(), pass)?;
+        let mut embedded = embedded.f_to_kind(self.kind)?;
         if let Some(noise) = &rows.noise {
             embedded = embedded.f_add(&noise.f_to_kind(self.kind)?)?;
         }
         let mut hidden = scaled(&embedded, self.config.embedding_scale)?;
-        let inputs = self.layer_inputs.as_ref().map(|own| own.forward(&rows.tokens, &hidden, pass)).transpose()?;
+        let inputs = self.layer_inputs.as_ref().map(|own| own.forward(rows, &hidden, pass)).transpose()?;
         let depth = after.iter().copied().max().unwrap_or(0);
         let mut states: BTreeMap<usize, Tensor> = BTreeMap::new();
         let mut lent: BTreeMap<usize, [Tensor; 2]> = BTreeMap::new();

@@ -20,7 +20,7 @@ use lora_data::texts::TokenRow;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::language;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::decoder::{Decoder, DecoderConfig, LossOptions, Rows, Sampling};
+use lora_models::networks::decoder::{Decoder, DecoderConfig, LookedUp, LossOptions, Rows, Sampling};
 use lora_models::weights::{Held, Weights};
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
@@ -114,7 +114,8 @@ impl LanguageModel {
             tokens.push(token_row(item)?);
         }
         let width = noise.map(|alpha| (alpha, self.config.width));
-        let inputs = rows::lay_out(&tokens, items, self.filled, width, self.device)?;
+        let look_up = |tokens: &Tensor| Ok(self.decoder()?.look_up(tokens)?);
+        let inputs = rows::lay_out(&tokens, items, self.filled, width, self.device, &look_up)?;
         match self.objective.is_of_pairs() {
             true => self.objective.lay_out(inputs, &tokens, items, self.device),
             false => Ok(inputs),
@@ -177,6 +178,10 @@ impl Base for LanguageModel {
             positions: inputs.get("positions")?.shallow_clone(),
             documents: inputs.find("documents").map(Tensor::shallow_clone),
             noise: inputs.find("noise").map(Tensor::shallow_clone),
+            looked_up: LookedUp {
+                tokens: inputs.find("embedded").map(Tensor::shallow_clone),
+                layer_inputs: inputs.find("layer_inputs").map(Tensor::shallow_clone),
+            },
         };
         if self.objective.is_of_pairs() {
             return self.objective.loss(decoder, &rows, inputs, pass);

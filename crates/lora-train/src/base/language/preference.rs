@@ -111,6 +111,7 @@ impl Objective {
                     positions: rows.positions.shallow_clone(),
                     documents: rows.documents.as_ref().map(Tensor::shallow_clone),
                     noise: None,
+                    looked_up: rows.looked_up.shallow_clone(),
                 };
                 Some(likelihoods(&rows, &Pass { without_adapters: true, ..Pass::default() })?)
             }
