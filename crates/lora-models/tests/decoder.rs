@@ -40,7 +40,8 @@ const FAMILIES: [&str; 12] = [
 ];
 
 /// Those whose adapters' gradients are here.
-const ADAPTED: [&str; 4] = ["llama3", "gemma2", "phi3", "gemma4"];
+const ADAPTED: [&str; 11] =
+    ["llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "phi3", "olmo2", "granite", "gemma4"];
 
 /// Those whose hidden states are.
 const WITH_STATES: [&str; 5] = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"];
@@ -162,6 +163,31 @@ fn logits_of_gpt_oss_are_transformers() {
             assert!(error < 1e-4, "{error:e}");
         }
     });
+}
+
+/// A token after its keys and values sees of them what it sees in a row: its window, and the first of the text.
+#[test]
+fn what_is_written_with_a_window_is_what_rows_with_it_foretell() {
+    for family in ["llama3", "mistral", "gemma2"] {
+        let checkpoint = Reference::of(family).checkpoint();
+        let component = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+        let mut config = DecoderConfig::detect(component).unwrap();
+        config.see_a_window(7, 2);
+        let decoder = Decoder::load(&Weights::new(component, Kind::Float, CPU), config).unwrap();
+        let whole = Reference::of(family).decoder();
+        let prompt: Vec<i64> = (0..12).map(|place| 20 + 3 * place).collect();
+        let written = decoder.generate(&prompt, &Sampling::greedy(16), &mut |_| ControlFlow::Continue(())).unwrap();
+        let all = Tensor::from_slice(&[&prompt[..], &written].concat()).unsqueeze(0);
+        let foretold = |decoder: &Decoder| {
+            no_grad(|| {
+                let hidden = decoder.hidden(&Rows::of(&all, 0).unwrap(), &Pass::default()).unwrap();
+                decoder.logits(&hidden.narrow(1, 11, 16), &Pass::default()).unwrap()
+            })
+        };
+        let (own, others) = (foretold(&decoder), foretold(&whole));
+        assert_eq!(Vec::<i64>::try_from(own.argmax(-1, false).view([-1])).unwrap(), written, "{family}");
+        assert!(worst(&own, &others) > 1e-3, "{family}: a window makes a difference");
+    }
 }
 
 /// Tables in host memory are read before the pass; whatever reads them afterwards computes with these rows alone.
@@ -581,7 +607,8 @@ fn every_family_runs_on_the_device_without_memory() {
                 let mut leaves = Vec::new();
                 let mut attach = |layer: &mut AdaptableLayer| {
                     let geometry = layer.geometry();
-                    if layer.path().contains("embed_tokens") || layer.path().ends_with("lm_head") {
+                    let is_linear = matches!(geometry, LayerGeometry::Linear { .. });
+                    if !is_linear || layer.path().ends_with("lm_head") {
                         return;
                     }
                     let mut factor = |name: &str, shape: [usize; 2]| {

@@ -37,7 +37,7 @@ use lora_core::Component;
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Device, Kind, Tensor};
 
-use self::attention::Mask;
+use self::attention::{Mask, Sight};
 use self::feed_forward::linear;
 use self::generate::KeyValues;
 use self::layer::{Beside, Layer, RmsNorm};
@@ -131,8 +131,7 @@ impl Rows {
 #[derive(Debug)]
 struct Context {
     tables: Vec<Tables>,
-    /// By window.
-    masks: BTreeMap<Option<usize>, Mask>,
+    masks: BTreeMap<Sight, Mask>,
     /// What queries are multiplied by, `[batch, 1, tokens, 1]`.
     growth: Option<Tensor>,
     /// One token behind its keys, of which a window is cut out.
@@ -140,11 +139,11 @@ struct Context {
 }
 
 impl Context {
-    fn mask(&self, window: Option<usize>) -> Result<&Mask> {
-        self.masks.get(&window).ok_or_else(|| Error::Input {
+    fn mask(&self, sight: Sight) -> Result<&Mask> {
+        self.masks.get(&sight).ok_or_else(|| Error::Input {
             what: "window of a layer",
             expected: "one of the decoder's".into(),
-            found: format!("{window:?}"),
+            found: format!("{sight:?}"),
         })
     }
 
@@ -155,12 +154,15 @@ impl Context {
         }
     }
 
-    fn in_window(&self, key: &Tensor, value: &Tensor, window: Option<usize>) -> Result<(Tensor, Tensor)> {
-        let tokens = key.size4()?.2;
-        match window.map(|window| window as i64).filter(|window| self.continues && *window < tokens) {
+    fn in_window(&self, key: &Tensor, value: &Tensor, sight: Sight) -> Result<(Tensor, Tensor)> {
+        let (tokens, first) = (key.size4()?.2, sight.first as i64);
+        match sight.window.map(|window| window as i64).filter(|window| self.continues && window + first < tokens) {
             Some(window) => {
-                let last = |all: &Tensor| all.f_narrow(2, tokens - window, window);
-                Ok((last(key)?, last(value)?))
+                let seen = |all: &Tensor| -> Result<Tensor> {
+                    let last = all.f_narrow(2, tokens - window, window)?;
+                    Ok(if first > 0 { Tensor::f_cat(&[all.f_narrow(2, 0, first)?, last], 2)? } else { last })
+                };
+                Ok((seen(key)?, seen(value)?))
             }
             None => Ok((key.shallow_clone(), value.shallow_clone())),
         }
@@ -194,7 +196,7 @@ impl LayerInputs {
         let own = scaled(&own, (self.width as f64).sqrt())?;
         let width = embedded.size().last().copied().unwrap_or(1);
         let projected = self.projection.forward(embedded, pass)?.f_mul_scalar((width as f64).powf(-0.5))?;
-        let projected = self.norm.forward(&split(&projected)?)?;
+        let projected = self.norm.forward(&split(&projected)?, pass)?;
         Ok(projected.f_add(&split(&own)?)?.f_mul_scalar(0.5f64.sqrt())?)
     }
 }
@@ -340,7 +342,7 @@ impl Decoder {
         for index in 0..=depth {
             if after.contains(&index) {
                 let last = index == self.layers.len();
-                states.insert(index, if last { self.norm.forward(&hidden)? } else { hidden.shallow_clone() });
+                states.insert(index, if last { self.norm.forward(&hidden, pass)? } else { hidden.shallow_clone() });
             }
             if index < depth {
                 let input = inputs.as_ref().map(|all| all.f_select(2, index as i64)).transpose()?;
@@ -422,8 +424,8 @@ impl Decoder {
         let looked_at = self.config.attention_cap.is_some() || self.config.sinks;
         let mut masks = BTreeMap::new();
         for layer in &self.config.layers {
-            if let Entry::Vacant(place) = masks.entry(layer.window) {
-                place.insert(if continues { Mask::All } else { of_rows.mask(layer.window, looked_at)? });
+            if let Entry::Vacant(place) = masks.entry(layer.sight()) {
+                place.insert(if continues { Mask::All } else { of_rows.mask(layer.sight(), looked_at)? });
             }
         }
         let growth = self.config.query_growth.map(|(factor, length)| -> Result<Tensor> {
@@ -455,13 +457,15 @@ impl Adaptable for Decoder {
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         visit(&mut self.embed_tokens);
-        if let Some(LayerInputs { embed_tokens, projection, .. }) = &mut self.layer_inputs {
+        if let Some(LayerInputs { embed_tokens, projection, norm, .. }) = &mut self.layer_inputs {
             visit(embed_tokens);
             visit(projection);
+            norm.visit(visit);
         }
         for layer in &mut self.layers {
             exclusive(layer)?.visit(visit)?;
         }
+        self.norm.visit(visit);
         visit(&mut exclusive(&mut self.head)?.lm_head);
         Ok(())
     }

@@ -44,6 +44,8 @@ pub(super) const LANGUAGE: Registration = Registration {
 
 const DECODER: Component = Component::LANGUAGE_MODEL;
 
+/// First tokens of a document that are seen beside a window where nothing is said: what StreamingLLM found to be enough.
+const SINKS: usize = 4;
 /// Tokens of a sampled answer in a dry run: the first reads the prompt, the others are alike.
 const DRY_TOKENS: usize = 2;
 /// Tokens of a prompt in a dry run.
@@ -76,7 +78,16 @@ impl LanguageModel {
             return Err(Error::NotTrainedWhole { path });
         }
         let checkpoint = Arc::clone(&opening.checkpoint);
-        let decoder = DecoderConfig::detect(checkpoint.component(DECODER)?)?;
+        let mut decoder = DecoderConfig::detect(checkpoint.component(DECODER)?)?;
+        let first = extra.whole("attention_sink_size");
+        match extra.whole("sliding_window") {
+            Some(window) => decoder.see_a_window(window, first.unwrap_or(SINKS)),
+            None if first.is_some() => {
+                let message = "means nothing without sliding_window; take it out, or set that".to_owned();
+                return Err(config.refused([("attention_sink_size", message)]).into());
+            }
+            None => {}
+        }
         Ok(Self {
             networks: [Network { component: DECODER, title: "language model", trains: true, encodes: None }],
             config: decoder,
