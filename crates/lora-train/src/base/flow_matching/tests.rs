@@ -62,7 +62,8 @@ fn kept(base: &mut FlowMatching, rows: Option<&[i64]>) -> Vec<BTreeMap<Component
     for (index, prompt) in PROMPTS.iter().enumerate() {
         let encoded = base.encode(Component::TEXT_ENCODER, Encoded::Caption(prompt)).unwrap();
         let states = &encoded["states"];
-        let states = rows.map_or_else(|| states.shallow_clone(), |rows| states.index_select(0, &Tensor::from_slice(rows)));
+        let states =
+            rows.map_or_else(|| states.shallow_clone(), |rows| states.index_select(0, &Tensor::from_slice(rows)));
         let error = distance(&states, &expected(base.kind, &format!("text.{index}")));
         assert!(error < 1e-5, "{prompt}: {error:e}");
         kept.push(BTreeMap::from([(Component::TEXT_ENCODER, encoded)]));
