@@ -1,9 +1,10 @@
 //! The documentation's page, made from the tables.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use crate::row::{self, Kind, Means, Row};
-use crate::tools;
+use crate::{Tool, tools};
 
 /// Coming from another trainer, as Markdown: what becomes of each key.
 pub fn page() -> String {
@@ -25,34 +26,59 @@ pub fn page() -> String {
          be fetched.\n\n\
          This page is made from the program's own tables (`crates/lora-import/src/tools`).\n",
     );
-    for table in tools::ALL {
-        let _ = write!(text, "\n## {}\n\n{}\n\n| key | not given | here |\n|---|---|---|\n", table.title, table.about);
+    for tool in Tool::ALL {
+        let table = tools::table(tool);
+        let _ = write!(text, "\n## {}\n\n{}\n", table.title, table.about);
+        let mut section = Section::default();
         for row in row::rows(table.groups) {
-            rows(&mut text, row, "");
+            section.add(row, "");
         }
+        section.write(&mut text);
     }
     text
 }
 
-fn rows(text: &mut String, row: &Row, prefix: &str) {
-    let name = format!("{prefix}{}", row.name);
-    let own = match &row.means {
-        Means::Same(ours, _) if *ours == row.name && prefix.is_empty() => "the same".to_owned(),
-        Means::Same(ours, Kind::Positive | Kind::AtLeastOne) => format!("`{ours}`, 0 is none"),
-        Means::Same(ours, _) => format!("`{ours}`"),
-        Means::By(ours, how, _) => match ours {
-            [] => (*how).to_owned(),
-            ours => {
-                let ours: Vec<_> = ours.iter().map(|ours| format!("`{ours}`")).collect();
-                format!("{}: {how}", ours.join(", "))
+/// The keys of one trainer: those that are translated, each with a line, and the others by what is said of them.
+#[derive(Default)]
+struct Section {
+    rows: String,
+    lost: BTreeMap<&'static str, Vec<String>>,
+    nothing: BTreeMap<&'static str, Vec<String>>,
+}
+
+impl Section {
+    fn add(&mut self, row: &'static Row, prefix: &str) {
+        let name = format!("{prefix}{}", row.name);
+        let own = match &row.means {
+            Means::Same(ours, _) if *ours == row.name && prefix.is_empty() => "the same".to_owned(),
+            Means::Same(ours, Kind::Positive | Kind::AtLeastOne) => format!("`{ours}`, 0 is none"),
+            Means::Same(ours, _) => format!("`{ours}`"),
+            Means::By(ours, how, _) => match ours {
+                [] => (*how).to_owned(),
+                ours => {
+                    let ours: Vec<_> = ours.iter().map(|ours| format!("`{ours}`")).collect();
+                    format!("{}: {how}", ours.join(", "))
+                }
+            },
+            Means::NoEffect(why) => return self.nothing.entry(why).or_default().push(name),
+            Means::Lost(_, what) => return self.lost.entry(what).or_default().push(name),
+            Means::Table(within) => return within.iter().for_each(|row| self.add(row, &format!("{name}."))),
+            Means::Arguments(within) => return within.iter().for_each(|row| self.add(row, &format!("{name} "))),
+            Means::Datasets(within, _) => return within.iter().for_each(|row| self.add(row, &format!("{name}[]."))),
+        };
+        let cell = |text: &str| text.replace('|', "\\|");
+        let default = row.default.map_or_else(String::new, |json| format!("`{}`", cell(json)));
+        let _ = writeln!(self.rows, "| `{name}` | {default} | {} |", cell(&own));
+    }
+
+    fn write(&self, text: &mut String) {
+        let _ = write!(text, "\n| key | not given | here |\n|---|---|---|\n{}", self.rows);
+        for (heading, keys) in [("**No counterpart**", &self.lost), ("Without effect on the result", &self.nothing)] {
+            let _ = write!(text, "\n{heading}:\n\n");
+            for (said, keys) in keys {
+                let keys: Vec<_> = keys.iter().map(|key| format!("`{key}`")).collect();
+                let _ = writeln!(text, "- {said}: {}", keys.join(", "));
             }
-        },
-        Means::NoEffect(why) => format!("no effect: {why}"),
-        Means::Lost(_, what) => format!("**no counterpart**: {what}"),
-        Means::Table(within) => return within.iter().for_each(|row| rows(text, row, &format!("{name}."))),
-        Means::Arguments(within) => return within.iter().for_each(|row| rows(text, row, &format!("{name} "))),
-        Means::Datasets(within, _) => return within.iter().for_each(|row| rows(text, row, &format!("{name}[]."))),
-    };
-    let default = row.default.map_or_else(String::new, |json| format!("`{}`", json.replace('|', "\\|")));
-    let _ = writeln!(text, "| `{name}` | {default} | {} |", own.replace('|', "\\|"));
+        }
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::engine::{Scope, decide, nearest};
 use crate::input::tree::{Content, Entry, Node};
 use crate::input::{self, Problem, Source};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, no_effect};
 use crate::report::{Accounted, Verdict};
 use crate::row::{self, Groups, Row};
 use crate::tools::sd_scripts_dataset::ROWS;
@@ -114,6 +114,9 @@ impl File {
 }
 
 fn outcome(row: &'static Row, entry: &Entry, merged: &[Entry]) -> Outcome {
+    if entry.node.is_empty() {
+        return no_effect("empty: as if not given");
+    }
     static GROUPS: Groups = &[ROWS];
     let scope = Scope::of(merged, GROUPS);
     decide(row, &entry.node, scope, scope)
