@@ -46,8 +46,8 @@ def kind_of(name, tensor):
 def quantised():
     """FLUX.1 of one block of each kind."""
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=1,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
     )
     _, rows, swapped, _ = flux()
     state = {key: random(f"quantised.{key}", tuple(value.shape)) for key, value in model.state_dict().items()}

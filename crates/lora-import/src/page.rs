@@ -28,11 +28,11 @@ pub fn page() -> String {
     );
     for tool in Tool::ALL {
         let table = tools::table(tool);
-        let _ = write!(text, "\n## {}\n\n{}\n", table.title, table.about);
+        let _ = write!(text, "\n## {}\n\n", table.title);
+        wrap(&mut text, table.about, "");
         let mut section = Section::default();
-        for row in row::rows(table.groups) {
-            section.add(row, "");
-        }
+        // What a table shares with one before it stands there.
+        row::rows(table.own).for_each(|row| section.add(row, ""));
         section.write(&mut text);
     }
     text
@@ -42,6 +42,7 @@ pub fn page() -> String {
 #[derive(Default)]
 struct Section {
     rows: String,
+    same: Vec<String>,
     lost: BTreeMap<&'static str, Vec<String>>,
     nothing: BTreeMap<&'static str, Vec<String>>,
 }
@@ -50,7 +51,10 @@ impl Section {
     fn add(&mut self, row: &'static Row, prefix: &str) {
         let name = format!("{prefix}{}", row.name);
         let own = match &row.means {
-            Means::Same(ours, _) if *ours == row.name && prefix.is_empty() => "the same".to_owned(),
+            Means::Same(ours, _) if *ours == row.name && prefix.is_empty() && row.default.is_none() => {
+                return self.same.push(name);
+            }
+            Means::Same(ours, _) if *ours == row.name => "the same".to_owned(),
             Means::Same(ours, Kind::Positive | Kind::AtLeastOne) => format!("`{ours}`, 0 is none"),
             Means::Same(ours, _) => format!("`{ours}`"),
             Means::By(ours, how, _) => match ours {
@@ -73,12 +77,37 @@ impl Section {
 
     fn write(&self, text: &mut String) {
         let _ = write!(text, "\n| key | not given | here |\n|---|---|---|\n{}", self.rows);
+        if !self.same.is_empty() {
+            text.push('\n');
+            wrap(text, &format!("The same here: {}.", listed(&self.same)), "");
+        }
         for (heading, keys) in [("**No counterpart**", &self.lost), ("Without effect on the result", &self.nothing)] {
             let _ = write!(text, "\n{heading}:\n\n");
             for (said, keys) in keys {
-                let keys: Vec<_> = keys.iter().map(|key| format!("`{key}`")).collect();
-                let _ = writeln!(text, "- {said}: {}", keys.join(", "));
+                wrap(text, &format!("- {said}: {}", listed(keys)), "  ");
             }
         }
     }
+}
+
+fn listed(keys: &[String]) -> String {
+    keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// A paragraph in lines of at most 120 columns; all but the first are indented.
+fn wrap(text: &mut String, paragraph: &str, indent: &str) {
+    let mut columns = 0;
+    for word in paragraph.split_whitespace() {
+        let own = word.chars().count();
+        if columns > 0 && columns + 1 + own > 120 {
+            let _ = write!(text, "\n{indent}");
+            columns = indent.len();
+        } else if columns > 0 {
+            text.push(' ');
+            columns += 1;
+        }
+        text.push_str(word);
+        columns += own;
+    }
+    text.push('\n');
 }

@@ -20,6 +20,7 @@ pub(crate) static TABLE: Table = Table {
             `training_folder`/`name`. A list of resolutions makes a dataset of each. With `gradient_accumulation_steps` steps are \
             counted before accumulation, with `gradient_accumulation` after it.",
     groups: &[ROWS],
+    own: &[ROWS],
     is: |has| has("job") && has("config"),
     prepare: one_process,
     finish: split_resolutions,

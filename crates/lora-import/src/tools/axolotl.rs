@@ -17,6 +17,7 @@ pub(crate) static TABLE: Table = Table {
             too long are left out unless `excess_length_strategy` says otherwise. Records are read by their form; what a `type` \
             puts around them is told.",
     groups: &[ROWS, TRAINER],
+    own: &[ROWS, TRAINER],
     is: |has| {
         has("base_model")
             && ["micro_batch_size", "adapter", "sequence_len", "lora_r", "num_epochs"].iter().any(|key| has(key))

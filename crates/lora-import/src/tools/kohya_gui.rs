@@ -18,8 +18,9 @@ pub(crate) static TABLE: Table = Table {
     title: "the kohya_ss GUI",
     about: "JSON of the tabs LoRA and Dreambooth, and presets. An empty field is as if not given. Epochs are `max_train_epochs`, \
             else `max_train_steps`, else `epoch`; `lr_warmup` is in percent of the run. Presets have no paths: what is missing is \
-            said.",
+            said. Fields that are not listed here have names and meaning of sd-scripts' options.",
     groups: &[OWN, sd_scripts::SHARED, sd_scripts::FLOW, sd_scripts::OWN, sd_scripts::AROUND],
+    own: &[OWN],
     is: |has| {
         has("LoRA_type")
             || [

@@ -20,8 +20,9 @@ pub(crate) static TABLE: Table = Table {
     title: "LLaMA-Factory",
     about: "YAML or JSON of `llamafactory-cli train`. Names of datasets are looked up in `dataset_dir`/dataset_info.json. Documents \
             longer than `cutoff_len` are cut; `lora_alpha` is twice the rank where none is given; activations are computed again \
-            unless `disable_gradient_checkpointing` is on.",
+            unless `disable_gradient_checkpointing` is on. Keys of transformers' trainer that are not listed here are as under axolotl.",
     groups: &[ROWS, TRAINER],
+    own: &[ROWS],
     is: |has| {
         has("model_name_or_path") && (has("stage") || has("finetuning_type") || has("template") || has("cutoff_len"))
     },

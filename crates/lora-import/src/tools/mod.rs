@@ -78,6 +78,8 @@ pub(crate) struct Table {
     /// What the page says before the table of keys.
     pub(crate) about: &'static str,
     pub(crate) groups: Groups,
+    /// The groups that the page shows here.
+    pub(crate) own: Groups,
     /// Whether a file with these keys at the top is its.
     is: fn(&dyn Fn(&str) -> bool) -> bool,
     pub(crate) prepare: Prepare,

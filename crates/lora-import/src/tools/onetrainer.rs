@@ -18,6 +18,7 @@ pub(crate) static TABLE: Table = Table {
             that are not enabled are left out, those of validation become `validation_data_dir`. `resolution` is an area: \
             pictures go to buckets by sd-scripts' rule, whose sides differ a little from OneTrainer's.",
     groups: &[ROWS],
+    own: &[ROWS],
     is: |has| has("training_method") && has("model_type") || has("base_model_name") && has("concept_file_name"),
     prepare: with_files,
     finish: split_resolutions,

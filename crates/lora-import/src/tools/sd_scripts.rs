@@ -24,6 +24,7 @@ pub(crate) static TABLE: Table = Table {
             file. Tables of `--dataset_config` become `datasets`. Variables of a shell script are put in where it sets them. \
             `max_train_steps` are optimiser steps, there and here.",
     groups: &[OWN, SHARED, FLOW, AROUND],
+    own: &[OWN, SHARED, FLOW, AROUND],
     is: |has| has("pretrained_model_name_or_path") && !has("model_name_or_path"),
     prepare: flat,
     finish: dataset_file,

@@ -48,9 +48,11 @@ pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
     }
     if let Some(path) = reader.given("dataset_config").text() {
         match lora_import::sd_scripts::subsets(Path::new(&path)) {
-            Ok(subsets) => tables.extend(
-                subsets.into_iter().map(|subset| Table { label: subset.label, group: subset.group, keys: subset.keys }),
-            ),
+            Ok(subsets) => tables.extend(subsets.into_iter().map(|subset| Table {
+                label: subset.label,
+                group: subset.group,
+                keys: subset.keys,
+            })),
             Err(problems) => problems.into_iter().for_each(|problem| reader.problem(Some("dataset_config"), problem)),
         }
     }
