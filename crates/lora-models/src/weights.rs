@@ -357,7 +357,7 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
-        if self.gguf().is_some() {
+        let Some(view) = self.view(name)? else {
             if dry::is_dry(device) {
                 // Nothing is dequantised for nobody.
                 let shape: Vec<i64> = shape.iter().map(|&side| side as i64).collect();
@@ -372,8 +372,7 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
                 _ => Kind::Float,
             };
             return Ok(lora_torch::tensor::from_bytes(name, values.bytes(), stored, shape, kind, device)?);
-        }
-        let view = self.tensor(name)?;
+        };
         let stored = match view.dtype() {
             StoredDType::F16 => Kind::Half,
             StoredDType::BF16 => Kind::BFloat16,

@@ -119,10 +119,10 @@ impl Bases {
         let expected = || self.0.iter().map(|known| known.family.title).collect::<Vec<_>>().join(", ");
         let refused = |found: String| Error::Base { path: path.to_owned(), found, expected: expected() };
         match Checkpoint::open_among(path, &self.families()) {
-            Ok(checkpoint) if self.of(&checkpoint).is_some() => match checkpoint.scale() {
+            Ok(checkpoint) if self.of(&checkpoint).is_some() => match checkpoint.unread_scale() {
                 None => Ok(checkpoint),
                 Some(scale) => Err(refused(format!(
-                    "{} in 8 bits with scales (`{scale}`), which training does not read: take it in fp16 or bf16",
+                    "{} in few bits that are not 8-bit floats (`{scale}` scales them): take it in fp16, bf16, 8-bit floats or GGUF",
                     checkpoint.family()
                 ))),
             },

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::target::TargetLayer;
-use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
+use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
 use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
@@ -21,7 +21,7 @@ use lora_torch::{LossScaler, dry, memory};
 use super::encoded::{self, Examples};
 use super::materials::Materials;
 use super::out_of_memory::remedies;
-use super::{Session, Trained, TrainedAdapter, resume, trained};
+use super::{Feed, Origin, Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::full::TrainedNetworks;
@@ -30,8 +30,8 @@ use crate::parameters::ParameterList;
 use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Looks, Settings};
-use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, chosen};
+use crate::state::{Progress, Settings};
+use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, TrainedTokens, adaptable, chosen};
 use crate::{Error, Result};
 
 /// How far preparing has come.
@@ -198,37 +198,30 @@ impl Session {
         memory::reset_peak(device)?;
         let mut session = Self {
             base,
-            examples,
-            kept,
-            init_from,
             device,
             precision,
             config: materials.config,
-            checkpoint: materials.checkpoint,
-            source,
-            data: registration.data,
+            origin: Origin {
+                checkpoint: materials.checkpoint,
+                base_hashes: materials.base_hashes,
+                init_from,
+                resumed: None,
+            },
             remedies: registration.remedies,
+            feed: Feed { data: registration.data, source, sampler, examples, kept, held_out: materials.held_out },
             trained,
             parameters,
             scaler,
             lr_schedule,
-            sampler,
             plan,
-            step: 0,
-            skipped: 0,
-            skipped_in_a_row: 0,
+            progress: Progress::default(),
             settings,
-            resumed: None,
-            economy: Economy::default(),
             recorder: materials.recorder,
             _limit: materials.limit,
             graphs: materials.graphs,
-            held_out: materials.held_out,
-            looks: Looks::default(),
             tried: Vec::new(),
             torn: false,
             notes,
-            base_hashes: materials.base_hashes,
         };
         if let Some(state) = &materials.state {
             session.take_up(state)?;
@@ -359,7 +352,10 @@ fn attach(
         }
     }
     let (targets, saved) = chosen(config, &layers)?;
-    let all = [&*targets, &*saved].concat();
+    let mut all = [&*targets, &*saved].concat();
+    let tokens = TrainedTokens::of(config, &layers, &all)
+        .map_err(|message| config.refused([("trainable_token_indices", message)]))?;
+    all.extend(layers.iter().filter(|layer| tokens.as_ref().is_some_and(|own| own.embedding == layer.path)).cloned());
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &all)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
@@ -369,12 +365,18 @@ fn attach(
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
             let whole = AdapterOptions::whole(config.seed);
             adapter.attach(network, &saved, &plugins.variants, &whole, initial, parameters)?;
+            if let Some(tokens) = tokens.as_ref().filter(|tokens| tokens.embedding.component == network.component()) {
+                adapter.attach_tokens(network, tokens, &plugins.variants, initial, parameters)?;
+            }
             if Biases::of(config) == Biases::All {
                 adapter.attach_biases(network, &plugins.variants, initial, parameters)?;
             }
         }
     }
-    Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
+    Ok((
+        TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() },
+        from.map(|(_, provenance)| provenance),
+    ))
 }
 
 /// Why training cannot go on with a module that merging knows how to apply.
@@ -384,6 +386,8 @@ fn not_trained_on(name: &ModulePath, module: &AdapterModule, config: &TrainConfi
         format!("is {} as PEFT saves it unconverted, without what was taken out of the base:", module.variant)
     } else if has(WEIGHT_VALUE) && config.extra.texts("modules_to_save").is_none_or(<[String]>::is_empty) {
         "is a layer saved whole: name it in modules_to_save; or else".to_owned()
+    } else if has(TOKEN_ROWS) && config.extra.texts("trainable_token_indices").is_none_or(<[String]>::is_empty) {
+        "holds trained tokens: name them in trainable_token_indices; or else".to_owned()
     } else if has(BIAS_VALUE) && Biases::of(config) == Biases::None {
         "has a trained bias: set bias as it was trained; or else".to_owned()
     } else {
@@ -420,6 +424,15 @@ pub(super) fn load_initial(
         return differs(format!(
             "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
             other.alpha, config.lora_alpha
+        ));
+    }
+    let tokens = TrainedTokens::of(config, layers, &[]).ok().flatten();
+    let other = |module: &AdapterModule| {
+        module.tensors.contains_key(TOKEN_ROWS) && tokens.as_ref().is_some_and(|tokens| !tokens.are_of(module))
+    };
+    if let Some((name, _)) = adapter.modules.iter().find(|(_, module)| other(module)) {
+        return differs(format!(
+            "{name} holds rows of other tokens than trainable_token_indices names; make them equal"
         ));
     }
     // Where a layer's bias alone is trained, nothing is targeted.

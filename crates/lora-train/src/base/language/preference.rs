@@ -112,6 +112,7 @@ impl Objective {
                     documents: rows.documents.as_ref().map(Tensor::shallow_clone),
                     unpadded: None,
                     noise: None,
+                    looked_up: rows.looked_up.shallow_clone(),
                 };
                 Some(likelihoods(&rows, &Pass { without_adapters: true, ..Pass::default() })?)
             }
