@@ -8,6 +8,7 @@ mod check;
 mod dataset;
 mod doctor;
 mod generate;
+mod import;
 mod info;
 mod interrupt;
 mod plan;
@@ -29,8 +30,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a LoRA from a configuration file.
+    /// Train a LoRA from a configuration file, of this program or of another trainer.
     Train(train::Arguments),
+    /// Write a configuration from another trainer's, and say what became of each of its keys.
+    Import(import::Arguments),
     /// Predict the memory of a run by part, without running it, and what would make it fit.
     Plan(plan::Arguments),
     /// Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them.
@@ -126,6 +129,7 @@ fn main() -> ExitCode {
     let _ = tracing::subscriber::set_global_default(subscriber);
     let result = match command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Import(arguments) => import::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Dataset(arguments) => dataset::run(&arguments),
         Command::Sample(arguments) => sample::run(&arguments),

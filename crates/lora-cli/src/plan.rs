@@ -4,14 +4,13 @@ use std::path::PathBuf;
 
 use lora_torch::device::{CudaStatus, cuda};
 use lora_train::Plugins;
-use lora_train::config::TrainConfig;
 use lora_train::plan::plan;
 
-use crate::Failure;
+use crate::{Failure, import};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Configuration file (.toml, .yaml, .json).
+    /// Configuration file (.toml, .yaml, .json), of this program or of another trainer.
     config: PathBuf,
     /// Memory that the run may use, such as 8GiB; over the file's vram_budget. It is a card's: with device = "auto" the run
     /// is planned for a GPU, even where this machine has none.
@@ -26,13 +25,12 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let read = |set: &[String]| TrainConfig::from_file(&arguments.config, set).map_err(lora_train::Error::from);
     let mut set = arguments.set.clone();
     set.extend(arguments.vram.as_ref().map(|size| format!("vram_budget={size}")));
-    let mut config = read(&set)?;
+    let mut config = import::configuration(&arguments.config, &set)?;
     if arguments.vram.is_some() && config.device == "auto" && !matches!(cuda(), CudaStatus::Available(_)) {
         set.push("device=cuda".to_owned());
-        config = read(&set)?;
+        config = import::configuration(&arguments.config, &set)?;
     }
     let plan = plan(&config, &Plugins::default())?;
     if arguments.json {

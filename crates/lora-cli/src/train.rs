@@ -2,15 +2,14 @@
 
 use std::path::PathBuf;
 
-use lora_train::config::TrainConfig;
 use lora_train::{Best, Plugins, train};
 
 use crate::progress::{TrainingBar, preparing};
-use crate::{Failure, interrupt};
+use crate::{Failure, import, interrupt};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Configuration file (.toml, .yaml, .json); `lora keys` lists all keys.
+    /// Configuration file (.toml, .yaml, .json), of this program (`lora keys` lists all keys) or of another trainer.
     config: PathBuf,
     /// Set a key over the file's value, for instance `--set lora_rank=8`.
     #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
@@ -21,7 +20,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let config = TrainConfig::from_file(&arguments.config, &arguments.set).map_err(lora_train::Error::from)?;
+    let config = import::configuration(&arguments.config, &arguments.set)?;
     let output_dir = config.output_dir.clone();
     let has_samples = !config.samples.prompts.is_empty();
 

@@ -149,6 +149,7 @@ fn logits_of_gpt_oss_are_transformers() {
             tokens: ids.view([1, 48]),
             positions,
             documents: Some(documents),
+            unpadded: None,
             noise: None,
             looked_up: LookedUp::default(),
         };
@@ -274,6 +275,7 @@ fn packed(reference: &Reference) -> (Rows, Tensor) {
         tokens: shaped(tokens),
         positions: shaped(positions),
         documents: Some(shaped(documents)),
+        unpadded: None,
         noise: None,
         looked_up: LookedUp::default(),
     };
@@ -671,6 +673,7 @@ fn every_family_runs_on_the_device_without_memory() {
                     tokens: there(&rows.tokens),
                     positions: there(&rows.positions),
                     documents,
+                    unpadded: None,
                     noise: None,
                     looked_up: LookedUp::default(),
                 };

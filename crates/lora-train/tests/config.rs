@@ -307,13 +307,13 @@ enable_bucket = true
     assert!(hoge.captions.shuffle && reg.scan.role == lora_data::dataset::Role::Regularisation);
 
     for (text, fragment) in [
-        ("[general]\nx = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"", "unknown key `x`"),
+        ("[general]\nx = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"", "`general.x`: unknown key"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "datasets[0].subsets[0]"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\ntoken_warmup_step = 9", "no counterpart"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\nnum_repeats = 0", "`repeats`"),
         ("[general]\n", "no [[datasets.subsets]]"),
-        ("[other]\n", "unknown section `other`"),
-        ("[general\n", "line 1"),
+        ("[other]\n", "`other`: unknown section"),
+        ("[general\n", ":1: not valid TOML"),
     ] {
         let error = config(text).unwrap_err().to_string();
         assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");

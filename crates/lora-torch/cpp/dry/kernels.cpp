@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 namespace lora::dry::kernels {
@@ -33,8 +34,22 @@ at::MemoryFormat format_of(const Tensor &input, const Tensor &weight) {
 
 // oneDNN's convolutions work on blocks of so many channels.
 constexpr int64_t BLOCKED_CHANNELS = 16;
+int64_t whole_blocks(int64_t channels) { return (channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS; }
 // A single picture of no more numbers is too small for them on the CPU in fp32: libtorch has a convolution of its own for it.
 constexpr int64_t SMALL_CONVOLUTION = 20480;
+
+// Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does on the CPU.
+int64_t filled(const Tensor &tensor) {
+  const auto size = static_cast<int64_t>(tensor.nbytes()), channels = tensor.size(1);
+  return plays(Platform::Cpu) ? size / channels * whole_blocks(channels) : size;
+}
+
+// Bytes of sums in fp32 that a half-precision convolution of one pixel keeps on the CPU: one for each thread, but where there are
+// so many channels that threads share these out instead of the pixels.
+int64_t sums_of_pixels(int64_t channels, int64_t pixels) {
+  const int64_t threads = plan().threads, copies = 4 * channels >= threads * pixels ? 1 : threads;
+  return 128 + copies * channels * pixels * static_cast<int64_t>(sizeof(float));
+}
 
 // The output of a convolution and, for its time, the workspaces: what is read, the weight and what is written, each in the order
 // that the kernel works in. `input` is the forward pass's, by which libtorch chooses the kernel of both passes. Measured on the CPU
@@ -60,15 +75,19 @@ Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool
     if (cpu) bytes(size);
     return out;
   }
-  int64_t count = static_cast<int64_t>(from.element_size());
+  int64_t count = static_cast<int64_t>(from.element_size()), pixels = 1;
   for (const int64_t axis : shape) count *= axis;
-  const int64_t read = from.size(1) < BLOCKED_CHANNELS ? 0 : static_cast<int64_t>(from.nbytes());
-  const int64_t channels = shape[1];
-  const int64_t written = count / channels * (half ? channels : (channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS);
-  bytes(read + size + written);
+  for (size_t axis = 2; axis < shape.size(); ++axis) pixels *= shape[axis];
+  const int64_t channels = shape[1], written = half && !cpu ? count : count / channels * whole_blocks(channels);
+  // Fewer channels than a block are read as they lie, and so is their weight.
+  const bool blocks = cpu && half && (kernel > 1 && !transposed ? from.size(1) >= BLOCKED_CHANNELS : true);
+  const bool plain = !blocks && from.size(1) < BLOCKED_CHANNELS;
+  const int64_t read = blocks ? filled(from) : plain ? 0 : static_cast<int64_t>(from.nbytes());
+  const int64_t weights = blocks ? size / (from.size(1) * channels) * whole_blocks(from.size(1)) * whole_blocks(channels) : size;
+  bytes(read + weights + written + (cpu && half && kernel == 1 ? sums_of_pixels(whole_blocks(channels), pixels) : 0));
   const Tensor blocked = bytes(written);
   Tensor out = result();
-  if (cpu && (half || (transposed && stride > 1))) bytes(count);
+  if (cpu && transposed && stride > 1) bytes(count);
   return out;
 }
 
@@ -85,11 +104,17 @@ Tensor convolution(const Tensor &input, const Tensor &weight, const optional<Ten
   return product(input, weight, shape, transposed, side(stride, 0), input);
 }
 
-// Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does in fp32.
-int64_t filled(const Tensor &tensor) {
-  const auto size = static_cast<int64_t>(tensor.nbytes()), channels = tensor.size(1);
-  if (!plays(Platform::Cpu) || tensor.scalar_type() != at::kFloat) return size;
-  return size / channels * ((channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS);
+// Bytes that the gradient of a weight takes on the side in half precision on the CPU: what is read, the weight and what is given in
+// blocks of channels; and for kernels of several pixels a sum in fp32 and a transposed copy of a picture's rows, once. oneDNN keeps
+// them once for each thread where it cuts a picture among threads, which is not known here.
+int64_t half_weight_gradient(const Tensor &given, const Tensor &input, const Tensor &weight) {
+  const int64_t outputs = whole_blocks(given.size(1)), inputs = whole_blocks(input.size(1));
+  const int64_t taps = weight.numel() / (weight.size(0) * weight.size(1)), half = static_cast<int64_t>(input.element_size());
+  const int64_t copies = filled(given) + filled(input) + outputs * inputs * taps * half;
+  if (taps == 1 || input.dim() != 4) return copies;
+  const int64_t read = inputs * input.size(2) * (input.size(3) + 2) * half, written = outputs * given.size(2) * given.size(3) * half;
+  constexpr int64_t BARRIERS = 388, OF_A_THREAD = 8192;
+  return copies + outputs * inputs * taps * static_cast<int64_t>(sizeof(float)) + read + written + BARRIERS + OF_A_THREAD * plan().threads;
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, const Tensor &input, const Tensor &weight,
@@ -101,7 +126,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
   if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0), input);
   if (mask[1]) {
     to_weight = at::empty_like(weight);
-    bytes(filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
+    const bool half = plays(Platform::Cpu) && input.scalar_type() != at::kFloat;
+    // Below a block on both sides it works on what is there.
+    const bool few = input.size(1) < BLOCKED_CHANNELS && given.size(1) < BLOCKED_CHANNELS;
+    bytes(half && !few ? half_weight_gradient(given, input, weight)
+                       : filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
   }
   if (mask[2]) to_bias = make(bias.has_value() ? *bias : IntArrayRef({given.size(1)}), given);
   return {to_input, to_weight, to_bias};
@@ -169,8 +198,10 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &q, const Tensor &k, const
   Tensor sums = make({batch, queries, heads}, q, single(q.scalar_type())).transpose(1, 2);
   if (plays(Platform::Cpu)) {
     const int64_t rows = rows_of(queries), columns = std::min<int64_t>(k.size(2), 512), half = q.scalar_type() != at::kFloat;
-    const int64_t reordered = 2 * 2 * batch * heads * k.size(2) * width;
-    bytes(plan().threads * (4 * (rows * columns + 2 * rows + rows * width) + half * 2 * rows * columns) + half * reordered);
+    // Where oneDNN packs in half precision, keys and values are packed as a whole.
+    const bool packs = half && at::native::cpublas::could_pack(q.scalar_type());
+    const int64_t reordered = packs ? 2 * 2 * batch * heads * k.size(2) * width : 0;
+    bytes(plan().threads * (4 * (rows * columns + 2 * rows + rows * width) + half * 2 * rows * columns) + reordered);
   }
   return {output, sums};
 }
@@ -182,7 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu_backward(const Tensor &given, c
   if (plays(Platform::Cpu)) {
     const int64_t half = q.scalar_type() != at::kFloat;
     const int64_t rows = rows_of(q.size(2)), columns = std::min<int64_t>(k.size(2), 512);
-    bytes(plan().threads * rows * (columns * 2 * (4 + 2 * half) + 4));
+    const int64_t threads = plan().threads, width = q.size(3);
+    // In half precision each thread's products have a workspace, which oneDNN lays out for several threads: about so much, of an AVX-512.
+    const int64_t workspace = half * std::min<int64_t>(threads, 3) * rows * (columns + 4 * width);
+    bytes(threads * (rows * (columns * 2 * (4 + 2 * half) + 4) + workspace));
   }
   return result;
 }

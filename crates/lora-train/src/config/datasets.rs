@@ -1,5 +1,5 @@
 //! The part of a configuration that says what is trained on. The same keys stand at the top, where they are defaults, and in
-//! each table of `datasets`; sd-scripts' dataset files become such tables in [`super::sd_scripts`].
+//! each table of `datasets`; sd-scripts' dataset files become such tables in [`lora_import::sd_scripts`].
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,6 @@ use lora_data::{DatasetOptions, MaskOptions};
 use serde_json::{Map, Value};
 
 use super::read::Reader;
-use super::sd_scripts;
 
 /// What the keys of a dataset say, before it is known whether its sizes fit each other.
 #[derive(Debug, Clone)]
@@ -48,8 +47,12 @@ pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
         }));
     }
     if let Some(path) = reader.given("dataset_config").text() {
-        match sd_scripts::read(Path::new(&path)) {
-            Ok(own) => tables.extend(own),
+        match lora_import::sd_scripts::subsets(Path::new(&path)) {
+            Ok(subsets) => tables.extend(subsets.into_iter().map(|subset| Table {
+                label: subset.label,
+                group: subset.group,
+                keys: subset.keys,
+            })),
             Err(problems) => problems.into_iter().for_each(|problem| reader.problem(Some("dataset_config"), problem)),
         }
     }

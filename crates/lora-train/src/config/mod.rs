@@ -6,7 +6,6 @@ mod extra;
 mod given;
 pub mod keys;
 mod read;
-mod sd_scripts;
 mod steps;
 mod text;
 

@@ -31,15 +31,6 @@ pub(super) fn parse(text: &str, format: Format) -> Result<(Value, Vec<Problem>),
     }
 }
 
-/// The same of JSON, whose library says line and column itself.
-pub(super) fn parse_json(text: &str) -> Result<Value, Problem> {
-    serde_json::from_str(without_mark(text)).map_err(|error| Problem {
-        line: Some(error.line()).filter(|&line| line > 0),
-        key: text.lines().nth(error.line().saturating_sub(1)).and_then(key_on),
-        message: format!("not valid JSON: {error}"),
-    })
-}
-
 /// Without the byte order mark that editors put first.
 fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)

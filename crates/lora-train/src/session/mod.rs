@@ -48,7 +48,7 @@ use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Looks, Settings};
+use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
 use crate::{Error, Result};
 use encoded::Examples;
@@ -63,42 +63,52 @@ pub struct Session {
     config: TrainConfig,
     device: Device,
     precision: DType,
-    checkpoint: Arc<Checkpoint>,
-    source: Arc<dyn Source>,
+    origin: Origin,
     base: Box<dyn Base>,
-    examples: Examples,
-    data: Data,
     /// What of the base's keys helps where memory runs out.
     remedies: &'static str,
-    /// What networks made of captions, by network and caption.
-    kept: BTreeMap<Component, BTreeMap<String, Tensors>>,
+    feed: Feed,
     trained: Trained,
     parameters: ParameterList,
     scaler: LossScaler,
     lr_schedule: Schedule,
-    sampler: EpochSampler,
     plan: StepPlan,
-    step: usize,
-    skipped: usize,
-    skipped_in_a_row: usize,
+    progress: Progress,
     settings: Settings,
-    resumed: Option<ResumedFrom>,
-    economy: Economy,
     recorder: Option<Arc<Recorder>>,
     /// Holds the allocator to `vram_budget` for as long as the session lives.
     _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
-    /// Items of the data that are not trained on, where the configuration holds some out.
-    held_out: Option<Box<dyn Source>>,
-    looks: Looks,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
     torn: bool,
     notes: Vec<String>,
+}
+
+/// The files that a run begins from.
+#[derive(Debug)]
+struct Origin {
+    checkpoint: Arc<Checkpoint>,
+    /// The short hash of the WebUI and the SHA-256 of the base, where it is one file.
     base_hashes: Option<(String, String)>,
+    /// The name and hash of the adapter that it goes on from.
     init_from: Option<(String, String)>,
+    resumed: Option<ResumedFrom>,
+}
+
+/// Where the items of steps come from, and what is kept of them.
+#[derive(Debug)]
+struct Feed {
+    data: Data,
+    source: Arc<dyn Source>,
+    sampler: EpochSampler,
+    examples: Examples,
+    /// What networks made of captions, by network and caption.
+    kept: BTreeMap<Component, BTreeMap<String, Tensors>>,
+    /// Items of the data that are not trained on, where the configuration holds some out.
+    held_out: Option<Box<dyn Source>>,
 }
 
 /// What the trained numbers are.
@@ -171,7 +181,7 @@ impl Session {
 
     /// What is trained on.
     pub fn data(&self) -> Data {
-        self.data
+        self.feed.data
     }
 
     /// The arithmetic of the run.
@@ -181,7 +191,7 @@ impl Session {
 
     /// Steps done.
     pub fn steps_done(&self) -> usize {
-        self.step
+        self.progress.step
     }
 
     /// The trained adapter; `None` where whole networks are trained.
@@ -212,12 +222,12 @@ impl Session {
 
     /// What looks at the held-out loss have shown so far ([`Session::take_look`]).
     pub fn looks(&self) -> Looks {
-        self.looks
+        self.progress.looks
     }
 
     /// Takes a held-out loss after the last step into account; whether it is the lowest so far.
     pub fn take_look(&mut self, loss: f64) -> bool {
-        self.looks.take(self.step, loss, self.config.early_stopping_threshold)
+        self.progress.looks.take(self.progress.step, loss, self.config.early_stopping_threshold)
     }
 
     /// How the names of parameters begin that nothing reads, see [`crate::base::Base::unread`].
@@ -245,17 +255,17 @@ impl Session {
     /// [`Error::NotFinite`] where the loss is NaN, or too many steps in a row were skipped; [`Error::Data`] where an
     /// example cannot be read. Unless it failed in the optimiser, the session stands as before the step.
     pub fn step(&mut self) -> Result<Option<StepReport>> {
-        if self.step >= self.plan.steps {
+        if self.progress.step >= self.plan.steps {
             return Ok(None);
         }
-        let (start, position) = (Instant::now(), self.sampler.position());
+        let (start, position) = (Instant::now(), self.feed.sampler.position());
         let _scope = self.scope()?;
         let batches = self.next_batches();
         let gradients = match self.survive(&batches) {
             Ok(gradients) => gradients,
             Err(error) => {
                 // As if the step had not begun: a state that is saved now is that of the step before.
-                self.sampler.restore(position);
+                self.feed.sampler.restore(position);
                 if !error.is_device_lost() {
                     self.forget_gradients()?;
                 }
@@ -266,7 +276,7 @@ impl Session {
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
-        let factor = self.lr_schedule.factor(self.step);
+        let factor = self.lr_schedule.factor(self.progress.step);
         let (base, ratio) = (&*self.base, self.config.loraplus_lr_ratio);
         let rate = |network: Component| factor * base.learning_rate(network);
         let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
@@ -277,20 +287,20 @@ impl Session {
             if let Err(error) = step {
                 // What it had begun cannot be taken back.
                 self.torn = true;
-                let place = format!("in the optimiser at step {}", self.step + 1);
+                let place = format!("in the optimiser at step {}", self.progress.step + 1);
                 return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
             }
-            self.skipped_in_a_row = 0;
+            self.progress.skipped_in_a_row = 0;
         } else {
-            self.skipped += 1;
-            self.skipped_in_a_row += 1;
+            self.progress.skipped += 1;
+            self.progress.skipped_in_a_row += 1;
         }
         self.forget_gradients()?;
-        self.step += 1;
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+        self.progress.step += 1;
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
             return Err(Error::NotFinite {
                 stage: "the gradients".into(),
-                place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.step),
+                place: format!(" of {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {}", self.progress.step),
                 remedy: "use precision = \"bf16\", or a lower learning_rate",
             });
         }
@@ -299,7 +309,7 @@ impl Session {
             None => memory::host_memory().map_or(0, |host| host.resident),
         };
         Ok(Some(StepReport {
-            step: self.step,
+            step: self.progress.step,
             steps: self.plan.steps,
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
@@ -307,10 +317,10 @@ impl Session {
             learning_rate: shown * self.parameters.optimiser().optimiser().rate_factor(),
             gradient_norm,
             skipped: !finite,
-            skipped_steps: self.skipped,
+            skipped_steps: self.progress.skipped,
             loss_scale: self.scaler.scale(),
             items,
-            measure: batches.iter().flatten().map(|visit| self.source.amount(visit.index)).sum(),
+            measure: batches.iter().flatten().map(|visit| self.feed.source.amount(visit.index)).sum(),
             micro_batch: self.micro_batch(&batches),
             seconds: start.elapsed().as_secs_f64(),
             memory,
@@ -322,10 +332,10 @@ impl Session {
     fn next_batches(&mut self) -> Vec<Vec<Visit>> {
         let mut batches: Vec<Vec<Visit>> = Vec::new();
         for _ in 0..self.config.gradient_accumulation_steps {
-            if !batches.is_empty() && self.sampler.position().item >= self.sampler.epoch_length() {
+            if !batches.is_empty() && self.feed.sampler.position().item >= self.feed.sampler.epoch_length() {
                 break;
             }
-            batches.push(self.sampler.next_batch());
+            batches.push(self.feed.sampler.next_batch());
         }
         batches
     }
@@ -333,7 +343,7 @@ impl Session {
     /// The gradients of a step, unscaled and clipped, in the parameters.
     fn gradients(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
         let all: f64 = batches.iter().map(|batch| self.measure(batch)).sum();
-        let most = self.economy.micro_batch.unwrap_or(usize::MAX);
+        let most = self.progress.economy.micro_batch.unwrap_or(usize::MAX);
         let mut losses = Vec::with_capacity(batches.len());
         for batch in batches.iter().flat_map(|batch| batch.chunks(most)) {
             let share = self.measure(batch) / all;
@@ -367,7 +377,7 @@ impl Session {
 
     /// How much of a step's loss visits make up.
     fn measure(&self, visits: &[Visit]) -> f64 {
-        visits.iter().map(|visit| self.source.measure(visit.index)).sum()
+        visits.iter().map(|visit| self.feed.source.measure(visit.index)).sum()
     }
 
     /// The run's own stream is the current one while the answer lives.
@@ -425,7 +435,7 @@ impl Session {
             dropout: self.dropout(&draws),
             recompute: self.recomputes(),
             recompute_feed_forward: self.recomputes_feed_forward(),
-            inputs_in_host: self.config.cpu_offload_checkpointing || self.economy.inputs_in_host,
+            inputs_in_host: self.config.cpu_offload_checkpointing || self.progress.economy.inputs_in_host,
             without_adapters: false,
         };
         let scale = from_f32(&[scale as f32], &[], self.device)?;
@@ -437,25 +447,25 @@ impl Session {
         let mut items = Vec::with_capacity(batch.len());
         for visit in batch {
             let draw = visit.draws(self.config.seed);
-            let mut encoded = BTreeMap::from_iter(self.examples.kept(visit.index));
-            let mut example = self.examples.load(visit, &draw, &*self.source)?;
-            if let (Some(network), Some(loaded)) = (self.examples.encoder(), &example) {
+            let mut encoded = BTreeMap::from_iter(self.feed.examples.kept(visit.index));
+            let mut example = self.feed.examples.load(visit, &draw, &*self.feed.source)?;
+            if let (Some(network), Some(loaded)) = (self.feed.examples.encoder(), &example) {
                 if !self.base.is_loaded(network) {
                     self.load(network)?;
                 }
-                let what = Encoded::Example(loaded, self.source.path(visit.index));
+                let what = Encoded::Example(loaded, self.feed.source.path(visit.index));
                 let tensors = self.base.encode(network, what)?;
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.source.caption(visit, &draw);
-            for (network, captions) in &self.kept {
+            let caption = self.feed.source.caption(visit, &draw);
+            for (network, captions) in &self.feed.kept {
                 encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
             }
-            let weight = self.source.loss_weight(visit.index);
+            let weight = self.feed.source.loss_weight(visit.index);
             items.push(Item { caption, encoded, example, weight, draw });
         }
-        if let Some(network) = self.examples.encoder().filter(|_| self.economy.encoder_leaves) {
+        if let Some(network) = self.feed.examples.encoder().filter(|_| self.progress.economy.encoder_leaves) {
             self.base.unload(network);
             memory::empty_cache(self.device)?;
         }
@@ -476,7 +486,7 @@ impl Session {
     /// Names the stage that a NaN loss comes from.
     fn name_the_culprit(&mut self, batches: &[Vec<Visit>]) -> Result<()> {
         let _guard = no_grad_guard();
-        let place = format!(" at step {}", self.step + 1);
+        let place = format!(" at step {}", self.progress.step + 1);
         let culprit = |stage: &str, remedy| {
             Err(Error::NotFinite { stage: stage.to_owned().into(), place: place.clone(), remedy })
         };

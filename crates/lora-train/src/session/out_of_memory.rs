@@ -62,17 +62,17 @@ impl Session {
     /// Most items at once.
     pub(super) fn micro_batch(&self, batches: &[Vec<Visit>]) -> usize {
         let largest = batches.iter().map(Vec::len).max().unwrap_or(0);
-        self.economy.micro_batch.map_or(largest, |most| most.min(largest))
+        self.progress.economy.micro_batch.map_or(largest, |most| most.min(largest))
     }
 
     /// Whether activations within blocks are computed again.
     pub(super) fn recomputes(&self) -> bool {
-        self.config.gradient_checkpointing || self.economy.recompute
+        self.config.gradient_checkpointing || self.progress.economy.recompute
     }
 
     /// Whether the inner part of feed-forwards is.
     pub(super) fn recomputes_feed_forward(&self) -> bool {
-        self.config.recompute_feed_forward || self.economy.recompute_feed_forward
+        self.config.recompute_feed_forward || self.progress.economy.recompute_feed_forward
     }
 
     /// How often something was done because memory ran out.
@@ -83,34 +83,34 @@ impl Session {
 
     /// Applies the next remedy.
     fn relieve(&mut self, batches: &[Vec<Visit>], error: &Error, in_use: &str) -> Result<()> {
-        let (most, noun) = (self.micro_batch(batches), self.data.noun);
+        let (most, noun) = (self.micro_batch(batches), self.feed.data.noun);
         let (remedy, permanent) = if most > 1 {
             let fewer = most.div_ceil(2);
-            self.economy.micro_batch = Some(fewer);
+            self.progress.economy.micro_batch = Some(fewer);
             let all: usize = batches.iter().map(Vec::len).sum();
             (
                 format!("{fewer} {noun}(s) at once instead of {most}, accumulated to the same {all} a step"),
                 format!("batch_size = {fewer} with gradient_accumulation_steps = {}", all.div_ceil(fewer)),
             )
         } else if !self.recomputes() && !self.recomputes_feed_forward() {
-            self.economy.recompute_feed_forward = true;
+            self.progress.economy.recompute_feed_forward = true;
             ("the inner part of feed-forwards is computed again".into(), "recompute_feed_forward = true".to_owned())
         } else if !self.recomputes() {
-            self.economy.recompute = true;
+            self.progress.economy.recompute = true;
             ("activations within blocks are computed again".into(), "gradient_checkpointing = true".to_owned())
-        } else if !self.economy.inputs_in_host
+        } else if !self.progress.economy.inputs_in_host
             && !self.config.cpu_offload_checkpointing
             && !dry::platform(self.device).is_cpu()
         {
-            self.economy.inputs_in_host = true;
+            self.progress.economy.inputs_in_host = true;
             ("the inputs of blocks wait in host memory".into(), "cpu_offload_checkpointing = true".to_owned())
-        } else if let Some(encoder) = self.examples.encoder().filter(|_| !self.economy.encoder_leaves) {
-            self.economy.encoder_leaves = true;
+        } else if let Some(encoder) = self.feed.examples.encoder().filter(|_| !self.progress.economy.encoder_leaves) {
+            self.progress.economy.encoder_leaves = true;
             self.base.unload(encoder);
             let title = title(&*self.base, encoder);
             (format!("the {title} leaves the device between {noun}s"), "cache_latents = true".to_owned())
         } else {
-            return Err(self.exhausted(format!("at step {}{in_use}", self.step + 1), error));
+            return Err(self.exhausted(format!("at step {}{in_use}", self.progress.step + 1), error));
         };
         self.note_remedy(error, in_use, &remedy, &permanent);
         Ok(())
@@ -118,7 +118,7 @@ impl Session {
 
     /// Tells of a remedy, now and in the end.
     fn note_remedy(&mut self, error: &Error, in_use: &str, remedy: &str, permanent: &str) {
-        let step = self.step + 1;
+        let step = self.progress.step + 1;
         tracing::warn!(
             "step {step}: {error}{in_use}. Step {step} is run again with the same draws and from now on: {remedy}. The update stays the same; {permanent} does so from the start"
         );

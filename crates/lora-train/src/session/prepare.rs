@@ -21,7 +21,7 @@ use lora_torch::{LossScaler, dry, memory};
 use super::encoded::{self, Examples};
 use super::materials::Materials;
 use super::out_of_memory::remedies;
-use super::{Session, Trained, TrainedAdapter, resume, trained};
+use super::{Feed, Origin, Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::full::TrainedNetworks;
@@ -30,7 +30,7 @@ use crate::parameters::ParameterList;
 use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
-use crate::state::{Economy, Looks, Settings};
+use crate::state::{Progress, Settings};
 use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, TrainedTokens, adaptable, chosen};
 use crate::{Error, Result};
 
@@ -198,37 +198,30 @@ impl Session {
         memory::reset_peak(device)?;
         let mut session = Self {
             base,
-            examples,
-            kept,
-            init_from,
             device,
             precision,
             config: materials.config,
-            checkpoint: materials.checkpoint,
-            source,
-            data: registration.data,
+            origin: Origin {
+                checkpoint: materials.checkpoint,
+                base_hashes: materials.base_hashes,
+                init_from,
+                resumed: None,
+            },
             remedies: registration.remedies,
+            feed: Feed { data: registration.data, source, sampler, examples, kept, held_out: materials.held_out },
             trained,
             parameters,
             scaler,
             lr_schedule,
-            sampler,
             plan,
-            step: 0,
-            skipped: 0,
-            skipped_in_a_row: 0,
+            progress: Progress::default(),
             settings,
-            resumed: None,
-            economy: Economy::default(),
             recorder: materials.recorder,
             _limit: materials.limit,
             graphs: materials.graphs,
-            held_out: materials.held_out,
-            looks: Looks::default(),
             tried: Vec::new(),
             torn: false,
             notes,
-            base_hashes: materials.base_hashes,
         };
         if let Some(state) = &materials.state {
             session.take_up(state)?;

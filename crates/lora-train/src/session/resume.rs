@@ -24,7 +24,7 @@ pub struct ResumedFrom {
 impl Session {
     /// Where the run was taken up again, if it was.
     pub fn resumed(&self) -> Option<&ResumedFrom> {
-        self.resumed.as_ref()
+        self.origin.resumed.as_ref()
     }
 
     /// Where the run's state is written.
@@ -39,7 +39,7 @@ impl Session {
     /// [`Error::StateUnusable`] where the optimiser failed in the middle of a step or a weight is not finite;
     /// [`Error::StateNotWritten`] where the disk is full or the folder cannot be written.
     pub fn save_state(&mut self) -> Result<PathBuf> {
-        let (path, step) = (self.state_path(), self.step);
+        let (path, step) = (self.state_path(), self.progress.step);
         if self.torn {
             return Err(Error::StateUnusable { step, reason: "the optimiser failed in the middle of a step" });
         }
@@ -47,11 +47,14 @@ impl Session {
             return Err(Error::StateUnusable { step, reason: "the trained weights are not finite" });
         }
         if self.settings.base().is_none() {
-            self.settings.set_base(base_identity(self.base_hashes.as_ref(), &self.checkpoint, &self.config)?);
+            self.settings.set_base(base_identity(
+                self.origin.base_hashes.as_ref(),
+                &self.origin.checkpoint,
+                &self.config,
+            )?);
         }
-        let mut header = StateHeader::new(self.step, self.sampler.position(), self.settings.clone());
-        (header.skipped, header.skipped_in_a_row) = (self.skipped, self.skipped_in_a_row);
-        (header.scaler, header.economy, header.looks) = (self.scaler.state(), self.economy, self.looks);
+        let mut header = StateHeader::new(self.progress, self.feed.sampler.position(), self.settings.clone());
+        header.scaler = self.scaler.state();
         header.frozen = self.frozen_digest();
         let tensors = self.parameters.state()?;
         match write_state(&path, &header, &tensors) {
@@ -85,21 +88,25 @@ impl Session {
         }
         self.parameters.load_state(state.tensors()?).map_err(|error| refused(error.to_string()))?;
         self.scaler.restore(header.scaler);
-        (self.step, self.skipped, self.skipped_in_a_row) = (header.step, header.skipped, header.skipped_in_a_row);
-        (self.economy, self.looks) = (header.economy, header.looks);
-        self.notes.push(format!("goes on from step {} of {} ({})", self.step, self.plan.steps, state.path().display()));
+        self.progress = header.progress;
+        self.notes.push(format!(
+            "goes on from step {} of {} ({})",
+            self.progress.step,
+            self.plan.steps,
+            state.path().display()
+        ));
         let changes = self.settings.changes(&header.settings);
         if !changes.is_empty() {
             let list: Vec<String> = changes.iter().map(ToString::to_string).collect();
-            self.notes.push(format!("from step {} on: {}", self.step + 1, list.join("; ")));
+            self.notes.push(format!("from step {} on: {}", self.progress.step + 1, list.join("; ")));
         }
-        if self.step >= self.plan.steps {
+        if self.progress.step >= self.plan.steps {
             self.notes.push("the run was complete; a larger max_train_steps or epochs makes it longer".into());
         }
-        if self.economy != Default::default() {
+        if self.progress.economy != Default::default() {
             self.notes.push("memory ran out before, so it goes on as it did then, in smaller pieces".into());
         }
-        self.resumed = Some(ResumedFrom { path: state.path().to_owned(), step: self.step });
+        self.origin.resumed = Some(ResumedFrom { path: state.path().to_owned(), step: self.progress.step });
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ impl Session {
     fn draw(&mut self, prompts: &[String]) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
         let recordings = self.recorded_shapes() > 0;
-        if !self.checkpoint.family().image {
+        if !self.origin.checkpoint.family().image {
             let prompts: Vec<Prompt> = prompts.iter().map(|prompt| Prompt::plain(prompt)).collect();
             return self.base.sample(&prompts, &self.config.samples, recordings);
         }
@@ -54,7 +54,7 @@ impl Session {
                 continue;
             }
             let component = network.component;
-            let kept = self.kept.get(&component).and_then(|kept| kept.get(caption));
+            let kept = self.feed.kept.get(&component).and_then(|kept| kept.get(caption));
             let tensors = match kept {
                 Some(kept) => shallow(kept),
                 None => self.with_network(component, |base| base.encode(component, Encoded::Caption(caption)))?,

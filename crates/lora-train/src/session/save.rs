@@ -23,7 +23,7 @@ impl Session {
         if !self.parameters.is_finite()? {
             return Err(Error::NotFinite {
                 stage: "the trained weights".into(),
-                place: format!(" at step {}", self.step),
+                place: format!(" at step {}", self.progress.step),
                 remedy: "use a lower learning_rate; nothing was written",
             });
         }
@@ -42,16 +42,16 @@ impl Session {
                         let card = session.card(name);
                         atomic::write(path.join("README.md"), |file| file.write_all(card.as_bytes()))?;
                     } else {
-                        write_for(&path, &adapter, session.checkpoint.family(), precision)?;
+                        write_for(&path, &adapter, session.origin.checkpoint.family(), precision)?;
                     }
                 }
                 Trained::Whole(whole) => {
                     let mut metadata = BTreeMap::from([("modelspec.title".to_owned(), name.to_owned())]);
-                    if let Some(labels) = session.checkpoint.family().labels {
+                    if let Some(labels) = session.origin.checkpoint.family().labels {
                         let architecture = labels.architecture(session.record(name).velocity);
                         metadata.insert("modelspec.architecture".to_owned(), architecture.to_owned());
                     }
-                    whole.write(&path, &session.checkpoint, session.config.save_precision, &metadata)?;
+                    whole.write(&path, &session.origin.checkpoint, session.config.save_precision, &metadata)?;
                 }
             }
             Ok(path.clone())
@@ -60,7 +60,7 @@ impl Session {
 
     /// Whether what is saved is a folder of PEFT's.
     fn is_folder(&self) -> bool {
-        self.adapter().is_some() && !self.checkpoint.family().image
+        self.adapter().is_some() && !self.origin.checkpoint.family().image
     }
 
     /// Where [`Session::save`] writes what it saves under a name.
@@ -89,11 +89,11 @@ impl Session {
             config.variant,
             config.lora_rank,
             config.lora_alpha,
-            self.step,
+            self.progress.step,
             self.plan.steps,
             config.optimizer,
             config.learning_rate,
-            self.source.count(),
+            self.feed.source.count(),
             env!("CARGO_PKG_VERSION"),
         )
     }
@@ -101,7 +101,7 @@ impl Session {
     fn record(&self, name: &str) -> TrainingRecord {
         let config = &self.config;
         let mut record = TrainingRecord::default();
-        record.family = Some(self.checkpoint.family());
+        record.family = Some(self.origin.checkpoint.family());
         record.output_name = name.to_owned();
         record.rank = config.lora_rank;
         record.alpha = config.lora_alpha;
@@ -109,8 +109,8 @@ impl Session {
         record.learning_rate = config.learning_rate;
         record.batches_per_epoch = self.plan.batches_per_epoch;
         record.epochs = self.plan.epochs;
-        record.epoch = self.step.div_ceil(self.plan.steps_per_epoch);
-        record.steps = self.step;
+        record.epoch = self.progress.step.div_ceil(self.plan.steps_per_epoch);
+        record.steps = self.progress.step;
         record.max_train_steps = self.plan.steps;
         record.batch_size = config.batch_size;
         record.gradient_accumulation_steps = config.gradient_accumulation_steps;
@@ -121,15 +121,15 @@ impl Session {
         record.lr_warmup_steps = self.lr_schedule.warmup();
         record.optimizer = self.parameters.optimiser().record().to_owned();
         record.max_grad_norm = config.max_grad_norm;
-        record.cache_latents = self.examples.are_kept();
+        record.cache_latents = self.feed.examples.are_kept();
         record.gradient_checkpointing = config.gradient_checkpointing;
         record.base_name =
             config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        record.base_legacy_hash = self.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());
-        record.base_sha256 = self.base_hashes.as_ref().map(|(_, sha256)| sha256.clone());
-        self.source.record(&mut record);
+        record.base_legacy_hash = self.origin.base_hashes.as_ref().map(|(legacy, _)| legacy.clone());
+        record.base_sha256 = self.origin.base_hashes.as_ref().map(|(_, sha256)| sha256.clone());
+        self.feed.source.record(&mut record);
         record.prior_loss_weight = config.prior_loss_weight;
-        record.init_from = self.init_from.clone();
+        record.init_from = self.origin.init_from.clone();
         self.base.record(&mut record);
         record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();
         record

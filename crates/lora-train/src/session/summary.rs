@@ -35,13 +35,13 @@ impl Session {
     /// What to read before the first step.
     pub fn summary(&self) -> Summary {
         let limit = self.config.max_token_length;
-        let mut data = self.source.overview();
+        let mut data = self.feed.source.overview();
         let notes = self.notes.iter().cloned().chain(std::mem::take(&mut data.notes)).collect();
         // As each is read: with trigger word, prefix and suffix.
-        let tokens = |item: usize| self.base.caption_length(&self.source.plain_caption(item));
+        let tokens = |item: usize| self.base.caption_length(&self.feed.source.plain_caption(item));
         Summary {
             data,
-            cut_captions: (0..self.source.count())
+            cut_captions: (0..self.feed.source.count())
                 .filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit))
                 .count(),
             modules: match &self.trained {

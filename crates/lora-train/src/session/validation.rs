@@ -34,7 +34,7 @@ impl Session {
     /// # Errors
     /// Where there are none or one cannot be read, and where memory runs out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
-        let source = self.source.of_another(folder)?;
+        let source = self.feed.source.of_another(folder)?;
         self.encode_validation(&*source)
     }
 
@@ -46,9 +46,9 @@ impl Session {
         if let Some(folder) = self.config.validation_data_dir.clone() {
             return self.load_validation(&folder).map(Some);
         }
-        let Some(source) = self.held_out.take() else { return Ok(None) };
+        let Some(source) = self.feed.held_out.take() else { return Ok(None) };
         let encoded = self.encode_validation(&*source);
-        self.held_out = Some(source);
+        self.feed.held_out = Some(source);
         encoded.map(Some)
     }
 

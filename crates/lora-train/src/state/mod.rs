@@ -32,25 +32,33 @@ pub(crate) struct StateHeader {
     pub program: String,
     /// libtorch that it ran on.
     pub libtorch: String,
+    /// How far it came.
+    #[serde(flatten)]
+    pub progress: Progress,
+    /// Loss scale and steps since it last changed.
+    pub scaler: (f64, u32),
+    /// Where it stands in its data.
+    pub position: Position,
+    /// A digest of what an adapter holds besides its trained tensors.
+    pub frozen: Option<String>,
+    /// What the run is.
+    pub settings: Settings,
+}
+
+/// How far a run came, and what it met on the way that the steps to come depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub(crate) struct Progress {
     /// Steps done.
     pub step: usize,
     /// Steps skipped among them.
     pub skipped: usize,
     /// Those of them that came last in a row.
     pub skipped_in_a_row: usize,
-    /// Loss scale and steps since it last changed.
-    pub scaler: (f64, u32),
-    /// Where it stands in its data.
-    pub position: Position,
     /// What was done when memory ran out.
     pub economy: Economy,
     /// What looks at the held-out loss have shown.
     #[serde(default)]
     pub looks: Looks,
-    /// A digest of what an adapter holds besides its trained tensors.
-    pub frozen: Option<String>,
-    /// What the run is.
-    pub settings: Settings,
 }
 
 /// What a run does to make do with less memory than its configuration takes; the update stays the same.
@@ -96,18 +104,14 @@ impl Looks {
 
 impl StateHeader {
     /// Of the program and libtorch that run now.
-    pub(crate) fn new(step: usize, position: Position, settings: Settings) -> Self {
+    pub(crate) fn new(progress: Progress, position: Position, settings: Settings) -> Self {
         Self {
             format: FORMAT,
             program: concat!("lora/", env!("CARGO_PKG_VERSION")).into(),
             libtorch: lora_torch::LIBTORCH.into(),
-            step,
-            skipped: 0,
-            skipped_in_a_row: 0,
+            progress,
             scaler: (1.0, 0),
             position,
-            economy: Economy::default(),
-            looks: Looks::default(),
             frozen: None,
             settings,
         }
@@ -227,7 +231,11 @@ mod tests {
     use super::*;
 
     fn header() -> StateHeader {
-        StateHeader::new(7, Position { epoch: 1, item: 3 }, Settings::default())
+        StateHeader::new(
+            Progress { step: 7, ..Progress::default() },
+            Position { epoch: 1, item: 3 },
+            Settings::default(),
+        )
     }
 
     #[test]

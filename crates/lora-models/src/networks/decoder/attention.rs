@@ -71,6 +71,8 @@ impl Block {
 pub(super) struct Rows<'r> {
     /// `[batch, tokens]`: equal numbers are a document. Without, a row is one.
     pub(super) documents: Option<&'r Tensor>,
+    /// Tokens of a row that can be seen; all without.
+    pub(super) unpadded: Option<i64>,
     pub(super) tokens: i64,
     pub(super) kind: Kind,
     pub(super) device: Device,
@@ -84,7 +86,7 @@ impl Rows<'_> {
     pub(super) fn mask(&self, sight: Sight, looked_at: bool) -> Result<Mask> {
         let window = sight.window.map(|window| window as i64).filter(|window| *window < self.tokens);
         let first = if window.is_some() { sight.first.min(self.tokens as usize) as i64 } else { 0 };
-        if self.documents.is_none() && window.is_none() && !looked_at {
+        if self.documents.is_none() && self.unpadded.is_none() && window.is_none() && !looked_at {
             return Ok(Mask::Causal);
         }
         let beginnings = self.beginnings(first)?;
@@ -154,6 +156,9 @@ impl Rows<'_> {
             seen = seen.f_unsqueeze(0)?.f_bitwise_and_tensor(&near)?;
         } else {
             seen = seen.f_unsqueeze(0)?;
+        }
+        if let Some(unpadded) = self.unpadded {
+            seen = seen.f_bitwise_and_tensor(&columns.f_lt(unpadded)?.f_unsqueeze(0)?)?;
         }
         let of_queries = self.documents.map(|documents| part(documents, queries)?.f_unsqueeze(2)).transpose()?;
         if let (Some(documents), Some(own)) = (self.documents, &of_queries) {
@@ -294,7 +299,7 @@ mod tests {
     #[test]
     fn masks_of_a_window_grow_with_the_tokens_alone() {
         let numbers = |tokens: i64| {
-            let rows = Rows { documents: None, tokens, kind: Kind::Float, device: Device::Cpu, block: 64 };
+            let rows = Rows { documents: None, unpadded: None, tokens, kind: Kind::Float, device: Device::Cpu, block: 64 };
             let Mask::Blocks(blocks) = rows.mask(Sight { window: Some(32), first: 4 }, false).unwrap() else {
                 panic!("a window is a mask")
             };
@@ -312,25 +317,28 @@ mod tests {
         let documents = Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 9]);
         let documents = documents.view([2, tokens]);
         let sinks = random(&[4]);
-        for (documents, window, first, cap, sinks) in [
-            (None, None, 0, None, None),
-            (Some(&documents), None, 0, None, None),
-            (None, Some(3), 0, None, None),
-            (None, Some(3), 2, None, None),
-            (None, Some(2), 20, None, None),
-            (Some(&documents), Some(4), 0, None, None),
-            (Some(&documents), Some(2), 1, None, None),
-            (Some(&documents), Some(3), 2, Some(2.0), None),
-            (Some(&documents), Some(1), 3, None, Some(&sinks)),
-            (Some(&documents), Some(4), 0, Some(2.0), None),
-            (None, None, 0, Some(2.0), None),
-            (Some(&documents), Some(4), 0, None, Some(&sinks)),
+        for (documents, unpadded, window, first, cap, sinks) in [
+            (None, None, None, 0, None, None),
+            (Some(&documents), None, None, 0, None, None),
+            (None, None, Some(3), 0, None, None),
+            (None, None, Some(3), 2, None, None),
+            (None, None, Some(2), 20, None, None),
+            (Some(&documents), None, Some(4), 0, None, None),
+            (Some(&documents), None, Some(2), 1, None, None),
+            (Some(&documents), None, Some(3), 2, Some(2.0), None),
+            (Some(&documents), None, Some(1), 3, None, Some(&sinks)),
+            (Some(&documents), None, Some(4), 0, Some(2.0), None),
+            (None, None, None, 0, Some(2.0), None),
+            (Some(&documents), None, Some(4), 0, None, Some(&sinks)),
+            (None, Some(5), None, 0, None, None),
+            (None, Some(1), None, 0, Some(2.0), None),
         ] {
             let document = |row: i64, at: i64| documents.map_or(0, |all: &Tensor| all.int64_value(&[row, at]));
             let place = |row: i64, at: i64| (0..at).filter(|&other| document(row, other) == document(row, at)).count();
             let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
                 let seen: Vec<i64> = (0..=at)
+                    .filter(|&other| unpadded.is_none_or(|count| other < count))
                     .filter(|&other| {
                         window.is_none_or(|window: usize| at - other < window as i64 || place(row, other) < first)
                     })
@@ -350,11 +358,11 @@ mod tests {
                 expected.get(row).get(head).get(at).copy_(&mixed);
             }
             for block in [1, 4, 64] {
-                let rows = Rows { documents, tokens, kind: Kind::Float, device: Device::Cpu, block };
+                let rows = Rows { documents, unpadded, tokens, kind: Kind::Float, device: Device::Cpu, block };
                 let mask = rows.mask(Sight { window, first }, cap.is_some() || sinks.is_some()).unwrap();
                 let found = attend(&query, &key, &value, &mask, Scores { scale, cap, sinks }).unwrap();
                 let apart = worst(&found, &expected);
-                assert!(apart < 1e-5, "{documents:?} {window:?} {first} {cap:?} {block}: {apart:e}");
+                assert!(apart < 1e-5, "{documents:?} {unpadded:?} {window:?} {first} {cap:?} {block}: {apart:e}");
             }
         }
     }

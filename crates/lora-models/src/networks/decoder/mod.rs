@@ -70,6 +70,8 @@ pub struct Rows {
     /// Which document of its row a token is of, `[batch, tokens]`: numbers from 0 and below the number of tokens. Tokens
     /// of a document lie side by side and see none of another; padding is a document of its own. Without, a row is one.
     pub documents: Option<Tensor>,
+    /// How many tokens of a row are not padding, where padding is behind them: no token sees padding, not even its own.
+    pub unpadded: Option<usize>,
     /// Added to the embeddings, `[batch, tokens, width]`, f32: noise, while training (NEFTune).
     pub noise: Option<Tensor>,
     /// What the tokens look up, where that was done before the pass.
@@ -107,6 +109,7 @@ impl Rows {
             tokens: tokens.shallow_clone(),
             positions: positions.f_unsqueeze(0)?,
             documents: None,
+            unpadded: None,
             noise: None,
             looked_up: LookedUp::default(),
         })
@@ -416,6 +419,7 @@ impl Decoder {
         let continues = matches!(work, Work::Continued { caches, .. } if tokens == 1 && !caches.is_empty());
         let of_rows = attention::Rows {
             documents: rows.documents.as_ref(),
+            unpadded: rows.unpadded.map(|count| count as i64),
             tokens,
             kind: self.kind,
             device,

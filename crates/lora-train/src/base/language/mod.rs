@@ -188,6 +188,7 @@ impl Base for LanguageModel {
             tokens: inputs.get("tokens")?.shallow_clone(),
             positions: inputs.get("positions")?.shallow_clone(),
             documents: inputs.find("documents").map(Tensor::shallow_clone),
+            unpadded: None,
             noise: inputs.find("noise").map(Tensor::shallow_clone),
             looked_up: LookedUp {
                 tokens: inputs.find("embedded").map(Tensor::shallow_clone),

@@ -1,0 +1,113 @@
+//! The documentation's page, made from the tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use crate::row::{self, Kind, Means, Row};
+use crate::{Tool, tools};
+
+/// Coming from another trainer, as Markdown: what becomes of each key.
+pub fn page() -> String {
+    let mut text = String::from(
+        "# Coming from other trainers\n\n\
+         ```sh\n\
+         lora import run.toml --out config.toml     # sd-scripts, kohya_ss, OneTrainer, ai-toolkit, axolotl, LLaMA-Factory\n\
+         lora import train.sh                       # a script with an `accelerate launch … train_network.py …`\n\
+         lora import -- accelerate launch train_network.py --network_dim 16 …\n\
+         lora train run.toml                        # the same at once\n\
+         ```\n\n\
+         Whose file it is, its content says. Each key of it ends in one of four lists, which are printed (`--json` for programs):\n\
+         taken, translated (with how), without effect on the result, **no counterpart** (with what is lost). What the other trainer\n\
+         does where a key is not given is written into the configuration too, where it is not what this program does. A key that a\n\
+         trainer is not known to have is refused with its line and the nearest known one; `--allow-unknown` lists it as having no\n\
+         counterpart instead. Keys that contradict each other, and values that the other trainer would refuse, are errors.\n\n\
+         Formulas are the same (README); random numbers are not, so that two runs with one seed draw other noise.\n\
+         Paths stay as they are, relative to the current directory. A name on a hub is kept, and the list says that its folder has to\n\
+         be fetched.\n\n\
+         This page is made from the program's own tables (`crates/lora-import/src/tools`).\n",
+    );
+    for tool in Tool::ALL {
+        let table = tools::table(tool);
+        let _ = write!(text, "\n## {}\n\n", table.title);
+        wrap(&mut text, table.about, "");
+        let mut section = Section::default();
+        // What a table shares with one before it stands there.
+        row::rows(table.own).for_each(|row| section.add(row, ""));
+        section.write(&mut text);
+    }
+    text
+}
+
+/// The keys of one trainer: those that are translated, each with a line, and the others by what is said of them.
+#[derive(Default)]
+struct Section {
+    rows: String,
+    same: Vec<String>,
+    lost: BTreeMap<&'static str, Vec<String>>,
+    nothing: BTreeMap<&'static str, Vec<String>>,
+}
+
+impl Section {
+    fn add(&mut self, row: &'static Row, prefix: &str) {
+        let name = format!("{prefix}{}", row.name);
+        let own = match &row.means {
+            Means::Same(ours, _) if *ours == row.name && prefix.is_empty() && row.default.is_none() => {
+                return self.same.push(name);
+            }
+            Means::Same(ours, _) if *ours == row.name => "the same".to_owned(),
+            Means::Same(ours, Kind::Positive | Kind::AtLeastOne) => format!("`{ours}`, 0 is none"),
+            Means::Same(ours, _) => format!("`{ours}`"),
+            Means::By(ours, how, _) => match ours {
+                [] => (*how).to_owned(),
+                ours => {
+                    let ours: Vec<_> = ours.iter().map(|ours| format!("`{ours}`")).collect();
+                    format!("{}: {how}", ours.join(", "))
+                }
+            },
+            Means::NoEffect(why) => return self.nothing.entry(why).or_default().push(name),
+            Means::Lost(_, what) => return self.lost.entry(what).or_default().push(name),
+            Means::Table(within) => return within.iter().for_each(|row| self.add(row, &format!("{name}."))),
+            Means::Arguments(within) => return within.iter().for_each(|row| self.add(row, &format!("{name} "))),
+            Means::Datasets(within, _) => return within.iter().for_each(|row| self.add(row, &format!("{name}[]."))),
+        };
+        let cell = |text: &str| text.replace('|', "\\|");
+        let default = row.default.map_or_else(String::new, |json| format!("`{}`", cell(json)));
+        let _ = writeln!(self.rows, "| `{name}` | {default} | {} |", cell(&own));
+    }
+
+    fn write(&self, text: &mut String) {
+        let _ = write!(text, "\n| key | not given | here |\n|---|---|---|\n{}", self.rows);
+        if !self.same.is_empty() {
+            text.push('\n');
+            wrap(text, &format!("The same here: {}.", listed(&self.same)), "");
+        }
+        for (heading, keys) in [("**No counterpart**", &self.lost), ("Without effect on the result", &self.nothing)] {
+            let _ = write!(text, "\n{heading}:\n\n");
+            for (said, keys) in keys {
+                wrap(text, &format!("- {said}: {}", listed(keys)), "  ");
+            }
+        }
+    }
+}
+
+fn listed(keys: &[String]) -> String {
+    keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// A paragraph in lines of at most 120 columns; all but the first are indented.
+fn wrap(text: &mut String, paragraph: &str, indent: &str) {
+    let mut columns = 0;
+    for word in paragraph.split_whitespace() {
+        let own = word.chars().count();
+        if columns > 0 && columns + 1 + own > 120 {
+            let _ = write!(text, "\n{indent}");
+            columns = indent.len();
+        } else if columns > 0 {
+            text.push(' ');
+            columns += 1;
+        }
+        text.push_str(word);
+        columns += own;
+    }
+    text.push('\n');
+}

@@ -1,0 +1,363 @@
+//! hiyouga/LLaMA-Factory: YAML or JSON of a run of `llamafactory-cli train`.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::language::{self, TRAINER};
+use super::{Table, Tool, as_it_is};
+use crate::config::Draft;
+use crate::engine::{Field, Scope};
+use crate::input::{self, Problem, Source};
+use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, refused, taken, translated};
+use crate::report::{Accounted, Verdict};
+use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
+use crate::values;
+
+pub(crate) static TABLE: Table = Table {
+    tool: Tool::LlamaFactory,
+    name: "llama-factory",
+    title: "LLaMA-Factory",
+    about: "YAML or JSON of `llamafactory-cli train`. Names of datasets are looked up in `dataset_dir`/dataset_info.json. Documents \
+            longer than `cutoff_len` are cut; `lora_alpha` is twice the rank where none is given; activations are computed again \
+            unless `disable_gradient_checkpointing` is on. Keys of transformers' trainer that are not listed here are as under axolotl.",
+    groups: &[ROWS, TRAINER],
+    own: &[ROWS],
+    is: |has| {
+        has("model_name_or_path") && (has("stage") || has("finetuning_type") || has("template") || has("cutoff_len"))
+    },
+    prepare: as_it_is,
+    finish: named_datasets,
+};
+
+static ROWS: &[Row] = &[
+    by("model_name_or_path", &["base_model"], "a folder or a GGUF file", |field| language::place(field, "base_model")),
+    same("adapter_name_or_path", "init_from", Kind::Text),
+    by("stage", &["objective"], "`sft`, `pt`; `dpo` by pref_loss", |field| match field.text().as_str() {
+        "sft" => no_effect("texts are learned, as without it"),
+        "pt" => translated(vec![("objective", "sft".into())], "plain texts are learned whole"),
+        "dpo" => match field.root.text("pref_loss").as_deref() {
+            None | Some("sigmoid") => taken("objective", "dpo"),
+            Some("orpo") => becomes("objective", "orpo", "pref_loss"),
+            Some(other) => refused(format!("pref_loss = {other} is not trained here; sigmoid (DPO) and orpo are")),
+        },
+        other => refused(format!("stage = {other} is not trained here; sft, pt and dpo are")),
+    })
+    .default("\"sft\""),
+    by("do_train", &[], "on", |field| match field.on() {
+        true => no_effect("a run of training"),
+        false => refused("nothing is trained without it"),
+    }),
+    by("finetuning_type", &["train"], "`lora`; `full` trains all weights", |field| match field.text().as_str() {
+        "lora" => no_effect("a LoRA, as without it"),
+        "full" => becomes("train", "full", "all weights"),
+        other => refused(format!("finetuning_type = {other} is not trained here; lora is")),
+    }),
+    by("lora_rank", &["lora_rank"], "8 where none is given", |field| match field.count() {
+        Some(rank @ 1..) => taken("lora_rank", rank),
+        _ => field.expected("a whole number from 1 on"),
+    })
+    .default("8"),
+    by("lora_alpha", &["lora_alpha"], "twice the rank where none is given", |field| match field.number() {
+        Some(alpha) if alpha > 0.0 => taken("lora_alpha", values::of_number(alpha)),
+        _ if field.value == json!("2 × lora_rank") => {
+            becomes("lora_alpha", field.root.count("lora_rank").unwrap_or(8) * 2, "twice the rank")
+        }
+        _ => field.expected("a number above 0"),
+    })
+    .default("\"2 × lora_rank\""),
+    same("lora_dropout", "lora_dropout", Kind::Positive),
+    by("lora_target", &["target_modules"], "`all`: all-linear", |field| match language::targets(&field.value) {
+        Some(names) if names == json!(["all-linear"]) => {
+            becomes("target_modules", names, "all linear layers but the head")
+        }
+        Some(names) => taken("target_modules", names),
+        None => field.expected("names"),
+    })
+    .default("\"all\""),
+    by("additional_target", &["modules_to_save"], "trained whole", |field| match values::texts(&field.value) {
+        Some(names) => {
+            let names: Vec<String> =
+                names.iter().flat_map(|names| names.split(',')).map(|name| name.trim().to_owned()).collect();
+            taken("modules_to_save", json!(names))
+        }
+        None => field.expected("names"),
+    }),
+    same("use_rslora", "use_rslora", Kind::Flag),
+    by("use_dora", &["variant"], "`dora`", |field| variant(field, "dora")),
+    by("pissa_init", &["variant"], "`pissa`", |field| variant(field, "pissa")),
+    nothing("pissa_iter", "PiSSA is exact; variant = pissa-fast is not"),
+    nothing("pissa_convert", "a file of PiSSA is a plain LoRA"),
+    gone("create_new_adapter", OFF, "an adapter is gone on from: init_from"),
+    gone("use_galore", OFF, "gradients are not projected"),
+    gone("use_apollo", OFF, "gradients are not projected"),
+    gone("use_badam", OFF, "all adapted layers are trained at each step"),
+    gone("use_muon", OFF, "no Muon; optimizer says which"),
+    gone("use_adam_mini", OFF, "no Adam-mini; optimizer says which"),
+    gone("use_llama_pro", OFF, "layers are not repeated"),
+    gone("use_dft_loss", OFF, "the loss is cross-entropy"),
+    gone("use_asft_loss", OFF, "the loss is cross-entropy"),
+    gone("use_eaft_loss", OFF, "the loss is cross-entropy"),
+    gone("mixture_of_depths", OFF, "the base's own layers are trained"),
+    gone("shift_attn", OFF, "attention is the base's own"),
+    gone("rope_scaling", OFF, "the base's own configuration counts"),
+    gone("moe_aux_loss_coef", OFF, "experts are not balanced"),
+    nothing("use_unsloth", "how steps are computed"),
+    nothing("use_unsloth_gc", "how steps are computed"),
+    nothing("enable_liger_kernel", "how steps are computed"),
+    nothing("use_v1_kernels", "how steps are computed"),
+    nothing("flash_attn", "how attention is computed"),
+    nothing("use_reentrant_gc", "how steps are computed"),
+    gone("upcast_layernorm", OFF, "norms accumulate in fp32"),
+    nothing("upcast_lmhead_output", "logits are fp32"),
+    by("disable_gradient_checkpointing", &["gradient_checkpointing"], "computed again unless it is on", |field| {
+        match field.on() {
+            true => no_effect("off, as without it"),
+            false => becomes("gradient_checkpointing", true, "unless disable_gradient_checkpointing is on"),
+        }
+    })
+    .default("false"),
+    nothing("gradient_checkpointing", "disable_gradient_checkpointing says it"),
+    by("quantization_bit", &["base_storage"], "4: `nf4`, 8: `int8`", |field| match field.count() {
+        Some(4) if field.root.text("quantization_type").is_some_and(|kind| kind == "fp4") => {
+            becomes("base_storage", "nf4", "nf4 instead of fp4")
+        }
+        Some(4) => becomes("base_storage", "nf4", "double quantisation too"),
+        Some(8) => becomes("base_storage", "int8", "with a factor for each output; outliers are not apart"),
+        Some(bits) => lost(format!("weights are not stored in {bits} bits")),
+        None => field.expected("4 or 8"),
+    }),
+    by("quantization_method", &[], "`bnb`", |field| match field.text().as_str() {
+        "bnb" | "bitsandbytes" => no_effect("with quantization_bit"),
+        other => lost(format!("weights are stored by base_storage, not by {other}")),
+    }),
+    nothing("quantization_type", "with quantization_bit"),
+    nothing("double_quantization", "with quantization_bit: nf4 has it"),
+    nothing("quantization_device_map", "one device trains"),
+    // What is learned.
+    by("pref_beta", &["dpo_beta", "orpo_lambda"], "with stage = dpo", |field| {
+        match (field.root.text("pref_loss").as_deref(), field.number()) {
+            _ if field.root.text("stage").is_none_or(|stage| stage != "dpo") => no_effect("only with stage = dpo"),
+            (Some("orpo"), Some(lambda)) => taken("orpo_lambda", values::of_number(lambda)),
+            (_, Some(beta)) => taken("dpo_beta", values::of_number(beta)),
+            _ => field.expected("a number"),
+        }
+    }),
+    nothing("pref_loss", "with stage = dpo"),
+    gone("pref_ftx", OFF, "the better answer is not learned beside"),
+    gone("pref_bco_weight", OFF, "pairs alone are learned"),
+    same("dpo_label_smoothing", "label_smoothing", Kind::Positive),
+    gone("ld_alpha", OFF, "answers' lengths are not weighted"),
+    gone("simpo_gamma", OFF, "SimPO is not trained here"),
+    gone("ref_model", OFF, "the reference is the base without its adapter"),
+    gone("ref_model_adapters", OFF, "the reference is the base without its adapter"),
+    gone("ref_model_quantization_bit", OFF, "the reference is the base without its adapter"),
+    by("train_on_prompt", &["train_on_inputs"], "its name here", |field| match field.on() {
+        true => taken("train_on_inputs", true),
+        false => no_effect("off, as without it"),
+    }),
+    gone("mask_history", OFF, "all answers of a conversation are learned"),
+    // Data.
+    by("dataset", &["datasets"], "names in dataset_info.json", |_| {
+        translated(Settings::new(), "looked up in dataset_info.json")
+    }),
+    nothing("dataset_dir", "where dataset_info.json is"),
+    by("eval_dataset", &["validation_data_dir"], "a name in dataset_info.json", |_| {
+        translated(Settings::new(), "looked up in dataset_info.json")
+    }),
+    nothing("media_dir", "pictures beside texts are not trained on"),
+    by("template", &[], "the base's own", |field| {
+        translated(Settings::new(), format!("the base's own, which LLaMA-Factory's {} copies", field.text()))
+    }),
+    by(
+        "cutoff_len",
+        &["max_seq_length", "long_documents"],
+        "2048 where none is given; longer documents are cut",
+        |field| match field.count() {
+            Some(length) => translated(
+                vec![("max_seq_length", length.into()), ("long_documents", "truncate".into())],
+                "longer documents are cut",
+            ),
+            None => field.expected("a whole number"),
+        },
+    )
+    .default("2048"),
+    gone("max_samples", OFF, "all records are trained on"),
+    by("packing", &["packing"], "documents are isolated here; there with neat_packing alone", |field| {
+        match (field.on(), field.root.on("neat_packing")) {
+            (false, _) => no_effect("off, as without it"),
+            (true, true) => taken("packing", true),
+            (true, false) => becomes("packing", true, "each document attends to itself alone, as with neat_packing"),
+        }
+    }),
+    by("neat_packing", &["packing"], "packing with isolated documents", |field| match field.on() {
+        true => becomes("packing", true, "documents are isolated"),
+        false => no_effect("off, as without it"),
+    }),
+    gone("streaming", OFF, "texts are tokenised before the first step"),
+    nothing("buffer_size", "with streaming"),
+    gone("mix_strategy", &["\"concat\""], "datasets are read one after the other"),
+    gone("interleave_probs", OFF, "datasets are read one after the other"),
+    gone("tool_format", OFF, "tools are laid out by the base's template"),
+    same("default_system", "system_prompt", Kind::Text),
+    gone("enable_thinking", &["true"], "thoughts are in the answers"),
+    nothing("preserve_thinking", "thoughts are in the answers"),
+    nothing("overwrite_cache", "texts are tokenised before the first step"),
+    nothing("preprocessing_batch_size", "how texts are read"),
+    nothing("preprocessing_num_workers", "how texts are read"),
+    nothing("tokenized_path", "texts are tokenised before the first step"),
+    nothing("data_shared_file_system", "how texts are read"),
+    gone("disable_shuffling", OFF, "records are drawn in another order each epoch"),
+    by("val_size", &["validation_split"], "a share, or a number of records", language::held_out),
+    gone("resize_vocab", OFF, "no tokens are added to the base's"),
+    gone("add_tokens", OFF, "no tokens are added to the base's"),
+    gone("add_special_tokens", OFF, "no tokens are added to the base's"),
+    gone("split_special_tokens", OFF, "special tokens are those of the base's tokenizer"),
+    nothing("use_fast_tokenizer", "the base's folder has it"),
+    nothing("cache_dir", "nothing is fetched"),
+    nothing("model_revision", "the base is what lies there"),
+    nothing("hf_hub_token", "nothing is fetched"),
+    nothing("low_cpu_mem_usage", "how files are read"),
+    nothing("print_param_status", "what is printed"),
+    nothing("freeze_vision_tower", "pictures beside texts are not trained on"),
+    nothing("freeze_multi_modal_projector", "pictures beside texts are not trained on"),
+    nothing("freeze_language_model", "pictures beside texts are not trained on"),
+    gone("image_max_pixels", OFF, "pictures beside texts are not trained on"),
+    gone("image_min_pixels", OFF, "pictures beside texts are not trained on"),
+    gone("video_max_pixels", OFF, "films beside texts are not trained on"),
+    gone("video_min_pixels", OFF, "films beside texts are not trained on"),
+    // Optimisation.
+    by("per_device_train_batch_size", &["batch_size"], "8 where none is given", |field| match field.count() {
+        Some(size @ 1..) => taken("batch_size", size),
+        _ => field.expected("a whole number from 1 on"),
+    })
+    .default("8"),
+    nothing("per_device_eval_batch_size", "how held-out losses are computed"),
+    same("learning_rate", "learning_rate", Kind::Number).default("0.00005"),
+    by("num_train_epochs", &["epochs"], "3 where none are given", language::epochs).default("3"),
+    by("lr_scheduler_type", &["lr_scheduler"], "linear where none is given", language::schedule).default("\"linear\""),
+    by("optim", &["optimizer"], "by its name", language::optimiser),
+    by("bf16", &["precision"], "fp32 where neither is given", |field| match (field.on(), field.root.on("fp16")) {
+        (true, true) => refused("contradicts fp16; keep one of them"),
+        (true, false) => taken("precision", "bf16"),
+        (false, true) => no_effect("fp16 is on"),
+        (false, false) if field.root.on("pure_bf16") => no_effect("pure_bf16 is on"),
+        (false, false) => becomes("precision", "fp32", "neither bf16 nor fp16"),
+    })
+    .default("false"),
+    by("fp16", &["precision"], "`fp16`", |field| language::precision(field, "fp16")),
+    by("pure_bf16", &["precision"], "`bf16`; trained numbers stay fp32", |field| match field.on() {
+        true => becomes("precision", "bf16", "trained numbers stay fp32"),
+        false => no_effect("off, as without it"),
+    }),
+    gone("fp8", OFF, "nothing is multiplied in 8 bits"),
+    nothing("infer_dtype", "weights are in the precision of the run"),
+    nothing("ray_init_kwargs", "one device trains"),
+    nothing("ray_num_workers", "one device trains"),
+    nothing("ray_run_name", "one device trains"),
+    nothing("ray_storage_path", "one device trains"),
+    nothing("resources_per_worker", "one device trains"),
+    nothing("placement_strategy", "one device trains"),
+    nothing("master_addr", "one device trains"),
+    nothing("master_port", "one device trains"),
+    // Looking and saving.
+    by("do_eval", &[], "with val_size or eval_dataset", |_| no_effect("with val_size or eval_dataset")),
+    by("eval_strategy", &[], "by steps", |_| no_effect("with eval_steps")),
+    by("eval_steps", &["validate_every_n_steps"], "with val_size or eval_dataset", |field| {
+        let looks = language::has_held_out(field, "val_size") || field.root.given("eval_dataset").is_some();
+        match (looks, field.number()) {
+            (false, _) => no_effect("nothing is held out"),
+            (true, Some(steps)) if steps >= 1.0 => taken("validate_every_n_steps", values::of_number(steps)),
+            _ => lost("held-out loss is told by whole steps"),
+        }
+    }),
+    nothing("eval_on_each_dataset", "held-out loss is one figure"),
+    nothing("compute_accuracy", "held-out loss is told"),
+    by("early_stopping_steps", &["early_stopping_patience"], "looks without a lower held-out loss", |field| {
+        let looks = language::has_held_out(field, "val_size")
+            && field.root.number("eval_steps").is_some_and(|steps| steps >= 1.0);
+        match (looks, field.count()) {
+            (true, Some(patience @ 1..)) => taken("early_stopping_patience", patience),
+            (false, Some(1..)) => lost("needs validate_every_n_steps"),
+            _ => no_effect("off, as without it"),
+        }
+    }),
+    by("save_steps", &["save_every_n_steps"], "500 where none are given", |field| {
+        match (field.root.text("save_strategy").as_deref(), field.number()) {
+            (Some("no" | "epoch"), _) => no_effect("save_strategy wins over it"),
+            (_, Some(steps)) if steps >= 1.0 => taken("save_every_n_steps", values::of_number(steps)),
+            _ => lost("saves are made by whole steps or epochs"),
+        }
+    })
+    .default("500"),
+    by("save_strategy", &["save_every_n_epochs"], "`epoch` is every epoch", |field| match field.text().as_str() {
+        "epoch" => becomes("save_every_n_epochs", 1, "every epoch"),
+        "best" => lost("save_best keeps it"),
+        _ => no_effect("with save_steps"),
+    }),
+    nothing("save_only_model", "a state is written with save_state"),
+    nothing("overwrite_output_dir", "files of the same name are replaced"),
+    nothing("plot_loss", "loss.png is drawn"),
+    nothing("include_effective_tokens_per_second", "what is printed"),
+    nothing("swanlab_api_key", "nothing is sent anywhere"),
+    nothing("swanlab_logdir", "nothing is sent anywhere"),
+    gone("use_kt", OFF, "experts are computed where other layers are"),
+    nothing("kt_weight_path", "with use_kt"),
+];
+
+fn variant(field: &Field<'_>, ours: &'static str) -> Outcome {
+    match field.on() {
+        true => taken("variant", ours),
+        false => no_effect("off, as without it"),
+    }
+}
+
+/// Files of datasets by their names in `dataset_info.json`.
+fn named_datasets(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>) -> Result<(), Problem> {
+    let folder = PathBuf::from(root.text("dataset_dir").unwrap_or_else(|| "data".to_owned()));
+    let index = folder.join("dataset_info.json");
+    let info = if index.is_file() { Some(input::read(&Source::file(&index))?.root.value()) } else { None };
+    for (key, ours) in [("dataset", "train_data_dir"), ("eval_dataset", "validation_data_dir")] {
+        let Some(given) = root.given(key) else { continue };
+        let names = values::texts(&given).unwrap_or_default();
+        for name in names.iter().flat_map(|names| names.split(',')).map(str::trim).filter(|name| !name.is_empty()) {
+            match info.as_ref().map(|info| file(info, &folder, name)) {
+                Some(Ok(path)) => {
+                    let dataset = (ours == "train_data_dir").then(|| draft.add_dataset());
+                    let verdict = Verdict::Translated(format!("{name} of dataset_info.json"));
+                    let set = draft.set(dataset, ours, &path.into(), key, &verdict, false);
+                    set.map_err(|error| Problem::new("", 0, key, error))?;
+                }
+                other => {
+                    let what = match other {
+                        Some(Err(what)) => what,
+                        _ => format!(
+                            "{} is not here, so that it is not known which file {name} is; give {ours}",
+                            index.display()
+                        ),
+                    };
+                    note(keys, key, what);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is lost of a key that was taken for translated before its files were looked for.
+fn note(keys: &mut [Accounted], key: &str, what: String) {
+    if let Some(accounted) = keys.iter_mut().find(|accounted| accounted.key == key) {
+        accounted.verdict = match &accounted.verdict {
+            Verdict::NoCounterpart(before) => Verdict::NoCounterpart(format!("{before}; {what}")),
+            _ => Verdict::NoCounterpart(what),
+        };
+    }
+}
+
+fn file(info: &Value, folder: &Path, name: &str) -> Result<String, String> {
+    let entry = info.get(name).ok_or_else(|| format!("dataset_info.json has no {name}"))?;
+    match entry.get("file_name").and_then(Value::as_str) {
+        Some(file) => Ok(folder.join(file).to_string_lossy().into_owned()),
+        None => Err(format!("{name} is on a hub: fetch it and give its file")),
+    }
+}

@@ -1,0 +1,50 @@
+//! Keys of sd-scripts' dataset files. Those that the command line has too stand in [`super::sd_scripts`].
+
+use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
+use crate::tools::sd_scripts::{bucket_steps, processors, resolution};
+
+/// All of them.
+pub(crate) static ROWS: &[Row] = &[
+    same("image_dir", "train_data_dir", Kind::Text),
+    same("metadata_file", "metadata_file", Kind::Text),
+    same("conditioning_data_dir", "mask_dir", Kind::Text),
+    same("is_reg", "is_reg", Kind::Switch),
+    same("class_tokens", "class_tokens", Kind::Text),
+    same("num_repeats", "repeats", Kind::Count),
+    by("resolution", &["max_resolution"], "an area where there are buckets, there and here", resolution),
+    same("batch_size", "batch_size", Kind::Count),
+    same("enable_bucket", "enable_bucket", Kind::Switch),
+    same("min_bucket_reso", "min_bucket_reso", Kind::Count),
+    same("max_bucket_reso", "max_bucket_reso", Kind::Count),
+    by("bucket_reso_steps", &["bucket_reso_steps"], "multiples of 8", bucket_steps),
+    same("bucket_no_upscale", "bucket_no_upscale", Kind::Switch),
+    same("shuffle_caption", "shuffle_caption", Kind::Switch),
+    same("caption_separator", "caption_separator", Kind::Text),
+    same("keep_tokens", "keep_tokens", Kind::Count),
+    same("keep_tokens_separator", "keep_tokens_separator", Kind::Text),
+    same("secondary_separator", "secondary_separator", Kind::Text),
+    same("enable_wildcard", "enable_wildcard", Kind::Switch),
+    same("caption_prefix", "caption_prefix", Kind::Text),
+    same("caption_suffix", "caption_suffix", Kind::Text),
+    same("caption_dropout_rate", "caption_dropout_rate", Kind::Number),
+    same("caption_dropout_every_n_epochs", "caption_dropout_every_n_epochs", Kind::Count),
+    same("caption_tag_dropout_rate", "caption_tag_dropout_rate", Kind::Number),
+    same("caption_extension", "caption_extension", Kind::Text),
+    same("alpha_mask", "alpha_mask", Kind::Switch),
+    by("flip_aug", &["processors"], "`flip`", processors),
+    by("color_aug", &["processors"], "`color_jitter`", processors),
+    by("random_crop", &["processors"], "`random_crop`", processors),
+    gone("face_crop_aug_range", OFF, "no crops around faces"),
+    gone("token_warmup_min", &["1"], "tags are all there from the first step on"),
+    gone("token_warmup_step", &["0"], "tags are all there from the first step on"),
+    gone("network_multiplier", &["1"], "the adapter counts fully for each dataset"),
+    gone(
+        "validation_split",
+        &["0"],
+        "nothing of this dataset alone is held out; `validation_split` of the whole run does it",
+    ),
+    gone("resize_interpolation", &["\"lanczos\"", "null"], "pictures are always resized with Lanczos filters"),
+    gone("custom_attributes", OFF, "nothing reads them"),
+    nothing("validation_seed", "which pictures are held out, `seed` says"),
+    nothing("cache_info", "headers are read each time"),
+];

@@ -1,0 +1,408 @@
+//! Configurations of each trainer, written for these tests with its keys: what they mean there is what comes out here.
+
+use lora_import::{Format, Import, Options, Source, Tool, Verdict, import};
+use serde_json::{Value, json};
+
+fn of(format: Format, text: &str) -> Import {
+    import(&Source::text("run", format, text), &Options::default()).unwrap_or_else(|problems| panic!("{problems}"))
+}
+
+fn refused(format: Format, text: &str) -> String {
+    import(&Source::text("run", format, text), &Options::default()).expect_err(text).to_string()
+}
+
+/// Our keys as values.
+fn config(imported: &Import) -> Value {
+    let text = imported.config();
+    toml::from_str(&text).unwrap_or_else(|error| panic!("{error} in\n{text}"))
+}
+
+fn verdict<'i>(imported: &'i Import, key: &str) -> &'i Verdict {
+    &imported
+        .keys()
+        .iter()
+        .find(|accounted| accounted.key == key)
+        .unwrap_or_else(|| panic!("{key}: {imported}"))
+        .verdict
+}
+
+fn is_lost(imported: &Import, key: &str) -> bool {
+    matches!(verdict(imported, key), Verdict::NoCounterpart(_))
+}
+
+/// Some keys of ours with the values that they must have.
+#[track_caller]
+fn assert_has(own: &Value, wanted: Value) {
+    for (key, value) in wanted.as_object().unwrap() {
+        assert_eq!(own.get(key), Some(value), "{key} in {own:#}");
+    }
+}
+
+const SD_SCRIPTS: &str = r#"
+pretrained_model_name_or_path = "base.safetensors"
+output_dir = "out"
+[any_heading]
+train_data_dir = "pictures"
+resolution = "768,768"
+enable_bucket = true
+network_module = "networks.lora"
+network_dim = 16
+learning_rate = 1e-4
+"#;
+
+#[test]
+fn sd_scripts_defaults_are_its_own() {
+    let own = config(&of(Format::Toml, SD_SCRIPTS));
+    // network_alpha is 1, saved numbers are as held, captions have the extension .caption, a run has 1600 steps, and both
+    // networks one learning rate.
+    let wanted = json!({
+        "lora_rank": 16, "lora_alpha": 1, "save_precision": "fp32", "precision": "fp32", "caption_extension": ".caption",
+        "max_train_steps": 1600, "text_encoder_lr": 1e-4, "output_name": "last", "max_resolution": 768,
+        "v_parameterization": false,
+    });
+    assert_has(&own, wanted);
+}
+
+#[test]
+fn sd_scripts_options_are_translated_by_its_meaning() {
+    let text = format!(
+        "{SD_SCRIPTS}max_train_epochs = 3\nmax_train_steps = 50\nnetwork_alpha = 0\nunet_lr = 2e-4\nflip_aug = true\nrandom_crop = true\n\
+         optimizer_type = \"PagedAdamW8bit\"\noptimizer_args = [\"weight_decay=0.1\", \"betas=0.9,0.99\"]\nsave_every_n_steps = 100\n\
+         save_last_n_steps = 300\nnetwork_args = [\"conv_dim=4\", \"conv_alpha=2\", \"rank_dropout=0.1\"]\nmixed_precision = \"bf16\"\n\
+         lr_scheduler = \"cosine\"\nlr_warmup_steps = 0.1\nloss_type = \"huber\"\nhuber_c = 0.2\nxformers = true\nalpha_mask = true\n"
+    );
+    let imported = of(Format::Toml, &text);
+    let own = config(&imported);
+    let wanted = json!({
+        "epochs": 3, "lora_alpha": 16, "unet_lr": 2e-4, "text_encoder_lr": 1e-4, "processors": ["random_crop", "flip"],
+        "optimizer": "adamw8bit", "optimizer_args": { "weight_decay": 0.1, "betas": [0.9, 0.99] }, "save_total_limit": 4,
+        "target_modules": ["all-conv"], "rank_pattern": { r"re:.*\.(conv1|conv2|conv)": 4 }, "rank_dropout": 0.1,
+        "alpha_pattern": { r"re:.*\.(conv1|conv2|conv)": 2 }, "precision": "bf16", "lr_warmup_steps": 0.1,
+        "masked_loss": true, "alpha_mask": true,
+    });
+    assert_has(&own, wanted);
+    assert!(own.get("max_train_steps").is_none(), "epochs win over steps");
+    assert!(is_lost(&imported, "loss_type") && is_lost(&imported, "huber_c"));
+    assert!(matches!(verdict(&imported, "xformers"), Verdict::WithoutEffect(_)));
+    assert!(matches!(verdict(&imported, "max_train_steps"), Verdict::WithoutEffect(_)));
+}
+
+#[test]
+fn a_command_line_is_read_from_a_script_and_from_words() {
+    let script = "#!/bin/bash\naccelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py \\\n\
+                  --pretrained_model_name_or_path base.safetensors --network_train_unet_only --clip_skip 2 \\\n\
+                  --text_encoder_lr 1e-5 2e-5 --optimizer_args relative_step=False scale_parameter=False --optimizer_type adafactor\n";
+    let imported = of(Format::Command, script);
+    let own = config(&imported);
+    assert_eq!(imported.tool(), Tool::SdScripts);
+    assert_has(
+        &own,
+        json!({ "train_text_encoder": false, "optimizer_args": { "relative_step": false, "scale_parameter": false } }),
+    );
+    assert!(own.get("clip_skip").is_none(), "SDXL reads a layer of its own");
+    let words = script.replace('\\', "").split_whitespace().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let of_words = import(&Source::command_line(words), &Options::default()).unwrap();
+    assert_eq!(config(&of_words), own);
+    assert!(imported.keys().iter().any(|key| key.key == "accelerate.num_cpu_threads_per_process"));
+
+    let pair = script.replace("--network_train_unet_only ", "");
+    assert_has(&config(&of(Format::Command, &pair)), json!({ "text_encoder_1_lr": 1e-5, "text_encoder_2_lr": 2e-5 }));
+}
+
+#[test]
+fn a_dataset_file_becomes_datasets_with_each_key_accounted_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("d.toml");
+    let text = "[general]\nshuffle_caption = true\n[[datasets]]\nresolution = 512\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = 'a'\n\
+                num_repeats = 3\nface_crop_aug_range = [1.0, 2.0]\n[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n";
+    std::fs::write(&path, text).unwrap();
+    let run = format!("{SD_SCRIPTS}dataset_config = {:?}\n", path.to_str().unwrap());
+    let imported = of(Format::Toml, &run);
+    let own = config(&imported);
+    assert_has(
+        &own["datasets"][0],
+        json!({ "train_data_dir": "a", "repeats": 3, "batch_size": 2, "max_resolution": 512, "shuffle_caption": true }),
+    );
+    assert_has(&own["datasets"][1], json!({ "train_data_dir": "b", "is_reg": true }));
+    assert!(own.get("train_data_dir").is_none(), "it is ignored beside dataset_config");
+    let of_file = imported.keys().iter().filter(|key| key.key.contains("d.toml")).count();
+    assert_eq!(of_file, 8);
+    assert!(
+        imported.keys().iter().any(|key| key.key.ends_with("subsets[0].face_crop_aug_range")
+            && matches!(key.verdict, Verdict::NoCounterpart(_)))
+    );
+}
+
+#[test]
+fn the_gui_counts_in_percent_and_epochs_and_takes_further_options() {
+    let text = r#"{
+        "LoRA_type": "LyCORIS/LoHa", "max_resolution": "512,650", "epoch": 10, "max_train_epochs": "", "train_batch_size": 2,
+        "lr_scheduler": "cosine", "lr_warmup": 10, "network_dim": 32, "network_alpha": 16, "conv_dim": 8, "conv_alpha": 4, "use_cp": true,
+        "unet_lr": "0.0002", "text_encoder_lr": "0", "optimizer": "AdamW", "optimizer_args": "\"weight_decay=0.1\" \"betas=0.9,0.99\"",
+        "noise_offset_type": "Original", "noise_offset": 0.05, "multires_noise_iterations": 6, "seed": "", "xformers": true,
+        "additional_parameters": "--min_bucket_reso=512 --log_prefix=x", "min_bucket_reso": 256, "sample_prompts": "a cat --w 512\n# no\n\nb"
+    }"#;
+    let imported = of(Format::Json, text);
+    let own = config(&imported);
+    assert_eq!(imported.tool(), Tool::KohyaGui);
+    let wanted = json!({
+        "variant": "loha", "epochs": 10, "lr_warmup_steps": 0.1, "lora_rank": 32, "lora_alpha": 16, "train_text_encoder": false,
+        "unet_lr": 2e-4, "variant_options": { "tucker": true }, "noise_offset": 0.05, "min_bucket_reso": 512,
+        "max_resolution": "512,648", "optimizer_args": { "weight_decay": 0.1, "betas": [0.9, 0.99] },
+        "sample_prompts": ["a cat --w 512", "b"], "rank_pattern": { r"re:.*\.(conv1|conv2|conv)": 8 },
+    });
+    assert_has(&own, wanted);
+    // Noise is of one kind or the other.
+    assert!(matches!(verdict(&imported, "multires_noise_iterations"), Verdict::WithoutEffect(_)));
+    assert_eq!(imported.missing(), ["base_model", "train_data_dir", "output_dir"]);
+
+    // Of a plain LoRA the fields of convolutions mean nothing; D-Adaptation has something else in its place.
+    let plain = text.replace("LyCORIS/LoHa", "Standard").replace("\"AdamW\"", "\"DAdaptAdam\"");
+    let imported = of(Format::Json, &plain);
+    assert!(config(&imported).get("rank_pattern").is_none() && is_lost(&imported, "optimizer"));
+}
+
+#[test]
+fn onetrainer_reads_concepts_and_has_its_own_defaults() {
+    let text = r#"{
+        "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "base.safetensors",
+        "output_model_destination": "models/mine.safetensors", "resolution": "512,768", "learning_rate": 0.0003,
+        "layer_filter_preset": "attn-mlp", "ema": "GPU", "ema_decay": 0.9, "ema_update_step_interval": 2,
+        "loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 4.0, "huber_strength": 1.0, "validation": true,
+        "unet": { "weight_dtype": "NFLOAT_4" }, "text_encoder": { "learning_rate": 1e-5, "train": true },
+        "optimizer": { "optimizer": "ADAFACTOR", "beta1": null },
+        "concepts": [
+            { "path": "a", "balancing": 2.0, "image": { "enable_crop_jitter": false, "enable_random_flip": false } },
+            { "path": "b", "enabled": false, "text": { "enable_tag_shuffling": true } },
+            { "path": "c", "type": "VALIDATION" }
+        ]
+    }"#;
+    let imported = of(Format::Json, text);
+    let own = config(&imported);
+    let wanted = json!({
+        "output_dir": "models", "output_name": "mine", "lora_rank": 16, "lora_alpha": 1, "lr_warmup_steps": 200, "epochs": 100,
+        "precision": "fp16", "save_precision": "fp32", "target_modules": ["attention-mlp"], "text_encoder_lr": 1e-5,
+        "min_snr_gamma": 4, "base_storage": "nf4", "gradient_checkpointing": true, "validation_data_dir": "c",
+        "optimizer_args": { "relative_step": false, "scale_parameter": false }, "enable_bucket": true, "max_bucket_reso": 1536,
+    });
+    assert_has(&own, wanted);
+    assert!((own["ema_decay"].as_f64().unwrap() - 0.9f64.sqrt()).abs() < 1e-12);
+    let datasets = own["datasets"].as_array().unwrap();
+    assert_eq!(datasets.len(), 2, "each resolution is a dataset; what is not enabled is none");
+    for (dataset, side) in datasets.iter().zip([512, 768]) {
+        assert_has(
+            dataset,
+            json!({ "train_data_dir": "a", "repeats": 2, "max_resolution": side, "enable_wildcard": true }),
+        );
+    }
+    assert!(is_lost(&imported, "huber_strength"));
+    assert!(matches!(verdict(&imported, "concepts[1].text"), Verdict::WithoutEffect(_)));
+    // The text encoder would stop after 30 of 100 epochs, without a key that says so.
+    assert!(imported.defaults().iter().any(|key| key.key == "text_encoder.stop_training_after"));
+}
+
+#[test]
+fn ai_toolkit_counts_steps_before_accumulation() {
+    let text = r#"
+job: extension
+config:
+  name: mine
+  process:
+    - type: sd_trainer
+      training_folder: output
+      trigger_word: sks
+      network: { type: lora, linear: 16, linear_alpha: 8 }
+      save: { dtype: bf16, save_every: 250, max_step_saves_to_keep: 4 }
+      datasets:
+        - folder_path: pictures
+          caption_dropout_rate: 0.05
+          resolution: [512, 768]
+          mask_path: masks
+      train:
+        batch_size: 1
+        steps: 2000
+        gradient_accumulation_steps: 4
+        noise_scheduler: ddpm
+        optimizer: adamw8bit
+        optimizer_params: { weight_decay: 0.1 }
+        lr: 1e-4
+        dtype: bf16
+        ema_config: { use_ema: true, ema_decay: 0.99 }
+        diff_output_preservation: true
+      model: { name_or_path: base.safetensors, is_xl: true, quantize: true }
+      sample: { sampler: ddpm, sample_every: 250, width: 1024, height: 768, prompts: ["[trigger] in a hat"], neg: "" }
+"#;
+    let imported = of(Format::Yaml, text);
+    let own = config(&imported);
+    let wanted = json!({
+        "output_dir": "output/mine", "output_name": "mine", "lora_rank": 16, "lora_alpha": 8, "max_train_steps": 500,
+        "gradient_accumulation_steps": 4, "train_text_encoder": false, "precision": "bf16", "save_precision": "bf16",
+        "save_total_limit": 4, "ema_decay": 0.99, "base_storage": "fp8", "sample_prompts": ["sks in a hat"],
+        "sample_resolution": "1024,768", "masked_loss": true, "optimizer_args": { "weight_decay": 0.1 },
+    });
+    assert_has(&own, wanted);
+    for (dataset, side) in own["datasets"].as_array().unwrap().iter().zip([512, 768]) {
+        assert_has(
+            dataset,
+            json!({ "max_resolution": side, "enable_bucket": true, "caption_extension": ".txt", "mask_dir": "masks" }),
+        );
+    }
+    assert!(is_lost(&imported, "train.diff_output_preservation"));
+    let two = text.replace("    - type: sd_trainer", "    - type: sd_trainer\n    - type: sd_trainer");
+    assert!(refused(Format::Yaml, &two).contains("2 processes"));
+}
+
+const AXOLOTL: &str = r#"
+base_model: ./Llama-3.2-1B
+load_in_4bit: true
+adapter: qlora
+datasets:
+  - path: ./data.jsonl
+    type: chat_template
+sequence_len: 4096
+sample_packing: true
+lora_r: 16
+lora_alpha: 32
+lora_target_linear: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 3
+learning_rate: 0.0002
+bf16: auto
+warmup_ratio: 0.1
+val_set_size: 0.05
+eval_steps: 20
+wandb_project:
+"#;
+
+#[test]
+fn axolotl_has_its_own_defaults() {
+    let imported = of(Format::Yaml, AXOLOTL);
+    let wanted = json!({
+        "base_model": "./Llama-3.2-1B", "train_data_dir": "./data.jsonl", "output_dir": "./model-out", "base_storage": "nf4",
+        "max_seq_length": 4096, "packing": true, "lora_rank": 16, "lora_alpha": 32, "target_modules": ["all-linear"], "batch_size": 2,
+        "gradient_accumulation_steps": 4, "epochs": 3, "precision": "bf16", "lr_warmup_steps": 0.1, "validation_split": 0.05,
+        "validate_every_n_steps": 20, "lr_scheduler": "cosine", "weight_decay": 0, "optimizer": "adamw", "long_documents": "skip",
+    });
+    assert_has(&config(&imported), wanted);
+    let dpo = config(&of(Format::Yaml, &format!("{AXOLOTL}rl: dpo\nrl_beta: 0.2\n")));
+    assert_has(&dpo, json!({ "objective": "dpo", "dpo_beta": 0.2 }));
+    assert!(refused(Format::Yaml, &format!("{AXOLOTL}rl: kto\n")).contains("run:22: `rl`: kto is not trained here"));
+    // batch_size is that of a step.
+    let total = AXOLOTL.replace("gradient_accumulation_steps: 4", "batch_size: 16");
+    assert_has(&config(&of(Format::Yaml, &total)), json!({ "batch_size": 2, "gradient_accumulation_steps": 8 }));
+}
+
+#[test]
+fn llama_factory_has_its_own_defaults_and_names_of_datasets() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(
+        folder.path().join("dataset_info.json"),
+        r#"{"mine": {"file_name": "mine.json"}, "far": {"hf_hub_url": "a/b"}}"#,
+    )
+    .unwrap();
+    let text = format!(
+        "model_name_or_path: ./Qwen3-4B\nstage: sft\ndo_train: true\nfinetuning_type: lora\ndataset: mine,far\ndataset_dir: {}\ntemplate: qwen3\n\
+         output_dir: out\nnum_train_epochs: 3.0\n",
+        folder.path().display()
+    );
+    let imported = of(Format::Yaml, &text);
+    let wanted = json!({
+        "lora_rank": 8, "lora_alpha": 16, "target_modules": ["all-linear"], "max_seq_length": 2048, "long_documents": "truncate",
+        "batch_size": 8, "learning_rate": 5e-5, "lr_scheduler": "linear", "weight_decay": 0, "epochs": 3, "precision": "fp32",
+        "gradient_checkpointing": true, "save_every_n_steps": 500,
+        "train_data_dir": folder.path().join("mine.json").to_str().unwrap(),
+    });
+    assert_has(&config(&imported), wanted);
+    let Verdict::NoCounterpart(what) = verdict(&imported, "dataset") else { panic!("{imported}") };
+    assert!(what.contains("far is on a hub"), "{what}");
+    let orpo = text.replace("stage: sft", "stage: dpo\npref_loss: orpo\npref_beta: 0.2");
+    assert_has(&config(&of(Format::Yaml, &orpo)), json!({ "objective": "orpo", "orpo_lambda": 0.2 }));
+}
+
+#[test]
+fn what_is_wrong_is_named_with_its_line_and_what_would_be_right() {
+    let cases: &[(Format, &str, &[&str])] = &[
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\nnetwork_dimm = 4",
+            &["run:2: `network_dimm`", "did you mean `network_dim`"],
+        ),
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\nnetwork_dim = 'four'",
+            &["run:2", "expected a whole number", "four"],
+        ),
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\n[a]\nseed = 1\n[b]\nseed = 2",
+            &["run:5: `seed`", "line 3"],
+        ),
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\nnetwork_train_unet_only = true\nnetwork_train_text_encoder_only = true",
+            &["run:2", "contradicts network_train_text_encoder_only"],
+        ),
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\nlr_warmup_steps = 10\nlr_scheduler = 'constant'",
+            &["run:2", "constant_with_warmup"],
+        ),
+        (
+            Format::Toml,
+            "pretrained_model_name_or_path = 'b'\nuse_8bit_adam = true\noptimizer_type = 'Lion'",
+            &["contradicts use_8bit_adam"],
+        ),
+        (Format::Toml, "pretrained_model_name_or_path = 'b'\nseed = ", &["run:2: not valid TOML"]),
+        (
+            Format::Yaml,
+            "base_model: b\nadapter: lora\nbatch_size: 3\nmicro_batch_size: 2\ngradient_accumulation_steps: 2",
+            &["run:3: `batch_size`", "contradicts"],
+        ),
+        (
+            Format::Yaml,
+            "base_model: b\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true",
+            &["contradicts load_in_8bit"],
+        ),
+        (
+            Format::Yaml,
+            "model_name_or_path: b\nstage: sft\nbf16: true\nfp16: true",
+            &["run:3: `bf16`", "contradicts fp16"],
+        ),
+        (Format::Json, "{\"training_method\": \"LORA\", \"model_type\":", &["not valid JSON", "run:1"]),
+        (
+            Format::Json,
+            "{\"training_method\": \"EMBEDDING\", \"model_type\": \"STABLE_DIFFUSION_15\"}",
+            &["EMBEDDING is not trained here"],
+        ),
+        (Format::Yaml, "a: 1\nb: 2", &["no configuration of a known trainer", "sd-scripts"]),
+        (Format::Yaml, "base_model: b\nlora_rank: 4\ntrain_data_dir: d", &["a configuration of this program"]),
+        (
+            Format::Yaml,
+            "lora_r: 4\nlora_alpha: 8\nmicro_batch_size: 1",
+            &["3 of its 3 keys are of axolotl (--from axolotl)"],
+        ),
+    ];
+    for (format, text, fragments) in cases {
+        let said = refused(*format, text);
+        for fragment in *fragments {
+            assert!(said.contains(fragment), "`{text}` gives `{said}`, which lacks `{fragment}`");
+        }
+    }
+}
+
+#[test]
+fn every_key_ends_in_exactly_one_list_and_unknown_ones_only_where_that_is_asked_for() {
+    let text = format!("{AXOLOTL}a_key_to_come: 1\n");
+    assert!(refused(Format::Yaml, &text).contains("run:22: `a_key_to_come`"));
+    let options = Options { allow_unknown: true, ..Options::default() };
+    let imported = import(&Source::text("run", Format::Yaml, &text), &options).unwrap();
+    assert!(is_lost(&imported, "a_key_to_come"));
+    // 19 lines, of which datasets has two keys in its place.
+    assert_eq!(imported.keys().len(), 20);
+    let json = serde_json::to_value(&imported).unwrap();
+    let listed =
+        ["taken", "translated", "without_effect", "no_counterpart"].map(|list| json[list].as_array().unwrap().len());
+    assert_eq!(listed.iter().sum::<usize>(), 20);
+    assert_eq!(json["trainer"], "axolotl");
+}
