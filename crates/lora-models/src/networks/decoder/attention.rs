@@ -299,7 +299,8 @@ mod tests {
     #[test]
     fn masks_of_a_window_grow_with_the_tokens_alone() {
         let numbers = |tokens: i64| {
-            let rows = Rows { documents: None, unpadded: None, tokens, kind: Kind::Float, device: Device::Cpu, block: 64 };
+            let rows =
+                Rows { documents: None, unpadded: None, tokens, kind: Kind::Float, device: Device::Cpu, block: 64 };
             let Mask::Blocks(blocks) = rows.mask(Sight { window: Some(32), first: 4 }, false).unwrap() else {
                 panic!("a window is a mask")
             };
