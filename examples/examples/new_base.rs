@@ -66,6 +66,7 @@ fn sizes() -> SyntheticModel {
             shift_factor: 0.0,
             quant_convs: true,
             overflows_in_half: false,
+            statistics: None,
         },
     }
 }

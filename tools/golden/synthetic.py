@@ -11,8 +11,9 @@ Values, each one float32 multiplication away from u (norms' weights: one more ad
 
 | tensor                                   | value                                                       |
 |------------------------------------------|-------------------------------------------------------------|
-| 1-D, name ends in ".weight" (norms)      | 1 + float32(0.1) * u                                        |
-| name ends in ".bias"                     | float32(0.05) * u                                           |
+| 1-D, name ends in ".weight" (norms) or   |                                                             |
+| ".running_var"                           | 1 + float32(0.1) * u                                        |
+| name ends in ".bias" or ".running_mean"  | float32(0.05) * u                                           |
 | all other weights, LoRA down             | float32(sqrt(3 / fan_in)) * u, fan_in = product(shape[1:])  |
 | LoRA up                                  | float32(0.02) * u                                           |
 | inputs (unit variance)                   | float32(sqrt(3)) * u                                        |
@@ -75,9 +76,9 @@ def uniform(name, shape):
 def weight(name, shape):
     """A weight by the rules above."""
     u = uniform(name, shape)
-    if len(shape) == 1 and name.endswith(".weight"):
+    if len(shape) == 1 and name.endswith((".weight", ".running_var")):
         return np.float32(1.0) + np.float32(0.1) * u
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".running_mean")):
         return np.float32(0.05) * u
     return np.float32(math.sqrt(3.0 / math.prod(shape[1:]))) * u
 

@@ -31,7 +31,6 @@ mod targets;
 mod tied;
 
 pub use reduce::{extract, flatten};
-pub(crate) use scales::SCALES;
 use scales::Scales;
 
 use std::collections::BTreeMap;

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, Component, DType, ModulePath, Strength};
 use lora_io::adapter::{self, Format};
-use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
+use lora_io::checkpoint::{Checkpoint, ComponentWeights, Replaced, write_single_file};
+use lora_io::gguf;
 use lora_io::merge::{self, MergeOptions, Weighted};
 use lora_io::safetensors::SafetensorsFile;
 
@@ -47,6 +48,84 @@ fn files_in_both_trees_hold_the_same_weights() {
             assert_eq!(written.get(weight).unwrap().bytes(), original.get(weight).unwrap().bytes(), "{name}: {weight}");
         }
     }
+}
+
+/// The values of a component's weights, in f32.
+fn numbers(weights: &ComponentWeights, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let values = weights.values(name).unwrap();
+    (values.shape().to_vec(), values.to_f32().into_owned())
+}
+
+fn expected(file: &SafetensorsFile, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let values = file.get(name).unwrap().to_host().unwrap();
+    (values.shape().to_vec(), values.to_f32().into_owned())
+}
+
+/// `tools/golden/make_quantised_transformers.py` makes the files, with gguf's own arithmetic.
+#[test]
+fn quantised_transformers_under_their_own_names_hold_what_gguf_reads_out_of_them() {
+    let path = golden("flux_quantised").with_extension("gguf");
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!((checkpoint.family().name, checkpoint.unused().len()), ("flux", 0));
+    let found = checkpoint.component(Component::TRANSFORMER).unwrap();
+    let values = SafetensorsFile::open(golden("flux_quantised")).unwrap();
+    for name in values.names() {
+        assert_eq!(numbers(found, name), expected(&values, name), "{name}");
+    }
+    // Blocks stay blocks: of a part of a fused matrix, and of halves that change places.
+    for (name, blocks) in [
+        ("transformer_blocks.0.attn.to_k.weight", Some("Q8_0")),
+        ("norm_out.linear.weight", Some("Q5_1")),
+        ("context_embedder.weight", None),
+        ("x_embedder.weight", None),
+        ("transformer_blocks.0.attn.norm_q.weight", None),
+    ] {
+        let packed = found.packed(name).unwrap();
+        assert_eq!(packed.as_ref().map(|own| own.kind.to_string()).as_deref(), blocks, "{name}");
+        if let Some(own) = packed {
+            let values = gguf::values(own.kind, &own.bytes).unwrap();
+            assert_eq!((own.shape.to_vec(), values), numbers(found, name), "{name}");
+        }
+    }
+    let mut changed = std::fs::read(&path).unwrap();
+    *changed.last_mut().unwrap() ^= 1;
+    let folder = tempfile::tempdir().unwrap();
+    let other = folder.path().join("other.gguf");
+    std::fs::write(&other, changed).unwrap();
+    let hash = |path| Checkpoint::open(path).unwrap().component(Component::TRANSFORMER).unwrap().sha256().unwrap();
+    assert_ne!(hash(path.as_path()), hash(other.as_path()));
+}
+
+#[test]
+fn an_encoder_under_the_names_of_llama_cpp_is_a_part_of_a_base() {
+    let mut checkpoint = Checkpoint::open(golden("flux")).unwrap();
+    checkpoint.replace(Component::TEXT_ENCODER_2, golden("t5").with_extension("gguf")).unwrap();
+    let found = checkpoint.component(Component::TEXT_ENCODER_2).unwrap();
+    let values = SafetensorsFile::open(golden("t5")).unwrap();
+    assert_eq!(found.names().collect::<Vec<_>>(), values.names().collect::<Vec<_>>());
+    for name in values.names() {
+        assert_eq!(numbers(found, name), expected(&values, name), "{name}");
+    }
+}
+
+#[test]
+fn weights_in_8_bits_are_read_with_their_scales() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(golden("flux_scaled")).unwrap();
+    assert_eq!((checkpoint.unused().len(), checkpoint.unread_scale()), (0, None));
+    let found = checkpoint.component(Component::TRANSFORMER).unwrap();
+    let values = SafetensorsFile::open(golden("flux_scaled_values")).unwrap();
+    assert_eq!(found.names().collect::<Vec<_>>(), values.names().collect::<Vec<_>>());
+    for name in values.names() {
+        assert_eq!(numbers(found, name), expected(&values, name), "{name}");
+    }
+    // What is merged into them is merged into their products.
+    let path = folder.path().join("whole.safetensors");
+    let source = Replaced { checkpoint: &checkpoint, weights: Default::default() };
+    write_single_file(&path, &source, DType::F32, &Default::default()).unwrap();
+    let whole = Checkpoint::open(&path).unwrap();
+    let whole = whole.component(Component::TRANSFORMER).unwrap();
+    values.names().for_each(|name| assert_eq!(numbers(whole, name), numbers(found, name), "{name}"));
 }
 
 /// What a module adds to its layer's weight, `[outputs, inputs]`.

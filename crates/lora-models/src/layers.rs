@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant};
+use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant, WEIGHT_VALUE};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
@@ -15,6 +15,7 @@ use lora_torch::norm::group_norm_silu;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{TchBackend, apply_layer};
 
+use crate::token_rows::TokenRows;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -160,6 +161,8 @@ pub struct AdaptableLayer {
     geometry: LayerGeometry,
     /// The adapters that it carries, each with its strength. In training it is one, at full strength.
     adapters: Vec<(AttachedAdapter, f64)>,
+    /// The path of the embedding whose table it reads the other way round.
+    tied: Option<String>,
 }
 
 impl AdaptableLayer {
@@ -180,15 +183,16 @@ impl AdaptableLayer {
     }
 
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
-    /// rows and makes no others whole. `alone`: nothing else reads it, so that where layers live in host memory it may
-    /// stay there, and the rows alone come to the device.
+    /// rows and makes no others whole. `alone`: nothing else reads it, so that where memory is short (layers are in few
+    /// bytes or live in host memory) it stays in host memory, and the rows alone come to the device. Then a look-up
+    /// cannot be recorded in a CUDA graph: see [`Self::looked_up`].
     ///
     /// # Errors
     /// As of [`AdaptableLayer::new`].
     pub fn embedding(weights: &Weights<'_>, entries: usize, width: usize, alone: bool) -> Result<Self> {
         let own = Self::new(&weights.tables(), LayerGeometry::Embedding { entries, width }, false)?;
         match own.weight {
-            LayerWeight::Frozen(weight) if alone && weights.in_host() => {
+            LayerWeight::Frozen(weight) if alone && (weights.in_host() || weight.is_in_few_bytes()) => {
                 Ok(Self { weight: LayerWeight::Frozen(weight.waiting_in_host()?), ..own })
             }
             weight => Ok(Self { weight, ..own }),
@@ -203,7 +207,45 @@ impl AdaptableLayer {
             LayerWeight::Trained { leaf, kind } => LayerWeight::Trained { leaf: leaf.shallow_clone(), kind: *kind },
         };
         let geometry = LayerGeometry::linear(embedding.geometry.outputs(), embedding.geometry.inputs());
-        Ok(Self { path: path.to_owned(), weight, bias: None, geometry, adapters: Vec::new() })
+        Ok(Self {
+            path: path.to_owned(),
+            weight,
+            bias: None,
+            geometry,
+            adapters: Vec::new(),
+            tied: Some(embedding.path.clone()),
+        })
+    }
+
+    /// The factors of a normalisation, `[features]`: on the device in the compute dtype, however layers are held.
+    ///
+    /// # Errors
+    /// As of [`AdaptableLayer::new`].
+    pub(crate) fn norm(weights: &Weights<'_>, features: usize) -> Result<Self> {
+        Self::new(&weights.plain(), LayerGeometry::Norm { features }, false)
+    }
+
+    /// The factors of a normalisation as they act in a pass: the base's, or those that are trained in their place.
+    pub(crate) fn factors(&self, pass: &Pass) -> Result<Tensor> {
+        let base = || match &self.weight {
+            LayerWeight::Frozen(weight) => Ok(weight.whole()?),
+            LayerWeight::Trained { leaf, .. } => Ok::<_, Error>(leaf.shallow_clone()),
+        };
+        match self.adapters_in(pass) {
+            [] => base(),
+            [(adapter, 1.0)] if adapter.parameters.tensors.contains_key(WEIGHT_VALUE) => {
+                Ok(adapter.parameters.tensors[WEIGHT_VALUE].shallow_clone())
+            }
+            several => {
+                let base = base()?;
+                let mut sum = base.f_to_kind(Kind::Float)?;
+                for (adapter, strength) in several {
+                    let change = adapter.variant.delta_weight(&TchBackend, self, &adapter.parameters)?;
+                    sum = sum.f_add(&change.f_mul_scalar(*strength)?)?;
+                }
+                Ok(sum.f_to_kind(base.kind())?)
+            }
+        }
     }
 
     /// A linear layer whose weight `[outputs, inputs]` and bias are parts of larger tensors. A frozen one is copied, so
@@ -217,6 +259,7 @@ impl AdaptableLayer {
             bias: Some(bias),
             geometry: LayerGeometry::linear(inputs as usize, outputs as usize),
             adapters: Vec::new(),
+            tied: None,
         })
     }
 
@@ -232,12 +275,32 @@ impl AdaptableLayer {
             bias: bias.then(|| weights.tensor("bias", &[geometry.outputs()])).transpose()?,
             geometry,
             adapters: Vec::new(),
+            tied: None,
         })
     }
 
     /// Its dotted path inside its network.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// The path of the embedding whose table it reads the other way round, where it has none of its own.
+    pub fn tied(&self) -> Option<&str> {
+        self.tied.as_deref()
+    }
+
+    /// Rows of an embedding's table in f32, `[numbers, width]`, in host memory.
+    ///
+    /// # Errors
+    /// If a number is not below the table's entries; out of memory.
+    pub fn rows(&self, numbers: &[i64]) -> Result<Tensor> {
+        let places = Tensor::f_from_slice(numbers)?;
+        let rows = match &self.weight {
+            LayerWeight::Frozen(weight) if weight.waits() => weight.embed(&places)?,
+            LayerWeight::Frozen(weight) => weight.embed(&places.f_to_device(self.device())?)?,
+            LayerWeight::Trained { leaf, .. } => leaf.f_index_select(0, &places.f_to_device(self.device())?)?,
+        };
+        Ok(rows.f_detach()?.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?)
     }
 
     /// Its shape.
@@ -304,19 +367,46 @@ impl AdaptableLayer {
     /// # Errors
     /// [`Error::Torch`] where the input does not fit the layer; out of memory.
     pub fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let alone = || self.weight.apply(&self.geometry, input, self.bias.as_ref());
+        self.forward_from(self, input, pass)
+    }
+
+    /// Rows of an embedding's table, where that waits in host memory: `[…, width]` on the device for numbers `[…]` (i64)
+    /// in host memory. `None` where the table is on the device, and a pass looks them up itself.
+    ///
+    /// # Errors
+    /// If a number is not below the table's entries; out of memory.
+    pub(crate) fn looked_up(&self, numbers: &Tensor) -> Result<Option<Tensor>> {
+        match &self.weight {
+            LayerWeight::Frozen(weight) if weight.waits() => Ok(Some(weight.embed(numbers)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// [`Self::forward`] of an embedding whose rows may have been [looked up](Self::looked_up) before.
+    pub(crate) fn forward_looked_up(&self, input: &Tensor, rows: Option<&Tensor>, pass: &Pass) -> Result<Tensor> {
+        match rows {
+            Some(rows) => self.forward_from(&LookedUp { layer: self, rows }, input, pass),
+            None => self.forward(input, pass),
+        }
+    }
+
+    fn forward_from(&self, base: &dyn BaseLayer<TchBackend>, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let alone = || Ok(base.forward(input)?);
         let with = |adapter: &AttachedAdapter| -> Result<Tensor> {
             let dropout = pass.dropout.as_ref().map(|dropout| Dropout {
                 items: dropout.items.iter().map(|item| item.at(&self.path)).collect(),
                 ..*dropout
             });
-            Ok(adapter.variant.forward(&TchBackend, self, &adapter.parameters, input, dropout.as_ref())?)
+            if let Some(trained) = TokenRows::of(&adapter.parameters) {
+                return trained.applied(self.geometry, &base.forward(input)?, input);
+            }
+            Ok(adapter.variant.forward(&TchBackend, base, &adapter.parameters, input, dropout.as_ref())?)
         };
         match self.adapters_in(pass) {
             [] => alone(),
             [(adapter, 1.0)] => with(adapter),
             several => {
-                let base = alone()?;
+                let base: Tensor = alone()?;
                 let mut sum = base.shallow_clone();
                 for (adapter, strength) in several {
                     sum = sum.f_add(&with(adapter)?.f_sub(&base)?.f_mul_scalar(*strength)?)?;
@@ -355,6 +445,35 @@ impl BaseLayer<TchBackend> for AdaptableLayer {
             return Ok(None);
         };
         Ok(Some(weight.apply_low_rank(input, self.bias.as_ref(), down, up, scale)?))
+    }
+}
+
+/// An embedding whose base rows were looked up before the pass.
+struct LookedUp<'l> {
+    layer: &'l AdaptableLayer,
+    rows: &'l Tensor,
+}
+
+impl BaseLayer<TchBackend> for LookedUp<'_> {
+    fn geometry(&self) -> LayerGeometry {
+        self.layer.geometry
+    }
+
+    /// A tensor of its own, which an update may be added into.
+    fn forward(&self, _input: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(if self.layer.learns() {
+            self.rows.f_detach_copy().map_err(lora_torch::Error::from)?
+        } else {
+            self.rows.shallow_clone()
+        })
+    }
+
+    fn weight(&self) -> lora_core::Result<Tensor> {
+        BaseLayer::weight(self.layer)
+    }
+
+    fn bias(&self) -> Option<Tensor> {
+        BaseLayer::bias(self.layer)
     }
 }
 

@@ -6,6 +6,7 @@ mod error;
 pub mod layers;
 pub mod networks;
 pub mod synthetic;
+mod token_rows;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 //! benches and demonstrations, or full-size ones to measure with.
 
 mod flux;
+mod flux2;
 mod folder;
 mod z_image;
 
@@ -14,6 +15,7 @@ use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 pub use self::flux::SyntheticFlux;
+pub use self::flux2::SyntheticFlux2;
 pub use self::z_image::SyntheticZImage;
 use crate::Result;
 use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
@@ -133,6 +135,7 @@ impl SyntheticModel {
             norm_groups: 32,
             scaling_factor: VaeConfig::SCALING_FACTOR,
             shift_factor: 0.0,
+            statistics: None,
             quant_convs: true,
             overflows_in_half: false,
         };

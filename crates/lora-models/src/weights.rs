@@ -357,7 +357,7 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
 
     /// Read from the memory map straight into its final dtype and place; the map's pages are given back at once.
     fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
-        if self.gguf().is_some() {
+        let Some(view) = self.view(name)? else {
             if dry::is_dry(device) {
                 // Nothing is dequantised for nobody.
                 let shape: Vec<i64> = shape.iter().map(|&side| side as i64).collect();
@@ -372,8 +372,7 @@ impl WeightSource for lora_io::checkpoint::ComponentWeights {
                 _ => Kind::Float,
             };
             return Ok(lora_torch::tensor::from_bytes(name, values.bytes(), stored, shape, kind, device)?);
-        }
-        let view = self.tensor(name)?;
+        };
         let stored = match view.dtype() {
             StoredDType::F16 => Kind::Half,
             StoredDType::BF16 => Kind::BFloat16,
@@ -432,9 +431,10 @@ impl SyntheticWeights {
     pub fn values(&self, name: &str, shape: &[usize]) -> HostTensor {
         let full = format!("{}.{name}", self.component);
         let uniform = synthetic_uniform(&full, shape.iter().product());
-        let values: Vec<f32> = if shape.len() == 1 && name.ends_with(".weight") {
+        // Norms' weights, and variances.
+        let values: Vec<f32> = if shape.len() == 1 && (name.ends_with(".weight") || name.ends_with(".running_var")) {
             uniform.map(|u| 1.0 + 0.1 * u).collect()
-        } else if name.ends_with(".bias") {
+        } else if name.ends_with(".bias") || name.ends_with(".running_mean") {
             uniform.map(|u| 0.05 * u).collect()
         } else {
             let fan_in: usize = shape[1..].iter().product();

@@ -13,7 +13,7 @@ use lora_core::{Component, LayerGeometry};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter, Pass};
-use lora_models::networks::decoder::{LossOptions, NO_LABEL, Rows, Sampling};
+use lora_models::networks::decoder::{LookedUp, LossOptions, NO_LABEL, Rows, Sampling};
 use lora_models::networks::{Decoder, DecoderConfig, load_decoder};
 use lora_models::weights::{Frozen, Held, Weights};
 use lora_torch::dry::{DryRun, Platform};
@@ -40,7 +40,8 @@ const FAMILIES: [&str; 12] = [
 ];
 
 /// Those whose adapters' gradients are here.
-const ADAPTED: [&str; 4] = ["llama3", "gemma2", "phi3", "gemma4"];
+const ADAPTED: [&str; 11] =
+    ["llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "phi3", "olmo2", "granite", "gemma4"];
 
 /// Those whose hidden states are.
 const WITH_STATES: [&str; 5] = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"];
@@ -148,7 +149,14 @@ fn logits_of_gpt_oss_are_transformers() {
         let alone = Rows::of(&ids, 0).unwrap();
         let documents = Tensor::from_slice(&[0i64, 1]).repeat_interleave_self_int(24, 0, None).view([1, 48]);
         let positions = alone.positions.repeat([1, 2]);
-        let packed = Rows { tokens: ids.view([1, 48]), positions, documents: Some(documents), noise: None };
+        let packed = Rows {
+            tokens: ids.view([1, 48]),
+            positions,
+            documents: Some(documents),
+            unpadded: None,
+            noise: None,
+            looked_up: LookedUp::default(),
+        };
         for rows in [alone, packed] {
             let hidden = decoder.hidden(&rows, &Pass::default()).unwrap();
             let logits = decoder.logits(&hidden, &Pass::default()).unwrap().view([2, 24, -1]);
@@ -156,6 +164,60 @@ fn logits_of_gpt_oss_are_transformers() {
             assert!(error < 1e-4, "{error:e}");
         }
     });
+}
+
+/// A token after its keys and values sees of them what it sees in a row: its window, and the first of the text.
+#[test]
+fn what_is_written_with_a_window_is_what_rows_with_it_foretell() {
+    for family in ["llama3", "mistral", "gemma2"] {
+        let checkpoint = Reference::of(family).checkpoint();
+        let component = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+        let mut config = DecoderConfig::detect(component).unwrap();
+        config.see_a_window(7, 2);
+        let decoder = Decoder::load(&Weights::new(component, Kind::Float, CPU), config).unwrap();
+        let whole = Reference::of(family).decoder();
+        let prompt: Vec<i64> = (0..12).map(|place| 20 + 3 * place).collect();
+        let written = decoder.generate(&prompt, &Sampling::greedy(16), &mut |_| ControlFlow::Continue(())).unwrap();
+        let all = Tensor::from_slice(&[&prompt[..], &written].concat()).unsqueeze(0);
+        let foretold = |decoder: &Decoder| {
+            no_grad(|| {
+                let hidden = decoder.hidden(&Rows::of(&all, 0).unwrap(), &Pass::default()).unwrap();
+                decoder.logits(&hidden.narrow(1, 11, 16), &Pass::default()).unwrap()
+            })
+        };
+        let (own, others) = (foretold(&decoder), foretold(&whole));
+        assert_eq!(Vec::<i64>::try_from(own.argmax(-1, false).view([-1])).unwrap(), written, "{family}");
+        assert!(worst(&own, &others) > 1e-3, "{family}: a window makes a difference");
+    }
+}
+
+/// Tables in host memory are read before the pass; whatever reads them afterwards computes with these rows alone.
+#[test]
+fn rows_that_were_looked_up_before_the_pass_give_the_same_states() {
+    for family in ["llama3", "gemma4"] {
+        let reference = Reference::of(family);
+        let decoder = reference.decoder();
+        let ids = reference.integers("ids");
+        no_grad(|| {
+            let rows = Rows::of(&ids, 0).unwrap();
+            let plain = decoder.hidden(&rows, &Pass::default()).unwrap();
+            let none = decoder.look_up(&ids).unwrap();
+            assert!(none.tokens.is_none() && none.layer_inputs.is_none(), "on the CPU nothing waits elsewhere");
+            let checkpoint = Checkpoint::open(golden(family).join("model")).unwrap();
+            let weights = checkpoint.component(Component::LANGUAGE_MODEL).unwrap();
+            let of = |name: &str| -> Option<Tensor> {
+                let name = format!("model.{name}.weight");
+                let shape: Vec<i64> = weights.shape(&name)?.iter().map(|&side| side as i64).collect();
+                let table = from_host(&weights.tensor(&name).unwrap().to_host().unwrap(), CPU).unwrap();
+                let rows = table.to_kind(Kind::Float).index_select(0, &ids.view([-1]));
+                Some(rows.view([ids.size()[0], ids.size()[1], shape[1]]))
+            };
+            let looked_up = LookedUp { tokens: of("embed_tokens"), layer_inputs: of("embed_tokens_per_layer") };
+            // The tokens themselves are not read.
+            let rows = Rows { tokens: ids.zeros_like(), looked_up, ..rows };
+            assert_eq!(decoder.hidden(&rows, &Pass::default()).unwrap(), plain, "{family}");
+        });
+    }
 }
 
 /// transformers 5 writes other keys than published files have.
@@ -213,8 +275,14 @@ fn packed(reference: &Reference) -> (Rows, Tensor) {
         documents.extend(filler(left, width - 1));
     }
     let shaped = |values: Vec<i64>| Tensor::from_slice(&values).view([-1, width]);
-    let rows =
-        Rows { tokens: shaped(tokens), positions: shaped(positions), documents: Some(shaped(documents)), noise: None };
+    let rows = Rows {
+        tokens: shaped(tokens),
+        positions: shaped(positions),
+        documents: Some(shaped(documents)),
+        unpadded: None,
+        noise: None,
+        looked_up: LookedUp::default(),
+    };
     (rows, shaped(targets))
 }
 
@@ -541,7 +609,8 @@ fn every_family_runs_on_the_device_without_memory() {
                 let mut leaves = Vec::new();
                 let mut attach = |layer: &mut AdaptableLayer| {
                     let geometry = layer.geometry();
-                    if layer.path().contains("embed_tokens") || layer.path().ends_with("lm_head") {
+                    let is_linear = matches!(geometry, LayerGeometry::Linear { .. });
+                    if !is_linear || layer.path().ends_with("lm_head") {
                         return;
                     }
                     let mut factor = |name: &str, shape: [usize; 2]| {
@@ -557,8 +626,14 @@ fn every_family_runs_on_the_device_without_memory() {
                 decoder.visit_layers(&mut attach).unwrap();
                 let there = |own: &Tensor| own.to_device(run.device());
                 let documents = rows.documents.as_ref().map(there);
-                let rows =
-                    Rows { tokens: there(&rows.tokens), positions: there(&rows.positions), documents, noise: None };
+                let rows = Rows {
+                    tokens: there(&rows.tokens),
+                    positions: there(&rows.positions),
+                    documents,
+                    unpadded: None,
+                    noise: None,
+                    looked_up: LookedUp::default(),
+                };
                 for recompute in [false, true] {
                     let pass = Pass { recompute, ..Pass::default() };
                     let hidden = decoder.hidden(&rows, &pass).unwrap_or_else(|error| panic!("{family}: {error}"));

@@ -4,9 +4,11 @@ mod common;
 
 use common::CPU;
 use common::flow::{CONTEXT, Call, POOLED, matches};
+use lora_core::Component;
+use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::networks::{Flux, FluxConditions, FluxConfig};
-use lora_models::weights::{SyntheticWeights, Weights};
+use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Kind, Tensor, no_grad};
 
 fn network(guidance: bool) -> Flux {
@@ -43,6 +45,33 @@ fn velocities_and_gradients_match_diffusers_and_peft() {
     for (name, guidance) in [("flux_dev", true), ("flux_schnell", false)] {
         matches(name, network(guidance), true, TARGETS, velocity);
     }
+}
+
+/// Blocks of GGUF, parts of fused matrices and exchanged halves among them, beside the numbers that they stand for.
+#[test]
+fn a_transformer_in_blocks_computes_what_its_numbers_do() {
+    let path = "../lora-io/tests/golden/transformers/flux_quantised.gguf";
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let component = checkpoint.component(Component::TRANSFORMER).unwrap();
+    let config = FluxConfig::detect(component).unwrap();
+    let network = |held: Held| {
+        let weights = Weights::new(component, Kind::Float, CPU).held(held);
+        Flux::new(&weights, config.clone()).unwrap()
+    };
+    let given = |name: &str, shape: &[i64]| {
+        let values = synthetic_uniform(name, shape.iter().product::<i64>() as usize);
+        Tensor::from_slice(&values.collect::<Vec<f32>>()).view(shape)
+    };
+    let call = Call {
+        latents: given("latents", &[1, 2, 4, 6]),
+        sigmas: Tensor::from_slice(&[0.7f32]),
+        context: given("context", &[1, 5, 32]),
+        pooled: Some(given("pooled", &[1, 32])),
+    };
+    let told = |held| no_grad(|| velocity(&network(held), &call, &Pass::default()));
+    let (blocks, numbers) = (told(Held::Frozen(Frozen::stored(None))), told(Held::default()));
+    let apart = f64::try_from((&blocks - &numbers).norm() / numbers.norm()).unwrap();
+    assert!(apart < 1e-5, "{apart:e}");
 }
 
 #[test]

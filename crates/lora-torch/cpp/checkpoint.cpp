@@ -4,6 +4,8 @@
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/custom_class.h>
 #include <torch/types.h>
 
@@ -64,6 +66,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
       if (static_cast<int64_t>(input.nbytes()) >= host_from) input = to_host(input);
     }
     context->saved_data["wanted"] = wanted;
+    context->saved_data["host_from"] = host_from;
     context->save_for_backward(kept);
     const torch::Tensor output = (*static_cast<Part *>(part.toCapsule().get()))(plain);
     // What leaves a function must not be a view, which in-place operations outside could not follow.
@@ -77,15 +80,22 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     std::vector<torch::Tensor> inputs;
     inputs.reserve(saved.size());
     const auto wanted = context->saved_data["wanted"].toBoolList();
+    const int64_t host_from = context->saved_data["host_from"].toInt();
     for (size_t i = 0; i < saved.size(); ++i) {
-      const torch::Tensor input = lora::dry::from_host(saved[i].detach(), gradients[0].device());
+      torch::Tensor input = saved[i].detach();
+      if (static_cast<int64_t>(input.nbytes()) >= host_from) input = lora::dry::from_host(input, gradients[0].device());
       inputs.push_back(input.detach().set_requires_grad(wanted[i]));
     }
     {
       torch::AutoGradMode on(true);
       torch::Tensor output = (*static_cast<Part *>(part.get()))(inputs);
-      // Parameters of the part get their gradients here, inputs below.
-      if (output.requires_grad()) torch::autograd::backward({output}, {gradients[0]});
+      // Parameters of the part get their gradients here, inputs below. Nothing reads the output's numbers.
+      if (output.requires_grad()) {
+        const torch::autograd::edge_list roots{torch::autograd::impl::gradient_edge(output)};
+        output.reset();
+        auto &engine = torch::autograd::Engine::get_default_engine();
+        engine.execute(roots, {gradients[0]}, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);
+      }
     }
     torch::autograd::variable_list result;
     result.push_back(torch::Tensor());

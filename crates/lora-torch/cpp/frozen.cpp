@@ -35,13 +35,30 @@ struct Layer : torch::CustomClassHolder {
     }
   }
 
+  // Whether products of tiles go where they belong. On the CPU they are put together: oneDNN is faster on what lies by itself.
+  bool in_place(const at::Tensor &tensor) const { return !convolution && !lora::dry::as_on_cpu(tensor); }
+
   at::Tensor forward(const at::Tensor &input) const {
     std::vector<at::Tensor> parts;
+    at::Tensor all;
     each_tile(input.scalar_type(), [&](const at::Tensor &rows, int64_t start, int64_t count) {
       const auto own_bias = bias.defined() ? std::optional<at::Tensor>(bias.narrow(0, start, count)) : std::nullopt;
+      if (in_place(input) && count < weight.shape[0]) {
+        const at::Tensor of = input.reshape({-1, input.size(-1)});
+        if (!all.defined()) all = at::empty({of.size(0), weight.shape[0]}, of.options());
+        at::Tensor place = all.narrow(1, start, count);
+        if (own_bias) at::addmm_out(place, *own_bias, of, rows.t());
+        else at::mm_out(place, of, rows.t());
+        return;
+      }
       parts.push_back(convolution ? at::conv2d(input, rows, own_bias, stride, padding, 1, groups)
                                   : at::linear(input, rows, own_bias));
     });
+    if (all.defined()) {
+      std::vector<int64_t> sizes = input.sizes().vec();
+      sizes.back() = all.size(1);
+      return at::_unsafe_view(all, sizes);
+    }
     const at::Tensor output = parts.size() == 1 ? parts[0] : at::cat(parts, convolution ? 1 : -1);
     // A product of several axes comes as a view of one of two; what leaves a function must not be one.
     return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
@@ -51,6 +68,10 @@ struct Layer : torch::CustomClassHolder {
     at::Tensor sum;
     each_tile(gradient.scalar_type(), [&](const at::Tensor &rows, int64_t start, int64_t count) {
       const at::Tensor own = gradient.narrow(convolution ? 1 : -1, start, count);
+      if (sum.defined() && in_place(gradient)) {
+        sum.view({-1, sum.size(-1)}).addmm_(own.reshape({-1, count}), rows);
+        return;
+      }
       const at::Tensor part = convolution ? to_input(own, rows, sizes) : own.matmul(rows);
       sum = sum.defined() ? sum.add_(part) : part;
     });
@@ -103,7 +124,9 @@ struct Adapted : torch::autograd::Function<Adapted> {
     at::Tensor hidden = rows.mm(down.t());
     if (scale != 1) hidden.mul_(scale);
     output.addmm_(hidden, up.t());
-    context->save_for_backward({input, down, up, hidden});
+    context->save_for_backward({down, up, hidden});
+    context->saved_data["input"] = input;
+    context->saved_data["sizes"] = input.sizes().vec();
     context->saved_data["layer"] = capsule;
     context->saved_data["scale"] = scale;
     std::vector<int64_t> sizes = input.sizes().vec();
@@ -114,17 +137,24 @@ struct Adapted : torch::autograd::Function<Adapted> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
                                                  torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();
-    const at::Tensor &input = saved[0], &down = saved[1], &up = saved[2], &hidden = saved[3];
+    const at::Tensor &down = saved[0], &up = saved[1], &hidden = saved[2];
     const auto held = context->saved_data["layer"].toCapsule();
     const double scale = context->saved_data["scale"].toDouble();
     const at::Tensor rows = in_rows(gradients[0]);
     at::Tensor inner = rows.mm(up), to_input, to_down, to_up;
     if (scale != 1) inner.mul_(scale);
-    if (context->needs_input_grad(1)) to_down = inner.t().mm(in_rows(input));
+    {
+      // Where no other layer reads it, it is gone before its gradient, which is as large, is made.
+      at::IValue input;
+      std::swap(input, context->saved_data["input"]);
+      TORCH_CHECK(input.isTensor(), "the gradients of a layer with a low-rank update are given once");
+      if (context->needs_input_grad(1)) to_down = inner.t().mm(in_rows(input.toTensor()));
+    }
     if (context->needs_input_grad(2)) to_up = rows.t().mm(hidden);
     if (context->needs_input_grad(0)) {
       to_input = static_cast<Layer *>(held.get())->backward(rows, {});
-      to_input = to_input.addmm_(inner, down).view(input.sizes());
+      // No view, which would hold another tensor: the layer before may write into it.
+      to_input = at::_unsafe_view(to_input.addmm_(inner, down), context->saved_data["sizes"].toIntVector());
     }
     return {to_input, to_down, to_up, torch::Tensor(), torch::Tensor()};
   }

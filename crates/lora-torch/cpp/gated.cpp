@@ -22,6 +22,13 @@ void through(torch::Tensor &gradient, const torch::Tensor &gate, int64_t act) {
   else at::gelu_backward_out(gradient, gradient, gate, act == GELU ? "none" : "tanh");
 }
 
+// Whether nobody else reads a gradient that was given, so that another may take its place: libtorch holds it once, and this
+// function's arguments once more.
+bool is_ours(const torch::Tensor &given) {
+  return given.use_count() <= 2 && given.storage().use_count() == 1 && given.is_non_overlapping_and_dense() &&
+         !given.requires_grad();
+}
+
 struct Gated : torch::autograd::Function<Gated> {
   static torch::Tensor forward(torch::autograd::AutogradContext *context, const torch::Tensor &gate,
                                const torch::Tensor &up, int64_t act) {
@@ -33,14 +40,15 @@ struct Gated : torch::autograd::Function<Gated> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *context,
                                                  torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();
-    const torch::Tensor &gate = saved[0], &up = saved[1], &given = gradients[0];
+    const torch::Tensor &gate = saved[0], &up = saved[1];
+    torch::Tensor &given = gradients[0];
     const int64_t act = context->saved_data["act"].toInt();
     torch::Tensor to_gate, to_up;
+    if (context->needs_input_grad(1)) to_up = activated(gate, act).mul_(given);
     if (context->needs_input_grad(0)) {
-      to_gate = given.mul(up);
+      to_gate = is_ours(given) ? given.mul_(up) : given.mul(up);
       through(to_gate, gate, act);
     }
-    if (context->needs_input_grad(1)) to_up = activated(gate, act).mul_(given);
     return {to_gate, to_up, torch::Tensor()};
   }
 };

@@ -33,9 +33,9 @@ constexpr size_t CONTEXT = 6;
 int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 // Room for two of the largest, so that one is copied while one is in use, and for more of networks of many layers: up to
-// eight of the largest, which are two layers of a language model.
+// six of the largest, which are a language model's layer and half of the next.
 int64_t ring_bytes(int64_t all, int64_t largest) {
-  return std::min(all, std::max(2 * largest, aligned(std::min(all / 8, 8 * largest))));
+  return std::min(all, std::max(2 * largest, aligned(std::min(all / 8, 6 * largest))));
 }
 
 // The order in which weights are used.

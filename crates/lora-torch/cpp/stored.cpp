@@ -17,8 +17,9 @@ namespace lora {
 // weights (118 MiB) would come from the kernel anew each time, and its page faults cost more than all arithmetic of
 // dequantising. Of an f32 weight in one piece oneDNN makes such a copy itself.
 constexpr int64_t TILE = 1 << 21;
-// Elsewhere in tiles of so many, 256 MiB in half precision: more than the layers of most models, a part of a table of words.
-constexpr int64_t DEVICE_TILE = 1 << 27;
+// Elsewhere in tiles of so many, 64 MiB in half precision: as large as the layers of image models; a half of the largest of a
+// language model of 8 billion, a seventh of those of 70.
+constexpr int64_t DEVICE_TILE = 1 << 25;
 
 int64_t tile_of(int64_t outputs, int64_t row, int64_t numbers) {
   if (row * outputs <= numbers) return outputs;

@@ -124,6 +124,15 @@ mod tests {
             }
         }
         let of = |shape: &[i64], kind| Tensor::ones(shape, (kind, Device::Cpu));
+        // The sum's gradient goes to both its terms: what the gate makes of it must not be seen by the other.
+        let [gate, up, other] = [(); 3].map(|()| of(&[2, 3], Kind::Float).set_requires_grad(true));
+        for first in [true, false] {
+            let output = swiglu(&gate, &up).unwrap();
+            let doubled = &other * 2.0;
+            let sum = if first { &output + &doubled } else { &doubled + &output };
+            (sum * 3.0).sum(Kind::Float).backward();
+        }
+        assert_eq!((&other.grad(), &up.grad()), (&(of(&[2, 3], Kind::Float) * 12.0), &(gate.detach().silu() * 6.0)));
         assert!(swiglu(&of(&[2, 3], Kind::Float), &of(&[2, 4], Kind::Float)).is_err());
         assert!(swiglu(&of(&[2, 3], Kind::Float), &of(&[2, 3], Kind::Half)).is_err());
     }

@@ -428,10 +428,18 @@ impl FrozenWeight {
         new_tensor(|output| unsafe { lora_frozen_low_rank(input.as_ptr(), &self.raw(), bias, down, up, scale, output) })
     }
 
+    /// Whether it [waits in host memory](Self::waiting_in_host).
+    pub fn waits(&self) -> bool {
+        self.waits.is_some()
+    }
+
+    /// Whether it is stored in another form than it computes in.
+    pub fn is_in_few_bytes(&self) -> bool {
+        !matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
+    }
+
     fn is_whole(&self) -> bool {
-        self.staged.is_none()
-            && self.waits.is_none()
-            && matches!(&self.stored, Stored::Plain(values) if values.kind() == self.kind)
+        self.staged.is_none() && self.waits.is_none() && !self.is_in_few_bytes()
     }
 
     /// Pointers into `self`.

@@ -54,7 +54,7 @@ impl Drop for Handle {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StagingCounts {
-    /// Bytes of the ring: an eighth of all its weights, and room for two to eight of the largest.
+    /// Bytes of the ring: an eighth of all its weights, and room for two to six of the largest.
     pub ring_bytes: u64,
     /// Copies so far.
     pub copies: u64,

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
-use lora_core::variant::{BIAS_VALUE, BaseLayer, Parameters, Request, Variant, VariantRegistry, WEIGHT_VALUE};
-use lora_core::{Adapter, AdapterModule, HostTensor, ModulePath};
+use lora_core::variant::{
+    BIAS_VALUE, BaseLayer, Parameters, Request, TOKEN_ROWS, TOKENS, Variant, VariantRegistry, WEIGHT_VALUE,
+};
+use lora_core::{Adapter, AdapterModule, HostTensor, LayerGeometry, ModulePath};
 use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
 use lora_torch::tch::{Kind, Tensor};
@@ -37,6 +39,9 @@ pub struct AdapterOptions {
     pub alphas: Patterns,
     /// Biases of its layers are trained too, in the place of the base's.
     pub biases: bool,
+    /// Factors are cast to half precision where a layer computes, instead of once a step for all layers together: no
+    /// copies of all of them are held, nor gradients of copies, for more and smaller kernels.
+    pub cast_where_used: bool,
     /// Seed of its first values.
     pub seed: u64,
 }
@@ -58,6 +63,7 @@ impl AdapterOptions {
             ranks: Patterns::parse(&config.rank_pattern, targets)?,
             alphas: Patterns::parse(&config.alpha_pattern, targets)?,
             biases: Biases::of(config) != Biases::None,
+            cast_where_used: config.gradient_checkpointing,
             seed: config.seed,
         })
     }
@@ -177,7 +183,7 @@ impl TrainableAdapter {
                     let leaf = if variant.is_trained(&name) {
                         let (full, is_up) = (format!("{module}.{name}"), variant.is_up(&name));
                         trained.insert(name.clone(), values.shallow_clone());
-                        if half {
+                        if half && (name == WEIGHT_VALUE || !options.cast_where_used) {
                             list.add_in(layer.kind(), component, full, is_up, &values)?
                         } else {
                             let leaf = values.f_set_requires_grad(true)?;
@@ -226,6 +232,59 @@ impl TrainableAdapter {
                 let (trained, frozen) = (tensors(&leaf), BTreeMap::new());
                 self.modules
                     .insert(module, Attached { variant: variant.clone(), rank: 1, alpha: 1.0, trained, frozen });
+                Ok(())
+            })();
+        })?;
+        result
+    }
+
+    /// Trains the rows of single tokens of an embedding, new or with the values of `from`, and in the head that reads the same
+    /// table.
+    pub(crate) fn attach_tokens(
+        &mut self,
+        network: &mut dyn Adaptable,
+        tokens: &TrainedTokens,
+        variants: &VariantRegistry<TchBackend>,
+        from: Option<&Adapter>,
+        list: &mut ParameterList,
+    ) -> Result<()> {
+        let component = network.component();
+        let variant = variants.get("full")?;
+        let mut result = Ok(());
+        let mut leaves: Option<BTreeMap<String, Tensor>> = None;
+        network.visit_layers(&mut |layer| {
+            let module = ModulePath::new(component, layer.path());
+            if result.is_err() || module != tokens.embedding && layer.tied() != Some(&tokens.embedding.path) {
+                return;
+            }
+            result = (|| {
+                if layer.adapter().is_some() {
+                    return Err(lora_core::Error::Option {
+                        key: "trainable_token_indices",
+                        value: tokens.embedding.path.clone(),
+                        reason: format!(
+                            "`{}` reads the same table and is trained itself; name it in one place",
+                            layer.path()
+                        ),
+                    }
+                    .into());
+                }
+                if leaves.is_none() {
+                    let known = from.and_then(|adapter| adapter.modules.get(&module)?.tensors.get(TOKEN_ROWS).cloned());
+                    let host = known.map_or_else(|| tokens.rows_of(layer), Ok)?;
+                    let rows = from_host(&host, layer.device())?.f_to_kind(Kind::Float)?.f_set_requires_grad(true)?;
+                    list.add(component, format!("{module}.{TOKEN_ROWS}"), false, &rows)?;
+                    let numbers = tokens.numbers()?;
+                    let there = from_host(&numbers, layer.device())?;
+                    let trained = BTreeMap::from([(TOKEN_ROWS.to_owned(), rows.shallow_clone())]);
+                    let frozen = BTreeMap::from([(TOKENS.to_owned(), numbers)]);
+                    let own = Attached { variant: variant.clone(), rank: 1, alpha: 1.0, trained, frozen };
+                    self.modules.insert(module, own);
+                    leaves = Some(BTreeMap::from([(TOKEN_ROWS.to_owned(), rows), (TOKENS.to_owned(), there)]));
+                }
+                let own = leaves.iter().flatten().map(|(name, leaf)| (name.clone(), leaf.shallow_clone()));
+                let parameters = Parameters { tensors: own.collect(), scale: 1.0 };
+                layer.attach(AttachedAdapter { variant: variant.clone(), parameters });
                 Ok(())
             })();
         })?;
@@ -292,6 +351,66 @@ fn first_values(
     variant.shapes(&layer.geometry(), request)?.into_iter().map(zeros).collect()
 }
 
+/// Tokens whose rows of an embedding are trained (PEFT's `trainable_token_indices`).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TrainedTokens {
+    pub(crate) embedding: ModulePath,
+    tokens: Vec<i64>,
+}
+
+impl TrainedTokens {
+    /// Those that a configuration names, of a network with these layers.
+    ///
+    /// # Errors
+    /// What is wrong: there is no embedding of that name, a token is not of its table, or a layer that reads the table is trained
+    /// in another way too.
+    pub(crate) fn of(
+        config: &TrainConfig,
+        layers: &[TargetLayer],
+        others: &[TargetLayer],
+    ) -> std::result::Result<Option<Self>, String> {
+        let Some(names) = config.extra.texts("trainable_token_indices").filter(|names| !names.is_empty()) else {
+            return Ok(None);
+        };
+        let tokens: Vec<i64> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        let is_table = |layer: &&TargetLayer| {
+            matches!(layer.geometry, LayerGeometry::Embedding { .. }) && layer.path.path.ends_with("embed_tokens")
+        };
+        let table = layers.iter().find(is_table).ok_or("the base has no `embed_tokens`")?;
+        let entries = table.geometry.inputs() as i64;
+        if let Some(token) = tokens.iter().find(|token| **token >= entries) {
+            return Err(format!("there is no token {token}: `{}` has {entries} rows", table.path));
+        }
+        if others.iter().any(|other| other.path == table.path) {
+            return Err(format!("`{}` is in target_modules or modules_to_save too; name it in one place", table.path));
+        }
+        Ok(Some(Self { embedding: table.path.clone(), tokens }))
+    }
+
+    fn numbers(&self) -> Result<HostTensor> {
+        Ok(HostTensor::from_f32([self.tokens.len()], self.tokens.iter().map(|&token| token as f32).collect())?)
+    }
+
+    /// The base's rows. In a dry run only their shape matters.
+    fn rows_of(&self, layer: &AdaptableLayer) -> Result<HostTensor> {
+        if dry::is_dry(layer.device()) {
+            return Ok(HostTensor::zeros(vec![self.tokens.len(), layer.geometry().outputs()]));
+        }
+        Ok(to_host(&layer.rows(&self.tokens)?)?)
+    }
+
+    /// Whether an adapter's module holds rows of these tokens.
+    pub(crate) fn are_of(&self, module: &AdapterModule) -> bool {
+        let found = module.tensors.get(TOKENS).map(|numbers| numbers.to_f32());
+        found.is_some_and(|found| found.iter().map(|&number| number as i64).eq(self.tokens.iter().copied()))
+    }
+}
+
+/// The layers that adapters may hang on: all but norms, which are trained whole or not at all.
+pub(crate) fn adaptable(layers: &[TargetLayer]) -> Vec<TargetLayer> {
+    layers.iter().filter(|layer| !matches!(layer.geometry, LayerGeometry::Norm { .. })).cloned().collect()
+}
+
 /// The layers that a configuration adapts, and those that it trains whole, which are not adapted.
 ///
 /// # Errors
@@ -301,7 +420,7 @@ pub(crate) fn chosen(config: &TrainConfig, layers: &[TargetLayer]) -> Result<(Ve
         Some(names) if !names.is_empty() => Targets::parse(names)?.select(layers)?,
         _ => Vec::new(),
     };
-    let mut targets = Targets::parse(&config.target_modules)?.select(layers)?;
+    let mut targets = Targets::parse(&config.target_modules)?.select(&adaptable(layers))?;
     targets.retain(|target| saved.iter().all(|saved| saved.path != target.path));
     Ok((targets, saved))
 }

@@ -1,4 +1,5 @@
-//! Layers and biases that are trained and saved themselves (PEFT's `modules_to_save` and `bias`), against PEFT's own folder, loss and gradients.
+//! Layers, biases and rows of tokens that are trained and saved themselves (PEFT's `modules_to_save`, `bias` and
+//! `trainable_token_indices`), against PEFT's own folder, loss and gradients.
 
 #[path = "common/language.rs"]
 mod common;
@@ -13,16 +14,28 @@ use lora_torch::tensor::to_host;
 use lora_train::Plugins;
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
 
-/// PEFT's folder, what makes the same run of it, its loss, and how many tensors are trained.
-const CASES: [(&str, &str, f64, usize); 2] =
-    [("head_saved", "modules_to_save=lm_head", 6.591544175918978, 9), ("biases", "bias=all", 6.562820761192469, 20)];
+/// PEFT's folder, what makes the same run of it beside its targets, its loss, and how many tensors are trained.
+const CASES: [(&str, &str, &str, f64, usize); 4] = [
+    ("head_saved", "q_proj", "modules_to_save=lm_head", 6.591544175918978, 9),
+    ("biases", "q_proj", "bias=all", 6.562820761192469, 20),
+    ("new_tokens", "q_proj", "trainable_token_indices=[5, 17, 42]", 6.572549102622402, 9),
+    // PEFT's names match ends of names: its `norm` is all of these.
+    (
+        "norms_saved",
+        "v_proj",
+        "modules_to_save=[\"norm\", \"input_layernorm\", \"post_attention_layernorm\"]",
+        6.592233392960759,
+        17,
+    ),
+];
 
 #[test]
 fn the_loss_and_gradients_are_pefts() {
     let folder = workspace();
-    for (name, key, expected, count) in CASES {
+    for (name, targets, key, expected, count) in CASES {
         let init_from = format!("init_from={}", golden(name).display());
-        let keys = [&init_from, key, "target_modules=q_proj", "max_grad_norm=0", "gradient_accumulation_steps=12"];
+        let targets = format!("target_modules={targets}");
+        let keys = [&init_from, key, &targets, "max_grad_norm=0", "gradient_accumulation_steps=12"];
         let mut session = prepare(folder.path(), &keys);
         let found = loss(&mut session);
         assert!((found - expected).abs() < 1e-5, "{name}: {found}");
@@ -32,6 +45,7 @@ fn the_loss_and_gradients_are_pefts() {
         for name in file.names() {
             let own = name.replace("base_model.model.", "").replace(".modules_to_save", "");
             let own = own.replace(".default", "").replace(".base_layer", "");
+            let own = own.replace("token_adapter.trainable_tokens_delta", "weight");
             let apart = distance(&to_host(&found[&own]).unwrap(), &file.get(name).unwrap().to_host().unwrap());
             assert!(apart < 1e-4, "{name}: {apart:e}");
         }
@@ -89,10 +103,36 @@ fn what_is_saved_gives_the_same_loss() {
     assert!(error.contains("init_from") && error.contains("modules_to_save"), "{error}");
 }
 
+/// What is trained changes, all else stays, and the loss of what was saved is that of the run: trained on, and in use.
+#[test]
+fn trained_tokens_and_norms_are_saved_where_peft_has_them() {
+    let folder = workspace();
+    let keys = ["trainable_token_indices=[5, 17]", "modules_to_save=norm", "lora_dropout=0.1"];
+    let mut session = prepare(folder.path(), &keys);
+    steps(&mut session);
+    let after = loss(&mut session);
+    let saved = session.save("voice").unwrap();
+    let config: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(saved.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["trainable_token_indices"], serde_json::json!({ "model.embed_tokens": [5, 17] }));
+    assert_eq!(config["modules_to_save"], serde_json::json!(["model.norm"]));
+    let file = SafetensorsFile::open(saved.join("adapter_model.safetensors")).unwrap();
+    let rows = file.get("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta").unwrap();
+    assert!(rows.shape().len() == 2 && rows.shape()[0] == 2 && file.get("base_model.model.model.norm.weight").is_ok());
+    let init_from = format!("init_from={}", saved.display());
+    let again = loss(&mut prepare(folder.path(), &[&keys[..2], &[&init_from]].concat()));
+    assert!((again - after).abs() < 1e-6, "{after} against {again}");
+    let mut model = TextModelOptions::new(folder.path().join("base"));
+    (model.device, model.adapters) = ("cpu".into(), vec![(saved, 1.0)]);
+    let options = EvaluationOptions::new(golden("chat.jsonl"));
+    let judged = TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap();
+    assert!((judged.loss - after).abs() < 1e-5, "{judged} against {after}");
+}
+
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
     let folder = workspace();
-    let keys = ["modules_to_save=lm_head", "bias=all", "max_train_steps=5"];
+    let keys = ["modules_to_save=norm", "trainable_token_indices=[7]", "bias=all", "max_train_steps=5"];
     let mut whole = prepare(folder.path(), &keys);
     steps(&mut whole);
     let mut session = prepare(folder.path(), &keys);
@@ -109,10 +149,14 @@ fn a_resumed_run_ends_with_the_same_bits() {
 #[test]
 fn half_precision_and_packed_bases_train_too() {
     let folder = workspace();
-    for key in ["precision=bf16", "base_storage=nf4", "gradient_checkpointing=true"] {
-        let keys = ["modules_to_save=[\"lm_head\", \"embed_tokens\"]", "target_modules=q_proj", key];
-        let reports = steps(&mut prepare(folder.path(), &keys));
-        assert!(reports.iter().all(|report| report.gradient_norm.is_some()), "{key}");
+    let ends = ["modules_to_save=[\"lm_head\", \"embed_tokens\"]", "target_modules=q_proj"];
+    let rows = ["modules_to_save=norm", "trainable_token_indices=[5, 17]"];
+    for (own, key) in ["precision=bf16", "base_storage=nf4", "gradient_checkpointing=true"]
+        .into_iter()
+        .flat_map(|key| [(ends, key), (rows, key)])
+    {
+        let reports = steps(&mut prepare(folder.path(), &[&own[..], &[key]].concat()));
+        assert!(reports.iter().all(|report| report.gradient_norm.is_some()), "{own:?} {key}");
     }
 }
 
@@ -130,6 +174,24 @@ fn the_reference_of_dpo_is_the_base() {
 #[test]
 fn what_cannot_be_saved_whole_is_refused() {
     let folder = workspace();
-    let error = refusal(folder.path(), &["modules_to_save=norm"]);
+    let error = refusal(folder.path(), &["modules_to_save=nrom"]);
     assert!(error.contains("modules_to_save") && error.contains("norm"), "{error}");
+    // Norms carry no adapters.
+    let error = refusal(folder.path(), &["target_modules=norm"]);
+    assert!(error.contains("target_modules") && error.contains("norm"), "{error}");
+    let tokens = "trainable_token_indices=[5, 17]";
+    for (keys, said) in [
+        (&["trainable_token_indices=[5, 5]"][..], "each once"),
+        (&["trainable_token_indices=[100000]"], "no token 100000"),
+        (&[tokens, "modules_to_save=embed_tokens"], "one place"),
+        (&[tokens, "modules_to_save=lm_head"], "same table"),
+        (&[tokens, &format!("init_from={}", golden("new_tokens").display()), "target_modules=q_proj"], "other tokens"),
+        (
+            &[&format!("init_from={}", golden("new_tokens").display()), "target_modules=q_proj"],
+            "trainable_token_indices",
+        ),
+    ] {
+        let error = refusal(folder.path(), keys);
+        assert!(error.contains("trainable_token_indices") && error.contains(said), "{keys:?}: {error}");
+    }
 }

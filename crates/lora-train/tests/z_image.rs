@@ -4,122 +4,48 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use lora_core::target::Targets;
-use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use lora_io::adapter;
-use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
-use lora_io::family::{Family, z_image};
+use lora_io::family::z_image;
 use lora_io::safetensors::{SafetensorsFile, write};
-use lora_models::layers::{Adaptable, Pass};
+use lora_models::layers::Pass;
 use lora_models::networks::{ZImage, ZImageCaptions};
-use lora_models::synthetic::{NamedShape, SyntheticModel, SyntheticZImage};
-use lora_models::weights::{SyntheticWeights, Weights, synthetic_uniform};
+use lora_models::synthetic::{SyntheticModel, SyntheticZImage};
+use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_torch::tensor::from_host;
 use lora_train::Plugins;
-use lora_train::optimiser::OptimiserState;
-use lora_train::parameters::ParameterList;
 use lora_train::plan::plan;
-use lora_train::trainable::{AdapterOptions, TrainableAdapter};
-use lora_train::velocity::VelocityLoss;
 
+use common::flow::{QWEN, Trajectory, add_tokenizer, base, single_files, tensor};
 use common::{config, finish, losses, prepare, refusal};
 
-const CPU: Device = Device::Cpu;
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image");
 
 /// Pictures, and a base of Z-Image's kind in a diffusers folder.
 fn workspace() -> tempfile::TempDir {
-    let folder = common::workspace();
-    std::fs::remove_file(folder.path().join("base.safetensors")).unwrap();
-    SyntheticZImage::tiny().write(&base(folder.path()), DType::F32).unwrap();
-    add_tokenizer(&base(folder.path()));
-    folder
-}
-
-fn base(folder: &Path) -> PathBuf {
-    folder.join("base.safetensors")
-}
-
-fn add_tokenizer(base: &Path) {
-    std::fs::create_dir_all(base.join("tokenizer")).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(format!("{GOLDEN}/tokenizer/{file}"), base.join("tokenizer").join(file)).unwrap();
-    }
-}
-
-fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
-    from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
-}
-
-fn given(name: &str, shape: &[usize]) -> Tensor {
-    let scale = 3f64.sqrt() as f32;
-    let values = synthetic_uniform(name, shape.iter().product()).map(|u| scale * u).collect();
-    from_host(&HostTensor::from_f32(shape, values).unwrap(), CPU).unwrap()
+    common::flow::workspace(|folder| SyntheticZImage::tiny().write(folder, DType::F32).unwrap(), QWEN, "tokenizer")
 }
 
 #[test]
 fn twenty_steps_are_those_of_pytorch() {
     let golden = SafetensorsFile::open(format!("{GOLDEN}/expected.safetensors")).unwrap();
     let weights = SyntheticWeights::new("transformer");
-    let mut network =
-        ZImage::new(&Weights::new(&weights, Kind::Float, CPU), SyntheticZImage::tiny().transformer).unwrap();
-    let targets = Targets::parse(&["attention-mlp"]).unwrap().select(&network.adaptable_layers().unwrap()).unwrap();
-    // The golden file's first values: `down` by formula, `up` zero.
-    let mut from = Adapter::default();
-    for target in &targets {
-        let shape = target.geometry.with_outputs(4).weight_shape();
-        let bound = (3.0 / target.geometry.fan_in() as f64).sqrt() as f32;
-        let values = synthetic_uniform(&format!("lora.{}.down", target.path), shape.iter().product());
-        let tensors = BTreeMap::from([
-            ("down".to_owned(), HostTensor::from_f32(shape, values.map(|u| bound * u).collect()).unwrap()),
-            ("up".to_owned(), HostTensor::zeros(target.geometry.pointwise_from(4).weight_shape())),
-        ]);
-        from.modules
-            .insert(target.path.clone(), AdapterModule { variant: "lora".into(), tensors, rank: 4, alpha: 2.0 });
-    }
-    let (mut trained, mut parameters) = (TrainableAdapter::default(), ParameterList::new(OptimiserState::adamw(), 0.0));
-    let options = AdapterOptions::lora(4, 2.0, 0);
-    let variants = VariantRegistry::default();
-    trained.attach(&mut network, &targets, &variants, &options, Some(&from), &mut parameters).unwrap();
-
-    let latents = given("input.train.latents", &[2, 16, 8, 8]);
+    let config = SyntheticZImage::tiny().transformer;
+    let network = ZImage::new(&Weights::new(&weights, Kind::Float, Device::Cpu), config).unwrap();
     let texts = [tensor(&golden, "text.0"), tensor(&golden, "text.2")];
     let lengths: Vec<i64> = texts.iter().map(|text| text.size()[0]).collect();
     let longest = lengths.iter().copied().max().unwrap();
     let states: Vec<Tensor> =
         texts.iter().map(|text| text.constant_pad_nd([0, 0, 0, longest - text.size()[0]])).collect();
     let (states, lengths) = (Tensor::stack(&states, 0), Tensor::from_slice(&lengths));
-    let sigmas = tensor(&golden, "trajectory.sigmas");
-    let expected = golden.get("trajectory.losses").unwrap();
-    let expected = expected.bytes().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
-    for (step, expected) in expected.enumerate() {
-        let noise = given(&format!("input.trajectory.{step}.noise"), &[2, 16, 8, 8]);
-        let levels = Vec::<f64>::try_from(sigmas.get(step as i64).to_kind(Kind::Double)).unwrap();
-        let loss = VelocityLoss::new(&latents, &noise, &levels, &[], None).unwrap();
+    let levels = common::flow::levels(&golden);
+    let run = Trajectory { golden: &golden, last: "trajectory.final", latents: [2, 16, 8, 8], levels: &levels };
+    let trained = run.is_followed(network, |network, noised, levels| {
         let captions = ZImageCaptions { states: &states, lengths: &lengths, ragged: true };
-        let loss =
-            loss.loss(|noised, levels| Ok(network.forward(noised, levels, captions, &Pass::default())?)).unwrap();
-        loss.backward();
-        parameters.settle(&loss.detach(), 1.0, f64::INFINITY).unwrap();
-        parameters.step(|_: Component, _| 1e-3).unwrap();
-        parameters.clear_gradients().unwrap();
-        let found = f64::try_from(&loss).unwrap();
-        assert!((found / expected - 1.0).abs() < 1e-6, "step {step}: {found} {expected}");
-    }
-    let found = trained.export().unwrap();
-    assert_eq!(found.modules.len(), 14);
-    for (path, module) in &found.modules {
-        for (name, own) in &module.tensors {
-            let expected = tensor(&golden, &format!("trajectory.final.lora.{path}.{name}"));
-            let own = from_host(own, CPU).unwrap();
-            let error = f64::try_from((&own - &expected).norm() / expected.norm()).unwrap();
-            assert!(error < 1e-4, "{path} {name}: {error:e}");
-        }
-    }
+        Ok(network.forward(noised, levels, captions, &Pass::default())?)
+    });
+    assert_eq!(trained, 14);
 }
 
 #[test]
@@ -174,61 +100,13 @@ fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
     assert_eq!(losses(folder.path(), &["discrete_flow_shift=3"]), other);
 }
 
-/// The base's components as they are stored, for files of their own.
-struct Parts {
-    checkpoint: Checkpoint,
-    components: Vec<Component>,
-}
-
-impl CheckpointSource for Parts {
-    fn family(&self) -> &'static Family {
-        &z_image::FAMILY
-    }
-
-    fn components(&self) -> Vec<Component> {
-        self.components.clone()
-    }
-
-    fn weights(&self, component: Component) -> Vec<NamedShape> {
-        let weights = self.checkpoint.component(component).unwrap();
-        weights.names().map(|name| (name.to_owned(), weights.shape(name).unwrap().to_vec())).collect()
-    }
-
-    fn values(&self, component: Component, name: &str, _shape: &[usize]) -> lora_io::Result<HostTensor> {
-        self.checkpoint.component(component)?.values(name)
-    }
-}
-
-/// Files as ComfyUI's: the transformer with queries, keys and values in one, text encoder and autoencoder by themselves; and
-/// all in one.
-fn single_files(folder: &Path) -> [PathBuf; 4] {
-    let open = |components: &[Component]| Parts {
-        checkpoint: Checkpoint::open(base(folder)).unwrap(),
-        components: components.to_vec(),
-    };
-    let (text, vae) = (Component::TEXT_ENCODER, Component::VAE);
-    let files = ["z_image", "qwen_3_4b", "ae", "all"].map(|name| folder.join(format!("{name}.safetensors")));
-    write_single_file(&files[0], &open(&[Component::TRANSFORMER]), DType::F32, &BTreeMap::new()).unwrap();
-    write_single_file(&files[3], &open(&[text, vae, Component::TRANSFORMER]), DType::F32, &BTreeMap::new()).unwrap();
-    for (file, component, prefix) in
-        [(&files[1], text, "text_encoders.qwen3_4b.transformer."), (&files[2], vae, "vae.")]
-    {
-        let whole = folder.join("part.safetensors");
-        write_single_file(&whole, &open(&[component]), DType::F32, &BTreeMap::new()).unwrap();
-        let stored = SafetensorsFile::open(&whole).unwrap();
-        let bare = |name: &str| {
-            let tensor = stored.get(name).unwrap().to_host().unwrap();
-            (name.strip_prefix(prefix).unwrap().to_owned(), tensor)
-        };
-        write(file, &stored.names().map(bare).collect::<BTreeMap<_, _>>(), &BTreeMap::new()).unwrap();
-    }
-    files
-}
+/// Parts that are published as files of their own, and their prefixes in files of all.
+const PARTS: [(&str, &str); 2] = [("qwen_3_4b", "text_encoders.qwen3_4b.transformer."), ("ae", "vae.")];
 
 #[test]
 fn files_of_every_layout_are_the_same_base() {
     let folder = workspace();
-    let [transformer, text, vae, all] = single_files(folder.path()).map(|file| file.display().to_string());
+    let [transformer, text, vae, all] = single_files(folder.path(), &PARTS).try_into().unwrap();
     assert!(SafetensorsFile::open(&transformer).unwrap().contains("layers.0.attention.qkv.weight"));
     let expected = losses(folder.path(), &[]);
     let tokenizer = format!("tokenizer={}", base(folder.path()).join("tokenizer").display());
@@ -248,7 +126,7 @@ fn files_of_every_layout_are_the_same_base() {
 #[test]
 fn what_is_missing_or_of_another_family_is_named_with_the_key_that_helps() {
     let folder = workspace();
-    let [transformer, text, vae, _] = single_files(folder.path()).map(|file| file.display().to_string());
+    let [transformer, text, vae, _] = single_files(folder.path(), &PARTS).try_into().unwrap();
     let base_model = format!("base_model={transformer}");
     let (text, vae) = (format!("text_encoder={text}"), format!("vae={vae}"));
     let says = |keys: &[&str], words: &[&str]| {
@@ -330,35 +208,11 @@ fn a_run_goes_on_from_its_own_file_and_from_fused_ones() {
     assert_eq!(common::trained(folder.path(), &keys).1.len(), 2);
 }
 
-/// A plan at the published model's sizes, in GiB, batch 1, rank 16, with samples.
-fn planned(side: usize, keys: &[&str]) -> f64 {
-    let folder = tempfile::tempdir().unwrap();
-    let base = folder.path().join("base");
-    SyntheticZImage::full().write_headers(&base).unwrap();
-    add_tokenizer(&base);
-    let (resolution, sample) = (format!("max_resolution={side}"), format!("sample_resolution={side}"));
-    let own = [
-        &format!("base_model={}", base.display()),
-        "lora_rank=16",
-        &resolution,
-        "precision=bf16",
-        "target_modules=attention-mlp",
-        "gradient_checkpointing=true",
-        "base_storage=nf4",
-        "device=cuda",
-        "sample_prompts=a",
-        &sample,
-        "vram_budget=100GiB",
-    ];
-    let plan = plan(&config(workspace().path(), &[&own[..], keys].concat()), &Plugins::default()).unwrap();
-    for phase in &plan.as_configured.phases {
-        println!("{side} {keys:?} {:?}: {:.2} GiB", phase.phase, phase.parts.total() as f64 / f64::from(1 << 30));
-    }
-    plan.as_configured.peak() as f64 / f64::from(1 << 30)
-}
-
 #[test]
 fn the_published_model_fits_small_cards() {
+    let (folder, workspace) = (tempfile::tempdir().unwrap(), workspace());
+    SyntheticZImage::full().write_headers(folder.path()).unwrap();
+    add_tokenizer(folder.path(), QWEN, "tokenizer");
     for (side, keys, most) in [
         (512, &[][..], 5.05),
         (512, &["optimizer=adamw8bit"], 4.9),
@@ -368,8 +222,7 @@ fn the_published_model_fits_small_cards() {
         (1024, &["vae_tiling=true", "cpu_offload_checkpointing=true"], 5.5),
         (512, &["offload_base=true", "vae_tiling=true"], 3.5),
     ] {
-        let found = planned(side, keys);
-        println!("{side} {keys:?}: {found:.2} GiB");
+        let found = common::flow::planned(workspace.path(), folder.path(), side, keys);
         assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
     }
 }

@@ -20,7 +20,7 @@ KEPT = ["ids", "labels", "nll_per_token", "long.ids", "generation.prompt", "gene
 STATES = ["logits_rows", "hidden_first_layer", "hidden_last"]
 WITH_STATES = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"]
 INFO = ["loss", "packing", "generation", "losses", "tokens_per_record", "training"]
-GRADIENTS = ["llama3", "gemma2", "phi3", "gemma4"]
+GRADIENTS = ["llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "phi3", "olmo2", "granite", "gemma4"]
 TIED = ["embed_lora", "head_lora"]
 GGUF = ["llama3.mixed.gguf", "qwen3.q8_0.gguf"]
 

@@ -61,6 +61,11 @@ impl<B: Backend> Variant<B> for Full {
         (1, 1.0)
     }
 
+    /// Not the numbers of tokens.
+    fn is_trained(&self, tensor: &str) -> bool {
+        tensor != TOKENS
+    }
+
     fn changes(&self, tensors: &BTreeMap<String, HostTensor>) -> Changes {
         let has_bias = tensors.contains_key("bias") || tensors.contains_key(BIAS_VALUE);
         let bias = if has_bias { BiasChange::Always } else { BiasChange::Never };

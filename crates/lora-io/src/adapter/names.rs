@@ -131,8 +131,15 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
     if name.starts_with("text_model.") || name.starts_with("encoder.layers.") && name.contains("self_attn") {
         return ModulePath::new(Component::TEXT_ENCODER, with_text_model(name));
     }
-    let causal = ["model.layers.", "model.embed_tokens", "lm_head", "transformer.h.", "model.language_model."];
-    if causal.iter().any(|start| name.starts_with(start)) {
+    let causal = [
+        "model.layers.",
+        "model.embed_tokens",
+        "model.per_layer_",
+        "lm_head",
+        "transformer.h.",
+        "model.language_model.",
+    ];
+    if name == "model.norm" || causal.iter().any(|start| name.starts_with(start)) {
         return ModulePath::new(Component::LANGUAGE_MODEL, name);
     }
     ModulePath::new(Component::MODEL, name)
@@ -227,6 +234,10 @@ mod tests {
         assert_eq!(from_dotted("text_encoder.encoder.layers.0.mlp.fc1"), text);
         let language = from_dotted("base_model.model.model.layers.3.self_attn.q_proj");
         assert_eq!(language, ModulePath::new(Component::LANGUAGE_MODEL, "model.layers.3.self_attn.q_proj"));
+        assert_eq!(
+            from_dotted("base_model.model.model.norm"),
+            ModulePath::new(Component::LANGUAGE_MODEL, "model.norm")
+        );
     }
 
     #[test]

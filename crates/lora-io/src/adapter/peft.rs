@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
+use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, TOKENS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use regex::Regex;
 use serde_json::{Map, Value, json};
@@ -384,7 +384,7 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
     for (path, module) in &adapter.modules {
         let refused = |reason: String| Error::Module { module: path.to_string(), reason };
         super::whole(&path.to_string(), module)?;
-        let saved = is_saved_whole(module) || is_bias_alone(module);
+        let saved = is_saved_whole(module) || is_bias_alone(module) || tokens_of(module).is_some();
         if !saved && !["lora", "dora"].contains(&module.variant.as_str()) || module.tensors.contains_key("mid") {
             return Err(refused(format!(
                 "PEFT folders are written for LoRA and DoRA, this is {}; flatten it to a plain LoRA first",
@@ -394,7 +394,7 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
         if path.component == Component::MODEL && !path.path.contains('.') {
             return Err(refused("its name has underscores for dots, which PEFT does not know".into()));
         }
-        for (name, tensor) in &module.tensors {
+        for (name, tensor) in module.tensors.iter().filter(|(name, _)| *name != TOKENS) {
             let suffix = match name.as_str() {
                 "down" => "lora_A.weight",
                 "up" => "lora_B.weight",
@@ -402,6 +402,7 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
                 "embedding_up" => "lora_embedding_B",
                 "magnitude" => "lora_magnitude_vector",
                 WEIGHT_VALUE => "weight",
+                TOKEN_ROWS => "token_adapter.trainable_tokens_delta",
                 BIAS_VALUE if module.variant == WHOLE => "bias",
                 BIAS_VALUE => "base_layer.bias",
                 other => return Err(refused(format!("PEFT has no form of its tensor `{other}`"))),
@@ -428,6 +429,12 @@ fn is_saved_whole(module: &AdapterModule) -> bool {
     module.variant == WHOLE && module.tensors.contains_key(WEIGHT_VALUE)
 }
 
+/// The numbers of the tokens whose rows a module holds in the place of the base's.
+fn tokens_of(module: &AdapterModule) -> Option<Vec<u32>> {
+    let numbers = module.tensors.get(TOKENS).filter(|_| module.tensors.contains_key(TOKEN_ROWS))?;
+    Some(numbers.to_f32().iter().map(|&number| number as u32).collect())
+}
+
 /// Whether a module is a layer without an adapter whose bias is trained.
 fn is_bias_alone(module: &AdapterModule) -> bool {
     module.variant == WHOLE && module.tensors.keys().all(|name| name == BIAS_VALUE)
@@ -439,6 +446,8 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
         all.modules.clone().into_iter().partition(|(_, module)| module.variant == WHOLE);
     let saved: Vec<&String> =
         beside.iter().filter(|(_, module)| is_saved_whole(module)).map(|(path, _)| &path.path).collect();
+    let tokens: Map<String, Value> =
+        beside.iter().filter_map(|(path, module)| Some((path.path.clone(), json!(tokens_of(module)?)))).collect();
     let bias =
         match (beside.values().any(is_bias_alone), adapted.values().any(|own| own.tensors.contains_key(BIAS_VALUE))) {
             (true, _) => "all",
@@ -485,6 +494,7 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
         "rank_pattern": ranks,
         "revision": null,
         "target_modules": targets(adapter),
+        "trainable_token_indices": if tokens.is_empty() { Value::Null } else { json!(tokens) },
         "task_type": if language { json!("CAUSAL_LM") } else { Value::Null },
         "use_dora": dora,
         "use_rslora": false,

@@ -7,16 +7,16 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, Group, refused, shapes};
+use super::file::WeightFile;
+use super::{Checkpoint, Group, refused};
 use crate::error::listed;
 use crate::family::{BaseNames, Family, language};
-use crate::safetensors::SafetensorsFile;
 use crate::{Error, Result};
 
 /// The files of a component's folder.
 struct Folder {
     name: &'static str,
-    files: Vec<Arc<SafetensorsFile>>,
+    files: Vec<Arc<WeightFile>>,
 }
 
 /// The names of the folders that components of these families have.
@@ -37,7 +37,7 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
     }
     let mut names = BaseNames::default();
     for folder in &folders {
-        folder.files.iter().for_each(|file| names.add(Some(folder.name), shapes(file)));
+        folder.files.iter().for_each(|file| names.add(Some(folder.name), file.shapes()));
     }
     let Some(family) = Family::of_base(&names, families) else {
         let files: Vec<_> = folders.iter().flat_map(|folder| folder.files.iter().cloned()).collect();
@@ -48,13 +48,14 @@ pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoi
         let Some((component, own)) = family.in_folder(folder.name) else { continue };
         let at = path.join(folder.name);
         for file in &folder.files {
-            let tensors = file.names().map(|name| (name, name)).collect();
+            let tensors = file.names().into_iter().map(|name| (name, name)).collect();
             checkpoint.add(&at, file, &Group::new(component, own.tree, tensors))?;
         }
         checkpoint.set_config(component, crate::json::read(at.join("config.json"))?);
     }
-    let scheduler = path.join("scheduler").join("scheduler_config.json");
-    checkpoint.scheduler = scheduler.exists().then(|| crate::json::read(&scheduler)).transpose()?;
+    let read = |file: PathBuf| file.exists().then(|| crate::json::read(&file)).transpose();
+    checkpoint.scheduler = read(path.join("scheduler").join("scheduler_config.json"))?;
+    checkpoint.index = read(path.join("model_index.json"))?;
     checkpoint.complete()
 }
 
@@ -83,15 +84,15 @@ fn without_components(path: &Path, families: &[&'static Family]) -> Result<Check
     }
     let files = open_files(path)?;
     let mut names = BaseNames::default();
-    files.iter().for_each(|file| names.add(None, shapes(file)));
+    files.iter().for_each(|file| names.add(None, file.shapes()));
     match Family::of_base(&names, families) {
         Some(family) if *family == language::FAMILY => super::language::open_folder(path, &files),
         other => Err(refused(path, other.ok_or(families), &names, &files)),
     }
 }
 
-pub(super) fn open_files(folder: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
-    weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(SafetensorsFile::open(file)?))).collect()
+pub(super) fn open_files(folder: &Path) -> Result<Vec<Arc<WeightFile>>> {
+    weight_files(folder)?.into_iter().map(|file| Ok(Arc::new(WeightFile::open(&file)?))).collect()
 }
 
 /// The weight files of a folder: one file, or the shards of an index.

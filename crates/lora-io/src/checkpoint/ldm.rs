@@ -3,36 +3,35 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Checkpoint, Group, refused, shapes};
+use super::file::WeightFile;
+use super::{Checkpoint, Group, refused};
 use crate::Result;
 use crate::family::tree::Depths;
 use crate::family::{BaseNames, Family};
-use crate::safetensors::SafetensorsFile;
 
-pub(super) fn open(path: &Path, families: &[&'static Family]) -> Result<Checkpoint> {
-    let file = Arc::new(SafetensorsFile::open(path)?);
+pub(super) fn open(path: &Path, file: Arc<WeightFile>, families: &[&'static Family]) -> Result<Checkpoint> {
     let mut names = BaseNames::default();
-    names.add(None, shapes(&file));
+    names.add(None, file.shapes());
     let family = match Family::of_base(&names, families) {
         Some(family) if family.opens_single_file() => family,
         other => return Err(refused(path, other.ok_or(families), &names, &[Arc::clone(&file)])),
     };
     let mut checkpoint = Checkpoint::new(path, family);
-    checkpoint.metadata = file.metadata().clone();
+    checkpoint.metadata = file.metadata();
     // A name without a dot may be a weight of its own.
     let is_weight = |name: &str| {
         let place = family.in_single_file(name);
         place.is_some_and(|(_, names, bare)| names.tree.weights(bare, &Depths::default()).is_some())
     };
     let is_known = |name: &&str| !is_no_weight(name) || !name.contains('.') && is_weight(name);
-    let known: Vec<&str> = file.names().filter(is_known).collect();
+    let known: Vec<&str> = file.names().into_iter().filter(is_known).collect();
     for group in groups(family, &known).iter().filter(|group| !group.tensors.is_empty()) {
         checkpoint.add(path, &file, group)?;
     }
     let strange = known.iter().filter(|name| family.in_single_file(name).is_none());
     checkpoint.unused.extend(strange.map(|name| (*name).to_owned()));
     checkpoint.unused.sort();
-    let marks = shapes(&file).filter(|(name, _)| !name.contains('.'));
+    let marks = file.shapes().filter(|(name, _)| !name.contains('.'));
     checkpoint.marks = marks.map(|(name, shape)| (name.to_owned(), shape.contains(&0))).collect();
     checkpoint.complete()
 }

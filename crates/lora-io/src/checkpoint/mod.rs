@@ -5,11 +5,13 @@
 //! |---|---|
 //! | `ldm` | reading the original layout: one file with a prefix for each component |
 //! | `diffusers` | reading a folder with a folder for each component |
+//! | `file` | a file of weights: safetensors, or GGUF under the same names |
 //! | `language` | reading a language model: a folder of its own, or one GGUF file |
 //! | `part` | a component from elsewhere |
 //! | `write` | writing the original layout |
 
 mod diffusers;
+mod file;
 mod language;
 mod ldm;
 mod part;
@@ -18,20 +20,21 @@ mod write;
 pub(crate) use ldm::groups;
 pub use write::{CheckpointSource, Replaced, write_single_file};
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use lora_core::{Component, HostTensor};
+use lora_core::{Component, DType, HostTensor};
 use sha2::{Digest, Sha256};
 
 use crate::family::tree::{Depths, Piece, Share, Tree};
 use crate::family::{BaseNames, FAMILIES, Family, describe};
 use crate::gguf::{GgufFile, LanguageModel, Packed};
-use crate::merge::SCALES;
-use crate::safetensors::{SafetensorsFile, TensorView};
+use crate::safetensors::TensorView;
 use crate::{Error, Result};
+use file::WeightFile;
 
 /// An open checkpoint of a known family.
 #[derive(Debug)]
@@ -40,6 +43,7 @@ pub struct Checkpoint {
     family: &'static Family,
     components: BTreeMap<Component, ComponentWeights>,
     scheduler: Option<serde_json::Value>,
+    index: Option<serde_json::Value>,
     metadata: BTreeMap<String, String>,
     /// Names of tensors outside all components, and whether they have no elements.
     marks: BTreeMap<String, bool>,
@@ -51,10 +55,10 @@ pub struct Checkpoint {
 #[derive(Debug)]
 pub struct ComponentWeights {
     path: PathBuf,
-    files: Vec<Arc<SafetensorsFile>>,
+    files: Vec<Arc<WeightFile>>,
     /// Weights of the files.
     entries: BTreeMap<String, Place>,
-    /// Or a file that holds all of them under other names, and quantised.
+    /// Or a language model's file that holds all of them under llama.cpp's names, and quantised.
     gguf: Option<LanguageModel>,
     config: Option<serde_json::Value>,
 }
@@ -119,10 +123,13 @@ impl Checkpoint {
         let kind = fs::metadata(path).map_err(Error::io(path, "open the base model"))?;
         if kind.is_dir() {
             diffusers::open(path, families)
-        } else if language::is_gguf(path, families)? {
-            language::open_gguf(path)
         } else {
-            ldm::open(path, families)
+            let file = WeightFile::open(path)?;
+            match file {
+                // Image models are passed on as GGUF under their own names.
+                WeightFile::Gguf(..) if language::is_one(&file, families) => language::open_gguf(path),
+                file => ldm::open(path, Arc::new(file), families),
+            }
         }
     }
 
@@ -132,6 +139,7 @@ impl Checkpoint {
             family,
             components: BTreeMap::new(),
             scheduler: None,
+            index: None,
             metadata: BTreeMap::new(),
             marks: BTreeMap::new(),
             unused: Vec::new(),
@@ -167,6 +175,11 @@ impl Checkpoint {
         self.scheduler.as_ref()
     }
 
+    /// `model_index.json` of a diffusers folder, which describes its pipeline.
+    pub fn index(&self) -> Option<&serde_json::Value> {
+        self.index.as_ref()
+    }
+
     /// The header's free text of a single file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -183,16 +196,14 @@ impl Checkpoint {
         &self.unused
     }
 
-    /// The first tensor that weights in 8 bits have to be multiplied by, where there are such: the weights are not to be read
-    /// without them.
-    pub fn scale(&self) -> Option<&str> {
-        let weights = self.components.values().flat_map(ComponentWeights::names);
-        let mut names = self.unused.iter().map(String::as_str).chain(weights);
-        names.find(|name| name.rsplit('.').next().is_some_and(|last| SCALES.contains(&last)))
+    /// The first tensor that says how weights of few bits are scaled and that nothing here applies: the weights are not to be
+    /// read without it.
+    pub fn unread_scale(&self) -> Option<&str> {
+        self.components.values().flat_map(|weights| &weights.files).find_map(|file| file.unread_scale())
     }
 
     /// Takes a component's weights out of a file.
-    fn add(&mut self, at: &Path, file: &Arc<SafetensorsFile>, group: &Group<'_>) -> Result<()> {
+    fn add(&mut self, at: &Path, file: &Arc<WeightFile>, group: &Group<'_>) -> Result<()> {
         let own = self.components.entry(group.component).or_insert_with(|| ComponentWeights::new(at));
         for (stored, weights) in group.used_weights() {
             match weights {
@@ -227,23 +238,19 @@ fn refused(
     path: &Path,
     family: Result<&Family, &[&'static Family]>,
     names: &BaseNames<'_>,
-    files: &[Arc<SafetensorsFile>],
+    files: &[Arc<WeightFile>],
 ) -> Error {
     let found = match family {
         Ok(family) => format!(
             "{family}, whose networks are not opened from this layout; adapters for it are merged, converted and checked"
         ),
         Err(families) => {
-            let views = files.iter().flat_map(|file| file.names().filter_map(|name| file.get(name).ok()));
-            describe(names, &views.map(|view| view.dtype().name()).collect(), families)
+            let types = files.iter().flat_map(|file| file.names().into_iter().filter_map(|name| file.type_name(name)));
+            let types: BTreeSet<String> = types.collect();
+            describe(names, &types.iter().map(String::as_str).collect(), families)
         }
     };
     Error::Family { path: path.to_owned(), found }
-}
-
-/// The names and shapes of a file's tensors.
-fn shapes(file: &SafetensorsFile) -> impl Iterator<Item = (&str, &[usize])> {
-    file.names().map(|name| (name, file.shape(name).unwrap_or_default()))
 }
 
 impl Place {
@@ -276,7 +283,7 @@ impl ComponentWeights {
         Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), gguf: None, config: None }
     }
 
-    fn add(&mut self, file: &Arc<SafetensorsFile>, stored: &str, canonical: String, piece: Piece) -> Result<()> {
+    fn add(&mut self, file: &Arc<WeightFile>, stored: &str, canonical: String, piece: Piece) -> Result<()> {
         let index = match self.files.iter().position(|known| Arc::ptr_eq(known, file)) {
             Some(index) => index,
             None => {
@@ -333,64 +340,124 @@ impl ComponentWeights {
         }
     }
 
-    /// The GGUF file that holds the weights, with the tokenizer in its header; `None` for safetensors.
+    /// The language model's GGUF file that holds the weights, with the tokenizer in its header; `None` for all others.
     pub fn gguf(&self) -> Option<&GgufFile> {
         self.gguf.as_ref().map(LanguageModel::file)
     }
 
-    /// A weight's values, copied: F32, F16 and BF16 as they are, quantised ones in f32.
+    /// A weight's values, copied: F32, F16 and BF16 as they are, quantised ones and those with a scale in f32.
     ///
     /// # Errors
     ///
     /// If there is no such weight, or its element type is not read here.
     pub fn values(&self, name: &str) -> Result<HostTensor> {
-        match &self.gguf {
-            Some(model) => model.tensor(name),
-            None => self.tensor(name)?.to_host(),
+        if let Some(model) = &self.gguf {
+            return model.tensor(name);
         }
+        let (file, place) = self.place(name)?;
+        if let Some(view) = self.view(name)? {
+            return view.to_host();
+        }
+        let wrong = |error: lora_core::Error| Error::tensor(file.path(), &place.stored, error.to_string());
+        let all = file.shape(&place.stored).and_then(|shape| shape.first().copied()).unwrap_or(1);
+        let values = match place.piece {
+            Piece::Rows(share) => file.rows(&place.stored, share.rows(all))?,
+            _ => file.rows(&place.stored, None)?,
+        };
+        let values = match place.piece {
+            Piece::Swapped => halves_exchanged(&values).map_err(wrong)?,
+            Piece::Transposed => {
+                let numbers = HostTensor::from_f32(values.shape(), values.to_f32().into_owned()).map_err(wrong)?;
+                let turned = transposed(numbers.bytes(), numbers.shape());
+                let turned = turned.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+                HostTensor::from_f32(place.shape.as_slice(), turned).map_err(wrong)?
+            }
+            _ => values,
+        };
+        values.reshape(place.shape.as_slice()).map_err(wrong)
     }
 
-    /// A quantised matrix of a GGUF file as it is stored, its rows in Hugging Face's order; `None` for all others.
+    /// A quantised matrix of a GGUF file as it is stored, its rows in the model's order; `None` for all others.
     ///
     /// # Errors
     ///
     /// As [`Self::values`].
     pub fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
-        self.gguf.as_ref().map_or(Ok(None), |model| model.packed(name))
+        if let Some(model) = &self.gguf {
+            return model.packed(name);
+        }
+        let Ok((file, place)) = self.place(name) else { return Ok(None) };
+        let (Some((kind, bytes)), [_, inputs]) = (file.blocks(&place.stored)?, place.shape.as_slice()) else {
+            return Ok(None);
+        };
+        // Rows are whole blocks, as long as they are as wide as they lie in the file.
+        if kind.block().0 == 1 || !inputs.is_multiple_of(kind.block().0) {
+            return Ok(None);
+        }
+        let bytes = match place.piece {
+            Piece::All | Piece::Pointwise => Cow::Borrowed(bytes),
+            Piece::Rows(Share { first, count, of }) => {
+                let part = bytes.len() / of;
+                Cow::Borrowed(&bytes[first * part..(first + count) * part])
+            }
+            Piece::Swapped => Cow::Owned(swapped(bytes)),
+            Piece::Transposed => return Ok(None),
+        };
+        Ok(Some(Packed { bytes, kind, shape: &place.shape }))
     }
 
-    /// The same with its rows in the file's order: for whom sizes are enough, as nothing is read.
+    /// The same with its rows in any order: for whom sizes are enough, as nothing is read.
     ///
     /// # Errors
     ///
     /// As [`Self::values`].
     pub fn packed_as_stored(&self, name: &str) -> Result<Option<Packed<'_>>> {
-        self.gguf.as_ref().map_or(Ok(None), |model| model.packed_as_stored(name))
+        match &self.gguf {
+            Some(model) => model.packed_as_stored(name),
+            None => self.packed(name),
+        }
     }
 
     /// A weight in the memory map of a safetensors file. One that lies there in another order is copied when it is first
-    /// asked for.
+    /// asked for. `None` in GGUF and for a weight with a scale, which have [`Self::values`] and no view.
     ///
     /// # Errors
     ///
-    /// If there is no such weight, or the weights are in GGUF, which has no views of them.
-    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let missing =
-            if self.gguf.is_some() { "is in GGUF, where weights have values and no view" } else { "is missing" };
-        let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, missing))?;
-        let view = self.files[place.file].get(&place.stored)?;
-        match place.piece {
-            Piece::All | Piece::Pointwise => Ok(view.with_shape(&place.shape)),
-            Piece::Rows(share) => Ok(view.part(share, &place.shape)),
+    /// If there is no such weight.
+    pub fn view(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        if self.gguf.is_some() {
+            return Ok(None);
+        }
+        let (file, place) = self.place(name)?;
+        let Some(view) = file.view(&place.stored)? else { return Ok(None) };
+        Ok(Some(match place.piece {
+            Piece::All | Piece::Pointwise => view.with_shape(&place.shape),
+            Piece::Rows(share) => view.part(share, &place.shape),
             Piece::Transposed => {
                 let bytes = place.rearranged.get_or_init(|| transposed(view.bytes(), view.shape()));
-                Ok(view.with_bytes(bytes, &place.shape))
+                view.with_bytes(bytes, &place.shape)
             }
             Piece::Swapped => {
                 let bytes = place.rearranged.get_or_init(|| swapped(view.bytes()));
-                Ok(view.with_bytes(bytes, &place.shape))
+                view.with_bytes(bytes, &place.shape)
             }
-        }
+        }))
+    }
+
+    /// The same where a view is all that is asked for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::view`], and where there is none.
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
+        let none = || Error::tensor(&self.path, name, "is in GGUF or has a scale: it has values and no view");
+        self.view(name)?.ok_or_else(none)
+    }
+
+    /// The file of a weight, and its place there.
+    fn place(&self, name: &str) -> Result<(&WeightFile, &Place)> {
+        let place = self.entries.get(name).ok_or_else(|| Error::tensor(&self.path, name, "is missing"))?;
+        Ok((&self.files[place.file], place))
     }
 
     /// SHA-256 of all weights with their names and shapes: what caches of this component's outputs are kept apart by.
@@ -407,9 +474,15 @@ impl ComponentWeights {
                 model.release(name);
                 continue;
             }
-            let tensor = self.tensor(name)?;
-            hash.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()));
-            hash.update(tensor.bytes());
+            if let Some(tensor) = self.view(name)? {
+                hash.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()));
+                hash.update(tensor.bytes());
+                continue;
+            }
+            let (file, place) = self.place(name)?;
+            let (kind, parts) = file.stored(&place.stored)?;
+            hash.update(format!("{name} {kind} {:?} {:?}\n", place.shape, place.piece));
+            parts.into_iter().for_each(|bytes| hash.update(bytes));
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
@@ -424,7 +497,7 @@ impl ComponentWeights {
                 Piece::Rows(share) => share,
                 _ => Share::one(0, 1),
             };
-            self.files[place.file].release_part(&place.stored, share);
+            self.files[place.file].release(&place.stored, share);
         }
     }
 }
@@ -433,6 +506,17 @@ impl ComponentWeights {
 fn swapped(bytes: &[u8]) -> Vec<u8> {
     let (first, second) = bytes.split_at(bytes.len() / 2);
     [second, first].concat()
+}
+
+/// A tensor with the second half of its rows before the first, in its number type.
+fn halves_exchanged(values: &HostTensor) -> Result<HostTensor, lora_core::Error> {
+    let numbers = values.to_f32();
+    let (first, second) = numbers.split_at(numbers.len() / 2);
+    let exchanged = HostTensor::from_f32(values.shape(), [second, first].concat())?;
+    Ok(match values.dtype() {
+        DType::F32 => exchanged,
+        dtype => exchanged.to_dtype(dtype),
+    })
 }
 
 /// The bytes of a matrix of a shape with rows and columns exchanged.

@@ -5,14 +5,16 @@ use std::sync::Arc;
 
 use lora_core::Component;
 
-use super::{Checkpoint, ComponentWeights, Group, diffusers, shapes};
+use super::file::WeightFile;
+use super::{Checkpoint, ComponentWeights, Group, diffusers};
+use crate::family::tree::InGguf;
 use crate::family::{BaseNames, ComponentNames, FAMILIES, Family, Names};
-use crate::safetensors::SafetensorsFile;
+use crate::gguf::LanguageModel;
 use crate::{Error, Result};
 
 impl Checkpoint {
     /// Takes a component's weights from elsewhere: one file in the original layout, with the prefix that the component has in
-    /// single files or without, or in diffusers' layout; a folder with the component's files and its `config.json`; or a whole
+    /// single files or without, or in diffusers' layout; one GGUF file as llama.cpp makes it; a folder with the component's files and its `config.json`; or a whole
     /// base of the same family.
     ///
     /// # Errors
@@ -52,23 +54,38 @@ fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>>
         weights.config = Some(crate::json::read(path.join("config.json"))?);
         return Ok(Some(weights));
     }
-    let file = Arc::new(SafetensorsFile::open(path)?);
+    let file = Arc::new(WeightFile::open(path)?);
+    let mut refused = None;
+    if matches!(*file, WeightFile::Gguf(..)) {
+        match names.folder.or(names.single_file).and_then(|own| own.tree.in_gguf()) {
+            Some(InGguf::LanguageModel) => {
+                let model = LanguageModel::open(path)?;
+                weights.config = Some(model.config()?);
+                weights.gguf = Some(model);
+                return Ok(Some(weights));
+            }
+            Some(InGguf::Tree(tree)) => match add(&mut weights, &file, names.component, Names { place: "", tree }) {
+                Ok(()) => return Ok(Some(weights)),
+                Err(error) => refused = Some(error),
+            },
+            None => {}
+        }
+    }
     let mut all = BaseNames::default();
-    all.add(None, shapes(&file));
+    all.add(None, file.shapes());
     // A whole base has this component beside others.
     if Family::of_base(&all, &FAMILIES).is_some_and(|family| family.image) {
         return Ok(None);
     }
     let prefix = names.single_file.map(|own| own.place).unwrap_or_default();
-    let has_prefix = file.names().any(|name| name.starts_with(prefix));
-    if has_prefix && !file.names().all(|name| name.starts_with(prefix)) {
+    let has_prefix = file.names().into_iter().any(|name| name.starts_with(prefix));
+    if has_prefix && !file.names().into_iter().all(|name| name.starts_with(prefix)) {
         return Ok(None);
     }
     let layouts = [
         names.single_file.map(|own| if has_prefix { own } else { Names { place: "", ..own } }),
         names.folder.map(|own| Names { place: "", ..own }),
     ];
-    let mut refused = None;
     for layout in layouts.into_iter().flatten() {
         let mut weights = ComponentWeights::new(path);
         match add(&mut weights, &file, names.component, layout) {
@@ -81,8 +98,8 @@ fn open(path: &Path, names: &ComponentNames) -> Result<Option<ComponentWeights>>
 }
 
 /// Adds the tensors of a file under a layout's names.
-fn add(weights: &mut ComponentWeights, file: &Arc<SafetensorsFile>, component: Component, layout: Names) -> Result<()> {
-    let tensors = file.names().filter_map(|name| Some((name, name.strip_prefix(layout.place)?)));
+fn add(weights: &mut ComponentWeights, file: &Arc<WeightFile>, component: Component, layout: Names) -> Result<()> {
+    let tensors = file.names().into_iter().filter_map(|name| Some((name, name.strip_prefix(layout.place)?)));
     let group = Group::new(component, layout.tree, tensors.collect());
     for (stored, pieces) in group.weights() {
         let Some(pieces) = pieces else {

@@ -4,9 +4,8 @@
 use lora_core::Component;
 
 use super::adapter::Signs;
-use super::sd3::{LACKING, TRANSFORMER, VAE};
-use super::tree::flux2::{FLUX2, WORDS};
-use super::tree::ldm::LdmVae;
+use super::sd3::{LACKING, TRANSFORMER};
+use super::tree::flux2::{DiffusersFlux2Vae, FLUX2, Flux2Vae, WORDS};
 use super::tree::{Depths, LanguageEncoder, flux};
 use super::{ComponentNames, Family, KohyaNames, Labels, Names};
 
@@ -23,7 +22,12 @@ pub static FAMILY: Family = Family {
             single_file: Some(Names { place: "text_encoders.qwen3_4b.transformer.", tree: &LanguageEncoder }),
             ..LACKING
         },
-        ComponentNames { single_file: Some(Names { place: "vae.", tree: &LdmVae }), ..VAE },
+        ComponentNames {
+            component: Component::VAE,
+            folder: Some(Names { place: "vae", tree: &DiffusersFlux2Vae }),
+            single_file: Some(Names { place: "vae.", tree: &Flux2Vae }),
+            ..LACKING
+        },
         ComponentNames {
             single_file: Some(Names { place: "", tree: &FLUX2 }),
             kohya: Some(KohyaNames { prefix: "lora_unet", tree: Some((&FLUX2, DEPTHS)) }),

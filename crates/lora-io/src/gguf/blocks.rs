@@ -62,7 +62,7 @@ impl TensorType {
     }
 
     /// The numbers of whole blocks: F32, F16 and BF16 as they are, the others in f32.
-    pub(super) fn decode(self, bytes: &[u8]) -> HostData {
+    pub(crate) fn decode(self, bytes: &[u8]) -> HostData {
         match self {
             TensorType::F32 => HostData::F32(each(bytes, f32::from_le_bytes)),
             TensorType::F16 => HostData::F16(each(bytes, f16::from_le_bytes)),

@@ -1,7 +1,5 @@
-//! Weights of 8 bits with scales beside them: which tensor scales which, and the numbers that the two make.
-//!
-//! A scale belongs to a tensor, to a row (an output), or to a block of rows and columns (DeepSeek's and Qwen's 128 × 128;
-//! `weight_block_size` in the configuration says otherwise). All are factors, `weight_scale_inv` too, in spite of its name.
+//! Weights of 8 bits with scales beside them, in one file or in shards: which tensor scales which. What the two make is
+//! [`crate::safetensors::scale`]'s; `weight_block_size` in the configuration says how large blocks are.
 //!
 //! Where weights are written in another type, their scales and what else was stored for arithmetic in 8 bits are not.
 
@@ -10,15 +8,10 @@ use std::collections::BTreeMap;
 use lora_core::{DType, HostTensor};
 
 use super::folder::Base;
-use super::numbers::{is_float, is_readable, to_f32};
+use super::numbers::{is_float, is_readable};
 use crate::safetensors::SafetensorsFile;
+use crate::safetensors::scale::{self, Factors, OTHERS, SCALES};
 use crate::{Error, Result};
-
-/// What the names of scales end with, after the name of the module.
-pub(crate) const SCALES: &[&str] = &["scale_weight", "weight_scale", "weight_scale_inv"];
-
-/// What else belongs to arithmetic in 8 bits: scales of inputs and marks of a file.
-const OTHERS: &[&str] = &["input_scale", "scale_input", "scaled_fp8"];
 
 /// Keys of a configuration that say how weights are stored.
 pub(super) const KEYS: &[&str] = &["quantization_config", "compression_config"];
@@ -39,16 +32,17 @@ impl Scales {
         let (mut by_weight, mut unread) = (BTreeMap::new(), false);
         for (index, file) in base.files.iter().enumerate() {
             for name in file.names() {
-                let Some(module) = name.strip_suffix(".weight") else { continue };
+                if !name.ends_with(".weight") {
+                    continue;
+                }
                 let Ok(view) = file.get(name) else { continue };
                 if is_float(view.dtype()) || !is_readable(view.dtype()) {
                     unread |= !is_float(view.dtype());
                     continue;
                 }
-                let scales = SCALES.iter().map(|end| format!("{module}.{end}"));
                 // In the same file, or behind the border between two shards.
                 let place = |scale: &String| if file.contains(scale) { Some(index) } else { named(scale) };
-                if let Some(found) = scales.into_iter().find_map(|scale| Some((place(&scale)?, scale))) {
+                if let Some(found) = scale::candidates(name).find_map(|scale| Some((place(&scale)?, scale))) {
                     by_weight.insert((index, name.to_owned()), found);
                 }
             }
@@ -85,29 +79,8 @@ impl Scales {
     ) -> Result<()> {
         let Some((place, scale)) = self.by_weight.get(&(index, name.to_owned())) else { return Ok(()) };
         let file = &base.files[*place];
-        let wrong = |reason: String| Error::tensor(file.path(), scale, reason);
-        let view = file.get(scale)?;
-        if !is_float(view.dtype()) {
-            return Err(wrong(format!("is a scale of type {}; expected F32, F16 or BF16", view.dtype())));
-        }
-        let factors = to_f32(view.dtype(), view.bytes());
-        if let [factor] = factors[..] {
-            values.iter_mut().for_each(|value| *value *= factor);
-            return Ok(());
-        }
-        let (&[outputs, inputs], &[down, ..]) = (shape, view.shape()) else {
-            return Err(wrong(format!("scales {:?} of a weight {shape:?} are not read", view.shape())));
-        };
-        let across = factors.len() / down.max(1);
-        let [block_rows, block_columns] = self.block.map_or([None; 2], |block| block.map(Some));
-        let sides = side(outputs, down, block_rows).zip(side(inputs, across, block_columns));
-        let (tall, wide) =
-            sides.ok_or_else(|| wrong(format!("scales {:?} do not fit a weight {shape:?}", view.shape())))?;
-        for (row, values) in rows.zip(values.chunks_mut(inputs.max(1))) {
-            let factors = &factors[row / tall * across..][..across];
-            values.iter_mut().enumerate().for_each(|(column, value)| *value *= factors[column / wide]);
-        }
-        Ok(())
+        scale::multiply(values, rows, shape, &Factors::read(&file.get(scale)?)?, self.block)
+            .map_err(|reason| Error::tensor(file.path(), scale, reason))
     }
 
     /// A whole tensor, or some rows of it, in f32.
@@ -131,19 +104,5 @@ impl Scales {
             *first = rows.len();
         }
         HostTensor::from_f32(shape, values).map_err(|error| Error::tensor(file.path(), name, error.to_string()))
-    }
-}
-
-/// How many rows or columns share a scale, where an axis of `length` has `count` of them.
-fn side(length: usize, count: usize, block: Option<usize>) -> Option<usize> {
-    const USUAL: usize = 128;
-    let fits = |block: &usize| *block > 0 && length.div_ceil(*block) == count;
-    match count {
-        0 => None,
-        1 => Some(length.max(1)),
-        _ if count == length => Some(1),
-        _ => {
-            block.into_iter().chain([USUAL]).find(fits).or_else(|| length.is_multiple_of(count).then(|| length / count))
-        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod float8;
 mod reader;
+pub(crate) mod scale;
 mod writer;
 
 pub(crate) use float8::{from_e4m3, from_e5m2};

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -213,6 +214,17 @@ impl<'f> TensorView<'f> {
     pub(crate) fn with_shape(self, shape: &'f [usize]) -> Self {
         debug_assert_eq!(self.shape.iter().product::<usize>(), shape.iter().product::<usize>());
         Self { shape, ..self }
+    }
+
+    /// Some of its rows, in their shape.
+    pub(super) fn rows(self, rows: &Range<usize>, shape: &'f [usize]) -> Self {
+        let row = self.bytes.len() / self.shape.first().map_or(1, |all| (*all).max(1));
+        Self { bytes: &self.bytes[rows.start * row..rows.end * row], shape, ..self }
+    }
+
+    /// The file.
+    pub(super) fn path(&self) -> &'f Path {
+        self.path
     }
 
     /// A share of its rows, in the share's shape.

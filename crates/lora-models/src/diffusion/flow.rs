@@ -142,6 +142,18 @@ pub fn levels(steps: usize, factor: f64) -> Result<Vec<f64>> {
     Ok(even.map(|level| Shift::Factor(factor).moved(level, 0)).chain([0.0]).collect())
 }
 
+/// The factor that FLUX.2's noise levels are moved by for a picture of so many tokens in so many steps, as its authors measured
+/// it: fewer steps stay longer near noise.
+pub fn flux2_factor(tokens: usize, steps: usize) -> f64 {
+    let tokens = tokens as f64;
+    let at_200 = 0.000_169_27 * tokens + 0.456_666_66;
+    if tokens > 4300.0 {
+        return at_200.exp();
+    }
+    let at_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
+    (at_200 + (steps as f64 - 200.0) * (at_200 - at_10) / 190.0).exp()
+}
+
 /// Data from noise by Euler's method through [`levels`]. `velocity` is asked for the velocity of a mixture at a level.
 ///
 /// # Errors

@@ -6,8 +6,8 @@ use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Device, Kind};
 
 use super::{
-    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, FluxConfig, Sd3, Sd3Config, T5Config, T5Encoder, Unet,
-    UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, Flux2, Flux2Config, FluxConfig, Sd3, Sd3Config,
+    T5Config, T5Encoder, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
 };
 use crate::Result;
 use crate::weights::{Held, Weights};
@@ -66,6 +66,15 @@ pub fn load_flux(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held
     Flux::new(&Weights::new(component, kind, device).held(held), FluxConfig::detect(component)?)
 }
 
+/// FLUX.2's transformer.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_flux2(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Flux2> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    Flux2::new(&Weights::new(component, kind, device).held(held), Flux2Config::detect(component)?)
+}
+
 /// Stable Diffusion 3's transformer.
 ///
 /// # Errors
@@ -91,14 +100,15 @@ pub fn load_t5(
     Ok(encoder.of(component))
 }
 
-/// A language model that reads captions: without a head. A file without a `config.json` is Qwen3's, whose sizes its shapes
-/// show.
+/// A language model that reads captions: without a head, and without the layers behind the states that are read: `read`
+/// says of a model of so many layers how many are before each of these. A file without a `config.json` is Qwen3's, whose sizes its shapes show.
 ///
 /// # Errors
 /// As of [`load_text_encoder`].
 pub fn load_caption_decoder(
     checkpoint: &Checkpoint,
     component: Component,
+    read: impl FnOnce(usize) -> Vec<usize>,
     kind: Kind,
     device: Device,
     held: Held,
@@ -110,5 +120,8 @@ pub fn load_caption_decoder(
     };
     // Nothing reads its answers; so the head is the embedding's table, which is there once.
     config.tied = true;
+    // One layer stays behind them: states behind the last one are normed.
+    let depth = read(config.layers.len()).into_iter().max().unwrap_or(0) + 1;
+    config.layers.truncate(depth);
     Decoder::load(&Weights::new(weights, kind, device).held(held), config)
 }

@@ -1,8 +1,8 @@
 //! The KL autoencoder between pictures and latents (diffusers' `AutoencoderKL`). Frozen; it carries no adapters.
 
 use lora_core::{Component, LayerGeometry};
-use lora_io::checkpoint::Checkpoint;
-use lora_io::family::sdxl;
+use lora_io::checkpoint::{Checkpoint, ComponentWeights};
+use lora_io::family::{flux2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 use serde_json::Value;
 
@@ -28,10 +28,61 @@ pub struct VaeConfig {
     pub scaling_factor: f64,
     /// What is taken from them before.
     pub shift_factor: f64,
+    /// Instead of both: what each channel is moved and scaled by.
+    pub statistics: Option<LatentStatistics>,
     /// Whether a 1×1 convolution stands between the encoder and its moments, and another before the decoder.
     pub quant_convs: bool,
     /// Whether activations leave the range of fp16, as those of SDXL's published weights do.
     pub overflows_in_half: bool,
+}
+
+/// Means and standard deviations of latents: of each channel, or of each channel at each place of small squares.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentStatistics {
+    /// Side of the squares; 1 where a channel's latents are alike everywhere.
+    pub side: usize,
+    /// Means by channel, row and column: `channels · side²` of them.
+    pub means: Vec<f32>,
+    /// Standard deviations, as many.
+    pub deviations: Vec<f32>,
+}
+
+impl LatentStatistics {
+    /// What batch norms add to a variance under the root, where no file says it.
+    const EPSILON: f64 = 1e-4;
+
+    /// Those of an autoencoder whose latents pass a batch norm in squares of 2 by 2, FLUX.2's.
+    fn of_batch_norm(component: &ComponentWeights, channels: usize) -> Result<Self> {
+        let count = 4 * channels;
+        let of = |name: &str| -> Result<Vec<f32>> {
+            match component.shape(name) {
+                Some(shape) if shape == [count] => Ok(component.values(name)?.to_f32().into_owned()),
+                found => {
+                    let reason =
+                        format!("`{name}` has the shape {found:?}; expected [{count}], of latents' statistics");
+                    Err(config::wrong(component, reason))
+                }
+            }
+        };
+        let epsilon = config::real(component, "batch_norm_eps")?.unwrap_or(Self::EPSILON);
+        let deviation = |variance: f32| (f64::from(variance) + epsilon).sqrt() as f32;
+        let deviations: Vec<f32> = of("bn.running_var")?.into_iter().map(deviation).collect();
+        if deviations.iter().any(|deviation| !(*deviation > 0.0)) {
+            return Err(config::wrong(component, "`bn.running_var` has numbers that are no variances".into()));
+        }
+        Ok(Self { side: 2, means: of("bn.running_mean")?, deviations })
+    }
+
+    /// Means and deviations laid out for latents `[batch, channels, height, width]`: `[channels, height, width]`.
+    fn laid_out(&self, latents: &Tensor) -> Result<[Tensor; 2]> {
+        let side = self.side as i64;
+        let (_, _, height, width) = latents.size4()?;
+        let of = |numbers: &[f32]| -> Result<Tensor> {
+            let squares = Tensor::f_from_slice(numbers)?.f_view([-1, side, side])?;
+            Ok(squares.f_repeat([1, height / side, width / side])?.f_to_device(latents.device())?)
+        };
+        Ok([of(&self.means)?, of(&self.deviations)?])
+    }
 }
 
 impl VaeConfig {
@@ -42,8 +93,12 @@ impl VaeConfig {
     pub const SDXL_SCALING_FACTOR: f64 = 0.13025;
 
     /// Channels, factor and shift of the families whose autoencoder has others than Stable Diffusion's, as published.
-    const PUBLISHED: &[(&str, (usize, f64, f64))] =
-        &[("flux", (16, 0.3611, 0.1159)), ("z_image", (16, 0.3611, 0.1159)), ("sd3", (16, 1.5305, 0.0609))];
+    const PUBLISHED: &[(&str, (usize, f64, f64))] = &[
+        ("flux", (16, 0.3611, 0.1159)),
+        ("z_image", (16, 0.3611, 0.1159)),
+        ("sd3", (16, 1.5305, 0.0609)),
+        ("flux2", (32, 1.0, 0.0)),
+    ];
 
     /// Read off a checkpoint's autoencoder: sizes from names and shapes; norm groups, scaling factor and whether fp16 is enough
     /// (`force_upcast`) from its `config.json`, where there is one, or else as the family's published autoencoder has them.
@@ -72,8 +127,10 @@ impl VaeConfig {
             );
             return Err(config::wrong(component, reason));
         }
+        let is_flux2 = *checkpoint.family() == flux2::FAMILY;
         Ok(Self {
             latent_channels,
+            statistics: is_flux2.then(|| LatentStatistics::of_batch_norm(component, latent_channels)).transpose()?,
             channels: (0..levels).map(|level| dimension(component, &resnet(level), 0)).collect::<Result<_>>()?,
             layers_per_block: count(&|layer| format!("encoder.down_blocks.0.resnets.{layer}.conv1.weight")),
             norm_groups: config::number(component, "norm_num_groups")?.unwrap_or(32),
@@ -89,11 +146,16 @@ impl VaeConfig {
         1 << (self.channels.len() - 1)
     }
 
-    /// Latents of the autoencoder as a network sees them, `(latents - shift) · factor`.
+    /// Latents of the autoencoder `[batch, channels, height, width]` as a network sees them: `(latents - shift) · factor`, or
+    /// `(latents - mean) / deviation`.
     ///
     /// # Errors
-    /// Where memory runs out.
+    /// Where sides are no multiples of the statistics' squares, and where memory runs out.
     pub fn normalised(&self, latents: &Tensor) -> Result<Tensor> {
+        if let Some(statistics) = &self.statistics {
+            let [means, deviations] = statistics.laid_out(latents)?;
+            return Ok(latents.f_sub(&means)?.f_div(&deviations)?);
+        }
         let shifted = if self.shift_factor == 0.0 { latents } else { &latents.f_sub_scalar(self.shift_factor)? };
         Ok(shifted.f_mul_scalar(self.scaling_factor)?)
     }
@@ -101,8 +163,12 @@ impl VaeConfig {
     /// The way back.
     ///
     /// # Errors
-    /// Where memory runs out.
+    /// As of [`Self::normalised`].
     pub fn denormalised(&self, latents: &Tensor) -> Result<Tensor> {
+        if let Some(statistics) = &self.statistics {
+            let [means, deviations] = statistics.laid_out(latents)?;
+            return Ok(latents.f_mul(&deviations)?.f_add(&means)?);
+        }
         let scaled = latents.f_div_scalar(self.scaling_factor)?;
         Ok(if self.shift_factor == 0.0 { scaled } else { scaled.f_add_scalar(self.shift_factor)? })
     }

@@ -3,14 +3,13 @@
 use std::path::Path;
 
 use lora_core::{Component, DType};
-use lora_torch::tch::{Device, Kind};
 use serde_json::json;
 
-use super::folder::Part;
+use super::folder::{Part, asked, flux_vae};
 use crate::Result;
 use crate::layers::head_width;
-use crate::networks::{ClipConfig, ClipTextEncoder, Flux, FluxConfig, T5Config, T5Encoder, Vae, VaeConfig};
-use crate::weights::{ShapesOnly, SyntheticWeights, Weights};
+use crate::networks::{ClipConfig, ClipTextEncoder, Flux, FluxConfig, T5Config, T5Encoder, VaeConfig};
+use crate::weights::SyntheticWeights;
 
 /// The sizes of a model of FLUX.1's kind: a transformer, CLIP-L and T5, which read captions, an autoencoder of 16 channels.
 #[derive(Debug, Clone)]
@@ -70,52 +69,30 @@ impl SyntheticFlux {
             exact_gelu: false,
             projection: None,
         };
-        let vae = VaeConfig {
-            latent_channels: 16,
-            channels,
-            layers_per_block: 2,
-            norm_groups: 32,
-            scaling_factor: 0.3611,
-            shift_factor: 0.1159,
-            quant_convs: false,
-            overflows_in_half: false,
-        };
         let transformer = FluxConfig { context: t5.width, pooled: width, ..transformer };
-        Self { text_encoder, text_encoder_2: t5, transformer, vae }
+        Self { text_encoder, text_encoder_2: t5, transformer, vae: flux_vae(channels) }
     }
 
     fn parts(&self) -> Result<Vec<Part>> {
         let synthetic = SyntheticWeights::new("flux");
-        let asked = |build: &dyn Fn(&Weights<'_>) -> Result<()>| -> Result<_> {
-            let shapes = ShapesOnly::new(&synthetic);
-            build(&Weights::new(&shapes, Kind::Float, Device::Cpu))?;
-            Ok(shapes.asked())
-        };
         let Self { text_encoder, text_encoder_2, transformer, vae } = self;
         Ok(vec![
             Part {
                 component: Component::TEXT_ENCODER,
                 config: json!({ "num_attention_heads": text_encoder.heads, "hidden_act": "quick_gelu" }),
-                weights: asked(&|weights| ClipTextEncoder::new(weights, *text_encoder).map(drop))?,
+                weights: asked(&synthetic, |weights| ClipTextEncoder::new(weights, *text_encoder).map(drop))?,
             },
             Part {
                 component: Component::TEXT_ENCODER_2,
                 config: json!({ "relative_attention_max_distance": text_encoder_2.max_distance }),
-                weights: asked(&|weights| T5Encoder::new(weights, *text_encoder_2).map(drop))?,
+                weights: asked(&synthetic, |weights| T5Encoder::new(weights, *text_encoder_2).map(drop))?,
             },
             Part {
                 component: Component::TRANSFORMER,
                 config: json!({ "_class_name": "FluxTransformer2DModel", "axes_dims_rope": transformer.axes }),
-                weights: asked(&|weights| Flux::new(weights, transformer.clone()).map(drop))?,
+                weights: asked(&synthetic, |weights| Flux::new(weights, transformer.clone()).map(drop))?,
             },
-            Part {
-                component: Component::VAE,
-                config: json!({
-                    "_class_name": "AutoencoderKL", "norm_num_groups": vae.norm_groups,
-                    "scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor,
-                }),
-                weights: asked(&|weights| Vae::new(weights, vae.clone()).map(drop))?,
-            },
+            Part::vae(vae)?,
         ])
     }
 

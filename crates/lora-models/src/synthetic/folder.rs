@@ -1,15 +1,17 @@
-//! A diffusers folder of components with made-up weights, or with none.
+//! A diffusers folder of components with made-up weights, or with none; and components that several kinds of model have.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use lora_core::{Component, DType, HostTensor};
 use lora_io::safetensors::write;
-use serde_json::Value;
+use lora_torch::tch::{Device, Kind};
+use serde_json::{Value, json};
 
-use super::{NamedShape, write_header};
+use super::{NamedShape, WithoutBiases, write_header};
 use crate::Result;
-use crate::weights::SyntheticWeights;
+use crate::networks::{Decoder, DecoderConfig, Vae, VaeConfig};
+use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
 /// A component: its `config.json`, and names and shapes of its weights.
 pub(super) struct Part {
@@ -18,7 +20,65 @@ pub(super) struct Part {
     pub(super) weights: Vec<NamedShape>,
 }
 
+/// Names and shapes of the weights that a network asks a source for.
+pub(super) fn asked(
+    source: &dyn WeightSource,
+    build: impl FnOnce(&Weights<'_>) -> Result<()>,
+) -> Result<Vec<NamedShape>> {
+    let shapes = ShapesOnly::new(source);
+    build(&Weights::new(&shapes, Kind::Float, Device::Cpu))?;
+    Ok(shapes.asked())
+}
+
+/// The `config.json` of a Qwen3 model of these sizes.
+pub(super) fn qwen3(width: usize, [vocabulary, inner, layers, heads, kv_heads, head]: [usize; 6]) -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": width,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000, "tie_word_embeddings": true,
+    })
+}
+
+/// The sizes of FLUX.1's autoencoder with so many channels at its levels.
+pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
+    VaeConfig {
+        latent_channels: 16,
+        channels,
+        layers_per_block: 2,
+        norm_groups: 32,
+        scaling_factor: 0.3611,
+        shift_factor: 0.1159,
+        statistics: None,
+        quant_convs: false,
+        overflows_in_half: false,
+    }
+}
+
 impl Part {
+    /// A language model that reads captions.
+    pub(super) fn text_encoder(config: &Value) -> Result<Self> {
+        let read = DecoderConfig::read(config, "config.json")?;
+        let weights = asked(&WithoutBiases, |weights| Decoder::load(weights, read).map(drop))?;
+        Ok(Self { component: Component::TEXT_ENCODER, config: config.clone(), weights })
+    }
+
+    /// An autoencoder.
+    pub(super) fn vae(config: &VaeConfig) -> Result<Self> {
+        let build = |weights: &Weights<'_>| Vae::new(weights, config.clone()).map(drop);
+        let mut weights = asked(&SyntheticWeights::new("vae"), build)?;
+        let mut said = json!({
+            "_class_name": "AutoencoderKL", "norm_num_groups": config.norm_groups,
+            "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor,
+        });
+        if let Some(statistics) = &config.statistics {
+            let names = ["bn.running_mean", "bn.running_var"];
+            weights.extend(names.map(|name| (name.to_owned(), vec![statistics.means.len()])));
+            said = json!({ "_class_name": "AutoencoderKLFlux2", "norm_num_groups": config.norm_groups });
+        }
+        Ok(Self { component: Component::VAE, config: said, weights })
+    }
+
     /// The name of its file.
     fn file(&self) -> &'static str {
         if self.component.is_text_encoder() { "model.safetensors" } else { "diffusion_pytorch_model.safetensors" }

@@ -1,17 +1,14 @@
 //! Models of Z-Image's kind with made-up weights.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use lora_core::{Component, DType, HostTensor};
-use lora_io::safetensors::write;
-use lora_torch::tch::{Device, Kind};
+use lora_core::{Component, DType};
 use serde_json::{Value, json};
 
-use super::{NamedShape, WithoutBiases, write_header};
+use super::folder::{Part, asked, flux_vae, qwen3};
 use crate::Result;
-use crate::networks::{Decoder, DecoderConfig, Vae, VaeConfig, ZImage, ZImageConfig};
-use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
+use crate::networks::{VaeConfig, ZImage, ZImageConfig};
+use crate::weights::SyntheticWeights;
 
 /// The sizes of a model of Z-Image's kind: a transformer, a Qwen3 language model that reads captions, FLUX.1's autoencoder.
 #[derive(Debug, Clone)]
@@ -63,62 +60,23 @@ impl SyntheticZImage {
         Self::new(transformer, [151_936, 9728, 36, 32, 8, 128], vec![128, 256, 512, 512])
     }
 
-    fn new(
-        transformer: ZImageConfig,
-        [vocabulary, inner, layers, heads, kv_heads, head]: [usize; 6],
-        channels: Vec<usize>,
-    ) -> Self {
-        let text_encoder = json!({
-            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary,
-            "hidden_size": transformer.caption, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head,
-            "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000,
-            "tie_word_embeddings": true,
-        });
-        let vae = VaeConfig {
-            latent_channels: transformer.latent_channels,
-            channels,
-            layers_per_block: 2,
-            norm_groups: 32,
-            scaling_factor: 0.3611,
-            shift_factor: 0.1159,
-            quant_convs: false,
-            overflows_in_half: false,
-        };
-        Self { text_encoder, transformer, vae }
+    fn new(transformer: ZImageConfig, text: [usize; 6], channels: Vec<usize>) -> Self {
+        Self { text_encoder: qwen3(transformer.caption, text), vae: flux_vae(channels), transformer }
     }
 
-    /// Names and shapes of all weights, under diffusers' and transformers' names.
-    ///
-    /// # Errors
-    /// Where the configurations of the networks do not go together.
-    pub fn weight_shapes(&self) -> Result<BTreeMap<Component, Vec<NamedShape>>> {
-        let synthetic = SyntheticWeights::new("z_image");
-        let asked = |source: &dyn WeightSource, build: &dyn Fn(&Weights<'_>) -> Result<()>| -> Result<_> {
-            let shapes = ShapesOnly::new(source);
-            build(&Weights::new(&shapes, Kind::Float, Device::Cpu))?;
-            Ok(shapes.asked())
+    fn parts(&self) -> Result<[Part; 3]> {
+        let Self { text_encoder, transformer, vae } = self;
+        let own = Part {
+            component: Component::TRANSFORMER,
+            config: json!({
+                "_class_name": "ZImageTransformer2DModel", "axes_dims": transformer.axes,
+                "rope_theta": transformer.theta, "norm_eps": transformer.epsilon,
+            }),
+            weights: asked(&SyntheticWeights::new("transformer"), |weights| {
+                ZImage::new(weights, transformer.clone()).map(drop)
+            })?,
         };
-        let text = DecoderConfig::read(&self.text_encoder, "config.json")?;
-        let text = asked(&WithoutBiases, &|weights| Decoder::load(weights, text.clone()).map(drop))?;
-        let transformer = asked(&synthetic, &|weights| ZImage::new(weights, self.transformer.clone()).map(drop))?;
-        let vae = asked(&synthetic, &|weights| Vae::new(weights, self.vae.clone()).map(drop))?;
-        Ok([(Component::TEXT_ENCODER, text), (Component::TRANSFORMER, transformer), (Component::VAE, vae)].into())
-    }
-
-    /// The `config.json` of a component.
-    fn config(&self, component: Component) -> Value {
-        match component {
-            Component::TEXT_ENCODER => self.text_encoder.clone(),
-            Component::TRANSFORMER => json!({
-                "_class_name": "ZImageTransformer2DModel", "axes_dims": self.transformer.axes,
-                "rope_theta": self.transformer.theta, "norm_eps": self.transformer.epsilon,
-            }),
-            _ => json!({
-                "_class_name": "AutoencoderKL", "norm_num_groups": self.vae.norm_groups,
-                "scaling_factor": self.vae.scaling_factor, "shift_factor": self.vae.shift_factor,
-            }),
-        }
+        Ok([Part::text_encoder(text_encoder)?, own, Part::vae(vae)?])
     }
 
     /// Writes a diffusers folder in `dtype`, without a tokenizer.
@@ -126,23 +84,7 @@ impl SyntheticZImage {
     /// # Errors
     /// Where the file system refuses, or the model cannot be built.
     pub fn write(&self, folder: &Path, dtype: DType) -> Result<()> {
-        for (component, weights) in self.weight_shapes()? {
-            let synthetic = SyntheticWeights::new(component.name());
-            let value = |(name, shape): NamedShape| {
-                let values = synthetic.values(&name, &shape).to_dtype(dtype);
-                (name, values)
-            };
-            let tensors: BTreeMap<String, HostTensor> = weights.into_iter().map(value).collect();
-            let at = folder.join(component.name());
-            let config = self.config(component).to_string();
-            let place = || -> std::io::Result<()> {
-                std::fs::create_dir_all(&at)?;
-                std::fs::write(at.join("config.json"), &config)
-            };
-            place().map_err(|source| lora_io::Error::Io { path: at.clone(), action: "write", source })?;
-            write(at.join(file(component)), &tensors, &BTreeMap::new())?;
-        }
-        Ok(())
+        self.parts()?.into_iter().try_for_each(|part| part.write(folder, dtype))
     }
 
     /// Writes a diffusers folder in 16-bit numbers whose files have headers and no weights, as
@@ -151,18 +93,6 @@ impl SyntheticZImage {
     /// # Errors
     /// As [`SyntheticZImage::write`].
     pub fn write_headers(&self, folder: &Path) -> Result<()> {
-        for (component, weights) in self.weight_shapes()? {
-            let config = self.config(component).to_string();
-            write_header(&folder.join(component.name()), file(component), &config, "BF16", weights)?;
-        }
-        Ok(())
-    }
-}
-
-/// The name of a component's file.
-fn file(component: Component) -> &'static str {
-    match component {
-        Component::TEXT_ENCODER => "model.safetensors",
-        _ => "diffusion_pytorch_model.safetensors",
+        self.parts()?.into_iter().try_for_each(|part| part.write_header(folder))
     }
 }

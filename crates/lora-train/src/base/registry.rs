@@ -78,6 +78,7 @@ impl Default for Bases {
             stable_diffusion::SD2,
             stable_diffusion::SDXL,
             flow_matching::FLUX,
+            flow_matching::FLUX2,
             flow_matching::SD3,
             flow_matching::Z_IMAGE,
             language::LANGUAGE,
@@ -117,10 +118,10 @@ impl Bases {
         let expected = || self.0.iter().map(|known| known.family.title).collect::<Vec<_>>().join(", ");
         let refused = |found: String| Error::Base { path: path.to_owned(), found, expected: expected() };
         match Checkpoint::open_among(path, &self.families()) {
-            Ok(checkpoint) if self.of(&checkpoint).is_some() => match checkpoint.scale() {
+            Ok(checkpoint) if self.of(&checkpoint).is_some() => match checkpoint.unread_scale() {
                 None => Ok(checkpoint),
                 Some(scale) => Err(refused(format!(
-                    "{} in 8 bits with scales (`{scale}`), which training does not read: take it in fp16 or bf16",
+                    "{} in few bits that are not 8-bit floats (`{scale}` scales them): take it in fp16, bf16, 8-bit floats or GGUF",
                     checkpoint.family()
                 ))),
             },
@@ -202,8 +203,12 @@ mod tests {
         let rest = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"];
         let one = "cond_stage_model.transformer.text_model.final_layer_norm.weight";
         assert_eq!(write(&[&[one], &rest[..]].concat()), Ok(()));
-        let error = write(&[&["double_stream_modulation_img.lin.weight"], &rest[..1]].concat()).unwrap_err();
-        assert!(error.contains("this is FLUX.2") && error.contains("expected Stable Diffusion 1.x, Stable"), "{error}");
+        let error =
+            write(&[&["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"], &rest[..1]].concat()).unwrap_err();
+        assert!(
+            error.contains("this is Qwen-Image") && error.contains("expected Stable Diffusion 1.x, Stable"),
+            "{error}"
+        );
         let error = write(&["something.weight"]).unwrap_err();
         assert!(error.contains("`something`") && error.contains("expected Stable Diffusion 1.x"), "{error}");
     }

@@ -205,6 +205,17 @@ impl<'r> Given<'r> {
         }
     }
 
+    /// A list of whole numbers that passes a test, which `expected` describes.
+    pub fn whole_numbers(&mut self, expected: &str, test: impl Fn(&[usize]) -> bool) -> Option<Vec<usize>> {
+        let value = self.value()?;
+        let number = |item: &Value| item.as_u64().and_then(|number| usize::try_from(number).ok());
+        let numbers = value.as_array().and_then(|items| items.iter().map(number).collect::<Option<Vec<_>>>());
+        match numbers.filter(|numbers| test(numbers)) {
+            Some(numbers) => Some(numbers),
+            None => self.mismatch(expected, &value),
+        }
+    }
+
     /// Two numbers.
     pub fn pair(&mut self) -> Option<(f64, f64)> {
         let value = self.value()?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lora_core::compose::{self, Method};
 use lora_core::target::TargetLayer;
-use lora_core::variant::{Parameters, VariantRegistry};
+use lora_core::variant::{Parameters, TOKEN_ROWS, VariantRegistry};
 use lora_core::{Adapter, ModulePath, Strength};
 use lora_io::adapter;
 use lora_io::family::Family;
@@ -84,8 +84,13 @@ pub(super) fn hang(
         let path = ModulePath::new(component, layer.path());
         let mut hang = || -> Result<()> {
             for (adapter, strength) in adapters {
-                let strength = strength.of(&path);
-                let Some(module) = adapter.modules.get(&path).filter(|_| strength != 0.0) else { continue };
+                // Rows of tokens are read at both ends of a tied model.
+                let table = layer.tied().map(|path| ModulePath::new(component, path));
+                let rows = table.as_ref().and_then(|path| adapter.modules.get(path));
+                let rows = rows.filter(|module| module.tensors.contains_key(TOKEN_ROWS));
+                let own = adapter.modules.get(&path);
+                let strength = strength.of(if own.is_some() { &path } else { table.as_ref().unwrap_or(&path) });
+                let Some(module) = own.or(rows).filter(|_| strength != 0.0) else { continue };
                 let variant = variants.get(&module.variant)?;
                 let half = variant.computes_in_input_dtype(&layer.geometry()) && layer.kind() != Kind::Float;
                 let kind = if half { layer.kind() } else { Kind::Float };

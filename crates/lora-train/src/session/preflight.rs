@@ -18,7 +18,7 @@ use super::trained;
 use crate::base::{Base, Opening};
 use crate::config::{TrainConfig, TrainMode};
 use crate::plugins::Plugins;
-use crate::trainable::{AdapterOptions, Biases, chosen};
+use crate::trainable::{AdapterOptions, Biases, TrainedTokens, adaptable, chosen};
 use crate::{Error, Result};
 
 /// Refuses a run that cannot succeed; gives what to note about one that can.
@@ -64,12 +64,13 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
     }
     let mut problems: Vec<(&'static str, String)> = Vec::new();
     let targets = Targets::parse(&config.target_modules)?;
-    problems.extend(targets.unmatched(&layers).map(|error| ("target_modules", error.to_string())));
+    let candidates = adaptable(&layers);
+    problems.extend(targets.unmatched(&candidates).map(|error| ("target_modules", error.to_string())));
     if let Some(names) = config.extra.texts("modules_to_save").filter(|names| !names.is_empty()) {
         let saved = Targets::parse(names)?;
         problems.extend(saved.unmatched(&layers).map(|error| ("modules_to_save", error.to_string())));
     }
-    let targets = targets.matched(&layers);
+    let targets = targets.matched(&candidates);
     for (key, pattern) in [("rank_pattern", &config.rank_pattern), ("alpha_pattern", &config.alpha_pattern)] {
         for (entry, number) in pattern {
             let alone = [(entry.clone(), *number)].into();
@@ -86,9 +87,13 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
     let variant = plugins.variants.get(&config.variant)?;
     let notes = ranks(&*variant, &AdapterOptions::of(config, &targets)?, &targets)
         .map_err(|(key, message)| config.refused([(key, message)]))?;
+    let (chosen, saved) = chosen(config, &layers)?;
+    let mut all = [chosen, saved].concat();
+    let tokens = TrainedTokens::of(config, &layers, &all)
+        .map_err(|message| config.refused([("trainable_token_indices", message)]))?;
+    all.extend(layers.iter().filter(|layer| tokens.as_ref().is_some_and(|own| own.embedding == layer.path)).cloned());
     if let Some(path) = &config.init_from {
-        let (targets, saved) = chosen(config, &layers)?;
-        load_initial(path, config, plugins, &layers, &[targets, saved].concat()).map_err(|error| {
+        load_initial(path, config, plugins, &layers, &all).map_err(|error| {
             let adapter = lora_io::adapter::read(path).ok();
             let other = adapter.and_then(|read| lora_io::adapter::made_for_another(&read.adapter, family));
             let error = other.map_or_else(|| error.to_string(), |other| format!("{other}: {error}"));

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::target::TargetLayer;
-use lora_core::variant::{BIAS_VALUE, WEIGHT_VALUE};
+use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
 use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
@@ -31,7 +31,7 @@ use crate::plan::Phase;
 use crate::plugins::Plugins;
 use crate::schedule::Schedule;
 use crate::state::{Progress, Settings};
-use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, chosen};
+use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, TrainedTokens, adaptable, chosen};
 use crate::{Error, Result};
 
 /// How far preparing has come.
@@ -352,7 +352,10 @@ fn attach(
         }
     }
     let (targets, saved) = chosen(config, &layers)?;
-    let all = [&*targets, &*saved].concat();
+    let mut all = [&*targets, &*saved].concat();
+    let tokens = TrainedTokens::of(config, &layers, &all)
+        .map_err(|message| config.refused([("trainable_token_indices", message)]))?;
+    all.extend(layers.iter().filter(|layer| tokens.as_ref().is_some_and(|own| own.embedding == layer.path)).cloned());
     let from = config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &all)).transpose()?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
@@ -362,12 +365,18 @@ fn attach(
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
             let whole = AdapterOptions::whole(config.seed);
             adapter.attach(network, &saved, &plugins.variants, &whole, initial, parameters)?;
+            if let Some(tokens) = tokens.as_ref().filter(|tokens| tokens.embedding.component == network.component()) {
+                adapter.attach_tokens(network, tokens, &plugins.variants, initial, parameters)?;
+            }
             if Biases::of(config) == Biases::All {
                 adapter.attach_biases(network, &plugins.variants, initial, parameters)?;
             }
         }
     }
-    Ok((TrainedAdapter { adapter, targets, candidates: layers.len() }, from.map(|(_, provenance)| provenance)))
+    Ok((
+        TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() },
+        from.map(|(_, provenance)| provenance),
+    ))
 }
 
 /// Why training cannot go on with a module that merging knows how to apply.
@@ -377,6 +386,8 @@ fn not_trained_on(name: &ModulePath, module: &AdapterModule, config: &TrainConfi
         format!("is {} as PEFT saves it unconverted, without what was taken out of the base:", module.variant)
     } else if has(WEIGHT_VALUE) && config.extra.texts("modules_to_save").is_none_or(<[String]>::is_empty) {
         "is a layer saved whole: name it in modules_to_save; or else".to_owned()
+    } else if has(TOKEN_ROWS) && config.extra.texts("trainable_token_indices").is_none_or(<[String]>::is_empty) {
+        "holds trained tokens: name them in trainable_token_indices; or else".to_owned()
     } else if has(BIAS_VALUE) && Biases::of(config) == Biases::None {
         "has a trained bias: set bias as it was trained; or else".to_owned()
     } else {
@@ -413,6 +424,15 @@ pub(super) fn load_initial(
         return differs(format!(
             "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
             other.alpha, config.lora_alpha
+        ));
+    }
+    let tokens = TrainedTokens::of(config, layers, &[]).ok().flatten();
+    let other = |module: &AdapterModule| {
+        module.tensors.contains_key(TOKEN_ROWS) && tokens.as_ref().is_some_and(|tokens| !tokens.are_of(module))
+    };
+    if let Some((name, _)) = adapter.modules.iter().find(|(_, module)| other(module)) {
+        return differs(format!(
+            "{name} holds rows of other tokens than trainable_token_indices names; make them equal"
         ));
     }
     // Where a layer's bias alone is trained, nothing is targeted.

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod flow;
+
 use std::path::Path;
 
 use lora_core::{Adapter, DType};

@@ -1,9 +1,62 @@
-//! Names of FLUX.2's transformer: the original's and diffusers', which leaves a single block's layers in one.
+//! Names of FLUX.2's transformer: the original's and diffusers', which leaves a single block's layers in one. And those of its
+//! autoencoder, which are the original tree's of other autoencoders, but for the convolutions beside its latents and their
+//! statistics.
 
+use super::ldm::{DiffusersVae, LdmVae};
 use super::table::{Module, Order, Table};
+use super::{Depths, Piece, Tree, swap_prefix};
 
 /// The transformer.
 pub static FLUX2: Table = Table { modules: MODULES, tensors: &[], blocks: "transformer_blocks." };
+
+/// The autoencoder in the original tree.
+#[derive(Debug)]
+pub struct Flux2Vae;
+
+/// The autoencoder in diffusers' folders.
+#[derive(Debug)]
+pub struct DiffusersFlux2Vae;
+
+/// Modules beside the latents: of the original tree, of diffusers'.
+const BESIDE_LATENTS: [(&str, &str); 2] =
+    [("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv.")];
+
+/// How many batches the statistics are of, which nothing reads.
+const BATCHES: &str = "bn.num_batches_tracked";
+
+impl Tree for Flux2Vae {
+    fn depths_of_stored(&self, names: &[&str]) -> Depths {
+        LdmVae.depths_of_stored(names)
+    }
+
+    fn depths_of_canonical(&self, names: &[&str]) -> Depths {
+        LdmVae.depths_of_canonical(names)
+    }
+
+    fn weights(&self, stored: &str, depths: &Depths) -> Option<Vec<(String, Piece)>> {
+        if stored == BATCHES {
+            return Some(Vec::new());
+        }
+        LdmVae.weights(&swap_prefix(stored, &BESIDE_LATENTS, false).unwrap_or_else(|| stored.to_owned()), depths)
+    }
+
+    fn stored(&self, canonical: &str, depths: &Depths) -> Option<(String, Piece)> {
+        match swap_prefix(canonical, &BESIDE_LATENTS, true) {
+            Some(stored) => Some((stored, Piece::All)),
+            None => LdmVae.stored(canonical, depths),
+        }
+    }
+}
+
+impl Tree for DiffusersFlux2Vae {
+    fn weights(&self, stored: &str, depths: &Depths) -> Option<Vec<(String, Piece)>> {
+        if stored == BATCHES { Some(Vec::new()) } else { DiffusersVae.weights(stored, depths) }
+    }
+
+    fn stored(&self, canonical: &str, depths: &Depths) -> Option<(String, Piece)> {
+        DiffusersVae.stored(canonical, depths)
+    }
+}
 
 /// Words with underscores, and those between them, in module paths of either tree, beside FLUX.1's.
 pub(crate) const WORDS: &[&str] = &[

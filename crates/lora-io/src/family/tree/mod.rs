@@ -105,10 +105,24 @@ pub trait Tree: Debug + Send + Sync {
         true
     }
 
+    /// The names that llama.cpp's files have for the network, where it converts such.
+    fn in_gguf(&self) -> Option<InGguf> {
+        None
+    }
+
     /// A second name that a stored tensor is written under, for programs that expect a tensor there and do not use it.
     fn copy_of(&self, _stored: &str, _depths: &Depths) -> Option<String> {
         None
     }
+}
+
+/// What a network is in files that llama.cpp makes.
+#[derive(Debug, Clone, Copy)]
+pub enum InGguf {
+    /// Tensors under names of a tree.
+    Tree(&'static dyn Tree),
+    /// A language model, whose rows are in another order too ([`crate::gguf::LanguageModel`]).
+    LanguageModel,
 }
 
 /// The canonical names themselves.
@@ -140,6 +154,10 @@ impl Tree for LanguageEncoder {
 
     fn stored(&self, canonical: &str, _depths: &Depths) -> Option<(String, Piece)> {
         Some((canonical.to_owned(), Piece::All))
+    }
+
+    fn in_gguf(&self) -> Option<InGguf> {
+        Some(InGguf::LanguageModel)
     }
 }
 

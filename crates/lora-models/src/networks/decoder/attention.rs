@@ -1,10 +1,11 @@
 //! Attention of a decoder: which tokens see which, and the sums. Layers' projections, norms and positions are
 //! [`super::layer`]'s.
 //!
-//! Tokens see themselves and earlier ones of their document, at most a window of them. Where that is all earlier tokens
-//! of a row, libtorch's kernels know it without a mask. Otherwise queries are taken in blocks, each with the keys that
-//! any of them may see, so that a mask is made for a block: `[batch, 1, queries, keys]`, once for all layers and heads of
-//! a kind. Scores of all queries and keys exist nowhere; those of a block only where they have to be looked at
+//! Tokens see themselves and earlier ones of their document, at most a window of them, and with it the document's first few
+//! where these are attention sinks (Xiao et al., 2023, arXiv:2309.17453). Where that is all earlier tokens of a row,
+//! libtorch's kernels know it without a mask. Otherwise queries are taken in blocks, each with the keys that any of them
+//! may see, so that a mask is made for a block: `[batch, 1, queries, keys]`, once for all layers and heads of a kind; with
+//! a window its size does not grow with the row. Scores of all queries and keys exist nowhere; those of a block only where they have to be looked at
 //! (soft caps), and then they are computed again in the backward pass.
 
 use std::ops::Range;
@@ -33,13 +34,36 @@ pub(super) enum Mask {
     Blocks(Shared<Vec<Block>>),
 }
 
+/// How far back tokens see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Sight {
+    /// Tokens, the token itself among them; all without.
+    pub(super) window: Option<usize>,
+    /// The first tokens of the document, beside the window.
+    pub(super) first: usize,
+}
+
 /// Some queries, the keys that any of them sees, and which ones each does.
 #[derive(Debug)]
 pub(super) struct Block {
     queries: Range<i64>,
     keys: Range<i64>,
-    /// Added to scores, `[batch or 1, 1, queries, keys]` in the compute dtype: 0, or so little that nothing remains.
+    /// Places of keys before those, `[batch or 1, count]` i64: the first of the document that the keys begin in.
+    first: Option<Tensor>,
+    /// Added to scores, `[batch or 1, 1, queries, keys]` in the compute dtype, those of `first` before the others: 0, or so
+    /// little that nothing remains.
     bias: Tensor,
+}
+
+impl Block {
+    /// The keys or values of a block, of all `[batch, heads, tokens, head]`.
+    fn of(&self, all: &Tensor) -> Result<Tensor> {
+        let near = all.f_narrow(2, self.keys.start, self.keys.end - self.keys.start)?;
+        let Some(first) = &self.first else { return Ok(near) };
+        let (batch, heads, _, head) = all.size4()?;
+        let places = first.f_unsqueeze(1)?.f_unsqueeze(3)?.f_expand([batch, heads, first.size2()?.1, head], false)?;
+        Ok(Tensor::f_cat(&[all.f_gather(2, &places, false)?, near], 2)?)
+    }
 }
 
 /// What masks of a batch are made from.
@@ -47,6 +71,8 @@ pub(super) struct Block {
 pub(super) struct Rows<'r> {
     /// `[batch, tokens]`: equal numbers are a document. Without, a row is one.
     pub(super) documents: Option<&'r Tensor>,
+    /// Tokens of a row that can be seen; all without.
+    pub(super) unpadded: Option<i64>,
     pub(super) tokens: i64,
     pub(super) kind: Kind,
     pub(super) device: Device,
@@ -55,35 +81,97 @@ pub(super) struct Rows<'r> {
 }
 
 impl Rows<'_> {
-    /// The mask of layers with this window. `looked_at`: scores pass through a function of their own, which is done block
+    /// The mask of layers that see so far. `looked_at`: scores pass through a function of their own, which is done block
     /// by block.
-    pub(super) fn mask(&self, window: Option<usize>, looked_at: bool) -> Result<Mask> {
-        let window = window.map(|window| window as i64).filter(|window| *window < self.tokens);
-        if self.documents.is_none() && window.is_none() && !looked_at {
+    pub(super) fn mask(&self, sight: Sight, looked_at: bool) -> Result<Mask> {
+        let window = sight.window.map(|window| window as i64).filter(|window| *window < self.tokens);
+        let first = if window.is_some() { sight.first.min(self.tokens as usize) as i64 } else { 0 };
+        if self.documents.is_none() && self.unpadded.is_none() && window.is_none() && !looked_at {
             return Ok(Mask::Causal);
         }
+        let beginnings = self.beginnings(first)?;
         let mut blocks = Vec::new();
-        for first in (0..self.tokens).step_by(self.block as usize) {
-            let queries = first..self.tokens.min(first + self.block);
-            let keys = window.map_or(0, |window| (first + 1 - window).max(0))..queries.end;
-            let bias = self.bias(&queries, &keys, window)?;
-            blocks.push(Block { queries, keys, bias });
+        for start in (0..self.tokens).step_by(self.block as usize) {
+            let queries = start..self.tokens.min(start + self.block);
+            let keys = window.map_or(0, |window| (start + 1 - window).max(0))..queries.end;
+            let far = self.first_before(keys.start, first)?;
+            let bias = self.bias(&queries, &keys, window, beginnings.as_ref(), far.as_ref())?;
+            blocks.push(Block { queries, keys, first: far, bias });
         }
         Ok(Mask::Blocks(Shared::new(blocks)))
     }
 
-    fn bias(&self, queries: &Range<i64>, keys: &Range<i64>, window: Option<i64>) -> Result<Tensor> {
+    /// Which tokens are among the first so many of their document, `[batch or 1, tokens]`.
+    fn beginnings(&self, count: i64) -> Result<Option<Tensor>> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let Some(documents) = self.documents else {
+            return Ok(Some(Tensor::f_arange(self.tokens, (Kind::Int64, self.device))?.f_lt(count)?.f_unsqueeze(0)?));
+        };
+        // A document's tokens lie side by side: one whose like is not found so many places before is among the first.
+        let row = documents.f_narrow(1, 0, count)?.f_ones_like()?.f_to_kind(Kind::Bool)?;
+        let left = self.tokens - count;
+        let others = documents.f_narrow(1, count, left)?.f_ne_tensor(&documents.f_narrow(1, 0, left)?)?;
+        Ok(Some(Tensor::f_cat(&[row, others], 1)?))
+    }
+
+    /// Places of the first so many tokens of the document that goes on at a token, `[batch or 1, count]`; those that are not
+    /// before that token are the token's own place.
+    fn first_before(&self, token: i64, count: i64) -> Result<Option<Tensor>> {
+        if count == 0 || token == 0 {
+            return Ok(None);
+        }
+        let places = Tensor::f_arange(count, (Kind::Int64, self.device))?.f_unsqueeze(0)?;
+        let places = match self.documents {
+            None => places,
+            Some(documents) => {
+                let before = documents.f_narrow(1, 0, token)?.f_eq_tensor(&documents.f_narrow(1, token, 1)?)?;
+                let start =
+                    before.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Int64)?.f_neg()?.f_add_scalar(token)?;
+                places.f_add(&start)?
+            }
+        };
+        Ok(Some(places.f_clamp_max(token)?))
+    }
+
+    fn bias(
+        &self,
+        queries: &Range<i64>,
+        keys: &Range<i64>,
+        window: Option<i64>,
+        beginnings: Option<&Tensor>,
+        far: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let places = |range: &Range<i64>| Tensor::f_arange_start(range.start, range.end, (Kind::Int64, self.device));
         let (rows, columns) = (places(queries)?.f_unsqueeze(1)?, places(keys)?.f_unsqueeze(0)?);
         let mut seen = columns.f_le_tensor(&rows)?;
+        let part = |all: &Tensor, range: &Range<i64>| all.f_narrow(1, range.start, range.end - range.start);
         if let Some(window) = window {
-            seen = seen.f_bitwise_and_tensor(&rows.f_sub(&columns)?.f_lt(window)?)?;
+            let near = rows.f_sub(&columns)?.f_lt(window)?.f_unsqueeze(0)?;
+            let near = match beginnings {
+                Some(all) => near.f_bitwise_or_tensor(&part(all, keys)?.f_unsqueeze(1)?)?,
+                None => near,
+            };
+            seen = seen.f_unsqueeze(0)?.f_bitwise_and_tensor(&near)?;
+        } else {
+            seen = seen.f_unsqueeze(0)?;
         }
-        seen = seen.f_unsqueeze(0)?;
-        if let Some(documents) = self.documents {
-            let of = |range: &Range<i64>| documents.f_narrow(1, range.start, range.end - range.start);
-            let same = of(queries)?.f_unsqueeze(2)?.f_eq_tensor(&of(keys)?.f_unsqueeze(1)?)?;
-            seen = seen.f_bitwise_and_tensor(&same)?;
+        if let Some(unpadded) = self.unpadded {
+            seen = seen.f_bitwise_and_tensor(&columns.f_lt(unpadded)?.f_unsqueeze(0)?)?;
+        }
+        let of_queries = self.documents.map(|documents| part(documents, queries)?.f_unsqueeze(2)).transpose()?;
+        if let (Some(documents), Some(own)) = (self.documents, &of_queries) {
+            seen = seen.f_bitwise_and_tensor(&own.f_eq_tensor(&part(documents, keys)?.f_unsqueeze(1)?)?)?;
+        }
+        if let Some(places) = far {
+            let mut first = places.f_lt(keys.start)?.f_unsqueeze(1)?;
+            if let (Some(documents), Some(own)) = (self.documents, &of_queries) {
+                let theirs = documents.f_gather(1, places, false)?.f_unsqueeze(1)?;
+                first = first.f_bitwise_and_tensor(&own.f_eq_tensor(&theirs)?)?;
+            }
+            let shape = [seen.size()[0], queries.end - queries.start, places.size2()?.1];
+            seen = Tensor::f_cat(&[first.f_expand(shape, false)?, seen], 2)?;
         }
         // A finite number: infinities in a whole tile of keys are nothing less infinities, which is no number.
         let least = if self.kind == Kind::Half { -3e4 } else { -1e30 };
@@ -130,10 +218,10 @@ pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: &Mask, 
         Mask::All => fused(query, &key, &value, None, false, scores.scale, groups > 1 && as_they_are),
         Mask::Blocks(blocks) => {
             let part = |index: usize| -> Result<Tensor> {
-                let Block { queries, keys, bias } = &blocks[index];
+                let block = &blocks[index];
+                let Block { queries, bias, .. } = block;
                 let query = query.f_narrow(2, queries.start, queries.end - queries.start)?;
-                let [key, value] = [&key, &value].map(|all| all.f_narrow(2, keys.start, keys.end - keys.start));
-                let (key, value) = (key?, value?);
+                let (key, value) = (block.of(&key)?, block.of(&value)?);
                 if !scores.are_looked_at() {
                     return fused(&query, &key, &value, Some(bias), false, scores.scale, false);
                 }
@@ -207,6 +295,20 @@ mod tests {
         f64::try_from((a - b).abs().max()).unwrap()
     }
 
+    /// What a mask takes grows with a row's tokens, and not with their square.
+    #[test]
+    fn masks_of_a_window_grow_with_the_tokens_alone() {
+        let numbers = |tokens: i64| {
+            let rows =
+                Rows { documents: None, unpadded: None, tokens, kind: Kind::Float, device: Device::Cpu, block: 64 };
+            let Mask::Blocks(blocks) = rows.mask(Sight { window: Some(32), first: 4 }, false).unwrap() else {
+                panic!("a window is a mask")
+            };
+            blocks.iter().map(|block| block.bias.numel()).sum::<usize>()
+        };
+        assert!(numbers(4096) <= 2 * numbers(2048) + 64 * 100, "{} {}", numbers(2048), numbers(4096));
+    }
+
     /// Against a loop over queries that looks at each key by the rule.
     #[test]
     fn queries_see_their_document_and_window_whatever_the_blocks() {
@@ -216,22 +318,32 @@ mod tests {
         let documents = Tensor::from_slice(&[0i64, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 9]);
         let documents = documents.view([2, tokens]);
         let sinks = random(&[4]);
-        for (documents, window, cap, sinks) in [
-            (None, None, None, None),
-            (Some(&documents), None, None, None),
-            (None, Some(3), None, None),
-            (Some(&documents), Some(4), None, None),
-            (Some(&documents), Some(4), Some(2.0), None),
-            (None, None, Some(2.0), None),
-            (Some(&documents), Some(4), None, Some(&sinks)),
+        for (documents, unpadded, window, first, cap, sinks) in [
+            (None, None, None, 0, None, None),
+            (Some(&documents), None, None, 0, None, None),
+            (None, None, Some(3), 0, None, None),
+            (None, None, Some(3), 2, None, None),
+            (None, None, Some(2), 20, None, None),
+            (Some(&documents), None, Some(4), 0, None, None),
+            (Some(&documents), None, Some(2), 1, None, None),
+            (Some(&documents), None, Some(3), 2, Some(2.0), None),
+            (Some(&documents), None, Some(1), 3, None, Some(&sinks)),
+            (Some(&documents), None, Some(4), 0, Some(2.0), None),
+            (None, None, None, 0, Some(2.0), None),
+            (Some(&documents), None, Some(4), 0, None, Some(&sinks)),
+            (None, Some(5), None, 0, None, None),
+            (None, Some(1), None, 0, Some(2.0), None),
         ] {
+            let document = |row: i64, at: i64| documents.map_or(0, |all: &Tensor| all.int64_value(&[row, at]));
+            let place = |row: i64, at: i64| (0..at).filter(|&other| document(row, other) == document(row, at)).count();
             let expected = Tensor::zeros([2, 4, tokens, 8], (Kind::Float, Device::Cpu));
             for (row, head, at) in (0..2).flat_map(|r| (0..4).flat_map(move |h| (0..tokens).map(move |q| (r, h, q)))) {
                 let seen: Vec<i64> = (0..=at)
-                    .filter(|&other| window.is_none_or(|window: usize| at - other < window as i64))
+                    .filter(|&other| unpadded.is_none_or(|count| other < count))
                     .filter(|&other| {
-                        documents.is_none_or(|all| all.int64_value(&[row, other]) == all.int64_value(&[row, at]))
+                        window.is_none_or(|window: usize| at - other < window as i64 || place(row, other) < first)
                     })
+                    .filter(|&other| document(row, other) == document(row, at))
                     .collect();
                 let seen = Tensor::from_slice(&seen);
                 let keys = key.get(row).get(head / 2).index_select(0, &seen);
@@ -247,11 +359,11 @@ mod tests {
                 expected.get(row).get(head).get(at).copy_(&mixed);
             }
             for block in [1, 4, 64] {
-                let rows = Rows { documents, tokens, kind: Kind::Float, device: Device::Cpu, block };
-                let mask = rows.mask(window, cap.is_some() || sinks.is_some()).unwrap();
+                let rows = Rows { documents, unpadded, tokens, kind: Kind::Float, device: Device::Cpu, block };
+                let mask = rows.mask(Sight { window, first }, cap.is_some() || sinks.is_some()).unwrap();
                 let found = attend(&query, &key, &value, &mask, Scores { scale, cap, sinks }).unwrap();
                 let apart = worst(&found, &expected);
-                assert!(apart < 1e-5, "{documents:?} {window:?} {cap:?} {block}: {apart:e}");
+                assert!(apart < 1e-5, "{documents:?} {unpadded:?} {window:?} {first} {cap:?} {block}: {apart:e}");
             }
         }
     }

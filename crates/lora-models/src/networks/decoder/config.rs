@@ -6,6 +6,7 @@ use lora_torch::activation::Gate;
 use lora_torch::norm::RmsWeight;
 use serde_json::Value;
 
+use super::attention::Sight;
 use super::families::{self, FAMILIES, GPT_OSS, Switches};
 use super::keys::Reader;
 use super::rotary::Rope;
@@ -78,6 +79,8 @@ pub struct LayerConfig {
     pub scale: f64,
     /// Tokens that are seen, the token itself among them; all without.
     pub window: Option<usize>,
+    /// Beside the window, so many of the document's first tokens are seen (attention sinks, arXiv 2309.17453).
+    pub first: usize,
     /// Its rotary positions among [`DecoderConfig::ropes`]; none without.
     pub rope: Option<usize>,
     /// Width inside the feed-forward, or inside one expert.
@@ -141,6 +144,12 @@ pub enum QueryKeyNorm {
     All,
 }
 
+impl LayerConfig {
+    pub(super) fn sight(&self) -> Sight {
+        Sight { window: self.window, first: self.first }
+    }
+}
+
 impl DecoderConfig {
     /// Names of the architectures that are known here.
     pub fn known() -> impl Iterator<Item = &'static str> {
@@ -182,6 +191,14 @@ impl DecoderConfig {
             "rope_theta": 1_000_000,
         });
         Self::read(&config, &component.path().display().to_string())
+    }
+
+    /// Lets layers that see all earlier tokens, or more than a window of them, see that window and the document's `first`
+    /// tokens alone. The places of tokens stay what they are.
+    pub fn see_a_window(&mut self, window: usize, first: usize) {
+        for layer in self.layers.iter_mut().filter(|layer| layer.window.is_none_or(|own| own > window)) {
+            (layer.window, layer.first) = (Some(window), first);
+        }
     }
 
     /// Out of a `config.json`; `source` is what to call it in errors. A wrapper of several kinds of input is read where it
@@ -367,6 +384,7 @@ impl Reader<'_> {
                 head,
                 scale: own.scale.unwrap_or((head as f64).powf(-0.5)),
                 window: own.window.filter(|_| slides),
+                first: 0,
                 rope: (!own.no_rope[index]).then_some(if slides { ropes - 1 } else { 0 }),
                 intermediate,
                 experts,

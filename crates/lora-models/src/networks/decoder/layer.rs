@@ -71,12 +71,15 @@ impl Layer {
         pass: &Pass,
     ) -> Result<Output> {
         let Beside { layer_input, borrowed, cache } = beside;
-        let read = normed(self.before_attention.as_ref(), hidden)?;
-        let (added, keys_values) = self.attention.forward(&read, borrowed, cache, context, pass)?;
-        let hidden = self.residual(hidden, &normed(self.after_attention.as_ref(), &added)?)?;
-        let read = normed(self.before_feed_forward.as_ref(), &hidden)?;
+        // What nothing reads again goes before the feed-forward, where most is held.
+        let (hidden, keys_values) = {
+            let read = normed(self.before_attention.as_ref(), hidden, pass)?;
+            let (added, keys_values) = self.attention.forward(&read, borrowed, cache, context, pass)?;
+            (self.residual(hidden, &normed(self.after_attention.as_ref(), &added, pass)?)?, keys_values)
+        };
+        let read = normed(self.before_feed_forward.as_ref(), &hidden, pass)?;
         let added = self.feed_forward.forward(&read, pass)?;
-        let mut hidden = self.residual(&hidden, &normed(self.after_feed_forward.as_ref(), &added)?)?;
+        let mut hidden = self.residual(&hidden, &normed(self.after_feed_forward.as_ref(), &added, pass)?)?;
         if let (Some(own), Some(input)) = (&self.layer_input, layer_input) {
             hidden = hidden.f_add(&own.forward(&hidden, input, pass)?)?;
         }
@@ -94,31 +97,39 @@ impl Layer {
     }
 
     pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
+        let norm = |norm: &mut Option<RmsNorm>, visit: &mut dyn FnMut(&mut AdaptableLayer)| {
+            norm.iter_mut().for_each(|norm| norm.visit(visit));
+        };
+        norm(&mut self.before_attention, visit);
         self.attention.visit(visit);
+        norm(&mut self.after_attention, visit);
+        norm(&mut self.before_feed_forward, visit);
         self.feed_forward.visit(visit)?;
-        if let Some(LayerInput { gate, projection, .. }) = &mut self.layer_input {
+        norm(&mut self.after_feed_forward, visit);
+        if let Some(LayerInput { gate, projection, norm, .. }) = &mut self.layer_input {
             [gate, projection].into_iter().for_each(&mut *visit);
+            norm.visit(visit);
         }
         Ok(())
     }
 }
 
-fn normed(norm: Option<&RmsNorm>, input: &Tensor) -> Result<Tensor> {
-    norm.map_or_else(|| Ok(input.shallow_clone()), |norm| norm.forward(input))
+fn normed(norm: Option<&RmsNorm>, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+    norm.map_or_else(|| Ok(input.shallow_clone()), |norm| norm.forward(input, pass))
 }
 
 /// Normalisation by the root of the mean square over the last axis.
 #[derive(Debug)]
 pub(super) struct RmsNorm {
     /// None multiplies by nothing.
-    weight: Option<Tensor>,
+    weight: Option<AdaptableLayer>,
     epsilon: f64,
     way: RmsWeight,
 }
 
 impl RmsNorm {
     pub(super) fn new(weights: &Weights<'_>, config: &DecoderConfig, width: usize) -> Result<Self> {
-        Ok(Self { weight: Some(weights.tensor("weight", &[width])?), ..Self::without_weight(config) })
+        Ok(Self { weight: Some(AdaptableLayer::norm(weights, width)?), ..Self::without_weight(config) })
     }
 
     fn without_weight(config: &DecoderConfig) -> Self {
@@ -126,8 +137,13 @@ impl RmsNorm {
     }
 
     /// In the dtype of the input; sums are in f32.
-    pub(super) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(input, self.weight.as_ref(), self.epsilon, self.way)?)
+    pub(super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let factors = self.weight.as_ref().map(|weight| weight.factors(pass)).transpose()?;
+        Ok(rms_norm(input, factors.as_ref(), self.epsilon, self.way)?)
+    }
+
+    pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        self.weight.iter_mut().for_each(visit);
     }
 }
 
@@ -152,7 +168,7 @@ impl LayerInput {
 
     fn forward(&self, hidden: &Tensor, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let inner = gated(&self.gate.forward(hidden, pass)?, input, self.activation)?;
-        self.norm.forward(&self.projection.forward(&inner, pass)?)
+        self.norm.forward(&self.projection.forward(&inner, pass)?, pass)
     }
 }
 
@@ -225,13 +241,13 @@ impl Attention {
     ) -> Result<Output> {
         let [query, key, value] = self.project(input, pass)?;
         let query = query.ok_or_else(lost)?;
-        let query = self.placed(&self.heads(&query, self.layer.heads, self.q_norm.as_ref())?, context)?;
+        let query = self.placed(&self.heads(&query, self.layer.heads, self.q_norm.as_ref(), pass)?, context)?;
         let query = context.grown(query)?;
         let own = match (key, value) {
             (Some(key), value) => {
                 let value = value.as_ref().unwrap_or(&key);
-                let value = self.heads(value, self.layer.kv_heads, self.v_norm.as_ref())?;
-                let key = self.placed(&self.heads(&key, self.layer.kv_heads, self.k_norm.as_ref())?, context)?;
+                let value = self.heads(value, self.layer.kv_heads, self.v_norm.as_ref(), pass)?;
+                let key = self.placed(&self.heads(&key, self.layer.kv_heads, self.k_norm.as_ref(), pass)?, context)?;
                 Some(match cache {
                     Some(cache) => cache.append(&key, &value)?,
                     None => [key, value],
@@ -244,8 +260,8 @@ impl Attention {
             (None, Some(borrowed)) => borrowed,
             (None, None) => return Err(lost()),
         };
-        let (key, value) = context.in_window(key, value, self.layer.window)?;
-        let mask = context.mask(self.layer.window)?;
+        let (key, value) = context.in_window(key, value, self.layer.sight())?;
+        let mask = context.mask(self.layer.sight())?;
         let scores = Scores { scale: self.layer.scale, cap: self.cap, sinks: self.sinks.as_ref() };
         let mixed = attend(&query, &key, &value, mask, scores)?;
         let output = self.o_proj.forward(&mixed.f_transpose(1, 2)?.f_flatten(2, 3)?, pass)?;
@@ -271,11 +287,11 @@ impl Attention {
     }
 
     /// `[batch, heads, tokens, head]`, normed.
-    fn heads(&self, input: &Tensor, heads: usize, norm: Option<&RmsNorm>) -> Result<Tensor> {
+    fn heads(&self, input: &Tensor, heads: usize, norm: Option<&RmsNorm>, pass: &Pass) -> Result<Tensor> {
         let split = |input: &Tensor| input.f_unflatten(-1, [heads as i64, self.layer.head as i64]);
         let by_head = match norm {
-            Some(norm) if self.norms_heads => norm.forward(&split(input)?)?,
-            Some(norm) => split(&norm.forward(input)?)?,
+            Some(norm) if self.norms_heads => norm.forward(&split(input)?, pass)?,
+            Some(norm) => split(&norm.forward(input, pass)?)?,
             None => split(input)?,
         };
         Ok(by_head.f_transpose(1, 2)?)
@@ -297,6 +313,7 @@ impl Attention {
             Projections::Fused(qkv_proj) => visit(qkv_proj),
         }
         visit(&mut self.o_proj);
+        [&mut self.q_norm, &mut self.k_norm].into_iter().flatten().for_each(|norm| norm.visit(visit));
     }
 }
 

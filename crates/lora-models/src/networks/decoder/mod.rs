@@ -37,7 +37,7 @@ use lora_core::Component;
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Device, Kind, Tensor};
 
-use self::attention::Mask;
+use self::attention::{Mask, Sight};
 use self::feed_forward::linear;
 use self::generate::KeyValues;
 use self::layer::{Beside, Layer, RmsNorm};
@@ -70,8 +70,31 @@ pub struct Rows {
     /// Which document of its row a token is of, `[batch, tokens]`: numbers from 0 and below the number of tokens. Tokens
     /// of a document lie side by side and see none of another; padding is a document of its own. Without, a row is one.
     pub documents: Option<Tensor>,
+    /// How many tokens of a row are not padding, where padding is behind them: no token sees padding, not even its own.
+    pub unpadded: Option<usize>,
     /// Added to the embeddings, `[batch, tokens, width]`, f32: noise, while training (NEFTune).
     pub noise: Option<Tensor>,
+    /// What the tokens look up, where that was done before the pass.
+    pub looked_up: LookedUp,
+}
+
+/// Rows of the embeddings of tokens, looked up beforehand ([`Decoder::look_up`]): in the compute dtype, on the decoder's
+/// device. Where there are none the pass looks them up.
+#[derive(Debug, Default)]
+pub struct LookedUp {
+    /// Of `embed_tokens`, `[batch, tokens, width]`.
+    pub tokens: Option<Tensor>,
+    /// Of the table of layers' own inputs, `[batch, tokens, layers · own width]`.
+    pub layer_inputs: Option<Tensor>,
+}
+
+impl LookedUp {
+    /// The same tensors once more.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let of = |own: &Option<Tensor>| own.as_ref().map(Tensor::shallow_clone);
+        Self { tokens: of(&self.tokens), layer_inputs: of(&self.layer_inputs) }
+    }
 }
 
 impl Rows {
@@ -82,7 +105,14 @@ impl Rows {
     pub fn of(tokens: &Tensor, first: i64) -> Result<Self> {
         let (_, count) = tokens.size2()?;
         let positions = Tensor::f_arange_start(first, first + count, (Kind::Int64, tokens.device()))?;
-        Ok(Self { tokens: tokens.shallow_clone(), positions: positions.f_unsqueeze(0)?, documents: None, noise: None })
+        Ok(Self {
+            tokens: tokens.shallow_clone(),
+            positions: positions.f_unsqueeze(0)?,
+            documents: None,
+            unpadded: None,
+            noise: None,
+            looked_up: LookedUp::default(),
+        })
     }
 
     /// The length of each token's document, or of a row's longest where documents are not told apart, in a shape that
@@ -104,8 +134,7 @@ impl Rows {
 #[derive(Debug)]
 struct Context {
     tables: Vec<Tables>,
-    /// By window.
-    masks: BTreeMap<Option<usize>, Mask>,
+    masks: BTreeMap<Sight, Mask>,
     /// What queries are multiplied by, `[batch, 1, tokens, 1]`.
     growth: Option<Tensor>,
     /// One token behind its keys, of which a window is cut out.
@@ -113,11 +142,11 @@ struct Context {
 }
 
 impl Context {
-    fn mask(&self, window: Option<usize>) -> Result<&Mask> {
-        self.masks.get(&window).ok_or_else(|| Error::Input {
+    fn mask(&self, sight: Sight) -> Result<&Mask> {
+        self.masks.get(&sight).ok_or_else(|| Error::Input {
             what: "window of a layer",
             expected: "one of the decoder's".into(),
-            found: format!("{window:?}"),
+            found: format!("{sight:?}"),
         })
     }
 
@@ -128,12 +157,15 @@ impl Context {
         }
     }
 
-    fn in_window(&self, key: &Tensor, value: &Tensor, window: Option<usize>) -> Result<(Tensor, Tensor)> {
-        let tokens = key.size4()?.2;
-        match window.map(|window| window as i64).filter(|window| self.continues && *window < tokens) {
+    fn in_window(&self, key: &Tensor, value: &Tensor, sight: Sight) -> Result<(Tensor, Tensor)> {
+        let (tokens, first) = (key.size4()?.2, sight.first as i64);
+        match sight.window.map(|window| window as i64).filter(|window| self.continues && window + first < tokens) {
             Some(window) => {
-                let last = |all: &Tensor| all.f_narrow(2, tokens - window, window);
-                Ok((last(key)?, last(value)?))
+                let seen = |all: &Tensor| -> Result<Tensor> {
+                    let last = all.f_narrow(2, tokens - window, window)?;
+                    Ok(if first > 0 { Tensor::f_cat(&[all.f_narrow(2, 0, first)?, last], 2)? } else { last })
+                };
+                Ok((seen(key)?, seen(value)?))
             }
             None => Ok((key.shallow_clone(), value.shallow_clone())),
         }
@@ -161,12 +193,13 @@ impl LayerInputs {
     }
 
     /// `[batch, tokens, layers, width]`.
-    fn forward(&self, tokens: &Tensor, embedded: &Tensor, pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, rows: &Rows, embedded: &Tensor, pass: &Pass) -> Result<Tensor> {
         let split = |all: &Tensor| all.f_unflatten(-1, [-1, self.width as i64]);
-        let own = scaled(&self.embed_tokens.forward(tokens, pass)?, (self.width as f64).sqrt())?;
+        let own = self.embed_tokens.forward_looked_up(&rows.tokens, rows.looked_up.layer_inputs.as_ref(), pass)?;
+        let own = scaled(&own, (self.width as f64).sqrt())?;
         let width = embedded.size().last().copied().unwrap_or(1);
         let projected = self.projection.forward(embedded, pass)?.f_mul_scalar((width as f64).powf(-0.5))?;
-        let projected = self.norm.forward(&split(&projected)?)?;
+        let projected = self.norm.forward(&split(&projected)?, pass)?;
         Ok(projected.f_add(&split(&own)?)?.f_mul_scalar(0.5f64.sqrt())?)
     }
 }
@@ -239,6 +272,16 @@ impl Decoder {
         self.embed_tokens.device()
     }
 
+    /// What tokens `[batch, tokens]` in host memory look up in tables that are there too: a CUDA graph cannot do that. Such
+    /// are tables that only rows are read of, where the weights are in few bytes or live in host memory.
+    ///
+    /// # Errors
+    /// If a token is not of the vocabulary, or memory runs out.
+    pub fn look_up(&self, tokens: &Tensor) -> Result<LookedUp> {
+        let layer_inputs = self.layer_inputs.as_ref().map(|own| own.embed_tokens.looked_up(tokens)).transpose()?;
+        Ok(LookedUp { tokens: self.embed_tokens.looked_up(tokens)?, layer_inputs: layer_inputs.flatten() })
+    }
+
     fn head(&self) -> &Shared<Head> {
         &self.head
     }
@@ -289,19 +332,20 @@ impl Decoder {
 
     fn run(&self, rows: &Rows, after: &[usize], pass: &Pass, mut work: Work<'_>) -> Result<Vec<Tensor>> {
         let context = Shared::new(self.context(rows, &work)?);
-        let mut embedded = self.embed_tokens.forward(&rows.tokens, pass)?.f_to_kind(self.kind)?;
+        let embedded = self.embed_tokens.forward_looked_up(&rows.tokens, rows.looked_up.tokens.as_ref(), pass)?;
+        let mut embedded = embedded.f_to_kind(self.kind)?;
         if let Some(noise) = &rows.noise {
             embedded = embedded.f_add(&noise.f_to_kind(self.kind)?)?;
         }
         let mut hidden = scaled(&embedded, self.config.embedding_scale)?;
-        let inputs = self.layer_inputs.as_ref().map(|own| own.forward(&rows.tokens, &hidden, pass)).transpose()?;
+        let inputs = self.layer_inputs.as_ref().map(|own| own.forward(rows, &hidden, pass)).transpose()?;
         let depth = after.iter().copied().max().unwrap_or(0);
         let mut states: BTreeMap<usize, Tensor> = BTreeMap::new();
         let mut lent: BTreeMap<usize, [Tensor; 2]> = BTreeMap::new();
         for index in 0..=depth {
             if after.contains(&index) {
                 let last = index == self.layers.len();
-                states.insert(index, if last { self.norm.forward(&hidden)? } else { hidden.shallow_clone() });
+                states.insert(index, if last { self.norm.forward(&hidden, pass)? } else { hidden.shallow_clone() });
             }
             if index < depth {
                 let input = inputs.as_ref().map(|all| all.f_select(2, index as i64)).transpose()?;
@@ -375,6 +419,7 @@ impl Decoder {
         let continues = matches!(work, Work::Continued { caches, .. } if tokens == 1 && !caches.is_empty());
         let of_rows = attention::Rows {
             documents: rows.documents.as_ref(),
+            unpadded: rows.unpadded.map(|count| count as i64),
             tokens,
             kind: self.kind,
             device,
@@ -383,8 +428,8 @@ impl Decoder {
         let looked_at = self.config.attention_cap.is_some() || self.config.sinks;
         let mut masks = BTreeMap::new();
         for layer in &self.config.layers {
-            if let Entry::Vacant(place) = masks.entry(layer.window) {
-                place.insert(if continues { Mask::All } else { of_rows.mask(layer.window, looked_at)? });
+            if let Entry::Vacant(place) = masks.entry(layer.sight()) {
+                place.insert(if continues { Mask::All } else { of_rows.mask(layer.sight(), looked_at)? });
             }
         }
         let growth = self.config.query_growth.map(|(factor, length)| -> Result<Tensor> {
@@ -416,13 +461,15 @@ impl Adaptable for Decoder {
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         visit(&mut self.embed_tokens);
-        if let Some(LayerInputs { embed_tokens, projection, .. }) = &mut self.layer_inputs {
+        if let Some(LayerInputs { embed_tokens, projection, norm, .. }) = &mut self.layer_inputs {
             visit(embed_tokens);
             visit(projection);
+            norm.visit(visit);
         }
         for layer in &mut self.layers {
             exclusive(layer)?.visit(visit)?;
         }
+        self.norm.visit(visit);
         visit(&mut exclusive(&mut self.head)?.lm_head);
         Ok(())
     }

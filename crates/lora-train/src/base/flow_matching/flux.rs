@@ -4,14 +4,17 @@
 use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::flux;
-use lora_models::diffusion::flow::Shift;
+use lora_models::diffusion::flow::{self, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Flux, FluxConditions, load_flux};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
 use super::text::{Clip, EncoderKind, Reads, STATES};
-use super::{FlowMatching, GUIDANCE, Guidance, Inputs, Kind, Registration, Tensors, Transformer, stacked};
+use super::{
+    FlowMatching, GUIDANCE, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked,
+    transformer_contains,
+};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -53,18 +56,24 @@ pub(super) static KIND: Kind = Kind {
     draws_latents: true,
     patch: 2,
     shift: Shift::FLUX,
-    sample_shift: |checkpoint| if is_guided(checkpoint) { Shift::FLUX } else { Shift::Factor(1.0) },
+    sample_levels: |checkpoint, steps, tokens| {
+        flow::levels(steps, if is_guided(checkpoint) { Shift::FLUX.factor(tokens) } else { 1.0 })
+    },
     // Few-step models are sampled without any.
     guidance: |checkpoint| if is_guided(checkpoint) { Guidance::Told(3.5) } else { Guidance::Contrast(1.0) },
-    architecture: |checkpoint| Some(if is_guided(checkpoint) { "flux-1-dev" } else { "flux-1-schnell" }),
+    labels: |checkpoint| match is_guided(checkpoint) {
+        true => &[("modelspec.architecture", "flux-1-dev/lora")],
+        false => &[("modelspec.architecture", "flux-1-schnell/lora")],
+    },
+    is_distilled: named_distilled,
     distilled: "its name says that this base is distilled to few steps (schnell): training it directly loses that within some \
                 hundred steps; train on FLUX.1 dev where its license allows it",
+    refused: |_| None,
 };
 
 /// Whether the transformer is told a strength of guidance: dev's is, schnell's is not.
 fn is_guided(checkpoint: &Checkpoint) -> bool {
-    let weight = "time_text_embed.guidance_embedder.linear_1.weight";
-    checkpoint.component(Component::TRANSFORMER).is_ok_and(|transformer| transformer.contains(weight))
+    transformer_contains(checkpoint, "time_text_embed.guidance_embedder.linear_1.weight")
 }
 
 fn layout(captions: &[&Tensors], device: Device) -> Result<Inputs> {

@@ -12,45 +12,68 @@ use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::upload;
 
 use super::super::Tensors;
-use super::text::{CaptionReader, EncoderKind, STATES, open_tokenizer};
+use super::text::{CaptionReader, EncoderKind, Language, STATES, open_tokenizer};
 use crate::config::TrainConfig;
 use crate::{Error, Result};
+
+/// What fills up rows of the language models that are known here.
+const PAD: &str = "<|endoftext|>";
 
 /// The text encoder.
 #[derive(Debug)]
 pub(super) struct LanguageReader {
     kind: &'static EncoderKind,
-    around: [&'static str; 2],
-    unread_layers: usize,
+    reads: &'static Language,
     tokenizer: Tokenizer,
     /// Tokens of a caption and what stands around it, at most.
     length: usize,
+    /// How many layers are before each of the states that are read.
+    depths: Vec<usize>,
     network: Option<Decoder>,
 }
 
 impl LanguageReader {
     pub(super) fn open(
         kind: &'static EncoderKind,
-        (around, unread_layers): ([&'static str; 2], usize),
+        reads: &'static Language,
         checkpoint: &Checkpoint,
         config: &TrainConfig,
     ) -> Result<Self> {
         let names = (kind.tokenizer.unwrap_or("tokenizer"), "model.embed_tokens.weight");
         let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
         let length = config.extra.whole("max_sequence_length").unwrap_or(512);
-        Ok(Self { kind, around, unread_layers, tokenizer, length, network: None })
+        Ok(Self { kind, reads, tokenizer, length, depths: Vec::new(), network: None })
     }
 
     /// The tokens of a caption with what stands around it, uncut.
     fn ids(&self, caption: &str) -> Result<Vec<u32>> {
-        let [before, behind] = self.around;
+        let [before, behind] = self.reads.around;
         Ok(self.tokenizer.encode(&format!("{before}{caption}{behind}"))?.ids)
+    }
+
+    /// A caption's row on the device.
+    fn rows(&self, caption: &str, device: Device) -> Result<Rows> {
+        let mut tokens: Vec<i64> = self.ids(caption)?.into_iter().map(i64::from).collect();
+        tokens.truncate(self.length);
+        let own = tokens.len();
+        // What a run may need is planned with captions as long as they can be: nobody has looked at the real ones.
+        if self.reads.fills_up || dry::is_dry(device) {
+            tokens.resize(self.length, i64::from(self.tokenizer.id_of(PAD).unwrap_or_default()));
+        }
+        let rows = Rows::of(&upload(&Tensor::from_slice(&tokens).f_unsqueeze(0)?, device)?, 0)?;
+        Ok(Rows { unpadded: self.reads.fills_up.then_some(own), ..rows })
     }
 }
 
 impl CaptionReader for LanguageReader {
     fn load(&mut self, checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<()> {
-        self.network = Some(load_caption_decoder(checkpoint, self.kind.component, kind, device, held)?);
+        let mut depths = Vec::new();
+        let read = |layers: usize| {
+            depths = self.reads.states.depths(layers);
+            depths.clone()
+        };
+        let network = load_caption_decoder(checkpoint, self.kind.component, read, kind, device, held)?;
+        (self.network, self.depths) = (Some(network), depths);
         Ok(())
     }
 
@@ -71,19 +94,14 @@ impl CaptionReader for LanguageReader {
     }
 
     fn settings(&self) -> String {
-        format!("{} {:?} {} {}", self.length, self.around, self.unread_layers, self.tokenizer.digest())
+        format!("{} {:?} {}", self.length, self.reads, self.tokenizer.digest())
     }
 
     /// The states of a caption, `[tokens, width]` on the device, in the compute dtype.
     fn encode(&self, caption: &str, device: Device) -> Result<Tensors> {
         let network = self.network.as_ref().ok_or(Error::NotLoaded { network: self.kind.title })?;
-        let mut tokens: Vec<i64> = self.ids(caption)?.into_iter().map(i64::from).collect();
-        // What a run may need is planned with captions as long as they can be: nobody has looked at the real ones.
-        tokens.resize(if dry::is_dry(device) { self.length } else { tokens.len().min(self.length) }, 0);
-        let rows = Rows::of(&upload(&Tensor::from_slice(&tokens).f_unsqueeze(0)?, device)?, 0)?;
-        let depth = network.config().layers.len().saturating_sub(self.unread_layers);
-        let states = network.states(&rows, &[depth], &Pass::default())?;
-        let states = states.first().map(|states| states.f_squeeze_dim(0)).transpose()?;
-        Ok(states.map(|states| (STATES.to_owned(), states)).into_iter().collect())
+        let states = network.states(&self.rows(caption, device)?, &self.depths, &Pass::default())?;
+        let states = Tensor::f_cat(&states, -1)?.f_squeeze_dim(0)?;
+        Ok(Tensors::from([(STATES.to_owned(), states)]))
     }
 }

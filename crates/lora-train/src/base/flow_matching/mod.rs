@@ -4,13 +4,14 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `flux`, `sd3` | FLUX.1's, Stable Diffusion 3's |
+//! | `flux`, `flux2`, `sd3` | FLUX.1's, FLUX.2's, Stable Diffusion 3's |
 //! | `text` | the text encoders of a base |
 //! | `language`, `clip`, `t5` | captions through an encoder of each kind |
 //! | `levels` | how noise levels are drawn, as keys say it |
 
 mod clip;
 mod flux;
+mod flux2;
 mod language;
 mod levels;
 mod sd3;
@@ -36,7 +37,7 @@ use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
-use self::text::{CaptionReaders, EncoderKind};
+use self::text::{CaptionReaders, EncoderKind, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
@@ -46,6 +47,7 @@ use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
 pub(super) use self::flux::FLUX;
+pub(super) use self::flux2::FLUX2;
 pub(super) use self::sd3::SD3;
 pub(super) use self::z_image::Z_IMAGE;
 
@@ -73,14 +75,19 @@ struct Kind {
     patch: usize,
     /// How drawn noise levels are moved where no key says it.
     shift: Shift,
-    /// How those of samples are moved.
-    sample_shift: fn(&Checkpoint) -> Shift,
+    /// The noise levels that samples of so many tokens go through in so many steps, as [`flow::levels`].
+    sample_levels: fn(&Checkpoint, usize, usize) -> lora_models::Result<Vec<f64>>,
     /// Guidance of samples where no key says it.
     guidance: fn(&Checkpoint) -> Guidance,
-    /// `modelspec.architecture`, where it is not the family's.
-    architecture: fn(&Checkpoint) -> Option<&'static str>,
-    /// What to know of files whose names say that they are distilled to few steps.
+    /// Of the family's words for files that carry adapters (`modelspec.architecture` and others) those that this base has
+    /// otherwise.
+    labels: fn(&Checkpoint) -> &'static [(&'static str, &'static str)],
+    /// Whether a base is distilled to few steps.
+    is_distilled: fn(&Checkpoint) -> bool,
+    /// What to know of such.
     distilled: &'static str,
+    /// What a base is that has the family's names and is not trained here.
+    refused: fn(&Checkpoint) -> Option<&'static str>,
 }
 
 impl std::fmt::Debug for Kind {
@@ -115,14 +122,34 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 3] = [&z_image::KIND, &flux::KIND, &sd3::KIND];
+static KINDS: [&Kind; 4] = [&z_image::KIND, &flux::KIND, &flux2::KIND, &sd3::KIND];
+
+/// Whether a base's transformer has a weight.
+fn transformer_contains(checkpoint: &Checkpoint, weight: &str) -> bool {
+    checkpoint.component(TRANSFORMER).is_ok_and(|transformer| transformer.contains(weight))
+}
+
+/// The name of a base's file or folder, in small letters.
+fn name_of(checkpoint: &Checkpoint) -> String {
+    checkpoint.path().file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+/// Whether the name of a base says that it is distilled to few steps.
+fn named_distilled(checkpoint: &Checkpoint) -> bool {
+    let name = name_of(checkpoint);
+    ["turbo", "schnell", "distilled"].iter().any(|word| name.contains(word))
+}
 
 /// Holds a base of one of these kinds against what a run needs beside its transformer; bases of other kinds are let be.
 ///
 /// # Errors
-/// [`Error::PartMissing`] with the key that names the part.
+/// [`Error::PartMissing`] with the key that names the part; [`Error::Base`] for a base that is not trained here.
 pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Result<()> {
     let Some(kind) = KINDS.iter().find(|kind| kind.family == checkpoint.family()) else { return Ok(()) };
+    if let Some(found) = (kind.refused)(checkpoint) {
+        let (path, expected) = (checkpoint.path().to_owned(), kind.family.title.to_owned());
+        return Err(Error::Base { path, found: found.to_owned(), expected });
+    }
     let missing = |part, key, what| {
         let (path, family) = (checkpoint.path().to_owned(), kind.family.title);
         Err(Error::PartMissing { path, family, part, key, what })
@@ -156,6 +183,7 @@ struct FlowMatching {
     autoencoder: Option<Autoencoder>,
     encoders: CaptionReaders,
     guidance: Guidance,
+    vae: VaeConfig,
     transformer: Option<Box<dyn Transformer>>,
 }
 
@@ -172,6 +200,7 @@ impl FlowMatching {
             networks,
             encoders: CaptionReaders::open(kind.encoders, &opening.checkpoint, config)?,
             guidance: (kind.guidance)(&opening.checkpoint),
+            vae: VaeConfig::detect(&opening.checkpoint)?,
             levels: levels::of(config, kind.shift)?,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
@@ -186,7 +215,7 @@ impl FlowMatching {
 
     /// Pictures have to be cut into whole tokens.
     fn check_sides(&self) -> Result<()> {
-        let multiple = self.vae_config()?.factor() * self.kind.patch;
+        let multiple = self.vae.factor() * self.kind.patch;
         let fits = |(width, height): (usize, usize)| width % multiple == 0 && height % multiple == 0;
         let mut problems = Vec::new();
         for dataset in &self.config.datasets {
@@ -218,10 +247,6 @@ impl FlowMatching {
 
     fn autoencoder(&self) -> Result<Autoencoder> {
         Ok(Autoencoder::load(&self.checkpoint, self.precision, self.device)?.in_tiles(self.config.vae_tiling))
-    }
-
-    fn vae_config(&self) -> Result<VaeConfig> {
-        Ok(VaeConfig::detect(&self.checkpoint)?)
     }
 
     /// Tokens of a picture of so many latents.
@@ -292,9 +317,7 @@ impl Base for FlowMatching {
     }
 
     fn notes(&self) -> Vec<String> {
-        let name = self.config.base_model.file_name().map(|name| name.to_string_lossy().to_lowercase());
-        let distilled =
-            name.is_some_and(|name| ["turbo", "schnell", "distilled"].iter().any(|word| name.contains(word)));
+        let distilled = (self.kind.is_distilled)(&self.checkpoint);
         distilled.then(|| self.kind.distilled.to_owned()).into_iter().collect()
     }
 
@@ -389,12 +412,12 @@ impl Base for FlowMatching {
     }
 
     fn draw(&self, network: Component, encoded: &Tensors, draw: &Stream) -> Result<Tensors> {
-        let vae = self.vae_config()?;
+        let vae = &self.vae;
         let mean = tensor(encoded, network, "mean")?.shallow_clone();
         let latents = match self.kind.draws_latents {
             true => {
                 let log_variance = tensor(encoded, network, "log_variance")?.shallow_clone();
-                sample_latents(&LatentDistribution { mean, log_variance }, &vae, &draw.at("latent"))?
+                sample_latents(&LatentDistribution { mean, log_variance }, vae, &draw.at("latent"))?
             }
             false => vae.normalised(&mean)?.f_squeeze_dim(0)?,
         };
@@ -455,15 +478,14 @@ impl Base for FlowMatching {
 
     fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
         let _guard = no_grad_guard();
-        let vae = self.vae_config()?;
+        let vae = &self.vae;
         let multiple = vae.factor() * self.kind.patch;
         if !config.resolution.0.is_multiple_of(multiple) || !config.resolution.1.is_multiple_of(multiple) {
             return Err(Error::SampleSize { size: config.resolution, multiple });
         }
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
         let tokens = self.tokens((height as i64, width as i64));
-        let shift = (self.kind.sample_shift)(&self.checkpoint);
-        let levels = flow::levels(config.steps, shift.factor(tokens))?;
+        let levels = (self.kind.sample_levels)(&self.checkpoint, config.steps, tokens)?;
         let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
         let guidance = config.guidance_scale.unwrap_or(usual);
         if config.sampler != SamplerKind::Euler {
@@ -495,9 +517,8 @@ impl Base for FlowMatching {
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
         record.further.extend(levels::record(&self.config, &self.levels));
-        if let Some(architecture) = (self.kind.architecture)(&self.checkpoint) {
-            record.further.push(("modelspec.architecture", format!("{architecture}/lora")));
-        }
+        let labels = (self.kind.labels)(&self.checkpoint);
+        record.further.extend(labels.iter().map(|(key, label)| (*key, (*label).to_owned())));
         if matches!(self.guidance, Guidance::Told(_)) {
             record.further.push(("ss_guidance_scale", self.trained_guidance().to_string()));
         }
@@ -512,6 +533,18 @@ fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> R
 fn stacked(captions: &[&Tensors], network: Component, name: &'static str) -> Result<Tensor> {
     let each: Vec<&Tensor> = captions.iter().map(|kept| tensor(kept, network, name)).collect::<Result<_>>()?;
     Ok(Tensor::f_stack(&each, 0)?)
+}
+
+/// States of captions of any lengths side by side: as long as the longest is when it is filled up to a multiple, `[captions,
+/// tokens, width]` on the host, with zeros behind a caption's own; and how many each has.
+fn side_by_side(captions: &[&Tensors], multiple: usize) -> Result<(Tensor, Vec<i64>)> {
+    let states: Vec<&Tensor> =
+        captions.iter().map(|kept| tensor(kept, Component::TEXT_ENCODER, STATES)).collect::<Result<_>>()?;
+    let lengths: Vec<i64> = states.iter().map(|states| Ok(states.size2()?.0)).collect::<Result<_>>()?;
+    let longest = lengths.iter().map(|&length| (length as usize).next_multiple_of(multiple)).max().unwrap_or(0);
+    let behind = |length: i64| [0, 0, 0, longest as i64 - length];
+    let long = states.iter().zip(&lengths).map(|(states, &length)| states.f_constant_pad_nd(behind(length)));
+    Ok((Tensor::f_stack(&long.collect::<std::result::Result<Vec<_>, _>>()?, 0)?, lengths))
 }
 
 fn missing(network: Component, name: &'static str) -> Error {

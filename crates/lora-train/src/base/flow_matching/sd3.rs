@@ -3,14 +3,14 @@
 
 use lora_core::Component;
 use lora_io::family::sd3;
-use lora_models::diffusion::flow::Shift;
+use lora_models::diffusion::flow::{self, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Sd3, Sd3Conditions, load_sd3};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
 use super::text::{Clip, EncoderKind, Reads, STATES};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, stacked};
+use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -62,11 +62,13 @@ pub(super) static KIND: Kind = Kind {
     draws_latents: true,
     patch: 2,
     shift: Shift::Factor(3.0),
-    sample_shift: |_| Shift::Factor(3.0),
+    sample_levels: |_, steps, _| flow::levels(steps, 3.0),
     guidance: |_| Guidance::Contrast(4.5),
-    architecture: |_| None,
+    labels: |_| &[],
+    is_distilled: named_distilled,
     distilled: "its name says that this base is distilled to few steps (turbo): training it directly loses that within some \
                 hundred steps; train on the model that it was made of",
+    refused: |_| None,
 };
 
 /// CLIP's states side by side and filled up with zeros to T5's width, T5's behind them; pooled states side by side.

@@ -1,7 +1,8 @@
-//! Z-Image's captions and samples as a run makes them, against transformers and diffusers (`tools/golden/make_z_image.py`).
+//! Captions and samples of Z-Image and FLUX.2 klein as a run makes them, against transformers and diffusers
+//! (`tools/golden/make_z_image.py`, `make_flux2.py`).
 
 use lora_io::safetensors::SafetensorsFile;
-use lora_models::synthetic::SyntheticZImage;
+use lora_models::synthetic::{SyntheticFlux2, SyntheticZImage};
 use lora_models::weights::synthetic_uniform;
 use lora_torch::tensor::from_host;
 
@@ -9,7 +10,10 @@ use super::*;
 use crate::base::Encoded;
 use crate::config::Format;
 
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden");
+
+/// Rows of FLUX.2's states that the golden file keeps.
+const ROWS: [i64; 7] = [0, 5, 17, 31, 60, 150, 511];
 
 const PROMPTS: [&str; 4] = [
     "a photo of a cat, sitting on the window-sill; it's 7 o'clock",
@@ -19,8 +23,8 @@ const PROMPTS: [&str; 4] = [
      tag 16, tag 17, tag 18, tag 19, tag 20, tag 21, tag 22, tag 23",
 ];
 
-fn expected(name: &str) -> Tensor {
-    let file = SafetensorsFile::open(format!("{GOLDEN}/expected.safetensors")).unwrap();
+fn expected(kind: &Kind, name: &str) -> Tensor {
+    let file = SafetensorsFile::open(format!("{GOLDEN}/{}/expected.safetensors", kind.family.name)).unwrap();
     from_host(&file.get(name).unwrap().to_host().unwrap(), Device::Cpu).unwrap()
 }
 
@@ -30,54 +34,84 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
     f64::try_from((found - expected).norm()).unwrap() / f64::try_from(expected.norm()).unwrap()
 }
 
-/// A tiny base with its text encoder and transformer loaded.
-fn base(folder: &std::path::Path, keys: &[&str]) -> FlowMatching {
-    SyntheticZImage::tiny().write(folder, DType::F32).unwrap();
+/// A tiny base of a kind with its text encoder and transformer loaded.
+fn base(kind: &'static Kind, folder: &std::path::Path, keys: &[&str]) -> FlowMatching {
+    match kind.family.name {
+        "flux2" => SyntheticFlux2::tiny().write(folder, DType::F32).unwrap(),
+        _ => SyntheticZImage::tiny().write(folder, DType::F32).unwrap(),
+    }
     std::fs::create_dir_all(folder.join("tokenizer")).unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(format!("{GOLDEN}/tokenizer/{file}"), folder.join("tokenizer").join(file)).unwrap();
+        std::fs::copy(format!("{GOLDEN}/z_image/tokenizer/{file}"), folder.join("tokenizer").join(file)).unwrap();
     }
     let text = format!("base_model: {}\ntrain_data_dir: d\noutput_dir: o\nmax_resolution: 64\n", folder.display());
     let config = TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
     let checkpoint = Arc::new(Checkpoint::open(folder).unwrap());
     check_parts(&checkpoint, &config).unwrap();
     let opening = Opening::new(&config, &checkpoint, Device::Cpu, DType::F32);
-    let mut base = FlowMatching::open(&opening, &z_image::KIND).unwrap();
+    let mut base = FlowMatching::open(&opening, kind).unwrap();
     for network in [Component::TEXT_ENCODER, TRANSFORMER] {
         base.load(network, Held::default()).unwrap();
     }
     base
 }
 
-#[test]
-fn captions_and_samples_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(folder.path(), &[]);
+/// What is kept of each of the prompts, held against the golden file; `rows` are those of the states that it has.
+fn kept(base: &mut FlowMatching, rows: Option<&[i64]>) -> Vec<BTreeMap<Component, Tensors>> {
     let mut kept = Vec::new();
     for (index, prompt) in PROMPTS.iter().enumerate() {
         let encoded = base.encode(Component::TEXT_ENCODER, Encoded::Caption(prompt)).unwrap();
-        let error = distance(&encoded["states"], &expected(&format!("text.{index}")));
+        let states = &encoded["states"];
+        let states =
+            rows.map_or_else(|| states.shallow_clone(), |rows| states.index_select(0, &Tensor::from_slice(rows)));
+        let error = distance(&states, &expected(base.kind, &format!("text.{index}")));
         assert!(error < 1e-5, "{prompt}: {error:e}");
         kept.push(BTreeMap::from([(Component::TEXT_ENCODER, encoded)]));
     }
-    let levels = flow::levels(4, (base.kind.sample_shift)(&base.checkpoint).factor(24)).unwrap();
-    let values = synthetic_uniform("input.sample.noise", 16 * 8 * 12).map(|u| 3f64.sqrt() as f32 * u);
-    let noise = from_f32(&values.collect::<Vec<_>>(), &[1, 16, 8, 12], Device::Cpu).unwrap();
+    kept
+}
+
+/// Four steps from noise of so many channels, to the first prompt against the second, at each of these strengths of guidance.
+fn samples_are_those_of_the_pipeline(
+    base: &FlowMatching,
+    kept: &[BTreeMap<Component, Tensors>],
+    channels: usize,
+    strengths: &[(&str, f64)],
+) {
+    let levels = (base.kind.sample_levels)(&base.checkpoint, 4, 24).unwrap();
+    let values = synthetic_uniform("input.sample.noise", channels * 8 * 12).map(|u| 3f64.sqrt() as f32 * u);
+    let noise = from_f32(&values.collect::<Vec<_>>(), &[1, channels, 8, 12], Device::Cpu).unwrap();
     let _guard = no_grad_guard();
-    // The pipeline's guidance counts from 0: its 2 is 3 here.
-    for (name, guidance) in [("sample.plain", 1.0), ("sample.guided", 3.0)] {
+    for &(name, guidance) in strengths {
         let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, guidance).unwrap();
-        let error = distance(&found, &expected(name));
+        let error = distance(&found, &expected(base.kind, name));
         assert!(error < 1e-5, "{name}: {error:e}");
     }
 }
 
 #[test]
+fn captions_and_samples_of_z_image_are_those_of_the_pipeline() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(&z_image::KIND, folder.path(), &[]);
+    let kept = kept(&mut base, None);
+    // The pipeline's guidance counts from 0: its 2 is 3 here.
+    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 3.0)]);
+}
+
+#[test]
+fn captions_and_samples_of_flux2_are_those_of_the_pipeline() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(&flux2::KIND, folder.path(), &[]);
+    let kept = kept(&mut base, Some(&ROWS));
+    samples_are_those_of_the_pipeline(&base, &kept, 32, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+}
+
+#[test]
 fn long_captions_are_cut_as_the_pipeline_cuts_them() {
     let folder = tempfile::tempdir().unwrap();
-    let mut base = base(folder.path(), &["max_sequence_length=20"]);
+    let mut base = base(&z_image::KIND, folder.path(), &["max_sequence_length=20"]);
     let encoded = base.encode(Component::TEXT_ENCODER, Encoded::Caption(PROMPTS[0])).unwrap();
     // Nothing before a token depends on what comes behind it.
-    assert!(distance(&encoded["states"], &expected("text.0").narrow(0, 0, 20)) < 1e-5);
+    assert!(distance(&encoded["states"], &expected(base.kind, "text.0").narrow(0, 0, 20)) < 1e-5);
     assert_eq!(base.caption_length(PROMPTS[0]), Some(32));
 }

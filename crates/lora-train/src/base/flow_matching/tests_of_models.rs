@@ -230,8 +230,7 @@ fn samples_are_those_of_the_pipelines() {
             kept.insert(encoder.component, base.encode(encoder.component, Encoded::Caption(prompt)).unwrap());
         }
         let _guard = no_grad_guard();
-        let shift = (model.kind.sample_shift)(&base.checkpoint).factor(8 * 12);
-        let levels = flow::levels(4, shift).unwrap();
+        let levels = (model.kind.sample_levels)(&base.checkpoint, 4, 8 * 12).unwrap();
         let unpacked =
             |tokens: Tensor| tokens.view([1, 8, 12, 16, 2, 2]).permute([0, 3, 1, 4, 2, 5]).reshape([1, 16, 16, 24]);
         let noise = unpacked(tensor(&model.expected, "sample.noise"));

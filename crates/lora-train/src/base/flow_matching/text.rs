@@ -38,16 +38,41 @@ pub(super) struct EncoderKind {
 #[derive(Debug)]
 pub(super) enum Reads {
     /// A language model.
-    Language {
-        /// What stands before a caption and behind it, special tokens among them.
-        around: [&'static str; 2],
-        /// Layers behind the states that are read; states behind the last layer are normed, others are not.
-        unread_layers: usize,
-    },
+    Language(Language),
     /// T5: rows filled up to this length, where no key says another.
     T5(fn(&Checkpoint) -> usize),
     /// CLIP's, of which this is kept.
     Clip(Clip),
+}
+
+/// How a language model reads captions.
+#[derive(Debug)]
+pub(super) struct Language {
+    /// What stands before a caption and behind it, special tokens among them.
+    pub(super) around: [&'static str; 2],
+    /// Which of its states are read. Those behind the last layer are normed, others are not.
+    pub(super) states: States,
+    /// Rows are filled up to their greatest length, and states of what fills them up are read like others.
+    pub(super) fills_up: bool,
+}
+
+/// Which states of a language model are read.
+#[derive(Debug)]
+pub(super) enum States {
+    /// Those before its last so many layers.
+    Before(usize),
+    /// Those behind so many layers each, one beside the other.
+    Behind(&'static [usize]),
+}
+
+impl States {
+    /// By how many layers are before them, in a model of so many.
+    pub(super) fn depths(&self, layers: usize) -> Vec<usize> {
+        match self {
+            Self::Before(unread) => vec![layers.saturating_sub(*unread)],
+            Self::Behind(depths) => depths.to_vec(),
+        }
+    }
 }
 
 /// What is kept of CLIP's answer.
@@ -128,9 +153,7 @@ impl CaptionReaders {
             Ok((
                 kind,
                 match &kind.reads {
-                    Reads::Language { around, unread_layers } => {
-                        Box::new(LanguageReader::open(kind, (*around, *unread_layers), checkpoint, config)?)
-                    }
+                    Reads::Language(reads) => Box::new(LanguageReader::open(kind, reads, checkpoint, config)?),
                     Reads::T5(usual) => Box::new(T5Reader::open(kind, usual(checkpoint), checkpoint, config)?),
                     Reads::Clip(kept) => Box::new(ClipReader::new(kind, *kept, config)),
                 },

@@ -2,14 +2,14 @@
 
 use lora_core::Component;
 use lora_io::family::z_image;
-use lora_models::diffusion::flow::Shift;
+use lora_models::diffusion::flow::{self, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{ZImage, ZImageCaptions, load_z_image};
 use lora_torch::tch::{Device, Kind as Number, Tensor};
 use lora_torch::tensor::upload;
 
-use super::text::{EncoderKind, Reads, STATES};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, tensor};
+use super::text::{EncoderKind, Language, Reads, STATES, States};
+use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, side_by_side};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -31,22 +31,25 @@ pub(super) static KIND: Kind = Kind {
         key: "text_encoder",
         tokenizer: Some("tokenizer"),
         published: "Qwen3 4B, its folder, its file (qwen_3_4b.safetensors), or a diffusers folder that has it",
-        reads: Reads::Language {
+        reads: Reads::Language(Language {
             // Qwen3's template of one message, with thinking left open.
             around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
-            unread_layers: 1,
-        },
+            states: States::Before(1),
+            fills_up: false,
+        }),
     }],
     load: |checkpoint, kind, device, held| Ok(Box::new(load_z_image(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: false,
     patch: 2,
     shift: Shift::FLUX,
-    sample_shift: |_| Shift::Factor(3.0),
+    sample_levels: |_, steps, _| flow::levels(steps, 3.0),
     guidance: |_| Guidance::Contrast(5.0),
-    architecture: |_| None,
+    labels: |_| &[],
+    is_distilled: named_distilled,
     distilled: "its name says that this base is distilled to few steps (Turbo): training it directly loses that within some \
                 hundred steps; train on Z-Image's base model, and use the LoRA with either",
+    refused: |_| None,
 };
 
 /// How many states each caption has.
@@ -57,21 +60,14 @@ const RAGGED: &str = "captions_are_ragged";
 /// Tokens that captions are filled up to multiples of.
 const MULTIPLE: usize = 32;
 
-/// Captions' states side by side, as long as the longest of them is when it is filled up; numbers behind a caption are not
-/// read.
+/// Captions' states side by side; numbers behind a caption are not read.
 fn layout(captions: &[&Tensors], device: Device) -> Result<Inputs> {
-    let states: Vec<&Tensor> =
-        captions.iter().map(|kept| tensor(kept, Component::TEXT_ENCODER, STATES)).collect::<Result<_>>()?;
-    let lengths: Vec<i64> = states.iter().map(|states| Ok(states.size2()?.0)).collect::<Result<_>>()?;
-    let filled = |length: i64| (length as usize).next_multiple_of(MULTIPLE) as i64;
-    let longest = lengths.iter().copied().map(filled).max().unwrap_or(0);
-    let long =
-        states.iter().zip(&lengths).map(|(states, length)| states.f_constant_pad_nd([0, 0, 0, longest - length]));
-    let long = Tensor::f_stack(&long.collect::<std::result::Result<Vec<_>, _>>()?, 0)?;
-    let ragged = lengths.iter().any(|&length| filled(length) != longest);
+    let (states, lengths) = side_by_side(captions, MULTIPLE)?;
+    let longest = states.size3()?.1 as usize;
+    let ragged = lengths.iter().any(|&length| (length as usize).next_multiple_of(MULTIPLE) != longest);
     let ragged = ragged.then(|| Tensor::f_zeros([1], (Number::Float, device))).transpose()?;
     Ok(Inputs::default()
-        .with(STATES, Some(upload(&long, device)?))
+        .with(STATES, Some(upload(&states, device)?))
         .with(LENGTHS, Some(upload(&Tensor::from_slice(&lengths), device)?))
         .with(RAGGED, ragged))
 }

@@ -20,7 +20,7 @@ use lora_data::texts::TokenRow;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::language;
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::decoder::{Decoder, DecoderConfig, LossOptions, Rows, Sampling};
+use lora_models::networks::decoder::{Decoder, DecoderConfig, LookedUp, LossOptions, Rows, Sampling};
 use lora_models::weights::{Held, Weights};
 use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
@@ -44,6 +44,8 @@ pub(super) const LANGUAGE: Registration = Registration {
 
 const DECODER: Component = Component::LANGUAGE_MODEL;
 
+/// First tokens of a document that are seen beside a window where nothing is said: what StreamingLLM found to be enough.
+const SINKS: usize = 4;
 /// Tokens of a sampled answer in a dry run: the first reads the prompt, the others are alike.
 const DRY_TOKENS: usize = 2;
 /// Tokens of a prompt in a dry run.
@@ -76,7 +78,16 @@ impl LanguageModel {
             return Err(Error::NotTrainedWhole { path });
         }
         let checkpoint = Arc::clone(&opening.checkpoint);
-        let decoder = DecoderConfig::detect(checkpoint.component(DECODER)?)?;
+        let mut decoder = DecoderConfig::detect(checkpoint.component(DECODER)?)?;
+        let first = extra.whole("attention_sink_size");
+        match extra.whole("sliding_window") {
+            Some(window) => decoder.see_a_window(window, first.unwrap_or(SINKS)),
+            None if first.is_some() => {
+                let message = "means nothing without sliding_window; take it out, or set that".to_owned();
+                return Err(config.refused([("attention_sink_size", message)]).into());
+            }
+            None => {}
+        }
         Ok(Self {
             networks: [Network { component: DECODER, title: "language model", trains: true, encodes: None }],
             config: decoder,
@@ -114,7 +125,8 @@ impl LanguageModel {
             tokens.push(token_row(item)?);
         }
         let width = noise.map(|alpha| (alpha, self.config.width));
-        let inputs = rows::lay_out(&tokens, items, self.filled, width, self.device)?;
+        let look_up = |tokens: &Tensor| Ok(self.decoder()?.look_up(tokens)?);
+        let inputs = rows::lay_out(&tokens, items, self.filled, width, self.device, &look_up)?;
         match self.objective.is_of_pairs() {
             true => self.objective.lay_out(inputs, &tokens, items, self.device),
             false => Ok(inputs),
@@ -176,7 +188,12 @@ impl Base for LanguageModel {
             tokens: inputs.get("tokens")?.shallow_clone(),
             positions: inputs.get("positions")?.shallow_clone(),
             documents: inputs.find("documents").map(Tensor::shallow_clone),
+            unpadded: None,
             noise: inputs.find("noise").map(Tensor::shallow_clone),
+            looked_up: LookedUp {
+                tokens: inputs.find("embedded").map(Tensor::shallow_clone),
+                layer_inputs: inputs.find("layer_inputs").map(Tensor::shallow_clone),
+            },
         };
         if self.objective.is_of_pairs() {
             return self.objective.loss(decoder, &rows, inputs, pass);

@@ -110,7 +110,9 @@ impl Objective {
                     tokens: rows.tokens.shallow_clone(),
                     positions: rows.positions.shallow_clone(),
                     documents: rows.documents.as_ref().map(Tensor::shallow_clone),
+                    unpadded: None,
                     noise: None,
+                    looked_up: rows.looked_up.shallow_clone(),
                 };
                 Some(likelihoods(&rows, &Pass { without_adapters: true, ..Pass::default() })?)
             }

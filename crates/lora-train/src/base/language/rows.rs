@@ -2,7 +2,7 @@
 //! follows the tokens that are learned, or is a document of its own.
 
 use lora_data::texts::{LENGTH_STEP, TokenRow};
-use lora_models::networks::decoder::NO_LABEL;
+use lora_models::networks::decoder::{LookedUp, NO_LABEL};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::from_f32;
 
@@ -29,12 +29,14 @@ pub(super) struct Filled {
 /// | `weights` | `[batch, tokens]` f32 | how much each row counts, where that differs |
 /// | `noise` | `[batch, tokens, width]` f32 | added to embeddings, where there is noise: its α and their width |
 /// | `share` | a number, f32 | 1 / the number of learned tokens |
+/// | `embedded`, `layer_inputs` | `[batch, tokens, …]` | what tokens look up in tables that are in host memory |
 pub(super) fn lay_out(
     rows: &[&TokenRow],
     items: &[Item],
     filled: Filled,
     noise: Option<(f64, usize)>,
     device: Device,
+    look_up: &dyn Fn(&Tensor) -> Result<LookedUp>,
 ) -> Result<Inputs> {
     let longest = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
     let length = if filled.packing { filled.most } else { longest.next_multiple_of(LENGTH_STEP).min(filled.most) };
@@ -53,8 +55,9 @@ pub(super) fn lay_out(
         }
     }
     let shape = [rows.len() as i64, length as i64];
-    let put =
-        |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_view(shape)?.f_to_device(device)?) };
+    let here = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_view(shape)?) };
+    let put = |values: &[i64]| -> Result<Tensor> { Ok(here(values)?.f_to_device(device)?) };
+    let looked_up = look_up(&here(&tokens)?)?;
     let learned = rows.iter().flat_map(|row| &row.trained).filter(|&&trained| trained).count();
     // Where one document fills a row from its beginning, positions are what they are without being told.
     let positions = if several { positions } else { (0..rows.len()).flat_map(|_| 0..length as i64).collect() };
@@ -65,7 +68,9 @@ pub(super) fn lay_out(
         .with("documents", several.then(|| put(&documents)).transpose()?)
         .with("weights", weights(items, length, device)?)
         .with("noise", noise.map(|noise| embedding_noise(rows, items, length, noise, device)).transpose()?)
-        .with("share", Some(from_f32(&[1.0 / learned.max(1) as f32], &[], device)?)))
+        .with("share", Some(from_f32(&[1.0 / learned.max(1) as f32], &[], device)?))
+        .with("embedded", looked_up.tokens)
+        .with("layer_inputs", looked_up.layer_inputs))
 }
 
 /// The tokens of a row that are learned, [`NO_LABEL`] in place of the others.
@@ -119,6 +124,10 @@ mod tests {
         }
     }
 
+    fn laid_out(rows: &[&TokenRow], items: &[Item], filled: Filled, noise: Option<(f64, usize)>) -> Inputs {
+        lay_out(rows, items, filled, noise, Device::Cpu, &|_| Ok(LookedUp::default())).unwrap()
+    }
+
     fn numbers(tensor: &Tensor, row: i64) -> Vec<i64> {
         Vec::try_from(tensor.get(row)).unwrap()
     }
@@ -127,22 +136,20 @@ mod tests {
     fn rows_are_filled_and_what_fills_them_is_not_learned() {
         let short = TokenRow { ids: vec![7, 8, 9], trained: vec![false, true, true], documents: vec![3] };
         let long = TokenRow { ids: vec![5; 65], trained: vec![false; 65], documents: vec![65] };
-        let inputs =
-            lay_out(&[&short, &long], &[item(1.0), item(1.0)], Filled { packing: false, most: 512 }, None, Device::Cpu)
-                .unwrap();
+        let inputs = laid_out(&[&short, &long], &[item(1.0), item(1.0)], Filled { packing: false, most: 512 }, None);
         let of = |name: &'static str| numbers(inputs.get(name).unwrap(), 0);
         assert_eq!((of("tokens").len(), &of("tokens")[..4]), (128, &[7, 8, 9, 0][..]));
         assert_eq!(&of("labels")[..4], [NO_LABEL, 8, 9, NO_LABEL]);
         assert!(of("positions").iter().copied().eq(0..128));
         assert!(inputs.find("documents").is_none() && inputs.find("weights").is_none());
+        assert!(inputs.find("embedded").is_none() && inputs.find("layer_inputs").is_none());
         assert_eq!(f64::try_from(inputs.get("share").unwrap()).unwrap(), 0.5);
     }
 
     #[test]
     fn packed_documents_begin_anew_and_the_filling_is_one_of_its_own() {
         let row = TokenRow { ids: vec![1, 2, 3, 4, 5], trained: vec![true; 5], documents: vec![2, 3] };
-        let inputs =
-            lay_out(&[&row], &[item(0.5)], Filled { packing: true, most: 64 }, Some((5.0, 4)), Device::Cpu).unwrap();
+        let inputs = laid_out(&[&row], &[item(0.5)], Filled { packing: true, most: 64 }, Some((5.0, 4)));
         let of = |name: &'static str| numbers(inputs.get(name).unwrap(), 0);
         assert_eq!(&of("positions")[..7], [0, 1, 0, 1, 2, 0, 1]);
         assert_eq!(&of("documents")[..7], [0, 0, 1, 1, 1, 2, 2]);

@@ -4,7 +4,7 @@
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// The keys of a language model.
-pub static KEYS: &[&Group] = &[&WHOLE, &LOSS, &SAMPLES];
+pub static KEYS: &[&Group] = &[&WHOLE, &ATTENTION, &LOSS, &SAMPLES];
 
 /// What is trained beside the adapter.
 static WHOLE: Group = Group {
@@ -15,10 +15,25 @@ static WHOLE: Group = Group {
             name: "modules_to_save",
             values: "list of names",
             default: "[]",
-            meaning: "Layers of a language model whose weights are trained themselves and saved whole, as PEFT does: linear layers, `embed_tokens`, `lm_head`. They carry no adapter.",
+            meaning: "Layers of a language model whose weights are trained themselves and saved whole, as PEFT does: linear layers, norms, `embed_tokens`, `lm_head`. They carry no adapter.",
             memory: "Of each layer the weight in fp32, its gradient and the optimiser's numbers, beside the base's.",
             resumed: Resumed::Fixed(|config| config.extra.shown("modules_to_save")),
             reads: Reads::Extra(|given| Setting::Texts(given.texts().unwrap_or_default())),
+        },
+        Key {
+            name: "trainable_token_indices",
+            values: "list of token numbers",
+            default: "[]",
+            meaning: "Tokens of a language model whose rows of `embed_tokens` are trained themselves and saved, as PEFT does; of a tied model the head reads them too. For tokens that are new, where a whole embedding would be more than is needed.",
+            memory: "Of each token a row in fp32, its gradient and the optimiser's numbers.",
+            resumed: Resumed::FixedSince("[]", |config| config.extra.shown("trainable_token_indices")),
+            reads: Reads::Extra(|given| {
+                let tokens = given.whole_numbers("token numbers, each once and below 16777216", |all| {
+                    let distinct: std::collections::BTreeSet<_> = all.iter().collect();
+                    distinct.len() == all.len() && all.iter().all(|token| *token < 1 << 24)
+                });
+                Setting::Texts(tokens.unwrap_or_default().iter().map(usize::to_string).collect())
+            }),
         },
         Key {
             name: "bias",
@@ -111,6 +126,35 @@ pub static TEXTS: Group = Group {
             memory: "",
             resumed: Resumed::Fixed(|config| config.extra.shown("overlap")),
             reads: Reads::Extra(|given| Setting::Whole(given.count(0).unwrap_or(0))),
+        },
+    ],
+};
+
+/// How far tokens see.
+static ATTENTION: Group = Group {
+    section: "Texts",
+    behind: None,
+    keys: &[
+        Key {
+            name: "sliding_window",
+            values: "16 …",
+            default: "the base's own",
+            meaning: "Tokens that a token sees at most, itself among them, in layers of the base that see more: for documents so long that attention to all of them takes too much time. Places of tokens stay what they are.",
+            memory: "Attention's work and its masks grow with the tokens, and not with their square.",
+            resumed: Resumed::FixedSince("none", |config| config.extra.shown("sliding_window")),
+            reads: Reads::Extra(|given| match given.count(16) {
+                Some(window) => Setting::Whole(window),
+                None => Setting::Nothing,
+            }),
+        },
+        Key {
+            name: "attention_sink_size",
+            values: "0 …",
+            default: "4 with sliding_window",
+            meaning: "The first tokens of each document, which all its tokens see beside their window (attention sinks, as in StreamingLLM).",
+            memory: "",
+            resumed: Resumed::FixedSince("none", |config| config.extra.shown("attention_sink_size")),
+            reads: Reads::Extra(|given| given.count(0).map_or(Setting::Nothing, Setting::Whole)),
         },
     ],
 };
