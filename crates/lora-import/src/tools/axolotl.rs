@@ -110,7 +110,14 @@ static ROWS: &[Row] = &[
     gone("peft_layers_pattern", OFF, "layers are named by target_modules"),
     gone("peft_layer_replication", OFF, "layers are not repeated"),
     gone("peft_init_lora_weights", &["true"], "LoRA begins as usual; variant = pissa or olora begins otherwise"),
-    gone("peft_trainable_token_indices", OFF, "modules_to_save trains whole embeddings"),
+    by("peft_trainable_token_indices", &["trainable_token_indices"], "rows of the embedding", |field| {
+        match &field.value {
+            Value::Array(items) if items.iter().all(|item| values::count(item).is_some()) => {
+                taken("trainable_token_indices", field.value.clone())
+            }
+            _ => lost("tokens of the embedding alone are named, by their numbers"),
+        }
+    }),
     nothing("peft_ensure_weight_tying", "an adapted tied layer is untied, as in PEFT"),
     nothing("peft_autocast_adapter_dtype", "trained numbers are fp32"),
     gone("peft", OFF, "no LoftQ"),
