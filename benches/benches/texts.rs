@@ -66,10 +66,12 @@ fn tokenise(criterion: &mut Criterion) {
     let tokenizer = Arc::new(tokenizer.expect("the base has a tokenizer"));
     let mut group = criterion.benchmark_group("tokenise");
     group.sample_size(10);
-    let made: [(&str, fn(&Path, usize), usize); 2] = [("conversations", conversations, 4000), ("pages", pages, 20)];
-    for (name, make, count) in made {
+    for name in ["conversations", "pages"] {
         let (data, cache) = (folder.path().join(format!("{name}.jsonl")), folder.path().join(name));
-        make(&data, count);
+        match name {
+            "pages" => pages(&data, 20),
+            _ => conversations(&data, 4000),
+        }
         let options = TextOptions { path: data, ..TextOptions::default() };
         let open = |cache: Option<&DiskCache>| {
             Texts::open(options.clone(), Arc::clone(&tokenizer), cache).expect("good records")
