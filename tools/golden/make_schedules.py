@@ -1,31 +1,48 @@
-"""tiny_schedules.safetensors: what diffusion makes of latents and noise, as published and with zero terminal SNR."""
+"""Factors on the learning rate by transformers' schedules, for crates/lora-train/src/schedule.rs.
+
+python tools/golden/make_schedules.py crates/lora-train/tests/golden/schedules.json
+"""
+
+import json
+import sys
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+import transformers
 
-import files
-import tiny
-
-TIMESTEPS = [0, 1, 10, 250, 500, 750, 999]
-GAMMA = 5.0
-
-
-def main():
-    timesteps, shape = torch.tensor(TIMESTEPS), (len(TIMESTEPS), 4, 4, 4)
-    latents, noise = tiny.given("input.schedule.latents", shape), tiny.given("input.schedule.noise", shape)
-    made = {"timesteps": timesteps}
-    for name, zero in (("published", False), ("zero_snr", True)):
-        scheduler = DDPMScheduler(**tiny.SCHEDULE, clip_sample=False, rescale_betas_zero_snr=zero)
-        snr = compute_snr(scheduler, timesteps)
-        made[f"{name}.alphas"] = scheduler.alphas_cumprod
-        made[f"{name}.snr"] = snr
-        # As diffusers' training scripts weigh a loss on velocity.
-        made[f"{name}.min_snr_weights"] = snr.clamp(max=GAMMA) / (snr + 1.0)
-        made[f"{name}.noised"] = scheduler.add_noise(latents, noise, timesteps)
-        made[f"{name}.velocity"] = scheduler.get_velocity(latents, noise, timesteps)
-    files.write(f"{tiny.FILES}_schedules.safetensors", made)
+STEPS = 40
+WARMUP = 8
+# Our name and options; transformers' name, arguments and what its training arguments give beside.
+CASES = [
+    ("linear", {}, "linear", {}),
+    ("cosine", {}, "cosine", {}),
+    ("cosine", {"lr_min_ratio": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("cosine_with_restarts", {"lr_scheduler_num_cycles": 3}, "cosine_with_restarts", {"num_cycles": 3}),
+    ("polynomial", {"lr_scheduler_power": 2.0, "lr_min_ratio": 0.01}, "polynomial", {"power": 2.0, "lr_end": 0.01}),
+    ("inverse_sqrt", {}, "inverse_sqrt", {}),
+    ("cosine", {"lr_decay_steps": 12}, "warmup_stable_decay", {"num_decay_steps": 12}),
+    ("linear", {"lr_decay_steps": 12, "lr_min_ratio": 0.2}, "warmup_stable_decay",
+     {"num_decay_steps": 12, "decay_type": "linear", "min_lr_ratio": 0.2}),
+]
 
 
-if __name__ == "__main__":
-    main()
+def factors(name, arguments):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS, scheduler_specific_kwargs=arguments
+    )
+    rates = []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+cases = [
+    {"name": ours, "options": options, "factors": [round(rate, 12) for rate in factors(theirs, arguments)]}
+    for ours, options, theirs, arguments in CASES
+]
+golden = {"transformers": transformers.__version__, "steps": STEPS, "warmup": WARMUP, "cases": cases}
+with open(sys.argv[1], "w") as file:
+    json.dump(golden, file, indent=1)
+    file.write("\n")

@@ -331,7 +331,7 @@ pub(crate) fn decide(row: &'static Row, node: &Node, here: Scope<'_>, root: Scop
         Means::NoEffect(why) => no_effect(*why),
         Means::Lost(neutral, what) => {
             let is = |json: &&str| serde_json::from_str::<Value>(json).is_ok_and(|one| alike(&one, &value));
-            if neutral.iter().any(|json| is(json)) { no_effect("off, as without it") } else { lost(*what) }
+            if neutral.iter().any(is) { no_effect("off, as without it") } else { lost(*what) }
         }
         Means::Table(_) | Means::Arguments(_) | Means::Datasets(..) => refused("expected a table"),
     }

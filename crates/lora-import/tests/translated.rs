@@ -81,6 +81,11 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
         "masked_loss": true, "alpha_mask": true,
     });
     assert_has(&own, wanted);
+    let restarts = text.replace("\"cosine\"", "\"cosine_with_restarts\"")
+        + "lr_scheduler_num_cycles = 3\nlr_scheduler_power = 2\n";
+    let restarts = config(&of(Format::Toml, &restarts));
+    assert_has(&restarts, json!({ "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3 }));
+    assert!(restarts.get("lr_scheduler_power").is_none(), "a number of another schedule");
     assert!(own.get("max_train_steps").is_none(), "epochs win over steps");
     assert!(is_lost(&imported, "loss_type") && is_lost(&imported, "huber_c"));
     assert!(matches!(verdict(&imported, "xformers"), Verdict::WithoutEffect(_)));
@@ -155,6 +160,15 @@ fn the_gui_counts_in_percent_and_epochs_and_takes_further_options() {
     // Noise is of one kind or the other.
     assert!(matches!(verdict(&imported, "multires_noise_iterations"), Verdict::WithoutEffect(_)));
     assert_eq!(imported.missing(), ["base_model", "train_data_dir", "output_dir"]);
+
+    // An old file of the tab LoRA has ranks and no kind; without either all weights are trained.
+    let old = text
+        .replace("\"LoRA_type\": \"LyCORIS/LoHa\",", "")
+        .replace("\"optimizer\": \"AdamW\",", "\"use_8bit_adam\": false,");
+    let own = config(&of(Format::Json, &old));
+    assert!(own.get("train").is_none() && own["optimizer"] == "adamw", "{own:#}");
+    let full = config(&of(Format::Json, &old.replace("\"network_dim\": 32, \"network_alpha\": 16,", "")));
+    assert!(full["train"] == "full" && full.get("lora_alpha").is_none(), "{full:#}");
 
     // Of a plain LoRA the fields of convolutions mean nothing; D-Adaptation has something else in its place.
     let plain = text.replace("LyCORIS/LoHa", "Standard").replace("\"AdamW\"", "\"DAdaptAdam\"");

@@ -3,9 +3,9 @@
 mod common;
 
 use common::CPU;
+use common::flow::{CONTEXT, Call, POOLED, matches};
 use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;
-use common::flow::{CONTEXT, Call, POOLED, matches};
 use lora_models::layers::Pass;
 use lora_models::networks::{Flux, FluxConditions, FluxConfig};
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights, synthetic_uniform};

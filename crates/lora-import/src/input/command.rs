@@ -21,7 +21,7 @@ struct Word {
 pub(crate) fn is_in(text: &str) -> bool {
     text.lines().any(|line| {
         let line = line.trim_start();
-        !line.starts_with(['#', '"']) && line.split([' ', '\t', '"', '\'']).any(|word| is_script(word))
+        !line.starts_with(['#', '"']) && line.split([' ', '\t', '"', '\'']).any(is_script)
     })
 }
 

@@ -1,5 +1,6 @@
 //! Values with their lines from JSON, whose library knows places within a text by its pieces.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -7,44 +8,52 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::Problem;
-use super::tree::{Content, Entry, Node, line_at};
+use super::tree::{Content, Entry, Lines, Node};
 
 pub(crate) fn parse(place: &str, text: &str) -> Result<Node, Problem> {
     let root: &RawValue = serde_json::from_str(text)
         .map_err(|error| Problem::new(place, error.line(), "", format!("not valid JSON: {error}")))?;
-    Text { place, text }.node(root)
+    Text { place, text, lines: Lines::of(text) }.node(root, 0)
 }
 
 struct Text<'t> {
     place: &'t str,
     text: &'t str,
+    lines: Lines,
 }
+
+/// Tables and lists within each other; configurations have five.
+const DEPTH: usize = 64;
 
 impl Text<'_> {
     /// The line of a piece of the text.
     fn line(&self, piece: &str) -> usize {
-        line_at(self.text, (piece.as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize))
+        self.lines.at((piece.as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize))
     }
 
-    fn node(&self, raw: &RawValue) -> Result<Node, Problem> {
+    fn node(&self, raw: &RawValue, depth: usize) -> Result<Node, Problem> {
         let line = self.line(raw.get());
+        if depth > DEPTH {
+            return Err(Problem::new(self.place, line, "", "too deep: tables within tables within tables"));
+        }
         let refused = |error: serde_json::Error| Problem::new(self.place, line, "", format!("not valid JSON: {error}"));
         let content = match raw.get().as_bytes().first() {
-            Some(b'{') => self.table(serde_json::from_str(raw.get()).map_err(refused)?)?,
+            Some(b'{') => self.table(serde_json::from_str(raw.get()).map_err(refused)?, depth)?,
             Some(b'[') => {
                 let items: Vec<&RawValue> = serde_json::from_str(raw.get()).map_err(refused)?;
-                Content::List(items.into_iter().map(|item| self.node(item)).collect::<Result<_, _>>()?)
+                Content::List(items.into_iter().map(|item| self.node(item, depth + 1)).collect::<Result<_, _>>()?)
             }
             _ => Content::Scalar(serde_json::from_str::<Value>(raw.get()).map_err(refused)?),
         };
         Ok(Node { line, content })
     }
 
-    fn table(&self, pairs: Pairs<'_>) -> Result<Content, Problem> {
+    fn table(&self, pairs: Pairs<'_>, depth: usize) -> Result<Content, Problem> {
+        let mut known = BTreeSet::new();
         let mut entries: Vec<Entry> = Vec::with_capacity(pairs.0.len());
         for (key, raw) in pairs.0 {
-            let node = self.node(raw)?;
-            if entries.iter().any(|entry| entry.key == key) {
+            let node = self.node(raw, depth + 1)?;
+            if !known.insert(key.clone()) {
                 return Err(Problem::new(self.place, node.line, &key, "it is given twice; keep one of them"));
             }
             entries.push(Entry { key, line: node.line, node });

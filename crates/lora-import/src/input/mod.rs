@@ -12,7 +12,7 @@ use serde::Serialize;
 use tree::Node;
 
 /// The largest configuration that is read, in bytes.
-const MOST: u64 = 16 << 20;
+const MOST: u64 = 4 << 20;
 
 /// The form of a configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -80,14 +80,24 @@ pub(crate) fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
-/// The line that a byte stands on.
-pub(super) fn line_at(text: &str, byte: usize) -> usize {
-    text.as_bytes().iter().take(byte).filter(|&&byte| byte == b'\n').count() + 1
+/// Where the lines of a text begin.
+pub(super) struct Lines(Vec<usize>);
+
+impl Lines {
+    pub(super) fn of(text: &str) -> Self {
+        Self(text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at).collect())
+    }
+
+    /// The line that a byte stands on, from 1.
+    pub(super) fn at(&self, byte: usize) -> usize {
+        self.0.partition_point(|&end| end < byte) + 1
+    }
 }
 
 pub(crate) fn of_toml(place: &str, text: &str) -> Result<Node, Problem> {
+    let lines = Lines::of(text);
     let table = DeTable::parse(text).map_err(|error| {
-        let line = error.span().map_or(0, |span| line_at(text, span.start));
+        let line = error.span().map_or(0, |span| lines.at(span.start));
         let advice = match error.message() {
             message if message.contains("duplicate") => "; keep one of them",
             message if message.contains("escape") => "; write \\ in paths as / or \\\\, or use single quotes",
@@ -95,26 +105,26 @@ pub(crate) fn of_toml(place: &str, text: &str) -> Result<Node, Problem> {
         };
         Problem::new(place, line, "", format!("not valid TOML: {}{advice}", error.message()))
     })?;
-    Ok(toml_table(text, table.get_ref(), 1))
+    Ok(toml_table(&lines, table.get_ref(), 1))
 }
 
-fn toml_table(text: &str, table: &DeTable<'_>, line: usize) -> Node {
+fn toml_table(lines: &Lines, table: &DeTable<'_>, line: usize) -> Node {
     let mut entries: Vec<_> = table.iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
     let entry = |(key, value): (&toml::Spanned<_>, &toml::Spanned<DeValue<'_>>)| {
-        let line = line_at(text, key.span().start);
+        let line = lines.at(key.span().start);
         let key: &std::borrow::Cow<'_, str> = key.get_ref();
-        Entry { key: key.to_string(), line, node: toml_value(text, value.get_ref(), line) }
+        Entry { key: key.to_string(), line, node: toml_value(lines, value.get_ref(), line) }
     };
     Node::table(line, entries.into_iter().map(entry).collect())
 }
 
-fn toml_value(text: &str, value: &DeValue<'_>, line: usize) -> Node {
+fn toml_value(lines: &Lines, value: &DeValue<'_>, line: usize) -> Node {
     let scalar = match value {
-        DeValue::Table(table) => return toml_table(text, table, line),
+        DeValue::Table(table) => return toml_table(lines, table, line),
         DeValue::Array(items) => {
             let item =
-                |item: &toml::Spanned<DeValue<'_>>| toml_value(text, item.get_ref(), line_at(text, item.span().start));
+                |item: &toml::Spanned<DeValue<'_>>| toml_value(lines, item.get_ref(), lines.at(item.span().start));
             return Node { line, content: Content::List(items.iter().map(item).collect()) };
         }
         DeValue::String(text) => Value::String(text.to_string()),
@@ -262,5 +272,13 @@ mod tests {
         let twice = super::super::json::parse("f", "{\"a\": 1,\n\"a\": 2}").unwrap_err();
         assert!(said(twice.clone()).starts_with("f:2: `a`: it is given twice"), "{twice}");
         assert!(said(of_toml("f", "a = 1\na = 2").unwrap_err()).contains("duplicate"));
+        let deep = "[".repeat(100_000);
+        for refused in
+            [of_toml("f", &format!("a = {deep}")), of_yaml("f", &deep), super::super::json::parse("f", &deep)]
+        {
+            assert!(refused.is_err());
+        }
+        let deep = format!("{deep}{}", "]".repeat(100_000));
+        assert!(said(super::super::json::parse("f", &deep).unwrap_err()).contains("too deep"));
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Table, Tool, optimisers, sd_scripts};
+use super::{Table, Tool, optimisers, sd_scripts, sd_scripts_network};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
@@ -86,14 +86,21 @@ static NETWORK: &[Row] = &[
     by("conv", &["target_modules", "rank_pattern"], "convolutions too, with this rank", |field| match field.count() {
         Some(0) => no_effect("off, as without it"),
         Some(rank) => translated(
-            vec![("target_modules", json!(["all-conv"])), ("rank_pattern", json!({ SPATIAL: rank }))],
+            vec![
+                ("target_modules", json!(["all-conv"])),
+                ("rank_pattern", json!({ sd_scripts_network::SPATIAL: rank })),
+            ],
             "convolutions too, with this rank",
         ),
         None => field.expected("a whole number"),
     }),
     by("conv_alpha", &["alpha_pattern"], "of convolutions", |field| match (field.here.count("conv"), field.number()) {
         (None | Some(0), _) => no_effect("only with conv"),
-        (_, Some(alpha)) => becomes("alpha_pattern", json!({ SPATIAL: values::of_number(alpha) }), "of convolutions"),
+        (_, Some(alpha)) => becomes(
+            "alpha_pattern",
+            json!({ sd_scripts_network::SPATIAL: values::of_number(alpha) }),
+            "of convolutions",
+        ),
         _ => field.expected("a number"),
     }),
     same("dropout", "lora_dropout", Kind::Positive),
@@ -530,9 +537,6 @@ static SAMPLE: &[Row] = &[
     nothing("do_cfg_norm", "where the base asks for it"),
 ];
 
-/// The convolutions that have a rank of their own.
-const SPATIAL: &str = r"re:.*\.(conv1|conv2|conv)";
-
 fn is_flow(root: &Scope<'_>) -> bool {
     root.text("train.noise_scheduler").is_some_and(|name| name == "flowmatch")
         || root.on("model.is_flux")
@@ -560,7 +564,7 @@ fn alpha(field: &Field<'_>, alpha: Option<f64>) -> Outcome {
 
 fn of_lokr(field: &Field<'_>, ours: &str) -> Outcome {
     match field.here.text("type").is_some_and(|kind| kind.eq_ignore_ascii_case("lokr")) {
-        true => sd_scripts::option(field, ours),
+        true => sd_scripts_network::option(field, ours),
         false => no_effect("a field of LoKr"),
     }
 }

@@ -110,7 +110,14 @@ static ROWS: &[Row] = &[
     gone("peft_layers_pattern", OFF, "layers are named by target_modules"),
     gone("peft_layer_replication", OFF, "layers are not repeated"),
     gone("peft_init_lora_weights", &["true"], "LoRA begins as usual; variant = pissa or olora begins otherwise"),
-    gone("peft_trainable_token_indices", OFF, "modules_to_save trains whole embeddings"),
+    by("peft_trainable_token_indices", &["trainable_token_indices"], "rows of the embedding", |field| {
+        match &field.value {
+            Value::Array(items) if items.iter().all(|item| values::count(item).is_some()) => {
+                taken("trainable_token_indices", field.value.clone())
+            }
+            _ => lost("tokens of the embedding alone are named, by their numbers"),
+        }
+    }),
     nothing("peft_ensure_weight_tying", "an adapted tied layer is untied, as in PEFT"),
     nothing("peft_autocast_adapter_dtype", "trained numbers are fp32"),
     gone("peft", OFF, "no LoftQ"),
@@ -270,8 +277,14 @@ static ROWS: &[Row] = &[
     gone("optim_target_modules", OFF, "one optimiser trains everything"),
     by("lr_scheduler", &["lr_scheduler"], "cosine where none is given", language::schedule).default("\"cosine\""),
     gone("lr_quadratic_warmup", OFF, "the warm-up is linear"),
-    gone("cosine_min_lr_ratio", OFF, "the cosine ends at 0"),
-    gone("cosine_constant_lr_ratio", OFF, "the cosine ends at 0"),
+    by("cosine_min_lr_ratio", &["lr_min_ratio"], "with lr_scheduler = cosine", |field| match field.number() {
+        Some(0.0) => no_effect("off, as without it"),
+        Some(ratio) if field.root.text("lr_scheduler").is_some_and(|name| name == "cosine") => {
+            taken("lr_min_ratio", values::of_number(ratio))
+        }
+        _ => no_effect("only with lr_scheduler = cosine"),
+    }),
+    gone("cosine_constant_lr_ratio", OFF, "the cosine falls to the end of the run"),
     gone("lr_groups", OFF, "no learning rates by layer"),
     gone("embedding_lr", OFF, "no learning rates by layer"),
     gone("embedding_lr_scale", OFF, "no learning rates by layer"),

@@ -3,7 +3,8 @@
 
 use serde_json::json;
 
-use super::sd_scripts::{self, algorithm, alpha, conv_alpha, convolutions, is_flow, is_lycoris, option, targets};
+use super::sd_scripts::{self, is_flow};
+use super::sd_scripts_network::{algorithm, alpha, conv_alpha, convolutions, is_lycoris, option, targets};
 use super::{Table, Tool, done, optimisers};
 use crate::engine::{Field, Scope};
 use crate::input::tree::Node;
@@ -41,9 +42,9 @@ pub(crate) static TABLE: Table = Table {
     finish: done,
 };
 
-/// Whether all weights are trained, as by the tabs beside LoRA's.
+/// Whether all weights are trained, as by the tabs beside LoRA's. Old files of that one have ranks and no kind.
 fn is_full(root: &Scope<'_>) -> bool {
-    root.given("LoRA_type").is_none()
+    root.given("LoRA_type").is_none() && root.given("network_dim").is_none()
 }
 
 /// A key of adapters.
@@ -144,7 +145,14 @@ static OWN: &[Row] = &[
     })
     .default("\".caption\""),
     by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save_precision).default("\"fp16\""),
-    by("optimizer", &["optimizer"], "by its name", |field| optimisers::named(&field.text())).default("\"AdamW8bit\""),
+    by("optimizer", &["optimizer"], "by its name", |field| {
+        let old = field.root.given("use_8bit_adam").is_some_and(|on| values::switch(&on) == Some(false));
+        match field.root.given("optimizer") {
+            None if old => taken("optimizer", "adamw"),
+            _ => optimisers::named(&field.text()),
+        }
+    })
+    .default("\"AdamW8bit\""),
     by("use_8bit_adam", &["optimizer"], "`adamw8bit`", |field| {
         match field.on() && field.root.given("optimizer").is_none() {
             true => taken("optimizer", "adamw8bit"),
@@ -364,6 +372,10 @@ static OWN: &[Row] = &[
     by("create_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
         becomes("enable_bucket", true, "the tab Finetuning always has buckets")
     }),
+    by("generate_image_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
+        becomes("enable_bucket", true, "the tab Finetuning always has buckets")
+    }),
+    nothing("generate_caption_database", "captions are read beside their pictures"),
     nothing("create_caption", "captions are read beside their pictures"),
     nothing("full_path", "captions are read beside their pictures"),
     nothing("caption_metadata_filename", "captions are read beside their pictures"),
@@ -447,6 +459,7 @@ fn kind(field: &Field<'_>) -> Outcome {
     let kind = field.text();
     let dora = field.root.on("dora_wd");
     match kind.as_str() {
+        "" if !is_full(&field.root) => no_effect("a LoRA, as without it"),
         "" => becomes("train", "full", "a file without LoRA_type is of a tab that trains all weights"),
         "Standard" | "LoCon" | "Kohya LoCon" | "Flux1" | "SD3" | "LyCORIS/LoCon" | "LyCORIS/LoRA" if !dora => {
             no_effect("a LoRA, as without it")
@@ -456,7 +469,7 @@ fn kind(field: &Field<'_>) -> Outcome {
         "Flux1 OFT" => taken("variant", "oft"),
         "LyCORIS/Native Fine-Tuning" => becomes("variant", "full", "the difference itself"),
         lycoris => match lycoris.strip_prefix("LyCORIS/") {
-            Some(name) => algorithm(name, &dora),
+            Some(name) => algorithm(name, dora),
             None => refused(format!("no kind `{lycoris}` is known")),
         },
     }

@@ -313,6 +313,7 @@ fn variant(field: &Field<'_>, ours: &'static str) -> Outcome {
 }
 
 /// Files of datasets by their names in `dataset_info.json`.
+#[expect(clippy::ptr_arg, reason = "as the others in the table of trainers")]
 fn named_datasets(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>) -> Result<(), Problem> {
     let folder = PathBuf::from(root.text("dataset_dir").unwrap_or_else(|| "data".to_owned()));
     let index = folder.join("dataset_info.json");

@@ -10,6 +10,7 @@ mod onetrainer;
 mod optimisers;
 pub(crate) mod sd_scripts;
 pub(crate) mod sd_scripts_dataset;
+mod sd_scripts_network;
 
 use std::fmt;
 use std::str::FromStr;
@@ -64,6 +65,8 @@ impl FromStr for Tool {
     }
 }
 
+/// Whether a file is of a trainer, told by whether it has keys.
+type Told = fn(&dyn Fn(&str) -> bool) -> bool;
 /// What is done before the walk.
 type Prepare = fn(Document) -> Result<Document, Problem>;
 /// What is done after it: what several keys together make, and files that the input names.
@@ -81,7 +84,7 @@ pub(crate) struct Table {
     /// The groups that the page shows here.
     pub(crate) own: Groups,
     /// Whether a file with these keys at the top is its.
-    is: fn(&dyn Fn(&str) -> bool) -> bool,
+    is: Told,
     pub(crate) prepare: Prepare,
     pub(crate) finish: Finish,
 }

@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::{Table, Tool, done, optimisers, sd_scripts};
+use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network};
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
 use crate::input::{self, Document, Problem, Source};
-use crate::outcome::{Outcome, becomes, lost, no_effect, refused, taken, translated};
+use crate::outcome::{Outcome, becomes, instead, lost, no_effect, refused, taken, translated};
 use crate::row::{Element, Kind, OFF, Row, by, datasets, gone, nothing, same, table};
 use crate::values;
 
@@ -101,8 +101,18 @@ static ROWS: &[Row] = &[
     .default("\"512\""),
     // Optimisation.
     same("learning_rate", "learning_rate", Kind::Number).default("0.000003"),
-    by("learning_rate_scheduler", &["lr_scheduler"], "by its name", |field| {
-        optimisers::schedule(&field.text().to_ascii_lowercase())
+    by("learning_rate_scheduler", &["lr_scheduler"], "by its name", |field| match field.text().as_str() {
+        "COSINE_WITH_HARD_RESTARTS" => taken("lr_scheduler", "cosine_with_restarts"),
+        // There the cosine goes up again as it went down.
+        "COSINE_WITH_RESTARTS" => instead(
+            vec![("lr_scheduler", "cosine".into())],
+            "no schedule that rises again; a cosine stands in its place",
+        ),
+        "REX" => instead(
+            vec![("lr_scheduler", "rex".into())],
+            "REX by its paper; the curve of that name has other constants there",
+        ),
+        name => optimisers::schedule(&name.to_ascii_lowercase()),
     })
     .default("\"CONSTANT\""),
     by(
@@ -116,8 +126,15 @@ static ROWS: &[Row] = &[
         },
     )
     .default("200"),
-    gone("learning_rate_cycles", &["1"], "a schedule goes through once"),
-    gone("learning_rate_min_factor", &["0"], "schedules end at 0"),
+    by("learning_rate_cycles", &["lr_scheduler_num_cycles"], "of `COSINE_WITH_HARD_RESTARTS`", |field| {
+        match (field.root.text("learning_rate_scheduler").as_deref(), field.count()) {
+            (Some("COSINE_WITH_HARD_RESTARTS"), Some(cycles @ 1..)) => taken("lr_scheduler_num_cycles", cycles),
+            (_, Some(1)) => no_effect("1, as without it"),
+            (Some("CONSTANT" | "LINEAR" | "ADAFACTOR" | "REX"), _) => no_effect("a number of cosines"),
+            _ => lost("a cosine goes through once"),
+        }
+    }),
+    same("learning_rate_min_factor", "lr_min_ratio", Kind::Positive),
     gone("custom_learning_rate_scheduler", OFF, "no schedules of one's own code"),
     gone("scheduler_params", OFF, "no schedules of one's own code"),
     gone("learning_rate_scaler", &["\"NONE\""], "learning_rate counts as it is; multiply it yourself"),
@@ -847,7 +864,7 @@ fn is_peft(field: &Field<'_>, kind: &str) -> bool {
 
 fn of_peft(field: &Field<'_>, kind: &str, ours: &str) -> Outcome {
     match is_peft(field, kind) {
-        true => sd_scripts::option(field, ours),
+        true => sd_scripts_network::option(field, ours),
         false => no_effect(format!("a field of {kind}")),
     }
 }

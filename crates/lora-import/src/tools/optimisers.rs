@@ -141,7 +141,15 @@ fn numbers(value: &Value) -> Option<Value> {
 pub(crate) fn schedule(name: &str) -> Outcome {
     let plain = name.to_ascii_lowercase();
     match plain.as_str() {
-        "constant" | "constant_with_warmup" | "linear" | "cosine" => taken("lr_scheduler", plain),
+        "constant"
+        | "constant_with_warmup"
+        | "linear"
+        | "cosine"
+        | "cosine_with_restarts"
+        | "polynomial"
+        | "inverse_sqrt"
+        | "warmup_stable_decay" => taken("lr_scheduler", plain),
+        "cosine_with_min_lr" => becomes("lr_scheduler", "cosine", "down to lr_min_ratio"),
         "none" => taken("lr_scheduler", "constant"),
         name if name.starts_with("adafactor") => {
             becomes("lr_scheduler", "constant", "Adafactor finds its step size itself")

@@ -8,9 +8,9 @@ use lora_io::safetensors::write;
 use lora_torch::tch::{Device, Kind};
 use serde_json::{Value, json};
 
-use super::{NamedShape, WithoutBiases, write_header};
+use super::{LanguageWeights, NamedShape, write_header};
 use crate::Result;
-use crate::networks::{Decoder, DecoderConfig, Vae, VaeConfig};
+use crate::networks::{Decoder, DecoderConfig, LatentStatistics, Vae, VaeConfig};
 use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
 /// A component: its `config.json`, and names and shapes of its weights.
@@ -52,6 +52,7 @@ pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
         statistics: None,
         quant_convs: false,
         overflows_in_half: false,
+        causal: false,
     }
 }
 
@@ -59,7 +60,8 @@ impl Part {
     /// A language model that reads captions.
     pub(super) fn text_encoder(config: &Value) -> Result<Self> {
         let read = DecoderConfig::read(config, "config.json")?;
-        let weights = asked(&WithoutBiases, |weights| Decoder::load(weights, read).map(drop))?;
+        let source = LanguageWeights { query_biases: read.architecture.starts_with("qwen2") };
+        let weights = asked(&source, |weights| Decoder::load(weights, read).map(drop))?;
         Ok(Self { component: Component::TEXT_ENCODER, config: config.clone(), weights })
     }
 
@@ -71,7 +73,10 @@ impl Part {
             "_class_name": "AutoencoderKL", "norm_num_groups": config.norm_groups,
             "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor,
         });
-        if let Some(statistics) = &config.statistics {
+        if let Some(statistics) = config.statistics.as_ref().filter(|_| config.causal) {
+            let LatentStatistics { means, deviations, .. } = statistics;
+            said = json!({ "_class_name": "AutoencoderKLQwenImage", "latents_mean": means, "latents_std": deviations });
+        } else if let Some(statistics) = &config.statistics {
             let names = ["bn.running_mean", "bn.running_var"];
             weights.extend(names.map(|name| (name.to_owned(), vec![statistics.means.len()])));
             said = json!({ "_class_name": "AutoencoderKLFlux2", "norm_num_groups": config.norm_groups });

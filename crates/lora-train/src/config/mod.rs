@@ -39,6 +39,14 @@ pub enum LrScheduler {
     Linear,
     /// Falls along half a cosine to 0.
     Cosine,
+    /// Falls along half a cosine `lr_scheduler_num_cycles` times, each from the top.
+    CosineWithRestarts,
+    /// Falls by the power `lr_scheduler_power` of what is left of the run.
+    Polynomial,
+    /// Falls slowly at first and fast at the end: (1 − p) / (1 − p/2) of the part p of the run (arXiv 2107.04197).
+    Rex,
+    /// Falls by the square root of the steps, whatever the length of the run.
+    InverseSqrt,
 }
 
 /// A warm-up in steps or as a share of the run; none by default.
@@ -220,6 +228,14 @@ fields! {
     /// `optimizer_args`, with `adam_betas`, `adam_eps` and `weight_decay` under their names there.
     optimizer_args: Arguments,
     lr_scheduler: LrScheduler,
+    /// How often `cosine_with_restarts` falls.
+    lr_scheduler_num_cycles: usize,
+    /// The power of `polynomial`.
+    lr_scheduler_power: f64,
+    /// What share of the learning rate schedules end at.
+    lr_min_ratio: f64,
+    /// The last steps, over which alone the learning rate falls.
+    lr_decay_steps: Option<usize>,
     lr_warmup: Warmup,
     max_grad_norm: f64,
     batch_size: usize,

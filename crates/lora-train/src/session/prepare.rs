@@ -186,7 +186,7 @@ impl Session {
             config.gradient_accumulation_steps,
             config.length,
         );
-        let lr_schedule = Schedule::new(config.lr_scheduler, config.lr_warmup, plan.steps);
+        let lr_schedule = Schedule::new(config, plan.steps);
         if lr_schedule.warmup() >= plan.steps {
             notes.push(format!(
                 "the warm-up of {} steps is as long as the run of {}",

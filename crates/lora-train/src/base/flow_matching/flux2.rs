@@ -38,6 +38,8 @@ pub(super) static KIND: Kind = Kind {
             // Qwen3's template of one message, with thinking switched off.
             around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"],
             states: States::Behind(&[9, 18, 27]),
+            dropped: 0,
+            length: 512,
             fills_up: true,
         }),
     }],

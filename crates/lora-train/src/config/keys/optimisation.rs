@@ -12,7 +12,25 @@ const SCHEDULES: &[(&str, LrScheduler)] = &[
     ("constant_with_warmup", LrScheduler::Constant),
     ("linear", LrScheduler::Linear),
     ("cosine", LrScheduler::Cosine),
+    ("cosine_with_restarts", LrScheduler::CosineWithRestarts),
+    ("polynomial", LrScheduler::Polynomial),
+    ("rex", LrScheduler::Rex),
+    ("inverse_sqrt", LrScheduler::InverseSqrt),
+    ("warmup_stable_decay", LrScheduler::Cosine),
 ];
+
+/// A schedule as the state of a run records it: its numbers with it, where they are not the usual ones.
+fn schedule(config: &TrainConfig) -> String {
+    let kind = shown(&config.lr_scheduler);
+    let numbers = [
+        (config.lr_scheduler_num_cycles != 1).then(|| format!("cycles {}", config.lr_scheduler_num_cycles)),
+        (config.lr_scheduler_power != 1.0).then(|| format!("power {}", config.lr_scheduler_power)),
+        (config.lr_min_ratio != 0.0).then(|| format!("min ratio {}", config.lr_min_ratio)),
+        config.lr_decay_steps.map(|steps| format!("decay over {steps} steps")),
+    ];
+    let numbers: Vec<String> = numbers.into_iter().flatten().collect();
+    if numbers.is_empty() { kind } else { format!("{kind} ({})", numbers.join(", ")) }
+}
 
 /// The keys, in the order of the reference.
 pub(super) static KEYS: Group = Group {
@@ -102,12 +120,53 @@ pub(super) static KEYS: Group = Group {
         },
         Key {
             name: "lr_scheduler",
-            values: "constant, constant_with_warmup, linear, cosine",
+            values: "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, rex, inverse_sqrt, warmup_stable_decay",
             default: "\"constant\"",
-            meaning: "How the learning rate goes over the run; every one begins with the warm-up, if there is one.",
+            meaning: "How the learning rate goes over the run; every one begins with the warm-up, if there is one. `warmup_stable_decay` stays, and falls along half a cosine over the last `lr_decay_steps`.",
             memory: "",
-            resumed: Resumed::Free(|config| shown(&config.lr_scheduler)),
-            reads: Reads::Run(|given, config| config.lr_scheduler = given.choice(SCHEDULES).unwrap_or_default()),
+            resumed: Resumed::Free(schedule),
+            reads: Reads::Run(|given, config| {
+                config.lr_scheduler = given.choice(SCHEDULES).unwrap_or_default();
+                if given.text().as_deref() == Some("warmup_stable_decay") && !given.has("lr_decay_steps") {
+                    given.problem("needs lr_decay_steps");
+                }
+            }),
+        },
+        Key {
+            name: "lr_scheduler_num_cycles",
+            values: "1 …",
+            default: "1",
+            meaning: "How often `cosine_with_restarts` falls from the top.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| config.lr_scheduler_num_cycles = given.count(1).unwrap_or(1)),
+        },
+        Key {
+            name: "lr_scheduler_power",
+            values: "above 0",
+            default: "1",
+            meaning: "The power of `polynomial`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| config.lr_scheduler_power = given.positive().unwrap_or(1.0)),
+        },
+        Key {
+            name: "lr_min_ratio",
+            values: "0 … 1",
+            default: "0",
+            meaning: "The share of the learning rate that a schedule ends at instead of 0; not of `constant` and `inverse_sqrt`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| config.lr_min_ratio = given.share().unwrap_or(0.0)),
+        },
+        Key {
+            name: "lr_decay_steps",
+            values: "1 …",
+            default: "none",
+            meaning: "The learning rate stays, and falls over so many steps at the end of the run alone.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Run(|given, config| config.lr_decay_steps = given.count(1)),
         },
         Key {
             name: "lr_warmup_steps",

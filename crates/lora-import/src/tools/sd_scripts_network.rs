@@ -1,0 +1,218 @@
+//! The network of sd-scripts and LyCORIS: which algorithm, which layers, which numbers. The GUI makes the same out of its fields.
+
+use serde_json::{Value, json};
+
+use super::sd_scripts::{Base, base};
+use crate::engine::{Field, Scope};
+use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, refused, taken, translated};
+use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
+use crate::values;
+
+/// `networks.lora`'s and LyCORIS' numbers.
+pub(super) static ARGUMENTS: &[Row] = &[
+    by("algo", &["variant"], "LyCORIS' algorithm", |field| algorithm(&field.text(), dora(field, "dora_wd"))),
+    by("preset", &["target_modules"], "LyCORIS' choice of layers", |field| targets(field, &field.text())),
+    by("conv_dim", &["target_modules", "rank_pattern"], "convolutions too, with this rank", |field| {
+        convolutions(field, "conv_dim")
+    }),
+    by("conv_alpha", &["alpha_pattern"], "of convolutions", |field| {
+        match field.here.count("conv_dim").unwrap_or(0) > 0 || is_lycoris(&field.root) {
+            true => conv_alpha(field),
+            false => no_effect("only with conv_dim"),
+        }
+    }),
+    same("dropout", "lora_dropout", Kind::Positive),
+    same("rank_dropout", "rank_dropout", Kind::Positive),
+    same("module_dropout", "module_dropout", Kind::Positive),
+    by("factor", &["variant_options"], "of LoKr", |field| option(field, "factor")),
+    by("decompose_both", &["variant_options"], "of LoKr", |field| option(field, "decompose_both")),
+    by("full_matrix", &["variant_options"], "of LoKr", |field| option(field, "full_matrix")),
+    by("use_tucker", &["variant_options"], "`tucker`", |field| option(field, "tucker")),
+    by("use_cp", &["variant_options"], "`tucker`", |field| option(field, "tucker")),
+    by("constraint", &["variant_options"], "of OFT", |field| option(field, "constraint")),
+    by("constrain", &["variant_options"], "of OFT", |field| option(field, "constraint")),
+    by("rescaled", &["variant_options"], "of OFT", |field| option(field, "rescale")),
+    by("train_on_input", &["variant_options"], "of IA3", |field| option(field, "on_input")),
+    by("rs_lora", &["use_rslora"], "scales by alpha / √rank", |field| match field.on() {
+        true => taken("use_rslora", true),
+        false => no_effect("off, as without it"),
+    }),
+    by("dora_wd", &["variant"], "with magnitudes", |field| match field.on() {
+        true => algorithm(&field.here.text("algo").unwrap_or_else(|| "lora".to_owned()), dora(field, "dora_wd")),
+        false => no_effect("off, as without it"),
+    }),
+    gone("wd_on_output", OFF, "magnitudes have the axis of their algorithm"),
+    gone("use_scalar", OFF, "no factor that is trained beside the update"),
+    gone("rank_dropout_scale", OFF, "what is left of the ranks is scaled up"),
+    gone("train_norm", OFF, "norms are not trained"),
+    nothing("bypass_mode", "how the update is computed"),
+    same("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Positive),
+    gone("loraplus_unet_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
+    gone("loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
+    gone("block_dims", OFF, "ranks by block are given by rank_pattern"),
+    gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
+    gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
+    gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
+    gone("down_lr_weight", OFF, "no learning rates by block"),
+    gone("mid_lr_weight", OFF, "no learning rates by block"),
+    gone("up_lr_weight", OFF, "no learning rates by block"),
+    gone("block_lr_zero_threshold", OFF, "no learning rates by block"),
+    gone("unit", &["1"], "ranks are not trained one after the other (DyLoRA)"),
+    gone("block_size", OFF, "ranks are not trained one after the other (DyLoRA)"),
+    gone("exclude_patterns", OFF, "layers are chosen by target_modules"),
+    gone("include_patterns", OFF, "layers are chosen by target_modules"),
+    gone("network_reg_dims", OFF, "ranks by layer are given by rank_pattern"),
+    gone("network_reg_lrs", OFF, "no learning rates by layer"),
+    nothing("verbose", "what is printed"),
+    gone("train_t5xxl", OFF, "text encoders of this base are never trained here"),
+    gone("in_dims", OFF, "ranks by layer are given by rank_pattern"),
+    gone("train_double_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
+    gone("train_single_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
+];
+
+/// The scale is alpha / rank in both; 0 stands for the rank.
+pub(super) fn alpha(field: &Field<'_>, rank: &str) -> Outcome {
+    match field.number() {
+        Some(0.0) => becomes(
+            "lora_alpha",
+            field.root.number(rank).map_or(Value::Null, values::of_number),
+            "0 stands for the rank",
+        ),
+        Some(alpha) if alpha > 0.0 => taken("lora_alpha", values::of_number(alpha)),
+        _ => field.expected("a number from 0 on"),
+    }
+}
+
+pub(super) fn is_lycoris(root: &Scope<'_>) -> bool {
+    root.text("network_module").is_some_and(|module| module.starts_with("lycoris"))
+        || root.text("LoRA_type").is_some_and(|kind| kind.starts_with("LyCORIS"))
+}
+
+pub(super) fn module(field: &Field<'_>) -> Outcome {
+    match field.text().as_str() {
+        "networks.lora"
+        | "networks.lora_flux"
+        | "networks.lora_sd3"
+        | "networks.lora_lumina"
+        | "networks.lora_anima" => no_effect("a LoRA, as without it"),
+        "networks.loha" => taken("variant", "loha"),
+        "networks.lokr" => taken("variant", "lokr"),
+        "networks.oft" | "networks.oft_flux" => taken("variant", "oft"),
+        "networks.lora_fa" => lost("no LoRA-FA; both factors of a LoRA are trained"),
+        "networks.dylora" => lost("no DyLoRA; all ranks of a LoRA are trained together"),
+        "lycoris.kohya" => {
+            let algo = network_arg(&field.root, "algo").unwrap_or_else(|| "lora".to_owned());
+            match network_arg(&field.root, "preset") {
+                Some(_) => no_effect(format!("LyCORIS' {algo}, on the layers of its preset")),
+                None => becomes("target_modules", full(&field.root), format!("LyCORIS' {algo} with its preset full")),
+            }
+        }
+        other => lost(format!("no network {other}; a LoRA is trained")),
+    }
+}
+
+/// A number of the network from the list of texts that it stands in.
+fn network_arg(root: &Scope<'_>, name: &str) -> Option<String> {
+    let texts = values::texts(&root.given("network_args")?)?;
+    let pair = |text: &String| text.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
+    texts.iter().filter_map(pair).find(|(key, _)| key == name).map(|(_, value)| value)
+}
+
+fn dora(field: &Field<'_>, key: &str) -> bool {
+    field.here.on(key)
+}
+
+/// What LyCORIS calls an algorithm, with magnitudes or without.
+pub(super) fn algorithm(name: &str, dora: bool) -> Outcome {
+    let name = name.to_ascii_lowercase();
+    match (name.as_str(), dora) {
+        ("lora" | "locon", false) => no_effect("a LoRA, as without it"),
+        ("lora" | "locon", true) => becomes("variant", "lycoris-dora", "with LyCORIS' magnitudes"),
+        ("loha", false) => taken("variant", "loha"),
+        ("loha", true) => becomes("variant", "lycoris-dora-loha", "with LyCORIS' magnitudes"),
+        ("lokr", false) => taken("variant", "lokr"),
+        ("lokr", true) => becomes("variant", "lycoris-dora-lokr", "with LyCORIS' magnitudes"),
+        ("ia3", _) => becomes("variant", "lycoris-ia3", "LyCORIS' own"),
+        ("diag-oft" | "oft", _) => taken("variant", "oft"),
+        ("boft", _) => taken("variant", "boft"),
+        ("glora", _) => taken("variant", "glora"),
+        ("full", _) => becomes("variant", "full", "the difference itself"),
+        ("dylora", _) => lost("no DyLoRA; all ranks of a LoRA are trained together"),
+        (other, _) => refused(format!("no algorithm `{other}` is known")),
+    }
+}
+
+/// Layers of LyCORIS' preset `full`.
+pub(super) fn full(root: &Scope<'_>) -> Value {
+    match base(root) {
+        // The rest has other names in the U-Net that sd-scripts trains there.
+        Base::Sdxl => json!(["all-conv"]),
+        _ => json!(["all-conv", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"]),
+    }
+}
+
+pub(super) fn targets(field: &Field<'_>, preset: &str) -> Outcome {
+    match preset {
+        "full" => becomes("target_modules", full(&field.root), "LyCORIS' preset full"),
+        "full-lin" => becomes("target_modules", json!(["all-linear"]), "LyCORIS' preset full-lin"),
+        "attn-mlp" => becomes("target_modules", json!(["attention-mlp"]), "LyCORIS' preset attn-mlp"),
+        "attn-only" => becomes("target_modules", json!(["attention"]), "LyCORIS' preset attn-only"),
+        "ia3" => becomes(
+            "target_modules",
+            json!(["to_k", "to_v", "ff.net.2", "k_proj", "v_proj", "fc2"]),
+            "LyCORIS' preset ia3",
+        ),
+        "unet-transformer-only" => {
+            becomes("target_modules", json!(["attention-mlp"]), "LyCORIS' preset; see to train_text_encoder")
+        }
+        "unet-convblock-only" => becomes("target_modules", json!(["*.resnets.*", "*samplers*"]), "LyCORIS' preset"),
+        other => lost(format!("no file of layers ({other}) is read; set target_modules")),
+    }
+}
+
+/// The convolutions that have a rank of their own.
+pub(super) const SPATIAL: &str = r"re:.*\.(conv1|conv2|conv)";
+
+/// sd-scripts' `conv_dim`, and LyCORIS'.
+pub(super) fn convolutions(field: &Field<'_>, dim: &str) -> Outcome {
+    let Some(rank) = field.here.count(dim) else { return field.expected("a whole number") };
+    if rank == 0 && !is_lycoris(&field.root) {
+        return no_effect("off, as without it");
+    }
+    let own: Settings = match rank == field.root.count("network_dim").unwrap_or(4) {
+        true => vec![],
+        false => vec![("rank_pattern", json!({ SPATIAL: rank }))],
+    };
+    let mut settings = own;
+    if !is_lycoris(&field.root) {
+        settings.push(("target_modules", json!(["all-conv"])));
+    }
+    translated(settings, "convolutions of resnets and samplers, with this rank where they are 3×3")
+}
+
+pub(super) fn conv_alpha(field: &Field<'_>) -> Outcome {
+    match field.number() {
+        Some(alpha) if Some(alpha) == field.root.number("network_alpha") => no_effect("that of the other layers"),
+        Some(alpha) if alpha > 0.0 => {
+            becomes("alpha_pattern", json!({ SPATIAL: values::of_number(alpha) }), "of 3×3 convolutions")
+        }
+        _ => field.expected("a number above 0"),
+    }
+}
+
+/// One of the variant's own numbers and switches.
+pub(super) fn option(field: &Field<'_>, ours: &str) -> Outcome {
+    match (&field.value, values::switch(&field.value), field.number()) {
+        (_, _, Some(number)) if !field.value.is_boolean() => match number {
+            0.0 => no_effect("off, as without it"),
+            // The largest factor, as without it.
+            -1.0 => no_effect("the largest factor, as without it"),
+            number => {
+                becomes("variant_options", json!({ ours: values::of_number(number) }), "the variant's own number")
+            }
+        },
+        (_, Some(true), _) => becomes("variant_options", json!({ ours: true }), "the variant's own switch"),
+        (_, Some(false), _) => no_effect("off, as without it"),
+        _ => field.expected("a number or a switch"),
+    }
+}
