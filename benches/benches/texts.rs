@@ -1,7 +1,8 @@
 //! Texts and language models: tokens a second from records to rows, and in steps of whole runs.
 //!
 //! A tiny model of random weights by default; `LORA_BENCH_BASE` names another, as `assets/smollm2.gguf` that
-//! `tools/fetch-smollm2.sh` fetches, and `LORA_BENCH_TOKENIZER` a folder with the tokenizer of yet another. Peaks of memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
+//! `tools/fetch-smollm2.sh` fetches, and `LORA_BENCH_TOKENIZER` a folder with the tokenizer of yet another. Peaks of
+//! memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -233,8 +233,8 @@ impl AdaptableLayer {
         Self::new(&weights.plain(), LayerGeometry::Norm { features }, false)
     }
 
-    /// What adapters on the weights of a mixture's experts hang on, which are one parameter for them: `[experts, outputs, inputs]`.
-    /// The weights themselves are elsewhere; the mixture applies the factors.
+    /// What adapters on the weights of a mixture's experts hang on, which are one parameter for them:
+    /// `[experts, outputs, inputs]`. The weights themselves are elsewhere; the mixture applies the factors.
     pub(crate) fn experts(weights: &Weights<'_>, geometry: LayerGeometry) -> Result<Self> {
         Ok(Self {
             path: weights.prefix().to_owned(),
