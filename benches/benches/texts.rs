@@ -1,7 +1,8 @@
 //! Texts and language models: tokens a second from records to rows, and in steps of whole runs.
 //!
 //! A tiny model of random weights by default; `LORA_BENCH_BASE` names another, as `assets/smollm2.gguf` that
-//! `tools/fetch-smollm2.sh` fetches, and `LORA_BENCH_TOKENIZER` a folder with the tokenizer of yet another. Peaks of memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
+//! `tools/fetch-smollm2.sh` fetches, and `LORA_BENCH_TOKENIZER` a folder with the tokenizer of yet another. Peaks of
+//! memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,10 +67,12 @@ fn tokenise(criterion: &mut Criterion) {
     let tokenizer = Arc::new(tokenizer.expect("the base has a tokenizer"));
     let mut group = criterion.benchmark_group("tokenise");
     group.sample_size(10);
-    let made: [(&str, fn(&Path, usize), usize); 2] = [("conversations", conversations, 4000), ("pages", pages, 20)];
-    for (name, make, count) in made {
+    for name in ["conversations", "pages"] {
         let (data, cache) = (folder.path().join(format!("{name}.jsonl")), folder.path().join(name));
-        make(&data, count);
+        match name {
+            "pages" => pages(&data, 20),
+            _ => conversations(&data, 4000),
+        }
         let options = TextOptions { path: data, ..TextOptions::default() };
         let open = |cache: Option<&DiskCache>| {
             Texts::open(options.clone(), Arc::clone(&tokenizer), cache).expect("good records")

@@ -193,7 +193,7 @@ impl AdaptableLayer {
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
     /// rows and makes no others whole. `alone`: nothing else reads it, so that where memory is short (layers are in few
     /// bytes or live in host memory) it stays in host memory, and the rows alone come to the device. Then a look-up
-    /// cannot be recorded in a CUDA graph: see [`Self::looked_up`].
+    /// cannot be recorded in a CUDA graph: see [`look_up`](crate::networks::Decoder::look_up).
     ///
     /// # Errors
     /// As of [`AdaptableLayer::new`].
@@ -233,8 +233,8 @@ impl AdaptableLayer {
         Self::new(&weights.plain(), LayerGeometry::Norm { features }, false)
     }
 
-    /// What adapters on the weights of a mixture's experts hang on, which are one parameter for them: `[experts, outputs, inputs]`.
-    /// The weights themselves are elsewhere; the mixture applies the factors.
+    /// What adapters on the weights of a mixture's experts hang on, which are one parameter for them:
+    /// `[experts, outputs, inputs]`. The weights themselves are elsewhere; the mixture applies the factors.
     pub(crate) fn experts(weights: &Weights<'_>, geometry: LayerGeometry) -> Result<Self> {
         Ok(Self {
             path: weights.prefix().to_owned(),
