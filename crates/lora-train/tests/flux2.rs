@@ -181,7 +181,7 @@ fn the_published_models_fit_small_cards() {
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
     of(
         SyntheticFlux2::klein_4b(),
-        &[(512, &[], 4.0), (1024, &[tiles], 5.0), (512, &[offload, tiles], 4.0), (1024, &[offload, tiles], 5.0)],
+        &[(512, &[], 4.0), (1024, &[tiles], 5.0), (512, &[offload, tiles], 2.6), (1024, &[offload, tiles], 3.2)],
     );
     of(SyntheticFlux2::klein_9b(), &[(512, &[], 8.0), (1024, &[tiles], 9.0)]);
 }
