@@ -72,7 +72,7 @@ impl LatentStatistics {
         let epsilon = config::real(component, "batch_norm_eps")?.unwrap_or(Self::EPSILON);
         let deviation = |variance: f32| (f64::from(variance) + epsilon).sqrt() as f32;
         let deviations: Vec<f32> = of("bn.running_var")?.into_iter().map(deviation).collect();
-        if deviations.iter().any(|deviation| !(*deviation > 0.0)) {
+        if !deviations.iter().all(|deviation| *deviation > 0.0) {
             return Err(config::wrong(component, "`bn.running_var` has numbers that are no variances".into()));
         }
         Ok(Self { side: 2, means: of("bn.running_mean")?, deviations })

@@ -52,7 +52,7 @@ pub(super) fn detect(component: &ComponentWeights) -> Result<VaeConfig> {
         Err(config::wrong(component, reason))
     };
     let (means, deviations) = (statistic("latents_mean", &MEANS)?, statistic("latents_std", &DEVIATIONS)?);
-    if deviations.iter().any(|deviation| !(*deviation > 0.0)) {
+    if !deviations.iter().all(|deviation| *deviation > 0.0) {
         return Err(config::wrong(component, "latents_std has numbers that are not above zero".into()));
     }
     Ok(VaeConfig {
