@@ -5,6 +5,7 @@ mod flux;
 mod flux2;
 mod folder;
 mod qwen_image;
+mod sd3;
 mod z_image;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use lora_torch::tch::{Device, Kind, Tensor};
 pub use self::flux::SyntheticFlux;
 pub use self::flux2::SyntheticFlux2;
 pub use self::qwen_image::SyntheticQwenImage;
+pub use self::sd3::SyntheticSd3;
 pub use self::z_image::SyntheticZImage;
 use crate::Result;
 use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};

@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 
 use super::{LanguageWeights, NamedShape, write_header};
 use crate::Result;
-use crate::networks::{Decoder, DecoderConfig, LatentStatistics, Vae, VaeConfig};
+use crate::layers::head_width;
+use crate::networks::{
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, LatentStatistics, T5Config, T5Encoder, Vae, VaeConfig,
+};
 use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
 /// A component: its `config.json`, and names and shapes of its weights.
@@ -40,6 +43,25 @@ pub(super) fn qwen3(width: usize, [vocabulary, inner, layers, heads, kv_heads, h
     })
 }
 
+/// The sizes of a T5 encoder, with feed-forwards of twice its width.
+pub(super) fn t5(width: usize, layers: usize, heads: usize, head: usize) -> T5Config {
+    let (intermediate, inner) = (2 * width, heads * head);
+    T5Config { vocabulary: 32_128, width, inner, heads, intermediate, layers, buckets: 32, max_distance: 128 }
+}
+
+/// The sizes of a CLIP text encoder.
+pub(super) fn clip(width: usize, layers: usize) -> ClipConfig {
+    ClipConfig {
+        vocabulary: 49_408,
+        width,
+        intermediate: 4 * width,
+        layers,
+        heads: width / head_width(&[width]),
+        exact_gelu: false,
+        projection: None,
+    }
+}
+
 /// The sizes of FLUX.1's autoencoder with so many channels at its levels.
 pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
     VaeConfig {
@@ -57,6 +79,27 @@ pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
 }
 
 impl Part {
+    /// A CLIP text encoder.
+    pub(super) fn clip(component: Component, sizes: ClipConfig) -> Result<Self> {
+        let mut config = json!({
+            "num_attention_heads": sizes.heads, "hidden_act": if sizes.exact_gelu { "gelu" } else { "quick_gelu" },
+        });
+        if let Some(projection) = sizes.projection {
+            config["architectures"] = json!(["CLIPTextModelWithProjection"]);
+            config["projection_dim"] = projection.into();
+        }
+        let source = SyntheticWeights::new(component.name());
+        let weights = asked(&source, |weights| ClipTextEncoder::new(weights, sizes).map(drop))?;
+        Ok(Self { component, config, weights })
+    }
+
+    /// A T5 encoder.
+    pub(super) fn t5(component: Component, sizes: T5Config) -> Result<Self> {
+        let source = SyntheticWeights::new(component.name());
+        let weights = asked(&source, |weights| T5Encoder::new(weights, sizes).map(drop))?;
+        Ok(Self { component, config: json!({ "relative_attention_max_distance": sizes.max_distance }), weights })
+    }
+
     /// A language model that reads captions.
     pub(super) fn text_encoder(config: &Value) -> Result<Self> {
         let read = DecoderConfig::read(config, "config.json")?;

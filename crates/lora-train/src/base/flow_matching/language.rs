@@ -16,6 +16,9 @@ use super::text::{CaptionReader, EncoderKind, Language, STATES, open_tokenizer};
 use crate::config::TrainConfig;
 use crate::{Error, Result};
 
+/// Tokens of templates that are one in the vocabulary of the model that reads them.
+const SPECIAL: [&str; 4] = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"];
+
 /// What fills up rows of the language models that are known here.
 const PAD: &str = "<|endoftext|>";
 
@@ -41,6 +44,16 @@ impl LanguageReader {
     ) -> Result<Self> {
         let names = (kind.tokenizer.unwrap_or("tokenizer"), "model.embed_tokens.weight");
         let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
+        let special =
+            SPECIAL.iter().find(|token| reads.around.concat().contains(**token) && tokenizer.id_of(token).is_none());
+        if let Some(token) = special {
+            return Err(Error::PartOfAnother {
+                path: tokenizer.path().to_owned(),
+                found: format!("a vocabulary without `{token}`"),
+                expected: format!("that of its text encoder, {}", kind.published),
+                key: "tokenizer",
+            });
+        }
         let given = config.extra.whole("max_sequence_length").filter(|_| config.gives("max_sequence_length"));
         let length = given.unwrap_or(reads.length);
         Ok(Self { kind, reads, tokenizer, length, depths: Vec::new(), network: None })

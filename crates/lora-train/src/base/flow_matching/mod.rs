@@ -38,7 +38,7 @@ use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
-use self::text::{CaptionReaders, EncoderKind, STATES};
+use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
@@ -67,6 +67,8 @@ struct Kind {
     family: &'static Family,
     /// Those that read captions, in the order in which they come.
     encoders: &'static [EncoderKind],
+    /// The transformer's weight whose columns are the numbers of a state, where one language model's states are all it reads.
+    text_columns: Option<&'static str>,
     /// Builds the network that answers with velocities.
     load: LoadTransformer,
     /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
@@ -158,7 +160,8 @@ fn named_distilled(checkpoint: &Checkpoint) -> bool {
 /// Holds a base of one of these kinds against what a run needs beside its transformer; bases of other kinds are let be.
 ///
 /// # Errors
-/// [`Error::PartMissing`] with the key that names the part; [`Error::Base`] for a base that is not trained here.
+/// [`Error::PartMissing`] with the key that names the part; [`Error::PartOfAnother`] for a text encoder of another width;
+/// [`Error::Base`] for a base that is not trained here.
 pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Result<()> {
     let Some(kind) = KINDS.iter().find(|kind| kind.family == checkpoint.family()) else { return Ok(()) };
     if let Some(found) = (kind.refused)(checkpoint) {
@@ -181,8 +184,26 @@ pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Resu
         if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
             return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
         }
+        check_width(checkpoint, kind, encoder)?;
     }
     Ok(())
+}
+
+/// Holds the width of a language model's states against what the transformer reads.
+fn check_width(checkpoint: &Checkpoint, kind: &Kind, encoder: &EncoderKind) -> Result<()> {
+    let (Some(weight), Reads::Language(reads)) = (kind.text_columns, &encoder.reads) else { return Ok(()) };
+    let own = checkpoint.component(encoder.component)?;
+    let columns = |shape: Option<&[usize]>| shape.and_then(|shape| shape.get(1).copied());
+    let read = columns(checkpoint.component(TRANSFORMER)?.shape(weight)).map(|columns| columns / reads.states.count());
+    match (columns(own.shape("model.embed_tokens.weight")), read) {
+        (Some(width), Some(read)) if width != read => Err(Error::PartOfAnother {
+            path: own.path().to_owned(),
+            found: format!("a text encoder of {width} numbers a state"),
+            expected: format!("one of {read}, of {}", encoder.published),
+            key: encoder.key,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A base of one of them.

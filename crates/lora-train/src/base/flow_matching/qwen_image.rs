@@ -49,6 +49,7 @@ pub(super) static KIND: Kind = Kind {
             fills_up: false,
         }),
     }],
+    text_columns: Some("txt_in.weight"),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_qwen_image(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: false,

@@ -70,6 +70,14 @@ pub(super) enum States {
 }
 
 impl States {
+    /// How many stand side by side.
+    pub(super) fn count(&self) -> usize {
+        match self {
+            Self::Before(_) => 1,
+            Self::Behind(depths) => depths.len().max(1),
+        }
+    }
+
     /// By how many layers are before them, in a model of so many.
     pub(super) fn depths(&self, layers: usize) -> Vec<usize> {
         match self {
