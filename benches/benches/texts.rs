@@ -1,7 +1,8 @@
 //! Texts and language models: tokens a second from records to rows, and in steps of whole runs.
 //!
 //! A tiny model of random weights by default; `LORA_BENCH_BASE` names another, as `assets/smollm2.gguf` that
-//! `tools/fetch-smollm2.sh` fetches. Peaks of memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
+//! `tools/fetch-smollm2.sh` fetches, and `LORA_BENCH_TOKENIZER` a folder with the tokenizer of yet another. Peaks of
+//! memory beside PEFT's are measured by `tools/bench/text_side_by_side.py`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,21 +43,46 @@ fn conversations(path: &Path, count: usize) {
     std::fs::write(path, (0..count).map(line).collect::<String>()).expect("the disk takes it");
 }
 
+/// The pages of this repository, a paragraph a record, each so many times with a number of its own.
+fn pages(path: &Path, times: usize) {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(docs).expect("the pages are there").flatten().map(|entry| entry.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "md"));
+    files.sort();
+    let mut records = String::new();
+    for (number, file) in (0..times).flat_map(|number| files.iter().map(move |file| (number, file))) {
+        let text = std::fs::read_to_string(file).expect("pages are texts");
+        for paragraph in text.split("\n\n").filter(|paragraph| paragraph.len() > 40) {
+            records += &format!("{}\n", serde_json::json!({ "text": format!("{number}. {paragraph}") }));
+        }
+    }
+    std::fs::write(path, records).expect("the disk takes it");
+}
+
 fn tokenise(criterion: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder for what is made");
-    let (data, cache) = (folder.path().join("texts.jsonl"), folder.path().join("cache"));
-    conversations(&data, 4000);
-    let tokenizer = Arc::new(Tokenizer::open(base(folder.path())).expect("the base has a tokenizer"));
-    let options = TextOptions { path: data, ..TextOptions::default() };
-    let open =
-        |cache: Option<&DiskCache>| Texts::open(options.clone(), Arc::clone(&tokenizer), cache).expect("good records");
+    let named = std::env::var_os("LORA_BENCH_TOKENIZER").map(PathBuf::from);
+    let tokenizer = Tokenizer::open(named.unwrap_or_else(|| base(folder.path())));
+    let tokenizer = Arc::new(tokenizer.expect("the base has a tokenizer"));
     let mut group = criterion.benchmark_group("tokenise");
     group.sample_size(10);
-    group.throughput(Throughput::Elements(open(None).summary().tokens as u64));
-    group.bench_function("conversations", |bencher| bencher.iter(|| open(None).count()));
-    let cache = DiskCache::open(cache).expect("the disk takes it");
-    open(Some(&cache));
-    group.bench_function("conversations, warm cache", |bencher| bencher.iter(|| open(Some(&cache)).count()));
+    for name in ["conversations", "pages"] {
+        let (data, cache) = (folder.path().join(format!("{name}.jsonl")), folder.path().join(name));
+        match name {
+            "pages" => pages(&data, 20),
+            _ => conversations(&data, 4000),
+        }
+        let options = TextOptions { path: data, ..TextOptions::default() };
+        let open = |cache: Option<&DiskCache>| {
+            Texts::open(options.clone(), Arc::clone(&tokenizer), cache).expect("good records")
+        };
+        group.throughput(Throughput::Elements(open(None).summary().tokens as u64));
+        group.bench_function(name, |bencher| bencher.iter(|| open(None).count()));
+        let cache = DiskCache::open(cache).expect("the disk takes it");
+        open(Some(&cache));
+        group.bench_function(format!("{name}, warm cache"), |bencher| bencher.iter(|| open(Some(&cache)).count()));
+    }
     group.finish();
 }
 

@@ -67,6 +67,7 @@ fn sizes() -> SyntheticModel {
             quant_convs: true,
             overflows_in_half: false,
             statistics: None,
+            causal: false,
         },
     }
 }

@@ -24,9 +24,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
-# What PEFT adapts of each network in the direction from them to us.
+# What PEFT adapts of each network in the direction from them to us; FLUX.2's single blocks have one layer for the first three.
 ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
-DENOISER = ["to_q", "to_k", "to_v", "to_out.0"]
+DENOISER = ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]
 
 
 def loaded(folder):
@@ -47,6 +47,11 @@ def networks(pipeline):
     """The networks that a LoRA may adapt, by the pipeline's names."""
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
     return {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
+
+
+def adapts(key):
+    """How many layers of the pipeline a layer of the file is: the original tree of FLUX.2 has queries, keys and values in one."""
+    return 3 if "_attn_qkv." in key else 1
 
 
 def run(*command):
@@ -94,7 +99,7 @@ def compared(options, file, folder, name, problems):
     pipeline.load_lora_weights(file)
     count = sum(adapted(network) for network in networks(pipeline).values())
     with safe_open(file, framework="pt") as opened:
-        expected = sum(".lora_down." in key or ".lora_A." in key or ".lora.down." in key for key in opened.keys())
+        expected = sum(adapts(key) for key in opened.keys() if ".lora_down." in key or ".lora_A." in key or ".lora.down." in key)
     live = latents(pipeline, options.size)
     merged = folder / f"merged-{name}"
     run(options.command, "merge", "--base", options.base, "--lora", file, "--out", merged)

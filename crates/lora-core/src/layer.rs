@@ -38,6 +38,16 @@ pub enum LayerGeometry {
         /// Number of features.
         features: usize,
     },
+    /// The linear layers of a mixture's experts, whose weights are one parameter, `W: [experts, out_features, in_features]`. Only
+    /// `lora` applies to it, with factors for each expert.
+    Experts {
+        /// Number of experts.
+        experts: usize,
+        /// Width of the input.
+        in_features: usize,
+        /// Width of the output.
+        out_features: usize,
+    },
 }
 
 impl LayerGeometry {
@@ -67,7 +77,7 @@ impl LayerGeometry {
     /// Width or channels of the input; an embedding's entries.
     pub fn inputs(&self) -> usize {
         match *self {
-            LayerGeometry::Linear { in_features, .. } => in_features,
+            LayerGeometry::Linear { in_features, .. } | LayerGeometry::Experts { in_features, .. } => in_features,
             LayerGeometry::Conv2d { in_channels, .. } => in_channels,
             LayerGeometry::Embedding { entries, .. } => entries,
             LayerGeometry::Norm { features } => features,
@@ -77,7 +87,7 @@ impl LayerGeometry {
     /// Width or channels of the output.
     pub fn outputs(&self) -> usize {
         match *self {
-            LayerGeometry::Linear { out_features, .. } => out_features,
+            LayerGeometry::Linear { out_features, .. } | LayerGeometry::Experts { out_features, .. } => out_features,
             LayerGeometry::Conv2d { out_channels, .. } => out_channels,
             LayerGeometry::Embedding { width, .. } => width,
             LayerGeometry::Norm { features } => features,
@@ -87,7 +97,7 @@ impl LayerGeometry {
     /// Numbers of the weight behind one output.
     pub fn fan_in(&self) -> usize {
         match *self {
-            LayerGeometry::Linear { in_features, .. } => in_features,
+            LayerGeometry::Linear { in_features, .. } | LayerGeometry::Experts { in_features, .. } => in_features,
             LayerGeometry::Conv2d { in_channels, kernel, groups, .. } => in_channels / groups * kernel * kernel,
             LayerGeometry::Embedding { entries, .. } => entries,
             LayerGeometry::Norm { .. } => 1,
@@ -103,6 +113,7 @@ impl LayerGeometry {
             }
             LayerGeometry::Embedding { entries, width } => vec![entries, width],
             LayerGeometry::Norm { features } => vec![features],
+            LayerGeometry::Experts { experts, in_features, out_features } => vec![experts, out_features, in_features],
         }
     }
 
@@ -121,6 +132,9 @@ impl LayerGeometry {
             }
             LayerGeometry::Embedding { entries, .. } => LayerGeometry::Embedding { entries, width: outputs },
             LayerGeometry::Norm { .. } => LayerGeometry::Norm { features: outputs },
+            LayerGeometry::Experts { experts, in_features, .. } => {
+                LayerGeometry::Experts { experts, in_features, out_features: outputs }
+            }
         }
     }
 
@@ -130,6 +144,9 @@ impl LayerGeometry {
     pub fn pointwise_from(self, inputs: usize) -> Self {
         match self {
             LayerGeometry::Conv2d { out_channels, .. } => LayerGeometry::conv2d(inputs, out_channels, 1, 1, 0),
+            LayerGeometry::Experts { experts, out_features, .. } => {
+                LayerGeometry::Experts { experts, in_features: inputs, out_features }
+            }
             _ => LayerGeometry::linear(inputs, self.outputs()),
         }
     }

@@ -47,6 +47,44 @@ fn tensors(folder: &Path) -> BTreeMap<String, HostTensor> {
     map.iter().map(|(name, shard)| (name.clone(), tensor(&folder.join(shard.as_str().unwrap()), name))).collect()
 }
 
+/// Tensors with their names and numbers, and what the configuration says of them.
+#[test]
+fn what_is_written_for_peft_is_what_peft_writes() {
+    let at = tempfile::tempdir().unwrap();
+    for case in [
+        "qwen2/linear",
+        "qwen2/tokens",
+        "qwen2/norms_saved",
+        "qwen2/head_saved",
+        "qwen2/biases",
+        "qwen3_moe/experts",
+        "qwen3_moe/gate_up",
+        "qwen3_moe/down",
+        "gpt_oss/experts",
+        "mixtral/experts",
+    ] {
+        let (from, to) = (golden().join(case), at.path().join(case.replace('/', "_")));
+        adapter::write(&to, &adapter::read(&from).unwrap().adapter, Format::Peft, DType::F32).unwrap();
+        let [expected, found] =
+            [&from, &to].map(|folder| SafetensorsFile::open(folder.join("adapter_model.safetensors")).unwrap());
+        let names = |file: &SafetensorsFile| file.names().map(str::to_owned).collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(names(&found), names(&expected), "{case}");
+        for name in expected.names() {
+            let [one, other] = [&expected, &found].map(|file| file.get(name).unwrap().to_host().unwrap());
+            assert_eq!((one.shape(), one.to_f32()), (other.shape(), other.to_f32()), "{case}: {name}");
+        }
+        let [expected, found] = [&from, &to].map(|folder| json(&folder.join("adapter_config.json")));
+        let sorted = |value: &serde_json::Value| {
+            let mut list: Vec<String> = value.as_array().into_iter().flatten().map(ToString::to_string).collect();
+            list.sort();
+            list
+        };
+        assert_eq!(sorted(&found["target_parameters"]), sorted(&expected["target_parameters"]), "{case}");
+        let tokens = found["trainable_token_indices"].get("model.embed_tokens").cloned();
+        assert_eq!(tokens.unwrap_or_default(), expected["trainable_token_indices"], "{case}");
+    }
+}
+
 #[test]
 fn what_peft_trains_is_merged_as_peft_merges_it() {
     let (mut cases, mut parted) = (0, Vec::new());

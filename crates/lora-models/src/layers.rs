@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use lora_core::variant::{BaseLayer, Dropout, Parameters, Variant, WEIGHT_VALUE};
+use lora_core::variant::{BaseLayer, Dropout, EXPERTS_DOWN, EXPERTS_UP, Parameters, Variant, WEIGHT_VALUE};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
@@ -102,6 +102,14 @@ pub struct AttachedAdapter {
     pub parameters: Parameters<TchBackend>,
 }
 
+/// An adapter's factors, one of each for each expert.
+#[derive(Debug)]
+pub(crate) struct ExpertFactors {
+    pub(crate) down: Vec<Tensor>,
+    pub(crate) up: Vec<Tensor>,
+    pub(crate) scale: f64,
+}
+
 /// The weight of a layer.
 #[derive(Debug)]
 pub(crate) enum LayerWeight {
@@ -185,7 +193,7 @@ impl AdaptableLayer {
     /// A table that row numbers look up, `[entries, width]`, held as [`Weights::tables`] says: a look-up reads few of its
     /// rows and makes no others whole. `alone`: nothing else reads it, so that where memory is short (layers are in few
     /// bytes or live in host memory) it stays in host memory, and the rows alone come to the device. Then a look-up
-    /// cannot be recorded in a CUDA graph: see [`Self::looked_up`].
+    /// cannot be recorded in a CUDA graph: see [`look_up`](crate::networks::Decoder::look_up).
     ///
     /// # Errors
     /// As of [`AdaptableLayer::new`].
@@ -223,6 +231,33 @@ impl AdaptableLayer {
     /// As of [`AdaptableLayer::new`].
     pub(crate) fn norm(weights: &Weights<'_>, features: usize) -> Result<Self> {
         Self::new(&weights.plain(), LayerGeometry::Norm { features }, false)
+    }
+
+    /// What adapters on the weights of a mixture's experts hang on, which are one parameter for them:
+    /// `[experts, outputs, inputs]`. The weights themselves are elsewhere; the mixture applies the factors.
+    pub(crate) fn experts(weights: &Weights<'_>, geometry: LayerGeometry) -> Result<Self> {
+        Ok(Self {
+            path: weights.prefix().to_owned(),
+            weight: LayerWeight::Frozen(FrozenWeight::plain(Tensor::f_empty([0], (weights.kind(), weights.device()))?)),
+            bias: None,
+            geometry,
+            adapters: Vec::new(),
+            tied: None,
+        })
+    }
+
+    /// The factors for each expert that act in a pass, in a dtype: of each adapter those `[rank, inputs]` and
+    /// `[outputs, rank]`, and what their product counts.
+    pub(crate) fn expert_factors(&self, kind: Kind, pass: &Pass) -> Result<Vec<ExpertFactors>> {
+        let mut all = Vec::new();
+        for (adapter, strength) in self.adapters_in(pass) {
+            let [down, up] = [EXPERTS_DOWN, EXPERTS_UP].map(|name| -> Result<Vec<Tensor>> {
+                let factors = adapter.parameters.get(adapter.variant.name(), name)?;
+                Ok(factors.f_to_kind(kind)?.f_unbind(0)?)
+            });
+            all.push(ExpertFactors { down: down?, up: up?, scale: adapter.parameters.scale * strength });
+        }
+        Ok(all)
     }
 
     /// The factors of a normalisation as they act in a pass: the base's, or those that are trained in their place.

@@ -4,6 +4,8 @@
 mod flux;
 mod flux2;
 mod folder;
+mod qwen_image;
+mod sd3;
 mod z_image;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,8 @@ use lora_torch::tch::{Device, Kind, Tensor};
 
 pub use self::flux::SyntheticFlux;
 pub use self::flux2::SyntheticFlux2;
+pub use self::qwen_image::SyntheticQwenImage;
+pub use self::sd3::SyntheticSd3;
 pub use self::z_image::SyntheticZImage;
 use crate::Result;
 use crate::networks::{ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Unet, UnetConfig, Vae, VaeConfig};
@@ -138,6 +142,7 @@ impl SyntheticModel {
             statistics: None,
             quant_convs: true,
             overflows_in_half: false,
+            causal: false,
         };
         Self { family: &sd1::FAMILY, text_encoder, text_encoder_2: None, unet, vae }
     }
@@ -212,22 +217,27 @@ impl SyntheticModel {
 /// # Errors
 /// Where the architecture is not known, or the file system refuses.
 pub fn write_language_headers(folder: &Path, config: &serde_json::Value) -> Result<()> {
-    let shapes = ShapesOnly::new(&WithoutBiases);
+    let source = LanguageWeights { query_biases: false };
+    let shapes = ShapesOnly::new(&source);
     let weights = Weights::new(&shapes, Kind::Float, Device::Cpu);
-    drop(Decoder::load(&weights, DecoderConfig::read(config, &WithoutBiases.name())?)?);
+    drop(Decoder::load(&weights, DecoderConfig::read(config, &source.name())?)?);
     write_header(folder, "model.safetensors", &config.to_string(), "BF16", shapes.asked())
 }
 
 /// A source that has every weight that it is asked for, but biases.
-struct WithoutBiases;
+struct LanguageWeights {
+    /// It has those of queries, keys and values.
+    query_biases: bool,
+}
 
-impl WeightSource for WithoutBiases {
+impl WeightSource for LanguageWeights {
     fn name(&self) -> String {
         "synthetic language model".into()
     }
 
     fn contains(&self, name: &str) -> bool {
-        !name.ends_with("bias")
+        let of_query = |name: &str| ["q_proj", "k_proj", "v_proj"].iter().any(|layer| name.contains(layer));
+        !name.ends_with("bias") || self.query_biases && of_query(name)
     }
 
     fn shape(&self, _name: &str) -> Option<Vec<usize>> {

@@ -39,11 +39,7 @@ const FAMILIES: [&str; 12] = [
     "gemma4",
 ];
 
-/// Those whose adapters' gradients are here.
-const ADAPTED: [&str; 11] =
-    ["llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "phi3", "olmo2", "granite", "gemma4"];
-
-/// Those whose hidden states are.
+/// Those whose hidden states are here.
 const WITH_STATES: [&str; 5] = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"];
 
 /// A tiny model with its expected numbers.
@@ -340,24 +336,45 @@ fn adapt(decoder: &mut Decoder, reference: &Reference) -> BTreeMap<String, Tenso
     let file = SafetensorsFile::open(reference.folder.join("lora_init.safetensors")).unwrap();
     let scale =
         reference.info["training"]["alpha"].as_f64().unwrap() / reference.info["training"]["rank"].as_f64().unwrap();
+    let leaves = adapt_from(decoder, &file, scale);
+    assert_eq!(leaves.len(), file.len(), "every module of the adapter is a layer");
+    leaves
+}
+
+/// The same of a file by PEFT's names.
+fn adapt_from(decoder: &mut Decoder, file: &SafetensorsFile, scale: f64) -> BTreeMap<String, Tensor> {
     let mut leaves = BTreeMap::new();
     let mut attach = |layer: &mut AdaptableLayer| {
-        let path = layer.path().to_owned();
+        let (geometry, mut path) = (layer.geometry(), layer.path().to_owned());
+        let experts = matches!(geometry, LayerGeometry::Experts { .. });
+        // PEFT wraps a mixture once for each of its parameters, the first innermost.
+        for (parameter, wrapper) in [(".gate_up_proj", ".base_layer"), (".down_proj", "")] {
+            if let Some(mixture) = path.strip_suffix(parameter).filter(|_| experts) {
+                path = format!("{mixture}{wrapper}");
+            }
+        }
         if !file.contains(&format!("{path}.lora_A.weight")) {
             return;
         }
         let mut factor = |part: &str, own: &str| {
             let name = format!("{path}.{part}.weight");
-            let leaf = floats(&file, &name).set_requires_grad(true);
+            let leaf = floats(file, &name).set_requires_grad(true);
             leaves.insert(name, leaf.shallow_clone());
             (own.to_owned(), leaf)
         };
-        let tensors = [factor("lora_A", "down"), factor("lora_B", "up")];
+        let mut tensors = [factor("lora_A", "down"), factor("lora_B", "up")];
+        if let LayerGeometry::Experts { experts, in_features, out_features } = geometry {
+            let [experts, inputs, outputs] = [experts, in_features, out_features].map(|side| side as i64);
+            let [(_, down), (_, up)] = &tensors;
+            tensors = [
+                ("experts_down".to_owned(), down.view([experts, -1, inputs])),
+                ("experts_up".to_owned(), up.view([outputs, -1, experts]).permute([2, 0, 1])),
+            ];
+        }
         let parameters = Parameters { tensors: tensors.into(), scale };
         layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
     };
     decoder.visit_layers(&mut attach).unwrap();
-    assert_eq!(leaves.len(), file.len(), "every module of the adapter is a layer");
     leaves
 }
 
@@ -377,7 +394,7 @@ fn mean_loss(decoder: &Decoder, reference: &Reference, records: &[i64], pass: &P
 
 #[test]
 fn lora_gradients_are_pefts() {
-    for family in ADAPTED {
+    for family in FAMILIES {
         let reference = Reference::of(family);
         let golden = SafetensorsFile::open(reference.folder.join("lora_grads_step1.safetensors")).unwrap();
         let kept = Pass { recompute: true, recompute_feed_forward: true, ..Pass::default() };
@@ -391,6 +408,32 @@ fn lora_gradients_are_pefts() {
                 let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-9;
                 assert!(distance < allowed, "{family}, {name}, {pass:?}: {distance:e} of {allowed:e}");
             }
+        }
+    }
+}
+
+/// Experts in one tensor, inputs before outputs, gate and up-projection in turn.
+#[test]
+fn gradients_of_adapters_on_the_experts_of_gpt_oss_are_pefts() {
+    let [golden, expected] = ["adapter", "expected"]
+        .map(|name| SafetensorsFile::open(golden(&format!("gpt_oss/{name}.safetensors"))).unwrap());
+    let checkpoint = Checkpoint::open(self::golden("gpt_oss/model")).unwrap();
+    let number = |key: &str| golden.metadata()[key].parse::<f64>().unwrap();
+    let ids = integers(&expected, "ids");
+    for recompute in [false, true] {
+        let mut decoder = load_decoder(&checkpoint, Kind::Float, CPU, Held::default()).unwrap();
+        let leaves = adapt_from(&mut decoder, &golden, number("scale"));
+        assert_eq!(2 * leaves.len(), golden.len());
+        let pass = Pass { recompute, ..Pass::default() };
+        let hidden = decoder.hidden(&Rows::of(&ids, 0).unwrap(), &pass).unwrap();
+        let loss = decoder.loss(&hidden, &ids, &LossOptions::default(), &pass).unwrap() / (2 * 23);
+        assert!((f64::try_from(&loss).unwrap() / number("loss") - 1.0).abs() < 1e-5, "{loss}");
+        loss.backward();
+        for (name, leaf) in &leaves {
+            let expected = floats(&golden, &format!("grad.{name}"));
+            let distance = f64::try_from((leaf.grad() - &expected).norm()).unwrap();
+            let allowed = 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-9;
+            assert!(distance < allowed, "{name}: {distance:e} of {allowed:e}");
         }
     }
 }
@@ -540,7 +583,7 @@ fn whole_decoders_train() {
 /// Twenty steps of AdamW as the reference takes them.
 #[test]
 fn twenty_steps_have_the_losses_of_peft() {
-    for family in ADAPTED {
+    for family in FAMILIES {
         let reference = Reference::of(family);
         let mut decoder = reference.decoder();
         let leaves = adapt(&mut decoder, &reference);

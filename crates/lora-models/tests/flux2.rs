@@ -3,22 +3,16 @@
 
 mod common;
 
-use common::flow::{CONTEXT, Call, matches};
-use common::{CPU, distance, given, tensor};
+use common::flow::{CONTEXT, Call, latents_match, matches};
+use common::{CPU, tensor, whole};
 use lora_core::{Component, DType};
 use lora_io::checkpoint::Checkpoint;
-use lora_io::safetensors::SafetensorsFile;
 use lora_models::diffusion::flow;
 use lora_models::layers::Pass;
 use lora_models::networks::{Flux2, Flux2Conditions, Flux2Config, load_vae};
 use lora_models::synthetic::SyntheticFlux2;
 use lora_models::weights::{Held, SyntheticWeights, Weights};
-use lora_torch::tch::{Kind, Tensor, no_grad};
-
-fn golden() -> SafetensorsFile {
-    let folder = format!("{}/tests/golden/flux2", env!("CARGO_MANIFEST_DIR"));
-    SafetensorsFile::open(format!("{folder}/expected.safetensors")).unwrap()
-}
+use lora_torch::tch::{Kind, Tensor};
 
 fn velocity(network: &Flux2, call: &Call, pass: &Pass) -> Tensor {
     let conditions = Flux2Conditions { sigmas: &call.sigmas, context: &call.context, guidance: None };
@@ -45,25 +39,10 @@ fn velocities_and_gradients_match_diffusers_and_peft() {
 
 #[test]
 fn latents_are_those_of_diffusers() {
-    let (golden, folder) = (golden(), tempfile::tempdir().unwrap());
+    let folder = tempfile::tempdir().unwrap();
     SyntheticFlux2::tiny().write(folder.path(), DType::F32).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let vae = load_vae(&checkpoint, Kind::Float, CPU, Held::default()).unwrap();
-    no_grad(|| {
-        let encoded = vae.encode(&given("input.vae.pixels", &[2, 3, 64, 48])).unwrap();
-        let normalised = vae.config().normalised(&encoded.mean).unwrap();
-        let decoded = vae.decode(&given("input.vae.latents", &[2, 32, 8, 6])).unwrap();
-        for (name, found) in [
-            ("vae.mean", &encoded.mean),
-            ("vae.logvar", &encoded.log_variance),
-            ("vae.normalised", &normalised),
-            ("vae.decoded", &decoded),
-        ] {
-            let error = distance(found, &tensor(&golden, name));
-            assert!(error < 1e-5, "{name}: {error:e}");
-        }
-        assert!(distance(&vae.config().denormalised(&normalised).unwrap(), &encoded.mean) < 1e-6);
-    });
+    latents_match(&whole("flux2"), &load_vae(&checkpoint, Kind::Float, CPU, Held::default()).unwrap());
 }
 
 #[test]
@@ -80,7 +59,7 @@ fn an_autoencoder_without_its_statistics_is_named() {
 
 #[test]
 fn samples_go_through_the_levels_of_diffusers() {
-    let expected = Vec::<f64>::try_from(tensor(&golden(), "sample.sigmas").to_kind(Kind::Double)).unwrap();
+    let expected = Vec::<f64>::try_from(tensor(&whole("flux2"), "sample.sigmas").to_kind(Kind::Double)).unwrap();
     let found = flow::levels(4, flow::flux2_factor(4 * 6, 4)).unwrap();
     assert_eq!(found.len(), expected.len());
     assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-6), "{found:?}");

@@ -186,7 +186,7 @@ fn noise_levels_are_those_that_other_trainers_draw() {
         };
         let shift = match row["shift"].as_str() {
             Some("flux") => Shift::FLUX,
-            Some(_) => Shift::Tokens { between: [(256, 0.5), (8192, 0.9)] },
+            Some(_) => Shift::QWEN_IMAGE,
             None => Shift::Factor(number("shift").unwrap()),
         };
         let drawn = NoiseLevels { density, shift, range: (0.0, 1.0) };

@@ -110,6 +110,18 @@ pub enum Error {
         /// Rows of the embedding.
         rows: usize,
     },
+    /// A part of a base from elsewhere that is another base's.
+    #[error("{path}: {found}; this base needs {expected}: set {key} to that", path = path.display())]
+    PartOfAnother {
+        /// The part.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What the base's other parts fit.
+        expected: String,
+        /// The key that names it.
+        key: &'static str,
+    },
     /// An adapter of another base.
     #[error("{path}: {reason}")]
     NotOfThisBase {

@@ -406,9 +406,27 @@ impl TrainedTokens {
     }
 }
 
-/// The layers that adapters may hang on: all but norms, which are trained whole or not at all.
+/// The layers that `target_modules` may name: neither norms, which are trained whole or not at all, nor the parameters of
+/// experts.
 pub(crate) fn adaptable(layers: &[TargetLayer]) -> Vec<TargetLayer> {
-    layers.iter().filter(|layer| !matches!(layer.geometry, LayerGeometry::Norm { .. })).cloned().collect()
+    let other =
+        |layer: &&TargetLayer| !matches!(layer.geometry, LayerGeometry::Norm { .. } | LayerGeometry::Experts { .. });
+    layers.iter().filter(other).cloned().collect()
+}
+
+/// The layers that `modules_to_save` may name.
+pub(crate) fn savable(layers: &[TargetLayer]) -> Vec<TargetLayer> {
+    layers.iter().filter(|layer| !matches!(layer.geometry, LayerGeometry::Experts { .. })).cloned().collect()
+}
+
+/// The parameters of experts that `target_parameters` may name.
+pub(crate) fn parameters_of_experts(layers: &[TargetLayer]) -> Vec<TargetLayer> {
+    layers.iter().filter(|layer| matches!(layer.geometry, LayerGeometry::Experts { .. })).cloned().collect()
+}
+
+/// What the configuration calls `target_parameters`, where it names any.
+pub(crate) fn target_parameters(config: &TrainConfig) -> Option<&[String]> {
+    config.extra.texts("target_parameters").filter(|names| !names.is_empty())
 }
 
 /// The layers that a configuration adapts, and those that it trains whole, which are not adapted.
@@ -417,10 +435,13 @@ pub(crate) fn adaptable(layers: &[TargetLayer]) -> Vec<TargetLayer> {
 /// Where a name names no layer, or names are malformed.
 pub(crate) fn chosen(config: &TrainConfig, layers: &[TargetLayer]) -> Result<(Vec<TargetLayer>, Vec<TargetLayer>)> {
     let saved = match config.extra.texts("modules_to_save") {
-        Some(names) if !names.is_empty() => Targets::parse(names)?.select(layers)?,
+        Some(names) if !names.is_empty() => Targets::parse(names)?.select(&savable(layers))?,
         _ => Vec::new(),
     };
     let mut targets = Targets::parse(&config.target_modules)?.select(&adaptable(layers))?;
+    if let Some(names) = target_parameters(config) {
+        targets.extend(Targets::parse(names)?.select(&parameters_of_experts(layers))?);
+    }
     targets.retain(|target| saved.iter().all(|saved| saved.path != target.path));
     Ok((targets, saved))
 }

@@ -135,6 +135,28 @@ fn bases_that_are_not_to_be_trained_are_refused_or_named() {
 }
 
 #[test]
+fn a_text_encoder_and_a_vocabulary_of_another_base_are_named_before_anything_is_loaded() {
+    let folder = workspace();
+    let other = folder.path().join("other");
+    let mut model = SyntheticFlux2::tiny();
+    model.text_encoder["hidden_size"] = 48.into();
+    model.write(&other, DType::F32).unwrap();
+    add_tokenizer(&other, QWEN, "tokenizer");
+    let error = refusal(folder.path(), &[&format!("text_encoder={}", other.join("text_encoder").display())]);
+    for words in ["other/text_encoder: a text encoder of 48", "one of 32", "set text_encoder"] {
+        assert!(error.contains(words), "{error}");
+    }
+    // Qwen2.5's has no such token.
+    let vocabulary = other.join("tokenizer/tokenizer.json");
+    let text = std::fs::read_to_string(&vocabulary).unwrap().replace("<think>", "<thank>");
+    std::fs::write(&vocabulary, text).unwrap();
+    let error = refusal(folder.path(), &[&format!("tokenizer={}", other.join("tokenizer").display())]);
+    for words in ["without `<think>`", "Qwen3 4B", "set tokenizer"] {
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn a_run_goes_on_from_its_own_file() {
     let folder = workspace();
     let keys = ["target_modules=attention-mlp", "save_precision=fp32", "max_sequence_length=24"];

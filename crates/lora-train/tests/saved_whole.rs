@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 
-use common::{golden, gradients, loss, prepare, refusal, steps, workspace};
+use common::{golden, gradients, loss, prepare, refusal, steps, workspace, workspace_of};
 use lora_core::conformance::distance;
 use lora_io::adapter;
 use lora_io::safetensors::SafetensorsFile;
@@ -194,4 +194,45 @@ fn what_cannot_be_saved_whole_is_refused() {
         let error = refusal(folder.path(), keys);
         assert!(error.contains("trainable_token_indices") && error.contains(said), "{keys:?}: {error}");
     }
+}
+
+/// Experts' parameters with both of PEFT's names, alone and together, in a run and in use.
+#[test]
+fn adapters_on_experts_are_trained_and_saved_where_peft_has_them() {
+    let folder = workspace_of("qwen3_moe");
+    let both = "target_parameters=[\"mlp.experts.gate_up_proj\", \"mlp.experts.down_proj\"]";
+    for (key, names, depth) in [
+        (both, &["mlp.experts.down_proj", "mlp.experts.gate_up_proj"][..], 1),
+        ("target_parameters=down_proj", &["mlp.experts.down_proj"], 0),
+        ("target_parameters=gate_up_proj", &["mlp.experts.gate_up_proj"], 0),
+    ] {
+        let keys = [key, "target_modules=q_proj", "save_precision=fp32"];
+        let mut session = prepare(folder.path(), &keys);
+        let before = loss(&mut session);
+        steps(&mut session);
+        let after = loss(&mut session);
+        assert!(after < before, "{key}: {before} to {after}");
+        let saved = session.save("voice").unwrap();
+        let config: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(saved.join("adapter_config.json")).unwrap()).unwrap();
+        assert_eq!((&config["target_parameters"], &config["target_modules"]), (&names.into(), &["q_proj"][..].into()));
+        let file = SafetensorsFile::open(saved.join("adapter_model.safetensors")).unwrap();
+        let wrapped = file.names().filter(|name| name.contains("experts.base_layer.lora_A")).count();
+        let outer = file.names().filter(|name| name.contains("experts.lora_A")).count();
+        assert_eq!((wrapped > 0, wrapped == depth * outer, outer > 0), (depth == 1, true, true), "{key}");
+        let init_from = format!("init_from={}", saved.display());
+        let again = loss(&mut prepare(folder.path(), &[&keys[..], &[&init_from]].concat()));
+        assert!((again - after).abs() < 1e-6, "{key}: {after} against {again}");
+        let mut model = TextModelOptions::new(folder.path().join("base"));
+        (model.device, model.adapters) = ("cpu".into(), vec![(saved, 1.0)]);
+        let options = EvaluationOptions::new(golden("chat.jsonl"));
+        let judged = TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap();
+        assert!((judged.loss - after).abs() < 1e-5, "{key}: {judged} against {after}");
+    }
+    for keys in [&[both, "lora_dropout=0.1"][..], &[both, "variant=dora"], &["target_parameters=q_proj"]] {
+        let error = refusal(folder.path(), keys);
+        assert!(error.contains("target_parameters"), "{keys:?}: {error}");
+    }
+    let error = refusal(workspace().path(), &[both]);
+    assert!(error.contains("no mixture of experts"), "{error}");
 }

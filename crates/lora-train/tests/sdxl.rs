@@ -165,7 +165,7 @@ fn in_eight_bits(folder: &Path, others: &[&str]) {
 }
 
 #[test]
-fn bases_in_eight_bits_are_read_without_scales_and_refused_with_them() {
+fn bases_in_eight_bits_are_read_with_their_scales_and_refused_with_others() {
     let folder = workspace();
     let keys = ["train_text_encoder=false", "max_train_steps=2"];
     let full = losses(folder.path(), &keys);
@@ -176,8 +176,16 @@ fn bases_in_eight_bits_are_read_without_scales_and_refused_with_them() {
     assert!(near && found != full, "{found:?} {full:?}");
     let folder = workspace();
     in_eight_bits(folder.path(), &["model.diffusion_model.input_blocks.0.0.scale_weight"]);
+    assert_eq!(losses(folder.path(), &keys), found, "a scale of 1");
+    // That of a weight that is not in 8 bits says of something else.
+    let folder = workspace();
+    in_eight_bits(folder.path(), &["first_stage_model.encoder.conv_in.scale_weight"]);
     let error = refusal(folder.path(), &keys);
     assert!(error.contains("scale_weight") && error.contains("base.safetensors"), "{error}");
+    let folder = workspace();
+    in_eight_bits(folder.path(), &["model.diffusion_model.input_blocks.0.0.weight.absmax"]);
+    let error = refusal(folder.path(), &keys);
+    assert!(error.contains("absmax") && error.contains("GGUF"), "{error}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 KEPT = ["ids", "labels", "nll_per_token", "long.ids", "generation.prompt", "generation.new"]
 STATES = ["logits_rows", "hidden_first_layer", "hidden_last"]
-WITH_STATES = ["llama3", "gemma2", "phi3", "olmo2", "gemma4"]
+WITH_STATES = ["llama3", "gemma2", "phi3", "qwen3_moe", "olmo2", "gemma4"]
 INFO = ["loss", "packing", "generation", "losses", "tokens_per_record", "training"]
 GRADIENTS = ["llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "smollm3", "phi3", "olmo2", "granite", "gemma4"]
 TIED = ["embed_lora", "head_lora"]

@@ -190,10 +190,10 @@ impl Backend for CpuBackend {
                 }
                 HostTensor::from_f32([input.shape(), &[width]].concat(), output)
             }
-            LayerGeometry::Norm { .. } => Err(Error::Shape {
+            LayerGeometry::Norm { .. } | LayerGeometry::Experts { .. } => Err(Error::Shape {
                 what: "layer to apply".into(),
                 expected: "a linear layer, a convolution or an embedding".into(),
-                found: "a normalisation, whose kind its weights do not tell".into(),
+                found: "a normalisation or a mixture's experts, whose kind their weights do not tell".into(),
             }),
             LayerGeometry::Conv2d { in_channels, kernel, stride, padding, groups, .. } => {
                 let &[batch, channels, height, width] = input.shape() else {

@@ -20,8 +20,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    BIAS_VALUE, BaseLayer, BiasChange, Changes, Dropout, Parameters, Request, Variant, at_least_one, expect, kaiming,
-    unsupported,
+    BIAS_VALUE, BaseLayer, BiasChange, Changes, Dropout, EXPERTS_DOWN, EXPERTS_UP, Parameters, Request, Variant,
+    at_least_one, expect, kaiming, unsupported,
 };
 use crate::backend::Backend;
 use crate::random::Stream;
@@ -108,6 +108,10 @@ impl<B: Backend> Variant<B> for Lora {
             LayerGeometry::Norm { .. } => {
                 Err(unsupported(NAME, geometry, "a vector has no rank; use the variant `full`"))
             }
+            LayerGeometry::Experts { .. } => Ok(named(&[
+                (EXPERTS_DOWN, geometry.with_outputs(rank).weight_shape()),
+                (EXPERTS_UP, geometry.pointwise_from(rank).weight_shape()),
+            ])),
             LayerGeometry::Conv2d { in_channels, kernel, groups, .. }
                 if geometry.is_spatial() && request.switch("tucker") =>
             {
@@ -133,7 +137,8 @@ impl<B: Backend> Variant<B> for Lora {
         let shapes = Variant::<B>::shapes(self, &base.geometry(), request)?;
         let first = |(name, shape): (String, Vec<usize>)| {
             let tensor = match name.as_str() {
-                UP | EMBEDDING_DOWN => HostTensor::zeros(shape),
+                UP | EMBEDDING_DOWN | EXPERTS_UP => HostTensor::zeros(shape),
+                EXPERTS_DOWN => kaiming(&shape, base.geometry().fan_in(), stream, &name)?,
                 EMBEDDING_UP => super::normal(&shape, 1.0, stream, &name)?,
                 _ => kaiming(&shape, shape[1..].iter().product(), stream, &name)?,
             };

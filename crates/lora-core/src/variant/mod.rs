@@ -227,7 +227,7 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// Whether a trained tensor of this name stands between the rank and the outputs, which LoRA+ gives a higher learning
     /// rate.
     fn is_up(&self, tensor: &str) -> bool {
-        [lora::UP, lora::EMBEDDING_UP].contains(&tensor)
+        [lora::UP, lora::EMBEDDING_UP, EXPERTS_UP].contains(&tensor)
     }
 
     /// Whether a module that has the tensors `down` and `up` and no others changes a weight by `scale · up · down` and

@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, TOKENS, WEIGHT_VALUE};
+use lora_core::variant::{BIAS_VALUE, EXPERTS_DOWN, TOKEN_ROWS, TOKENS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use super::diffusers::{self, most_common};
 use super::parts::{Parts, PeftContext};
-use super::peft_experts::{TargetParameters, by_expert};
+use super::peft_experts::{TargetParameters, by_expert, of_all_experts, target_of, wrapper_of};
 use super::{AdapterFile, Format, Whole, names};
 use crate::metadata::HASH;
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
@@ -394,6 +394,20 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
         if path.component == Component::MODEL && !path.path.contains('.') {
             return Err(refused("its name has underscores for dots, which PEFT does not know".into()));
         }
+        if let Some(factors) = of_all_experts(module) {
+            let is_adapted = |other: &str| {
+                let other = adapter.modules.get(&ModulePath::new(path.component, other));
+                other.is_some_and(|other| other.tensors.contains_key(EXPERTS_DOWN))
+            };
+            let wrapper = wrapper_of(&path.path, is_adapted);
+            let wrapper = wrapper.ok_or_else(|| refused("PEFT knows no such parameter of experts".into()))?;
+            for (suffix, tensor) in ["lora_A.weight", "lora_B.weight"].into_iter().zip(factors.map_err(refused)?) {
+                let tensor = tensor.to_dtype(dtype);
+                super::finite(&path.to_string(), suffix, &tensor)?;
+                tensors.insert(format!("base_model.model.{wrapper}.{suffix}"), tensor);
+            }
+            continue;
+        }
         for (name, tensor) in module.tensors.iter().filter(|(name, _)| *name != TOKENS) {
             let suffix = match name.as_str() {
                 "down" => "lora_A.weight",
@@ -473,6 +487,8 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
             own_alphas.insert(path.path.clone(), whole(module.alpha));
         }
     }
+    let parameters: BTreeSet<String> =
+        adapter.modules.iter().filter(is_of_experts).map(|(path, _)| target_of(&path.path)).collect();
     let language = adapter.modules.keys().all(|path| path.component == Component::LANGUAGE_MODEL);
     let base = extra.base_model.clone().or_else(|| adapter.metadata.get("base_model_name_or_path").cloned());
     let config = json!({
@@ -494,6 +510,7 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
         "rank_pattern": ranks,
         "revision": null,
         "target_modules": targets(adapter),
+        "target_parameters": if parameters.is_empty() { Value::Null } else { json!(parameters) },
         "trainable_token_indices": if tokens.is_empty() { Value::Null } else { json!(tokens) },
         "task_type": if language { json!("CAUSAL_LM") } else { Value::Null },
         "use_dora": dora,
@@ -515,8 +532,15 @@ fn targets(adapter: &Adapter) -> Vec<String> {
     const LEAVES: &[&str] =
         &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"];
     let leaf = |path: &ModulePath| path.path.rsplit('.').next().unwrap_or_default().to_owned();
-    if adapter.modules.keys().all(|path| LEAVES.contains(&leaf(path).as_str())) {
-        return adapter.modules.keys().map(leaf).collect::<BTreeSet<_>>().into_iter().collect();
+    let layers: Vec<&ModulePath> =
+        adapter.modules.iter().filter(|own| !is_of_experts(own)).map(|(path, _)| path).collect();
+    if layers.iter().all(|path| LEAVES.contains(&leaf(path).as_str())) {
+        return layers.into_iter().map(leaf).collect::<BTreeSet<_>>().into_iter().collect();
     }
-    adapter.modules.keys().map(|path| path.path.clone()).collect()
+    layers.into_iter().map(|path| path.path.clone()).collect()
+}
+
+/// Whether a module belongs to experts, which `target_parameters` names.
+fn is_of_experts((_, module): &(&ModulePath, &AdapterModule)) -> bool {
+    module.tensors.contains_key(EXPERTS_DOWN)
 }

@@ -89,9 +89,74 @@ pub(super) fn by_expert(module: AdapterModule, rank: usize) -> Result<AdapterMod
     Ok(AdapterModule { variant: module.variant.clone(), tensors, rank, alpha: module.alpha })
 }
 
+/// Factors of experts as PEFT stores them, `lora_A` and `lora_B`; none of a module that has others.
+pub(super) fn of_all_experts(module: &AdapterModule) -> Option<Result<[HostTensor; 2], String>> {
+    let [down, up] = [EXPERTS_DOWN, EXPERTS_UP].map(|name| module.tensors.get(name));
+    let (down, up) = (down?, up?);
+    let stored = || -> Result<[HostTensor; 2], String> {
+        let (&[experts, rank, inputs], &[same, outputs, other]) = (down.shape(), up.shape()) else {
+            return Err("its factors are not those of experts".into());
+        };
+        if experts != same || rank != other {
+            return Err(format!("its factors {:?} and {:?} do not go together", down.shape(), up.shape()));
+        }
+        let numbers = up.to_f32();
+        let place = |output: usize, r: usize, expert: usize| (expert * outputs + output) * rank + r;
+        let turned = (0..outputs).flat_map(|output| {
+            let numbers = &numbers;
+            (0..rank).flat_map(move |r| (0..experts).map(move |expert| numbers[place(output, r, expert)]))
+        });
+        let turned =
+            HostTensor::from_f32([outputs, rank * experts], turned.collect()).map_err(|error| error.to_string())?;
+        let down = down.clone().reshape([experts * rank, inputs]).map_err(|error| error.to_string())?;
+        Ok([down, turned.to_dtype(up.dtype())])
+    };
+    Some(stored())
+}
+
+/// The name of a parameter's wrapper, where others of its module are adapted as `is_adapted` says.
+pub(super) fn wrapper_of(path: &str, is_adapted: impl Fn(&str) -> bool) -> Option<String> {
+    let (module, parameter) = path.rsplit_once('.')?;
+    let declared = DECLARED.iter().position(|known| *known == parameter)?;
+    let later = DECLARED[declared + 1..].iter().filter(|other| is_adapted(&format!("{module}.{other}"))).count();
+    Some(format!("{module}{}", WRAPPED.repeat(later)))
+}
+
+/// What `target_parameters` calls a parameter: its name in its layer.
+pub(super) fn target_of(path: &str) -> String {
+    let parts: Vec<&str> = path.split('.').collect();
+    let layer = parts.iter().rposition(|part| part.parse::<u32>().is_ok()).map_or(0, |place| place + 1);
+    parts[layer..].join(".")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn factors_of_experts_come_back_as_they_were() {
+        let numbers = |shape: [usize; 3]| {
+            let count = shape.iter().product::<usize>();
+            HostTensor::from_f32(shape, (0..count).map(|number| number as f32).collect()).unwrap()
+        };
+        let tensors = BTreeMap::from([
+            (EXPERTS_DOWN.to_owned(), numbers([3, 2, 5])),
+            (EXPERTS_UP.to_owned(), numbers([3, 4, 2])),
+        ]);
+        let module = AdapterModule { variant: "lora".into(), tensors, rank: 2, alpha: 2.0 };
+        let [down, up] = of_all_experts(&module).unwrap().unwrap();
+        // Of expert 1, output 2 and rank 1: experts are last.
+        assert_eq!((up.shape(), up.to_f32()[(2 * 2 + 1) * 3 + 1]), (&[4, 6][..], 13.0));
+        let stored = AdapterModule::of_factors(down, up, false, 2, 2.0);
+        assert_eq!(by_expert(stored, 2).unwrap().tensors, module.tensors);
+        let path = "model.layers.3.mlp.experts.gate_up_proj";
+        assert_eq!(
+            wrapper_of(path, |other| other.ends_with(".down_proj")).unwrap(),
+            "model.layers.3.mlp.experts.base_layer"
+        );
+        assert_eq!(wrapper_of(path, |_| false).unwrap(), "model.layers.3.mlp.experts");
+        assert_eq!(target_of(path), "mlp.experts.gate_up_proj");
+    }
 
     #[test]
     fn how_often_a_module_is_wrapped_tells_the_parameter() {

@@ -13,7 +13,7 @@ use lora_core::HostTensor;
 
 use crate::family::tree::Share;
 use crate::gguf::{GgufFile, MAGIC, TensorType, Value};
-use crate::safetensors::scale::{self, SCALES};
+use crate::safetensors::scale;
 use crate::safetensors::{SafetensorsFile, TensorView};
 use crate::{Error, Result};
 
@@ -176,10 +176,9 @@ impl WeightFile {
         }
     }
 
-    /// The name of a tensor in 8 bits' scale that nothing here applies, where there is one.
+    /// A tensor that says how weights of few bits are scaled and that nothing here applies.
     pub(super) fn unread_scale(&self) -> Option<&str> {
         let Self::Safetensors(file) = self else { return None };
-        let is_scale = |name: &&str| name.rsplit('.').next().is_some_and(|last| SCALES.contains(&last));
-        file.names().find(|name| is_scale(name) && !scale::belongs_to_another(file, name))
+        file.names().find(|name| scale::is_unread(file, name))
     }
 }

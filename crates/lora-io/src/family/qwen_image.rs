@@ -1,12 +1,12 @@
 //! Qwen-Image: a diffusion transformer of double blocks, a Qwen2.5-VL language model that reads captions, an autoencoder of
-//! three-dimensional convolutions, which is not read here. Adapters name the layers of diffusers' tree, which is the
+//! three-dimensional convolutions. Adapters name the layers of diffusers' tree, which is the
 //! original's too.
 
 use lora_core::Component;
 
 use super::adapter::Signs;
 use super::sd3::{LACKING, TRANSFORMER};
-use super::tree::qwen_image::{QWEN_IMAGE, WORDS};
+use super::tree::qwen_image::{QWEN_IMAGE, WORDS, WanVae};
 use super::tree::{Canonical, LanguageEncoder, flux};
 use super::{ComponentNames, Family, KohyaNames, Labels, Names};
 
@@ -26,7 +26,7 @@ pub static FAMILY: Family = Family {
         ComponentNames {
             component: Component::VAE,
             folder: Some(Names { place: "vae", tree: &Canonical }),
-            single_file: Some(Names { place: "vae.", tree: &Canonical }),
+            single_file: Some(Names { place: "vae.", tree: &WanVae }),
             ..LACKING
         },
         ComponentNames {

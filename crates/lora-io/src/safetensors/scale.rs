@@ -17,6 +17,15 @@ pub(crate) const SCALES: &[&str] = &["scale_weight", "weight_scale", "weight_sca
 /// What else belongs to arithmetic in 8 bits: scales of inputs, marks of a file, marks of a layer.
 pub(crate) const OTHERS: &[&str] = &["input_scale", "scale_input", "scaled_fp8", "comfy_quant"];
 
+/// What tells weights in 4 bits, which are not read: bitsandbytes' tables, and a second scale.
+const UNREAD: &[&str] = &["absmax", "quant_map", "weight_scale_2"];
+
+/// Whether a tensor's name says that it scales weights, and nothing here multiplies them by it.
+pub(crate) fn is_unread(file: &SafetensorsFile, name: &str) -> bool {
+    let end = name.rsplit('.').next().unwrap_or_default();
+    UNREAD.contains(&end) || SCALES.contains(&end) && !belongs_to_another(file, name)
+}
+
 /// Names that the scale of a weight may have; none for what is no weight.
 pub(crate) fn candidates(weight: &str) -> impl Iterator<Item = String> {
     let module = weight.strip_suffix(".weight");

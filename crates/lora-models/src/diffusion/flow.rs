@@ -83,6 +83,9 @@ impl Shift {
     /// FLUX.1's: from 0.5 at 256 tokens to 1.15 at 4096.
     pub const FLUX: Self = Self::Tokens { between: [(256, 0.5), (4096, 1.15)] };
 
+    /// Qwen-Image's: from 0.5 at 256 tokens to 0.9 at 8192.
+    pub const QWEN_IMAGE: Self = Self::Tokens { between: [(256, 0.5), (8192, 0.9)] };
+
     /// The factor for a picture of so many tokens.
     pub fn factor(self, tokens: usize) -> f64 {
         match self {
@@ -140,6 +143,21 @@ pub fn levels(steps: usize, factor: f64) -> Result<Vec<f64>> {
     }
     let even = (1..=steps).rev().map(|left| left as f64 / steps as f64);
     Ok(even.map(|level| Shift::Factor(factor).moved(level, 0)).chain([0.0]).collect())
+}
+
+/// [`levels`] drawn apart so that the last before 0 is `last`, and the first stays 1.
+///
+/// # Errors
+/// As [`levels`].
+pub fn levels_to(last: f64, steps: usize, factor: f64) -> Result<Vec<f64>> {
+    let mut all = levels(steps, factor)?;
+    let count = all.len();
+    // One step goes from 1 to 0.
+    if count > 2 {
+        let stretch = (1.0 - last) / (1.0 - all[count - 2]);
+        all[..count - 1].iter_mut().for_each(|level| *level = 1.0 - (1.0 - *level) * stretch);
+    }
+    Ok(all)
 }
 
 /// The factor that FLUX.2's noise levels are moved by for a picture of so many tokens in so many steps, as its authors measured

@@ -6,8 +6,8 @@ use lora_io::checkpoint::Checkpoint;
 use lora_torch::tch::{Device, Kind};
 
 use super::{
-    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, Flux2, Flux2Config, FluxConfig, Sd3, Sd3Config,
-    T5Config, T5Encoder, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, Flux2, Flux2Config, FluxConfig, QwenImage,
+    QwenImageConfig, Sd3, Sd3Config, T5Config, T5Encoder, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
 };
 use crate::Result;
 use crate::weights::{Held, Weights};
@@ -75,6 +75,15 @@ pub fn load_flux2(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Hel
     Flux2::new(&Weights::new(component, kind, device).held(held), Flux2Config::detect(component)?)
 }
 
+/// Qwen-Image's transformer.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_qwen_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<QwenImage> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    QwenImage::new(&Weights::new(component, kind, device).held(held), QwenImageConfig::detect(component)?)
+}
+
 /// Stable Diffusion 3's transformer.
 ///
 /// # Errors
@@ -101,7 +110,8 @@ pub fn load_t5(
 }
 
 /// A language model that reads captions: without a head, and without the layers behind the states that are read: `read`
-/// says of a model of so many layers how many are before each of these. A file without a `config.json` is Qwen3's, whose sizes its shapes show.
+/// says of a model of so many layers how many are before each of these. A file without a `config.json` is Qwen3's, or with biases Qwen2.5's,
+/// whose sizes its shapes show.
 ///
 /// # Errors
 /// As of [`load_text_encoder`].
@@ -116,7 +126,7 @@ pub fn load_caption_decoder(
     let weights = checkpoint.component(component)?;
     let mut config = match weights.config() {
         Some(_) => DecoderConfig::detect(weights)?,
-        None => DecoderConfig::of_qwen3(weights)?,
+        None => DecoderConfig::of_qwen(weights)?,
     };
     // Nothing reads its answers; so the head is the embedding's table, which is there once.
     config.tied = true;

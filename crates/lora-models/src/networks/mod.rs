@@ -18,6 +18,7 @@ mod tiles;
 mod transformer;
 mod unet;
 mod vae;
+mod wan_vae;
 mod z_image;
 
 pub use axial_rotary::{AxialRotary, AxialTables};
@@ -26,12 +27,13 @@ pub use decoder::{Decoder, DecoderConfig};
 pub use flux::{Flux, FluxConditions, FluxConfig};
 pub use flux2::{Flux2, Flux2Conditions, Flux2Config};
 pub use load::{
-    load_caption_decoder, load_decoder, load_flux, load_flux2, load_sd3, load_t5, load_text_encoder, load_unet,
-    load_vae, load_z_image,
+    load_caption_decoder, load_decoder, load_flux, load_flux2, load_qwen_image, load_sd3, load_t5, load_text_encoder,
+    load_unet, load_vae, load_z_image,
 };
 pub use qwen_image::{QwenImage, QwenImageConditions, QwenImageConfig};
 pub use sd3::{Sd3, Sd3Conditions, Sd3Config};
 pub use t5::{T5Config, T5Encoder};
 pub use unet::{Conditions, Unet, UnetConfig};
 pub use vae::{LatentDistribution, LatentStatistics, Vae, VaeConfig};
+pub(crate) use wan_vae::{DEVIATIONS, MEANS};
 pub use z_image::{ZImage, ZImageCaptions, ZImageConfig};

@@ -181,7 +181,7 @@ impl QwenImage {
     pub fn forward(&self, latents: &Tensor, conditions: &QwenImageConditions<'_>, pass: &Pass) -> Result<Tensor> {
         self.check(latents, conditions)?;
         let (_, _, height, width) = latents.size4()?;
-        let times = self.sinusoids.of_thousandfold(conditions.sigmas)?;
+        let times = self.sinusoids.at_thousandfold(conditions.sigmas)?;
         let vector = self.timestep_embedder.forward(&times, pass)?.f_silu()?;
         let image = self.img_in.forward(&pack(&latents.f_to_kind(self.kind)?)?, pass)?;
         let context = conditions.context.f_to_kind(self.kind)?;

@@ -1,14 +1,16 @@
-//! The KL autoencoder between pictures and latents (diffusers' `AutoencoderKL`). Frozen; it carries no adapters.
+//! The autoencoder between pictures and latents: what is common to all, and the network that most bases have, diffusers'
+//! `AutoencoderKL`. Frozen; it carries no adapters. Another network is in `wan_vae`.
 
 use lora_core::{Component, LayerGeometry};
 use lora_io::checkpoint::{Checkpoint, ComponentWeights};
-use lora_io::family::{flux2, sdxl};
+use lora_io::family::{flux2, qwen_image, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 use serde_json::Value;
 
 use super::blocks::{Norm, ResnetBlock, upsample};
 use super::config;
 use super::tiles::in_tiles;
+use super::wan_vae::{self, WanVae};
 use crate::layers::{AdaptableLayer, GroupNorm, Pass, attention};
 use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
@@ -34,6 +36,9 @@ pub struct VaeConfig {
     pub quant_convs: bool,
     /// Whether activations leave the range of fp16, as those of SDXL's published weights do.
     pub overflows_in_half: bool,
+    /// Whether its convolutions are three-dimensional and see no later frame, as those of Wan's network are; other sizes as its
+    /// own.
+    pub causal: bool,
 }
 
 /// Means and standard deviations of latents: of each channel, or of each channel at each place of small squares.
@@ -67,7 +72,7 @@ impl LatentStatistics {
         let epsilon = config::real(component, "batch_norm_eps")?.unwrap_or(Self::EPSILON);
         let deviation = |variance: f32| (f64::from(variance) + epsilon).sqrt() as f32;
         let deviations: Vec<f32> = of("bn.running_var")?.into_iter().map(deviation).collect();
-        if deviations.iter().any(|deviation| !(*deviation > 0.0)) {
+        if !deviations.iter().all(|deviation| *deviation > 0.0) {
             return Err(config::wrong(component, "`bn.running_var` has numbers that are no variances".into()));
         }
         Ok(Self { side: 2, means: of("bn.running_mean")?, deviations })
@@ -107,6 +112,9 @@ impl VaeConfig {
     /// Where a weight that sizes are read off is missing or lacks axes.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let component = checkpoint.component(Component::VAE)?;
+        if *checkpoint.family() == qwen_image::FAMILY {
+            return wan_vae::detect(component);
+        }
         let is_sdxl = *checkpoint.family() == sdxl::FAMILY;
         let own = Self::PUBLISHED.iter().find(|(family, _)| *family == checkpoint.family().name);
         let (channels, factor, shift) = match own {
@@ -138,6 +146,7 @@ impl VaeConfig {
             shift_factor: config::real(component, "shift_factor")?.unwrap_or(shift),
             quant_convs: component.contains("quant_conv.weight"),
             overflows_in_half: is_sdxl && !enough,
+            causal: false,
         })
     }
 
@@ -178,6 +187,24 @@ impl VaeConfig {
 #[derive(Debug)]
 pub struct Vae {
     config: VaeConfig,
+    coders: Box<dyn Coders>,
+}
+
+/// The network of an autoencoder. Numbers go in and come out in its own dtype.
+pub(super) trait Coders: std::fmt::Debug + Send {
+    /// Mean and logarithm of the variance, one after the other, of pictures `[batch, 3, height, width]`.
+    fn moments(&self, pictures: &Tensor) -> Result<Tensor>;
+    /// Pictures of latents.
+    fn pictures(&self, latents: &Tensor) -> Result<Tensor>;
+    /// The dtype it computes in.
+    fn kind(&self) -> Kind;
+    /// Where it is.
+    fn device(&self) -> Device;
+}
+
+/// diffusers' `AutoencoderKL`.
+#[derive(Debug)]
+struct KlCoders {
     encoder: Coder,
     quant_conv: Option<AdaptableLayer>,
     post_quant_conv: Option<AdaptableLayer>,
@@ -235,25 +262,11 @@ impl Vae {
     /// [`Error::MissingWeight`] or [`Error::WeightShape`] where the source has other weights than `config`; out of
     /// memory.
     pub fn new(weights: &Weights<'_>, config: VaeConfig) -> Result<Self> {
-        let (latent, moments) = (config.latent_channels, 2 * config.latent_channels);
-        let channels = &config.channels;
-        let down: Vec<_> =
-            (0..channels.len()).map(|level| (channels[level.saturating_sub(1)], channels[level])).collect();
-        let up: Vec<_> = (0..channels.len())
-            .rev()
-            .map(|level| (channels[(level + 1).min(channels.len() - 1)], channels[level]))
-            .collect();
-        let last = channels[channels.len() - 1];
-        let square = |name: &str, width: usize| {
-            config.quant_convs.then(|| AdaptableLayer::conv2d(&weights.at(name), width, width, 1, 1)).transpose()
+        let coders: Box<dyn Coders> = match config.causal {
+            true => Box::new(WanVae::new(weights, &config)?),
+            false => Box::new(KlCoders::new(weights, &config)?),
         };
-        Ok(Self {
-            encoder: Coder::new(&weights.at("encoder"), &config, &down, [3, channels[0], last, moments], true)?,
-            quant_conv: square("quant_conv", moments)?,
-            post_quant_conv: square("post_quant_conv", latent)?,
-            decoder: Coder::new(&weights.at("decoder"), &config, &up, [latent, last, channels[0], 3], false)?,
-            config,
-        })
+        Ok(Self { config, coders })
     }
 
     /// Its sizes.
@@ -298,13 +311,7 @@ impl Vae {
 
     /// Mean and logarithm of the variance, one after the other, f32.
     fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
-        let pass = Pass::default();
-        let encoded = self.encoder.encode(&pictures.f_to_kind(self.kind())?, &pass)?;
-        let moments = match &self.quant_conv {
-            Some(quant_conv) => quant_conv.forward(&encoded, &pass)?,
-            None => encoded,
-        };
-        Ok(moments.f_to_kind(Kind::Float)?)
+        Ok(self.coders.moments(&pictures.f_to_kind(self.kind())?)?.f_to_kind(Kind::Float)?)
     }
 
     /// Pictures of latents `[batch, channels, height, width]` ([`VaeConfig::denormalised`]); f32, about [-1, 1].
@@ -312,13 +319,7 @@ impl Vae {
     /// # Errors
     /// [`Error::Torch`] for another number of channels; out of memory, where [`Vae::decode_in_tiles`] needs less.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let pass = Pass::default();
-        let latents = latents.f_to_kind(self.kind())?;
-        let hidden = match &self.post_quant_conv {
-            Some(post_quant_conv) => post_quant_conv.forward(&latents, &pass)?,
-            None => latents,
-        };
-        Ok(self.decoder.decode(&hidden, &pass)?.f_to_kind(Kind::Float)?)
+        Ok(self.coders.pictures(&latents.f_to_kind(self.kind())?)?.f_to_kind(Kind::Float)?)
     }
 
     /// The same in tiles, as [`Self::encode_in_tiles`].
@@ -331,11 +332,61 @@ impl Vae {
 
     /// The dtype it computes in.
     pub fn kind(&self) -> Kind {
-        self.decoder.conv_in.kind()
+        self.coders.kind()
     }
 
     /// Where it is.
     pub fn device(&self) -> Device {
+        self.coders.device()
+    }
+}
+
+impl KlCoders {
+    fn new(weights: &Weights<'_>, config: &VaeConfig) -> Result<Self> {
+        let (latent, moments) = (config.latent_channels, 2 * config.latent_channels);
+        let channels = &config.channels;
+        let down: Vec<_> =
+            (0..channels.len()).map(|level| (channels[level.saturating_sub(1)], channels[level])).collect();
+        let up: Vec<_> = (0..channels.len())
+            .rev()
+            .map(|level| (channels[(level + 1).min(channels.len() - 1)], channels[level]))
+            .collect();
+        let last = channels[channels.len() - 1];
+        let square = |name: &str, width: usize| {
+            config.quant_convs.then(|| AdaptableLayer::conv2d(&weights.at(name), width, width, 1, 1)).transpose()
+        };
+        Ok(Self {
+            encoder: Coder::new(&weights.at("encoder"), config, &down, [3, channels[0], last, moments], true)?,
+            quant_conv: square("quant_conv", moments)?,
+            post_quant_conv: square("post_quant_conv", latent)?,
+            decoder: Coder::new(&weights.at("decoder"), config, &up, [latent, last, channels[0], 3], false)?,
+        })
+    }
+}
+
+impl Coders for KlCoders {
+    fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
+        let pass = Pass::default();
+        let encoded = self.encoder.encode(pictures, &pass)?;
+        match &self.quant_conv {
+            Some(quant_conv) => quant_conv.forward(&encoded, &pass),
+            None => Ok(encoded),
+        }
+    }
+
+    fn pictures(&self, latents: &Tensor) -> Result<Tensor> {
+        let pass = Pass::default();
+        match &self.post_quant_conv {
+            Some(post_quant_conv) => self.decoder.decode(&post_quant_conv.forward(latents, &pass)?, &pass),
+            None => self.decoder.decode(latents, &pass),
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        self.decoder.conv_in.kind()
+    }
+
+    fn device(&self) -> Device {
         self.decoder.conv_in.device()
     }
 }

@@ -10,17 +10,17 @@ use serde_json::Value;
 
 use super::config;
 use super::vae::{Coders, LatentStatistics, VaeConfig};
+use crate::Result;
 use crate::layers::attention;
 use crate::weights::{Weights, dimension};
-use crate::Result;
 
 /// Latents' means by channel, as published with Wan 2.1 and Qwen-Image.
-const MEANS: [f32; 16] = [
+pub(crate) const MEANS: [f32; 16] = [
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
     -0.9497, 0.2503, -0.2921,
 ];
 /// Their standard deviations.
-const DEVIATIONS: [f32; 16] = [
+pub(crate) const DEVIATIONS: [f32; 16] = [
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253,
     2.8251, 1.9160,
 ];
@@ -52,7 +52,7 @@ pub(super) fn detect(component: &ComponentWeights) -> Result<VaeConfig> {
         Err(config::wrong(component, reason))
     };
     let (means, deviations) = (statistic("latents_mean", &MEANS)?, statistic("latents_std", &DEVIATIONS)?);
-    if deviations.iter().any(|deviation| !(*deviation > 0.0)) {
+    if !deviations.iter().all(|deviation| *deviation > 0.0) {
         return Err(config::wrong(component, "latents_std has numbers that are not above zero".into()));
     }
     Ok(VaeConfig {
@@ -82,7 +82,8 @@ impl Convolution {
     /// Of three dimensions, one pixel of padding where the kernel is three pixels wide.
     fn causal(weights: &Weights<'_>, [inputs, outputs, side]: [usize; 3]) -> Result<Self> {
         let kernel = weights.tensor("weight", &[outputs, inputs, side, side, side])?;
-        let weight = kernel.f_select(2, side as i64 - 1)?.f_contiguous()?;
+        // Of a source of shapes alone it has no axes.
+        let weight = if kernel.dim() == 5 { kernel.f_select(2, side as i64 - 1)?.f_contiguous()? } else { kernel };
         Ok(Self { weight, bias: weights.tensor("bias", &[outputs])?, stride: 1, padding: side as i64 / 2 })
     }
 
@@ -101,7 +102,7 @@ impl Convolution {
 /// A root mean square norm over channels.
 #[derive(Debug)]
 struct Norm {
-    /// `[channels, 1, 1]`, multiplied by the root of their number.
+    /// One number a channel, multiplied by the root of how many there are.
     gamma: Tensor,
 }
 
@@ -109,14 +110,13 @@ impl Norm {
     /// `axes` are those of its weight behind the channels.
     fn new(weights: &Weights<'_>, channels: usize, axes: usize) -> Result<Self> {
         let shape = [&[channels], &[1, 1, 1][..axes]].concat();
-        let gamma = weights.tensor("gamma", &shape)?.f_view([channels as i64, 1, 1])?;
-        Ok(Self { gamma: gamma.f_mul_scalar((channels as f64).sqrt())? })
+        Ok(Self { gamma: weights.tensor("gamma", &shape)?.f_mul_scalar((channels as f64).sqrt())? })
     }
 
     fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        let length = input.f_linalg_vector_norm(2.0, [1i64], true, Kind::Float)?.f_clamp_min(1e-12)?;
+        let length = input.f_norm_scalaropt_dim_dtype(2.0, [1i64], true, Kind::Float)?.f_clamp_min(1e-12)?;
         let kind = input.kind();
-        Ok(input.f_mul(&length.f_reciprocal()?.f_to_kind(kind)?)?.f_mul(&self.gamma)?)
+        Ok(input.f_mul(&length.f_reciprocal()?.f_to_kind(kind)?)?.f_mul(&self.gamma.f_view([-1, 1, 1])?)?)
     }
 }
 

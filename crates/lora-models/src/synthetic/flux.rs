@@ -5,10 +5,9 @@ use std::path::Path;
 use lora_core::{Component, DType};
 use serde_json::json;
 
-use super::folder::{Part, asked, flux_vae};
+use super::folder::{Part, asked, clip, flux_vae, t5};
 use crate::Result;
-use crate::layers::head_width;
-use crate::networks::{ClipConfig, ClipTextEncoder, Flux, FluxConfig, T5Config, T5Encoder, VaeConfig};
+use crate::networks::{ClipConfig, Flux, FluxConfig, T5Config, VaeConfig};
 use crate::weights::SyntheticWeights;
 
 /// The sizes of a model of FLUX.1's kind: a transformer, CLIP-L and T5, which read captions, an autoencoder of 16 channels.
@@ -28,19 +27,14 @@ impl SyntheticFlux {
     /// A small model, most of whose parameters are CLIP's vocabulary: 2 double and 2 single blocks of 64 numbers in 2 heads,
     /// encoders of 2 layers.
     pub fn tiny() -> Self {
-        let (clip, t5) = ((40, 2), T5Config { vocabulary: 400, ..Self::t5(48, 2, 3, 16) });
-        Self::new(clip, t5, Self::transformer(64, 2, [2, 2]), vec![32; 4])
+        let t5 = T5Config { vocabulary: 400, ..t5(48, 2, 3, 16) };
+        Self::new((40, 2), t5, Self::transformer(64, 2, [2, 2]), vec![32; 4])
     }
 
     /// FLUX.1 dev's sizes: 16.9 billion parameters.
     pub fn full() -> Self {
-        let t5 = T5Config { intermediate: 10_240, ..Self::t5(4096, 24, 64, 64) };
+        let t5 = T5Config { intermediate: 10_240, ..t5(4096, 24, 64, 64) };
         Self::new((768, 12), t5, Self::transformer(3072, 24, [19, 38]), vec![128, 256, 512, 512])
-    }
-
-    fn t5(width: usize, layers: usize, heads: usize, head: usize) -> T5Config {
-        let (intermediate, inner) = (2 * width, heads * head);
-        T5Config { vocabulary: 32_128, width, inner, heads, intermediate, layers, buckets: 32, max_distance: 128 }
     }
 
     fn transformer(width: usize, heads: usize, [double_blocks, single_blocks]: [usize; 2]) -> FluxConfig {
@@ -60,33 +54,16 @@ impl SyntheticFlux {
     }
 
     fn new((width, layers): (usize, usize), t5: T5Config, transformer: FluxConfig, channels: Vec<usize>) -> Self {
-        let text_encoder = ClipConfig {
-            vocabulary: 49_408,
-            width,
-            intermediate: 4 * width,
-            layers,
-            heads: width / head_width(&[width]),
-            exact_gelu: false,
-            projection: None,
-        };
         let transformer = FluxConfig { context: t5.width, pooled: width, ..transformer };
-        Self { text_encoder, text_encoder_2: t5, transformer, vae: flux_vae(channels) }
+        Self { text_encoder: clip(width, layers), text_encoder_2: t5, transformer, vae: flux_vae(channels) }
     }
 
     fn parts(&self) -> Result<Vec<Part>> {
         let synthetic = SyntheticWeights::new("flux");
         let Self { text_encoder, text_encoder_2, transformer, vae } = self;
         Ok(vec![
-            Part {
-                component: Component::TEXT_ENCODER,
-                config: json!({ "num_attention_heads": text_encoder.heads, "hidden_act": "quick_gelu" }),
-                weights: asked(&synthetic, |weights| ClipTextEncoder::new(weights, *text_encoder).map(drop))?,
-            },
-            Part {
-                component: Component::TEXT_ENCODER_2,
-                config: json!({ "relative_attention_max_distance": text_encoder_2.max_distance }),
-                weights: asked(&synthetic, |weights| T5Encoder::new(weights, *text_encoder_2).map(drop))?,
-            },
+            Part::clip(Component::TEXT_ENCODER, *text_encoder)?,
+            Part::t5(Component::TEXT_ENCODER_2, *text_encoder_2)?,
             Part {
                 component: Component::TRANSFORMER,
                 config: json!({ "_class_name": "FluxTransformer2DModel", "axes_dims_rope": transformer.axes }),

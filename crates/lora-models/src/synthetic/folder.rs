@@ -8,9 +8,12 @@ use lora_io::safetensors::write;
 use lora_torch::tch::{Device, Kind};
 use serde_json::{Value, json};
 
-use super::{NamedShape, WithoutBiases, write_header};
+use super::{LanguageWeights, NamedShape, write_header};
 use crate::Result;
-use crate::networks::{Decoder, DecoderConfig, Vae, VaeConfig};
+use crate::layers::head_width;
+use crate::networks::{
+    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, LatentStatistics, T5Config, T5Encoder, Vae, VaeConfig,
+};
 use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
 /// A component: its `config.json`, and names and shapes of its weights.
@@ -40,6 +43,25 @@ pub(super) fn qwen3(width: usize, [vocabulary, inner, layers, heads, kv_heads, h
     })
 }
 
+/// The sizes of a T5 encoder, with feed-forwards of twice its width.
+pub(super) fn t5(width: usize, layers: usize, heads: usize, head: usize) -> T5Config {
+    let (intermediate, inner) = (2 * width, heads * head);
+    T5Config { vocabulary: 32_128, width, inner, heads, intermediate, layers, buckets: 32, max_distance: 128 }
+}
+
+/// The sizes of a CLIP text encoder.
+pub(super) fn clip(width: usize, layers: usize) -> ClipConfig {
+    ClipConfig {
+        vocabulary: 49_408,
+        width,
+        intermediate: 4 * width,
+        layers,
+        heads: width / head_width(&[width]),
+        exact_gelu: false,
+        projection: None,
+    }
+}
+
 /// The sizes of FLUX.1's autoencoder with so many channels at its levels.
 pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
     VaeConfig {
@@ -52,14 +74,37 @@ pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
         statistics: None,
         quant_convs: false,
         overflows_in_half: false,
+        causal: false,
     }
 }
 
 impl Part {
+    /// A CLIP text encoder.
+    pub(super) fn clip(component: Component, sizes: ClipConfig) -> Result<Self> {
+        let mut config = json!({
+            "num_attention_heads": sizes.heads, "hidden_act": if sizes.exact_gelu { "gelu" } else { "quick_gelu" },
+        });
+        if let Some(projection) = sizes.projection {
+            config["architectures"] = json!(["CLIPTextModelWithProjection"]);
+            config["projection_dim"] = projection.into();
+        }
+        let source = SyntheticWeights::new(component.name());
+        let weights = asked(&source, |weights| ClipTextEncoder::new(weights, sizes).map(drop))?;
+        Ok(Self { component, config, weights })
+    }
+
+    /// A T5 encoder.
+    pub(super) fn t5(component: Component, sizes: T5Config) -> Result<Self> {
+        let source = SyntheticWeights::new(component.name());
+        let weights = asked(&source, |weights| T5Encoder::new(weights, sizes).map(drop))?;
+        Ok(Self { component, config: json!({ "relative_attention_max_distance": sizes.max_distance }), weights })
+    }
+
     /// A language model that reads captions.
     pub(super) fn text_encoder(config: &Value) -> Result<Self> {
         let read = DecoderConfig::read(config, "config.json")?;
-        let weights = asked(&WithoutBiases, |weights| Decoder::load(weights, read).map(drop))?;
+        let source = LanguageWeights { query_biases: read.architecture.starts_with("qwen2") };
+        let weights = asked(&source, |weights| Decoder::load(weights, read).map(drop))?;
         Ok(Self { component: Component::TEXT_ENCODER, config: config.clone(), weights })
     }
 
@@ -71,7 +116,10 @@ impl Part {
             "_class_name": "AutoencoderKL", "norm_num_groups": config.norm_groups,
             "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor,
         });
-        if let Some(statistics) = &config.statistics {
+        if let Some(statistics) = config.statistics.as_ref().filter(|_| config.causal) {
+            let LatentStatistics { means, deviations, .. } = statistics;
+            said = json!({ "_class_name": "AutoencoderKLQwenImage", "latents_mean": means, "latents_std": deviations });
+        } else if let Some(statistics) = &config.statistics {
             let names = ["bn.running_mean", "bn.running_var"];
             weights.extend(names.map(|name| (name.to_owned(), vec![statistics.means.len()])));
             said = json!({ "_class_name": "AutoencoderKLFlux2", "norm_num_groups": config.norm_groups });

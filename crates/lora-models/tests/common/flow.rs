@@ -1,6 +1,9 @@
-//! A transformer that denoises by flow matching against its golden file: velocities of two calls, and a LoRA's gradients.
+//! A transformer that denoises by flow matching against its golden file: velocities of two calls, and a LoRA's gradients. An
+//! autoencoder against another: latents both ways.
 
+use lora_io::safetensors::SafetensorsFile;
 use lora_models::layers::{Adaptable, Pass};
+use lora_models::networks::Vae;
 use lora_torch::tch::{Kind, Tensor, no_grad};
 
 use super::{adapt, distance, given, tensor, transformers};
@@ -79,4 +82,24 @@ pub(crate) fn matches<N: Adaptable>(
         }
         assert_eq!(compared, with_gradient, "{name}: the same modules are adapted");
     }
+}
+
+/// Holds what an autoencoder makes of pictures and of latents against a golden file's.
+pub(crate) fn latents_match(golden: &SafetensorsFile, vae: &Vae) {
+    let channels = vae.config().latent_channels;
+    no_grad(|| {
+        let encoded = vae.encode(&given("input.vae.pixels", &[2, 3, 64, 48])).unwrap();
+        let normalised = vae.config().normalised(&encoded.mean).unwrap();
+        let decoded = vae.decode(&given("input.vae.latents", &[2, channels, 8, 6])).unwrap();
+        for (name, found) in [
+            ("vae.mean", &encoded.mean),
+            ("vae.logvar", &encoded.log_variance),
+            ("vae.normalised", &normalised),
+            ("vae.decoded", &decoded),
+        ] {
+            let error = distance(found, &tensor(golden, name));
+            assert!(error < 1e-5, "{name}: {error:e}");
+        }
+        assert!(distance(&vae.config().denormalised(&normalised).unwrap(), &encoded.mean) < 1e-6);
+    });
 }

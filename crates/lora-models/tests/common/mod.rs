@@ -24,6 +24,11 @@ pub(crate) fn transformers(name: &str) -> SafetensorsFile {
     SafetensorsFile::open(format!("{folder}/{name}.safetensors")).unwrap()
 }
 
+/// A golden file of a whole base.
+pub(crate) fn whole(name: &str) -> SafetensorsFile {
+    SafetensorsFile::open(format!("{}/tests/golden/{name}/expected.safetensors", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
 pub(crate) fn tensor(file: &SafetensorsFile, name: &str) -> Tensor {
     from_host(&file.get(name).unwrap().to_host().unwrap(), CPU).unwrap()
 }

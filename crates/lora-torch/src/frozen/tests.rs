@@ -388,3 +388,29 @@ fn half_precision_computes_in_its_own_dtype() {
         assert_eq!((output.kind(), input.grad().kind()), (Kind::BFloat16, Kind::BFloat16));
     }
 }
+
+/// On a machine with a GPU: products of tiles go where they belong, and gradients are summed over them.
+#[test]
+fn tiles_on_a_device_give_the_products_of_the_whole() {
+    if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
+        println!("not run: {}", crate::device::cuda());
+        return;
+    }
+    // Two tiles.
+    let (inputs, outputs) = (4096, 9000);
+    let there = |shape: &[i64]| random(shape).to_device(Device::Cuda(0)).to_kind(Kind::BFloat16);
+    let own = FrozenWeight::stored(&(there(&[outputs, inputs]) * 0.02), Storage::Nf4).unwrap();
+    let bias = there(&[outputs]);
+    for bias in [None, Some(&bias)] {
+        let (a, toward) = (there(&[2, 7, inputs]).set_requires_grad(true), there(&[2, 7, outputs]));
+        let b = a.detach().set_requires_grad(true);
+        let output = own.apply(&LayerGeometry::linear(inputs as usize, outputs as usize), &a, bias).unwrap();
+        let expected = b.linear(&own.whole().unwrap(), bias);
+        (&output * &toward).sum(Kind::Float).backward();
+        (&expected * &toward).sum(Kind::Float).backward();
+        for (own, expected) in [(output, expected), (a.grad(), b.grad())] {
+            let apart = largest(&(&own - &expected)) / largest(&expected);
+            assert!(apart < 0.02, "{apart}");
+        }
+    }
+}

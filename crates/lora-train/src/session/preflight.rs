@@ -18,7 +18,9 @@ use super::trained;
 use crate::base::{Base, Opening};
 use crate::config::{TrainConfig, TrainMode};
 use crate::plugins::Plugins;
-use crate::trainable::{AdapterOptions, Biases, TrainedTokens, adaptable, chosen};
+use crate::trainable::{
+    AdapterOptions, Biases, TrainedTokens, adaptable, chosen, parameters_of_experts, savable, target_parameters,
+};
 use crate::{Error, Result};
 
 /// Refuses a run that cannot succeed; gives what to note about one that can.
@@ -68,7 +70,22 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
     problems.extend(targets.unmatched(&candidates).map(|error| ("target_modules", error.to_string())));
     if let Some(names) = config.extra.texts("modules_to_save").filter(|names| !names.is_empty()) {
         let saved = Targets::parse(names)?;
-        problems.extend(saved.unmatched(&layers).map(|error| ("modules_to_save", error.to_string())));
+        problems.extend(saved.unmatched(&savable(&layers)).map(|error| ("modules_to_save", error.to_string())));
+    }
+    if let Some(names) = target_parameters(config) {
+        let parameters = parameters_of_experts(&layers);
+        if parameters.is_empty() {
+            problems.push(("target_parameters", "the base has no mixture of experts; take it out".into()));
+        } else {
+            let unmatched =
+                Targets::parse(names)?.unmatched(&parameters).map(|error| error.to_string()).collect::<Vec<_>>();
+            problems.extend(unmatched.into_iter().map(|error| ("target_parameters", error)));
+        }
+        let dropped = config.lora_dropout + config.rank_dropout + config.module_dropout > 0.0;
+        if config.variant != "lora" || dropped || Biases::of(config) != Biases::None {
+            let message = "experts carry plain LoRA without dropout and biases; take it out, or those".to_owned();
+            problems.push(("target_parameters", message));
+        }
     }
     let targets = targets.matched(&candidates);
     for (key, pattern) in [("rank_pattern", &config.rank_pattern), ("alpha_pattern", &config.alpha_pattern)] {
@@ -144,6 +161,9 @@ fn ranks(
 
 /// The most that the rank of a change of a layer can be: the shorter side of its weight as a matrix.
 fn most_rank(geometry: &LayerGeometry) -> usize {
+    if let LayerGeometry::Experts { in_features, out_features, .. } = *geometry {
+        return in_features.min(out_features).max(1);
+    }
     let shape = geometry.weight_shape();
     let (rows, columns) = (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product::<usize>());
     rows.min(columns).max(1)

@@ -1,12 +1,12 @@
 //! Attention of a decoder: which tokens see which, and the sums. Layers' projections, norms and positions are
 //! [`super::layer`]'s.
 //!
-//! Tokens see themselves and earlier ones of their document, at most a window of them, and with it the document's first few
-//! where these are attention sinks (Xiao et al., 2023, arXiv:2309.17453). Where that is all earlier tokens of a row,
-//! libtorch's kernels know it without a mask. Otherwise queries are taken in blocks, each with the keys that any of them
-//! may see, so that a mask is made for a block: `[batch, 1, queries, keys]`, once for all layers and heads of a kind; with
-//! a window its size does not grow with the row. Scores of all queries and keys exist nowhere; those of a block only where they have to be looked at
-//! (soft caps), and then they are computed again in the backward pass.
+//! Tokens see themselves and earlier ones of their document, at most a window of them, and with it the document's first
+//! few where these are attention sinks (Xiao et al., 2023, arXiv:2309.17453). Where that is all earlier tokens of a
+//! row, libtorch's kernels know it without a mask. Otherwise queries are taken in blocks, each with the keys that any
+//! of them may see, so that a mask is made for a block: `[batch, 1, queries, keys]`, once for all layers and heads of a
+//! kind; with a window its size does not grow with the row. Scores of all queries and keys exist nowhere; those of a
+//! block only where they have to be looked at (soft caps), and then they are computed again in the backward pass.
 
 use std::ops::Range;
 

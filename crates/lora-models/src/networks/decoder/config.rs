@@ -168,17 +168,20 @@ impl DecoderConfig {
         }
     }
 
-    /// Of a file with Qwen3's weights and no `config.json`: sizes from names and shapes, what they do not show as published.
+    /// Of a file with Qwen3's weights, or with Qwen2.5's, and no `config.json`: sizes from names and shapes, what they do not show
+    /// as published.
     ///
     /// # Errors
     /// If a weight that sizes are read off is missing or lacks axes.
-    pub fn of_qwen3(component: &ComponentWeights) -> Result<Self> {
+    pub fn of_qwen(component: &ComponentWeights) -> Result<Self> {
         let side = |name: &str, axis| dimension(component, name, axis);
         let layer = |name: &str| format!("model.layers.0.{name}.weight");
         let count = |index: &usize| component.contains(&format!("model.layers.{index}.input_layernorm.weight"));
-        let head = side(&layer("self_attn.q_norm"), 0)?.max(1);
+        // The older family has biases, no norm of queries, and no shape that shows the width of a head.
+        let older = component.contains("model.layers.0.self_attn.q_proj.bias");
+        let head = if older { 128 } else { side(&layer("self_attn.q_norm"), 0)?.max(1) };
         let config = serde_json::json!({
-            "model_type": "qwen3",
+            "model_type": if older { "qwen2" } else { "qwen3" },
             "vocab_size": side("model.embed_tokens.weight", 0)?,
             "hidden_size": side("model.embed_tokens.weight", 1)?,
             "intermediate_size": side(&layer("mlp.gate_proj"), 0)?,

@@ -1,6 +1,7 @@
-//! Mixtures of experts (Shazeer et al., 2017, arXiv:1701.06538), of which each token goes through a few. They are frozen,
-//! and so is the choice: no gradient flows through which ones are taken.
+//! Mixtures of experts (Shazeer et al., 2017, arXiv:1701.06538), of which each token goes through a few. Their weights may
+//! carry adapters with factors for each expert (PEFT's `target_parameters`); no gradient flows through which ones are taken.
 
+use lora_core::LayerGeometry;
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::tch::{Kind, Tensor};
 
@@ -20,6 +21,27 @@ pub(super) struct Mixture {
     experts: Vec<Shared<Expert>>,
     chosen: i64,
     shares: Shares,
+    /// What adapters on all experts hang on: `gate_up_proj`, `[experts, 2 · inner, width]`, and `down_proj`,
+    /// `[experts, width, inner]`.
+    parameters: [AdaptableLayer; 2],
+}
+
+/// Low-rank updates of one expert's layer: of each the factors `[rank, inputs]` and `[outputs, rank]`, and what their product
+/// counts.
+pub(super) type Updates<'u> = &'u [(Tensor, Tensor, f64)];
+
+/// The sum of the updates of a layer's output; none where there are none.
+pub(super) fn updated(input: &Tensor, updates: Updates<'_>) -> Result<Option<Tensor>> {
+    let mut sum: Option<Tensor> = None;
+    for (down, up, scale) in updates {
+        let none = None::<&Tensor>;
+        let own = input.f_linear(down, none)?.f_mul_scalar(*scale)?.f_linear(up, none)?;
+        sum = Some(match sum {
+            Some(sum) => sum.f_add(&own)?,
+            None => own,
+        });
+    }
+    Ok(sum)
 }
 
 #[derive(Debug)]
@@ -44,10 +66,18 @@ impl Mixture {
                 (0..own.count).map(one).collect::<Result<_>>()?
             }
         };
+        let parameter = |name: &str, in_features, out_features| {
+            let geometry = LayerGeometry::Experts { experts: own.count, in_features, out_features };
+            AdaptableLayer::experts(&weights.at("experts").at(name), geometry)
+        };
         Ok(Self {
             router: router.tensor("weight", &[own.count, config.width])?,
             router_bias: own.stacked.map(|_| router.tensor("bias", &[own.count])).transpose()?,
             experts: experts.into_iter().map(Shared::new).collect(),
+            parameters: [
+                parameter("gate_up_proj", config.width, 2 * layer.intermediate)?,
+                parameter("down_proj", layer.intermediate, config.width)?,
+            ],
             chosen: own.chosen as i64,
             shares: own.shares,
         })
@@ -56,12 +86,24 @@ impl Mixture {
     /// `[batch, tokens, width]`.
     pub(super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let shares = self.shares(input)?.f_to_kind(input.kind())?;
+        let [outer, inner] = &self.parameters;
+        let (outer, inner) = (outer.expert_factors(input.kind(), pass)?, inner.expert_factors(input.kind(), pass)?);
+        let scales: Vec<f64> = outer.iter().chain(&inner).map(|own| own.scale).collect();
+        let of_outer = outer.len();
         let mut sum: Option<Tensor> = None;
         for (index, expert) in self.experts.iter().enumerate() {
-            let (expert, pass) = (expert.clone(), pass.clone());
+            let (expert, pass, scales) = (expert.clone(), pass.clone(), scales.clone());
             let share = shares.f_narrow(-1, index as i64, 1)?;
-            let own = checkpoint(&[input, &share], Inputs::Kept, move |inputs| {
-                let own = expert.forward(&inputs[0], &pass).map_err(torch)?;
+            // Factors are inputs, so that the gradients of all experts come together in one tensor.
+            let factors = outer.iter().chain(&inner).map(|own| Some([own.down.get(index)?, own.up.get(index)?]));
+            let factors = factors.collect::<Option<Vec<_>>>().ok_or_else(fewer)?;
+            let inputs: Vec<&Tensor> = [input, &share].into_iter().chain(factors.into_iter().flatten()).collect();
+            let own = checkpoint(&inputs, Inputs::Kept, move |inputs| {
+                let pairs = inputs[2..].chunks_exact(2).zip(&scales);
+                let updates: Vec<(Tensor, Tensor, f64)> =
+                    pairs.map(|(pair, scale)| (pair[0].shallow_clone(), pair[1].shallow_clone(), *scale)).collect();
+                let (outer, inner) = updates.split_at(of_outer);
+                let own = expert.forward(&inputs[0], [outer, inner], &pass).map_err(torch)?;
                 Ok(own.f_mul(&inputs[1])?)
             })?;
             sum = Some(match sum {
@@ -70,6 +112,10 @@ impl Mixture {
             });
         }
         Ok(sum.map_or_else(|| input.f_zeros_like(), Ok)?)
+    }
+
+    pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        self.parameters.iter_mut().for_each(visit);
     }
 
     /// How much each expert counts for each token, `[batch, tokens, experts]`, f32; 0 for those that are not chosen.
@@ -85,6 +131,14 @@ impl Mixture {
             Shares::OfChosen => values.f_softmax(-1, Kind::Float)?,
         };
         Ok(scores.f_to_kind(Kind::Float)?.f_zeros_like()?.f_scatter(-1, &indices, &values)?)
+    }
+}
+
+fn fewer() -> crate::Error {
+    crate::Error::Input {
+        what: "factors of experts",
+        expected: "one of each for every expert".into(),
+        found: "fewer".into(),
     }
 }
 
@@ -106,15 +160,20 @@ fn stacked(weights: &Weights<'_>, width: usize, inner: usize, count: usize, limi
 }
 
 impl Expert {
-    fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
+    /// With updates of the gate and up-projection, and of the down-projection.
+    fn forward(&self, input: &Tensor, [outer, inner]: [Updates<'_>; 2], pass: &Pass) -> Result<Tensor> {
         let (gate_up, down, limit) = match self {
-            Self::Gated(own) => return own.forward(input, pass),
+            Self::Gated(own) => return own.forward_updated(input, [outer, inner], pass),
             Self::Clamped { gate_up, down, limit } => (gate_up, down, *limit),
         };
-        let both = gate_up.forward(input, pass)?.f_unflatten(-1, [-1, 2])?;
+        let both = gate_up.forward(input, pass)?;
+        let both = updated(input, outer)?.map_or_else(|| Ok(both.shallow_clone()), |own| both.f_add(&own))?;
+        let both = both.f_unflatten(-1, [-1, 2])?;
         let gate = both.f_select(-1, 0)?.f_clamp_max(limit)?;
         let up = both.f_select(-1, 1)?.f_clamp(-limit, limit)?;
         let gate = gate.f_mul(&gate.f_mul_scalar(1.702)?.f_sigmoid()?)?;
-        down.forward(&gate.f_mul(&up.f_add_scalar(1.0)?)?, pass)
+        let between = gate.f_mul(&up.f_add_scalar(1.0)?)?;
+        let output = down.forward(&between, pass)?;
+        Ok(updated(&between, inner)?.map_or_else(|| Ok(output.shallow_clone()), |own| output.f_add(&own))?)
     }
 }

@@ -88,6 +88,9 @@ pub(super) const FAMILIES: &[Family] = &[
         Ok(())
     }),
     ("qwen2", qwen),
+    // The language model of Qwen2.5-VL, as part of the whole and by itself.
+    ("qwen2_5_vl", qwen),
+    ("qwen2_5_vl_text", qwen),
     ("qwen3", |config, own| {
         (own.head, own.query_key_norm) = (Some(128), QueryKeyNorm::Heads);
         qwen(config, own)

@@ -5,7 +5,7 @@ use lora_torch::checkpoint::Shared;
 use lora_torch::tch::Tensor;
 
 use super::config::{DecoderConfig, LayerConfig};
-use super::experts::Mixture;
+use super::experts::{Mixture, Updates, updated};
 use crate::Result;
 use crate::layers::{AdaptableLayer, Pass, exclusive};
 use crate::weights::Weights;
@@ -62,8 +62,10 @@ impl FeedForward {
     pub(super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         match self {
             Self::Gated(own) => own.visit(visit),
-            // Experts stay as they are.
-            Self::Mixture(_) => Ok(()),
+            Self::Mixture(own) => {
+                own.visit(visit);
+                Ok(())
+            }
         }
     }
 }
@@ -90,6 +92,21 @@ impl Gated {
         self.down_proj.forward(&inner, pass)
     }
 
+    /// With updates of both outer projections, whose outputs lie behind one another, and of the inner one.
+    pub(super) fn forward_updated(
+        &self,
+        input: &Tensor,
+        [outer, inner]: [Updates<'_>; 2],
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        if outer.is_empty() && inner.is_empty() {
+            return self.forward(input, pass);
+        }
+        let between = self.inner.gated_with(input, updated(input, outer)?.as_ref(), pass)?;
+        let output = self.down_proj.forward(&between, pass)?;
+        Ok(updated(&between, inner)?.map_or_else(|| Ok(output.shallow_clone()), |own| output.f_add(&own))?)
+    }
+
     fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
         match &mut exclusive(&mut self.inner)?.projections {
             GateProjections::Separate { gate_proj, up_proj } => {
@@ -105,7 +122,12 @@ impl Gated {
 
 impl Inner {
     fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let (gate, up) = match &self.projections {
+        self.gated_with(input, None, pass)
+    }
+
+    /// `added` to the outputs of both projections, `[…, 2 · inner]`, the gate's first.
+    fn gated_with(&self, input: &Tensor, added: Option<&Tensor>, pass: &Pass) -> Result<Tensor> {
+        let (mut gate, mut up) = match &self.projections {
             GateProjections::Separate { gate_proj, up_proj } => {
                 (gate_proj.forward(input, pass)?, up_proj.forward(input, pass)?)
             }
@@ -115,6 +137,10 @@ impl Inner {
                 (both.f_narrow(-1, 0, inner)?, both.f_narrow(-1, inner, inner)?)
             }
         };
+        if let Some(added) = added {
+            let halves = added.f_chunk(2, -1)?;
+            (gate, up) = (gate.f_add(&halves[0])?, up.f_add(&halves[1])?);
+        }
         Ok(gated(&gate, &up, self.activation)?)
     }
 }

@@ -48,6 +48,8 @@ impl Rope {
         let theta = either("rope_theta")?.unwrap_or(defaults.theta);
         let share = either("partial_rotary_factor")?.unwrap_or(defaults.share);
         let kind = parameters.text("rope_type")?.or(parameters.text("type")?).unwrap_or("default");
+        // Of text all axes of a position are the same number.
+        let kind = if kind == "mrope" { "default" } else { kind };
         let kind = if defaults.always_longrope && matches!(kind, "su" | "yarn") { "longrope" } else { kind };
         let width = ((head as f64 * share) as usize).min(head);
         let plain = |over: usize, pairs: usize| -> Vec<f64> {

@@ -26,8 +26,17 @@ impl Sinusoids {
 
     /// Of a thousand times `numbers` `[batch]`: `[batch, 256]` f32, cosines first.
     pub(in super::super) fn of_thousandfold(&self, numbers: &Tensor) -> Result<Tensor> {
-        let numbers = numbers.f_to_kind(Kind::Float)?.f_mul_scalar(1000.0)?;
+        self.of(&numbers.f_to_kind(Kind::Float)?.f_mul_scalar(1000.0)?, 1.0)
+    }
+
+    /// Of `numbers` by frequencies a thousand times as high: the same but for roundings, which large angles show.
+    pub(in super::super) fn at_thousandfold(&self, numbers: &Tensor) -> Result<Tensor> {
+        self.of(&numbers.f_to_kind(Kind::Float)?, 1000.0)
+    }
+
+    fn of(&self, numbers: &Tensor, factor: f64) -> Result<Tensor> {
         let angles = numbers.f_unsqueeze(1)?.f_mul(&self.frequencies)?;
+        let angles = if factor == 1.0 { angles } else { angles.f_mul_scalar(factor)? };
         Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], -1)?)
     }
 }

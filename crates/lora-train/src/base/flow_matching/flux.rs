@@ -51,6 +51,7 @@ pub(super) static KIND: Kind = Kind {
             reads: Reads::T5(|checkpoint| if is_guided(checkpoint) { 512 } else { 256 }),
         },
     ],
+    text_columns: None,
     load: |checkpoint, kind, device, held| Ok(Box::new(load_flux(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: true,

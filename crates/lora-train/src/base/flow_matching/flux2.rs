@@ -38,9 +38,12 @@ pub(super) static KIND: Kind = Kind {
             // Qwen3's template of one message, with thinking switched off.
             around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"],
             states: States::Behind(&[9, 18, 27]),
+            dropped: 0,
+            length: 512,
             fills_up: true,
         }),
     }],
+    text_columns: Some(CONTEXT),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_flux2(checkpoint, kind, device, held)?)),
     layout: |captions, device| {
         let states = stacked(captions, Component::TEXT_ENCODER, STATES)?;
@@ -67,13 +70,16 @@ pub(super) static KIND: Kind = Kind {
     },
 };
 
+/// The weight whose columns are the numbers of text states.
+const CONTEXT: &str = "context_embedder.weight";
+
 /// Numbers of klein 9B's text states.
 const KLEIN_9B: usize = 12_288;
 
 /// Numbers of the text states that a transformer reads.
 fn context(checkpoint: &Checkpoint) -> Option<usize> {
     let transformer = checkpoint.component(Component::TRANSFORMER).ok()?;
-    transformer.shape("context_embedder.weight")?.get(1).copied()
+    transformer.shape(CONTEXT)?.get(1).copied()
 }
 
 /// As the folder says it; of files, the published name of one that is not distilled has the word.

@@ -4,7 +4,7 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `flux`, `flux2`, `sd3` | FLUX.1's, FLUX.2's, Stable Diffusion 3's |
+//! | `flux`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
 //! | `text` | the text encoders of a base |
 //! | `language`, `clip`, `t5` | captions through an encoder of each kind |
 //! | `levels` | how noise levels are drawn, as keys say it |
@@ -14,6 +14,7 @@ mod flux;
 mod flux2;
 mod language;
 mod levels;
+mod qwen_image;
 mod sd3;
 mod t5;
 mod text;
@@ -37,7 +38,7 @@ use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
-use self::text::{CaptionReaders, EncoderKind, STATES};
+use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
@@ -48,6 +49,7 @@ use crate::{Error, Result};
 
 pub(super) use self::flux::FLUX;
 pub(super) use self::flux2::FLUX2;
+pub(super) use self::qwen_image::QWEN_IMAGE;
 pub(super) use self::sd3::SD3;
 pub(super) use self::z_image::Z_IMAGE;
 
@@ -65,6 +67,8 @@ struct Kind {
     family: &'static Family,
     /// Those that read captions, in the order in which they come.
     encoders: &'static [EncoderKind],
+    /// The transformer's weight whose columns are the numbers of a state, where one language model's states are all it reads.
+    text_columns: Option<&'static str>,
     /// Builds the network that answers with velocities.
     load: LoadTransformer,
     /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
@@ -101,9 +105,22 @@ impl std::fmt::Debug for Kind {
 enum Guidance {
     /// The answer moves away from that of a negative prompt, so many times as far; 1 asks for no second answer.
     Contrast(f64),
+    /// The same, and each token of the answer is as long as with the prompt alone.
+    Rescaled(f64),
     /// The network is told a strength, in training too.
     Told(f64),
 }
+
+impl Guidance {
+    /// How strong it is.
+    fn strength(self) -> f64 {
+        let (Self::Contrast(strength) | Self::Rescaled(strength) | Self::Told(strength)) = self;
+        strength
+    }
+}
+
+/// How many states each caption has, where captions differ.
+const LENGTHS: &str = "caption_lengths";
 
 /// The name of the strengths of guidance, `[batch]`, that a network is told.
 const GUIDANCE: &str = "guidance";
@@ -122,7 +139,7 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 4] = [&z_image::KIND, &flux::KIND, &flux2::KIND, &sd3::KIND];
+static KINDS: [&Kind; 5] = [&z_image::KIND, &flux::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
 
 /// Whether a base's transformer has a weight.
 fn transformer_contains(checkpoint: &Checkpoint, weight: &str) -> bool {
@@ -143,7 +160,8 @@ fn named_distilled(checkpoint: &Checkpoint) -> bool {
 /// Holds a base of one of these kinds against what a run needs beside its transformer; bases of other kinds are let be.
 ///
 /// # Errors
-/// [`Error::PartMissing`] with the key that names the part; [`Error::Base`] for a base that is not trained here.
+/// [`Error::PartMissing`] with the key that names the part; [`Error::PartOfAnother`] for a text encoder of another width;
+/// [`Error::Base`] for a base that is not trained here.
 pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Result<()> {
     let Some(kind) = KINDS.iter().find(|kind| kind.family == checkpoint.family()) else { return Ok(()) };
     if let Some(found) = (kind.refused)(checkpoint) {
@@ -166,8 +184,26 @@ pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Resu
         if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
             return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
         }
+        check_width(checkpoint, kind, encoder)?;
     }
     Ok(())
+}
+
+/// Holds the width of a language model's states against what the transformer reads.
+fn check_width(checkpoint: &Checkpoint, kind: &Kind, encoder: &EncoderKind) -> Result<()> {
+    let (Some(weight), Reads::Language(reads)) = (kind.text_columns, &encoder.reads) else { return Ok(()) };
+    let own = checkpoint.component(encoder.component)?;
+    let columns = |shape: Option<&[usize]>| shape.and_then(|shape| shape.get(1).copied());
+    let read = columns(checkpoint.component(TRANSFORMER)?.shape(weight)).map(|columns| columns / reads.states.count());
+    match (columns(own.shape("model.embed_tokens.weight")), read) {
+        (Some(width), Some(read)) if width != read => Err(Error::PartOfAnother {
+            path: own.path().to_owned(),
+            found: format!("a text encoder of {width} numbers a state"),
+            expected: format!("one of {read}, of {}", encoder.published),
+            key: encoder.key,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A base of one of them.
@@ -273,7 +309,7 @@ impl FlowMatching {
     /// Adds the strength of guidance for each of `count` items, where the network is told such.
     fn with_guidance(&self, inputs: Inputs, count: usize, strength: f64) -> Result<Inputs> {
         match self.guidance {
-            Guidance::Contrast(_) => Ok(inputs),
+            Guidance::Contrast(_) | Guidance::Rescaled(_) => Ok(inputs),
             Guidance::Told(_) => {
                 Ok(inputs.with(GUIDANCE, Some(from_f32(&vec![strength as f32; count], &[count], self.device)?)))
             }
@@ -300,7 +336,11 @@ impl FlowMatching {
             }
             // One after the other: captions differ in length, and half as much is in memory.
             let without = transformer.velocity(mixture, &level, &without, &pass)?;
-            Ok(without.f_add(&with.f_sub(&without)?.f_mul_scalar(guidance)?)?)
+            let guided = without.f_add(&with.f_sub(&without)?.f_mul_scalar(guidance)?)?;
+            match self.guidance {
+                Guidance::Rescaled(_) => rescaled(&guided, &with, self.kind.patch),
+                _ => Ok(guided),
+            }
         })
     }
 
@@ -486,8 +526,7 @@ impl Base for FlowMatching {
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
         let tokens = self.tokens((height as i64, width as i64));
         let levels = (self.kind.sample_levels)(&self.checkpoint, config.steps, tokens)?;
-        let (Guidance::Contrast(usual) | Guidance::Told(usual)) = self.guidance;
-        let guidance = config.guidance_scale.unwrap_or(usual);
+        let guidance = config.guidance_scale.unwrap_or_else(|| self.guidance.strength());
         if config.sampler != SamplerKind::Euler {
             let known = SamplerKind::Euler.name().to_owned();
             return Err(Error::NoSampler { name: config.sampler.name().into(), known });
@@ -527,6 +566,19 @@ impl Base for FlowMatching {
 
 fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> Result<&'t Tensor> {
     encoded.get(name).ok_or_else(|| missing(network, name))
+}
+
+/// Velocities `[batch, channels, height, width]` of which each token, a square of `patch` a side, is as long as another's.
+fn rescaled(velocity: &Tensor, like: &Tensor, patch: usize) -> Result<Tensor> {
+    let patch = patch as i64;
+    let length = |velocity: &Tensor| -> Result<Tensor> {
+        let squares = velocity.f_square()?.f_sum_dim_intlist([1i64].as_slice(), true, Number::Float)?;
+        // The mean instead of the sum: only the ratio counts.
+        Ok(squares.f_avg_pool2d([patch, patch], [patch, patch], [0, 0], false, true, None::<i64>)?.f_sqrt()?)
+    };
+    let ratio = length(like)?.f_div(&length(velocity)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?)?;
+    let (_, _, height, width) = velocity.size4()?;
+    Ok(velocity.f_mul(&ratio.f_upsample_nearest2d([height, width], None, None)?)?)
 }
 
 /// What was kept of captions under a name, one behind the other along a new first axis.

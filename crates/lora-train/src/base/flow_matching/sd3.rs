@@ -57,6 +57,7 @@ pub(super) static KIND: Kind = Kind {
             reads: Reads::T5(|_| 256),
         },
     ],
+    text_columns: None,
     load: |checkpoint, kind, device, held| Ok(Box::new(load_sd3(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: true,

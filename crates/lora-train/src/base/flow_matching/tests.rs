@@ -1,8 +1,8 @@
-//! Captions and samples of Z-Image and FLUX.2 klein as a run makes them, against transformers and diffusers
-//! (`tools/golden/make_z_image.py`, `make_flux2.py`).
+//! Captions and samples of Z-Image, FLUX.2 klein and Qwen-Image as a run makes them, against transformers and diffusers
+//! (`tools/golden/make_z_image.py`, `make_flux2.py`, `make_qwen_image.py`).
 
 use lora_io::safetensors::SafetensorsFile;
-use lora_models::synthetic::{SyntheticFlux2, SyntheticZImage};
+use lora_models::synthetic::{SyntheticFlux2, SyntheticQwenImage, SyntheticZImage};
 use lora_models::weights::synthetic_uniform;
 use lora_torch::tensor::from_host;
 
@@ -38,6 +38,7 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 fn base(kind: &'static Kind, folder: &std::path::Path, keys: &[&str]) -> FlowMatching {
     match kind.family.name {
         "flux2" => SyntheticFlux2::tiny().write(folder, DType::F32).unwrap(),
+        "qwen_image" => SyntheticQwenImage::tiny().write(folder, DType::F32).unwrap(),
         _ => SyntheticZImage::tiny().write(folder, DType::F32).unwrap(),
     }
     std::fs::create_dir_all(folder.join("tokenizer")).unwrap();
@@ -104,6 +105,14 @@ fn captions_and_samples_of_flux2_are_those_of_the_pipeline() {
     let mut base = base(&flux2::KIND, folder.path(), &[]);
     let kept = kept(&mut base, Some(&ROWS));
     samples_are_those_of_the_pipeline(&base, &kept, 32, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+}
+
+#[test]
+fn captions_and_samples_of_qwen_image_are_those_of_the_pipeline() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(&qwen_image::KIND, folder.path(), &[]);
+    let kept = kept(&mut base, None);
+    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
 }
 
 #[test]

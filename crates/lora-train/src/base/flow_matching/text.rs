@@ -52,6 +52,10 @@ pub(super) struct Language {
     pub(super) around: [&'static str; 2],
     /// Which of its states are read. Those behind the last layer are normed, others are not.
     pub(super) states: States,
+    /// Tokens at the front whose states are not read.
+    pub(super) dropped: usize,
+    /// Tokens of a row at most behind these, where no key says it.
+    pub(super) length: usize,
     /// Rows are filled up to their greatest length, and states of what fills them up are read like others.
     pub(super) fills_up: bool,
 }
@@ -66,6 +70,14 @@ pub(super) enum States {
 }
 
 impl States {
+    /// How many stand side by side.
+    pub(super) fn count(&self) -> usize {
+        match self {
+            Self::Before(_) => 1,
+            Self::Behind(depths) => depths.len().max(1),
+        }
+    }
+
     /// By how many layers are before them, in a model of so many.
     pub(super) fn depths(&self, layers: usize) -> Vec<usize> {
         match self {

@@ -9,7 +9,9 @@ use lora_torch::tch::{Device, Kind as Number, Tensor};
 use lora_torch::tensor::upload;
 
 use super::text::{EncoderKind, Language, Reads, STATES, States};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, side_by_side};
+use super::{
+    FlowMatching, Guidance, Inputs, Kind, LENGTHS, Registration, Tensors, Transformer, named_distilled, side_by_side,
+};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -35,9 +37,12 @@ pub(super) static KIND: Kind = Kind {
             // Qwen3's template of one message, with thinking left open.
             around: ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
             states: States::Before(1),
+            dropped: 0,
+            length: 512,
             fills_up: false,
         }),
     }],
+    text_columns: Some("cap_embedder.1.weight"),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_z_image(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: false,
@@ -52,8 +57,6 @@ pub(super) static KIND: Kind = Kind {
     refused: |_| None,
 };
 
-/// How many states each caption has.
-const LENGTHS: &str = "caption_lengths";
 /// There where captions need different multiples of 32 tokens; its values say nothing.
 const RAGGED: &str = "captions_are_ragged";
 

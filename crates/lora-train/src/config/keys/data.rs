@@ -16,7 +16,7 @@ pub(super) static KEYS: Group = Group {
             name: "base_model",
             values: "path",
             default: "required",
-            meaning: "The base: Stable Diffusion 1.x, 2.x or XL as one `.safetensors` file in the original layout or a diffusers folder, or a language model as a Hugging Face folder or a GGUF file.",
+            meaning: "The base: an image model as one file in the original layout (`.safetensors`, or GGUF) or a diffusers folder, or a language model as a Hugging Face folder or a GGUF file.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Run(|given, config| config.base_model = given.required_text().into()),

@@ -21,6 +21,15 @@ static WHOLE: Group = Group {
             reads: Reads::Extra(|given| Setting::Texts(given.texts().unwrap_or_default())),
         },
         Key {
+            name: "target_parameters",
+            values: "list of names",
+            default: "[]",
+            meaning: "Weights of a mixture's experts that carry an adapter with factors for each expert, as in PEFT: `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`. Plain LoRA without dropout.",
+            memory: "Factors of all experts, which are many: rank × (inputs + outputs) × experts a layer.",
+            resumed: Resumed::FixedSince("[]", |config| config.extra.shown("target_parameters")),
+            reads: Reads::Extra(|given| Setting::Texts(given.texts().unwrap_or_default())),
+        },
+        Key {
             name: "trainable_token_indices",
             values: "list of token numbers",
             default: "[]",

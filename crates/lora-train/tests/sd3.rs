@@ -1,0 +1,106 @@
+//! Stable Diffusion 3.5: whole runs on a tiny model of its kind, every layout of its files, and memory at the published sizes. The
+//! numbers of its network are held by lora-models' test of the same name.
+
+mod common;
+
+use lora_core::DType;
+use lora_io::adapter;
+use lora_io::family::sd3;
+use lora_io::safetensors::SafetensorsFile;
+use lora_models::synthetic::SyntheticSd3;
+use lora_train::Plugins;
+use lora_train::plan::plan;
+
+use common::flow::{add_tokenizer, base, single_files};
+use common::{config, losses, refusal};
+
+const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
+
+/// Pictures, and a base of Stable Diffusion 3.5's kind in a diffusers folder.
+fn workspace() -> tempfile::TempDir {
+    let write = |folder: &std::path::Path| SyntheticSd3::tiny().write(folder, DType::F32).unwrap();
+    common::flow::workspace(write, TOKENIZER, "tokenizer_3")
+}
+
+#[test]
+fn runs_are_trained_saved_resumed_planned_and_sampled() {
+    let folder = workspace();
+    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2", "max_sequence_length=40"];
+    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
+    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
+    assert_eq!((picture.width(), picture.height()), (64, 64));
+
+    let path = folder.path().join("out/lora.safetensors");
+    let read = adapter::read(&path).unwrap();
+    assert_eq!(read.family, Some(&sd3::FAMILY));
+    // In the first block 8 layers of attention, 4 of the picture's second one, 4 of feed-forwards; in the last one, whose text ends
+    // with queries, keys and values, 7 and 2.
+    assert_eq!((read.adapter.modules.len(), session.targets().len()), (25, 25));
+    let stored = SafetensorsFile::open(&path).unwrap();
+    assert!(stored.contains("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"));
+    assert!(stored.names().all(|name| name.starts_with("transformer.")));
+
+    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
+    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
+}
+
+#[test]
+fn weights_in_few_bytes_checkpoints_and_captions_that_change_all_train() {
+    let folder = workspace();
+    let losses = |keys: &[&str]| losses(folder.path(), &[&["max_sequence_length=24"], keys].concat());
+    for keys in [
+        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"][..],
+        &["base_storage=int8", "offload_base=true", "precision=bf16"],
+        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
+        &["target_modules=all-linear", "caption_dropout_rate=0.5"],
+    ] {
+        let losses = losses(keys);
+        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
+    }
+    assert_eq!(losses(&["gradient_checkpointing=true"]), losses(&[]));
+}
+
+/// Parts that are published as files of their own, and their prefixes in files of all.
+const PARTS: [(&str, &str); 4] = [
+    ("clip_l", "text_encoders.clip_l.transformer."),
+    ("clip_g", "text_encoders.clip_g.transformer."),
+    ("t5xxl", "text_encoders.t5xxl.transformer."),
+    ("ae", "first_stage_model."),
+];
+
+#[test]
+fn files_of_every_layout_are_the_same_base() {
+    let folder = workspace();
+    let [transformer, first, second, t5, vae, all] = single_files(folder.path(), &PARTS).try_into().unwrap();
+    let length = "max_sequence_length=24";
+    let expected = losses(folder.path(), &[length]);
+    let tokenizer = format!("tokenizer={}", base(folder.path()).join("tokenizer_3").display());
+    let of = |base: &str, keys: &[&str]| losses(folder.path(), &[&[base, length], keys].concat());
+    let (first, second) = (format!("text_encoder={first}"), format!("text_encoder_2={second}"));
+    let (t5, vae, transformer) =
+        (format!("text_encoder_3={t5}"), format!("vae={vae}"), format!("base_model={transformer}"));
+    assert_eq!(of(&transformer, &[&first, &second, &t5, &vae, &tokenizer]), expected);
+    assert_eq!(of(&format!("base_model={all}"), &[&tokenizer]), expected);
+
+    let says = |keys: &[&str], words: &[&str]| {
+        let error = refusal(folder.path(), keys);
+        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
+    };
+    says(&[&transformer], &["without an autoencoder", "set vae to"]);
+    says(&[&transformer, &vae, &first], &["without a text encoder", "set text_encoder_2 to", "bigG"]);
+    says(&[&transformer, &vae, &first, &second], &["without a text encoder", "set text_encoder_3 to", "T5-XXL"]);
+    says(&[&transformer, &vae, &first, &second, &t5], &["without a tokenizer", "set tokenizer to"]);
+}
+
+#[test]
+fn the_published_model_fits_small_cards() {
+    let (folder, workspace) = (tempfile::tempdir().unwrap(), workspace());
+    SyntheticSd3::full().write_headers(folder.path()).unwrap();
+    add_tokenizer(folder.path(), TOKENIZER, "tokenizer_3");
+    for (side, keys, most) in
+        [(512, &[][..], 3.0), (1024, &["vae_tiling=true"], 3.1), (1024, &["vae_tiling=true", "offload_base=true"], 2.9)]
+    {
+        let found = common::flow::planned(workspace.path(), folder.path(), side, keys);
+        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
+    }
+}
