@@ -5,7 +5,7 @@
 
 # A Python with torch, diffusers and peft, for `make peers`.
 PYTHON ?= python3
-# Which model it steps: sd1 or sdxl.
+# Which model it steps: sd1, sdxl or z_image.
 MODEL ?= sd1
 
 help: ## List the targets
@@ -39,9 +39,9 @@ lint: setup ## Check format, lints and documentation, warnings as errors
 bench: setup ## Run the benches (criterion)
 	cargo bench -p lora-benches
 
-peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl the larger
-	cargo build --release -p lora-examples --example unet_step
-	$(PYTHON) tools/bench/side_by_side.py "$${CARGO_TARGET_DIR:-target}/release/examples/unet_step" --model $(MODEL)
+peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl or z_image others
+	cargo build --release -p lora-examples --example training_step
+	$(PYTHON) tools/bench/side_by_side.py "$${CARGO_TARGET_DIR:-target}/release/examples/training_step" --model $(MODEL)
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
 	cargo test -p lora-torch

@@ -1,11 +1,11 @@
-//! Time and memory of training steps on a U-Net of Stable Diffusion 1.5's or XL's size, the same work as
+//! Time and memory of training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
 //! `tools/bench/peft_step.py`, with the same arguments:
 //!
-//! `cargo run --release --example unet_step [model=sd1|sdxl] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
+//! `cargo run --release --example training_step [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
 //! [checkpointing=0|1] [feed_forward=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
-//! what a forward pass leaves for the backward pass. With `steps=0`: bytes of the weights and memory of loading them.
+//! what a forward pass leaves for the backward pass. `layers` are the transformer's. With `steps=0`: bytes of the weights and memory of loading them.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -16,8 +16,8 @@ use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::{Conditions, Unet};
-use lora_models::synthetic::SyntheticModel;
+use lora_models::networks::{Conditions, Unet, UnetConfig, ZImage, ZImageCaptions, ZImageConfig};
+use lora_models::synthetic::{SyntheticModel, SyntheticZImage};
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
 use lora_torch::graph::{Graph, Recorder};
@@ -30,12 +30,14 @@ use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::trainable::{AdapterOptions, TrainableAdapter};
+use lora_train::velocity::VelocityLoss;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// The names of the arguments.
-const ARGUMENTS: [&str; 11] = [
+const ARGUMENTS: [&str; 12] = [
     "model",
+    "layers",
     "pixels",
     "rank",
     "steps",
@@ -106,6 +108,103 @@ fn kept(
     Ok((all, own))
 }
 
+/// A network, and what a step gives it.
+trait Model {
+    fn adaptable(&mut self) -> &mut dyn Adaptable;
+    fn batch(&self) -> lora_train::Result<Inputs>;
+    fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor>;
+}
+
+/// A U-Net that predicts noise.
+struct Noise {
+    unet: Unet,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    context: Tensor,
+    added: Option<Tensor>,
+}
+
+impl Noise {
+    fn new(
+        weights: &Weights<'_>,
+        sizes: UnetConfig,
+        [batch, pixels]: [i64; 2],
+        device: Device,
+    ) -> lora_train::Result<Self> {
+        let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::Float, device));
+        Ok(Self {
+            latents: random(&[batch, 4, pixels / 8, pixels / 8])?,
+            context: random(&[batch, 77, sizes.context as i64])?,
+            added: sizes.added.map(|width| random(&[batch, width as i64])).transpose()?,
+            unet: Unet::new(weights, sizes)?,
+            schedule: NoiseSchedule::new(Prediction::Epsilon),
+        })
+    }
+}
+
+impl Model for Noise {
+    fn adaptable(&mut self) -> &mut dyn Adaptable {
+        &mut self.unet
+    }
+
+    fn batch(&self) -> lora_train::Result<Inputs> {
+        let noise = self.latents.f_randn_like()?;
+        let timesteps = vec![500; self.latents.size()[0] as usize];
+        let weights = LossWeights::default();
+        Ok(Denoising::new(&self.unet, &self.schedule, &self.latents, &noise, &timesteps, &weights)?.into_inputs())
+    }
+
+    fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor> {
+        let conditions = Conditions { context: &self.context, added: self.added.as_ref() };
+        Denoising::of(batch)?.loss(&self.unet, conditions, pass)
+    }
+}
+
+/// A transformer that predicts velocities, told a caption of 128 tokens.
+struct Velocity {
+    network: ZImage,
+    latents: Tensor,
+    states: Tensor,
+    lengths: Tensor,
+}
+
+impl Velocity {
+    fn new(
+        weights: &Weights<'_>,
+        sizes: ZImageConfig,
+        [batch, pixels]: [i64; 2],
+        device: Device,
+    ) -> lora_train::Result<Self> {
+        let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::Float, device));
+        Ok(Self {
+            latents: random(&[batch, sizes.latent_channels as i64, pixels / 8, pixels / 8])?,
+            states: random(&[batch, CAPTION, sizes.caption as i64])?,
+            lengths: Tensor::f_full([batch], CAPTION, (Kind::Int64, device))?,
+            network: ZImage::new(weights, sizes)?,
+        })
+    }
+}
+
+/// Tokens of a caption.
+const CAPTION: i64 = 128;
+
+impl Model for Velocity {
+    fn adaptable(&mut self) -> &mut dyn Adaptable {
+        &mut self.network
+    }
+
+    fn batch(&self) -> lora_train::Result<Inputs> {
+        let noise = self.latents.f_randn_like()?;
+        let levels = vec![0.5; self.latents.size()[0] as usize];
+        Ok(VelocityLoss::new(&self.latents, &noise, &levels, &[], None)?.into_inputs())
+    }
+
+    fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor> {
+        let captions = ZImageCaptions { states: &self.states, lengths: &self.lengths, ragged: false };
+        VelocityLoss::of(batch)?.loss(|noised, levels| Ok(self.network.forward(noised, levels, captions, pass)?))
+    }
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = BTreeMap::new();
     for argument in std::env::args().skip(1) {
@@ -137,46 +236,38 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         recompute_feed_forward: number("feed_forward", 0)? != 0,
         ..Pass::default()
     };
-    let sizes = match text("model") {
-        "" | "sd1" => SyntheticModel::full().unet,
-        "sdxl" => SyntheticModel::full_sdxl().unet,
-        other => return Err(format!("model={other}: sd1 or sdxl").into()),
-    };
     let device = device::resolve("auto")?;
     memory::count_host_allocations()?;
-    let weights = SyntheticWeights::new("unet");
+    let weights = SyntheticWeights::new("network");
     let staging = (number("offload_base", 0)? != 0).then(|| Staging::new(device)).transpose()?;
-    let mut unet = Unet::new(
-        &Weights::new(&weights, kind, device).held(Held::Frozen(Frozen { staging, ..Frozen::stored(storage) })),
-        sizes.clone(),
-    )?;
+    let held = Held::Frozen(Frozen { staging, ..Frozen::stored(storage) });
+    let weights = Weights::new(&weights, kind, device).held(held);
+    let mut model: Box<dyn Model> = match text("model") {
+        "" | "sd1" => Box::new(Noise::new(&weights, SyntheticModel::full().unet, [batch, pixels], device)?),
+        "sdxl" => Box::new(Noise::new(&weights, SyntheticModel::full_sdxl().unet, [batch, pixels], device)?),
+        "z_image" => {
+            let sizes = SyntheticZImage::full().transformer;
+            let layers = usize::try_from(number("layers", sizes.layers as i64)?)?;
+            Box::new(Velocity::new(&weights, ZImageConfig { layers, ..sizes }, [batch, pixels], device)?)
+        }
+        other => return Err(format!("model={other}: sd1, sdxl or z_image").into()),
+    };
     let mut bytes = 0;
-    unet.visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
+    model.adaptable().visit_layers(&mut |layer| bytes += layer.weight_bytes())?;
     if let Some(loaded) = memory::host_memory() {
         let (weights, resident, peak) = (bytes >> 20, loaded.resident >> 20, loaded.peak >> 20);
         println!("weights of layers {weights} MiB; after loading {resident} MiB resident, peak {peak} MiB");
     }
-    let targets = Targets::parse(&["attention"])?.select(&unet.adaptable_layers()?)?;
+    let targets = Targets::parse(&["attention"])?.select(&model.adaptable().adaptable_layers()?)?;
     let mut adapter = TrainableAdapter::default();
     let options = AdapterOptions::lora(rank as usize, rank as f64, 0);
     let mut parameters = ParameterList::new(OptimiserState::adamw(), 0.0);
-    adapter.attach(&mut unet, &targets, &VariantRegistry::default(), &options, None, &mut parameters)?;
+    adapter.attach(model.adaptable(), &targets, &VariantRegistry::default(), &options, None, &mut parameters)?;
 
-    let schedule = NoiseSchedule::new(Prediction::Epsilon);
-    let latents = Tensor::randn([batch, 4, pixels / 8, pixels / 8], (Kind::Float, device));
-    let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, device));
-    let context = random([batch, 77 * sizes.context as i64]).f_view([batch, 77, -1])?;
-    let added = sizes.added.map(|width| random([batch, width as i64]));
-    let conditions = Conditions { context: &context, added: added.as_ref() };
-    let timesteps = vec![500; batch as usize];
     let scale = if kind == Kind::Half { 65536.0 } else { 1.0 };
-    let batch_of = || -> lora_train::Result<Inputs> {
-        let noise = latents.randn_like();
-        let weights = LossWeights::default();
-        Ok(Denoising::new(&unet, &schedule, &latents, &noise, &timesteps, &weights)?.into_inputs())
-    };
+    let model = &*model;
     let backward = |batch: &Inputs, parameters: &ParameterList| -> lora_train::Result<Tensor> {
-        let loss = Denoising::of(batch)?.loss(&unet, conditions, &pass)?;
+        let loss = model.loss(batch, &pass)?;
         (&loss * scale).f_backward()?;
         parameters.collect()?;
         Ok(loss.detach())
@@ -188,7 +279,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     for step in 0..steps {
         let start = Instant::now();
-        let batch = batch_of()?;
+        let batch = model.batch()?;
         let loss = match &mut recorded {
             Some((graph, own, loss)) => {
                 own.assign(&batch)?;
@@ -229,8 +320,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Both apart from the steps that are timed.
     let (mut counted, mut left) = (Count::default(), (0, BTreeMap::new()));
     if steps > 0 {
-        counted = operations(|| backward(&batch_of()?, &parameters))?.1.total();
-        left = kept(device, || Denoising::of(&batch_of()?)?.loss(&unet, conditions, &pass))?;
+        counted = operations(|| backward(&model.batch()?, &parameters))?.1.total();
+        left = kept(device, || model.loss(&model.batch()?, &pass))?;
     }
     let (kept, kept_by_block) = left;
     let seconds: Vec<String> = times.iter().map(|time| format!("{time:.3}")).collect();

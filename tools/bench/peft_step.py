@@ -1,7 +1,7 @@
-"""Time and memory of PEFT training steps on a U-Net of Stable Diffusion 1.5's or XL's size, the same work as
-`examples/examples/unet_step.rs`, with the same arguments:
+"""Time and memory of PEFT training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
+`examples/examples/training_step.rs`, with the same arguments:
 
-    python peft_step.py [model=sd1|sdxl] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
+    python peft_step.py [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
 
 Random weights, LoRA on q, k, v, out of all attentions, AdamW; in half precision as diffusers' own training script does it:
 base in half precision, LoRA in fp32, autocast, loss scaling for fp16. Versions as in ../golden/requirements.txt. The last
@@ -18,36 +18,47 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from steps import DEVICE as device
-from steps import DTYPES, arguments, frozen_unet
+from steps import DTYPES, arguments, frozen_unet, frozen_z_image
 
-given = arguments({"model": "sd1", "pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
+given = arguments({"model": "sd1", "layers": "30", "pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
 pixels, rank, steps, batch, checkpointing = (
     int(given[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
 )
 dtype = DTYPES[given["dtype"]]
-unet = frozen_unet(dtype, given["model"])
-inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
-trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+flow = given["model"] == "z_image"
+network = frozen_z_image(dtype, int(given["layers"])) if flow else frozen_unet(dtype, given["model"])
+inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), network)
+trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
 for parameter in trained:
     parameter.data = parameter.data.float()
 optimiser = torch.optim.AdamW(trained, lr=1e-4)
 scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 side = pixels // 8
-latents = torch.randn(batch, 4, side, side, device=device)
-context = torch.randn(batch, 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
+latents = torch.randn(batch, 16 if flow else 4, side, side, device=device)
 added = None
+if flow:
+    # A caption of 128 tokens for each picture.
+    context = list(torch.randn(batch, 128, network.config.cap_feat_dim, device=device, dtype=dtype))
+else:
+    context = torch.randn(batch, 77, network.config.cross_attention_dim, device=device, dtype=dtype)
 if given["model"] == "sdxl":
     sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * batch, device=device, dtype=dtype)
     added = {"text_embeds": torch.randn(batch, 1280, device=device, dtype=dtype), "time_ids": sizes}
 timesteps = torch.full((batch,), 500, device=device)
-unet.train()
+network.train()
 if checkpointing:
-    unet.enable_gradient_checkpointing()
+    network.enable_gradient_checkpointing()
 
 
 def forward(noise):
+    if flow:
+        noised = ((latents + noise) / 2).to(dtype).unsqueeze(2)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            answer = network(list(noised), torch.full((batch,), 0.5, device=device), context, return_dict=False)[0]
+        # It answers clean less noise.
+        return torch.nn.functional.mse_loss(torch.stack(list(answer)).squeeze(2).float(), latents - noise)
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        answer = unet((latents + noise).to(dtype), timesteps, context, added_cond_kwargs=added).sample
+        answer = network((latents + noise).to(dtype), timesteps, context, added_cond_kwargs=added).sample
     return torch.nn.functional.mse_loss(answer.float(), noise)
 
 
@@ -75,11 +86,15 @@ for _ in range(steps):
 peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 # What a forward pass keeps for the backward pass, beside the weights, and how much of it after each block.
-kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 after_block = {}
-for name in (f"{way}_blocks.{level}" for way in ("down", "up") for level in range(len(unet.down_blocks))):
-    unet.get_submodule(name).register_forward_hook(lambda *_, name=name: after_block.update({name: sum(kept.values())}))
-unet.mid_block.register_forward_hook(lambda *_: after_block.update(mid_block=sum(kept.values())))
+if flow:
+    blocks = {f"layers.{index}": layer for index, layer in enumerate(network.layers)}
+else:
+    blocks = {f"{way}_blocks.{level}": network.get_submodule(f"{way}_blocks.{level}") for way in ("down", "up") for level in range(len(network.down_blocks))}
+    blocks["mid_block"] = network.mid_block
+for name, block in blocks.items():
+    block.register_forward_hook(lambda *_, name=name: after_block.update({name: sum(kept.values())}))
 
 
 def seen(tensor):

@@ -1,7 +1,7 @@
 """The same training steps in ours and in diffusers + PEFT, in turn on this machine, as a Markdown table with ratios.
 
-    cargo build --release --example unet_step
-    python side_by_side.py TARGET/release/examples/unet_step [--model sd1|sdxl] [--rounds 2] [--steps 6]
+    cargo build --release --example training_step
+    python side_by_side.py TARGET/release/examples/training_step [--model sd1|sdxl|z_image] [--rounds 2] [--steps 6]
 
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
@@ -20,7 +20,7 @@ import torch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("ours")
-parser.add_argument("--model", choices=["sd1", "sdxl"], default="sd1")
+parser.add_argument("--model", choices=["sd1", "sdxl", "z_image"], default="sd1")
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--steps", type=int, default=6)
 options = parser.parse_args()
@@ -30,6 +30,11 @@ PEER = [sys.executable, str(Path(__file__).with_name("peft_step.py"))]
 if options.model == "sdxl":
     # At the size that people train it at, or on a CPU the largest that ends in minutes.
     size = "pixels=1024 dtype=fp16" if CUDA else "pixels=512"
+    forms = ["graphs=1", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"] if CUDA else ["", "storage=nf4"]
+    GRID = [(size, forms), (f"{size} checkpointing=1", forms)]
+elif options.model == "z_image":
+    # On a CPU two layers of it beside those that read picture and caption apart, at their size.
+    size = "pixels=1024 dtype=bf16" if CUDA else "layers=2 pixels=256"
     forms = ["graphs=1", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"] if CUDA else ["", "storage=nf4"]
     GRID = [(size, forms), (f"{size} checkpointing=1", forms)]
 elif CUDA:
@@ -88,6 +93,9 @@ for common, own in GRID:
             blocks[name] = result["kept_by_block"]
 
 names = list(next(iter(blocks.values())))
+if not all(kept.keys() >= set(names) for kept in blocks.values()):
+    # Not every network of ours says when a block is done.
+    sys.exit()
 print(f"\n| kept MiB | {' | '.join(names)} |")
 print("|" + "---|" * (len(names) + 1))
 for name, kept in blocks.items():

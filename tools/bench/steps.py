@@ -1,11 +1,11 @@
-"""What the scripts of this folder that run a U-Net share: their arguments, and a network of Stable Diffusion 1.5's or XL's
-size. What they do with it is theirs.
+"""What the scripts of this folder that run a network share: their arguments, and a network of Stable Diffusion 1.5's, XL's or
+Z-Image's size. What they do with it is theirs.
 """
 
 import sys
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,3 +46,11 @@ def frozen_unet(dtype, model="sd1"):
     with torch.device(DEVICE):
         unet = UNet2DConditionModel(**SIZES[model])
     return unet.requires_grad_(False).to(dtype)
+
+
+def frozen_z_image(dtype, layers):
+    """The same, of so many layers."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        network = ZImageTransformer2DModel(n_layers=layers)
+    return network.requires_grad_(False).to(dtype)

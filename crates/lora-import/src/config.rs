@@ -85,6 +85,23 @@ impl Draft {
         self.get(key).is_some() || self.datasets.iter().flatten().any(|setting| setting.key == key)
     }
 
+    /// Takes a key that holds for the whole run out of the datasets.
+    pub(crate) fn hoist(&mut self, key: &'static str) -> Result<(), String> {
+        let mut own: Vec<Setting> = Vec::new();
+        for dataset in &mut self.datasets {
+            own.extend(dataset.extract_if(.., |setting| setting.key == key));
+        }
+        let Some(first) = own.first() else { return Ok(()) };
+        if let Some(other) = own.iter().find(|other| other.value != first.value) {
+            let (first, other) = (inline(&first.value), inline(&other.value));
+            return Err(format!("{key} holds for the whole run, and is {first} of one dataset, {other} of another"));
+        }
+        if self.get(key).is_none() {
+            self.top.push(own.swap_remove(0));
+        }
+        Ok(())
+    }
+
     /// Gives a key of the top to each dataset that has none of its own.
     pub(crate) fn spread(&mut self, key: &'static str, value: &Value) {
         let Some(at) = self.top.iter().position(|setting| setting.key == key) else { return };

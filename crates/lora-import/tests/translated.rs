@@ -302,6 +302,11 @@ fn axolotl_has_its_own_defaults() {
     let dpo = config(&of(Format::Yaml, &format!("{AXOLOTL}rl: dpo\nrl_beta: 0.2\n")));
     assert_has(&dpo, json!({ "objective": "dpo", "dpo_beta": 0.2 }));
     assert!(refused(Format::Yaml, &format!("{AXOLOTL}rl: kto\n")).contains("run:22: `rl`: kto is not trained here"));
+    // A template holds for the whole run.
+    let two =
+        AXOLOTL.replace("    type: chat_template\n", "    type: alpaca\n  - path: ./more.jsonl\n    type: alpaca\n");
+    let own = config(&of(Format::Yaml, &two));
+    assert!(own["chat_template"] == "alpaca" && own["datasets"][1].get("chat_template").is_none(), "{own:#}");
     // batch_size is that of a step.
     let total = AXOLOTL.replace("gradient_accumulation_steps: 4", "batch_size: 16");
     assert_has(&config(&of(Format::Yaml, &total)), json!({ "batch_size": 2, "gradient_accumulation_steps": 8 }));

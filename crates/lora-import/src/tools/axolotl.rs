@@ -3,9 +3,12 @@
 use serde_json::{Value, json};
 
 use super::language::{self, TRAINER};
-use super::{Table, Tool, as_it_is, done};
-use crate::engine::Field;
+use super::{Table, Tool, as_it_is};
+use crate::config::Draft;
+use crate::engine::{Field, Scope};
+use crate::input::Problem;
 use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, refused, taken, translated};
+use crate::report::Accounted;
 use crate::row::{Element, Kind, OFF, Row, by, datasets, gone, nothing, same};
 use crate::values;
 
@@ -23,7 +26,7 @@ pub(crate) static TABLE: Table = Table {
             && ["micro_batch_size", "adapter", "sequence_len", "lora_r", "num_epochs"].iter().any(|key| has(key))
     },
     prepare: as_it_is,
-    finish: done,
+    finish: one_template,
 };
 
 static ROWS: &[Row] = &[
@@ -590,4 +593,9 @@ fn kind_of_records(kind: &str) -> Outcome {
         "input_output" => lost("parts of texts with a mark of their own each are not read"),
         other => lost(format!("records are laid out by the base's template, not as {other} does")),
     }
+}
+
+/// The template of datasets is that of the run.
+fn one_template(_: &Scope<'_>, draft: &mut Draft, _: &mut Vec<Accounted>) -> Result<(), Problem> {
+    draft.hoist("chat_template").map_err(|message| Problem::new("datasets", 0, "chat_template", message))
 }
