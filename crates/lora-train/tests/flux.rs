@@ -4,7 +4,6 @@
 mod common;
 
 use lora_core::DType;
-use lora_io::adapter;
 use lora_io::family::flux;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::layers::Pass;
@@ -12,11 +11,12 @@ use lora_models::networks::{Flux, FluxConditions};
 use lora_models::synthetic::SyntheticFlux;
 use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::Plugins;
-use lora_train::plan::plan;
 
-use common::flow::{Trajectory, add_tokenizer, base, given, single_files};
-use common::{config, finish, losses, prepare, refusal};
+use common::flow::{
+    Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, single_files,
+    whole_run,
+};
+use common::losses;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/transformers");
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
@@ -47,47 +47,20 @@ fn twenty_steps_are_those_of_pytorch() {
 #[test]
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
-    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2", "max_sequence_length=40"];
-    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
-    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
-    assert_eq!((picture.width(), picture.height()), (64, 64));
-
-    let path = folder.path().join("out/lora.safetensors");
-    let read = adapter::read(&path).unwrap();
-    assert_eq!(read.family, Some(&flux::FAMILY));
-    assert_eq!(read.adapter.modules.len(), session.targets().len());
-    assert_eq!(session.targets().len(), 34);
-    let said = |key: &str| read.adapter.metadata.get(key).map(String::as_str);
+    let (stored, metadata) = whole_run(folder.path(), &["max_sequence_length=40"], &flux::FAMILY, 34);
+    let said = |key: &str| metadata.get(key).map(String::as_str);
     assert_eq!(said("ss_base_model_version"), Some("flux1"));
     assert_eq!(said("modelspec.architecture"), Some("flux-1-dev/lora"));
     assert_eq!((said("modelspec.prediction_type"), said("ss_guidance_scale")), (None, Some("1")));
     // The original tree, where queries, keys and values are one layer, with the ranks of all of them.
-    let stored = SafetensorsFile::open(&path).unwrap();
     assert_eq!(stored.shape("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"), Some([12, 64].as_slice()));
     assert_eq!(stored.shape("lora_unet_single_blocks_1_linear1.lora_down.weight"), Some([16, 64].as_slice()));
     assert!(stored.names().all(|name| name.starts_with("lora_unet_")));
-
-    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
-    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
 }
 
 #[test]
 fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
-    let folder = workspace();
-    let losses = |keys: &[&str]| losses(folder.path(), &[&["max_sequence_length=24"], keys].concat());
-    for keys in [
-        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"][..],
-        &["base_storage=int8", "offload_base=true", "precision=bf16"],
-        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
-        &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
-        &["target_modules=all-linear"],
-    ] {
-        let losses = losses(keys);
-        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
-    }
-    let plain = losses(&[]);
-    assert_eq!(losses(&["gradient_checkpointing=true"]), plain);
-    assert_ne!(losses(&["guidance_scale=3.5"]), plain);
+    every_way_trains(workspace().path(), &["max_sequence_length=24"], &[], "guidance_scale=3.5");
 }
 
 /// Parts that are published as files of their own, and their prefixes in files of all.
@@ -109,10 +82,7 @@ fn files_of_every_layout_are_the_same_base() {
     assert_eq!(of(&transformer, &[&clip, &t5, &vae, &tokenizer]), expected);
     assert_eq!(of(&format!("base_model={all}"), &[&tokenizer]), expected);
 
-    let says = |keys: &[&str], words: &[&str]| {
-        let error = refusal(folder.path(), keys);
-        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
-    };
+    let says = |keys: &[&str], words: &[&str]| is_refused(folder.path(), keys, words);
     says(&[&transformer], &["FLUX.1 without an autoencoder", "set vae to"]);
     says(&[&transformer, &vae], &["without a text encoder", "set text_encoder to", "CLIP-L"]);
     says(&[&transformer, &vae, &clip], &["without a text encoder", "set text_encoder_2 to", "T5-XXL"]);
@@ -121,13 +91,7 @@ fn files_of_every_layout_are_the_same_base() {
 
 #[test]
 fn a_run_goes_on_from_its_own_file() {
-    let folder = workspace();
-    let keys = ["target_modules=attention-mlp", "save_precision=fp32", "max_sequence_length=24"];
-    let first = finish(&mut prepare(folder.path(), &keys));
-    let own = format!("init_from={}", folder.path().join("out/lora.safetensors").display());
-    let (second, reports) = common::trained(folder.path(), &[&own, keys[0], keys[2]]);
-    assert_eq!((reports.len(), second.modules.len()), (2, first.modules.len()));
-    assert!(first.modules.values().all(|module| module.rank == 4));
+    goes_on_from_its_own_file(workspace().path(), &["max_sequence_length=24"]);
 }
 
 #[test]

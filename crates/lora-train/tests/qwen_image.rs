@@ -5,7 +5,6 @@
 mod common;
 
 use lora_core::DType;
-use lora_io::adapter;
 use lora_io::family::qwen_image;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::layers::Pass;
@@ -13,11 +12,12 @@ use lora_models::networks::{QwenImage, QwenImageConditions};
 use lora_models::synthetic::SyntheticQwenImage;
 use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::Plugins;
-use lora_train::plan::plan;
 
-use common::flow::{QWEN, Trajectory, add_tokenizer, base, given, planned, single_files};
-use common::{config, finish, losses, prepare, refusal};
+use common::flow::{
+    QWEN, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, planned,
+    single_files, whole_run,
+};
+use common::losses;
 
 const GOLDEN: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/qwen_image/expected.safetensors");
@@ -46,44 +46,18 @@ fn twenty_steps_are_those_of_pytorch() {
 #[test]
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
-    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2", "max_sequence_length=64"];
-    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
-    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
-    assert_eq!((picture.width(), picture.height()), (64, 64));
-
-    let path = folder.path().join("out/lora.safetensors");
-    let read = adapter::read(&path).unwrap();
-    assert_eq!(read.family, Some(&qwen_image::FAMILY));
-    assert_eq!(read.adapter.modules.len(), session.targets().len());
-    assert_eq!(session.targets().len(), 24);
-    let said = |key: &str| read.adapter.metadata.get(key).map(String::as_str);
+    let (stored, metadata) = whole_run(folder.path(), &["max_sequence_length=64"], &qwen_image::FAMILY, 24);
+    let said = |key: &str| metadata.get(key).map(String::as_str);
     assert_eq!(said("ss_base_model_version"), Some("qwen_image"));
     assert_eq!(said("modelspec.architecture"), Some("Qwen-Image/lora"));
     assert_eq!((said("modelspec.prediction_type"), said("ss_timestep_sampling")), (None, Some("flux_shift")));
-    let stored = SafetensorsFile::open(&path).unwrap();
     assert!(stored.contains("lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight"));
     assert!(stored.names().all(|name| name.starts_with("lora_unet_")));
-
-    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
-    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
 }
 
 #[test]
 fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
-    let folder = workspace();
-    for keys in [
-        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"][..],
-        &["base_storage=int8", "offload_base=true", "precision=bf16"],
-        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
-        &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
-        &["target_modules=all-linear"],
-    ] {
-        let losses = losses(folder.path(), keys);
-        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
-    }
-    let plain = losses(folder.path(), &[]);
-    assert_eq!(losses(folder.path(), &["gradient_checkpointing=true"]), plain);
-    assert_ne!(losses(folder.path(), &["discrete_flow_shift=8"]), plain);
+    every_way_trains(workspace().path(), &[], &[], "discrete_flow_shift=8");
 }
 
 /// Parts that are published as files of their own, and their prefixes in files of all.
@@ -108,22 +82,14 @@ fn files_of_every_layout_are_the_same_base() {
     let own = base(folder.path()).display().to_string();
     assert_eq!(of(&[&format!("text_encoder={own}"), &format!("vae={own}")]), expected);
 
-    let says = |keys: &[&str], words: &[&str]| {
-        let error = refusal(folder.path(), keys);
-        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
-    };
+    let says = |keys: &[&str], words: &[&str]| is_refused(folder.path(), keys, words);
     says(&[&base_model], &["Qwen-Image without an autoencoder", "set vae to"]);
     says(&[&base_model, &vae], &["without a text encoder", "set text_encoder to", "Qwen2.5-VL 7B"]);
 }
 
 #[test]
 fn a_run_goes_on_from_its_own_file() {
-    let folder = workspace();
-    let keys = ["target_modules=attention-mlp", "save_precision=fp32"];
-    let first = finish(&mut prepare(folder.path(), &keys));
-    let own = format!("init_from={}", folder.path().join("out/lora.safetensors").display());
-    let (second, reports) = common::trained(folder.path(), &[&own, keys[0]]);
-    assert_eq!((reports.len(), second.modules.len()), (2, first.modules.len()));
+    goes_on_from_its_own_file(workspace().path(), &[]);
 }
 
 #[test]

@@ -4,15 +4,13 @@
 mod common;
 
 use lora_core::DType;
-use lora_io::adapter;
 use lora_io::family::sd3;
-use lora_io::safetensors::SafetensorsFile;
 use lora_models::synthetic::SyntheticSd3;
-use lora_train::Plugins;
-use lora_train::plan::plan;
 
-use common::flow::{add_tokenizer, base, single_files};
-use common::{config, losses, refusal};
+use common::flow::{
+    add_tokenizer, base, every_way_trains, goes_on_from_its_own_file, is_refused, single_files, whole_run,
+};
+use common::losses;
 
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
 
@@ -25,39 +23,21 @@ fn workspace() -> tempfile::TempDir {
 #[test]
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
-    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2", "max_sequence_length=40"];
-    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
-    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
-    assert_eq!((picture.width(), picture.height()), (64, 64));
-
-    let path = folder.path().join("out/lora.safetensors");
-    let read = adapter::read(&path).unwrap();
-    assert_eq!(read.family, Some(&sd3::FAMILY));
     // In the first block 8 layers of attention, 4 of the picture's second one, 4 of feed-forwards; in the last one, whose text ends
     // with queries, keys and values, 7 and 2.
-    assert_eq!((read.adapter.modules.len(), session.targets().len()), (25, 25));
-    let stored = SafetensorsFile::open(&path).unwrap();
+    let (stored, _) = whole_run(folder.path(), &["max_sequence_length=40"], &sd3::FAMILY, 25);
     assert!(stored.contains("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"));
     assert!(stored.names().all(|name| name.starts_with("transformer.")));
-
-    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
-    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
 }
 
 #[test]
-fn weights_in_few_bytes_checkpoints_and_captions_that_change_all_train() {
-    let folder = workspace();
-    let losses = |keys: &[&str]| losses(folder.path(), &[&["max_sequence_length=24"], keys].concat());
-    for keys in [
-        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"][..],
-        &["base_storage=int8", "offload_base=true", "precision=bf16"],
-        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
-        &["target_modules=all-linear", "caption_dropout_rate=0.5"],
-    ] {
-        let losses = losses(keys);
-        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
-    }
-    assert_eq!(losses(&["gradient_checkpointing=true"]), losses(&[]));
+fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
+    every_way_trains(workspace().path(), &["max_sequence_length=24"], &[], "discrete_flow_shift=8");
+}
+
+#[test]
+fn a_run_goes_on_from_its_own_file() {
+    goes_on_from_its_own_file(workspace().path(), &["max_sequence_length=24"]);
 }
 
 /// Parts that are published as files of their own, and their prefixes in files of all.
@@ -82,10 +62,7 @@ fn files_of_every_layout_are_the_same_base() {
     assert_eq!(of(&transformer, &[&first, &second, &t5, &vae, &tokenizer]), expected);
     assert_eq!(of(&format!("base_model={all}"), &[&tokenizer]), expected);
 
-    let says = |keys: &[&str], words: &[&str]| {
-        let error = refusal(folder.path(), keys);
-        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
-    };
+    let says = |keys: &[&str], words: &[&str]| is_refused(folder.path(), keys, words);
     says(&[&transformer], &["without an autoencoder", "set vae to"]);
     says(&[&transformer, &vae, &first], &["without a text encoder", "set text_encoder_2 to", "bigG"]);
     says(&[&transformer, &vae, &first, &second], &["without a text encoder", "set text_encoder_3 to", "T5-XXL"]);

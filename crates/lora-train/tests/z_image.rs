@@ -14,11 +14,11 @@ use lora_models::networks::{ZImage, ZImageCaptions};
 use lora_models::synthetic::{SyntheticModel, SyntheticZImage};
 use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
-use lora_train::Plugins;
-use lora_train::plan::plan;
 
-use common::flow::{QWEN, Trajectory, add_tokenizer, base, single_files, tensor};
-use common::{config, finish, losses, prepare, refusal};
+use common::flow::{
+    QWEN, Trajectory, add_tokenizer, base, every_way_trains, is_refused, single_files, tensor, whole_run,
+};
+use common::{finish, losses, prepare};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image");
 
@@ -51,51 +51,26 @@ fn twenty_steps_are_those_of_pytorch() {
 #[test]
 fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let folder = workspace();
-    let keys = ["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2"];
-    let (session, mut resumed) = common::in_one_go_and_resumed(folder.path(), &keys);
-    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
-    assert_eq!((picture.width(), picture.height()), (64, 64));
-    let error = resumed.sample(&["a cat --w 72".to_owned()]).unwrap_err().to_string();
-    assert!(error.contains("72 by 64") && error.contains("multiples of 16"), "{error}");
-
-    let path = folder.path().join("out/lora.safetensors");
-    let read = adapter::read(&path).unwrap();
-    assert_eq!(read.family, Some(&z_image::FAMILY));
-    assert_eq!(read.adapter.modules.len(), session.targets().len());
-    assert_eq!(session.targets().len(), 14);
-    let said = |key: &str| read.adapter.metadata.get(key).map(String::as_str);
+    let (stored, metadata) = whole_run(folder.path(), &[], &z_image::FAMILY, 14);
+    let said = |key: &str| metadata.get(key).map(String::as_str);
     assert_eq!(said("ss_base_model_version"), Some("z_image"));
     assert_eq!(said("modelspec.architecture"), Some("Z-Image/lora"));
     assert_eq!((said("modelspec.prediction_type"), said("ss_timestep_sampling")), (None, Some("flux_shift")));
     // Names that diffusers and ComfyUI read both.
-    let stored = SafetensorsFile::open(&path).unwrap();
     assert!(stored.contains("diffusion_model.layers.0.attention.to_q.lora_down.weight"));
     assert!(stored.names().all(|name| name.starts_with("diffusion_model.layers.")));
 
-    let plan = plan(&config(folder.path(), &keys), &Plugins::default()).unwrap();
-    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
+    let error = prepare(folder.path(), &[]).sample(&["a cat --w 72".to_owned()]).unwrap_err().to_string();
+    assert!(error.contains("72 by 64") && error.contains("multiples of 16"), "{error}");
 }
 
 #[test]
 fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
     let folder = workspace();
-    for keys in [
-        &["train=full"][..],
-        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"],
-        &["base_storage=int8", "offload_base=true", "precision=bf16"],
-        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
-        &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
-        &["timestep_sampling=logit_normal", "logit_mean=-0.5", "logit_std=1.2", "min_timestep=100", "max_timestep=900"],
-        &["variant=lokr"],
-        &["target_modules=all-linear"],
-    ] {
-        let losses = losses(folder.path(), keys);
-        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
-    }
-    // Checkpoints and few bytes that hold the same numbers change nothing.
-    let plain = losses(folder.path(), &[]);
-    assert_eq!(losses(folder.path(), &["gradient_checkpointing=true"]), plain);
-    assert_ne!(losses(folder.path(), &["discrete_flow_shift=8"]), plain);
+    let drawn =
+        ["timestep_sampling=logit_normal", "logit_mean=-0.5", "logit_std=1.2", "min_timestep=100", "max_timestep=900"];
+    let more: [&[&str]; 3] = [&["train=full"], &drawn, &["variant=lokr"]];
+    every_way_trains(folder.path(), &[], &more, "discrete_flow_shift=8");
     let other = losses(folder.path(), &["timestep_sampling=shift"]);
     assert_eq!(losses(folder.path(), &["discrete_flow_shift=3"]), other);
 }
@@ -129,10 +104,7 @@ fn what_is_missing_or_of_another_family_is_named_with_the_key_that_helps() {
     let [transformer, text, vae, _] = single_files(folder.path(), &PARTS).try_into().unwrap();
     let base_model = format!("base_model={transformer}");
     let (text, vae) = (format!("text_encoder={text}"), format!("vae={vae}"));
-    let says = |keys: &[&str], words: &[&str]| {
-        let error = refusal(folder.path(), keys);
-        assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
-    };
+    let says = |keys: &[&str], words: &[&str]| is_refused(folder.path(), keys, words);
     says(&[&base_model], &["Z-Image without an autoencoder", "set vae to", "ae.safetensors"]);
     says(&[&base_model, &vae], &["without a text encoder", "set text_encoder to", "Qwen3 4B"]);
     says(&[&base_model, &vae, &text], &["without a tokenizer", "set tokenizer to"]);

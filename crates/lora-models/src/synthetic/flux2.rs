@@ -1,11 +1,9 @@
 //! Models of the kind of FLUX.2's smaller relatives, called klein, with made-up weights.
 
-use std::path::Path;
-
-use lora_core::{Component, DType};
+use lora_core::Component;
 use serde_json::{Value, json};
 
-use super::folder::{Part, asked, flux_vae, qwen3};
+use super::folder::{Part, asked, flux_vae, qwen3, written_by_parts};
 use crate::Result;
 use crate::networks::{Flux2, Flux2Config, LatentStatistics, VaeConfig};
 use crate::weights::SyntheticWeights;
@@ -80,21 +78,6 @@ impl SyntheticFlux2 {
         };
         Ok([Part::text_encoder(text_encoder)?, own, Part::vae(vae)?])
     }
-
-    /// Writes a diffusers folder in `dtype`, without a tokenizer.
-    ///
-    /// # Errors
-    /// Where the file system refuses, or the model cannot be built.
-    pub fn write(&self, folder: &Path, dtype: DType) -> Result<()> {
-        self.parts()?.into_iter().try_for_each(|part| part.write(folder, dtype))
-    }
-
-    /// Writes a diffusers folder in 16-bit numbers whose files have headers and no weights, as
-    /// [`SyntheticModel::write_headers`](super::SyntheticModel::write_headers) does; without a tokenizer.
-    ///
-    /// # Errors
-    /// As [`SyntheticFlux2::write`].
-    pub fn write_headers(&self, folder: &Path) -> Result<()> {
-        self.parts()?.into_iter().try_for_each(|part| part.write_header(folder))
-    }
 }
+
+written_by_parts!(SyntheticFlux2);

@@ -23,6 +23,31 @@ pub(super) struct Part {
     pub(super) weights: Vec<NamedShape>,
 }
 
+/// A model of parts writes them as a diffusers folder: `write` and `write_headers`, by its `parts`.
+macro_rules! written_by_parts {
+    ($model:ty) => {
+        impl $model {
+            /// Writes a diffusers folder in `dtype`, without a tokenizer.
+            ///
+            /// # Errors
+            /// Where the file system refuses, or the model cannot be built.
+            pub fn write(&self, folder: &std::path::Path, dtype: lora_core::DType) -> $crate::Result<()> {
+                self.parts()?.into_iter().try_for_each(|part| part.write(folder, dtype))
+            }
+
+            /// Writes a diffusers folder in 16-bit numbers whose files have headers and no weights, as
+            /// [`SyntheticModel::write_headers`](super::SyntheticModel::write_headers) does; without a tokenizer.
+            ///
+            /// # Errors
+            /// As of `write`.
+            pub fn write_headers(&self, folder: &std::path::Path) -> $crate::Result<()> {
+                self.parts()?.into_iter().try_for_each(|part| part.write_header(folder))
+            }
+        }
+    };
+}
+pub(super) use written_by_parts;
+
 /// Names and shapes of the weights that a network asks a source for.
 pub(super) fn asked(
     source: &dyn WeightSource,

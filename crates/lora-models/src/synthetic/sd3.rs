@@ -1,11 +1,9 @@
 //! Models of Stable Diffusion 3.5's kind with made-up weights.
 
-use std::path::Path;
-
-use lora_core::{Component, DType};
+use lora_core::Component;
 use serde_json::json;
 
-use super::folder::{Part, asked, clip, flux_vae, t5};
+use super::folder::{Part, asked, clip, flux_vae, t5, written_by_parts};
 use crate::Result;
 use crate::networks::{ClipConfig, Sd3, Sd3Config, T5Config, VaeConfig};
 use crate::weights::SyntheticWeights;
@@ -85,21 +83,6 @@ impl SyntheticSd3 {
             Part::vae(vae)?,
         ])
     }
-
-    /// Writes a diffusers folder in `dtype`, without a tokenizer.
-    ///
-    /// # Errors
-    /// Where the file system refuses, or the model cannot be built.
-    pub fn write(&self, folder: &Path, dtype: DType) -> Result<()> {
-        self.parts()?.into_iter().try_for_each(|part| part.write(folder, dtype))
-    }
-
-    /// Writes a diffusers folder in 16-bit numbers whose files have headers and no weights, as
-    /// [`SyntheticModel::write_headers`](super::SyntheticModel::write_headers) does; without a tokenizer.
-    ///
-    /// # Errors
-    /// As [`SyntheticSd3::write`].
-    pub fn write_headers(&self, folder: &Path) -> Result<()> {
-        self.parts()?.into_iter().try_for_each(|part| part.write_header(folder))
-    }
 }
+
+written_by_parts!(SyntheticSd3);

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor};
+use lora_io::adapter;
 use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
+use lora_io::family::Family;
 use lora_io::safetensors::{SafetensorsFile, write};
 use lora_models::layers::{Adaptable, AdaptableLayer};
 use lora_models::weights::synthetic_uniform;
@@ -162,6 +164,70 @@ pub(crate) fn single_files(folder: &Path, parts: &[(&str, &str)]) -> Vec<String>
     let rest = part("transformer", &|name| is_rest(name).then(|| name.to_owned()));
     let own = parts.iter().map(|(file, prefix)| part(file, &|name| name.strip_prefix(prefix).map(str::to_owned)));
     std::iter::once(rest).chain(own.collect::<Vec<_>>()).chain([whole.display().to_string()]).collect()
+}
+
+/// The keys of a whole run, with those of its base.
+pub(crate) fn whole<'k>(of_base: &[&'k str]) -> Vec<&'k str> {
+    [&["max_train_steps=4", "target_modules=attention-mlp", "batch_size=2"], of_base].concat()
+}
+
+/// A run in one go and resumed, planned, and a picture of the cat that it then draws; the LoRA's file and what its header says.
+/// `modules` layers of the family are trained.
+pub(crate) fn whole_run(
+    folder: &Path,
+    of_base: &[&str],
+    family: &Family,
+    modules: usize,
+) -> (SafetensorsFile, BTreeMap<String, String>) {
+    let keys = whole(of_base);
+    let (session, mut resumed) = super::in_one_go_and_resumed(folder, &keys);
+    let picture = resumed.sample(&["a cat".to_owned()]).unwrap().remove(0).into_picture().unwrap();
+    assert_eq!((picture.width(), picture.height()), (64, 64));
+
+    let path = folder.join("out/lora.safetensors");
+    let read = adapter::read(&path).unwrap();
+    assert_eq!(read.family, Some(family));
+    assert_eq!((read.adapter.modules.len(), session.targets().len()), (modules, modules));
+
+    let plan = plan(&super::config(folder, &keys), &Plugins::default()).unwrap();
+    assert!(plan.as_configured.phases.len() >= 4 && plan.as_configured.peak() > 0);
+    (SafetensorsFile::open(&path).unwrap(), read.adapter.metadata)
+}
+
+/// Weights in few bytes, checkpoints, masks and captions that change all train; checkpoints change nothing, and the keys of the base
+/// that are named last do.
+pub(crate) fn every_way_trains(folder: &Path, of_base: &[&str], more: &[&[&str]], changes: &str) {
+    let losses = |keys: &[&str]| super::losses(folder, &[of_base, keys].concat());
+    let ways: [&[&str]; 5] = [
+        &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"],
+        &["base_storage=int8", "offload_base=true", "precision=bf16"],
+        &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
+        &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
+        &["target_modules=all-linear"],
+    ];
+    for keys in ways.iter().chain(more) {
+        let losses = losses(keys);
+        assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{keys:?}: {losses:?}");
+    }
+    let plain = losses(&[]);
+    assert_eq!(losses(&["gradient_checkpointing=true"]), plain);
+    assert_ne!(losses(&[changes]), plain);
+}
+
+/// A run goes on from the LoRA that another one wrote.
+pub(crate) fn goes_on_from_its_own_file(folder: &Path, of_base: &[&str]) {
+    let keys = [&["target_modules=attention-mlp"], of_base].concat();
+    let first = super::finish(&mut super::prepare(folder, &[&keys[..], &["save_precision=fp32"]].concat()));
+    let own = format!("init_from={}", folder.join("out/lora.safetensors").display());
+    let (second, reports) = super::trained(folder, &[&keys[..], &[&own]].concat());
+    assert_eq!((reports.len(), second.modules.len()), (2, first.modules.len()));
+    assert!(first.modules.values().all(|module| module.rank == 4));
+}
+
+/// A configuration is refused in words that have these among them.
+pub(crate) fn is_refused(folder: &Path, keys: &[&str], words: &[&str]) {
+    let error = super::refusal(folder, keys);
+    assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
 }
 
 /// A plan of a base of headers alone, in GiB: pictures of so many pixels a side, batch 1, rank 16 on attention and feed-forwards,
