@@ -38,7 +38,7 @@ def loaded(folder):
 def latents(pipeline, size):
     with torch.no_grad():
         return pipeline(
-            "a small picture of a cat", num_inference_steps=4, height=size, width=size, output_type="latent",
+            prompt="a small picture of a cat", num_inference_steps=4, height=size, width=size, output_type="latent",
             generator=torch.Generator().manual_seed(1),
         ).images
 
@@ -86,7 +86,7 @@ def drawn(options, folder):
         network.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
         for path, value in network.named_parameters():
             if "lora_B" in path:
-                torch.nn.init.normal_(value, std=0.05)
+                torch.nn.init.normal_(value, std=0.1)
         layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
     pipeline.save_lora_weights(folder, weight_name="theirs.safetensors", **layers)
     return folder / "theirs.safetensors"
