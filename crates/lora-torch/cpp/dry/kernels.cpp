@@ -6,7 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
-#include <ATen/native/CPUBlas.h>
+#include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
 namespace lora::dry::kernels {
@@ -38,10 +38,25 @@ int64_t whole_blocks(int64_t channels) { return (channels + BLOCKED_CHANNELS - 1
 // A single picture of no more numbers is too small for them on the CPU in fp32: libtorch has a convolution of its own for it.
 constexpr int64_t SMALL_CONVOLUTION = 20480;
 
+// Whether this processor's half-precision kernels are those whose workspaces were counted: AVX-512's without AMX. Elsewhere oneDNN has
+// others, or none.
+bool counted() {
+  static const bool known = [] {
+    const auto all = at::cpu::get_cpu_capabilities();
+    const auto has = [&](const char *name) {
+      const auto found = all.find(name);
+      return found != all.end() && found->second.isBool() && found->second.toBool();
+    };
+    return has("avx512_bf16") && !has("amx_tile");
+  }();
+  return known;
+}
+
 // Bytes of a tensor whose channels are filled up to whole blocks, as oneDNN does on the CPU.
 int64_t filled(const Tensor &tensor) {
   const auto size = static_cast<int64_t>(tensor.nbytes()), channels = tensor.size(1);
-  return plays(Platform::Cpu) ? size / channels * whole_blocks(channels) : size;
+  const bool fills = plays(Platform::Cpu) && (tensor.scalar_type() == at::kFloat || counted());
+  return fills ? size / channels * whole_blocks(channels) : size;
 }
 
 // Bytes of sums in fp32 that a half-precision convolution of one pixel keeps on the CPU: one for each thread, but where there are
@@ -78,16 +93,17 @@ Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool
   int64_t count = static_cast<int64_t>(from.element_size()), pixels = 1;
   for (const int64_t axis : shape) count *= axis;
   for (size_t axis = 2; axis < shape.size(); ++axis) pixels *= shape[axis];
-  const int64_t channels = shape[1], written = half && !cpu ? count : count / channels * whole_blocks(channels);
+  const bool known = cpu && half && counted();
+  const int64_t channels = shape[1], written = half && !known ? count : count / channels * whole_blocks(channels);
   // Fewer channels than a block are read as they lie, and so is their weight.
-  const bool blocks = cpu && half && (kernel > 1 && !transposed ? from.size(1) >= BLOCKED_CHANNELS : true);
+  const bool blocks = known && (kernel > 1 && !transposed ? from.size(1) >= BLOCKED_CHANNELS : true);
   const bool plain = !blocks && from.size(1) < BLOCKED_CHANNELS;
   const int64_t read = blocks ? filled(from) : plain ? 0 : static_cast<int64_t>(from.nbytes());
   const int64_t weights = blocks ? size / (from.size(1) * channels) * whole_blocks(from.size(1)) * whole_blocks(channels) : size;
-  bytes(read + weights + written + (cpu && half && kernel == 1 ? sums_of_pixels(whole_blocks(channels), pixels) : 0));
+  bytes(read + weights + written + (known && kernel == 1 ? sums_of_pixels(whole_blocks(channels), pixels) : 0));
   const Tensor blocked = bytes(written);
   Tensor out = result();
-  if (cpu && transposed && stride > 1) bytes(count);
+  if (cpu && ((half && !known) || (transposed && stride > 1))) bytes(count);
   return out;
 }
 
@@ -126,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
   if (mask[0]) to_input = product(ordered, weight, input.sizes(), !transposed, side(stride, 0), input);
   if (mask[1]) {
     to_weight = at::empty_like(weight);
-    const bool half = plays(Platform::Cpu) && input.scalar_type() != at::kFloat;
+    const bool half = plays(Platform::Cpu) && input.scalar_type() != at::kFloat && counted();
     // Below a block on both sides it works on what is there.
     const bool few = input.size(1) < BLOCKED_CHANNELS && given.size(1) < BLOCKED_CHANNELS;
     bytes(half && !few ? half_weight_gradient(given, input, weight)
@@ -198,9 +214,8 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor &q, const Tensor &k, const
   Tensor sums = make({batch, queries, heads}, q, single(q.scalar_type())).transpose(1, 2);
   if (plays(Platform::Cpu)) {
     const int64_t rows = rows_of(queries), columns = std::min<int64_t>(k.size(2), 512), half = q.scalar_type() != at::kFloat;
-    // Where oneDNN packs in half precision, keys and values are packed as a whole.
-    const bool packs = half && at::native::cpublas::could_pack(q.scalar_type());
-    const int64_t reordered = packs ? 2 * 2 * batch * heads * k.size(2) * width : 0;
+    // Elsewhere than on the processors that were counted, keys and values are packed as a whole.
+    const int64_t reordered = half && !counted() ? 2 * 2 * batch * heads * k.size(2) * width : 0;
     bytes(plan().threads * (4 * (rows * columns + 2 * rows + rows * width) + half * 2 * rows * columns) + reordered);
   }
   return {output, sums};
@@ -215,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_cpu_backward(const Tensor &given, c
     const int64_t rows = rows_of(q.size(2)), columns = std::min<int64_t>(k.size(2), 512);
     const int64_t threads = plan().threads, width = q.size(3);
     // In half precision each thread's products have a workspace, which oneDNN lays out for several threads: about so much, of an AVX-512.
-    const int64_t workspace = half * std::min<int64_t>(threads, 3) * rows * (columns + 4 * width);
+    const int64_t workspace = half && counted() ? std::min<int64_t>(threads, 3) * rows * (columns + 4 * width) : 0;
     bytes(threads * (rows * (columns * 2 * (4 + 2 * half) + 4) + workspace));
   }
   return result;
