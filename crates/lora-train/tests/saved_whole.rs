@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use common::{golden, gradients, loss, prepare, refusal, steps, workspace, workspace_of};
 use lora_core::conformance::distance;
@@ -28,6 +29,15 @@ const CASES: [(&str, &str, &str, f64, usize); 4] = [
         17,
     ),
 ];
+
+/// The loss of the base with what was saved on it is that of the run's end.
+fn is_in_use(folder: &Path, saved: PathBuf, after: f64) {
+    let mut model = TextModelOptions::new(folder.join("base"));
+    (model.device, model.adapters) = ("cpu".into(), vec![(saved, 1.0)]);
+    let options = EvaluationOptions::new(golden("chat.jsonl"));
+    let judged = TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap();
+    assert!((judged.loss - after).abs() < 1e-5, "{judged} against {after}");
+}
 
 #[test]
 fn the_loss_and_gradients_are_pefts() {
@@ -94,11 +104,7 @@ fn what_is_saved_gives_the_same_loss() {
     let init_from = format!("init_from={}", saved.display());
     let again = loss(&mut prepare(folder.path(), &[whole, &init_from]));
     assert!((again - after).abs() < 1e-6, "{after} against {again}");
-    let mut model = TextModelOptions::new(folder.path().join("base"));
-    (model.device, model.adapters) = ("cpu".into(), vec![(saved, 1.0)]);
-    let options = EvaluationOptions::new(golden("chat.jsonl"));
-    let judged = TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap();
-    assert!((judged.loss - after).abs() < 1e-5, "{judged} against {after}");
+    is_in_use(folder.path(), saved, after);
     let error = refusal(folder.path(), &[&init_from]);
     assert!(error.contains("init_from") && error.contains("modules_to_save"), "{error}");
 }
@@ -122,11 +128,7 @@ fn trained_tokens_and_norms_are_saved_where_peft_has_them() {
     let init_from = format!("init_from={}", saved.display());
     let again = loss(&mut prepare(folder.path(), &[&keys[..2], &[&init_from]].concat()));
     assert!((again - after).abs() < 1e-6, "{after} against {again}");
-    let mut model = TextModelOptions::new(folder.path().join("base"));
-    (model.device, model.adapters) = ("cpu".into(), vec![(saved, 1.0)]);
-    let options = EvaluationOptions::new(golden("chat.jsonl"));
-    let judged = TextModel::open(&model, &Plugins::default()).unwrap().evaluate(&options, &mut |_, _| {}).unwrap();
-    assert!((judged.loss - after).abs() < 1e-5, "{judged} against {after}");
+    is_in_use(folder.path(), saved, after);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod kohya_gui;
 mod language;
 mod llama_factory;
 mod onetrainer;
+mod onetrainer_optimizer;
 mod optimisers;
 pub(crate) mod sd_scripts;
 pub(crate) mod sd_scripts_dataset;

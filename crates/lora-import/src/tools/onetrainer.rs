@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::onetrainer_optimizer::OPTIMIZER;
 use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network};
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
@@ -590,139 +591,6 @@ static VAE: &[Row] = &[
     nothing("offload_fraction", "the autoencoder is not trained"),
 ];
 
-static OPTIMIZER: &[Row] = &[
-    by("optimizer", &["optimizer"], "by its name; AdamW where none is given", |field| optimisers::named(&field.text()))
-        .default("\"ADAMW\""),
-    by("beta1", &["optimizer_args"], "the first of `betas`", betas),
-    by("beta2", &["optimizer_args"], "the second of `betas`", betas),
-    by("beta3", &["optimizer_args"], "of Prodigy", |field| argument(field, "beta3")),
-    by("eps", &["optimizer_args"], "its name here; Adafactor has two", |field| match optimiser(&field.root) {
-        "adafactor" => match (field.number(), field.root.number("optimizer.eps2")) {
-            (Some(first), second) => {
-                Outcome::Taken(optimisers::of_argument("eps", json!([first, second.unwrap_or(1e-3)])))
-            }
-            _ => field.expected("a number"),
-        },
-        _ => argument(field, "eps"),
-    }),
-    nothing("eps2", "the second of Adafactor's eps"),
-    by("weight_decay", &["optimizer_args"], "its name here", |field| argument(field, "weight_decay")),
-    by("d0", &["optimizer_args"], "of Prodigy", |field| argument(field, "d0")),
-    by("d_coef", &["optimizer_args"], "of Prodigy", |field| argument(field, "d_coef")),
-    by("growth_rate", &["optimizer_args"], "of Prodigy", |field| argument(field, "growth_rate")),
-    by("slice_p", &["optimizer_args"], "of Prodigy", |field| argument(field, "slice_p")),
-    by("decouple", &["optimizer_args"], "of Prodigy; off where it is not given", |field| switch(field, "decouple"))
-        .default("false"),
-    by("use_bias_correction", &["optimizer_args"], "of Prodigy", |field| switch(field, "use_bias_correction")),
-    by("safeguard_warmup", &["optimizer_args"], "of Prodigy", |field| switch(field, "safeguard_warmup")),
-    by("relative_step", &["optimizer_args"], "of Adafactor; off where it is not given", |field| {
-        switch(field, "relative_step")
-    })
-    .default("false"),
-    by("scale_parameter", &["optimizer_args"], "of Adafactor; off where it is not given", |field| {
-        switch(field, "scale_parameter")
-    })
-    .default("false"),
-    by("warmup_init", &["optimizer_args"], "of Adafactor", |field| switch(field, "warmup_init")),
-    by("clip_threshold", &["optimizer_args"], "of Adafactor", |field| argument(field, "clip_threshold")),
-    by("decay_rate", &["optimizer_args"], "of Adafactor", |field| argument(field, "decay_rate")),
-    by("min_8bit_size", &["optimizer_args"], "of 8-bit AdamW", |field| argument(field, "min_8bit_size")),
-    by("r", &["optimizer_args"], "of schedule-free AdamW", |field| argument(field, "r")),
-    by("weight_lr_power", &["optimizer_args"], "of schedule-free AdamW", |field| argument(field, "weight_lr_power")),
-    nothing("__version", "how files are kept"),
-    gone("adam_w_mode", OFF, "optimisers have no switch of this name"),
-    gone("amsgrad", OFF, "optimisers have no switch of this name"),
-    gone("bias_correction", OFF, "optimisers have no switch of this name"),
-    gone("block_wise", OFF, "optimisers have no switch of this name"),
-    nothing("capturable", "how steps are computed"),
-    gone("centered", OFF, "optimisers have no switch of this name"),
-    gone("differentiable", OFF, "optimisers have no switch of this name"),
-    nothing("foreach", "how steps are computed"),
-    nothing("fsdp_in_use", "how steps are computed"),
-    nothing("fused", "how steps are computed"),
-    nothing("fused_back_pass", "how steps are computed"),
-    nothing("is_paged", "how steps are computed"),
-    gone("maximize", OFF, "optimisers have no switch of this name"),
-    gone("nesterov", OFF, "optimisers have no switch of this name"),
-    gone("no_prox", OFF, "optimisers have no switch of this name"),
-    nothing("use_triton", "how steps are computed"),
-    gone("decoupled_decay", OFF, "optimisers have no switch of this name"),
-    gone("fixed_decay", OFF, "optimisers have no switch of this name"),
-    gone("rectify", OFF, "optimisers have no switch of this name"),
-    gone("degenerated_to_sgd", OFF, "optimisers have no switch of this name"),
-    gone("ams_bound", OFF, "optimisers have no switch of this name"),
-    gone("adanorm", OFF, "optimisers have no switch of this name"),
-    gone("adam_debias", OFF, "optimisers have no switch of this name"),
-    gone("cautious", OFF, "optimisers have no switch of this name"),
-    gone("use_speed", OFF, "optimisers have no switch of this name"),
-    gone("use_cautious", OFF, "optimisers have no switch of this name"),
-    gone("use_grams", OFF, "optimisers have no switch of this name"),
-    gone("use_adopt", OFF, "optimisers have no switch of this name"),
-    gone("use_orthograd", OFF, "optimisers have no switch of this name"),
-    gone("nnmf_factor", OFF, "optimisers have no switch of this name"),
-    gone("use_atan2", OFF, "optimisers have no switch of this name"),
-    gone("kourkoutas_beta", OFF, "optimisers have no switch of this name"),
-    gone("MuonWithAuxAdam", OFF, "optimisers have no switch of this name"),
-    gone("muon_adam_regex", OFF, "optimisers have no switch of this name"),
-    gone("normuon_variant", OFF, "optimisers have no switch of this name"),
-    gone("low_rank_ortho", OFF, "optimisers have no switch of this name"),
-    gone("accelerated_ns", OFF, "optimisers have no switch of this name"),
-    gone("cautious_wd", OFF, "optimisers have no switch of this name"),
-    gone("approx_mars", OFF, "optimisers have no switch of this name"),
-    nothing("compile", "how steps are computed"),
-    gone("spectral_normalization", OFF, "optimisers have no switch of this name"),
-    gone("stochastic_sign", OFF, "optimisers have no switch of this name"),
-    gone("centered_wd", OFF, "optimisers have no switch of this name"),
-    gone("factored_2nd", OFF, "optimisers have no switch of this name"),
-    gone("fisher_wd", OFF, "optimisers have no switch of this name"),
-    gone("orthogonal_sinkhorn", OFF, "optimisers have no switch of this name"),
-    gone("normed_momentum", OFF, "optimisers have no switch of this name"),
-    gone("snr_cond", OFF, "optimisers have no switch of this name"),
-    gone("geometric_wd", OFF, "optimisers have no switch of this name"),
-    gone("muon_adam_config", OFF, "optimisers have no switch of this name"),
-    gone("weight_decouple", OFF, "optimisers have no switch of this name"),
-    nothing("stochastic_rounding", "a setting of other optimisers"),
-    nothing("weight_decay_by_lr", "a setting of other optimisers"),
-    nothing("split_groups", "a setting of other optimisers"),
-    nothing("split_groups_mean", "a setting of other optimisers"),
-    nothing("factored", "a setting of other optimisers"),
-    nothing("factored_fp32", "a setting of other optimisers"),
-    nothing("use_stableadamw", "a setting of other optimisers"),
-    nothing("d_limiter", "a setting of other optimisers"),
-    nothing("use_schedulefree", "a setting of other optimisers"),
-    nothing("rms_rescaling", "a setting of other optimisers"),
-    nothing("centered_wd_mode", "a setting of other optimisers"),
-    nothing("state_precision", "a setting of other optimisers"),
-    nothing("orthogonal_gradient", "a setting of other optimisers"),
-    nothing("quant_block_size", "a setting of other optimisers"),
-    nothing("log_every", "a setting of other optimisers"),
-    gone("alpha", OFF, "the optimiser has no number of this name"),
-    gone("dampening", OFF, "the optimiser has no number of this name"),
-    gone("lr_decay", OFF, "the optimiser has no number of this name"),
-    gone("initial_accumulator_value", OFF, "the optimiser has no number of this name"),
-    gone("initial_accumulator", OFF, "the optimiser has no number of this name"),
-    gone("max_unorm", OFF, "the optimiser has no number of this name"),
-    gone("momentum", OFF, "the optimiser has no number of this name"),
-    gone("optim_bits", OFF, "the optimiser has no number of this name"),
-    gone("percentile_clipping", OFF, "the optimiser has no number of this name"),
-    gone("k", OFF, "the optimiser has no number of this name"),
-    gone("xi", OFF, "the optimiser has no number of this name"),
-    gone("n_sma_threshold", OFF, "the optimiser has no number of this name"),
-    gone("prodigy_steps", OFF, "the optimiser has no number of this name"),
-    gone("beta1_warmup", OFF, "the optimiser has no number of this name"),
-    gone("min_beta1", OFF, "the optimiser has no number of this name"),
-    gone("schedulefree_c", OFF, "the optimiser has no number of this name"),
-    gone("ns_steps", OFF, "the optimiser has no number of this name"),
-    gone("muon_hidden_layers", OFF, "the optimiser has no number of this name"),
-    gone("muon_adam_lr", OFF, "the optimiser has no number of this name"),
-    gone("muon_te1_adam_lr", OFF, "the optimiser has no number of this name"),
-    gone("muon_te2_adam_lr", OFF, "the optimiser has no number of this name"),
-    gone("beta2_normuon", OFF, "the optimiser has no number of this name"),
-    gone("ortho_rank", OFF, "the optimiser has no number of this name"),
-    gone("sinkhorn_iterations", OFF, "the optimiser has no number of this name"),
-    gone("nesterov_coef", OFF, "the optimiser has no number of this name"),
-];
-
 static CONCEPT: &[Row] = &[
     by("path", &["train_data_dir", "validation_data_dir"], "its pictures", |field| {
         match field.here.text("type").as_deref() {
@@ -990,35 +858,6 @@ fn save_every(field: &Field<'_>) -> Outcome {
         (Some(_), _) => lost("saves are made by steps or epochs, not by time"),
         (None, _) => field.expected("a whole number"),
     }
-}
-
-fn optimiser(root: &Scope<'_>) -> &'static str {
-    optimisers::ours(&root.text("optimizer.optimizer").unwrap_or_else(|| "ADAMW".to_owned()))
-}
-
-fn argument(field: &Field<'_>, name: &'static str) -> Outcome {
-    optimisers::argument(optimiser(&field.root), name, &field.value)
-}
-
-fn switch(field: &Field<'_>, name: &'static str) -> Outcome {
-    let own = match name {
-        "relative_step" | "scale_parameter" | "warmup_init" => "adafactor",
-        _ => "prodigy",
-    };
-    match optimiser(&field.root) == own {
-        true => Outcome::Taken(optimisers::of_argument(name, field.on().into())),
-        false => no_effect(format!("a switch of {own}")),
-    }
-}
-
-fn betas(field: &Field<'_>) -> Outcome {
-    let ours = optimiser(&field.root);
-    if ours == "adafactor" {
-        return lost("of Adafactor only beta1, which is none here, is an average");
-    }
-    let second = if ours == "lion" { 0.99 } else { 0.999 };
-    let pair = json!([field.here.number("beta1").unwrap_or(0.9), field.here.number("beta2").unwrap_or(second)]);
-    Outcome::Taken(optimisers::of_argument("betas", pair))
 }
 
 fn concept(field: &Field<'_>) -> Element {

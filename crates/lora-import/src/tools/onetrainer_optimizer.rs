@@ -1,0 +1,177 @@
+//! OneTrainer's settings of an optimiser, `optimizer` in its files. Which optimiser is taken for which is [`super::optimisers`]'s.
+
+use serde_json::json;
+
+use super::optimisers;
+use crate::engine::{Field, Scope};
+use crate::outcome::{Outcome, lost, no_effect};
+use crate::row::{OFF, Row, by, gone, nothing};
+
+/// What becomes of an optimiser's switch that none has here.
+const NO_SWITCH: &str = "optimisers have no switch of this name";
+/// And of a number.
+const NO_NUMBER: &str = "the optimiser has no number of this name";
+/// Why a switch that is there for some optimisers alone says nothing.
+const OF_OTHERS: &str = "a setting of other optimisers";
+
+pub(super) static OPTIMIZER: &[Row] = &[
+    by("optimizer", &["optimizer"], "by its name; AdamW where none is given", |field| optimisers::named(&field.text()))
+        .default("\"ADAMW\""),
+    by("beta1", &["optimizer_args"], "the first of `betas`", betas),
+    by("beta2", &["optimizer_args"], "the second of `betas`", betas),
+    by("beta3", &["optimizer_args"], "of Prodigy", |field| argument(field, "beta3")),
+    by("eps", &["optimizer_args"], "its name here; Adafactor has two", |field| match optimiser(&field.root) {
+        "adafactor" => match (field.number(), field.root.number("optimizer.eps2")) {
+            (Some(first), second) => {
+                Outcome::Taken(optimisers::of_argument("eps", json!([first, second.unwrap_or(1e-3)])))
+            }
+            _ => field.expected("a number"),
+        },
+        _ => argument(field, "eps"),
+    }),
+    nothing("eps2", "the second of Adafactor's eps"),
+    by("weight_decay", &["optimizer_args"], "its name here", |field| argument(field, "weight_decay")),
+    by("d0", &["optimizer_args"], "of Prodigy", |field| argument(field, "d0")),
+    by("d_coef", &["optimizer_args"], "of Prodigy", |field| argument(field, "d_coef")),
+    by("growth_rate", &["optimizer_args"], "of Prodigy", |field| argument(field, "growth_rate")),
+    by("slice_p", &["optimizer_args"], "of Prodigy", |field| argument(field, "slice_p")),
+    by("decouple", &["optimizer_args"], "of Prodigy; off where it is not given", |field| switch(field, "decouple"))
+        .default("false"),
+    by("use_bias_correction", &["optimizer_args"], "of Prodigy", |field| switch(field, "use_bias_correction")),
+    by("safeguard_warmup", &["optimizer_args"], "of Prodigy", |field| switch(field, "safeguard_warmup")),
+    by("relative_step", &["optimizer_args"], "of Adafactor; off where it is not given", |field| {
+        switch(field, "relative_step")
+    })
+    .default("false"),
+    by("scale_parameter", &["optimizer_args"], "of Adafactor; off where it is not given", |field| {
+        switch(field, "scale_parameter")
+    })
+    .default("false"),
+    by("warmup_init", &["optimizer_args"], "of Adafactor", |field| switch(field, "warmup_init")),
+    by("clip_threshold", &["optimizer_args"], "of Adafactor", |field| argument(field, "clip_threshold")),
+    by("decay_rate", &["optimizer_args"], "of Adafactor", |field| argument(field, "decay_rate")),
+    by("min_8bit_size", &["optimizer_args"], "of 8-bit AdamW", |field| argument(field, "min_8bit_size")),
+    by("r", &["optimizer_args"], "of schedule-free AdamW", |field| argument(field, "r")),
+    by("weight_lr_power", &["optimizer_args"], "of schedule-free AdamW", |field| argument(field, "weight_lr_power")),
+    nothing("__version", "how files are kept"),
+    gone("adam_w_mode", OFF, NO_SWITCH),
+    gone("amsgrad", OFF, NO_SWITCH),
+    gone("bias_correction", OFF, NO_SWITCH),
+    gone("block_wise", OFF, NO_SWITCH),
+    nothing("capturable", "how steps are computed"),
+    gone("centered", OFF, NO_SWITCH),
+    gone("differentiable", OFF, NO_SWITCH),
+    nothing("foreach", "how steps are computed"),
+    nothing("fsdp_in_use", "how steps are computed"),
+    nothing("fused", "how steps are computed"),
+    nothing("fused_back_pass", "how steps are computed"),
+    nothing("is_paged", "how steps are computed"),
+    gone("maximize", OFF, NO_SWITCH),
+    gone("nesterov", OFF, NO_SWITCH),
+    gone("no_prox", OFF, NO_SWITCH),
+    nothing("use_triton", "how steps are computed"),
+    gone("decoupled_decay", OFF, NO_SWITCH),
+    gone("fixed_decay", OFF, NO_SWITCH),
+    gone("rectify", OFF, NO_SWITCH),
+    gone("degenerated_to_sgd", OFF, NO_SWITCH),
+    gone("ams_bound", OFF, NO_SWITCH),
+    gone("adanorm", OFF, NO_SWITCH),
+    gone("adam_debias", OFF, NO_SWITCH),
+    gone("cautious", OFF, NO_SWITCH),
+    gone("use_speed", OFF, NO_SWITCH),
+    gone("use_cautious", OFF, NO_SWITCH),
+    gone("use_grams", OFF, NO_SWITCH),
+    gone("use_adopt", OFF, NO_SWITCH),
+    gone("use_orthograd", OFF, NO_SWITCH),
+    gone("nnmf_factor", OFF, NO_SWITCH),
+    gone("use_atan2", OFF, NO_SWITCH),
+    gone("kourkoutas_beta", OFF, NO_SWITCH),
+    gone("MuonWithAuxAdam", OFF, NO_SWITCH),
+    gone("muon_adam_regex", OFF, NO_SWITCH),
+    gone("normuon_variant", OFF, NO_SWITCH),
+    gone("low_rank_ortho", OFF, NO_SWITCH),
+    gone("accelerated_ns", OFF, NO_SWITCH),
+    gone("cautious_wd", OFF, NO_SWITCH),
+    gone("approx_mars", OFF, NO_SWITCH),
+    nothing("compile", "how steps are computed"),
+    gone("spectral_normalization", OFF, NO_SWITCH),
+    gone("stochastic_sign", OFF, NO_SWITCH),
+    gone("centered_wd", OFF, NO_SWITCH),
+    gone("factored_2nd", OFF, NO_SWITCH),
+    gone("fisher_wd", OFF, NO_SWITCH),
+    gone("orthogonal_sinkhorn", OFF, NO_SWITCH),
+    gone("normed_momentum", OFF, NO_SWITCH),
+    gone("snr_cond", OFF, NO_SWITCH),
+    gone("geometric_wd", OFF, NO_SWITCH),
+    gone("muon_adam_config", OFF, NO_SWITCH),
+    gone("weight_decouple", OFF, NO_SWITCH),
+    nothing("stochastic_rounding", OF_OTHERS),
+    nothing("weight_decay_by_lr", OF_OTHERS),
+    nothing("split_groups", OF_OTHERS),
+    nothing("split_groups_mean", OF_OTHERS),
+    nothing("factored", OF_OTHERS),
+    nothing("factored_fp32", OF_OTHERS),
+    nothing("use_stableadamw", OF_OTHERS),
+    nothing("d_limiter", OF_OTHERS),
+    nothing("use_schedulefree", OF_OTHERS),
+    nothing("rms_rescaling", OF_OTHERS),
+    nothing("centered_wd_mode", OF_OTHERS),
+    nothing("state_precision", OF_OTHERS),
+    nothing("orthogonal_gradient", OF_OTHERS),
+    nothing("quant_block_size", OF_OTHERS),
+    nothing("log_every", OF_OTHERS),
+    gone("alpha", OFF, NO_NUMBER),
+    gone("dampening", OFF, NO_NUMBER),
+    gone("lr_decay", OFF, NO_NUMBER),
+    gone("initial_accumulator_value", OFF, NO_NUMBER),
+    gone("initial_accumulator", OFF, NO_NUMBER),
+    gone("max_unorm", OFF, NO_NUMBER),
+    gone("momentum", OFF, NO_NUMBER),
+    gone("optim_bits", OFF, NO_NUMBER),
+    gone("percentile_clipping", OFF, NO_NUMBER),
+    gone("k", OFF, NO_NUMBER),
+    gone("xi", OFF, NO_NUMBER),
+    gone("n_sma_threshold", OFF, NO_NUMBER),
+    gone("prodigy_steps", OFF, NO_NUMBER),
+    gone("beta1_warmup", OFF, NO_NUMBER),
+    gone("min_beta1", OFF, NO_NUMBER),
+    gone("schedulefree_c", OFF, NO_NUMBER),
+    gone("ns_steps", OFF, NO_NUMBER),
+    gone("muon_hidden_layers", OFF, NO_NUMBER),
+    gone("muon_adam_lr", OFF, NO_NUMBER),
+    gone("muon_te1_adam_lr", OFF, NO_NUMBER),
+    gone("muon_te2_adam_lr", OFF, NO_NUMBER),
+    gone("beta2_normuon", OFF, NO_NUMBER),
+    gone("ortho_rank", OFF, NO_NUMBER),
+    gone("sinkhorn_iterations", OFF, NO_NUMBER),
+    gone("nesterov_coef", OFF, NO_NUMBER),
+];
+
+pub(super) fn optimiser(root: &Scope<'_>) -> &'static str {
+    optimisers::ours(&root.text("optimizer.optimizer").unwrap_or_else(|| "ADAMW".to_owned()))
+}
+
+fn argument(field: &Field<'_>, name: &'static str) -> Outcome {
+    optimisers::argument(optimiser(&field.root), name, &field.value)
+}
+
+fn switch(field: &Field<'_>, name: &'static str) -> Outcome {
+    let own = match name {
+        "relative_step" | "scale_parameter" | "warmup_init" => "adafactor",
+        _ => "prodigy",
+    };
+    match optimiser(&field.root) == own {
+        true => Outcome::Taken(optimisers::of_argument(name, field.on().into())),
+        false => no_effect(format!("a switch of {own}")),
+    }
+}
+
+fn betas(field: &Field<'_>) -> Outcome {
+    let ours = optimiser(&field.root);
+    if ours == "adafactor" {
+        return lost("of Adafactor only beta1, which is none here, is an average");
+    }
+    let second = if ours == "lion" { 0.99 } else { 0.999 };
+    let pair = json!([field.here.number("beta1").unwrap_or(0.9), field.here.number("beta2").unwrap_or(second)]);
+    Outcome::Taken(optimisers::of_argument("betas", pair))
+}
