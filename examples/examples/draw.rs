@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use lora_core::Strength;
 use lora_data::PromptLine;
+use lora_data::figure::grid::{self, GridPicture, GridRow};
 use lora_train::inference::{AppliedAdapter, PictureModel, PictureModelOptions, PictureRequest};
-use lora_train::report::grid::{self, GridPicture, GridRow};
 use lora_train::{Error, Plugins};
 
 fn main() -> Result<(), Error> {

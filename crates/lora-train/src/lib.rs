@@ -19,7 +19,6 @@ pub mod optimiser;
 pub mod parameters;
 pub mod plan;
 mod plugins;
-pub mod report;
 mod run;
 mod schedule;
 mod session;
@@ -30,7 +29,7 @@ pub mod velocity;
 pub use auto_label::auto_label;
 pub use error::{Error, Result};
 /// To be called first in `main` of a program that trains.
-pub use lora_torch::openmp::yield_to_busy_programs;
+pub use lora_core::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;
 pub use run::{Best, RunResult, train};
 pub use session::{Preparing, ResumedFrom, Session, StepReport, Summary, Validation};
