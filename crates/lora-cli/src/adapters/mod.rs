@@ -12,7 +12,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_core::compose::Outcome;
+use lora_core::compose::{self, Outcome};
 use lora_core::rank::RankPolicy;
 use lora_core::{Adapter, DType, Strength};
 use lora_data::tokenizer::Tokenizer;
@@ -66,22 +66,8 @@ impl Rank {
 
 /// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
 pub(crate) fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
-    let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
-    let mut path = argument;
-    let mut strength = "";
-    for _ in 0..3 {
-        match path.rsplit_once(':') {
-            Some((rest, last)) if numbers(last) => {
-                path = rest;
-                strength = &argument[rest.len() + 1..];
-            }
-            _ => break,
-        }
-    }
-    let strength = match strength {
-        "" => Strength::default(),
-        text => Strength::parse(text).map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?,
-    };
+    let split = Strength::split(argument);
+    let (path, strength) = split.map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?;
     Ok((Path::new(path), strength))
 }
 
@@ -152,17 +138,11 @@ pub(crate) fn apart<'p>(
 
 /// The ranks and what they keep, as a line.
 fn summary(outcomes: &[Outcome]) {
-    let (mut least, mut sum, mut ranks) = (f64::INFINITY, 0.0, (usize::MAX, 0));
-    for outcome in outcomes {
-        least = least.min(outcome.kept);
-        sum += outcome.kept;
-        ranks = (ranks.0.min(outcome.rank), ranks.1.max(outcome.rank));
-    }
-    let mean = sum / outcomes.len().max(1) as f64;
+    let ranks = outcomes.iter().map(|outcome| outcome.rank);
+    let (lowest, highest) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
+    let (mean, least) = compose::kept(outcomes);
     eprintln!(
-        "ranks {} to {}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
-        ranks.0,
-        ranks.1,
+        "ranks {lowest} to {highest}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
         100.0 * mean,
         100.0 * least
     );
