@@ -9,6 +9,7 @@ mod bytes;
 pub mod callback;
 mod callbacks;
 pub mod config;
+pub mod difference;
 mod error;
 mod full;
 mod fuse;

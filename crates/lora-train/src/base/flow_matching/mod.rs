@@ -7,14 +7,12 @@
 //! | `flux`, `chroma`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, Chroma's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
 //! | `text` | the text encoders of a base |
 //! | `language`, `clip`, `t5` | captions through an encoder of each kind |
-//! | `levels` | how noise levels are drawn, as keys say it |
 
 mod chroma;
 mod clip;
 mod flux;
 mod flux2;
 mod language;
-mod levels;
 mod qwen_image;
 mod sd3;
 mod t5;
@@ -27,7 +25,7 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
-use lora_data::source::Example;
+use lora_data::source::{Example, Shape};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::Family;
 use lora_io::metadata::TrainingRecord;
@@ -41,10 +39,13 @@ use lora_torch::tensor::{from_f32, kind_of, upload};
 
 use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
+use super::levels;
+use super::noise::NoiseSettings;
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
 use crate::config::{SampleConfig, TrainConfig};
+use crate::difference::Difference;
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
@@ -218,6 +219,8 @@ struct FlowMatching {
     precision: DType,
     config: TrainConfig,
     levels: NoiseLevels,
+    noise: NoiseSettings,
+    difference: Difference,
     autoencoder: Option<Autoencoder>,
     encoders: CaptionReaders,
     guidance: Guidance,
@@ -239,7 +242,9 @@ impl FlowMatching {
             encoders: CaptionReaders::open(kind.encoders, &opening.checkpoint, config)?,
             guidance: (kind.guidance)(&opening.checkpoint),
             vae: VaeConfig::detect(&opening.checkpoint)?,
-            levels: levels::of(config, kind.shift)?,
+            levels: levels::of(config, Some(kind.shift))?,
+            noise: NoiseSettings::of(config)?,
+            difference: Difference::of_flow(config)?,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
             precision: opening.precision,
@@ -476,16 +481,26 @@ impl Base for FlowMatching {
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
-        let (_, channels, height, width) = latents.size4()?;
-        let count = (channels * height * width) as usize;
-        let noise: Vec<f32> = items.iter().flat_map(|item| item.draw.at("noise").normals(count)).collect();
-        let shape: Vec<usize> = latents.size().iter().map(|&side| side as usize).collect();
-        let noise = from_f32(&noise, &shape, self.device)?;
+        let (_, _, height, width) = latents.size4()?;
+        let noise = self.noise.draw(items, &latents.size(), self.device)?;
         let tokens = self.tokens((height, width));
         let levels: Vec<f64> = items.iter().map(|item| self.levels.draw(&item.draw.at("timestep"), tokens)).collect();
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
-        let loss = VelocityLoss::new(&latents, &noise, &levels, &weights, mask.as_ref())?;
+        let loss = VelocityLoss::new(
+            &latents,
+            [&noise.target, &noise.added],
+            &levels,
+            &weights,
+            mask.as_ref(),
+            &self.difference,
+        )?;
         self.with_captions(loss.into_inputs(), items)
+    }
+
+    fn noise_level(&self, draw: &Stream, shape: Shape) -> Option<f64> {
+        let Shape::Picture(width, height) = shape else { return None };
+        let tokens = self.tokens([height, width].map(|side| (side / self.vae.factor()) as i64).into());
+        Some(self.levels.draw(&draw.at("timestep"), tokens))
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
@@ -497,14 +512,15 @@ impl Base for FlowMatching {
         let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
         let levels: Vec<f64> =
             (0..JUDGED_LEVELS).map(|step| (2 * step + 1) as f64 / (2 * JUDGED_LEVELS) as f64).collect();
-        let loss = VelocityLoss::new(&many, &noise, &levels, &[], None)?;
+        let loss = VelocityLoss::new(&many, [&noise; 2], &levels, &[], None, &self.difference)?;
         let inputs = loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?);
         self.with_guidance(inputs, JUDGED_LEVELS, self.trained_guidance())
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        VelocityLoss::of(inputs)?.loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
+        VelocityLoss::of(inputs, self.difference.loss)?
+            .loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -555,9 +571,12 @@ impl Base for FlowMatching {
 
     fn record(&self, record: &mut TrainingRecord) {
         record.flow = true;
+        record.noise_offset = (self.config.noise_offset > 0.0).then_some(self.config.noise_offset);
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
-        record.further.extend(levels::record(&self.config, &self.levels));
+        record.further.extend(levels::record(&self.config, Some(self.kind.shift), &self.levels));
+        record.further.extend(self.noise.record());
+        record.further.extend(self.difference.record());
         let labels = (self.kind.labels)(&self.checkpoint);
         record.further.extend(labels.iter().map(|(key, label)| (*key, (*label).to_owned())));
         if matches!(self.guidance, Guidance::Told(_)) {
