@@ -32,5 +32,5 @@ fn main() -> Result<(), Error> {
             pictures: vec![GridPicture::from(picture)],
         })
         .collect();
-    grid::write(Path::new("draw.png"), &rows, &[prompt])
+    Ok(grid::write(Path::new("draw.png"), &rows, &[prompt])?)
 }
