@@ -33,21 +33,7 @@ impl From<Precision> for DType {
 /// # Errors
 /// [`Failure::Usage`] where the numbers are no strength.
 pub fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
-    let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
-    let mut path = argument;
-    let mut strength = "";
-    for _ in 0..3 {
-        match path.rsplit_once(':') {
-            Some((rest, last)) if numbers(last) => {
-                path = rest;
-                strength = &argument[rest.len() + 1..];
-            }
-            _ => break,
-        }
-    }
-    let strength = match strength {
-        "" => Strength::default(),
-        text => Strength::parse(text).map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?,
-    };
+    let split = Strength::split(argument);
+    let (path, strength) = split.map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?;
     Ok((Path::new(path), strength))
 }

@@ -96,6 +96,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     for adapter in layout.requests.iter().flat_map(|request| &request.adapters) {
         model.read(&adapter.path).map_err(failure)?;
     }
+    model.notes().iter().for_each(|note| eprintln!("note: {note}"));
     let target = if folder { Some(arguments.out.as_path()) } else { arguments.out.parent() };
     if let Some(folder) = target.filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(|error| Failure::Work(format!("{}: {error}", folder.display())))?;

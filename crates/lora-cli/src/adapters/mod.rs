@@ -12,7 +12,7 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use lora_cli::arguments::strength_of;
-use lora_core::compose::Outcome;
+use lora_core::compose::{self, Outcome};
 use lora_core::rank::RankPolicy;
 use lora_core::{Adapter, DType};
 use lora_data::tokenizer::Tokenizer;
@@ -113,17 +113,11 @@ pub(crate) fn apart<'p>(
 
 /// The ranks and what they keep, as a line.
 fn summary(outcomes: &[Outcome]) {
-    let (mut least, mut sum, mut ranks) = (f64::INFINITY, 0.0, (usize::MAX, 0));
-    for outcome in outcomes {
-        least = least.min(outcome.kept);
-        sum += outcome.kept;
-        ranks = (ranks.0.min(outcome.rank), ranks.1.max(outcome.rank));
-    }
-    let mean = sum / outcomes.len().max(1) as f64;
+    let ranks = outcomes.iter().map(|outcome| outcome.rank);
+    let (lowest, highest) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
+    let (mean, least) = compose::kept(outcomes);
     eprintln!(
-        "ranks {} to {}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
-        ranks.0,
-        ranks.1,
+        "ranks {lowest} to {highest}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
         100.0 * mean,
         100.0 * least
     );
