@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::target::TargetLayer;
+use lora_core::target::{Patterns, TargetLayer};
 use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
 use lora_data::PromptLine;
@@ -373,6 +373,7 @@ fn attach(
             }
         }
     }
+    parameters.set_rates(&adapter.rates(&targets, &Patterns::parse(&config.learning_rate_pattern, &targets)?));
     Ok((
         TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() },
         from.map(|(_, provenance)| provenance),
