@@ -86,6 +86,9 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
     let restarts = config(&of(Format::Toml, &restarts));
     assert_has(&restarts, json!({ "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3 }));
     assert!(restarts.get("lr_scheduler_power").is_none(), "a number of another schedule");
+    let base =
+        format!("{text}base_weights = [\"a.safetensors\", \"b.safetensors\"]\nbase_weights_multiplier = [0.5]\n");
+    assert_has(&config(&of(Format::Toml, &base)), json!({ "fuse_adapters": ["a.safetensors:0.5", "b.safetensors"] }));
     assert!(own.get("max_train_steps").is_none(), "epochs win over steps");
     assert_has(&own, json!({ "loss_type": "huber", "huber_c": 0.2 }));
     assert!(matches!(verdict(&imported, "xformers"), Verdict::WithoutEffect(_)));
@@ -418,6 +421,10 @@ fn llama_factory_has_its_own_defaults_and_names_of_datasets() {
     assert!(what.contains("far is on a hub"), "{what}");
     let orpo = text.replace("stage: sft", "stage: dpo\npref_loss: orpo\npref_beta: 0.2");
     assert_has(&config(&of(Format::Yaml, &orpo)), json!({ "objective": "orpo", "orpo_lambda": 0.2 }));
+    let adapters = format!("{text}adapter_name_or_path: one, two\n");
+    assert_has(&config(&of(Format::Yaml, &adapters)), json!({ "init_from": "two", "fuse_adapters": ["one"] }));
+    let own = config(&of(Format::Yaml, &format!("{adapters}create_new_adapter: true\n")));
+    assert!(own.get("init_from").is_none() && own["fuse_adapters"] == json!(["one", "two"]), "{own:#}");
 }
 
 #[test]

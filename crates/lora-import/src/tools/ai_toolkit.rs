@@ -471,9 +471,11 @@ static MODEL: &[Row] = &[
     nothing("layer_offloading_transformer_percent", "with layer_offloading"),
     nothing("layer_offloading_text_encoder_percent", "with layer_offloading"),
     gone("auto_memory", OFF, "vram_budget says what there is"),
-    gone("assistant_lora_path", OFF, "merge it first: lora merge"),
+    by("assistant_lora_path", &["fuse_adapters"], "merged into the base; there it is off in samples", |field| {
+        becomes("fuse_adapters", vec![field.text()], "samples are drawn with it too")
+    }),
     gone("inference_lora_path", OFF, "samples are drawn with the adapter alone"),
-    gone("lora_path", OFF, "merge it first: lora merge"),
+    by("lora_path", &["fuse_adapters"], "a LoRA in the base", |field| taken("fuse_adapters", vec![field.text()])),
     gone("refiner_name_or_path", OFF, "no refiner is used"),
     nothing("refiner_start_at", "no refiner is used"),
     gone("unet_path", OFF, "the base's own network is trained"),

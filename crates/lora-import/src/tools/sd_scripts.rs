@@ -417,9 +417,9 @@ pub(super) static SHARED: &[Row] = &[
     }),
     same("scale_weight_norms", "scale_weight_norms", Kind::Positive),
     same("network_dropout", "lora_dropout", Kind::Positive),
-    gone("dim_from_weights", OFF, "lora_rank must be that of init_from"),
-    gone("base_weights", OFF, "merge them first: lora merge"),
-    gone("base_weights_multiplier", OFF, "merge them first: lora merge"),
+    gone("dim_from_weights", OFF, "lora_rank says the rank; init_from is brought to it"),
+    by("base_weights", &["fuse_adapters"], "each with its base_weights_multiplier", base_weights),
+    nothing("base_weights_multiplier", "with base_weights"),
     same("save_every_n_epochs", "save_every_n_epochs", Kind::AtLeastOne),
     same("save_every_n_steps", "save_every_n_steps", Kind::AtLeastOne),
     gone("save_n_epoch_ratio", OFF, "no saves by a share of the epochs"),
@@ -911,4 +911,23 @@ fn dataset_file(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>) 
         }
     }
     Ok(())
+}
+
+/// LoRAs in the base, each with its strength; 1 where there is none.
+fn base_weights(field: &Field<'_>) -> Outcome {
+    let Some(files) = values::texts(&field.value) else { return field.expected("files") };
+    if files.is_empty() {
+        return no_effect("no file");
+    }
+    let strengths = field.root.get("base_weights_multiplier");
+    let of = |place: usize| match &strengths {
+        Some(Value::Array(all)) => all.get(place).and_then(values::number),
+        Some(one) if place == 0 => values::number(one),
+        _ => None,
+    };
+    let fused = files.iter().enumerate().map(|(place, file)| match of(place) {
+        Some(strength) => format!("{file}:{strength}"),
+        None => file.clone(),
+    });
+    taken("fuse_adapters", fused.collect::<Vec<_>>())
 }

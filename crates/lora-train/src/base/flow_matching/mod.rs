@@ -4,10 +4,11 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `flux`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
+//! | `flux`, `chroma`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, Chroma's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
 //! | `text` | the text encoders of a base |
 //! | `language`, `clip`, `t5` | captions through an encoder of each kind |
 
+mod chroma;
 mod clip;
 mod flux;
 mod flux2;
@@ -34,7 +35,7 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of};
+use lora_torch::tensor::{from_f32, kind_of, upload};
 
 use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
@@ -48,6 +49,7 @@ use crate::difference::Difference;
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
+pub(super) use self::chroma::CHROMA;
 pub(super) use self::flux::FLUX;
 pub(super) use self::flux2::FLUX2;
 pub(super) use self::qwen_image::QWEN_IMAGE;
@@ -140,7 +142,7 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 5] = [&z_image::KIND, &flux::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
+static KINDS: [&Kind; 6] = [&z_image::KIND, &flux::KIND, &chroma::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
 
 /// Whether a base's transformer has a weight.
 fn transformer_contains(checkpoint: &Checkpoint, weight: &str) -> bool {
@@ -616,6 +618,15 @@ fn side_by_side(captions: &[&Tensors], multiple: usize) -> Result<(Tensor, Vec<i
     let behind = |length: i64| [0, 0, 0, longest as i64 - length];
     let long = states.iter().zip(&lengths).map(|(states, &length)| states.f_constant_pad_nd(behind(length)));
     Ok((Tensor::f_stack(&long.collect::<std::result::Result<Vec<_>, _>>()?, 0)?, lengths))
+}
+
+/// Captions' states side by side, and how many each has, where they differ.
+fn ragged(captions: &[&Tensors], device: Device) -> Result<Inputs> {
+    let (states, lengths) = side_by_side(captions, 1)?;
+    let longest = states.size3()?.1;
+    let ragged = lengths.iter().any(|&length| length != longest);
+    let lengths = ragged.then(|| upload(&Tensor::from_slice(&lengths), device)).transpose()?;
+    Ok(Inputs::default().with(STATES, Some(upload(&states, device)?)).with(LENGTHS, lengths))
 }
 
 fn missing(network: Component, name: &'static str) -> Error {

@@ -1,10 +1,10 @@
 //! `lora doctor`: what this machine offers to training, and what is missing.
 
+use lora_cli::Failure;
+use lora_core::openmp;
 use lora_torch::device::{self, CudaStatus};
 use lora_torch::tch::{Cuda, Device, Kind, Tensor};
-use lora_torch::{graph, memory, openmp};
-
-use crate::Failure;
+use lora_torch::{graph, memory};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
