@@ -291,7 +291,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             None => backward(&batch, &parameters)?,
         };
         parameters.settle(&loss, scale, 1.0)?;
-        parameters.step(|_, _| 1e-4)?;
+        parameters.step(|_| 1e-4)?;
         match &recorder {
             None => parameters.clear_gradients()?,
             Some(recorder) => {

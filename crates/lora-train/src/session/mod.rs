@@ -32,6 +32,7 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
+use lora_data::caption::Done;
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
@@ -46,7 +47,7 @@ use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
-use crate::parameters::ParameterList;
+use crate::parameters::{Parameter, ParameterList};
 use crate::schedule::Schedule;
 use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
@@ -272,7 +273,7 @@ impl Session {
                 return Err(error);
             }
         };
-        let StepGradients { loss: total, figures, gradient_norm } = gradients;
+        let StepGradients { loss: total, mut figures, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
@@ -281,14 +282,26 @@ impl Session {
         let rate = |network: Component| factor * base.learning_rate(network);
         let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
         if finite {
-            let step = lora_torch::caught(|| {
-                self.parameters.step(|network, is_up| rate(network) * if is_up { ratio } else { 1.0 })
-            });
-            if let Err(error) = step {
-                // What it had begun cannot be taken back.
-                self.torn = true;
-                let place = format!("in the optimiser at step {}", self.progress.step + 1);
-                return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+            let of = |own: &Parameter| {
+                own.rate.map_or_else(|| rate(own.component), |rate| factor * rate) * if own.is_up { ratio } else { 1.0 }
+            };
+            let limit = self.config.extra.number("scale_weight_norms");
+            let trained = &self.trained;
+            let limited = || match (limit, trained) {
+                (Some(limit), Trained::Adapter(trained)) => trained.adapter.limit_norms(limit),
+                _ => Ok(None),
+            };
+            match lora_torch::caught(|| self.parameters.step_and(of, limited)) {
+                Ok(None) => {}
+                Ok(Some(scaled)) => {
+                    figures.insert(SCALED_LAYERS, f64::try_from(scaled)?);
+                }
+                Err(error) => {
+                    // What it had begun cannot be taken back.
+                    self.torn = true;
+                    let place = format!("in the optimiser at step {}", self.progress.step + 1);
+                    return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+                }
             }
             self.progress.skipped_in_a_row = 0;
         } else {
@@ -468,7 +481,8 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.feed.source.caption(visit, &draw);
+            let done = Done { steps: self.progress.step as usize, of: self.plan.steps };
+            let caption = self.feed.source.caption_when(visit, done, &draw);
             for (network, captions) in &self.feed.kept {
                 encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
             }
@@ -517,6 +531,9 @@ impl Session {
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
 }
+
+/// The figure of `scale_weight_norms`.
+const SCALED_LAYERS: &str = "scaled_layers";
 
 /// Noise levels of visits that are looked at before a run.
 const MOST_LEVELS: usize = 20_000;
