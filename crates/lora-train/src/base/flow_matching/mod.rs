@@ -40,6 +40,7 @@ use lora_torch::tensor::{from_f32, kind_of};
 
 use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
+use super::prior::{self, Prior};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
@@ -216,6 +217,7 @@ struct FlowMatching {
     precision: DType,
     config: TrainConfig,
     levels: NoiseLevels,
+    prior: Prior,
     autoencoder: Option<Autoencoder>,
     encoders: CaptionReaders,
     guidance: Guidance,
@@ -242,6 +244,7 @@ impl FlowMatching {
             device: opening.device,
             precision: opening.precision,
             config: config.clone(),
+            prior: Prior::of(config),
             autoencoder: None,
             transformer: None,
         };
@@ -472,6 +475,14 @@ impl Base for FlowMatching {
         self.encoders.longest()?.tokens(caption).ok()
     }
 
+    fn captions(&self) -> Vec<String> {
+        self.prior.captions()
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        self.prior.figures()
+    }
+
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
         let (_, channels, height, width) = latents.size4()?;
@@ -483,7 +494,8 @@ impl Base for FlowMatching {
         let levels: Vec<f64> = items.iter().map(|item| self.levels.draw(&item.draw.at("timestep"), tokens)).collect();
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
         let loss = VelocityLoss::new(&latents, &noise, &levels, &weights, mask.as_ref())?;
-        self.with_captions(loss.into_inputs(), items)
+        let inputs = self.with_captions(loss.into_inputs(), items)?;
+        self.prior.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
@@ -502,7 +514,9 @@ impl Base for FlowMatching {
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        VelocityLoss::of(inputs)?.loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
+        let (loss, noised, levels) = (VelocityLoss::of(inputs)?, inputs.get("noised")?, inputs.get("levels")?);
+        let answer = |inputs: &Inputs, pass: &Pass| transformer.velocity(noised, levels, inputs, pass);
+        self.prior.loss(inputs, pass, &answer, |answer| loss.loss(|_, _| Ok(answer.shallow_clone())))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -555,6 +569,7 @@ impl Base for FlowMatching {
         record.flow = true;
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
+        record.further.extend(prior::record(&self.config));
         record.further.extend(levels::record(&self.config, &self.levels));
         let labels = (self.kind.labels)(&self.checkpoint);
         record.further.extend(labels.iter().map(|(key, label)| (*key, (*label).to_owned())));

@@ -1,17 +1,18 @@
 //! Keys that bases bring which are trained by flow matching: where their parts are, how long captions are, how noise levels
 //! are drawn. Names are sd-scripts' and diffusers'.
 
+use super::prior::PRIOR;
 use super::stable_diffusion::AUTOENCODER;
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// All of them.
-pub static KEYS: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS];
+pub static KEYS: &[&Group] = &[&CAPTIONS, &PRIOR, &LEVELS, &AUTOENCODER, &PARTS];
 
 /// FLUX.1's: the same, a second text encoder and the guidance that it is told.
-pub static FLUX: &[&Group] = &[&CAPTIONS, &LEVELS, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
+pub static FLUX: &[&Group] = &[&CAPTIONS, &PRIOR, &LEVELS, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
 
 /// Stable Diffusion 3's: the same, and two more text encoders.
-pub static SD3: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
+pub static SD3: &[&Group] = &[&CAPTIONS, &PRIOR, &LEVELS, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
 
 /// The guidance that a network is told.
 pub static GUIDANCE: Group = Group {

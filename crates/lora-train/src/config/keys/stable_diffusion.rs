@@ -4,6 +4,7 @@
 use lora_data::tokenizer::TextCleaning;
 use lora_models::diffusion::SamplerKind;
 
+use super::prior::PRIOR;
 use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
 /// What captions that change from visit to visit cost.
@@ -11,7 +12,7 @@ pub(super) const KEPT_ENCODER: &str =
     "Keeps the text encoder on the device (0.25 GB in fp16) even where it does not train.";
 
 /// All of them.
-pub static KEYS: &[&Group] = &[&NETWORKS, &RATES, &CAPTIONS, &WEIGHTS, &LOSS, &AUTOENCODER, &SAMPLER];
+pub static KEYS: &[&Group] = &[&NETWORKS, &RATES, &CAPTIONS, &PRIOR, &WEIGHTS, &LOSS, &AUTOENCODER, &SAMPLER];
 
 /// Which of its networks are trained.
 pub static NETWORKS: Group = Group {
