@@ -1,7 +1,8 @@
-//! Lets this package's binary and tests find libtorch without LD_LIBRARY_PATH.
+//! The compiler's run-time library may lie in `lib` beside the program, as in an archive of `make dist`.
 
 fn main() {
-    if let Ok(folder) = std::env::var("DEP_LORA_TORCH_SHIM_LIBTORCH_LIB") {
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    println!("cargo:rerun-if-changed=build.rs");
+    if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
+        println!("cargo:rustc-link-arg-bins=-Wl,-rpath,$ORIGIN/lib");
     }
 }

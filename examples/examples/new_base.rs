@@ -139,7 +139,7 @@ fn train(vae: &Vae, parameters: &mut ParameterList, training: &Tensor, steps: us
         parameters.settle(&loss.detach(), 1.0, 1.0)?;
         let warm = ((step + 1) as f64 / 50.0).min(1.0);
         let factor = warm * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-        parameters.step(|_, _| LEARNING_RATE * factor)?;
+        parameters.step(|_| LEARNING_RATE * factor)?;
         parameters.clear_gradients()?;
         // Read every hundred steps only.
         if step % 100 == 99 {

@@ -1,12 +1,9 @@
-//! Progress for people: a bar where there is a terminal, a line now and then where there is none.
+//! Progress for people: the bar on a terminal, and log lines that go above it. What a bar shows is in the programs.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_train::callback::{Callback, Control};
-use lora_train::{Preparing, Session, StepReport};
 
 /// The bar on screen, so that log lines can go above it.
 static BAR: OnceLock<Mutex<Option<ProgressBar>>> = OnceLock::new();
@@ -16,7 +13,7 @@ fn bar() -> &'static Mutex<Option<ProgressBar>> {
 }
 
 /// Puts a bar on screen, or takes it off.
-fn put(new: Option<ProgressBar>) {
+pub fn put(new: Option<ProgressBar>) {
     if let Ok(mut bar) = bar().lock()
         && let Some(old) = std::mem::replace(&mut *bar, new)
     {
@@ -24,8 +21,8 @@ fn put(new: Option<ProgressBar>) {
     }
 }
 
-/// A bar of so many steps in this program's style.
-fn new_bar(steps: usize) -> ProgressBar {
+/// A bar of so many steps in the style of both programs.
+pub fn new_bar(steps: usize) -> ProgressBar {
     let bar = ProgressBar::new(steps as u64);
     let style = ProgressStyle::with_template("{bar:32} {pos}/{len} [{elapsed} < {eta}] {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -33,7 +30,7 @@ fn new_bar(steps: usize) -> ProgressBar {
 }
 
 /// Brings the bar on screen up to date.
-fn advance(done: usize, message: String) {
+pub fn advance(done: usize, message: String) {
     if let Ok(bar) = bar().lock()
         && let Some(bar) = &*bar
     {
@@ -43,7 +40,8 @@ fn advance(done: usize, message: String) {
 }
 
 /// Log lines on standard error, above the bar where there is one.
-pub(crate) struct Writer;
+#[derive(Debug)]
+pub struct Writer;
 
 impl<'w> tracing_subscriber::fmt::MakeWriter<'w> for Writer {
     type Writer = Self;
@@ -64,133 +62,5 @@ impl Write for Writer {
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().flush()
-    }
-}
-
-/// Shows how far preparing has come.
-pub(crate) fn preparing() -> impl FnMut(Preparing) {
-    let mut last = None;
-    move |stage| {
-        let (what, done, of) = match stage {
-            Preparing::Loading(part) => {
-                eprintln!("loading the {part}");
-                return;
-            }
-            Preparing::Labels(done, of) => ("giving captions", done, of),
-            Preparing::Examples(done, of) => ("encoding examples", done, of),
-            Preparing::Captions(done, of) => ("encoding captions", done, of),
-            // A stage that this program does not know is passed over.
-            _ => return,
-        };
-        let due = last.is_none_or(|last: Instant| last.elapsed() > Duration::from_secs(2));
-        if due || done == of {
-            last = Some(Instant::now());
-            let end = if io::stderr().is_terminal() && done < of { '\r' } else { '\n' };
-            eprint!("{what} {done}/{of}{end}");
-        }
-    }
-}
-
-/// The bar of a run: loss, learning rate, what is trained on per second, memory, time left.
-pub(crate) struct TrainingBar {
-    terminal: bool,
-    mean: Option<f64>,
-    start: Instant,
-    measured: f64,
-    printed: Instant,
-}
-
-impl Default for TrainingBar {
-    fn default() -> Self {
-        let now = Instant::now();
-        Self { terminal: io::stderr().is_terminal(), mean: None, start: now, measured: 0.0, printed: now }
-    }
-}
-
-impl Callback for TrainingBar {
-    fn on_start(&mut self, session: &mut Session) -> lora_train::Result<Control> {
-        eprintln!("{}", session.summary());
-        self.start = Instant::now();
-        if self.terminal {
-            put(Some(new_bar(session.plan().steps)));
-        }
-        Ok(Control::Continue)
-    }
-
-    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
-        self.measured += report.measure;
-        if report.loss.is_finite() {
-            self.mean = Some(self.mean.map_or(report.loss, |mean| mean + (report.loss - mean) * 0.05));
-        }
-        let elapsed = self.start.elapsed().as_secs_f64();
-        let message = format!(
-            "loss {:.4} lr {:.2e} {:.2} {}/s {:.1} GiB{}",
-            self.mean.unwrap_or(f64::NAN),
-            report.learning_rate,
-            self.measured / elapsed,
-            session.data().unit,
-            report.memory as f64 / f64::from(1 << 30),
-            if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
-        );
-        if self.terminal {
-            advance(report.step, message);
-        } else if report.step == 1 || report.step == report.steps || self.printed.elapsed() > Duration::from_secs(10) {
-            self.printed = Instant::now();
-            let left = elapsed / report.step as f64 * (report.steps - report.step) as f64;
-            eprintln!("step {}/{} {message}, {left:.0} s left", report.step, report.steps);
-        }
-        Ok(Control::Continue)
-    }
-
-    fn on_end(&mut self, _session: &mut Session) -> lora_train::Result<()> {
-        put(None);
-        Ok(())
-    }
-}
-
-impl Drop for TrainingBar {
-    fn drop(&mut self) {
-        put(None);
-    }
-}
-
-/// The bar of captions: how many have failed, pictures a second, time left.
-pub(crate) struct CaptionBar {
-    terminal: bool,
-    start: Instant,
-    printed: Instant,
-    failed: usize,
-}
-
-impl Default for CaptionBar {
-    fn default() -> Self {
-        let now = Instant::now();
-        Self { terminal: io::stderr().is_terminal(), start: now, printed: now, failed: 0 }
-    }
-}
-
-impl CaptionBar {
-    /// One more picture is done.
-    pub(crate) fn show(&mut self, done: usize, of: usize, failed: bool) {
-        self.failed += usize::from(failed);
-        let elapsed = self.start.elapsed().as_secs_f64();
-        let failures = if self.failed > 0 { format!(" {} without", self.failed) } else { String::new() };
-        let message = format!("{:.2} img/s{failures}", done as f64 / elapsed.max(1e-3));
-        if self.terminal {
-            if done == 1 {
-                put(Some(new_bar(of)));
-            }
-            advance(done, message);
-        } else if done == of || self.printed.elapsed() > Duration::from_secs(10) {
-            self.printed = Instant::now();
-            let left = elapsed / done as f64 * (of - done) as f64;
-            eprintln!("caption {done}/{of} {message}, {left:.0} s left");
-        }
-    }
-}
-
-impl Drop for CaptionBar {
-    fn drop(&mut self) {
-        put(None);
     }
 }

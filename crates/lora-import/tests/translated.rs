@@ -90,9 +90,90 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
         format!("{text}base_weights = [\"a.safetensors\", \"b.safetensors\"]\nbase_weights_multiplier = [0.5]\n");
     assert_has(&config(&of(Format::Toml, &base)), json!({ "fuse_adapters": ["a.safetensors:0.5", "b.safetensors"] }));
     assert!(own.get("max_train_steps").is_none(), "epochs win over steps");
-    assert!(is_lost(&imported, "loss_type") && is_lost(&imported, "huber_c"));
+    assert_has(&own, json!({ "loss_type": "huber", "huber_c": 0.2 }));
     assert!(matches!(verdict(&imported, "xformers"), Verdict::WithoutEffect(_)));
     assert!(matches!(verdict(&imported, "max_train_steps"), Verdict::WithoutEffect(_)));
+}
+
+#[test]
+fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them() {
+    let keys = "min_timestep = 100\nmax_timestep = 900\nnoise_offset = 0.1\nnoise_offset_random_strength = true\nadaptive_noise_scale = 0.01\n\
+                multires_noise_iterations = 6\nmultires_noise_discount = 0.2\nip_noise_gamma = 0.1\nloss_type = \"smooth_l1\"\n\
+                huber_schedule = \"exponential\"\n";
+    let own = config(&of(Format::Toml, &format!("{SD_SCRIPTS}{keys}")));
+    let wanted = json!({
+        "min_timestep": 100, "max_timestep": 900, "noise_offset": 0.1, "noise_offset_random_strength": true,
+        "adaptive_noise_scale": 0.01, "multires_noise_iterations": 6, "multires_noise_discount": 0.2, "ip_noise_gamma": 0.1,
+        "loss_type": "smooth_l1", "huber_schedule": "exponential",
+    });
+    assert_has(&own, wanted);
+    let flux = format!("{SD_SCRIPTS}{keys}t5xxl = \"t5.safetensors\"\n");
+    let own = config(&of(Format::Toml, &flux));
+    assert_has(&own, json!({ "ip_noise_gamma": 0.1, "loss_type": "smooth_l1", "min_timestep": 100 }));
+    assert!(
+        own.get("noise_offset").is_none() && own.get("multires_noise_iterations").is_none(),
+        "FLUX.1 has none there"
+    );
+    let message = refused(Format::Toml, &flux.replace("exponential", "snr"));
+    assert!(message.contains("huber_schedule"), "{message}");
+    let message = refused(Format::Toml, &format!("{SD_SCRIPTS}adaptive_noise_scale = 0.01\n"));
+    assert!(message.contains("noise_offset"), "{message}");
+}
+
+/// Block 1 + 3i + j of 25 is `down_blocks.i`'s j-th, 12 the middle, 13 + 3i + j `up_blocks.i`'s.
+#[test]
+fn weights_of_blocks_become_learning_rates_of_the_layers_that_they_are_of() {
+    let run =
+        |arguments: &str| of(Format::Toml, &format!("{SD_SCRIPTS}unet_lr = 2e-4\nnetwork_args = [{arguments}]\n"));
+    let down = "\"down_lr_weight=9,1,0.5,9,1,0,1,1,1,9,9,9\"";
+    let up = "\"up_lr_weight=1,1,1,1,1,2\"";
+    let imported = run(&format!("{down}, \"mid_lr_weight=0.5\", {up}"));
+    let attentions = json!({
+        r"re:down_blocks\.0\.(attentions\.1)\..*": 1e-4, r"re:down_blocks\.1\.(attentions\.1)\..*": 0.0,
+        r"re:mid_block\..*": 1e-4, r"re:up_blocks\.1\.(attentions\.2)\..*": 4e-4,
+    });
+    let found = &config(&imported)["learning_rate_pattern"];
+    for (pattern, rate) in attentions.as_object().unwrap() {
+        assert_eq!(found[pattern].as_f64(), rate.as_f64(), "{pattern} in {found:#}");
+    }
+    assert_eq!(found.as_object().unwrap().len(), 4, "what carries no LoRA has no pattern: {found:#}");
+    let found = &config(&run(&format!("{down}, {up}, \"conv_dim=4\"")))["learning_rate_pattern"];
+    for pattern in [
+        r"re:down_blocks\.0\.(attentions\.1|resnets\.1)\..*",
+        r"re:down_blocks\.0\.(downsamplers\.0)\..*",
+        r"re:down_blocks\.2\.(downsamplers\.0)\..*",
+        r"re:down_blocks\.3\.(resnets\.0)\..*",
+        r"re:up_blocks\.1\.(attentions\.2|resnets\.2|upsamplers\.0)\..*",
+    ] {
+        assert!(found.get(pattern).is_some(), "{pattern} in {found:#}");
+    }
+    assert!(is_lost(&run("\"down_lr_weight=sine+.25\""), "network_args.down_lr_weight"), "shapes go by name");
+    assert_has(
+        &config(&of(Format::Toml, &format!("{SD_SCRIPTS}scale_weight_norms = 1.0\n"))),
+        json!({ "scale_weight_norms": 1 }),
+    );
+}
+
+#[test]
+fn losses_and_timesteps_of_onetrainer_are_taken_where_they_are_one_of_ours() {
+    let run = |further: Value| {
+        let mut keys = json!({
+            "__version": 9, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "base.safetensors",
+            "concepts": [{ "path": "pictures", "image": {}, "text": {} }], "output_model_destination": "out/lora.safetensors",
+        });
+        keys.as_object_mut().unwrap().extend(further.as_object().unwrap().clone());
+        of(Format::Json, &keys.to_string())
+    };
+    let imported = run(json!({
+        "mse_strength": 0.0, "mae_strength": 1.0, "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5,
+        "noising_weight": 0.25, "min_noising_strength": 0.1, "timestep_shift": 2.0,
+    }));
+    let wanted = json!({
+        "loss_type": "l1", "timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 1.25, "min_timestep": 100,
+        "discrete_flow_shift": 2,
+    });
+    assert_has(&config(&imported), wanted);
+    assert!(is_lost(&run(json!({ "mae_strength": 1.0 })), "mae_strength"), "a mixture is none of ours");
 }
 
 #[test]

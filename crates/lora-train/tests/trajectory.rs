@@ -117,12 +117,12 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
             }
         };
         let weights = LossWeights { min_snr_gamma, ..LossWeights::default() };
-        let denoising = Denoising::new(&unet, &schedule, &latents, &noise, &times, &weights).unwrap();
+        let denoising = Denoising::new(&unet, &schedule, &latents, [&noise; 2], &times, &weights).unwrap();
         let conditions = Conditions { context: &context, added: added.as_ref() };
         let loss = denoising.loss(&unet, conditions, &pass).unwrap();
         loss.backward();
         parameters.settle(&loss.detach(), 1.0, limit).unwrap();
-        parameters.step(|_: Component, _| 1e-3).unwrap();
+        parameters.step(|_| 1e-3).unwrap();
         parameters.clear_gradients().unwrap();
         let found = f64::try_from(&loss).unwrap();
         assert!((found / expected - 1.0).abs() < 1e-5, "{variant}, step {step}: {found} {expected}");

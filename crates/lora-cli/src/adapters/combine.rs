@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use lora_cli::arguments::Precision;
 use lora_core::compose::{self, Keep, MajoritySign, Method, Pruning};
 use lora_core::{DType, Strength};
 use lora_io::merge::Weighted;
 use lora_io::{adapter, metadata};
 
-use super::{Precision, Rank, summary, usual_format, weighted, write};
+use super::{Rank, summary, usual_format, weighted, write};
 use crate::Failure;
 
 #[derive(clap::Args)]

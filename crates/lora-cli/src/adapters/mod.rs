@@ -1,5 +1,5 @@
-//! What is done with finished adapters, a command a file, and what these commands share: arguments, adapters with their
-//! strengths, what may be written where.
+//! What is done with finished adapters, a command a file, and what these commands share: rules for
+//! ranks, adapters with their strengths, what may be written where.
 
 pub(crate) mod combine;
 pub(crate) mod convert;
@@ -10,35 +10,17 @@ pub(crate) mod resize;
 
 use std::path::Path;
 
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use lora_cli::arguments::strength_of;
 use lora_core::compose::{self, Outcome};
 use lora_core::rank::RankPolicy;
-use lora_core::{Adapter, DType, Strength};
+use lora_core::{Adapter, DType};
 use lora_data::tokenizer::Tokenizer;
 use lora_io::adapter::{self, AdapterFile, Format};
 use lora_io::merge::Weighted;
 use lora_io::overwrite;
 
 use crate::Failure;
-
-/// Element types on the command line.
-#[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum Precision {
-    Fp32,
-    Fp16,
-    Bf16,
-}
-
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::Fp32 => DType::F32,
-            Precision::Fp16 => DType::F16,
-            Precision::Bf16 => DType::BF16,
-        }
-    }
-}
 
 /// The rule for ranks on the command line.
 #[derive(clap::Args)]
@@ -62,13 +44,6 @@ impl Rank {
         let share = self.sv_cumulative.map(RankPolicy::Cumulative).or(self.sv_fro.map(RankPolicy::Frobenius));
         self.rank.map(RankPolicy::Fixed).or(self.sv_ratio.map(RankPolicy::Ratio)).or(share)
     }
-}
-
-/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
-pub(crate) fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
-    let split = Strength::split(argument);
-    let (path, strength) = split.map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?;
-    Ok((Path::new(path), strength))
 }
 
 /// Reads an adapter to work with, says what a reader should know of it, and refuses one that is damaged.

@@ -352,7 +352,11 @@ static TRAIN: &[Row] = &[
     gone("learnable_snr_gos", OFF, "no weights that are learned"),
     same("noise_offset", "noise_offset", Kind::Positive),
     gone("dynamic_noise_offset", OFF, "the noise offset does not follow the latents' mean"),
-    gone("loss_type", &["\"mse\""], "the loss is the squared difference"),
+    by("loss_type", &["loss_type"], "`mse` and `mae`", |field| match field.text().as_str() {
+        "mse" => no_effect("as without it"),
+        "mae" => taken("loss_type", "l1"),
+        other => lost(format!("no loss {other}; it is the squared difference")),
+    }),
     gone("loss_target", &["\"noise\""], "what is predicted is the base's"),
     nothing("skip_first_sample", "samples are drawn before the first step, too, where there are prompts"),
     nothing("force_first_sample", "samples are drawn before the first step, too, where there are prompts"),

@@ -4,7 +4,9 @@
 use serde_json::json;
 
 use super::sd_scripts::{self, is_flow};
-use super::sd_scripts_network::{algorithm, alpha, conv_alpha, convolutions, is_lycoris, option, targets};
+use super::sd_scripts_network::{
+    Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
+};
 use super::{Table, Tool, done, optimisers};
 use crate::engine::{Field, Scope};
 use crate::input::tree::Node;
@@ -273,10 +275,16 @@ static OWN: &[Row] = &[
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    gone("down_lr_weight", OFF, "no learning rates by block"),
-    gone("mid_lr_weight", OFF, "no learning rates by block"),
-    gone("up_lr_weight", OFF, "no learning rates by block"),
-    gone("block_lr_zero_threshold", OFF, "no learning rates by block"),
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Down)
+    }),
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Middle)
+    }),
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Up)
+    }),
+    nothing("block_lr_zero_threshold", "with weights of blocks"),
     by("noise_offset_type", &[], "which of the two kinds of noise counts", |_| {
         no_effect("which of the two kinds of noise counts")
     }),
@@ -286,12 +294,18 @@ static OWN: &[Row] = &[
         Some(offset) => taken("noise_offset", values::of_number(offset)),
         None => field.expected("a number"),
     }),
-    by("adaptive_noise_scale", &[], "with noise_offset_type Original", |field| match is_multires(&field.root) {
-        true => no_effect("noise_offset_type is Multires"),
-        false => lost_if(field, "the noise offset does not follow the latents' mean"),
+    by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset_type Original", |field| {
+        match is_multires(&field.root) || field.root.number("noise_offset").unwrap_or(0.0) == 0.0 {
+            true => no_effect("there is no noise offset"),
+            false => sd_scripts::adaptive_noise_scale(field),
+        }
     }),
-    by("multires_noise_iterations", &[], "with noise_offset_type Multires", multires),
-    by("multires_noise_discount", &[], "with noise_offset_type Multires", multires),
+    by("multires_noise_iterations", &["multires_noise_iterations"], "with noise_offset_type Multires", |field| {
+        multires(field, "multires_noise_iterations")
+    }),
+    by("multires_noise_discount", &["multires_noise_discount"], "with noise_offset_type Multires", |field| {
+        multires(field, "multires_noise_discount")
+    }),
     by("clip_skip", &["clip_skip"], "SDXL reads a layer of its own", |field| match field.count() {
         Some(0 | 1) => no_effect("the last layer, as without it"),
         Some(_) if field.root.on("sdxl") || field.root.on("sdxl_checkbox") || is_flow(&field.root) => {
@@ -402,16 +416,30 @@ fn epochs(root: &Scope<'_>) -> bool {
     root.count("max_train_epochs").unwrap_or(0) > 0
 }
 
+/// Weights of blocks, where the fields are filled in.
+fn weights(field: &Field<'_>, side: Side) -> Outcome {
+    match field.text().trim().is_empty() {
+        true => no_effect("off, as without it"),
+        false => {
+            let kind = field.root.text("LoRA_type").unwrap_or_default();
+            block_rates(field, side, kind.contains("LoCon") || is_lycoris(&field.root))
+        }
+    }
+}
+
 fn is_multires(root: &Scope<'_>) -> bool {
     root.text("noise_offset_type").is_some_and(|kind| kind == "Multires")
 }
 
-fn multires(field: &Field<'_>) -> Outcome {
+fn multires(field: &Field<'_>, ours: &'static str) -> Outcome {
     let original = field.root.text("noise_offset_type").is_some_and(|kind| kind == "Original");
     let off = field.root.number("multires_noise_iterations").unwrap_or(0.0) == 0.0;
     match original || off {
         true => no_effect("off, as without it"),
-        false => lost("no noise of several resolutions is added"),
+        false => match field.number() {
+            Some(number) => becomes(ours, values::of_number(number), "each picture's noise has unit variance"),
+            None => field.expected("a number"),
+        },
     }
 }
 

@@ -17,7 +17,7 @@ use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 use super::{Inputs, Item};
 use crate::Result;
 use crate::config::TrainConfig;
-use crate::loss::mean_square;
+use crate::difference::{LossType, Target};
 
 /// What is told of each step.
 const FIGURES: &[&str] = &["prior_loss"];
@@ -93,20 +93,29 @@ impl Prior {
         let asked = asked.map(|(part, weight)| Ok((of_base(answer, &part)?, part, weight)));
         let asked = asked.collect::<Result<Vec<_>>>()?;
 
-        let factors = inputs.find("factors");
         let answered = answer(inputs, pass)?;
         let loss = own(&answered)?;
         let mut kept = loss.f_zeros_like()?;
         if let (Some(outside), Some(there)) = (&outside, &there) {
-            let part = mean_square(&answered, there, Some(outside), factors)?;
+            let part = mean_square(&answered, there, Some(outside), inputs)?;
             kept = kept.f_add(&part.f_mul_scalar(self.outside_mask)?)?;
         }
         for (base, part, weight) in &asked {
-            let part = mean_square(&answer(part, pass)?, base, None, factors)?;
+            let part = mean_square(&answer(part, pass)?, base, None, inputs)?;
             kept = kept.f_add(&part.f_mul_scalar(*weight)?)?;
         }
         Ok(Tensor::f_stack(&[loss.f_add(&kept)?, kept.f_detach()?], 0)?.f_to_kind(Kind::Float)?)
     }
+}
+
+/// Mean over the batch of each item's mean square between two answers. Items count as `inputs` say, places as the mask.
+fn mean_square(answer: &Tensor, base: &Tensor, mask: Option<&Tensor>, inputs: &Inputs) -> Result<Tensor> {
+    let own = |tensor: Option<&Tensor>| tensor.map(Tensor::shallow_clone);
+    let target = Inputs::default()
+        .with("target", own(Some(base)))
+        .with("mask", own(mask))
+        .with("factors", own(inputs.find("factors")));
+    Target::of(&target, LossType::L2)?.mean_loss(answer)
 }
 
 /// What the base answers without its adapter and without gradients.

@@ -4,12 +4,13 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use lora_data::figure::grid::{self, GridPicture, GridRow};
+
 use super::clock::Clock;
 use crate::Result;
 use crate::base::Sample;
 use crate::callback::{Callback, Control};
 use crate::config::TrainConfig;
-use crate::report::grid::{self, GridPicture, GridRow};
 use crate::session::{Session, StepReport};
 
 /// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.

@@ -218,6 +218,8 @@ fields! {
     variant_options: BTreeMap<String, f64>,
     rank_pattern: BTreeMap<String, f64>,
     alpha_pattern: BTreeMap<String, f64>,
+    /// Learning rates of some layers, by pattern.
+    learning_rate_pattern: BTreeMap<String, f64>,
     loraplus_lr_ratio: f64,
     target_modules: Vec<String>,
     train_unet: bool,

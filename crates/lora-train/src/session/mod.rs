@@ -32,6 +32,7 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
+use lora_data::caption::Done;
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
@@ -46,7 +47,7 @@ use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
-use crate::parameters::ParameterList;
+use crate::parameters::{Parameter, ParameterList};
 use crate::schedule::Schedule;
 use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
@@ -272,7 +273,7 @@ impl Session {
                 return Err(error);
             }
         };
-        let StepGradients { loss: total, figures, gradient_norm } = gradients;
+        let StepGradients { loss: total, mut figures, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
@@ -281,14 +282,26 @@ impl Session {
         let rate = |network: Component| factor * base.learning_rate(network);
         let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
         if finite {
-            let step = lora_torch::caught(|| {
-                self.parameters.step(|network, is_up| rate(network) * if is_up { ratio } else { 1.0 })
-            });
-            if let Err(error) = step {
-                // What it had begun cannot be taken back.
-                self.torn = true;
-                let place = format!("in the optimiser at step {}", self.progress.step + 1);
-                return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+            let of = |own: &Parameter| {
+                own.rate.map_or_else(|| rate(own.component), |rate| factor * rate) * if own.is_up { ratio } else { 1.0 }
+            };
+            let limit = self.config.extra.number("scale_weight_norms");
+            let trained = &self.trained;
+            let limited = || match (limit, trained) {
+                (Some(limit), Trained::Adapter(trained)) => trained.adapter.limit_norms(limit),
+                _ => Ok(None),
+            };
+            match lora_torch::caught(|| self.parameters.step_and(of, limited)) {
+                Ok(None) => {}
+                Ok(Some(scaled)) => {
+                    figures.insert(SCALED_LAYERS, f64::try_from(scaled)?);
+                }
+                Err(error) => {
+                    // What it had begun cannot be taken back.
+                    self.torn = true;
+                    let place = format!("in the optimiser at step {}", self.progress.step + 1);
+                    return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+                }
             }
             self.progress.skipped_in_a_row = 0;
         } else {
@@ -330,14 +343,24 @@ impl Session {
     /// The micro-batches of the next step: drawn before any of them is computed, as the loss of each is weighted by its share
     /// of all that their items measure, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
     fn next_batches(&mut self) -> Vec<Vec<Visit>> {
-        let mut batches: Vec<Vec<Visit>> = Vec::new();
-        for _ in 0..self.config.gradient_accumulation_steps {
-            if !batches.is_empty() && self.feed.sampler.position().item >= self.feed.sampler.epoch_length() {
-                break;
+        micro_batches(&mut self.feed.sampler, self.config.gradient_accumulation_steps)
+    }
+
+    /// The noise levels at which the visits of the steps that are left are trained, of a long run the first; none of a base that
+    /// adds no noise.
+    fn noise_levels(&self) -> Vec<f64> {
+        let mut sampler = self.feed.sampler.clone();
+        let mut levels = Vec::new();
+        for _ in self.progress.step..self.plan.steps {
+            for visit in micro_batches(&mut sampler, self.config.gradient_accumulation_steps).concat() {
+                let shape = self.feed.source.visits(visit.index).shape;
+                match self.base.noise_level(&visit.draws(self.config.seed), shape) {
+                    Some(level) if levels.len() < MOST_LEVELS => levels.push(level),
+                    _ => return levels,
+                }
             }
-            batches.push(self.feed.sampler.next_batch());
         }
-        batches
+        levels
     }
 
     /// The gradients of a step, unscaled and clipped, in the parameters.
@@ -458,7 +481,8 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.feed.source.caption(visit, &draw);
+            let done = Done { steps: self.progress.step as usize, of: self.plan.steps };
+            let caption = self.feed.source.caption_when(visit, done, &draw);
             encoded.extend(self.kept_of(&caption));
             let beside = self.base.captions().into_iter().map(|caption| {
                 let kept = self.kept_of(&caption);
@@ -515,6 +539,24 @@ impl Session {
         let last = self.base.networks().last().map_or("network", |network| network.title);
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
+}
+
+/// The figure of `scale_weight_norms`.
+const SCALED_LAYERS: &str = "scaled_layers";
+
+/// Noise levels of visits that are looked at before a run.
+const MOST_LEVELS: usize = 20_000;
+
+/// The micro-batches of a step, which does not span epochs.
+fn micro_batches(sampler: &mut EpochSampler, accumulation: usize) -> Vec<Vec<Visit>> {
+    let mut batches: Vec<Vec<Visit>> = Vec::new();
+    for _ in 0..accumulation {
+        if !batches.is_empty() && sampler.position().item >= sampler.epoch_length() {
+            break;
+        }
+        batches.push(sampler.next_batch());
+    }
+    batches
 }
 
 /// The loss alone of what [`Base::loss`] gives.

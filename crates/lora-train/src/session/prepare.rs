@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use lora_core::target::TargetLayer;
+use lora_core::target::{Patterns, TargetLayer};
 use lora_core::{Component, DType};
 use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
@@ -373,6 +373,7 @@ fn attach(
             }
         }
     }
+    parameters.set_rates(&adapter.rates(&targets, &Patterns::parse(&config.learning_rate_pattern, &targets)?));
     notes.extend(from.as_ref().and_then(|from| from.note(adapter.begun(), &targets)));
     Ok((TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() }, from.map(|from| from.provenance)))
 }

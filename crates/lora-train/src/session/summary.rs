@@ -7,6 +7,7 @@ use lora_data::source::Overview;
 use lora_torch::tch::Device;
 
 use super::{Session, Trained};
+use crate::base::levels::histogram;
 use crate::config::StepPlan;
 
 /// What people get wrong most, to be read before the first step.
@@ -27,6 +28,8 @@ pub struct Summary {
     pub device: String,
     /// How the steps come about.
     pub plan: StepPlan,
+    /// How the timesteps that the run will draw are spread, as bars of text; `None` for a base that adds no noise.
+    pub timesteps: Option<String>,
     /// What was decided or noticed while preparing.
     pub notes: Vec<String>,
 }
@@ -39,7 +42,9 @@ impl Session {
         let notes = self.notes.iter().cloned().chain(std::mem::take(&mut data.notes)).collect();
         // As each is read: with trigger word, prefix and suffix.
         let tokens = |item: usize| self.base.caption_length(&self.feed.source.plain_caption(item));
+        let levels = self.noise_levels();
         Summary {
+            timesteps: (!levels.is_empty()).then(|| histogram(&levels)),
             data,
             cut_captions: (0..self.feed.source.count())
                 .filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit))
@@ -74,6 +79,9 @@ impl fmt::Display for Summary {
         }
         writeln!(f, "device:    {} in {}", self.device, self.precision)?;
         write!(f, "steps:     {}", self.plan)?;
+        if let Some(timesteps) = &self.timesteps {
+            write!(f, "\n{timesteps}")?;
+        }
         for note in &self.notes {
             write!(f, "\nnote:      {note}")?;
         }

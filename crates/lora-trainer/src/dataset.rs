@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use lora_cli::Failure;
 use lora_data::Pictures;
 use lora_data::dataset::Strictness;
 use lora_data::finding::{Finding, FindingKind, Severity};
@@ -16,7 +17,7 @@ use lora_data::tokenizer::{ClipTokenizer, TextCleaning, Tokenizer};
 use lora_train::Plugins;
 use lora_train::config::TrainConfig;
 
-use crate::Failure;
+use crate::failure::failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -58,12 +59,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     let (mut datasets, tokens) =
         TrainConfig::datasets_of(arguments.config.as_deref(), arguments.folder.as_deref(), &arguments.set)
-            .map_err(lora_train::Error::from)?;
+            .map_err(failure)?;
     for dataset in &mut datasets {
         dataset.scan.strictness = Strictness::Inspect;
     }
     let title = datasets.iter().map(|dataset| dataset.path.display().to_string()).collect::<Vec<_>>().join(", ");
-    let pictures = Pictures::open(datasets, &Plugins::default().processors).map_err(lora_train::Error::from)?;
+    let pictures = Pictures::open(datasets, &Plugins::default().processors).map_err(failure)?;
     let options = ReportOptions {
         shown: if arguments.html.is_some() { arguments.shown } else { 0 },
         samples: if arguments.html.is_some() { ReportOptions::default().samples } else { 0 },
@@ -77,7 +78,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             eprint!("looked at {done}/{of}{}", if std::io::stderr().is_terminal() { '\r' } else { '\n' });
         }
     };
-    let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(lora_train::Error::from)?;
+    let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(failure)?;
     let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
     let (page, json, print) = (html::page, serde_json::to_string_pretty, print_pictures);
     Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), noun: "pictures", lost }
@@ -85,14 +86,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
-    let tokenizer = Arc::new(Tokenizer::open(tokenizer).map_err(lora_train::Error::from)?);
+    let tokenizer = Arc::new(Tokenizer::open(tokenizer).map_err(failure)?);
     let options = TextOptions {
         path: path.to_owned(),
         strictness: Strictness::Inspect,
         max_seq_length: arguments.max_seq_length,
         ..TextOptions::default()
     };
-    let texts = Texts::open(options, tokenizer, None).map_err(lora_train::Error::from)?;
+    let texts = Texts::open(options, tokenizer, None).map_err(failure)?;
     let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
     let lost =
         texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();

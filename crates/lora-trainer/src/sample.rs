@@ -4,15 +4,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use lora_cli::Failure;
+use lora_cli::arguments::strength_of;
 use lora_core::strength::parse_prompt;
+use lora_data::figure::grid::{self, GridPicture, GridRow};
 use lora_data::{PromptLine, RgbPicture};
 use lora_io::adapter;
 use lora_train::Plugins;
 use lora_train::inference::{AppliedAdapter, PictureModel, PictureModelOptions, PictureRequest};
-use lora_train::report::grid::{self, GridPicture, GridRow};
 
-use crate::Failure;
-use crate::adapters::strength_of;
+use crate::failure::failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -90,10 +91,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     let mut options = PictureModelOptions::new(&arguments.base);
     options.keys = keys(arguments);
-    let mut model = PictureModel::open(&options, &Plugins::default())?;
+    let mut model = PictureModel::open(&options, &Plugins::default()).map_err(failure)?;
     // An adapter that does not fit is told before the base is loaded.
     for adapter in layout.requests.iter().flat_map(|request| &request.adapters) {
-        model.read(&adapter.path)?;
+        model.read(&adapter.path).map_err(failure)?;
     }
     model.notes().iter().for_each(|note| eprintln!("note: {note}"));
     let target = if folder { Some(arguments.out.as_path()) } else { arguments.out.parent() };
@@ -102,13 +103,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     let (started, bar) = (Instant::now(), bar(layout.requests.len()));
     let mut failed = None;
-    let pictures = model.draw(&layout.requests, &mut |index, picture| {
-        bar.inc(1);
-        if folder {
-            let path = arguments.out.join(format!("{:04}.png", index + 1));
-            failed = failed.take().or(GridPicture::from(picture).save(&path).err());
-        }
-    })?;
+    let pictures = model
+        .draw(&layout.requests, &mut |index, picture| {
+            bar.inc(1);
+            if folder {
+                let path = arguments.out.join(format!("{:04}.png", index + 1));
+                failed = failed.take().or(GridPicture::from(picture).save(&path).err());
+            }
+        })
+        .map_err(failure)?;
     bar.finish_and_clear();
     if let Some(error) = failed {
         return Err(error.into());
@@ -142,7 +145,7 @@ fn keys(arguments: &Arguments) -> Vec<String> {
 fn layout(arguments: &Arguments) -> Result<Layout, Failure> {
     let mut lines = arguments.prompt.clone();
     if let Some(path) = &arguments.prompts {
-        lines.extend(PromptLine::lines_of(path).map_err(lora_train::Error::from)?);
+        lines.extend(PromptLine::lines_of(path).map_err(failure)?);
     }
     if lines.is_empty() {
         return Err(Failure::Usage("there is no prompt".into()));

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use lora_cli::{Failure, interrupt};
 use lora_train::{Best, Plugins, train};
 
+use crate::configuration;
+use crate::failure::failure;
 use crate::progress::{TrainingBar, preparing};
-use crate::{Failure, import, interrupt};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -20,12 +22,13 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let config = import::configuration(&arguments.config, &arguments.set)?;
+    let config = configuration::read(&arguments.config, &arguments.set)?;
     let output_dir = config.output_dir.clone();
     let has_samples = !config.samples.prompts.is_empty();
 
     let stop = interrupt::flag("stopping after this step; the LoRA will be saved (once more to end at once)");
-    let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())?;
+    let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())
+        .map_err(failure)?;
     if arguments.json {
         let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped, "best": result.best });
         println!("{json}");

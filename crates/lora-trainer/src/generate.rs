@@ -4,13 +4,14 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use lora_cli::Failure;
+use lora_cli::arguments::Precision;
 use lora_core::DType;
 use lora_torch::frozen::Storage;
 use lora_train::Plugins;
 use lora_train::inference::{EvaluationOptions, Sampling, TextModel, TextModelOptions};
 
-use crate::Failure;
-use crate::adapters::Precision;
+use crate::failure::failure;
 
 /// The model on the command line.
 #[derive(clap::Args)]
@@ -108,7 +109,7 @@ impl Model {
             return Err(Failure::Usage(format!("--lora: {strength} is no strength; expected a number, such as 0.8")));
         }
         options.device.clone_from(&self.device);
-        let on_gpu = lora_torch::device::resolve(&self.device).map_err(lora_train::Error::from)?.is_cuda();
+        let on_gpu = lora_torch::device::resolve(&self.device).map_err(failure)?.is_cuda();
         options.precision = match self.precision {
             Some(precision) => precision.into(),
             None if on_gpu => DType::BF16,
@@ -117,7 +118,7 @@ impl Model {
         options.base_storage = self.base_storage;
         options.chat_template.clone_from(&self.chat_template);
         options.system_prompt.clone_from(&self.system);
-        Ok(TextModel::open(&options, &Plugins::default())?)
+        TextModel::open(&options, &Plugins::default()).map_err(failure)
     }
 }
 
@@ -128,18 +129,20 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> Result<(), Failure> {
     }
     let model = arguments.model.open()?;
     let tokens = match (&arguments.chat, &arguments.prompt) {
-        (Some(chat), _) => model.writer().tokens(chat)?,
-        (None, prompt) => model.writer().plain(prompt.as_deref().unwrap_or_default())?,
+        (Some(chat), _) => model.writer().tokens(chat).map_err(failure)?,
+        (None, prompt) => model.writer().plain(prompt.as_deref().unwrap_or_default()).map_err(failure)?,
     };
     let sampling =
         Sampling { temperature: *temperature, top_p: *top_p, seed: *seed, tokens: *max_new_tokens, stop: Vec::new() };
     let mut out = std::io::stdout().lock();
     let (start, mut closed) = (Instant::now(), false);
     let mut told = String::new();
-    let answer = model.generate(&tokens, &sampling, &mut |piece| {
-        told.push_str(piece);
-        closed |= out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_err();
-    })?;
+    let answer = model
+        .generate(&tokens, &sampling, &mut |piece| {
+            told.push_str(piece);
+            closed |= out.write_all(piece.as_bytes()).and_then(|()| out.flush()).is_err();
+        })
+        .map_err(failure)?;
     // What was never a whole character is shown as it is.
     let rest = answer.strip_prefix(&told).unwrap_or_default();
     if !closed {
@@ -164,12 +167,14 @@ pub(crate) fn evaluate(arguments: &EvaluateArguments) -> Result<(), Failure> {
     options.chat_template.clone_from(&arguments.model.chat_template);
     options.system_prompt.clone_from(&arguments.model.system);
     let mut last = Instant::now();
-    let evaluation = model.evaluate(&options, &mut |done, of| {
-        if last.elapsed() > Duration::from_secs(2) {
-            last = Instant::now();
-            eprint!("judged {done}/{of}{}", if std::io::stderr().is_terminal() { '\r' } else { '\n' });
-        }
-    })?;
+    let evaluation = model
+        .evaluate(&options, &mut |done, of| {
+            if last.elapsed() > Duration::from_secs(2) {
+                last = Instant::now();
+                eprint!("judged {done}/{of}{}", if std::io::stderr().is_terminal() { '\r' } else { '\n' });
+            }
+        })
+        .map_err(failure)?;
     if arguments.json {
         let json = serde_json::to_string_pretty(&evaluation).map_err(|error| Failure::Work(error.to_string()))?;
         println!("{json}");

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use lora_cli::Failure;
 use lora_torch::device::{CudaStatus, cuda};
 use lora_train::Plugins;
 use lora_train::plan::plan;
 
-use crate::{Failure, import};
+use crate::configuration;
+use crate::failure::failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -27,12 +29,12 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut set = arguments.set.clone();
     set.extend(arguments.vram.as_ref().map(|size| format!("vram_budget={size}")));
-    let mut config = import::configuration(&arguments.config, &set)?;
+    let mut config = configuration::read(&arguments.config, &set)?;
     if arguments.vram.is_some() && config.device == "auto" && !matches!(cuda(), CudaStatus::Available(_)) {
         set.push("device=cuda".to_owned());
-        config = import::configuration(&arguments.config, &set)?;
+        config = configuration::read(&arguments.config, &set)?;
     }
-    let plan = plan(&config, &Plugins::default())?;
+    let plan = plan(&config, &Plugins::default()).map_err(failure)?;
     if arguments.json {
         let json = serde_json::to_string_pretty(&plan).map_err(|error| Failure::Work(error.to_string()))?;
         println!("{json}");

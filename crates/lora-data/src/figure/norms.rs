@@ -8,7 +8,6 @@ use lora_core::ModulePath;
 use lora_core::health::ModuleHealth;
 
 use super::heat_map::{self, Cell};
-use crate::Result;
 
 /// By block of a network, `unet down_blocks.0`: how many modules there are, and the norm of their updates together.
 pub fn by_block(modules: &[ModuleHealth]) -> BTreeMap<String, (usize, f64)> {
@@ -26,11 +25,10 @@ pub fn by_block(modules: &[ModuleHealth]) -> BTreeMap<String, (usize, f64)> {
 /// Writes a picture (PNG) of all modules, blocks by layers; those that hold NaN or infinity are drawn as damaged.
 ///
 /// # Errors
-/// [`Error::File`](crate::Error::File) where the file cannot be written.
-pub fn write(path: impl AsRef<Path>, modules: &[ModuleHealth]) -> Result<()> {
+/// Where the file cannot be written.
+pub fn write(path: impl AsRef<Path>, modules: &[ModuleHealth]) -> lora_io::Result<()> {
     let picture = draw(modules);
-    lora_io::atomic::write(path, |file| picture.write_to(file, ImageFormat::Png).map_err(std::io::Error::other))?;
-    Ok(())
+    lora_io::atomic::write(path, |file| picture.write_to(file, ImageFormat::Png).map_err(std::io::Error::other))
 }
 
 fn draw(modules: &[ModuleHealth]) -> RgbImage {

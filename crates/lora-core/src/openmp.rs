@@ -1,7 +1,7 @@
 //! How the threads of libtorch's kernels wait for each other. An OpenMP library lets them spin, which is fastest where the cores
 //! are theirs. Beside any other busy program each barrier then waits for a thread that the system has put aside for a
 //! spinning one, and steps take many times as long (measured in `docs/reliability.md`). A library reads how to wait when it is
-//! loaded, before `main`; a program that wants it otherwise sets it and starts itself again.
+//! loaded, before `main`; who wants it otherwise sets a variable before the program starts. Nothing here needs libtorch.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,6 @@ pub(crate) const VARIABLES: [&str; 3] = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "K
 
 /// What this program sets beside busy programs: threads that wait sleep, whichever library it is. On a quiet machine that
 /// takes up to three times as long with small networks, as each barrier wakes a core.
-#[cfg(target_os = "linux")]
 const SETTING: (&str, &str) = ("OMP_WAIT_POLICY", "PASSIVE");
 
 /// How long other programs are watched before the choice. The system counts in hundredths of a second.
@@ -81,13 +80,22 @@ fn own_seconds(stat: &str) -> Option<f64> {
     Some((user + system) / TICKS)
 }
 
-/// Where other programs keep cores busy, starts the program again, in the same process and with the same arguments,
-/// with threads that yield to them. Call it first in `main` of a program that trains; it watches for a quarter of a
-/// second. It returns where the machine is quiet, where a variable says how threads wait, as it is in the program that
-/// was started again, and everywhere but on Linux.
+/// The variable, and its value, that a program which trains is to be started with beside busy programs. It watches for a quarter
+/// of a second. `None` where the machine is quiet, where a variable says already how threads wait, and everywhere but on Linux.
+pub fn for_busy_programs() -> Option<(&'static str, &'static str)> {
+    if cfg!(not(target_os = "linux")) || setting().is_some() {
+        return None;
+    }
+    let load = Load::now()?;
+    std::thread::sleep(WATCHED);
+    load.others_since().filter(|&cores| cores >= CROWDED).map(|_| SETTING)
+}
+
+/// Starts the program again, in the same process and with the same arguments, where [`for_busy_programs`] has a variable to set.
+/// Call it first in `main` of a program that trains; a program that starts another one sets the variable for that one instead.
 ///
 /// ```no_run
-/// lora_torch::openmp::yield_to_busy_programs();
+/// lora_core::openmp::yield_to_busy_programs();
 /// // … train …
 /// ```
 pub fn yield_to_busy_programs() {
@@ -95,22 +103,15 @@ pub fn yield_to_busy_programs() {
     {
         use std::os::unix::process::CommandExt;
 
-        if setting().is_some() {
-            return;
-        }
-        let Some(load) = Load::now() else { return };
-        std::thread::sleep(WATCHED);
-        if load.others_since().is_none_or(|cores| cores < CROWDED) {
-            return;
-        }
+        let Some((name, value)) = for_busy_programs() else { return };
         let Ok(program) = std::env::current_exe() else { return };
         let mut arguments = std::env::args_os();
         let mut command = std::process::Command::new(program);
-        if let Some(name) = arguments.next() {
-            command.arg0(name);
+        if let Some(own) = arguments.next() {
+            command.arg0(own);
         }
         // It comes back only where it could not be started, and then goes on as it is.
-        let _error = command.args(arguments).env(SETTING.0, SETTING.1).exec();
+        let _error = command.args(arguments).env(name, value).exec();
     }
 }
 

@@ -7,7 +7,7 @@ use super::font;
 
 /// One step of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Point {
+pub struct Point {
     /// The step, from 1.
     pub step: u64,
     /// The loss; points that are not finite are left out.
@@ -31,7 +31,7 @@ const MEAN: Rgb<u8> = Rgb([30, 90, 190]);
 const RATE: Rgb<u8> = Rgb([214, 130, 40]);
 
 /// Draws the curve, 960×540.
-pub(crate) fn draw(points: &[Point], title: &str) -> RgbImage {
+pub fn draw(points: &[Point], title: &str) -> RgbImage {
     let finite: Vec<Point> = points.iter().copied().filter(|point| point.loss.is_finite()).collect();
     let means = running_means(&finite);
     let steps = (

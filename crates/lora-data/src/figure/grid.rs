@@ -4,10 +4,10 @@ use std::path::Path;
 
 use image::imageops::{FilterType, overlay, resize};
 use image::{ImageFormat, Rgb, RgbImage};
-use lora_data::RgbPicture;
+use lora_io::Result;
 
 use super::font;
-use crate::Result;
+use crate::RgbPicture;
 
 /// One row of the grid.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,7 +55,7 @@ pub fn write(path: &Path, rows: &[GridRow], columns: &[String]) -> Result<()> {
 
 fn save(path: &Path, picture: &RgbImage) -> Result<()> {
     let png = |file: &mut _| picture.write_to(file, ImageFormat::Png).map_err(std::io::Error::other);
-    Ok(lora_io::atomic::write(path, png)?)
+    lora_io::atomic::write(path, png)
 }
 
 const GAP: u32 = 8;

@@ -1,7 +1,0 @@
-//! Results as pictures: the loss curve, the grid of samples, the norms of an adapter's updates. They know nothing of training.
-
-mod font;
-pub mod grid;
-mod heat_map;
-pub(crate) mod loss_curve;
-pub mod norms;
