@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
-use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor};
+use lora_core::{Adapter, AdapterModule, DType, HostTensor};
 use lora_io::adapter;
 use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
 use lora_io::family::Family;
