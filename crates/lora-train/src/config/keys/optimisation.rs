@@ -63,10 +63,10 @@ pub(super) static KEYS: Group = Group {
         },
         Key {
             name: "optimizer",
-            values: "adamw, adamw8bit, adafactor, lion, prodigy, adamw_schedulefree, or one that your program registers",
+            values: "adamw, adamw8bit, adafactor, lion, prodigy, adamw_schedulefree, came, muon, stable_adamw, or one that your program registers",
             default: "\"adamw\"",
             meaning: "Optimiser; what each is for and what it takes: docs/optimisers.md.",
-            memory: "Bytes per trained number: adamw and adamw_schedulefree 8, adamw8bit 2, lion 4, adafactor near 0, prodigy 12 to 16.",
+            memory: "Bytes per trained number: adamw, stable_adamw and adamw_schedulefree 8, adamw8bit 2, lion, came and muon 4, adafactor near 0, prodigy 12 to 16.",
             resumed: Resumed::Fixed(|config| config.optimizer.clone()),
             reads: Reads::Run(|given, config| {
                 config.optimizer = given.text().unwrap_or_else(|| "adamw".into());
