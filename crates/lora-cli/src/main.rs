@@ -7,6 +7,7 @@ mod caption;
 mod check;
 mod dataset;
 mod doctor;
+mod events;
 mod generate;
 mod import;
 mod info;

@@ -8,8 +8,10 @@ pub mod base;
 mod bytes;
 pub mod callback;
 mod callbacks;
+mod command;
 pub mod config;
 mod error;
+pub mod event;
 mod full;
 pub mod inference;
 mod inputs;
@@ -28,7 +30,9 @@ pub mod trainable;
 pub mod velocity;
 
 pub use auto_label::auto_label;
+pub use command::Command;
 pub use error::{Error, Result};
+pub use event::Event;
 /// To be called first in `main` of a program that trains.
 pub use lora_torch::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;

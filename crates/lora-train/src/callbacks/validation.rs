@@ -7,6 +7,7 @@ use std::io::Write;
 use crate::callback::{Callback, Control};
 use crate::callbacks::history;
 use crate::config::TrainConfig;
+use crate::event::Event;
 use crate::session::{Session, StepReport, Validation};
 use crate::{Error, Result};
 
@@ -55,6 +56,7 @@ impl ValidationLoss {
             loss => loss?,
         };
         let first = *self.first.get_or_insert(loss);
+        session.tell(Event::Validation { step, loss, first });
         tracing::info!("validation loss at step {step}: {loss:.4} ({:+.1} %)", 100.0 * (loss / first - 1.0));
         if let Err(error) = writeln!(file, "{}", serde_json::json!({ "step": step, "loss": loss })) {
             tracing::warn!("validation.jsonl cannot be written ({error})");
