@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-onnx quickstart quickstart-text build test lint bench peers gpu docs clean
+.PHONY: help setup setup-onnx quickstart quickstart-text build test lint bench peers gpu docs book clean
 
 # A Python with torch, diffusers and peft, for `make peers`.
 PYTHON ?= python3
@@ -50,6 +50,10 @@ gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, 
 
 docs: setup ## Build the API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+book: ## Build the documentation for users into out/book (needs mdbook: cargo install mdbook)
+	@command -v mdbook >/dev/null || { echo "make book: mdbook is not installed; cargo install mdbook" >&2; exit 1; }
+	mdbook build
 
 clean: ## Remove what was built and drawn
 	cargo clean

@@ -76,10 +76,11 @@ impl Callback for SaveCheckpoints {
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         let every = |interval: Option<usize>| interval.is_some_and(|interval| report.step.is_multiple_of(interval));
         let epochs = self.epochs.map(|epochs| epochs * session.plan().steps_per_epoch);
-        if (every(self.steps) || every(epochs)) && report.step < report.steps {
-            if let Err(error) = self.save(session, report.step)? {
-                tracing::warn!("{error}; training goes on without this save");
-            }
+        if (every(self.steps) || every(epochs))
+            && report.step < report.steps
+            && let Err(error) = self.save(session, report.step)?
+        {
+            tracing::warn!("{error}; training goes on without this save");
         }
         Ok(Control::Continue)
     }
