@@ -93,6 +93,22 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
 }
 
 #[test]
+fn what_is_logged_for_tensorboard_is_here_too() {
+    let of_sd_scripts = |keys: &str| config(&of(Format::Toml, &format!("{SD_SCRIPTS}{keys}")));
+    assert_has(
+        &of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"all\""),
+        json!({ "logging_dir": "logs", "log_with": "tensorboard" }),
+    );
+    assert_has(&of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"wandb\""), json!({ "log_with": "none" }));
+    assert!(of_sd_scripts("logging_dir = \"\"").get("logging_dir").is_none());
+    let of_axolotl = |keys: &str| config(&of(Format::Yaml, &format!("{AXOLOTL}{keys}")));
+    let wanted = json!({ "log_with": "tensorboard", "logging_dir": "tb" });
+    assert_has(&of_axolotl("report_to: [tensorboard, wandb]\nlogging_dir: tb\n"), wanted.clone());
+    assert_has(&of_axolotl("use_tensorboard: true\nlogging_dir: tb\n"), wanted);
+    assert!(of_axolotl("logging_dir: tb\n").get("logging_dir").is_none(), "nothing is logged there");
+}
+
+#[test]
 fn a_command_line_is_read_from_a_script_and_from_words() {
     let script = "#!/bin/bash\naccelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py \\\n\
                   --pretrained_model_name_or_path base.safetensors --network_train_unet_only --clip_skip 2 \\\n\

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::callback::{Answer, Callback, Control};
 use crate::callbacks::{
-    Crowded, HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss, best_name,
+    Crowded, HealthCheck, Metrics, MetricsCsv, Samples, SaveCheckpoints, SaveStates, TensorBoard,
+    ValidationLoss, best_name,
 };
 use crate::command::Command;
-use crate::config::TrainConfig;
+use crate::config::{Tracker, TrainConfig};
 use crate::event::{Event, Finished, Pace};
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
@@ -91,6 +92,16 @@ impl Callbacks {
             Box::new(SaveCheckpoints::new(config)),
             Box::new(SaveStates::new(config)),
         ];
+        // Before those that tell something when the run starts.
+        for tracker in &config.log_with {
+            all.insert(
+                1,
+                match tracker {
+                    Tracker::TensorBoard => Box::new(TensorBoard::new(config)),
+                    Tracker::Csv => Box::new(MetricsCsv::new(config)),
+                },
+            );
+        }
         let own = all.len();
         all.append(&mut extra);
         Self { all, own }

@@ -5,3 +5,4 @@ pub mod grid;
 mod heat_map;
 pub(crate) mod loss_curve;
 pub mod norms;
+pub(crate) mod tensorboard;
