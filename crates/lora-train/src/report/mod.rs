@@ -1,5 +1,6 @@
 //! Results as pictures: the loss curve, the grid of samples, the norms of an adapter's updates. They know nothing of training.
 
+pub(crate) mod chart;
 mod font;
 pub mod grid;
 mod heat_map;
