@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use lora_torch::memory;
+
 use crate::callback::{Answer, Callback, Control};
 use crate::callbacks::{
-    Crowded, HealthCheck, Metrics, MetricsCsv, Samples, SaveCheckpoints, SaveStates, TensorBoard,
+    Crowded, HealthCheck, Metrics, MetricsCsv, Report, Samples, SaveCheckpoints, SaveStates, TensorBoard,
     ValidationLoss, best_name,
 };
 use crate::command::Command;
 use crate::config::{Tracker, TrainConfig};
-use crate::event::{Event, Finished, Pace};
+use crate::event::{Event, Finished, Pace, Started};
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
-use crate::{Result, auto_label};
+use crate::{Result, auto_label, plan};
 
 /// What a run left behind.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,6 +87,7 @@ impl Callbacks {
     fn new(config: &TrainConfig, mut extra: Vec<Box<dyn Callback>>) -> Self {
         let mut all: Vec<Box<dyn Callback>> = vec![
             Box::new(Metrics::new(config)),
+            Box::new(Report::new(config)),
             Box::new(HealthCheck::default()),
             Box::new(Crowded::default()),
             Box::new(ValidationLoss::new(config)),
@@ -160,8 +163,11 @@ fn run(
         progress(stage);
     };
     auto_label(&config, plugins, stop, progress)?;
+    // What a process holds beside what it loads.
+    let held = memory::host_memory().map_or(0, |memory| memory.resident);
     let mut session = Session::prepare(config, plugins, progress)?;
-    let stopped = match drive(&mut session, callbacks, stop) {
+    let planned = plan::predicted_peak(session.config(), plugins, held);
+    let stopped = match drive(&mut session, planned, callbacks, stop) {
         Ok(stopped) => stopped,
         Err(error) => {
             match error.is_device_lost() {
@@ -188,9 +194,15 @@ fn run(
 }
 
 /// Steps until the end, a callback's wish or `stop`; the reason where it is not the end.
-fn drive(session: &mut Session, callbacks: &mut Callbacks, stop: &AtomicBool) -> Result<Option<String>> {
+fn drive(
+    session: &mut Session,
+    planned_peak: Option<u64>,
+    callbacks: &mut Callbacks,
+    stop: &AtomicBool,
+) -> Result<Option<String>> {
     let summary = session.summary();
-    callbacks.tell(&Event::Started(Box::new(session.started(&summary))));
+    let started = Started { planned_peak, ..session.started(&summary) };
+    callbacks.tell(&Event::Started(Box::new(started)));
     summary.findings(session.steps_done()).for_each(|finding| callbacks.tell(&finding));
     let mut stopped = callbacks.ask(session, |callback, session| callback.on_start(session))?;
     let mut pace = Pace::new(session.data().unit);

@@ -110,7 +110,7 @@ impl From<Preparing> for Stage {
 }
 
 /// What a run is, before its first step.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 #[non_exhaustive]
 pub struct Started {
     /// This program, as `lora 0.1.0`.
@@ -132,6 +132,8 @@ pub struct Started {
     pub precision: String,
     /// Numbers to train.
     pub parameters: usize,
+    /// Bytes of memory at the peak, as a plan predicts them; none where a plan cannot be made, as on macOS.
+    pub planned_peak: Option<u64>,
     /// The summary for people, in lines.
     pub summary: String,
     /// The settings of the run by key, as its state records them.

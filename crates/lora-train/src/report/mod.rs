@@ -6,4 +6,5 @@ pub mod grid;
 mod heat_map;
 pub(crate) mod loss_curve;
 pub mod norms;
+pub(crate) mod run_page;
 pub(crate) mod tensorboard;

@@ -48,6 +48,7 @@ impl Session {
             device: summary.device.clone(),
             precision: summary.precision.to_string(),
             parameters: summary.parameters,
+            planned_peak: None,
             summary: summary.to_string(),
             config: self.settings.all().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         }
