@@ -3,6 +3,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-onnx quickstart quickstart-text build test lint bench peers gpu docs book clean
 
+# Where cargo builds.
+TARGET := $${CARGO_TARGET_DIR:-target}
 # A Python with torch, diffusers and peft, for `make peers`.
 PYTHON ?= python3
 # Which model it steps: sd1, sdxl or z_image.
@@ -17,15 +19,19 @@ setup: ## Find or fetch libtorch (once; clones share it)
 setup-onnx: ## Find or fetch ONNX Runtime, which taggers need (once; clones share it)
 	@sh tools/setup-onnxruntime.sh
 
-build: setup ## Build the command: target/release/lora
-	cargo build --release -p lora-cli
+# Cargo chooses features of shared crates by all packages that it is told of (hence --workspace, never -p), and by those of tests
+# where an example is among what it builds (hence the example in `build`): so every target here finds what another has compiled.
+build: setup ## Build the command: target/release/lora, and lora-trainer, which it becomes to train
+	cargo build --release --workspace --bin lora --bin lora-trainer --example quickstart
 
 quickstart: setup ## Train a LoRA on the pictures in the repository
-	cargo run --release -p lora-examples --example quickstart
+	cargo build --release --workspace --example quickstart
+	"$(TARGET)/release/examples/quickstart"
 
 quickstart-text: setup ## Teach a small language model a voice (fetches a base of 93 MB once)
 	@sh tools/fetch-smollm2.sh
-	cargo run --release -p lora-examples --example llm
+	cargo build --release --workspace --example llm
+	"$(TARGET)/release/examples/llm"
 
 test: setup setup-onnx ## Run all tests
 	cargo test --workspace --all-targets
@@ -37,16 +43,16 @@ lint: setup ## Check format, lints and documentation, warnings as errors
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 
 bench: setup ## Run the benches (criterion)
-	cargo bench -p lora-benches
+	cargo bench --workspace --bench adapters --bench training --bench data --bench texts
 
 peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl or z_image others
-	cargo build --release -p lora-examples --example training_step
-	$(PYTHON) tools/bench/side_by_side.py "$${CARGO_TARGET_DIR:-target}/release/examples/training_step" --model $(MODEL)
+	cargo build --release --workspace --example training_step
+	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/examples/training_step" --model $(MODEL)
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
 	cargo test -p lora-torch
-	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test -p lora-train --test session --test data --test plugins --test low_memory --test step_operations
-	LORA_BENCH_FULL=1 cargo bench -p lora-benches --bench training
+	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test --workspace --test session --test data --test plugins --test low_memory --test step_operations
+	LORA_BENCH_FULL=1 cargo bench --workspace --bench training
 
 docs: setup ## Build the API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

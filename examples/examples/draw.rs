@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use lora_core::Strength;
 use lora_data::PromptLine;
+use lora_data::figure::grid::{self, GridPicture, GridRow};
 use lora_train::inference::{AppliedAdapter, PictureModel, PictureModelOptions, PictureRequest};
-use lora_train::report::grid::{self, GridPicture, GridRow};
 use lora_train::{Error, Plugins};
 
 fn main() -> Result<(), Error> {
@@ -32,5 +32,5 @@ fn main() -> Result<(), Error> {
             pictures: vec![GridPicture::from(picture)],
         })
         .collect();
-    grid::write(Path::new("draw.png"), &rows, &[prompt])
+    Ok(grid::write(Path::new("draw.png"), &rows, &[prompt])?)
 }

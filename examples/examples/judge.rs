@@ -11,6 +11,7 @@ use std::path::Path;
 
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
+use lora_data::figure::grid::{self, GridPicture, GridRow};
 use lora_examples::{Answer, load_pictures, psnr, scaled};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::load_vae;
@@ -20,7 +21,6 @@ use lora_torch::tch::nn::{self, Module, OptimizerConfig};
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};
 use lora_train::base::Sample;
 use lora_train::config::{Format, TrainConfig};
-use lora_train::report::grid::{self, GridPicture, GridRow};
 use lora_train::{Plugins, Session};
 
 const STYLES: [&str; 4] = ["noto", "twemoji", "fluent", "gradient"];

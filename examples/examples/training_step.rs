@@ -26,6 +26,7 @@ use lora_torch::staging::Staging;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::{device, foreach, memory};
 use lora_train::base::Inputs;
+use lora_train::difference::{Difference, LossType};
 use lora_train::loss::{Denoising, LossWeights};
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
@@ -151,12 +152,12 @@ impl Model for Noise {
         let noise = self.latents.f_randn_like()?;
         let timesteps = vec![500; self.latents.size()[0] as usize];
         let weights = LossWeights::default();
-        Ok(Denoising::new(&self.unet, &self.schedule, &self.latents, &noise, &timesteps, &weights)?.into_inputs())
+        Ok(Denoising::new(&self.unet, &self.schedule, &self.latents, [&noise; 2], &timesteps, &weights)?.into_inputs())
     }
 
     fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor> {
         let conditions = Conditions { context: &self.context, added: self.added.as_ref() };
-        Denoising::of(batch)?.loss(&self.unet, conditions, pass)
+        Denoising::of(batch, LossType::L2)?.loss(&self.unet, conditions, pass)
     }
 }
 
@@ -196,12 +197,13 @@ impl Model for Velocity {
     fn batch(&self) -> lora_train::Result<Inputs> {
         let noise = self.latents.f_randn_like()?;
         let levels = vec![0.5; self.latents.size()[0] as usize];
-        Ok(VelocityLoss::new(&self.latents, &noise, &levels, &[], None)?.into_inputs())
+        Ok(VelocityLoss::new(&self.latents, [&noise; 2], &levels, &[], None, &Difference::default())?.into_inputs())
     }
 
     fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor> {
         let captions = ZImageCaptions { states: &self.states, lengths: &self.lengths, ragged: false };
-        VelocityLoss::of(batch)?.loss(|noised, levels| Ok(self.network.forward(noised, levels, captions, pass)?))
+        VelocityLoss::of(batch, LossType::L2)?
+            .loss(|noised, levels| Ok(self.network.forward(noised, levels, captions, pass)?))
     }
 }
 

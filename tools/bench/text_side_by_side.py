@@ -1,6 +1,6 @@
 """Training steps of a language model in ours and in transformers + PEFT, in turn on this machine, as a Markdown table.
 
-    cargo build --release -p lora-cli
+    make build
     sh tools/fetch-smollm2.sh
     python text_side_by_side.py TARGET/release/lora assets/smollm2.gguf|FOLDER [--rounds 2] [--steps 8]
 

@@ -1,4 +1,4 @@
-"""TensorBoard's own writer on values that `crates/lora-train/src/report/tensorboard.rs` writes in its test.
+"""TensorBoard's own writer on values that `crates/lora-train/src/callbacks/tensorboard/file.rs` writes in its test.
 
 python make_tensorboard.py ../../crates/lora-train/tests/golden
 """

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -35,15 +36,28 @@ def unpack(x, h, w):
     return x.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
 
 
-def flux_velocity(model, x, sigma, context, pooled):
-    b, _, h, w = x.shape
+def places(h, w):
     ids = torch.zeros(h // 2, w // 2, 3)
     ids[..., 1] += torch.arange(h // 2)[:, None]
     ids[..., 2] += torch.arange(w // 2)[None]
+    return ids.reshape(-1, 3)
+
+
+def flux_velocity(model, x, sigma, context, pooled):
+    b, _, h, w = x.shape
     guidance = torch.full((b,), GUIDANCE) if model.config.guidance_embeds else None
     out = model(
         pack(x), encoder_hidden_states=context, pooled_projections=pooled, timestep=sigma, guidance=guidance,
-        img_ids=ids.reshape(-1, 3), txt_ids=torch.zeros(context.shape[1], 3),
+        img_ids=places(h, w), txt_ids=torch.zeros(context.shape[1], 3),
+    ).sample
+    return unpack(out, h, w)
+
+
+def chroma_velocity(model, x, sigma, context, _):
+    _, _, h, w = x.shape
+    out = model(
+        pack(x), encoder_hidden_states=context, timestep=sigma, img_ids=places(h, w),
+        txt_ids=torch.zeros(context.shape[1], 3),
     ).sample
     return unpack(out, h, w)
 
@@ -86,6 +100,15 @@ def flux(guidance):
     return FluxTransformer2DModel(**sizes), flux_velocity, (48, 40)
 
 
+def chroma():
+    sizes = dict(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=48, axes_dims_rope=(4, 14, 14), approximator_num_channels=32, approximator_hidden_dim=40,
+        approximator_layers=3,
+    )
+    return ChromaTransformer2DModel(**sizes), chroma_velocity, (48, 0)
+
+
 def sd3(**other):
     sizes = dict(
         sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=32,
@@ -114,6 +137,7 @@ def qwen_image():
 MODELS = {
     "flux_dev": lambda: flux(True),
     "flux_schnell": lambda: flux(False),
+    "chroma": chroma,
     "sd3": lambda: sd3(),
     "sd35": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
     "flux2": flux2,
@@ -200,6 +224,8 @@ def t5():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(synthetic.weight(f"text_encoder_2.{name}", tuple(parameter.shape))))
         made = {"states": model(input_ids=tokens).last_hidden_state}
+        mask = (torch.arange(200) < 150).long().expand(2, 200)
+        made["seeing_150"] = model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, ::10].contiguous()
     files.write("transformers/t5.safetensors", made)
 
 

@@ -1,17 +1,19 @@
 //! `lora caption`: captions by machine for the pictures of a folder.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use lora_caption::{Captioner, Device, Existing, FolderOptions, Output, RatingPlace, Report, Settings, caption_folder};
+use lora_cli::interrupt;
+use lora_cli::progress::{advance, new_bar, put};
 use lora_data::dataset::{ScanOptions, TextEncoding};
 use lora_data::report::html;
 
-use crate::progress::CaptionBar;
-use crate::{Failure, interrupt};
+use crate::Failure;
 
 /// The most failures of one kind that are listed.
 const LISTED: usize = 20;
@@ -311,5 +313,46 @@ fn print(arguments: &Arguments, report: &Report) {
     println!("{}", summary(report));
     if arguments.dry_run {
         println!("nothing was written (--dry-run)");
+    }
+}
+
+/// The bar of captions: how many have failed, pictures a second, time left.
+struct CaptionBar {
+    terminal: bool,
+    start: Instant,
+    printed: Instant,
+    failed: usize,
+}
+
+impl Default for CaptionBar {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self { terminal: io::stderr().is_terminal(), start: now, printed: now, failed: 0 }
+    }
+}
+
+impl CaptionBar {
+    /// One more picture is done.
+    fn show(&mut self, done: usize, of: usize, failed: bool) {
+        self.failed += usize::from(failed);
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let failures = if self.failed > 0 { format!(" {} without", self.failed) } else { String::new() };
+        let message = format!("{:.2} img/s{failures}", done as f64 / elapsed.max(1e-3));
+        if self.terminal {
+            if done == 1 {
+                put(Some(new_bar(of)));
+            }
+            advance(done, message);
+        } else if done == of || self.printed.elapsed() > Duration::from_secs(10) {
+            self.printed = Instant::now();
+            let left = elapsed / done as f64 * (of - done) as f64;
+            eprintln!("caption {done}/{of} {message}, {left:.0} s left");
+        }
+    }
+}
+
+impl Drop for CaptionBar {
+    fn drop(&mut self) {
+        put(None);
     }
 }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_core::health::{ModuleHealth, health};
+use lora_data::figure::norms;
 use lora_io::adapter;
 use lora_io::consumers::{Inventory, Verdict, opinions};
 use lora_io::family;
 use lora_io::merge;
-use lora_train::report::norms;
 
 use crate::Failure;
 use crate::adapters::apart;

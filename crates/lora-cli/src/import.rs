@@ -1,9 +1,8 @@
-//! `lora import`, and how other commands read a configuration that may be another trainer's.
+//! `lora import`: a configuration of another trainer becomes one of this program.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use lora_import::{Import, Options, Problems, Source, Tool};
-use lora_train::config::{Format, TrainConfig};
+use lora_import::{Options, Source, Tool};
 
 use crate::Failure;
 
@@ -35,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         None => Source::command_line(arguments.command.iter().cloned()),
     };
     let options = Options { tool: arguments.from, allow_unknown: arguments.allow_unknown };
-    let imported = lora_import::import(&source, &options).map_err(refused)?;
+    let imported = lora_import::import(&source, &options)?;
     if let Some(out) = &arguments.out {
         std::fs::write(out, imported.config())
             .map_err(|error| Failure::Work(format!("{}: cannot write: {error}", out.display())))?;
@@ -53,30 +52,4 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         }
     }
     Ok(())
-}
-
-/// The configuration of a file, of this program or of another trainer. What became of another's keys is told first.
-pub(crate) fn configuration(path: &Path, set: &[String]) -> Result<TrainConfig, Failure> {
-    let Some(imported) = foreign(path).map_err(refused)? else {
-        return TrainConfig::from_file(path, set).map_err(|error| lora_train::Error::from(error).into());
-    };
-    eprint!("{imported}");
-    TrainConfig::from_text(&imported.config(), Format::Toml, set)
-        .map_err(|error| Failure::Usage(format!("of {}, translated: {error}", path.display())))
-}
-
-/// Another trainer's configuration, translated. What cannot be read is left to the reader of this program's own.
-fn foreign(path: &Path) -> Result<Option<Import>, Problems> {
-    let source = Source::file(path);
-    match lora_import::recognise(&source) {
-        Ok(Some(tool)) => {
-            let options = Options { tool: Some(tool), ..Options::default() };
-            lora_import::import(&source, &options).map(Some)
-        }
-        Ok(None) | Err(_) => Ok(None),
-    }
-}
-
-fn refused(problems: Problems) -> Failure {
-    Failure::Usage(problems.to_string())
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Becomes true at the first signal, which says `message`; the second ends the program at once.
-pub(crate) fn flag(message: &'static str) -> Arc<AtomicBool> {
+pub fn flag(message: &'static str) -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&stop);
     let handler = ctrlc::set_handler(move || {

@@ -11,6 +11,7 @@ pub mod health;
 mod layer;
 pub mod linalg;
 pub mod merge;
+pub mod openmp;
 pub mod random;
 pub mod rank;
 pub mod strength;

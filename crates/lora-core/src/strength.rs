@@ -2,6 +2,7 @@
 //! `<lora:name:0.8>` in prompts.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::{Component, Error, ModulePath, Result};
 
@@ -26,6 +27,21 @@ impl Default for Strength {
 impl From<f64> for Strength {
     fn from(factor: f64) -> Self {
         Self { components: BTreeMap::new(), others: factor, blocks: Vec::new() }
+    }
+}
+
+/// As [`Strength::parse`] reads it.
+impl fmt::Display for Strength {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.of_component(Component::TEXT_ENCODER);
+        if text != self.others || !self.blocks.is_empty() {
+            write!(f, "{text}:")?;
+        }
+        write!(f, "{}", self.others)?;
+        match self.blocks.as_slice() {
+            [] => Ok(()),
+            blocks => write!(f, ":{}", blocks.iter().map(f64::to_string).collect::<Vec<_>>().join(",")),
+        }
     }
 }
 
@@ -57,6 +73,25 @@ impl Strength {
                 self.of_component(Component::UNET) * own.copied().unwrap_or(1.0)
             }
             other => self.of_component(other),
+        }
+    }
+
+    /// Reads `FILE`, `FILE:0.8`, `FILE:0.8:0.6` or `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
+    ///
+    /// # Errors
+    /// As of [`Self::parse`].
+    pub fn split(text: &str) -> Result<(&str, Self)> {
+        let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
+        let mut path = text;
+        for _ in 0..3 {
+            match path.rsplit_once(':') {
+                Some((rest, last)) if numbers(last) => path = rest,
+                _ => break,
+            }
+        }
+        match text[path.len()..].strip_prefix(':') {
+            Some(strength) => Ok((path, Self::parse(strength)?)),
+            None => Ok((path, Self::default())),
         }
     }
 

@@ -7,6 +7,7 @@ pub mod caption;
 pub mod crop;
 pub mod dataset;
 mod error;
+pub mod figure;
 pub mod finding;
 mod focus;
 pub mod guard;

@@ -86,8 +86,11 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
     let restarts = config(&of(Format::Toml, &restarts));
     assert_has(&restarts, json!({ "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3 }));
     assert!(restarts.get("lr_scheduler_power").is_none(), "a number of another schedule");
+    let base =
+        format!("{text}base_weights = [\"a.safetensors\", \"b.safetensors\"]\nbase_weights_multiplier = [0.5]\n");
+    assert_has(&config(&of(Format::Toml, &base)), json!({ "fuse_adapters": ["a.safetensors:0.5", "b.safetensors"] }));
     assert!(own.get("max_train_steps").is_none(), "epochs win over steps");
-    assert!(is_lost(&imported, "loss_type") && is_lost(&imported, "huber_c"));
+    assert_has(&own, json!({ "loss_type": "huber", "huber_c": 0.2 }));
     assert!(matches!(verdict(&imported, "xformers"), Verdict::WithoutEffect(_)));
     assert!(matches!(verdict(&imported, "max_train_steps"), Verdict::WithoutEffect(_)));
 }
@@ -106,6 +109,53 @@ fn what_is_logged_for_tensorboard_is_here_too() {
     assert_has(&of_axolotl("report_to: [tensorboard, wandb]\nlogging_dir: tb\n"), wanted.clone());
     assert_has(&of_axolotl("use_tensorboard: true\nlogging_dir: tb\n"), wanted);
     assert!(of_axolotl("logging_dir: tb\n").get("logging_dir").is_none(), "nothing is logged there");
+}
+
+#[test]
+fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them() {
+    let keys = "min_timestep = 100\nmax_timestep = 900\nnoise_offset = 0.1\nnoise_offset_random_strength = true\nadaptive_noise_scale = 0.01\n\
+                multires_noise_iterations = 6\nmultires_noise_discount = 0.2\nip_noise_gamma = 0.1\nloss_type = \"smooth_l1\"\n\
+                huber_schedule = \"exponential\"\n";
+    let own = config(&of(Format::Toml, &format!("{SD_SCRIPTS}{keys}")));
+    let wanted = json!({
+        "min_timestep": 100, "max_timestep": 900, "noise_offset": 0.1, "noise_offset_random_strength": true,
+        "adaptive_noise_scale": 0.01, "multires_noise_iterations": 6, "multires_noise_discount": 0.2, "ip_noise_gamma": 0.1,
+        "loss_type": "smooth_l1", "huber_schedule": "exponential",
+    });
+    assert_has(&own, wanted);
+    let flux = format!("{SD_SCRIPTS}{keys}t5xxl = \"t5.safetensors\"\n");
+    let own = config(&of(Format::Toml, &flux));
+    assert_has(&own, json!({ "ip_noise_gamma": 0.1, "loss_type": "smooth_l1", "min_timestep": 100 }));
+    assert!(
+        own.get("noise_offset").is_none() && own.get("multires_noise_iterations").is_none(),
+        "FLUX.1 has none there"
+    );
+    let message = refused(Format::Toml, &flux.replace("exponential", "snr"));
+    assert!(message.contains("huber_schedule"), "{message}");
+    let message = refused(Format::Toml, &format!("{SD_SCRIPTS}adaptive_noise_scale = 0.01\n"));
+    assert!(message.contains("noise_offset"), "{message}");
+}
+
+#[test]
+fn losses_and_timesteps_of_onetrainer_are_taken_where_they_are_one_of_ours() {
+    let run = |further: Value| {
+        let mut keys = json!({
+            "__version": 9, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "base.safetensors",
+            "concepts": [{ "path": "pictures", "image": {}, "text": {} }], "output_model_destination": "out/lora.safetensors",
+        });
+        keys.as_object_mut().unwrap().extend(further.as_object().unwrap().clone());
+        of(Format::Json, &keys.to_string())
+    };
+    let imported = run(json!({
+        "mse_strength": 0.0, "mae_strength": 1.0, "timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5,
+        "noising_weight": 0.25, "min_noising_strength": 0.1, "timestep_shift": 2.0,
+    }));
+    let wanted = json!({
+        "loss_type": "l1", "timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 1.25, "min_timestep": 100,
+        "discrete_flow_shift": 2,
+    });
+    assert_has(&config(&imported), wanted);
+    assert!(is_lost(&run(json!({ "mae_strength": 1.0 })), "mae_strength"), "a mixture is none of ours");
 }
 
 #[test]
@@ -353,6 +403,10 @@ fn llama_factory_has_its_own_defaults_and_names_of_datasets() {
     assert!(what.contains("far is on a hub"), "{what}");
     let orpo = text.replace("stage: sft", "stage: dpo\npref_loss: orpo\npref_beta: 0.2");
     assert_has(&config(&of(Format::Yaml, &orpo)), json!({ "objective": "orpo", "orpo_lambda": 0.2 }));
+    let adapters = format!("{text}adapter_name_or_path: one, two\n");
+    assert_has(&config(&of(Format::Yaml, &adapters)), json!({ "init_from": "two", "fuse_adapters": ["one"] }));
+    let own = config(&of(Format::Yaml, &format!("{adapters}create_new_adapter: true\n")));
+    assert!(own.get("init_from").is_none() && own["fuse_adapters"] == json!(["one", "two"]), "{own:#}");
 }
 
 #[test]

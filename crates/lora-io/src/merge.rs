@@ -52,6 +52,7 @@ use numbers::{is_float, is_readable};
 use rows::Update;
 
 use targets::{Edit, Edits, Order};
+pub(crate) use targets::{check_blocks, fits};
 
 /// An adapter and how strongly it is merged.
 #[derive(Debug, Clone)]
@@ -111,12 +112,7 @@ pub fn merge(
 ) -> Result<MergeReport> {
     let (base, output) = (base.as_ref(), output.as_ref());
     atomic::clear_partial(folder_of(output));
-    for adapter in adapters {
-        if let Some((module, tensor)) = damaged(&adapter.adapter) {
-            let reason = format!("`{}`: {}", adapter.name, damage(tensor));
-            return Err(Error::Module { module: module.to_string(), reason });
-        }
-    }
+    check_sound(adapters)?;
     if base.is_file() && adapter::is_gguf(base)? {
         if options.unmerge {
             return Err(Error::format(base, "is in GGUF, which adapters are not taken out of; name the model before"));
@@ -157,6 +153,28 @@ pub fn merge(
     let place = |file: &PathBuf| output.join(file.strip_prefix(&made).unwrap_or(file));
     report.files = report.files.iter().map(place).collect();
     Ok(report)
+}
+
+/// Refuses adapters of which nothing can be made.
+pub(crate) fn check_sound(adapters: &[Weighted]) -> Result<()> {
+    for adapter in adapters {
+        if let Some((module, tensor)) = damaged(&adapter.adapter) {
+            let reason = format!("`{}`: {}", adapter.name, damage(tensor));
+            return Err(Error::Module { module: module.to_string(), reason });
+        }
+    }
+    Ok(())
+}
+
+/// What files made of a merged base say of the adapters in it, as JSON: name, factors and hash of each.
+pub fn record(adapters: &[Weighted]) -> String {
+    let of = |adapter: &Weighted| {
+        let factor = |component| adapter.strength.of_component(component);
+        serde_json::json!({ "name": adapter.name, "unet": factor(Component::UNET),
+            "text_encoder": factor(Component::TEXT_ENCODER),
+            "sshs_model_hash": adapter.adapter.metadata.get("sshs_model_hash") })
+    };
+    serde_json::Value::from(adapters.iter().map(of).collect::<Vec<_>>()).to_string()
 }
 
 /// Whether every module of an adapter names a layer of this base and fits it; the error lists those that do not. Returns
@@ -274,18 +292,8 @@ impl Job<'_> {
         let mut metadata = self.base.files[index].metadata().clone();
         let own = &self.edits.files[index];
         if !own.edits.is_empty() {
-            let merged: Vec<_> = self
-                .adapters
-                .iter()
-                .map(|adapter| {
-                    let factor = |component| adapter.strength.of_component(component);
-                    serde_json::json!({ "name": adapter.name, "unet": factor(Component::UNET),
-                        "text_encoder": factor(Component::TEXT_ENCODER),
-                        "sshs_model_hash": adapter.adapter.metadata.get("sshs_model_hash") })
-                })
-                .collect();
             let key = if self.options.unmerge { "lora_unmerged" } else { "lora_merged" };
-            metadata.insert(key.into(), serde_json::Value::from(merged).to_string());
+            metadata.insert(key.into(), record(self.adapters));
         }
         if !own.edits.is_empty() || !own.made_of.is_empty() || self.options.dtype.is_some() {
             // A hash of the tensors before is none of these.

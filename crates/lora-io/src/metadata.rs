@@ -110,6 +110,8 @@ pub struct TrainingRecord {
     pub text_cleaning: String,
     /// Adapter that training went on from: its file name and `sshs_model_hash`.
     pub init_from: Option<(String, String)>,
+    /// Adapters in the base that it was trained on, as [`crate::merge::record`] makes it.
+    pub fused: Option<String>,
     /// Name and version of this program.
     pub program: String,
 }
@@ -213,6 +215,9 @@ impl TrainingRecord {
             set("lora_init_from", name.clone());
             set("lora_init_from_hash", hash.clone());
         }
+        if let Some(fused) = &self.fused {
+            set(FUSED, fused.clone());
+        }
 
         set("modelspec.sai_model_spec", "1.0.1".into());
         set("modelspec.implementation_version", self.program.clone());
@@ -230,6 +235,9 @@ impl TrainingRecord {
         map
     }
 }
+
+/// The key of the adapters in the base that an adapter was trained on, as [`crate::merge::record`] makes it.
+pub const FUSED: &str = "lora_fused";
 
 /// The key of a hash over a file's tensors, which is none of another file's.
 pub(crate) const HASH: &str = "modelspec.hash_sha256";

@@ -16,7 +16,7 @@ use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
-pub use self::flux::SyntheticFlux;
+pub use self::flux::{SyntheticChroma, SyntheticFlux};
 pub use self::flux2::SyntheticFlux2;
 pub use self::qwen_image::SyntheticQwenImage;
 pub use self::sd3::SyntheticSd3;

@@ -16,7 +16,6 @@ pub mod graph;
 pub mod memory;
 pub mod nf4;
 pub mod norm;
-pub mod openmp;
 pub mod profile;
 pub mod rotary;
 mod scaler;

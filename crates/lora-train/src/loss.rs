@@ -1,15 +1,15 @@
 //! The denoising loss of Stable Diffusion (Ho et al., 2020), with the weightings by timestep that people use: min-SNR-γ (Hang
 //! et al., 2023), debiased estimation (Yu et al., 2023), and those by which sd-scripts makes losses of the velocity and of the
-//! noise alike. The weights of one timestep are [`NoiseSchedule`]'s.
+//! noise alike. The weights of one timestep are [`NoiseSchedule`]'s, what a difference counts is [`crate::difference`]'s.
 
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::Pass;
 use lora_models::networks::{Conditions, Unet};
-use lora_torch::tch::{Kind, Tensor};
-use lora_torch::tensor::from_f32;
+use lora_torch::tch::Tensor;
 
 use crate::Result;
 use crate::config::TrainConfig;
+use crate::difference::{Difference, LossType, Target};
 use crate::inputs::Inputs;
 
 /// How much parts of a batch count.
@@ -28,6 +28,8 @@ pub struct LossWeights<'w> {
     /// `[batch, 1, height, width]`, from 0 to 1; the mean is taken over all elements, those that count for nothing included,
     /// as sd-scripts does.
     pub mask: Option<&'w Tensor>,
+    /// What a difference between answer and target counts.
+    pub difference: Difference,
 }
 
 impl LossWeights<'_> {
@@ -41,7 +43,13 @@ impl LossWeights<'_> {
             debiased: switch("debiased_estimation_loss"),
             items: &[],
             mask: None,
+            difference: Difference::of_diffusion(config),
         }
+    }
+
+    /// Whether they differ from timestep to timestep.
+    fn by_timestep(&self) -> bool {
+        self.min_snr_gamma.is_some() || self.scale_like_noise || self.velocity_like != 0.0 || self.debiased
     }
 
     /// The product of those that are asked for at a timestep.
@@ -64,18 +72,15 @@ impl LossWeights<'_> {
 pub struct Denoising {
     /// What the U-Net is shown, `[batch, 4, height, width]`.
     noised: Tensor,
-    /// What it is to answer.
-    target: Tensor,
     /// Its timesteps, embedded.
     times: Tensor,
-    /// How much each place counts, `[batch, 1, height, width]`.
-    mask: Option<Tensor>,
-    /// How much each item counts, `[batch]`; none where all count in full.
-    factors: Option<Tensor>,
+    /// What it is to answer.
+    target: Target,
 }
 
 impl Denoising {
-    /// Of `latents` and `noise`, `[batch, 4, height, width]`, at one timestep an item.
+    /// Of `latents` and noise, that of the target and that which is added, `[batch, 4, height, width]` each, at one timestep an
+    /// item.
     ///
     /// # Errors
     /// Where a timestep is none of the schedule's or shapes differ, and where memory runs out.
@@ -83,85 +88,62 @@ impl Denoising {
         unet: &Unet,
         schedule: &NoiseSchedule,
         latents: &Tensor,
-        noise: &Tensor,
+        [noise, added]: [&Tensor; 2],
         timesteps: &[usize],
         weights: &LossWeights<'_>,
     ) -> Result<Self> {
-        let device = latents.device();
-        let own = |index: usize, timestep: usize| {
-            (weights.at(schedule, timestep) * weights.items.get(index).copied().unwrap_or(1.0)) as f32
-        };
-        let factors: Vec<f32> = timesteps.iter().enumerate().map(|(index, &timestep)| own(index, timestep)).collect();
-        let by_timestep = weights.min_snr_gamma.is_some()
-            || weights.scale_like_noise
-            || weights.velocity_like != 0.0
-            || weights.debiased;
-        let all_in_full = !by_timestep && weights.items.iter().all(|&weight| weight == 1.0);
         let times: Vec<f64> = timesteps.iter().map(|&timestep| timestep as f64).collect();
+        let noised = schedule.add_noise(latents, added, timesteps)?;
+        let target = schedule.target(latents, noise, timesteps)?;
+        let own = |(index, &timestep): (usize, &usize)| {
+            weights.at(schedule, timestep) * weights.items.get(index).copied().unwrap_or(1.0)
+        };
+        let factors: Vec<f64> = timesteps.iter().enumerate().map(own).collect();
+        let all_in_full = !weights.by_timestep() && weights.items.iter().all(|&weight| weight == 1.0);
+        let threshold = |&timestep: &usize| {
+            let time = timestep as f64 / NoiseSchedule::TIMESTEPS as f64;
+            weights.difference.threshold(time, schedule.alpha_cumulative(timestep))
+        };
+        let thresholds = timesteps.iter().map(threshold).collect();
         Ok(Self {
-            noised: schedule.add_noise(latents, noise, timesteps)?,
-            target: schedule.target(latents, noise, timesteps)?,
-            times: unet.time_embedding(&times, device)?,
-            mask: weights.mask.map(Tensor::shallow_clone),
-            factors: (!all_in_full).then(|| from_f32(&factors, &[factors.len()], device)).transpose()?,
+            noised,
+            times: unet.time_embedding(&times, latents.device())?,
+            target: Target::new(
+                weights.difference.loss,
+                target,
+                thresholds,
+                weights.mask,
+                (!all_in_full).then_some(&*factors),
+            )?,
         })
     }
 
-    /// Mean over the batch of each item's weighted mean squared error between the U-Net's answer and its target, a scalar in f32,
-    /// with its graph where gradients are recorded.
+    /// Mean over the batch of each item's weighted mean loss of the U-Net's answer, a scalar in f32, with its graph where gradients
+    /// are recorded.
     ///
     /// # Errors
     /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
     pub fn loss<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
-        let answer = unet.forward_embedded(&self.noised, &self.times, conditions, pass)?;
-        mean_square(&answer, &self.target, self.mask.as_ref(), self.factors.as_ref())
+        self.target.mean_loss(&unet.forward_embedded(&self.noised, &self.times, conditions, pass)?)
     }
 
     /// Its tensors by name.
     pub fn into_inputs(self) -> Inputs {
-        Inputs::default()
-            .with("noised", Some(self.noised))
-            .with("target", Some(self.target))
-            .with("times", Some(self.times))
-            .with("mask", self.mask)
-            .with("factors", self.factors)
+        let own = Inputs::default().with("noised", Some(self.noised)).with("times", Some(self.times));
+        own.and(self.target.into_inputs())
     }
 
-    /// From tensors by name.
+    /// From tensors by name, with the loss that they were made for.
     ///
     /// # Errors
     /// Where one is missing.
-    pub fn of(inputs: &Inputs) -> Result<Self> {
-        let optional = |name: &str| inputs.find(name).map(Tensor::shallow_clone);
+    pub fn of(inputs: &Inputs, loss: LossType) -> Result<Self> {
         Ok(Self {
             noised: inputs.get("noised")?.shallow_clone(),
-            target: inputs.get("target")?.shallow_clone(),
             times: inputs.get("times")?.shallow_clone(),
-            mask: optional("mask"),
-            factors: optional("factors"),
+            target: Target::of(inputs, loss)?,
         })
     }
-}
-
-/// Mean over the batch of each item's mean squared error, a scalar in f32: `mask`, `[batch, 1, height, width]`, says how much
-/// each place counts, `factors`, `[batch]`, how much each item.
-pub(crate) fn mean_square(
-    answer: &Tensor,
-    target: &Tensor,
-    mask: Option<&Tensor>,
-    factors: Option<&Tensor>,
-) -> Result<Tensor> {
-    let squares = answer.f_sub(target)?.f_square()?;
-    let squares = match mask {
-        Some(mask) => squares.f_to_kind(Kind::Float)?.f_mul(mask)?,
-        None => squares,
-    };
-    let each = squares.f_flatten(1, -1)?.f_mean_dim(-1, false, Kind::Float)?;
-    let each = match factors {
-        Some(factors) => each.f_mul(factors)?,
-        None => each,
-    };
-    Ok(each.f_mean(Kind::Float)?)
 }
 
 #[cfg(test)]

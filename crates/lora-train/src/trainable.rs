@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use lora_core::compose::Outcome;
 use lora_core::random::Stream;
 use lora_core::target::{Patterns, TargetLayer, Targets};
 use lora_core::variant::{
@@ -18,6 +19,7 @@ use lora_torch::{TchBackend, dry};
 
 use crate::Result;
 use crate::config::TrainConfig;
+use crate::initial;
 use crate::parameters::ParameterList;
 
 /// Shape of a new adapter.
@@ -124,14 +126,17 @@ struct Attached {
 #[derive(Debug, Default)]
 pub struct TrainableAdapter {
     modules: BTreeMap<ModulePath, Attached>,
+    /// What was kept of updates that it did not begin with as they were.
+    begun: Vec<Outcome>,
 }
 
 impl TrainableAdapter {
-    /// Hangs an adapter on the targeted layers of a network, new or with the values of `from`, and takes its trained tensors
-    /// into `list`.
+    /// Hangs an adapter on the targeted layers of a network, new or with the updates of `from`, brought to the variant, rank
+    /// and alpha that the options ask for ([`TrainableAdapter::begun`]), and takes its trained tensors into `list`.
     ///
     /// # Errors
-    /// Where the variant is unknown, has no such option or no form on a layer, and where memory runs out.
+    /// Where the variant is unknown, has no such option or no form on a layer, where a module of `from` cannot be brought to
+    /// what is asked for, and where memory runs out.
     pub fn attach(
         &mut self,
         network: &mut dyn Adaptable,
@@ -162,15 +167,16 @@ impl TrainableAdapter {
                 return;
             }
             result = (|| {
-                let (variant, mut tensors, rank, alpha) = match from.and_then(|adapter| adapter.modules.get(&module)) {
-                    Some(known) => (variants.get(&known.variant)?, known.tensors.clone(), known.rank, known.alpha),
-                    None => {
-                        let (request, alpha) = options.for_layer(target);
-                        let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
-                        let stream = Stream::new(options.seed).at("adapter").at(&module.to_string());
-                        (variant.clone(), first_values(&*variant, layer, &request, &stream)?, rank, alpha)
+                let own = match from.and_then(|adapter| adapter.modules.get(&module)) {
+                    Some(known) => {
+                        let (own, outcome) = initial::module(known, layer, target, variants, options)?;
+                        self.begun.extend(outcome);
+                        own
                     }
+                    None => fresh(&*variant, layer, target, options)?,
                 };
+                let AdapterModule { variant, mut tensors, rank, alpha } = own;
+                let variant = variants.get(&variant)?;
                 if options.biases && !tensors.contains_key(BIAS_VALUE) {
                     tensors.extend(bias_of(layer)?.map(|bias| (BIAS_VALUE.to_owned(), bias)));
                 }
@@ -291,6 +297,12 @@ impl TrainableAdapter {
         result
     }
 
+    /// What was kept of the updates of layers that did not begin with the values of an adapter as they were: with its update
+    /// at another rank or alpha, or of another variant.
+    pub fn begun(&self) -> &[Outcome] {
+        &self.begun
+    }
+
     /// Number of adapted layers.
     pub fn modules(&self) -> usize {
         self.modules.len()
@@ -332,6 +344,20 @@ fn bias_of(layer: &AdaptableLayer) -> Result<Option<HostTensor>> {
         return Ok(Some(HostTensor::zeros(vec![layer.geometry().outputs()])));
     }
     Ok(Some(to_host(&bias.f_to_kind(Kind::Float)?)?))
+}
+
+/// A new adapter's module on a layer.
+pub(crate) fn fresh(
+    variant: &dyn Variant<TchBackend>,
+    layer: &AdaptableLayer,
+    target: &TargetLayer,
+    options: &AdapterOptions,
+) -> Result<AdapterModule> {
+    let (request, alpha) = options.for_layer(target);
+    let (rank, alpha) = variant.rank_and_alpha(&target.geometry, &request, alpha);
+    let stream = Stream::new(options.seed).at("adapter").at(&target.path.to_string());
+    let tensors = first_values(variant, layer, &request, &stream)?;
+    Ok(AdapterModule { variant: variant.name().to_owned(), tensors, rank, alpha })
 }
 
 /// What a layer's adapter begins with. In a dry run only its shapes matter, and some variants take the base's weight apart.

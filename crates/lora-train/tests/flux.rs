@@ -38,8 +38,9 @@ fn twenty_steps_are_those_of_pytorch() {
     let levels = |step: usize| [(step as f64 + 0.5) / 20.0, ((7 * step) % 20) as f64 / 20.0 + 0.025];
     let run = Trajectory { golden: &golden, last: "trajectory", latents: [2, 16, 8, 8], levels: &levels };
     let trained = run.is_followed(network, |network, noised, sigmas| {
-        let (context, pooled, guidance) = (&context, &pooled, Some(&guidance));
-        Ok(network.forward(noised, &FluxConditions { sigmas, context, pooled, guidance }, &Pass::default())?)
+        let (context, pooled, guidance) = (&context, Some(&pooled), Some(&guidance));
+        let conditions = FluxConditions { sigmas, context, pooled, guidance, lengths: None };
+        Ok(network.forward(noised, &conditions, &Pass::default())?)
     });
     assert_eq!(trained, 34);
 }

@@ -102,8 +102,14 @@ fn a_lora_to_go_on_from_that_does_not_fit_is_refused() {
     drop(session);
     assert!(!lora.exists() || saved.exists());
     let from = format!("init_from={}", saved.display());
-    let (error, text) = refused(folder.path(), &[&from, "lora_rank=8", "lora_alpha=8"]);
-    assert!(error.is_usage() && text.contains("`init_from`") && text.contains("rank 4"), "{text}");
+    for (key, what) in [
+        ("train_text_encoder=false", "train_text_encoder"),
+        ("variant=lokr", "`lora` of rank 4"),
+        ("target_modules=*attn2*", "does not train"),
+    ] {
+        let (error, text) = refused(folder.path(), &[&from, key]);
+        assert!(error.is_usage() && text.contains("`init_from`") && text.contains(what), "{text}");
+    }
     let (_, text) = refused(folder.path(), &["init_from=gone.safetensors"]);
     assert!(text.contains("`init_from`") && text.contains("gone.safetensors"), "{text}");
 }

@@ -117,7 +117,7 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
             }
         };
         let weights = LossWeights { min_snr_gamma, ..LossWeights::default() };
-        let denoising = Denoising::new(&unet, &schedule, &latents, &noise, &times, &weights).unwrap();
+        let denoising = Denoising::new(&unet, &schedule, &latents, [&noise; 2], &times, &weights).unwrap();
         let conditions = Conditions { context: &context, added: added.as_ref() };
         let loss = denoising.loss(&unet, conditions, &pass).unwrap();
         loss.backward();

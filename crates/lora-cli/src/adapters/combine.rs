@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use lora_cli::arguments::Precision;
 use lora_core::DType;
 use lora_core::compose::{self, Keep, MajoritySign, Method, Pruning};
 use lora_io::adapter;
 
-use super::{Precision, Rank, summary, usual_format, weighted, write};
+use super::{Rank, summary, usual_format, weighted, write};
 use crate::Failure;
 
 #[derive(clap::Args)]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use lora_cli::arguments::Precision;
 use lora_core::DType;
 use lora_core::compose::{self, ExtractOptions};
 use lora_core::rank::RankPolicy;
@@ -11,7 +12,7 @@ use lora_io::adapter::{self, AdapterFile, Format};
 use lora_io::gguf::names::Architecture;
 use lora_io::{merge, metadata};
 
-use super::{Precision, apart, sound, summary, write};
+use super::{apart, sound, summary, write};
 use crate::Failure;
 
 /// Formats on the command line.

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use lora_cli::arguments::Precision;
 use lora_core::DType;
 use lora_io::gguf::{self, LanguageModel};
 
-use super::{Precision, apart, bytes_bar, save_tokenizer};
+use super::{apart, bytes_bar, save_tokenizer};
 use crate::Failure;
 
 #[derive(clap::Args)]

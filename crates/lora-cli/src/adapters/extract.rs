@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use lora_cli::arguments::Precision;
 use lora_core::compose::ExtractOptions;
 use lora_core::rank::RankPolicy;
 use lora_core::target::Targets;
 use lora_io::merge;
 
-use super::{Precision, Rank, apart, summary, usual_format, write};
+use super::{Rank, apart, summary, usual_format, write};
 use crate::Failure;
 
 #[derive(clap::Args)]

@@ -5,12 +5,13 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
+use lora_cli::arguments::Precision;
 use lora_core::DType;
 use lora_core::variant::VariantRegistry;
 use lora_io::adapter;
 use lora_io::merge::{self, MergeOptions};
 
-use super::{Precision, bytes_bar, save_tokenizer, weighted};
+use super::{bytes_bar, save_tokenizer, weighted};
 use crate::Failure;
 
 #[derive(clap::Args)]

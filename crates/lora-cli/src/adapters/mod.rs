@@ -1,5 +1,5 @@
-//! What is done with finished adapters, a command a file, and what these commands share: arguments, adapters with their
-//! strengths, what may be written where.
+//! What is done with finished adapters, a command a file, and what these commands share: rules for
+//! ranks, adapters with their strengths, what may be written where.
 
 pub(crate) mod combine;
 pub(crate) mod convert;
@@ -10,35 +10,17 @@ pub(crate) mod resize;
 
 use std::path::Path;
 
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use lora_core::compose::Outcome;
+use lora_cli::arguments::strength_of;
+use lora_core::compose::{self, Outcome};
 use lora_core::rank::RankPolicy;
-use lora_core::{Adapter, DType, Strength};
+use lora_core::{Adapter, DType};
 use lora_data::tokenizer::Tokenizer;
 use lora_io::adapter::{self, AdapterFile, Format};
 use lora_io::merge::Weighted;
 use lora_io::overwrite;
 
 use crate::Failure;
-
-/// Element types on the command line.
-#[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum Precision {
-    Fp32,
-    Fp16,
-    Bf16,
-}
-
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::Fp32 => DType::F32,
-            Precision::Fp16 => DType::F16,
-            Precision::Bf16 => DType::BF16,
-        }
-    }
-}
 
 /// The rule for ranks on the command line.
 #[derive(clap::Args)]
@@ -62,27 +44,6 @@ impl Rank {
         let share = self.sv_cumulative.map(RankPolicy::Cumulative).or(self.sv_fro.map(RankPolicy::Frobenius));
         self.rank.map(RankPolicy::Fixed).or(self.sv_ratio.map(RankPolicy::Ratio)).or(share)
     }
-}
-
-/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
-pub(crate) fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
-    let numbers = |text: &str| !text.is_empty() && text.split(',').all(|part| part.trim().parse::<f64>().is_ok());
-    let mut path = argument;
-    let mut strength = "";
-    for _ in 0..3 {
-        match path.rsplit_once(':') {
-            Some((rest, last)) if numbers(last) => {
-                path = rest;
-                strength = &argument[rest.len() + 1..];
-            }
-            _ => break,
-        }
-    }
-    let strength = match strength {
-        "" => Strength::default(),
-        text => Strength::parse(text).map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?,
-    };
-    Ok((Path::new(path), strength))
 }
 
 /// Reads an adapter to work with, says what a reader should know of it, and refuses one that is damaged.
@@ -152,17 +113,11 @@ pub(crate) fn apart<'p>(
 
 /// The ranks and what they keep, as a line.
 fn summary(outcomes: &[Outcome]) {
-    let (mut least, mut sum, mut ranks) = (f64::INFINITY, 0.0, (usize::MAX, 0));
-    for outcome in outcomes {
-        least = least.min(outcome.kept);
-        sum += outcome.kept;
-        ranks = (ranks.0.min(outcome.rank), ranks.1.max(outcome.rank));
-    }
-    let mean = sum / outcomes.len().max(1) as f64;
+    let ranks = outcomes.iter().map(|outcome| outcome.rank);
+    let (lowest, highest) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
+    let (mean, least) = compose::kept(outcomes);
     eprintln!(
-        "ranks {} to {}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
-        ranks.0,
-        ranks.1,
+        "ranks {lowest} to {highest}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
         100.0 * mean,
         100.0 * least
     );

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use lora_cli::arguments::Precision;
 use lora_core::{DType, compose};
 use lora_io::{adapter, metadata};
 
-use super::{Precision, Rank, apart, sound, summary, write};
+use super::{Rank, apart, sound, summary, write};
 use crate::Failure;
 
 #[derive(clap::Args)]

@@ -11,9 +11,11 @@ use rayon::prelude::*;
 mod extract;
 mod factors;
 mod prune;
+mod refit;
 
 pub use extract::{ExtractOptions, extract, flatten};
 pub use prune::{Keep, MajoritySign, Pruning};
+pub use refit::{can_refit, refit};
 
 use factors::{Factors, plain_only};
 
@@ -49,6 +51,14 @@ pub struct Outcome {
     pub rank: usize,
     /// Share of the update's norm that was kept; 1 is all of it.
     pub kept: f64,
+}
+
+/// The share of the updates' norm that was kept, from 0 to 1: the mean over modules, and the least of them. Of no module
+/// all is kept.
+pub fn kept(outcomes: &[Outcome]) -> (f64, f64) {
+    let sum: f64 = outcomes.iter().map(|outcome| outcome.kept).sum();
+    let least = outcomes.iter().map(|outcome| outcome.kept).fold(1.0, f64::min);
+    (if outcomes.is_empty() { 1.0 } else { sum / outcomes.len() as f64 }, least)
 }
 
 /// Combines adapters with their strengths. A module that only some adapters have is made of those that do. The results
@@ -209,7 +219,6 @@ mod tests {
     use crate::conformance::distance;
     use crate::linalg::multiply;
     use crate::random::Stream;
-    use crate::rank::kept;
 
     fn random(shape: &[usize], seed: u64) -> HostTensor {
         HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()
@@ -265,7 +274,7 @@ mod tests {
             assert!((lost - (1.0 - outcomes[0].kept.powi(2)).sqrt()).abs() < 1e-4);
             let values = expected.to_f32();
             let best = linalg::svd(as_matrix(&values, expected.shape())).unwrap();
-            assert!((kept(&best.values, 3) - outcomes[0].kept).abs() < 1e-5, "the best there is");
+            assert!((crate::rank::kept(&best.values, 3) - outcomes[0].kept).abs() < 1e-5, "the best there is");
         }
     }
 

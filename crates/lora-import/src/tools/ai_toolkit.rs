@@ -352,7 +352,11 @@ static TRAIN: &[Row] = &[
     gone("learnable_snr_gos", OFF, "no weights that are learned"),
     same("noise_offset", "noise_offset", Kind::Positive),
     gone("dynamic_noise_offset", OFF, "the noise offset does not follow the latents' mean"),
-    gone("loss_type", &["\"mse\""], "the loss is the squared difference"),
+    by("loss_type", &["loss_type"], "`mse` and `mae`", |field| match field.text().as_str() {
+        "mse" => no_effect("as without it"),
+        "mae" => taken("loss_type", "l1"),
+        other => lost(format!("no loss {other}; it is the squared difference")),
+    }),
     gone("loss_target", &["\"noise\""], "what is predicted is the base's"),
     nothing("skip_first_sample", "samples are drawn before the first step, too, where there are prompts"),
     nothing("force_first_sample", "samples are drawn before the first step, too, where there are prompts"),
@@ -467,9 +471,11 @@ static MODEL: &[Row] = &[
     nothing("layer_offloading_transformer_percent", "with layer_offloading"),
     nothing("layer_offloading_text_encoder_percent", "with layer_offloading"),
     gone("auto_memory", OFF, "vram_budget says what there is"),
-    gone("assistant_lora_path", OFF, "merge it first: lora merge"),
+    by("assistant_lora_path", &["fuse_adapters"], "merged into the base; there it is off in samples", |field| {
+        becomes("fuse_adapters", vec![field.text()], "samples are drawn with it too")
+    }),
     gone("inference_lora_path", OFF, "samples are drawn with the adapter alone"),
-    gone("lora_path", OFF, "merge it first: lora merge"),
+    by("lora_path", &["fuse_adapters"], "a LoRA in the base", |field| taken("fuse_adapters", vec![field.text()])),
     gone("refiner_name_or_path", OFF, "no refiner is used"),
     nothing("refiner_start_at", "no refiner is used"),
     gone("unet_path", OFF, "the base's own network is trained"),

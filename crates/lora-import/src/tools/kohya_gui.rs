@@ -286,12 +286,18 @@ static OWN: &[Row] = &[
         Some(offset) => taken("noise_offset", values::of_number(offset)),
         None => field.expected("a number"),
     }),
-    by("adaptive_noise_scale", &[], "with noise_offset_type Original", |field| match is_multires(&field.root) {
-        true => no_effect("noise_offset_type is Multires"),
-        false => lost_if(field, "the noise offset does not follow the latents' mean"),
+    by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset_type Original", |field| {
+        match is_multires(&field.root) || field.root.number("noise_offset").unwrap_or(0.0) == 0.0 {
+            true => no_effect("there is no noise offset"),
+            false => sd_scripts::adaptive_noise_scale(field),
+        }
     }),
-    by("multires_noise_iterations", &[], "with noise_offset_type Multires", multires),
-    by("multires_noise_discount", &[], "with noise_offset_type Multires", multires),
+    by("multires_noise_iterations", &["multires_noise_iterations"], "with noise_offset_type Multires", |field| {
+        multires(field, "multires_noise_iterations")
+    }),
+    by("multires_noise_discount", &["multires_noise_discount"], "with noise_offset_type Multires", |field| {
+        multires(field, "multires_noise_discount")
+    }),
     by("clip_skip", &["clip_skip"], "SDXL reads a layer of its own", |field| match field.count() {
         Some(0 | 1) => no_effect("the last layer, as without it"),
         Some(_) if field.root.on("sdxl") || field.root.on("sdxl_checkbox") || is_flow(&field.root) => {
@@ -406,12 +412,15 @@ fn is_multires(root: &Scope<'_>) -> bool {
     root.text("noise_offset_type").is_some_and(|kind| kind == "Multires")
 }
 
-fn multires(field: &Field<'_>) -> Outcome {
+fn multires(field: &Field<'_>, ours: &'static str) -> Outcome {
     let original = field.root.text("noise_offset_type").is_some_and(|kind| kind == "Original");
     let off = field.root.number("multires_noise_iterations").unwrap_or(0.0) == 0.0;
     match original || off {
         true => no_effect("off, as without it"),
-        false => lost("no noise of several resolutions is added"),
+        false => match field.number() {
+            Some(number) => becomes(ours, values::of_number(number), "each picture's noise has unit variance"),
+            None => field.expected("a number"),
+        },
     }
 }
 

@@ -32,7 +32,12 @@ pub(crate) static TABLE: Table = Table {
 
 static ROWS: &[Row] = &[
     by("model_name_or_path", &["base_model"], "a folder or a GGUF file", |field| language::place(field, "base_model")),
-    same("adapter_name_or_path", "init_from", Kind::Text),
+    by(
+        "adapter_name_or_path",
+        &["init_from", "fuse_adapters"],
+        "the last is gone on from, others are merged",
+        adapters,
+    ),
     by("stage", &["objective"], "`sft`, `pt`; `dpo` by pref_loss", |field| match field.text().as_str() {
         "sft" => no_effect("texts are learned, as without it"),
         "pt" => translated(vec![("objective", "sft".into())], "plain texts are learned whole"),
@@ -88,7 +93,7 @@ static ROWS: &[Row] = &[
     by("pissa_init", &["variant"], "`pissa`", |field| variant(field, "pissa")),
     nothing("pissa_iter", "PiSSA is exact; variant = pissa-fast is not"),
     nothing("pissa_convert", "a file of PiSSA is a plain LoRA"),
-    gone("create_new_adapter", OFF, "an adapter is gone on from: init_from"),
+    nothing("create_new_adapter", "with adapter_name_or_path"),
     gone("use_galore", OFF, "gradients are not projected"),
     gone("use_apollo", OFF, "gradients are not projected"),
     gone("use_badam", OFF, "all adapted layers are trained at each step"),
@@ -361,4 +366,12 @@ fn file(info: &Value, folder: &Path, name: &str) -> Result<String, String> {
         Some(file) => Ok(folder.join(file).to_string_lossy().into_owned()),
         None => Err(format!("{name} is on a hub: fetch it and give its file")),
     }
+}
+
+/// Adapters: the last one is trained on, unless a new one is asked for, and all others are merged into the base.
+fn adapters(field: &Field<'_>) -> Outcome {
+    let mut all: Vec<String> = field.text().split(',').map(|path| path.trim().to_owned()).collect();
+    let last = if field.root.on("create_new_adapter") { None } else { all.pop() };
+    let fused = (!all.is_empty()).then(|| ("fuse_adapters", Value::from(all)));
+    Outcome::Taken(last.map(|last| ("init_from", Value::from(last))).into_iter().chain(fused).collect())
 }

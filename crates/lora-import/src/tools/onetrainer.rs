@@ -228,8 +228,16 @@ static ROWS: &[Row] = &[
     nothing("lokr_vec_trick", "how steps are computed"),
     gone("additional_embeddings", OFF, "no embeddings are trained"),
     // Loss and noise.
-    gone("mse_strength", &["1"], "the loss is the squared difference"),
-    gone("mae_strength", OFF, "the loss is the squared difference"),
+    by("mse_strength", &[], "1, or 0 beside `mae_strength` of 1", |field| match field.number() {
+        Some(1.0) => no_effect("as without it"),
+        Some(0.0) if is_absolute(&field.root) => no_effect("mae_strength says the loss"),
+        _ => lost("the loss is the squared difference"),
+    }),
+    by("mae_strength", &["loss_type"], "alone: `l1`", |field| match field.number() {
+        Some(0.0) => no_effect("off, as without it"),
+        Some(_) if is_absolute(&field.root) => becomes("loss_type", "l1", "the absolute difference alone"),
+        _ => lost("the loss is one of the squared and the absolute difference, not a mixture"),
+    }),
     gone("log_cosh_strength", OFF, "the loss is the squared difference"),
     gone("huber_strength", OFF, "the loss is the squared difference"),
     by("huber_delta", &[], "with huber_strength", |_| no_effect("with huber_strength")),
@@ -261,22 +269,19 @@ static ROWS: &[Row] = &[
         true => taken("v_parameterization", false),
         false => no_effect("the base says it"),
     }),
-    by("min_noising_strength", &["min_timestep"], "for bases that are trained by flow matching", |field| {
-        noising(field, "min_timestep", 0.0)
-    }),
-    by("max_noising_strength", &["max_timestep"], "for bases that are trained by flow matching", |field| {
-        noising(field, "max_timestep", 1.0)
-    }),
-    by("timestep_distribution", &["timestep_sampling"], "for bases that are trained by flow matching", distribution)
+    by("min_noising_strength", &["min_timestep"], "in thousandths", |field| noising(field, "min_timestep", 0.0)),
+    by("max_noising_strength", &["max_timestep"], "in thousandths", |field| noising(field, "max_timestep", 1.0)),
+    by("timestep_distribution", &["timestep_sampling"], "`UNIFORM` and `LOGIT_NORMAL`", distribution)
         .default("\"UNIFORM\""),
-    gone("noising_weight", OFF, "the shape of timestep_distribution is its usual one"),
-    gone("noising_bias", OFF, "the shape of timestep_distribution is its usual one"),
-    by("timestep_shift", &["discrete_flow_shift"], "for bases that are trained by flow matching", |field| match field
-        .number()
-    {
+    by("noising_weight", &["logit_std"], "of `LOGIT_NORMAL`: one less than the standard deviation", |field| {
+        of_distribution(field, "logit_std", 1.0)
+    }),
+    by("noising_bias", &["logit_mean"], "of `LOGIT_NORMAL`: the mean", |field| {
+        of_distribution(field, "logit_mean", 0.0)
+    }),
+    by("timestep_shift", &["discrete_flow_shift"], "1 is none", |field| match field.number() {
         Some(1.0) => no_effect("off, as without it"),
-        Some(shift) if is_flow(&field.root) => taken("discrete_flow_shift", values::of_number(shift)),
-        Some(_) => no_effect("only bases that are trained by flow matching read it"),
+        Some(shift) => taken("discrete_flow_shift", values::of_number(shift)),
         None => field.expected("a number"),
     }),
     by("dynamic_timestep_shifting", &["timestep_sampling"], "`flux_shift`", |field| {
@@ -834,17 +839,37 @@ fn stop(field: &Field<'_>) -> Outcome {
 fn noising(field: &Field<'_>, ours: &'static str, neutral: f64) -> Outcome {
     match field.number() {
         Some(strength) if strength == neutral => no_effect("off, as without it"),
-        Some(strength) if is_flow(&field.root) => becomes(ours, values::of_number(strength * 1000.0), "in thousandths"),
-        Some(_) => lost("all timesteps are drawn"),
+        Some(strength) => becomes(ours, values::of_number(strength * 1000.0), "in thousandths"),
         None => field.expected("a number"),
+    }
+}
+
+/// Whether the loss is the absolute difference alone.
+fn is_absolute(root: &Scope<'_>) -> bool {
+    let strength = |key, usual| root.number(key).unwrap_or(usual);
+    strength("mae_strength", 0.0) == 1.0
+        && strength("mse_strength", 1.0) == 0.0
+        && strength("log_cosh_strength", 0.0) == 0.0
+        && strength("huber_strength", 0.0) == 0.0
+}
+
+/// A number of the distribution of timesteps, so much less than ours.
+fn of_distribution(field: &Field<'_>, ours: &'static str, less: f64) -> Outcome {
+    match (field.number(), field.root.text("timestep_distribution").as_deref()) {
+        (Some(0.0), _) => no_effect("off, as without it"),
+        (Some(number), Some("LOGIT_NORMAL")) if ours == "logit_mean" || number + less > 0.0 => {
+            becomes(ours, values::of_number(number + less), "of the normal numbers")
+        }
+        (Some(_), None | Some("UNIFORM")) => no_effect("a number of other distributions"),
+        (Some(_), _) => lost("the shape of timestep_distribution is its usual one"),
+        (None, _) => field.expected("a number"),
     }
 }
 
 fn distribution(field: &Field<'_>) -> Outcome {
     match (field.text().as_str(), is_flow(&field.root)) {
-        ("UNIFORM", true) => taken("timestep_sampling", "uniform"),
-        ("LOGIT_NORMAL", true) => taken("timestep_sampling", "logit_normal"),
-        ("UNIFORM", false) => no_effect("as without it"),
+        ("UNIFORM", _) => taken("timestep_sampling", "uniform"),
+        ("LOGIT_NORMAL", _) => taken("timestep_sampling", "logit_normal"),
         (other, _) => lost(format!("timesteps are not drawn by {other}")),
     }
 }

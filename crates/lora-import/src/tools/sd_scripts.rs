@@ -350,24 +350,44 @@ pub(super) static SHARED: &[Row] = &[
         Some(offset) => of_diffusion(field, taken("noise_offset", values::of_number(offset))),
         None => field.expected("a number"),
     }),
-    gone("noise_offset_random_strength", OFF, "the offset has the same strength at each visit"),
-    gone("multires_noise_iterations", OFF, "no noise of several resolutions is added"),
-    by("multires_noise_discount", &[], "of `multires_noise_iterations`", |field| {
-        match field.root.number("multires_noise_iterations").is_some_and(|iterations| iterations > 0.0) {
-            true => lost("no noise of several resolutions is added"),
-            false => no_effect("only with multires_noise_iterations"),
-        }
+    by(
+        "noise_offset_random_strength",
+        &["noise_offset_random_strength"],
+        "drawn for each picture of a batch",
+        |field| of_diffusion(field, random_strength(field, "noise_offset_random_strength")),
+    ),
+    by(
+        "multires_noise_iterations",
+        &["multires_noise_iterations"],
+        "each picture's noise has unit variance",
+        |field| match field.count() {
+            Some(0) => no_effect("off, as without it"),
+            Some(count) => of_diffusion(
+                field,
+                becomes("multires_noise_iterations", count, "each picture's noise has unit variance, not a batch's"),
+            ),
+            None => field.expected("a whole number"),
+        },
+    ),
+    by("multires_noise_discount", &["multires_noise_discount"], "of `multires_noise_iterations`", |field| match field
+        .root
+        .number("multires_noise_iterations")
+        .is_some_and(|iterations| iterations > 0.0)
+    {
+        true => of_diffusion(field, number_of(field, "multires_noise_discount")),
+        false => no_effect("only with multires_noise_iterations"),
     }),
-    gone("adaptive_noise_scale", OFF, "the noise offset does not follow the latents' mean"),
-    gone("ip_noise_gamma", OFF, "the inputs' noise is that of the target"),
-    gone("ip_noise_gamma_random_strength", OFF, "the inputs' noise is that of the target"),
+    by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset", adaptive_noise_scale),
+    same("ip_noise_gamma", "ip_noise_gamma", Kind::Positive),
+    by(
+        "ip_noise_gamma_random_strength",
+        &["ip_noise_gamma_random_strength"],
+        "drawn for each picture of a batch",
+        |field| random_strength(field, "ip_noise_gamma_random_strength"),
+    ),
     same("zero_terminal_snr", "zero_terminal_snr", Kind::Flag),
-    by("min_timestep", &["min_timestep"], "for bases that are trained by flow matching", |field| {
-        timestep(field, "min_timestep", 0.0)
-    }),
-    by("max_timestep", &["max_timestep"], "for bases that are trained by flow matching", |field| {
-        timestep(field, "max_timestep", 1000.0)
-    }),
+    by("min_timestep", &["min_timestep"], "0 is none", |field| timestep(field, "min_timestep", 0.0)),
+    by("max_timestep", &["max_timestep"], "1000 is none", |field| timestep(field, "max_timestep", 1000.0)),
     by("min_snr_gamma", &["min_snr_gamma"], "0 is none", |field| match field.number() {
         Some(gamma) if gamma > 0.0 => of_diffusion(field, taken("min_snr_gamma", values::of_number(gamma))),
         Some(_) => no_effect("off, as without it"),
@@ -376,15 +396,30 @@ pub(super) static SHARED: &[Row] = &[
     same("scale_v_pred_loss_like_noise_pred", "scale_v_pred_loss_like_noise_pred", Kind::Flag),
     same("v_pred_like_loss", "v_pred_like_loss", Kind::Positive),
     same("debiased_estimation_loss", "debiased_estimation_loss", Kind::Flag),
-    gone("loss_type", &["\"l2\""], "the loss is the squared difference"),
-    by("huber_schedule", &[], "of other losses than `l2`", of_huber),
-    by("huber_c", &[], "of other losses than `l2`", of_huber),
-    by("huber_scale", &[], "of other losses than `l2`", of_huber),
+    by("loss_type", &["loss_type"], "by its name", |field| match field.text().as_str() {
+        "l2" => no_effect("as without it"),
+        loss @ ("l1" | "huber" | "smooth_l1") => taken("loss_type", loss),
+        _ => field.expected("l2, l1, huber or smooth_l1"),
+    }),
+    by("huber_schedule", &["huber_schedule"], "of `huber` and `smooth_l1`", |field| {
+        let schedule = field.text();
+        match schedule.as_str() {
+            "snr" if is_flow(&field.root) && has_threshold(&field.root) => {
+                refused("snr is for bases that predict the noise, there too; take constant or exponential")
+            }
+            "constant" | "snr" | "exponential" => of_huber(field, taken("huber_schedule", schedule)),
+            _ => field.expected("constant, snr or exponential"),
+        }
+    }),
+    by("huber_c", &["huber_c"], "of `huber` and `smooth_l1`", |field| of_huber(field, number_of(field, "huber_c"))),
+    by("huber_scale", &["huber_scale"], "of `huber` and `smooth_l1`", |field| {
+        of_huber(field, number_of(field, "huber_scale"))
+    }),
     gone("scale_weight_norms", OFF, "no limit on the update of a layer"),
     same("network_dropout", "lora_dropout", Kind::Positive),
-    gone("dim_from_weights", OFF, "lora_rank must be that of init_from"),
-    gone("base_weights", OFF, "merge them first: lora merge"),
-    gone("base_weights_multiplier", OFF, "merge them first: lora merge"),
+    gone("dim_from_weights", OFF, "lora_rank says the rank; init_from is brought to it"),
+    by("base_weights", &["fuse_adapters"], "each with its base_weights_multiplier", base_weights),
+    nothing("base_weights_multiplier", "with base_weights"),
     same("save_every_n_epochs", "save_every_n_epochs", Kind::AtLeastOne),
     same("save_every_n_steps", "save_every_n_steps", Kind::AtLeastOne),
     gone("save_n_epoch_ratio", OFF, "no saves by a share of the epochs"),
@@ -770,16 +805,44 @@ fn fp8(field: &Field<'_>) -> Outcome {
 fn timestep(field: &Field<'_>, ours: &'static str, neutral: f64) -> Outcome {
     match field.number() {
         Some(number) if number == neutral => no_effect("off, as without it"),
-        Some(number) if is_flow(&field.root) => taken(ours, values::of_number(number)),
-        Some(_) => lost("all timesteps are drawn"),
+        Some(number) => taken(ours, values::of_number(number)),
         None => field.expected("a number"),
     }
 }
 
-fn of_huber(field: &Field<'_>) -> Outcome {
-    match field.root.text("loss_type").as_deref() {
-        None | Some("l2" | "l1") => no_effect("a number of other losses"),
-        Some(_) => lost("the loss is the squared difference"),
+/// A number that means the same here.
+pub(super) fn number_of(field: &Field<'_>, ours: &'static str) -> Outcome {
+    match field.number() {
+        Some(number) => taken(ours, values::of_number(number)),
+        None => field.expected("a number"),
+    }
+}
+
+/// With `noise_offset` alone, which is what it changes.
+pub(super) fn adaptive_noise_scale(field: &Field<'_>) -> Outcome {
+    let offset = field.root.number("noise_offset").is_some_and(|offset| offset > 0.0);
+    match field.number() {
+        Some(0.0) => no_effect("off, as without it"),
+        Some(_) if !offset => refused("changes noise_offset, which is not given, there too"),
+        _ => of_diffusion(field, number_of(field, "adaptive_noise_scale")),
+    }
+}
+
+fn random_strength(field: &Field<'_>, ours: &'static str) -> Outcome {
+    match field.on() {
+        true => becomes(ours, true, "drawn for each picture of a batch instead of once"),
+        false => no_effect("off, as without it"),
+    }
+}
+
+fn has_threshold(root: &Scope<'_>) -> bool {
+    matches!(root.text("loss_type").as_deref(), Some("huber" | "smooth_l1"))
+}
+
+fn of_huber(field: &Field<'_>, outcome: Outcome) -> Outcome {
+    match has_threshold(&field.root) {
+        true => outcome,
+        false => no_effect("a number of other losses"),
     }
 }
 
@@ -848,4 +911,23 @@ fn dataset_file(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>) 
         }
     }
     Ok(())
+}
+
+/// LoRAs in the base, each with its strength; 1 where there is none.
+fn base_weights(field: &Field<'_>) -> Outcome {
+    let Some(files) = values::texts(&field.value) else { return field.expected("files") };
+    if files.is_empty() {
+        return no_effect("no file");
+    }
+    let strengths = field.root.get("base_weights_multiplier");
+    let of = |place: usize| match &strengths {
+        Some(Value::Array(all)) => all.get(place).and_then(values::number),
+        Some(one) if place == 0 => values::number(one),
+        _ => None,
+    };
+    let fused = files.iter().enumerate().map(|(place, file)| match of(place) {
+        Some(strength) => format!("{file}:{strength}"),
+        None => file.clone(),
+    });
+    taken("fuse_adapters", fused.collect::<Vec<_>>())
 }

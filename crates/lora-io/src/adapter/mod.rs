@@ -257,7 +257,7 @@ pub fn lacks_first_values(module: &AdapterModule) -> bool {
 }
 
 /// Variants whose first values are taken out of the base.
-pub(crate) const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
+pub const RESIDUAL: &[&str] = &["pissa", "pissa-fast", "olora"];
 
 /// The family of the base that an adapter was made for, as far as it shows.
 pub fn family(adapter: &Adapter) -> Option<&'static Family> {

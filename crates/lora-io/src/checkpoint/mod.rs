@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `ldm` | reading the original layout: one file with a prefix for each component |
 //! | `diffusers` | reading a folder with a folder for each component |
+//! | `fuse` | adapters added to weights as they are read |
 //! | `file` | a file of weights: safetensors, or GGUF under the same names |
 //! | `language` | reading a language model: a folder of its own, or one GGUF file |
 //! | `part` | a component from elsewhere |
@@ -12,6 +13,7 @@
 
 mod diffusers;
 mod file;
+mod fuse;
 mod language;
 mod ldm;
 mod part;
@@ -35,6 +37,7 @@ use crate::gguf::{GgufFile, LanguageModel, Packed};
 use crate::safetensors::TensorView;
 use crate::{Error, Result};
 use file::WeightFile;
+use fuse::{Fused, FusedRecord};
 
 /// An open checkpoint of a known family.
 #[derive(Debug)]
@@ -48,6 +51,8 @@ pub struct Checkpoint {
     /// Names of tensors outside all components, and whether they have no elements.
     marks: BTreeMap<String, bool>,
     unused: Vec<String>,
+    /// Adapters that are added to weights as they are read.
+    fused: Option<FusedRecord>,
 }
 
 /// The weights of one component under diffusers' (U-Net, transformer, autoencoder) or transformers' (text encoder, CLIP's
@@ -61,6 +66,8 @@ pub struct ComponentWeights {
     /// Or a language model's file that holds all of them under llama.cpp's names, and quantised.
     gguf: Option<LanguageModel>,
     config: Option<serde_json::Value>,
+    /// Adapters that are added to weights as they are read.
+    fused: Option<Fused>,
 }
 
 /// Where a weight lies.
@@ -143,6 +150,7 @@ impl Checkpoint {
             metadata: BTreeMap::new(),
             marks: BTreeMap::new(),
             unused: Vec::new(),
+            fused: None,
         }
     }
 
@@ -280,7 +288,14 @@ impl Place {
 
 impl ComponentWeights {
     fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), gguf: None, config: None }
+        Self {
+            path: path.to_owned(),
+            files: Vec::new(),
+            entries: BTreeMap::new(),
+            gguf: None,
+            config: None,
+            fused: None,
+        }
     }
 
     fn add(&mut self, file: &Arc<WeightFile>, stored: &str, canonical: String, piece: Piece) -> Result<()> {
@@ -345,17 +360,26 @@ impl ComponentWeights {
         self.gguf.as_ref().map(LanguageModel::file)
     }
 
-    /// A weight's values, copied: F32, F16 and BF16 as they are, quantised ones and those with a scale in f32.
+    /// A weight's values, copied: F32, F16 and BF16 as they are, quantised ones, those with a scale and those that adapters
+    /// are added to in f32.
     ///
     /// # Errors
     ///
     /// If there is no such weight, or its element type is not read here.
     pub fn values(&self, name: &str) -> Result<HostTensor> {
+        match self.fused_values(name)? {
+            Some(fused) => Ok(fused),
+            None => self.stored_values(name),
+        }
+    }
+
+    /// The same without what is added to it.
+    fn stored_values(&self, name: &str) -> Result<HostTensor> {
         if let Some(model) = &self.gguf {
             return model.tensor(name);
         }
         let (file, place) = self.place(name)?;
-        if let Some(view) = self.view(name)? {
+        if let Some(view) = self.stored_view(name)? {
             return view.to_host();
         }
         let wrong = |error: lora_core::Error| Error::tensor(file.path(), &place.stored, error.to_string());
@@ -383,6 +407,9 @@ impl ComponentWeights {
     ///
     /// As [`Self::values`].
     pub fn packed(&self, name: &str) -> Result<Option<Packed<'_>>> {
+        if self.is_fused(name) {
+            return Ok(None);
+        }
         if let Some(model) = &self.gguf {
             return model.packed(name);
         }
@@ -413,18 +440,29 @@ impl ComponentWeights {
     /// As [`Self::values`].
     pub fn packed_as_stored(&self, name: &str) -> Result<Option<Packed<'_>>> {
         match &self.gguf {
+            Some(_) if self.is_fused(name) => Ok(None),
             Some(model) => model.packed_as_stored(name),
             None => self.packed(name),
         }
     }
 
     /// A weight in the memory map of a safetensors file. One that lies there in another order is copied when it is first
-    /// asked for. `None` in GGUF and for a weight with a scale, which have [`Self::values`] and no view.
+    /// asked for. `None` in GGUF, for a weight with a scale and for one that adapters are added to, which have
+    /// [`Self::values`] and no view.
     ///
     /// # Errors
     ///
     /// If there is no such weight.
     pub fn view(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        if self.is_fused(name) { Ok(None) } else { self.stored_view(name) }
+    }
+
+    /// Whether adapters are added to a weight.
+    fn is_fused(&self, name: &str) -> bool {
+        self.fused.as_ref().is_some_and(|fused| fused.changes(name))
+    }
+
+    fn stored_view(&self, name: &str) -> Result<Option<TensorView<'_>>> {
         if self.gguf.is_some() {
             return Ok(None);
         }
@@ -450,7 +488,8 @@ impl ComponentWeights {
     ///
     /// As [`Self::view`], and where there is none.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let none = || Error::tensor(&self.path, name, "is in GGUF or has a scale: it has values and no view");
+        let none =
+            || Error::tensor(&self.path, name, "is in GGUF, has a scale or an adapter: it has values and no view");
         self.view(name)?.ok_or_else(none)
     }
 
@@ -460,7 +499,7 @@ impl ComponentWeights {
         Ok((&self.files[place.file], place))
     }
 
-    /// SHA-256 of all weights with their names and shapes: what caches of this component's outputs are kept apart by.
+    /// SHA-256 of all weights with their names and shapes, and of what is added to them: what caches of this component's outputs are kept apart by.
     ///
     /// # Errors
     /// [`Error::Tensor`] where a tensor cannot be read.
@@ -474,7 +513,7 @@ impl ComponentWeights {
                 model.release(name);
                 continue;
             }
-            if let Some(tensor) = self.view(name)? {
+            if let Some(tensor) = self.stored_view(name)? {
                 hash.update(format!("{name} {} {:?}\n", tensor.dtype(), tensor.shape()));
                 hash.update(tensor.bytes());
                 continue;
@@ -483,6 +522,9 @@ impl ComponentWeights {
             let (kind, parts) = file.stored(&place.stored)?;
             hash.update(format!("{name} {kind} {:?} {:?}\n", place.shape, place.piece));
             parts.into_iter().for_each(|bytes| hash.update(bytes));
+        }
+        if let Some(fused) = &self.fused {
+            hash.update(fused.digest());
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }

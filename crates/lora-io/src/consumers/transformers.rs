@@ -8,7 +8,7 @@ use super::builder::OpinionBuilder;
 use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict};
 use crate::adapter::{names, parts};
 use crate::family::tree::{Depths, Piece};
-use crate::family::{FAMILIES, Family, flux, flux2, qwen_image, sd3, z_image};
+use crate::family::{FAMILIES, Family, chroma, flux, flux2, qwen_image, sd3, z_image};
 
 /// How a file spells a layer of the transformer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &Family) 
         let what = format!("no rules are known here for {consumer} and {base}; Forge loads with ComfyUI's");
         return Opinion::whole(consumer, Verdict::Unknown, what, None);
     }
-    if consumer == Consumer::SdScripts && ![&flux::FAMILY, &sd3::FAMILY].contains(&base) {
+    if consumer == Consumer::SdScripts && ![&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY].contains(&base) {
         let what = format!("sd-scripts does not know {base}; musubi-tuner does");
         return Opinion::whole(consumer, Verdict::NothingLoaded, what, None);
     }
@@ -98,10 +98,14 @@ fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
     match consumer {
         Consumer::Diffusers => match own.spelling {
             Spelling::Diffusers if own.canonical => LOADS,
-            Spelling::Kohya if own.original && is(&[&flux::FAMILY]) && !own.path.contains("_blocks.") => Err((
-                "layers outside of the blocks are renamed and then passed over in silence",
-                Some(Cure::ToDiffusers),
-            )),
+            Spelling::Kohya
+                if own.original && is(&[&flux::FAMILY, &chroma::FAMILY]) && !own.path.contains("_blocks.") =>
+            {
+                Err((
+                    "layers outside of the blocks are renamed and then passed over in silence",
+                    Some(Cure::ToDiffusers),
+                ))
+            }
             Spelling::Kohya | Spelling::Generic
                 if is(&[&flux2::FAMILY]) && own.path == "final_layer.adaLN_modulation.1" =>
             {
@@ -121,7 +125,7 @@ fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
                 Ok(Some((Effect::Note, "diffusers' names of this base were read, not run", Some(Cure::ToKohya))))
             }
             Spelling::Diffusers if own.canonical => LOADS,
-            Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &sd3::FAMILY]) => LOADS,
+            Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY]) => LOADS,
             _ => Err(("no layer of this base model has this name (`lora key not loaded`)", convert)),
         },
         _ if own.spelling == Spelling::Kohya && own.original => LOADS,

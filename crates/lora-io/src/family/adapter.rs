@@ -19,11 +19,13 @@ pub struct Signs {
     pub spelt: fn(&Module<'_>) -> bool,
     /// Metadata keys and beginnings of their values.
     pub metadata: &'static [(&'static str, &'static str)],
+    /// The family whose adapters have the same names: metadata alone tell this one's from those.
+    pub named_as: Option<&'static Family>,
 }
 
 impl Signs {
     /// No signs at all.
-    pub const NONE: Self = Self { alone: |_| false, context: None, spelt: |_| false, metadata: &[] };
+    pub const NONE: Self = Self { alone: |_| false, context: None, spelt: |_| false, metadata: &[], named_as: None };
 }
 
 /// A module of an adapter.
@@ -77,10 +79,12 @@ pub fn told(modules: &[Module<'_>], metadata: &BTreeMap<String, String>) -> Opti
     let with = |wanted: &dyn Fn(&Family) -> bool| FAMILIES.into_iter().find(|family| wanted(family));
     let context = modules.iter().filter(|module| module.reads_text()).find_map(|module| module.inputs);
     let says = |&(key, start): &(&str, &str)| metadata.get(key).is_some_and(|value| value.starts_with(start));
-    by_name(modules)
+    let said = with(&|family| family.signs.metadata.iter().any(says));
+    let shown = by_name(modules).map(|shown| said.filter(|own| own.signs.named_as == Some(shown)).unwrap_or(shown));
+    shown
         .or_else(|| context.and_then(|width| with(&|family| family.signs.context == Some(width))))
         .or_else(|| with(&|family| modules.iter().any(|module| (family.signs.spelt)(module))))
-        .or_else(|| with(&|family| family.signs.metadata.iter().any(says)))
+        .or(said)
 }
 
 /// What speaks against an adapter on a base of a family, in words that name both: the family that it shows, unless its
@@ -98,7 +102,8 @@ pub(crate) fn foreign(
     if said.iter().any(|(.., fits)| *fits) {
         return None;
     }
-    if let Some(family) = shown(adapter).filter(|family| *family != base) {
+    let is_other = |family: &&Family| *family != base && base.signs.named_as != Some(*family);
+    if let Some(family) = shown(adapter).filter(is_other) {
         return Some(format!("the adapter seems to be made for {family}, the base is {base}"));
     }
     let (key, value, _) = said.first()?;

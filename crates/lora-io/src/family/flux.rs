@@ -66,4 +66,4 @@ pub static FAMILY: Family = Family {
 };
 
 /// Of the published model; nothing in its names depends on them.
-const DEPTHS: Depths = Depths { stride: 3, up_attention: 0, levels: 0, layers: 19 };
+pub(super) const DEPTHS: Depths = Depths { stride: 3, up_attention: 0, levels: 0, layers: 19 };

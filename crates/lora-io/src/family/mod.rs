@@ -11,6 +11,7 @@
 //! | `unknown` | what can be said of a base of none of these families |
 
 pub mod adapter;
+pub mod chroma;
 pub mod flux;
 pub mod flux2;
 pub mod language;
@@ -35,8 +36,9 @@ use layers::Layer;
 use tree::{Depths, Tree};
 
 /// The families that are known here, in the order in which files are told apart: the first that fits is taken.
-pub static FAMILIES: [&Family; 9] = [
+pub static FAMILIES: [&Family; 10] = [
     &flux2::FAMILY,
+    &chroma::FAMILY,
     &flux::FAMILY,
     &sd3::FAMILY,
     &qwen_image::FAMILY,

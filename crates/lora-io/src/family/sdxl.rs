@@ -54,6 +54,7 @@ pub static FAMILY: Family = Family {
         context: Some(2048),
         spelt: |module| module.name.starts_with("lora_te1_"),
         metadata: &[("ss_base_model_version", "sdxl"), ("modelspec.architecture", "stable-diffusion-xl")],
+        named_as: None,
     },
     labels: Some(Labels {
         version: ["sdxl_base_v1-0", "sdxl_base_v1-0"],

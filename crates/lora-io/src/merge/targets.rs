@@ -116,7 +116,9 @@ impl Edits {
         let files = base.files.iter().map(|_| FileEdits::default()).collect();
         let mut all = Self { files, untied: None, notes: Vec::new() };
         for (index, adapter) in adapters.iter().enumerate() {
-            layers.check_blocks(&base.path, &adapter.strength)?;
+            if let Some(family) = layers.family {
+                check_blocks(&base.path, family, &adapter.strength)?;
+            }
             let other = layers.family.and_then(|family| adapter::made_for_another(&adapter.adapter, family));
             let mut problems = Vec::new();
             let ends_are_one = layers.tied.as_ref().is_some_and(|tied| tied.is_one_adapter(&adapter.adapter));
@@ -133,7 +135,7 @@ impl Edits {
                 });
                 let added = found.and_then(|found| {
                     found.iter().try_for_each(|layer| {
-                        layers.fits(module, layer, &base.files, variants)?;
+                        fits(module, &layer.shape(&base.files), variants)?;
                         all.add(index, path, module, layer, variants)
                     })?;
                     if stays_tied { Ok(()) } else { all.untie(path, &layers, &found, &base.files) }
@@ -286,21 +288,6 @@ impl StoredLayers {
         layers
     }
 
-    /// Factors by block mean other blocks in another family.
-    fn check_blocks(&self, base: &Path, strength: &Strength) -> Result<()> {
-        let Some((family, count)) = self.family.and_then(|family| Some((family, family.block_factors?))) else {
-            return Ok(());
-        };
-        match strength.blocks.len() {
-            0 => Ok(()),
-            given if given == count => Ok(()),
-            given => Err(Error::format(
-                base,
-                format!("{given} factors by block are given; this is {family}, which has {count}"),
-            )),
-        }
-    }
-
     /// The layer of a name in a file, which has tensors of its own.
     fn of_name(&self, file_index: usize, files: &[SafetensorsFile], name: &str) -> StoredLayer {
         let file = &files[file_index];
@@ -326,39 +313,6 @@ impl StoredLayers {
             Some(copy) => *copy = layer,
             None => copies.push(layer),
         }
-    }
-
-    /// Whether a module's tensors fit a layer; shapes alone are looked at.
-    fn fits(
-        &self,
-        module: &AdapterModule,
-        layer: &StoredLayer,
-        files: &[SafetensorsFile],
-        variants: &VariantRegistry<CpuBackend>,
-    ) -> Result<(), String> {
-        let shape = layer.shape(files);
-        // Some variants take the weight itself apart, which shapes do not tell more about.
-        let of_factors = adapter::RESIDUAL.contains(&module.variant.as_str()) && module.tensors.len() == 2;
-        let plain = || AdapterModule { variant: "lora".into(), ..module.clone() };
-        let reason = if let Some(update) = Update::of(module, variants) {
-            update.fits(&shape).err()
-        } else if of_factors {
-            Update::of(&plain(), variants).and_then(|update| update.fits(&shape).err())
-        } else {
-            let geometry = geometry(module, &shape)
-                .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
-            // A variant of a program's own is looked at where its update is worked out.
-            let Ok(variant) = VariantRegistry::<ShapeBackend>::default().get(&module.variant) else { return Ok(()) };
-            let layer = FrozenLayer { backend: ShapeBackend, geometry, weight: shape.clone(), bias: None };
-            let fits = Parameters::upload(&ShapeBackend, module, &Vec::new())
-                .and_then(|parameters| variant.delta_weight(&ShapeBackend, &layer, &parameters))
-                .is_ok_and(|delta| delta == shape);
-            (!fits).then(|| format!("do not fit this base's weight {shape:?}"))
-        };
-        let Some(reason) = reason else { return Ok(()) };
-        let tensors = module.tensors.iter().map(|(name, tensor)| format!("`{name}` {:?}", tensor.shape()));
-        let list = tensors.collect::<Vec<_>>().join(", ");
-        Err(format!("its {list} {reason}"))
     }
 
     /// The layers of a file by their own names.
@@ -479,6 +433,48 @@ impl StoredLayers {
         }
         found
     }
+}
+
+/// Factors by block mean other blocks in another family.
+pub(crate) fn check_blocks(base: &Path, family: &Family, strength: &Strength) -> Result<()> {
+    let Some(count) = family.block_factors else { return Ok(()) };
+    match strength.blocks.len() {
+        0 => Ok(()),
+        given if given == count => Ok(()),
+        given => {
+            Err(Error::format(base, format!("{given} factors by block are given; this is {family}, which has {count}")))
+        }
+    }
+}
+
+/// Whether a module's tensors fit a layer whose weight has this shape; shapes alone are looked at.
+pub(crate) fn fits(
+    module: &AdapterModule,
+    shape: &[usize],
+    variants: &VariantRegistry<CpuBackend>,
+) -> Result<(), String> {
+    // Some variants take the weight itself apart, which shapes do not tell more about.
+    let of_factors = adapter::RESIDUAL.contains(&module.variant.as_str()) && module.tensors.len() == 2;
+    let plain = || AdapterModule { variant: "lora".into(), ..module.clone() };
+    let reason = if let Some(update) = Update::of(module, variants) {
+        update.fits(shape).err()
+    } else if of_factors {
+        Update::of(&plain(), variants).and_then(|update| update.fits(shape).err())
+    } else {
+        let geometry = geometry(module, shape)
+            .ok_or_else(|| format!("this base has it with the shape {shape:?}, which no adapter goes on"))?;
+        // A variant of a program's own is looked at where its update is worked out.
+        let Ok(variant) = VariantRegistry::<ShapeBackend>::default().get(&module.variant) else { return Ok(()) };
+        let layer = FrozenLayer { backend: ShapeBackend, geometry, weight: shape.to_vec(), bias: None };
+        let fits = Parameters::upload(&ShapeBackend, module, &Vec::new())
+            .and_then(|parameters| variant.delta_weight(&ShapeBackend, &layer, &parameters))
+            .is_ok_and(|delta| delta == shape);
+        (!fits).then(|| format!("do not fit this base's weight {shape:?}"))
+    };
+    let Some(reason) = reason else { return Ok(()) };
+    let tensors = module.tensors.iter().map(|(name, tensor)| format!("`{name}` {:?}", tensor.shape()));
+    let list = tensors.collect::<Vec<_>>().join(", ");
+    Err(format!("its {list} {reason}"))
 }
 
 /// The layer whose weight a tensor is.

@@ -1,16 +1,18 @@
 //! FLUX.1's transformer (Black Forest Labs, 2024): blocks in which text and picture have layers of their own, then blocks
-//! in which they share them; diffusers' `FluxTransformer2DModel`.
+//! in which they share them; diffusers' `FluxTransformer2DModel`. Chroma (Lodestone Rock, 2025) has the same blocks without
+//! the layers that shift and scale them: diffusers' `ChromaTransformer2DModel`.
 
 use lora_core::Component;
 use lora_io::checkpoint::ComponentWeights;
 use lora_torch::checkpoint::Shared;
 use lora_torch::tch::{Kind, Tensor};
 
+use super::approximator::{Approximator, ApproximatorConfig};
 use super::axial_rotary::{AxialRotary, AxialTables};
 use super::config;
 use super::joint::{
     Embedder, FeedForward, HeadSizes, Heads, Modulation, Modulator, Projections, SINUSOIDS, Sinusoids, attend,
-    gated_sum, in_range, layer_norm, modulated, pack, parted, positions, unpack,
+    gated_sum, in_range, layer_norm, modulated, pack, parted, positions, text_mask, unpack,
 };
 use crate::layers::{Adaptable, AdaptableLayer, Pass, exclusive};
 use crate::weights::{Weights, dimension};
@@ -29,16 +31,28 @@ pub struct FluxConfig {
     pub inner: usize,
     /// Width of the text encoder's states.
     pub context: usize,
-    /// Width of the pooled text.
-    pub pooled: usize,
+    /// What shifts and scales are made of.
+    pub conditioning: FluxConditioning,
     /// Blocks in which text and picture have layers of their own.
     pub double_blocks: usize,
     /// Blocks in which they share them.
     pub single_blocks: usize,
-    /// Whether it is told a strength of guidance.
-    pub guidance: bool,
     /// Numbers of a head that are turned by each axis of a position.
     pub axes: Vec<usize>,
+}
+
+/// What the shifts and scales of a transformer's blocks are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FluxConditioning {
+    /// The time, pooled text and perhaps a strength of guidance, by a layer in each block: FLUX.1's.
+    Embedded {
+        /// Width of the pooled text.
+        pooled: usize,
+        /// Whether it is told a strength of guidance.
+        guidance: bool,
+    },
+    /// The time alone, by one network for all blocks: Chroma's.
+    Approximated(ApproximatorConfig),
 }
 
 /// Base of the frequencies of positions.
@@ -81,12 +95,47 @@ impl FluxConfig {
             heads: width / head,
             inner: dimension(component, "single_transformer_blocks.0.proj_mlp.weight", 0)?,
             context: dimension(component, "context_embedder.weight", 1)?,
-            pooled: dimension(component, "time_text_embed.text_embedder.linear_1.weight", 1)?,
+            conditioning: match ApproximatorConfig::detect(component)? {
+                Some(approximator) => FluxConditioning::Approximated(approximator),
+                None => FluxConditioning::Embedded {
+                    pooled: dimension(component, "time_text_embed.text_embedder.linear_1.weight", 1)?,
+                    guidance: component.contains(GUIDANCE),
+                },
+            },
             double_blocks: count("transformer_blocks", "attn.to_q.weight"),
             single_blocks: count("single_transformer_blocks", "attn.to_q.weight"),
-            guidance: component.contains(GUIDANCE),
             axes,
         })
+    }
+
+    /// Whether the transformer is told a strength of guidance.
+    pub fn is_guided(&self) -> bool {
+        matches!(self.conditioning, FluxConditioning::Embedded { guidance: true, .. })
+    }
+
+    /// Where the parts of a block come from: its layer `name`, or rows from `row` on of the table of all blocks.
+    fn modulator(&self, weights: &Weights<'_>, name: &str, parts: usize, row: usize) -> Result<Modulator> {
+        match self.conditioning {
+            FluxConditioning::Embedded { .. } => Modulator::new(&weights.at(name), self.width, parts, true),
+            FluxConditioning::Approximated(_) => Ok(Modulator::Rows { first: row, count: parts }),
+        }
+    }
+
+    /// Rows of the table of all blocks: single ones first, then the picture's of double ones, the text's, the end's.
+    fn rows(&self) -> usize {
+        self.end_row() + 2
+    }
+
+    fn single_row(index: usize) -> usize {
+        3 * index
+    }
+
+    fn double_row(&self, index: usize, is_text: bool) -> usize {
+        3 * self.single_blocks + 6 * (index + if is_text { self.double_blocks } else { 0 })
+    }
+
+    fn end_row(&self) -> usize {
+        3 * self.single_blocks + 12 * self.double_blocks
     }
 
     fn head_sizes(&self) -> HeadSizes {
@@ -104,10 +153,12 @@ pub struct FluxConditions<'t> {
     pub sigmas: &'t Tensor,
     /// Text states, `[batch, tokens, context]`.
     pub context: &'t Tensor,
-    /// Pooled text, `[batch, pooled]`.
-    pub pooled: &'t Tensor,
+    /// Pooled text, `[batch, pooled]`, where the transformer reads such.
+    pub pooled: Option<&'t Tensor>,
     /// Strengths of guidance, `[batch]`, where the transformer is told such.
     pub guidance: Option<&'t Tensor>,
+    /// How many of a caption's states are there, `[batch]` int64, where captions differ; the others are not seen.
+    pub lengths: Option<&'t Tensor>,
 }
 
 /// FLUX.1's transformer.
@@ -115,17 +166,30 @@ pub struct FluxConditions<'t> {
 pub struct Flux {
     config: FluxConfig,
     kind: Kind,
-    sinusoids: Sinusoids,
     rotary: AxialRotary,
-    timestep_embedder: Embedder,
-    guidance_embedder: Option<Embedder>,
-    text_embedder: Embedder,
+    conditioner: Conditioner,
     context_embedder: AdaptableLayer,
     x_embedder: AdaptableLayer,
     double_blocks: Vec<Shared<DoubleBlock>>,
     single_blocks: Vec<Shared<SingleBlock>>,
     norm_out: Modulator,
     proj_out: AdaptableLayer,
+}
+
+/// Makes what blocks are shifted and scaled by.
+#[derive(Debug)]
+enum Conditioner {
+    Embedded(Box<Embedders>),
+    Approximated(Box<Approximator>),
+}
+
+/// What is added up to a vector.
+#[derive(Debug)]
+struct Embedders {
+    sinusoids: Sinusoids,
+    timestep: Embedder,
+    guidance: Option<Embedder>,
+    text: Embedder,
 }
 
 /// What one kind of token has of its own in a block.
@@ -157,6 +221,8 @@ struct Sequence {
     /// Text tokens, which come first.
     text: i64,
     positions: AxialTables,
+    /// `[batch, 1, 1, tokens]`.
+    mask: Option<Tensor>,
 }
 
 impl Flux {
@@ -167,27 +233,19 @@ impl Flux {
     /// memory.
     pub fn new(weights: &Weights<'_>, config: FluxConfig) -> Result<Self> {
         let (width, plain) = (config.width, weights.plain());
-        let time_text = plain.at("time_text_embed");
-        let embedder = |name: &str, inputs| Embedder::new(&time_text.at(name), inputs, width, true);
         let tokens = 4 * config.latent_channels;
         let (double, single) = (weights.at("transformer_blocks"), weights.at("single_transformer_blocks"));
-        let double = (0..config.double_blocks).map(|at| DoubleBlock::new(&double.at(at), &config).map(Shared::new));
-        let single = (0..config.single_blocks).map(|at| SingleBlock::new(&single.at(at), &config).map(Shared::new));
+        let double = (0..config.double_blocks).map(|at| DoubleBlock::new(&double.at(at), &config, at).map(Shared::new));
+        let single = (0..config.single_blocks).map(|at| SingleBlock::new(&single.at(at), &config, at).map(Shared::new));
         Ok(Self {
             kind: weights.kind(),
-            sinusoids: Sinusoids::new(weights.device())?,
             rotary: AxialRotary::new(&config.axes, THETA, weights.device())?,
-            timestep_embedder: embedder("timestep_embedder", SINUSOIDS)?,
-            guidance_embedder: match config.guidance {
-                true => Some(embedder("guidance_embedder", SINUSOIDS)?),
-                false => None,
-            },
-            text_embedder: embedder("text_embedder", config.pooled)?,
+            conditioner: Conditioner::new(weights, &config)?,
             context_embedder: AdaptableLayer::linear(&plain.at("context_embedder"), config.context, width, true)?,
             x_embedder: AdaptableLayer::linear(&plain.at("x_embedder"), tokens, width, true)?,
             double_blocks: double.collect::<Result<_>>()?,
             single_blocks: single.collect::<Result<_>>()?,
-            norm_out: Modulator::new(&plain.at("norm_out.linear"), width, 2, true)?,
+            norm_out: config.modulator(&plain, "norm_out.linear", 2, config.end_row())?,
             proj_out: AdaptableLayer::linear(&plain.at("proj_out"), width, tokens, true)?,
             config,
         })
@@ -211,11 +269,13 @@ impl Flux {
     pub fn forward(&self, latents: &Tensor, conditions: &FluxConditions<'_>, pass: &Pass) -> Result<Tensor> {
         self.check(latents, conditions)?;
         let (_, _, height, width) = latents.size4()?;
-        let vector = self.vector(conditions, pass)?;
+        let vector = self.conditioner.forward(conditions, pass)?;
         let image = self.x_embedder.forward(&pack(&latents.f_to_kind(self.kind)?)?, pass)?;
         let text = self.context_embedder.forward(&conditions.context.f_to_kind(self.kind)?, pass)?;
         let tokens = text.size3()?.1;
-        let sequence = Shared::new(Sequence { text: tokens, positions: self.positions(tokens, height, width)? });
+        let places = image.size3()?.1;
+        let mask = conditions.lengths.map(|lengths| text_mask(lengths, tokens, places, self.kind)).transpose()?;
+        let sequence = Shared::new(Sequence { text: tokens, positions: self.positions(tokens, height, width)?, mask });
 
         let mut joined = Tensor::f_cat(&[text, image], 1)?;
         for block in &self.double_blocks {
@@ -232,18 +292,10 @@ impl Flux {
         }
         let (_, image) = parted(&joined, tokens)?;
         let ends = self.norm_out.forward(&vector, pass)?;
-        let normed = modulated(&layer_norm(&image)?, &ends.part(1), &ends.part(0))?;
+        // The layer's first half scales, as diffusers stores it; the table's first row shifts.
+        let (shift, scale) = if matches!(self.norm_out, Modulator::Rows { .. }) { (0, 1) } else { (1, 0) };
+        let normed = modulated(&layer_norm(&image)?, &ends.part(shift), &ends.part(scale))?;
         unpack(&self.proj_out.forward(&normed, pass)?.f_to_kind(Kind::Float)?, height, width)
-    }
-
-    /// What blocks are scaled and shifted by, through SiLU: `[batch, width]`.
-    fn vector(&self, conditions: &FluxConditions<'_>, pass: &Pass) -> Result<Tensor> {
-        let times = self.sinusoids.of_thousandfold(conditions.sigmas)?;
-        let mut vector = self.timestep_embedder.forward(&times, pass)?;
-        if let (Some(embedder), Some(guidance)) = (&self.guidance_embedder, conditions.guidance) {
-            vector = vector.f_add(&embedder.forward(&self.sinusoids.of_thousandfold(guidance)?, pass)?)?;
-        }
-        Ok(vector.f_add(&self.text_embedder.forward(conditions.pooled, pass)?)?.f_silu()?)
     }
 
     /// Text at the origin, the picture's tokens by row and column on the second and third axis.
@@ -256,48 +308,105 @@ impl Flux {
     }
 
     fn check(&self, latents: &Tensor, conditions: &FluxConditions<'_>) -> Result<()> {
-        let FluxConditions { sigmas, context, pooled, guidance } = conditions;
-        let FluxConfig { latent_channels, context: context_width, pooled: pooled_width, .. } = self.config;
+        let FluxConditions { sigmas, context, pooled, guidance, lengths } = conditions;
+        let FluxConfig { latent_channels, context: context_width, .. } = self.config;
+        let pooled_width = match self.config.conditioning {
+            FluxConditioning::Embedded { pooled, .. } => Some(pooled as i64),
+            FluxConditioning::Approximated(_) => None,
+        };
         let (batch, channels, ..) = latents.size4()?;
         let (context_batch, _, found_width) = context.size3()?;
+        let one_each = |numbers: &Option<&Tensor>| numbers.is_none_or(|numbers| numbers.size() == [batch]);
         let fits = channels == latent_channels as i64
             && (context_batch, found_width) == (batch, context_width as i64)
-            && pooled.size() == [batch, pooled_width as i64]
+            && pooled.map(Tensor::size) == pooled_width.map(|width| vec![batch, width])
             && sigmas.size() == [batch]
-            && guidance.is_some() == self.config.guidance
-            && guidance.is_none_or(|guidance| guidance.size() == [batch]);
+            && guidance.is_some() == self.config.is_guided()
+            && one_each(guidance)
+            && one_each(lengths);
         if fits {
             return Ok(());
         }
-        let told = if self.config.guidance { "one guidance each" } else { "no guidance" };
+        let told = if self.config.is_guided() { "one guidance each" } else { "no guidance" };
+        let read = pooled_width.map_or("no pooled text".to_owned(), |width| format!("pooled text [{batch}, {width}]"));
         Err(Error::Input {
             what: "FLUX.1's transformer",
             expected: format!(
-                "latents [{batch}, {latent_channels}, …], one σ each, text [{batch}, …, {context_width}], pooled text \
-                 [{batch}, {pooled_width}], {told}"
+                "latents [{batch}, {latent_channels}, …], one σ each, text [{batch}, …, {context_width}], {read}, {told}"
             ),
             found: format!(
                 "latents {:?}, σ {:?}, text {:?}, pooled text {:?}, guidance {:?}",
                 latents.size(),
                 sigmas.size(),
                 context.size(),
-                pooled.size(),
+                pooled.map(Tensor::size),
                 guidance.map(Tensor::size)
             ),
         })
     }
 }
 
+impl Conditioner {
+    fn new(weights: &Weights<'_>, config: &FluxConfig) -> Result<Self> {
+        let (pooled, guidance) = match config.conditioning {
+            FluxConditioning::Embedded { pooled, guidance } => (pooled, guidance),
+            FluxConditioning::Approximated(sizes) => {
+                let weights = weights.at("distilled_guidance_layer");
+                let approximator = Approximator::new(&weights, sizes, config.width, config.rows())?;
+                return Ok(Self::Approximated(Box::new(approximator)));
+            }
+        };
+        let time_text = weights.plain().at("time_text_embed");
+        let embedder = |name: &str, inputs| Embedder::new(&time_text.at(name), inputs, config.width, true);
+        Ok(Self::Embedded(Box::new(Embedders {
+            sinusoids: Sinusoids::new(weights.device())?,
+            timestep: embedder("timestep_embedder", SINUSOIDS)?,
+            guidance: guidance.then(|| embedder("guidance_embedder", SINUSOIDS)).transpose()?,
+            text: embedder("text_embedder", pooled)?,
+        })))
+    }
+
+    /// A vector `[batch, width]` that has been through SiLU, or a table `[batch, rows, width]`.
+    fn forward(&self, conditions: &FluxConditions<'_>, pass: &Pass) -> Result<Tensor> {
+        match self {
+            Self::Embedded(embedders) => {
+                let Embedders { sinusoids, timestep, guidance, text } = &**embedders;
+                let mut vector = timestep.forward(&sinusoids.of_thousandfold(conditions.sigmas)?, pass)?;
+                if let (Some(embedder), Some(guidance)) = (guidance, conditions.guidance) {
+                    vector = vector.f_add(&embedder.forward(&sinusoids.of_thousandfold(guidance)?, pass)?)?;
+                }
+                if let Some(pooled) = conditions.pooled {
+                    vector = vector.f_add(&text.forward(pooled, pass)?)?;
+                }
+                Ok(vector.f_silu()?)
+            }
+            Self::Approximated(approximator) => approximator.forward(conditions.sigmas, pass),
+        }
+    }
+
+    fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
+        match self {
+            Self::Embedded(embedders) => {
+                let Embedders { timestep, guidance, text, .. } = &mut **embedders;
+                timestep.visit(visit);
+                guidance.iter_mut().for_each(|embedder| embedder.visit(visit));
+                text.visit(visit);
+            }
+            Self::Approximated(approximator) => approximator.visit(visit),
+        }
+    }
+}
+
 impl Stream {
     /// The layers' names in a block: the modulator's and the feed-forward's, and those of the attention.
-    fn new(weights: &Weights<'_>, config: &FluxConfig, is_text: bool) -> Result<Self> {
+    fn new(weights: &Weights<'_>, config: &FluxConfig, index: usize, is_text: bool) -> Result<Self> {
         let (norm, feed_forward, out) = match is_text {
-            true => ("norm1_context", "ff_context", "to_add_out"),
-            false => ("norm1", "ff", "to_out.0"),
+            true => ("norm1_context.linear", "ff_context", "to_add_out"),
+            false => ("norm1.linear", "ff", "to_out.0"),
         };
         let attention = weights.at("attn");
         Ok(Self {
-            modulator: Modulator::new(&weights.at(norm).at("linear"), config.width, 6, true)?,
+            modulator: config.modulator(weights, norm, 6, config.double_row(index, is_text))?,
             projections: match is_text {
                 true => Projections::added(&attention, config.head_sizes())?,
                 false => Projections::own(&attention, config.head_sizes())?,
@@ -316,8 +425,9 @@ impl Stream {
 }
 
 impl DoubleBlock {
-    fn new(weights: &Weights<'_>, config: &FluxConfig) -> Result<Self> {
-        Ok(Self { image: Stream::new(weights, config, false)?, text: Stream::new(weights, config, true)? })
+    fn new(weights: &Weights<'_>, config: &FluxConfig, index: usize) -> Result<Self> {
+        let stream = |is_text| Stream::new(weights, config, index, is_text);
+        Ok(Self { image: stream(false)?, text: stream(true)? })
     }
 
     /// Tokens `[batch, tokens, width]`, text first, of the same.
@@ -330,7 +440,8 @@ impl DoubleBlock {
         };
         let (text_heads, text_modulation) = begin(&self.text, &text)?;
         let (image_heads, image_modulation) = begin(&self.image, &image)?;
-        let mixed = attend(&Heads::joined(&text_heads, &image_heads)?.turned(&sequence.positions)?, None)?;
+        let heads = Heads::joined(&text_heads, &image_heads)?.turned(&sequence.positions)?;
+        let mixed = attend(&heads, sequence.mask.as_ref())?;
         let (text_mixed, image_mixed) = parted(&mixed, sequence.text)?;
 
         let end = |stream: &Stream, tokens: &Tensor, mixed: &Tensor, modulation: &Modulation| -> Result<Tensor> {
@@ -345,10 +456,10 @@ impl DoubleBlock {
 }
 
 impl SingleBlock {
-    fn new(weights: &Weights<'_>, config: &FluxConfig) -> Result<Self> {
+    fn new(weights: &Weights<'_>, config: &FluxConfig, index: usize) -> Result<Self> {
         let &FluxConfig { width, inner, .. } = config;
         Ok(Self {
-            modulator: Modulator::new(&weights.at("norm.linear"), width, 3, true)?,
+            modulator: config.modulator(weights, "norm.linear", 3, FluxConfig::single_row(index))?,
             projections: Projections::own(&weights.at("attn"), config.head_sizes())?,
             proj_mlp: AdaptableLayer::linear(&weights.at("proj_mlp"), width, inner, true)?,
             proj_out: AdaptableLayer::linear(&weights.at("proj_out"), width + inner, width, true)?,
@@ -361,7 +472,8 @@ impl SingleBlock {
         let normed = modulated(&layer_norm(joined)?, &modulation.part(0), &modulation.part(1))?;
         let heads = self.projections.forward(&normed, pass)?.turned(&sequence.positions)?;
         let inner = self.proj_mlp.forward(&normed, pass)?.f_gelu("tanh")?;
-        let added = self.proj_out.forward(&Tensor::f_cat(&[attend(&heads, None)?, inner], -1)?, pass)?;
+        let mixed = attend(&heads, sequence.mask.as_ref())?;
+        let added = self.proj_out.forward(&Tensor::f_cat(&[mixed, inner], -1)?, pass)?;
         in_range(gated_sum(joined, &modulation.part(2), &added)?)
     }
 }
@@ -372,9 +484,7 @@ impl Adaptable for Flux {
     }
 
     fn visit_layers(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) -> Result<()> {
-        self.timestep_embedder.visit(visit);
-        self.guidance_embedder.iter_mut().for_each(|embedder| embedder.visit(visit));
-        self.text_embedder.visit(visit);
+        self.conditioner.visit(visit);
         visit(&mut self.context_embedder);
         visit(&mut self.x_embedder);
         for block in &mut self.double_blocks {

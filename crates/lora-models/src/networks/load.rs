@@ -57,7 +57,7 @@ pub fn load_z_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: H
     ZImage::new(&Weights::new(component, kind, device).held(held), ZImageConfig::detect(component)?)
 }
 
-/// FLUX.1's transformer.
+/// FLUX.1's transformer, or Chroma's.
 ///
 /// # Errors
 /// As of [`load_text_encoder`].

@@ -2,6 +2,7 @@
 //! forward pass. What is done with their answers is not here: noise schedules and samplers are in [`crate::diffusion`],
 //! losses are the trainer's.
 
+mod approximator;
 mod axial_rotary;
 mod blocks;
 mod clip;
@@ -21,10 +22,11 @@ mod vae;
 mod wan_vae;
 mod z_image;
 
+pub use approximator::ApproximatorConfig;
 pub use axial_rotary::{AxialRotary, AxialTables};
 pub use clip::{ClipConfig, ClipTextEncoder, Penultimate};
 pub use decoder::{Decoder, DecoderConfig};
-pub use flux::{Flux, FluxConditions, FluxConfig};
+pub use flux::{Flux, FluxConditioning, FluxConditions, FluxConfig};
 pub use flux2::{Flux2, Flux2Conditions, Flux2Config};
 pub use load::{
     load_caption_decoder, load_decoder, load_flux, load_flux2, load_qwen_image, load_sd3, load_t5, load_text_encoder,

@@ -11,7 +11,7 @@ use super::axial_rotary::{AxialRotary, AxialTables};
 use super::config;
 use super::joint::{
     Embedder, FeedForward, HeadSizes, Heads, Modulation, Modulator, Projections, SINUSOIDS, Sinusoids, attend,
-    gated_sum, in_range, layer_norm, modulated, pack, parted, positions, unpack,
+    gated_sum, in_range, layer_norm, modulated, pack, parted, positions, text_mask, unpack,
 };
 use crate::layers::{Adaptable, AdaptableLayer, Pass, exclusive};
 use crate::weights::{Weights, dimension};
@@ -188,7 +188,7 @@ impl QwenImage {
         let norm = self.txt_norm.f_to_kind(self.kind)?;
         let text = self.txt_in.forward(&rms_norm(&context, Some(&norm), EPSILON, RmsWeight::Single)?, pass)?;
         let (tokens, places) = (text.size3()?.1, image.size3()?.1);
-        let mask = conditions.lengths.map(|lengths| self.mask(lengths, tokens, places)).transpose()?;
+        let mask = conditions.lengths.map(|lengths| text_mask(lengths, tokens, places, self.kind)).transpose()?;
         let positions = self.positions(tokens, height / 2, width / 2)?;
         let sequence = Shared::new(Sequence { text: tokens, positions, mask });
 
@@ -214,17 +214,6 @@ impl QwenImage {
         let order = Tensor::f_arange_start(start, start + text, (Kind::Int64, device))?;
         let text = order.f_unsqueeze(1)?.f_expand([text, 3], false)?;
         self.rotary.tables(&Tensor::f_cat(&[text, image], 0)?.f_unsqueeze(0)?)
-    }
-
-    /// Nothing for tokens of captions and the picture's, the lowest number for others.
-    fn mask(&self, lengths: &Tensor, text: i64, image: i64) -> Result<Tensor> {
-        let device = lengths.device();
-        let places = Tensor::f_arange(text + image, (Kind::Int64, device))?.f_unsqueeze(0)?;
-        let behind = places.f_ge_tensor(&lengths.f_unsqueeze(1)?)?;
-        let hidden = behind.f_logical_and(&places.f_lt(text)?)?;
-        let mask = Tensor::f_zeros(hidden.size().as_slice(), (Kind::Float, device))?;
-        let mask = mask.f_masked_fill(&hidden, f64::NEG_INFINITY)?;
-        Ok(mask.f_to_kind(self.kind)?.f_unsqueeze(1)?.f_unsqueeze(1)?)
     }
 
     fn check(&self, latents: &Tensor, conditions: &QwenImageConditions<'_>) -> Result<()> {

@@ -157,16 +157,27 @@ impl T5Encoder {
     }
 
     /// Hidden states `[rows, tokens, width]` of token rows `[rows, tokens]` (int64), final norm applied, in the compute
-    /// dtype. Nothing is masked: the bases that read these states were trained with those of filled-up rows.
+    /// dtype. Nothing is masked: most bases that read these states were trained with those of filled-up rows.
     ///
     /// # Errors
     /// Where tokens are no rows, and where memory runs out.
     pub fn forward(&self, tokens: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.forward_seeing(i64::MAX, tokens, pass)
+    }
+
+    /// The same where tokens see the first `seen` alone: those behind them fill the rows up.
+    ///
+    /// # Errors
+    /// As of [`forward`](Self::forward).
+    pub fn forward_seeing(&self, seen: i64, tokens: &Tensor, pass: &Pass) -> Result<Tensor> {
         let &[_, length] = tokens.size().as_slice() else {
             let found = format!("tokens {:?}", tokens.size());
             return Err(Error::Input { what: "T5 encoder", expected: "rows of tokens".into(), found });
         };
         let bias = self.distance_bias(length)?;
+        if seen < length {
+            let _ = bias.f_narrow(3, seen, length - seen)?.f_fill_(f64::NEG_INFINITY)?;
+        }
         let mut hidden = self.shared.forward(tokens, pass)?.f_to_kind(self.stream())?;
         for layer in &self.layers {
             hidden = pass

@@ -100,6 +100,7 @@ impl VaeConfig {
     /// Channels, factor and shift of the families whose autoencoder has others than Stable Diffusion's, as published.
     const PUBLISHED: &[(&str, (usize, f64, f64))] = &[
         ("flux", (16, 0.3611, 0.1159)),
+        ("chroma", (16, 0.3611, 0.1159)),
         ("z_image", (16, 0.3611, 0.1159)),
         ("sd3", (16, 1.5305, 0.0609)),
         ("flux2", (32, 1.0, 0.0)),

@@ -7,6 +7,8 @@ mod autoencoder;
 mod data;
 mod flow_matching;
 pub(crate) mod language;
+pub(crate) mod levels;
+mod noise;
 mod registry;
 mod stable_diffusion;
 
@@ -22,7 +24,7 @@ use std::path::Path;
 use lora_core::Component;
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
-use lora_data::source::Example;
+use lora_data::source::{Example, Shape};
 use lora_io::metadata::TrainingRecord;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::weights::Held;
@@ -208,6 +210,13 @@ pub trait Base: fmt::Debug + Send {
     /// # Errors
     /// As [`Base::inputs`].
     fn validation_inputs(&self, item: &Item) -> Result<Inputs>;
+
+    /// The noise level, from 0 for data to 1 for noise, at which a visit of an item of a shape with these draws is trained; `None`
+    /// for a base that adds none.
+    fn noise_level(&self, draw: &Stream, shape: Shape) -> Option<f64> {
+        let _ = (draw, shape);
+        None
+    }
 
     /// What [`Base::loss`] tells beside the loss, for people to see: names, as they are in `metrics.jsonl`.
     fn figures(&self) -> &'static [&'static str] {

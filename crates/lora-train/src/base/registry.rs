@@ -11,6 +11,7 @@ use lora_torch::tch::Device;
 use super::{Base, Data, flow_matching, language, stable_diffusion};
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, Keys};
+use crate::fuse::fuse;
 use crate::{Error, Result};
 
 /// How bases of a family are opened, and what they add to the configuration.
@@ -77,6 +78,7 @@ impl Default for Bases {
             stable_diffusion::SD1,
             stable_diffusion::SD2,
             stable_diffusion::SDXL,
+            flow_matching::CHROMA,
             flow_matching::FLUX,
             flow_matching::FLUX2,
             flow_matching::QWEN_IMAGE,
@@ -134,7 +136,8 @@ impl Bases {
         }
     }
 
-    /// The same for the base of a configuration, with the parts that it takes from elsewhere.
+    /// The same for the base of a configuration, with the parts that it takes from elsewhere and the adapters that are merged
+    /// into it.
     ///
     /// # Errors
     /// As [`Bases::checkpoint`], and where a part is not what it has to be.
@@ -153,7 +156,7 @@ impl Bases {
             }
         }
         flow_matching::check_parts(&checkpoint, config)?;
-        Ok(checkpoint)
+        fuse(checkpoint, config, self)
     }
 
     /// How bases of a checkpoint's family are opened.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use lora_torch::openmp::{self, CROWDED, Load};
+use lora_core::openmp::{self, CROWDED, Load};
 
 use crate::Result;
 use crate::callback::{Callback, Control};

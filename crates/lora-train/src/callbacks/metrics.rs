@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 
+use lora_data::figure::loss_curve::{self, Point};
+
 use crate::Result;
 use crate::callback::{Callback, Control};
 use crate::callbacks::history::{self, Line, METRICS};
 use crate::config::TrainConfig;
-use crate::report::loss_curve::{self, Point};
 use crate::session::{Session, StepReport};
 
 /// Writes `metrics.jsonl` as the run goes and `loss.png` at its end.

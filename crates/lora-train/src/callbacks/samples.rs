@@ -5,13 +5,14 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use lora_data::figure::grid::{self, GridPicture, GridRow};
+
 use crate::Result;
 use crate::base::Sample;
 use crate::callback::{Answer, Callback, Control};
 use crate::command::Command;
 use crate::config::TrainConfig;
 use crate::event::{self, Event};
-use crate::report::grid::{self, GridPicture, GridRow};
 use crate::session::{Session, StepReport};
 
 /// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.

@@ -23,6 +23,7 @@ use lora_data::{DatasetOptions, PromptLine};
 use lora_models::diffusion::SamplerKind;
 use lora_torch::frozen::Storage;
 
+use crate::inference::AppliedAdapter;
 use crate::optimiser::Arguments;
 use crate::{Error, Plugins};
 use keys::{Extra, Group, Keys};
@@ -212,6 +213,8 @@ fields! {
     output_dir: PathBuf,
     output_name: String,
     init_from: Option<PathBuf>,
+    /// Merged into the frozen base as it is read.
+    fuse_adapters: Vec<AppliedAdapter>,
     strict: bool,
     train: TrainMode,
     ema_decay: f64,

@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lora_data::figure::grid::GridPicture;
 use serde::{Serialize, Serializer};
 
-use crate::report::grid::GridPicture;
 use crate::run::Best;
 use crate::session::{Preparing, StepReport};
 

@@ -11,6 +11,7 @@ use lora_core::{Adapter, Component, Strength};
 use lora_data::{PromptLine, RgbPicture};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::Family;
+use lora_io::metadata::FUSED;
 use lora_models::weights::{Frozen, Held};
 use lora_torch::TchBackend;
 use lora_torch::dry::{self, DryRun, Platform};
@@ -117,6 +118,19 @@ impl PictureModel {
             self.adapters.insert(path.to_owned(), adapter);
         }
         Ok(())
+    }
+
+    /// What to know of the adapters that were read: which of them were trained on a base that others were merged into, where
+    /// nothing is merged into this one (`fuse_adapters`).
+    pub fn notes(&self) -> Vec<String> {
+        let of = |(path, adapter): (&PathBuf, &Adapter)| {
+            let fused = adapter.metadata.get(FUSED).filter(|_| self.config.fuse_adapters.is_empty())?;
+            let fused: Vec<serde_json::Value> = serde_json::from_str(fused).ok()?;
+            let names: Vec<String> = fused.iter().map(|own| format!("{} ({})", own["name"], own["unet"])).collect();
+            let names = names.join(", ");
+            Some(format!("{}: it was trained with {names} in the base; apply them too", path.display()))
+        };
+        self.adapters.iter().filter_map(of).collect()
     }
 
     /// Draws a picture of each request, in their order. `each` is given every picture as soon as it is there, with its place

@@ -90,6 +90,7 @@ impl Materials {
             let own: Vec<_> = registration.groups().collect();
             resume::agree(state, &Settings::new(&config, &own, &*source, precision), false)?;
         }
+        notes.extend(checkpoint.fused_notes().iter().cloned());
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
         }

@@ -359,14 +359,24 @@ impl Session {
     /// The micro-batches of the next step: drawn before any of them is computed, as the loss of each is weighted by its share
     /// of all that their items measure, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
     fn next_batches(&mut self) -> Vec<Vec<Visit>> {
-        let mut batches: Vec<Vec<Visit>> = Vec::new();
-        for _ in 0..self.config.gradient_accumulation_steps {
-            if !batches.is_empty() && self.feed.sampler.position().item >= self.feed.sampler.epoch_length() {
-                break;
+        micro_batches(&mut self.feed.sampler, self.config.gradient_accumulation_steps)
+    }
+
+    /// The noise levels at which the visits of the steps that are left are trained, of a long run the first; none of a base that
+    /// adds no noise.
+    fn noise_levels(&self) -> Vec<f64> {
+        let mut sampler = self.feed.sampler.clone();
+        let mut levels = Vec::new();
+        for _ in self.progress.step..self.plan.steps {
+            for visit in micro_batches(&mut sampler, self.config.gradient_accumulation_steps).concat() {
+                let shape = self.feed.source.visits(visit.index).shape;
+                match self.base.noise_level(&visit.draws(self.config.seed), shape) {
+                    Some(level) if levels.len() < MOST_LEVELS => levels.push(level),
+                    _ => return levels,
+                }
             }
-            batches.push(self.feed.sampler.next_batch());
         }
-        batches
+        levels
     }
 
     /// The gradients of a step, unscaled and clipped, in the parameters.
@@ -535,6 +545,21 @@ impl Session {
         let last = self.base.networks().last().map_or("network", |network| network.title);
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
+}
+
+/// Noise levels of visits that are looked at before a run.
+const MOST_LEVELS: usize = 20_000;
+
+/// The micro-batches of a step, which does not span epochs.
+fn micro_batches(sampler: &mut EpochSampler, accumulation: usize) -> Vec<Vec<Visit>> {
+    let mut batches: Vec<Vec<Visit>> = Vec::new();
+    for _ in 0..accumulation {
+        if !batches.is_empty() && sampler.position().item >= sampler.epoch_length() {
+            break;
+        }
+        batches.push(sampler.next_batch());
+    }
+    batches
 }
 
 /// The loss alone of what [`Base::loss`] gives.

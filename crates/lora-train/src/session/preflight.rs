@@ -13,7 +13,7 @@ use lora_models::weights::Held;
 use lora_torch::TchBackend;
 use lora_torch::dry::{DryRun, Platform};
 
-use super::prepare::load_initial;
+use super::prepare::initial;
 use super::trained;
 use crate::base::{Base, Opening};
 use crate::config::{TrainConfig, TrainMode};
@@ -105,12 +105,10 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
     let notes = ranks(&*variant, &AdapterOptions::of(config, &targets)?, &targets)
         .map_err(|(key, message)| config.refused([(key, message)]))?;
     let (chosen, saved) = chosen(config, &layers)?;
-    let mut all = [chosen, saved].concat();
-    let tokens = TrainedTokens::of(config, &layers, &all)
+    let tokens = TrainedTokens::of(config, &layers, &[&*chosen, &*saved].concat())
         .map_err(|message| config.refused([("trainable_token_indices", message)]))?;
-    all.extend(layers.iter().filter(|layer| tokens.as_ref().is_some_and(|own| own.embedding == layer.path)).cloned());
     if let Some(path) = &config.init_from {
-        load_initial(path, config, plugins, &layers, &all).map_err(|error| {
+        initial(config, plugins, &*base, (&layers, &chosen, &saved), tokens.as_ref()).map_err(|error| {
             let adapter = lora_io::adapter::read(path).ok();
             let other = adapter.and_then(|read| lora_io::adapter::made_for_another(&read.adapter, family));
             let error = other.map_or_else(|| error.to_string(), |other| format!("{other}: {error}"));

@@ -2,12 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::target::TargetLayer;
-use lora_core::variant::{BIAS_VALUE, TOKEN_ROWS, WEIGHT_VALUE};
-use lora_core::{Adapter, AdapterModule, Component, DType, ModulePath};
+use lora_core::{Component, DType};
 use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
 use lora_data::source::Source;
@@ -25,6 +23,7 @@ use super::{Feed, Origin, Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::full::TrainedNetworks;
+use crate::initial::{Initial, Trains};
 use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
 use crate::plan::Phase;
@@ -166,7 +165,7 @@ impl Session {
             TrainMode::Full => (Trained::Whole(loader.whole(&*base, &mut parameters)?), None),
             TrainMode::Adapter => {
                 let _label = MemoryPart::Adapter.label();
-                let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters)?;
+                let (adapter, from) = attach(&mut *base, config, plugins, &mut parameters, &mut notes)?;
                 if !dry::is_dry(device) {
                     let (trained, family) = (adapter.adapter.export()?, materials.checkpoint.family());
                     match family.image {
@@ -338,12 +337,14 @@ fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
     captions
 }
 
-/// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from.
+/// Hangs the adapter on the networks' targeted layers; with it the name and hash of the file that it goes on from, and what to
+/// know of that.
 fn attach(
     base: &mut dyn Base,
     config: &TrainConfig,
     plugins: &Plugins,
     parameters: &mut ParameterList,
+    notes: &mut Vec<String>,
 ) -> Result<(TrainedAdapter, Option<(String, String)>)> {
     let networks = trained(base);
     let mut layers = Vec::new();
@@ -353,14 +354,12 @@ fn attach(
         }
     }
     let (targets, saved) = chosen(config, &layers)?;
-    let mut all = [&*targets, &*saved].concat();
-    let tokens = TrainedTokens::of(config, &layers, &all)
+    let tokens = TrainedTokens::of(config, &layers, &[&*targets, &*saved].concat())
         .map_err(|message| config.refused([("trainable_token_indices", message)]))?;
-    all.extend(layers.iter().filter(|layer| tokens.as_ref().is_some_and(|own| own.embedding == layer.path)).cloned());
-    let from = config.init_from.as_ref().map(|path| load_initial(path, config, plugins, &layers, &all)).transpose()?;
+    let from = initial(config, plugins, &*base, (&layers, &targets, &saved), tokens.as_ref())?;
     let options = AdapterOptions::of(config, &targets)?;
     let mut adapter = TrainableAdapter::default();
-    let initial = from.as_ref().map(|(adapter, _)| adapter);
+    let initial = from.as_ref().map(|from| &from.adapter);
     for network in &networks {
         if let Some(network) = base.adaptable(network.component) {
             adapter.attach(network, &targets, &plugins.variants, &options, initial, parameters)?;
@@ -374,87 +373,23 @@ fn attach(
             }
         }
     }
-    Ok((
-        TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() },
-        from.map(|(_, provenance)| provenance),
-    ))
+    notes.extend(from.as_ref().and_then(|from| from.note(adapter.begun(), &targets)));
+    Ok((TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() }, from.map(|from| from.provenance)))
 }
 
-/// Why training cannot go on with a module that merging knows how to apply.
-fn not_trained_on(name: &ModulePath, module: &AdapterModule, config: &TrainConfig) -> Option<String> {
-    let has = |tensor: &str| module.tensors.contains_key(tensor);
-    let what = if adapter::lacks_first_values(module) {
-        format!("is {} as PEFT saves it unconverted, without what was taken out of the base:", module.variant)
-    } else if has(WEIGHT_VALUE) && config.extra.texts("modules_to_save").is_none_or(<[String]>::is_empty) {
-        "is a layer saved whole: name it in modules_to_save; or else".to_owned()
-    } else if has(TOKEN_ROWS) && config.extra.texts("trainable_token_indices").is_none_or(<[String]>::is_empty) {
-        "holds trained tokens: name them in trainable_token_indices; or else".to_owned()
-    } else if has(BIAS_VALUE) && Biases::of(config) == Biases::None {
-        "has a trained bias: set bias as it was trained; or else".to_owned()
-    } else {
-        return None;
-    };
-    Some(format!(
-        "{name} {what} merge it into the base with `lora merge` and train on the merged base, without init_from"
-    ))
-}
-
-/// The adapter to go on from, with its file name and hash: the same layers and rank as the configuration's.
-pub(super) fn load_initial(
-    path: &Path,
+/// The adapter that a run begins with, held against all layers of what trains, those that carry adapters and those that are
+/// trained whole.
+pub(super) fn initial(
     config: &TrainConfig,
     plugins: &Plugins,
-    layers: &[TargetLayer],
-    targets: &[TargetLayer],
-) -> Result<(Adapter, (String, String))> {
-    let mut adapter = adapter::read_among(path, &plugins.bases.families())?.adapter;
-    let differs = |reason: String| Err(Error::InitFrom { path: path.to_owned(), reason });
-    if let Some(reason) = adapter.modules.iter().find_map(|(name, module)| not_trained_on(name, module, config)) {
-        return differs(reason);
-    }
-    adapter::fit(path, &mut adapter, layers)?;
-    // Layers that are trained whole have no rank.
-    let mut adapted = adapter.modules.iter().filter(|(_, module)| module.variant != "full");
-    if let Some((module, other)) = adapted.clone().find(|(_, module)| module.rank != config.lora_rank) {
-        return differs(format!(
-            "{module} has rank {}, the configuration says lora_rank = {}; make them equal",
-            other.rank, config.lora_rank
-        ));
-    }
-    if let Some((module, other)) = adapted.find(|(_, module)| module.alpha != config.lora_alpha) {
-        return differs(format!(
-            "{module} has alpha {}, the configuration says lora_alpha = {}; make them equal",
-            other.alpha, config.lora_alpha
-        ));
-    }
-    let tokens = TrainedTokens::of(config, layers, &[]).ok().flatten();
-    let other = |module: &AdapterModule| {
-        module.tensors.contains_key(TOKEN_ROWS) && tokens.as_ref().is_some_and(|tokens| !tokens.are_of(module))
-    };
-    if let Some((name, _)) = adapter.modules.iter().find(|(_, module)| other(module)) {
-        return differs(format!(
-            "{name} holds rows of other tokens than trainable_token_indices names; make them equal"
-        ));
-    }
-    // Where a layer's bias alone is trained, nothing is targeted.
-    let bias_alone = |module: &&AdapterModule| module.tensors.keys().all(|name| name == BIAS_VALUE);
-    let biases = adapter.modules.values().filter(bias_alone).count();
-    if biases > 0 && Biases::of(config) != Biases::All {
-        return differs(format!("it trains biases of {biases} layers that it does not adapt; set bias = \"all\""));
-    }
-    let adapted = adapter.modules.len() - biases;
-    let missing: Vec<_> = targets.iter().filter(|target| !adapter.modules.contains_key(&target.path)).collect();
-    if adapted != targets.len() || !missing.is_empty() {
-        return differs(format!(
-            "it adapts {} layers, target_modules names {}{}; use the same targets",
-            adapted,
-            targets.len(),
-            missing
-                .first()
-                .map_or_else(String::new, |target| format!(" ({} among them is not in the file)", target.path))
-        ));
-    }
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let hash = adapter.metadata.get("sshs_model_hash").cloned().unwrap_or_default();
-    Ok((adapter, (name, hash)))
+    base: &dyn Base,
+    (layers, targets, saved): (&[TargetLayer], &[TargetLayer], &[TargetLayer]),
+    tokens: Option<&TrainedTokens>,
+) -> Result<Option<Initial>> {
+    let Some(path) = &config.init_from else { return Ok(None) };
+    let components: Vec<_> = trained(base).iter().map(|network| network.component).collect();
+    let table = layers.iter().filter(|layer| tokens.is_some_and(|own| own.embedding == layer.path));
+    let others: Vec<_> = saved.iter().chain(table).cloned().collect();
+    let trains = Trains { components: &components, layers, targets, others: &others };
+    Initial::read(path, config, plugins, &trains).map(Some)
 }

@@ -144,8 +144,8 @@ pub(super) fn agree(state: &StateFile, settings: &Settings, all: bool) -> Result
     Ok(())
 }
 
-/// What tells base models apart: the file's hash where it is known, the components' own otherwise, and what the configuration says
-/// of the base.
+/// What tells base models apart: the file's hash where it is known, the components' own otherwise, the adapters that are merged
+/// into it, and what the configuration says of the base.
 pub(super) fn base_identity(
     hashes: Option<&(String, String)>,
     checkpoint: &Checkpoint,
@@ -159,10 +159,10 @@ pub(super) fn base_identity(
             sha256(hashes.join(" ").as_bytes())
         }
     };
-    Ok(match config.v_parameterization {
-        Some(velocity) => format!("{digest}, v_parameterization {velocity}"),
-        None => digest,
-    })
+    // In front, where messages that show a difference do not cut it off.
+    let fused = checkpoint.fused_digest().map(|fused| format!("fuse_adapters {fused}, "));
+    let velocity = config.v_parameterization.map(|velocity| format!(", v_parameterization {velocity}"));
+    Ok([fused, Some(digest), velocity].into_iter().flatten().collect())
 }
 
 fn state_path(folder: &Path, name: &str) -> PathBuf {

@@ -137,6 +137,7 @@ impl Session {
         self.feed.source.record(&mut record);
         record.prior_loss_weight = config.prior_loss_weight;
         record.init_from = self.origin.init_from.clone();
+        record.fused = self.origin.checkpoint.fused_record().map(str::to_owned);
         self.base.record(&mut record);
         record.program = concat!("lora/", env!("CARGO_PKG_VERSION")).into();
         record

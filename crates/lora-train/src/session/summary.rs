@@ -7,6 +7,7 @@ use lora_data::source::Overview;
 use lora_torch::tch::Device;
 
 use super::{Session, Trained};
+use crate::base::levels::histogram;
 use crate::config::StepPlan;
 use crate::event::{About, Event, Finding, Started};
 
@@ -28,6 +29,8 @@ pub struct Summary {
     pub device: String,
     /// How the steps come about.
     pub plan: StepPlan,
+    /// How the timesteps that the run will draw are spread, as bars of text; `None` for a base that adds no noise.
+    pub timesteps: Option<String>,
     /// What was decided or noticed while preparing.
     pub notes: Vec<String>,
     /// Those of them that are about the data.
@@ -62,7 +65,9 @@ impl Session {
         let notes = self.notes.iter().chain(&of_data).cloned().collect();
         // As each is read: with trigger word, prefix and suffix.
         let tokens = |item: usize| self.base.caption_length(&self.feed.source.plain_caption(item));
+        let levels = self.noise_levels();
         Summary {
+            timesteps: (!levels.is_empty()).then(|| histogram(&levels)),
             data,
             cut_captions: (0..self.feed.source.count())
                 .filter(|&item| tokens(item).is_some_and(|tokens| tokens > limit))
@@ -112,6 +117,9 @@ impl fmt::Display for Summary {
         }
         writeln!(f, "device:    {} in {}", self.device, self.precision)?;
         write!(f, "steps:     {}", self.plan)?;
+        if let Some(timesteps) = &self.timesteps {
+            write!(f, "\n{timesteps}")?;
+        }
         for note in &self.notes {
             write!(f, "\nnote:      {note}")?;
         }

@@ -16,6 +16,7 @@ use lora_models::weights::synthetic_uniform;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::from_host;
 use lora_train::Plugins;
+use lora_train::difference::Difference;
 use lora_train::optimiser::OptimiserState;
 use lora_train::parameters::ParameterList;
 use lora_train::plan::plan;
@@ -106,7 +107,9 @@ impl Trajectory<'_> {
         let expected = expected.bytes().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
         for (step, expected) in expected.enumerate() {
             let noise = given(&format!("input.trajectory.{step}.noise"), &self.latents);
-            let loss = VelocityLoss::new(&latents, &noise, &(self.levels)(step), &[], None).unwrap();
+            let loss =
+                VelocityLoss::new(&latents, [&noise; 2], &(self.levels)(step), &[], None, &Difference::default())
+                    .unwrap();
             let loss = loss.loss(|noised, levels| velocity(&network, noised, levels)).unwrap();
             loss.backward();
             if step == 0 {

@@ -1,4 +1,5 @@
-//! Names of FLUX.1's transformer: the original's, with queries, keys and values in one tensor, and diffusers'.
+//! Names of FLUX.1's transformer, and of what Chroma's has instead of some of it: the original's, with queries, keys and values in
+//! one tensor, and diffusers'.
 
 use super::table::{Module, Order, Table};
 
@@ -59,6 +60,9 @@ pub(crate) const WORDS: &[&str] = &[
     "timestep_embedder",
     "text_embedder",
     "guidance_embedder",
+    "distilled_guidance_layer",
+    "in_proj",
+    "out_proj",
 ];
 
 const MODULES: &[Module] = &[
@@ -70,6 +74,11 @@ const MODULES: &[Module] = &[
     Module::new("vector_in.out_layer", &[("time_text_embed.text_embedder.linear_2", 1)]),
     Module::new("guidance_in.in_layer", &[("time_text_embed.guidance_embedder.linear_1", 1)]),
     Module::new("guidance_in.out_layer", &[("time_text_embed.guidance_embedder.linear_2", 1)]),
+    Module::new("distilled_guidance_layer.in_proj", &[("distilled_guidance_layer.in_proj", 1)]),
+    Module::new("distilled_guidance_layer.layers.#.in_layer", &[("distilled_guidance_layer.layers.#.linear_1", 1)]),
+    Module::new("distilled_guidance_layer.layers.#.out_layer", &[("distilled_guidance_layer.layers.#.linear_2", 1)]),
+    Module::new("distilled_guidance_layer.norms.#", &[("distilled_guidance_layer.norms.#", 1)]).with_weight("scale"),
+    Module::new("distilled_guidance_layer.out_proj", &[("distilled_guidance_layer.out_proj", 1)]),
     Module::new("final_layer.linear", &[("proj_out", 1)]),
     Module::new("final_layer.adaLN_modulation.1", &[("norm_out.linear", 1)]).in_order(Order::Swapped),
     Module::fused(

@@ -2,7 +2,7 @@
 //! all attend to all (Esser et al., "Scaling Rectified Flow Transformers", 2024).
 
 use lora_torch::norm::{RmsWeight, rms_norm};
-use lora_torch::tch::Tensor;
+use lora_torch::tch::{Kind, Tensor};
 
 use super::super::axial_rotary::AxialTables;
 use crate::Result;
@@ -140,6 +140,18 @@ pub(in super::super) fn attend(heads: &Heads, mask: Option<&Tensor>) -> Result<T
     let Heads { query, key, value } = heads;
     let mixed = Tensor::f_scaled_dot_product_attention(query, key, value, mask, 0.0, false, None, false)?;
     merged(&mixed)
+}
+
+/// What hides the text tokens from each item's number on, `lengths` `[batch]` int64, of a sequence that begins with `text` of
+/// them and goes on with `image` of a picture: `[batch, 1, 1, text + image]` in `kind`, for [`attend`].
+pub(in super::super) fn text_mask(lengths: &Tensor, text: i64, image: i64, kind: Kind) -> Result<Tensor> {
+    let device = lengths.device();
+    let places = Tensor::f_arange(text + image, (Kind::Int64, device))?.f_unsqueeze(0)?;
+    let behind = places.f_ge_tensor(&lengths.f_unsqueeze(1)?)?;
+    let hidden = behind.f_logical_and(&places.f_lt(text)?)?;
+    let mask = Tensor::f_zeros(hidden.size().as_slice(), (Kind::Float, device))?;
+    let mask = mask.f_masked_fill(&hidden, f64::NEG_INFINITY)?;
+    Ok(mask.f_to_kind(kind)?.f_unsqueeze(1)?.f_unsqueeze(1)?)
 }
 
 /// `[batch, heads, tokens, head]` as `[batch, tokens, width]`.

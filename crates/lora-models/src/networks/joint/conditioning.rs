@@ -12,19 +12,24 @@ pub(in super::super) const SINUSOIDS: usize = 256;
 /// Frequencies of sinusoids (Vaswani et al., 2017).
 #[derive(Debug)]
 pub(in super::super) struct Sinusoids {
-    /// `[128]`, f32.
+    /// `[width / 2]`, f32.
     frequencies: Tensor,
 }
 
 impl Sinusoids {
     pub(in super::super) fn new(device: Device) -> Result<Self> {
-        let half = (SINUSOIDS / 2) as i64;
+        Self::of_width(SINUSOIDS, device)
+    }
+
+    /// In another width than usual.
+    pub(in super::super) fn of_width(width: usize, device: Device) -> Result<Self> {
+        let half = (width / 2) as i64;
         // In f32 by libtorch, as the models were trained: a time of 1000 times another frequency is another angle.
         let exponents = Tensor::f_arange(half, (Kind::Float, device))?.f_mul_scalar(-(10_000f64.ln()))?;
         Ok(Self { frequencies: exponents.f_div_scalar(half as f64)?.f_exp()? })
     }
 
-    /// Of a thousand times `numbers` `[batch]`: `[batch, 256]` f32, cosines first.
+    /// Of a thousand times `numbers` `[batch]`: `[batch, width]` f32, cosines first.
     pub(in super::super) fn of_thousandfold(&self, numbers: &Tensor) -> Result<Tensor> {
         self.of(&numbers.f_to_kind(Kind::Float)?.f_mul_scalar(1000.0)?, 1.0)
     }

@@ -15,7 +15,7 @@ mod feed_forward;
 mod modulation;
 mod patches;
 
-pub(super) use attention::{HeadSizes, Heads, Projections, QueryKeyNorms, attend};
+pub(super) use attention::{HeadSizes, Heads, Projections, QueryKeyNorms, attend, text_mask};
 pub(super) use conditioning::{Embedder, SINUSOIDS, Sinusoids};
 pub(super) use feed_forward::FeedForward;
 pub(super) use modulation::{Modulation, Modulator, gated_sum, layer_norm, modulated};

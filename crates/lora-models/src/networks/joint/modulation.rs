@@ -10,29 +10,49 @@ use crate::weights::Weights;
 /// What the layer norms add under their root.
 const EPSILON: f64 = 1e-6;
 
-/// The linear layer that makes the shifts, scales and gates of a block.
+/// Where the shifts, scales and gates of a block come from.
 #[derive(Debug)]
-pub(in super::super) struct Modulator(AdaptableLayer);
+pub(in super::super) enum Modulator {
+    /// A linear layer of the block's own makes them of a vector.
+    Layer(Box<AdaptableLayer>),
+    /// They are rows of a table that was made for all blocks at once.
+    Rows {
+        /// The first of them.
+        first: usize,
+        /// How many there are.
+        count: usize,
+    },
+}
 
-/// Shifts, scales and gates, `[batch, 1, width]` each, in the order of the layer's rows.
+/// Shifts, scales and gates, `[batch, 1, width]` each, in the order of the layer's or the table's rows.
 #[derive(Debug)]
 pub(in super::super) struct Modulation(Vec<Tensor>);
 
 impl Modulator {
     /// Of so many parts; `weights` are the layer's own.
     pub(in super::super) fn new(weights: &Weights<'_>, width: usize, parts: usize, bias: bool) -> Result<Self> {
-        Ok(Self(AdaptableLayer::linear(weights, width, parts * width, bias)?))
+        Ok(Self::Layer(Box::new(AdaptableLayer::linear(weights, width, parts * width, bias)?)))
     }
 
-    /// Of a vector `[batch, width]` that has been through SiLU.
+    /// Of a vector `[batch, width]` that has been through SiLU, or of the table `[batch, rows, width]`.
     pub(in super::super) fn forward(&self, vector: &Tensor, pass: &Pass) -> Result<Modulation> {
-        let all = self.0.forward(vector, pass)?.f_unsqueeze(1)?;
-        let width = vector.size2()?.1;
-        Ok(Modulation(all.f_split(width, -1)?))
+        match self {
+            Self::Layer(layer) => {
+                let all = layer.forward(vector, pass)?.f_unsqueeze(1)?;
+                let width = vector.size2()?.1;
+                Ok(Modulation(all.f_split(width, -1)?))
+            }
+            Self::Rows { first, count } => {
+                Ok(Modulation(vector.f_narrow(1, *first as i64, *count as i64)?.f_split(1, 1)?))
+            }
+        }
     }
 
     pub(in super::super) fn visit(&mut self, visit: &mut dyn FnMut(&mut AdaptableLayer)) {
-        visit(&mut self.0);
+        match self {
+            Self::Layer(layer) => visit(layer),
+            Self::Rows { .. } => {}
+        }
     }
 }
 

@@ -10,10 +10,10 @@ use lora_models::networks::{Flux, FluxConditions, load_flux};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
-use super::text::{Clip, EncoderKind, Reads, STATES};
+use super::text::{Clip, EncoderKind, Reads, STATES, T5};
 use super::{
-    FlowMatching, GUIDANCE, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked,
-    transformer_contains,
+    FlowMatching, GUIDANCE, Guidance, Inputs, Kind, LENGTHS, Registration, Tensors, Transformer, named_distilled,
+    stacked, transformer_contains,
 };
 use crate::Result;
 use crate::base::PICTURES;
@@ -48,7 +48,7 @@ pub(super) static KIND: Kind = Kind {
             key: "text_encoder_2",
             published: "T5-XXL's encoder, its folder, its file (t5xxl_fp16.safetensors), or a diffusers folder that has it",
             tokenizer: Some("tokenizer_2"),
-            reads: Reads::T5(|checkpoint| if is_guided(checkpoint) { 512 } else { 256 }),
+            reads: Reads::T5(T5 { length: |checkpoint| if is_guided(checkpoint) { 512 } else { 256 }, fills_up: true }),
         },
     ],
     text_columns: None,
@@ -89,8 +89,9 @@ impl Transformer for Flux {
         let conditions = FluxConditions {
             sigmas: levels,
             context: inputs.get(STATES)?,
-            pooled: inputs.get(POOLED)?,
+            pooled: inputs.find(POOLED),
             guidance: inputs.find(GUIDANCE),
+            lengths: inputs.find(LENGTHS),
         };
         Ok(self.forward(latents, &conditions, pass)?)
     }

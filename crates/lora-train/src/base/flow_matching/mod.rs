@@ -4,16 +4,15 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `flux`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
+//! | `flux`, `chroma`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, Chroma's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
 //! | `text` | the text encoders of a base |
 //! | `language`, `clip`, `t5` | captions through an encoder of each kind |
-//! | `levels` | how noise levels are drawn, as keys say it |
 
+mod chroma;
 mod clip;
 mod flux;
 mod flux2;
 mod language;
-mod levels;
 mod qwen_image;
 mod sd3;
 mod t5;
@@ -26,7 +25,7 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
-use lora_data::source::Example;
+use lora_data::source::{Example, Shape};
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::Family;
 use lora_io::metadata::TrainingRecord;
@@ -36,17 +35,21 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
-use lora_torch::tensor::{from_f32, kind_of};
+use lora_torch::tensor::{from_f32, kind_of, upload};
 
 use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
+use super::levels;
+use super::noise::NoiseSettings;
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
 use crate::config::{SampleConfig, TrainConfig};
+use crate::difference::Difference;
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
+pub(super) use self::chroma::CHROMA;
 pub(super) use self::flux::FLUX;
 pub(super) use self::flux2::FLUX2;
 pub(super) use self::qwen_image::QWEN_IMAGE;
@@ -139,7 +142,7 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 5] = [&z_image::KIND, &flux::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
+static KINDS: [&Kind; 6] = [&z_image::KIND, &flux::KIND, &chroma::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
 
 /// Whether a base's transformer has a weight.
 fn transformer_contains(checkpoint: &Checkpoint, weight: &str) -> bool {
@@ -216,6 +219,8 @@ struct FlowMatching {
     precision: DType,
     config: TrainConfig,
     levels: NoiseLevels,
+    noise: NoiseSettings,
+    difference: Difference,
     autoencoder: Option<Autoencoder>,
     encoders: CaptionReaders,
     guidance: Guidance,
@@ -237,7 +242,9 @@ impl FlowMatching {
             encoders: CaptionReaders::open(kind.encoders, &opening.checkpoint, config)?,
             guidance: (kind.guidance)(&opening.checkpoint),
             vae: VaeConfig::detect(&opening.checkpoint)?,
-            levels: levels::of(config, kind.shift)?,
+            levels: levels::of(config, Some(kind.shift))?,
+            noise: NoiseSettings::of(config)?,
+            difference: Difference::of_flow(config)?,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
             precision: opening.precision,
@@ -474,16 +481,26 @@ impl Base for FlowMatching {
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
-        let (_, channels, height, width) = latents.size4()?;
-        let count = (channels * height * width) as usize;
-        let noise: Vec<f32> = items.iter().flat_map(|item| item.draw.at("noise").normals(count)).collect();
-        let shape: Vec<usize> = latents.size().iter().map(|&side| side as usize).collect();
-        let noise = from_f32(&noise, &shape, self.device)?;
+        let (_, _, height, width) = latents.size4()?;
+        let noise = self.noise.draw(items, &latents.size(), self.device)?;
         let tokens = self.tokens((height, width));
         let levels: Vec<f64> = items.iter().map(|item| self.levels.draw(&item.draw.at("timestep"), tokens)).collect();
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
-        let loss = VelocityLoss::new(&latents, &noise, &levels, &weights, mask.as_ref())?;
+        let loss = VelocityLoss::new(
+            &latents,
+            [&noise.target, &noise.added],
+            &levels,
+            &weights,
+            mask.as_ref(),
+            &self.difference,
+        )?;
         self.with_captions(loss.into_inputs(), items)
+    }
+
+    fn noise_level(&self, draw: &Stream, shape: Shape) -> Option<f64> {
+        let Shape::Picture(width, height) = shape else { return None };
+        let tokens = self.tokens([height, width].map(|side| (side / self.vae.factor()) as i64).into());
+        Some(self.levels.draw(&draw.at("timestep"), tokens))
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
@@ -495,14 +512,15 @@ impl Base for FlowMatching {
         let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
         let levels: Vec<f64> =
             (0..JUDGED_LEVELS).map(|step| (2 * step + 1) as f64 / (2 * JUDGED_LEVELS) as f64).collect();
-        let loss = VelocityLoss::new(&many, &noise, &levels, &[], None)?;
+        let loss = VelocityLoss::new(&many, [&noise; 2], &levels, &[], None, &self.difference)?;
         let inputs = loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?);
         self.with_guidance(inputs, JUDGED_LEVELS, self.trained_guidance())
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        VelocityLoss::of(inputs)?.loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
+        VelocityLoss::of(inputs, self.difference.loss)?
+            .loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -553,9 +571,12 @@ impl Base for FlowMatching {
 
     fn record(&self, record: &mut TrainingRecord) {
         record.flow = true;
+        record.noise_offset = (self.config.noise_offset > 0.0).then_some(self.config.noise_offset);
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
-        record.further.extend(levels::record(&self.config, &self.levels));
+        record.further.extend(levels::record(&self.config, Some(self.kind.shift), &self.levels));
+        record.further.extend(self.noise.record());
+        record.further.extend(self.difference.record());
         let labels = (self.kind.labels)(&self.checkpoint);
         record.further.extend(labels.iter().map(|(key, label)| (*key, (*label).to_owned())));
         if matches!(self.guidance, Guidance::Told(_)) {
@@ -597,6 +618,15 @@ fn side_by_side(captions: &[&Tensors], multiple: usize) -> Result<(Tensor, Vec<i
     let behind = |length: i64| [0, 0, 0, longest as i64 - length];
     let long = states.iter().zip(&lengths).map(|(states, &length)| states.f_constant_pad_nd(behind(length)));
     Ok((Tensor::f_stack(&long.collect::<std::result::Result<Vec<_>, _>>()?, 0)?, lengths))
+}
+
+/// Captions' states side by side, and how many each has, where they differ.
+fn ragged(captions: &[&Tensors], device: Device) -> Result<Inputs> {
+    let (states, lengths) = side_by_side(captions, 1)?;
+    let longest = states.size3()?.1;
+    let ragged = lengths.iter().any(|&length| length != longest);
+    let lengths = ragged.then(|| upload(&Tensor::from_slice(&lengths), device)).transpose()?;
+    Ok(Inputs::default().with(STATES, Some(upload(&states, device)?)).with(LENGTHS, lengths))
 }
 
 fn missing(network: Component, name: &'static str) -> Error {

@@ -7,13 +7,11 @@ use lora_io::family::qwen_image;
 use lora_models::diffusion::flow::{self, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{QwenImage, QwenImageConditions, load_qwen_image};
-use lora_torch::tch::{Device, Tensor};
-use lora_torch::tensor::upload;
+use lora_torch::tch::Tensor;
 
 use super::text::{EncoderKind, Language, Reads, STATES, States};
 use super::{
-    FlowMatching, Guidance, Inputs, Kind, LENGTHS, Registration, Tensors, Transformer, named_distilled, side_by_side,
-    transformer_contains,
+    FlowMatching, Guidance, Inputs, Kind, LENGTHS, Registration, Transformer, named_distilled, transformer_contains,
 };
 use crate::Result;
 use crate::base::PICTURES;
@@ -51,7 +49,7 @@ pub(super) static KIND: Kind = Kind {
     }],
     text_columns: Some("txt_in.weight"),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_qwen_image(checkpoint, kind, device, held)?)),
-    layout,
+    layout: super::ragged,
     draws_latents: false,
     patch: 2,
     shift: Shift::QWEN_IMAGE,
@@ -70,15 +68,6 @@ pub(super) static KIND: Kind = Kind {
 
 /// The last noise level above 0 that samples go through.
 const LAST_LEVEL: f64 = 0.02;
-
-/// Captions' states side by side, and how many each has, where they differ.
-fn layout(captions: &[&Tensors], device: Device) -> Result<Inputs> {
-    let (states, lengths) = side_by_side(captions, 1)?;
-    let longest = states.size3()?.1;
-    let ragged = lengths.iter().any(|&length| length != longest);
-    let lengths = ragged.then(|| upload(&Tensor::from_slice(&lengths), device)).transpose()?;
-    Ok(Inputs::default().with(STATES, Some(upload(&states, device)?)).with(LENGTHS, lengths))
-}
 
 impl Transformer for QwenImage {
     fn velocity(&self, latents: &Tensor, levels: &Tensor, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {

@@ -9,7 +9,7 @@ use lora_models::networks::{Sd3, Sd3Conditions, load_sd3};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
-use super::text::{Clip, EncoderKind, Reads, STATES};
+use super::text::{Clip, EncoderKind, Reads, STATES, T5};
 use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked};
 use crate::Result;
 use crate::base::PICTURES;
@@ -54,7 +54,7 @@ pub(super) static KIND: Kind = Kind {
             key: "text_encoder_3",
             published: "T5-XXL's encoder, its folder, its file (t5xxl_fp16.safetensors), or a diffusers folder that has it",
             tokenizer: Some("tokenizer_3"),
-            reads: Reads::T5(|_| 256),
+            reads: Reads::T5(T5 { length: |_| 256, fills_up: true }),
         },
     ],
     text_columns: None,

@@ -1,5 +1,5 @@
-//! Captions through T5's encoder: rows of one length, filled up with token 0, whose states count as those of the caption do. The
-//! tokenizer is `lora_data`'s, the network is `lora_models`'.
+//! Captions through T5's encoder: rows of one length, filled up with token 0, whose states count as those of the caption do, or
+//! rows as long as captions are. The tokenizer is `lora_data`'s, the network is `lora_models`'.
 
 use lora_core::Component;
 use lora_data::tokenizer::Tokenizer;
@@ -7,11 +7,12 @@ use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
 use lora_models::networks::{T5Encoder, load_t5};
 use lora_models::weights::Held;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor};
 use lora_torch::tensor::upload;
 
 use super::super::Tensors;
-use super::text::{CaptionReader, EncoderKind, STATES, open_tokenizer};
+use super::text::{CaptionReader, EncoderKind, STATES, T5, open_tokenizer};
 use crate::config::TrainConfig;
 use crate::{Error, Result};
 
@@ -24,37 +25,41 @@ pub(super) struct T5Reader {
     kind: &'static EncoderKind,
     tokenizer: Tokenizer,
     length: usize,
+    fills_up: bool,
     network: Option<T5Encoder>,
 }
 
 impl T5Reader {
-    /// `usual` is the length of rows where no key says another.
     pub(super) fn open(
         kind: &'static EncoderKind,
-        usual: usize,
+        reads: T5,
         checkpoint: &Checkpoint,
         config: &TrainConfig,
     ) -> Result<Self> {
         let names = (kind.tokenizer.unwrap_or("tokenizer"), "shared.weight");
         let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
         let given = config.extra.whole("max_sequence_length").filter(|_| config.gives("max_sequence_length"));
-        Ok(Self { kind, tokenizer, length: given.unwrap_or(usual), network: None })
+        let length = given.unwrap_or_else(|| (reads.length)(checkpoint));
+        Ok(Self { kind, tokenizer, length, fills_up: reads.fills_up, network: None })
     }
 
     fn component(&self) -> Component {
         self.kind.component
     }
 
-    /// A caption's row.
-    fn row(&self, caption: &str) -> Result<Vec<i64>> {
+    /// A caption's row, and how many of its tokens are seen.
+    fn row(&self, caption: &str, device: Device) -> Result<(Vec<i64>, usize)> {
         let mut ids = self.tokenizer.encode_document(caption)?;
         if ids.len() > self.length {
             ids.truncate(self.length - 1);
             ids.push(END);
         }
         let mut row: Vec<i64> = ids.into_iter().map(i64::from).collect();
-        row.resize(self.length, 0);
-        Ok(row)
+        let own = row.len();
+        // What a run may need is planned with captions as long as they can be: nobody has looked at the real ones.
+        let whole = self.fills_up || dry::is_dry(device);
+        row.resize(if whole { self.length } else { self.length.min(own + 1) }, 0);
+        Ok((row, if self.fills_up { self.length } else { own }))
     }
 }
 
@@ -81,13 +86,15 @@ impl CaptionReader for T5Reader {
     }
 
     fn settings(&self) -> String {
-        format!("{} {}", self.length, self.tokenizer.digest())
+        let rows = if self.fills_up { "" } else { "as long as captions " };
+        format!("{rows}{} {}", self.length, self.tokenizer.digest())
     }
 
     fn encode(&self, caption: &str, device: Device) -> Result<Tensors> {
         let network = self.network.as_ref().ok_or(Error::NotLoaded { network: self.kind.title })?;
-        let row = upload(&Tensor::from_slice(&self.row(caption)?).f_unsqueeze(0)?, device)?;
-        let states = network.forward(&row, &Pass::default())?.f_squeeze_dim(0)?;
+        let (row, seen) = self.row(caption, device)?;
+        let row = upload(&Tensor::from_slice(&row).f_unsqueeze(0)?, device)?;
+        let states = network.forward_seeing(seen as i64, &row, &Pass::default())?.f_squeeze_dim(0)?;
         Ok(Tensors::from([(STATES.to_owned(), states)]))
     }
 }

@@ -275,7 +275,9 @@ fn twenty_steps_are_those_of_peft() {
             let of_step = |tensor: &Tensor| tensor.get(step as i64);
             let levels = Vec::<f64>::try_from(of_step(&sigmas).to_kind(Number::Double)).unwrap();
             let encoded = encoded.index_select(0, &Tensor::from_slice(rows));
-            let loss = VelocityLoss::new(&encoded, &latents(of_step(&noise)), &levels, &[], None).unwrap();
+            let loss =
+                VelocityLoss::new(&encoded, [&latents(of_step(&noise)); 2], &levels, &[], None, &Difference::default())
+                    .unwrap();
             let loss = base.loss(&loss.into_inputs().and(inputs), &Pass::default()).unwrap();
             loss.backward();
             parameters.settle(&loss.detach(), 1.0, f64::INFINITY).unwrap();

@@ -39,10 +39,20 @@ pub(super) struct EncoderKind {
 pub(super) enum Reads {
     /// A language model.
     Language(Language),
-    /// T5: rows filled up to this length, where no key says another.
-    T5(fn(&Checkpoint) -> usize),
+    /// T5.
+    T5(T5),
     /// CLIP's, of which this is kept.
     Clip(Clip),
+}
+
+/// How T5 reads captions.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct T5 {
+    /// Tokens of a row at most, where no key says it.
+    pub(super) length: fn(&Checkpoint) -> usize,
+    /// Rows are filled up to their greatest length, and all see what fills them up. Otherwise one token stands behind a caption,
+    /// which no other sees.
+    pub(super) fills_up: bool,
 }
 
 /// How a language model reads captions.
@@ -166,7 +176,7 @@ impl CaptionReaders {
                 kind,
                 match &kind.reads {
                     Reads::Language(reads) => Box::new(LanguageReader::open(kind, reads, checkpoint, config)?),
-                    Reads::T5(usual) => Box::new(T5Reader::open(kind, usual(checkpoint), checkpoint, config)?),
+                    Reads::T5(reads) => Box::new(T5Reader::open(kind, *reads, checkpoint, config)?),
                     Reads::Clip(kept) => Box::new(ClipReader::new(kind, *kept, config)),
                 },
             ))

@@ -15,11 +15,12 @@ use std::sync::Arc;
 use lora_core::random::Stream;
 use lora_core::{Component, DType};
 use lora_data::Sample as PictureSample;
-use lora_data::source::Example;
+use lora_data::source::{Example, Shape};
 use lora_data::tokenizer::Padding;
 use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{sd1, sd2, sdxl};
 use lora_io::metadata::TrainingRecord;
+use lora_models::diffusion::flow::{Density, NoiseLevels, Shift};
 use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
@@ -29,11 +30,14 @@ use lora_torch::tensor::{from_f32, kind_of};
 
 use self::text::{EncoderKind, InputNames, Reads, Text, TextEncoder};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
+use super::levels;
+use super::noise::NoiseSettings;
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
 };
 use crate::config::keys::{sdxl as sdxl_keys, stable_diffusion as keys};
 use crate::config::{SampleConfig, TrainConfig};
+use crate::difference::Difference;
 use crate::loss::{Denoising, LossWeights};
 use crate::{Error, Result};
 
@@ -156,6 +160,9 @@ struct StableDiffusion {
     precision: DType,
     config: TrainConfig,
     schedule: NoiseSchedule,
+    levels: NoiseLevels,
+    noise: NoiseSettings,
+    difference: Difference,
     /// By what it is known what the U-Net predicts, for people.
     known_by: &'static str,
     autoencoder: Option<Autoencoder>,
@@ -181,6 +188,9 @@ impl StableDiffusion {
             kind,
             networks,
             schedule,
+            levels: levels::of(config, None)?,
+            noise: NoiseSettings::of(config)?,
+            difference: Difference::of_diffusion(config),
             known_by,
             checkpoint: Arc::clone(&opening.checkpoint),
             device: opening.device,
@@ -208,21 +218,9 @@ impl StableDiffusion {
         Ok(VaeConfig::detect(&self.checkpoint)?)
     }
 
-    /// Standard normal noise of each item, with its offset, `[batch, 4, height, width]`.
-    fn noise(&self, items: &[Item], (count, channels, height, width): (i64, i64, i64, i64)) -> Result<Tensor> {
-        let plane = (height * width) as usize;
-        let mut noise = Vec::with_capacity(count as usize * channels as usize * plane);
-        for item in items {
-            let mut own = item.draw.at("noise").normals(channels as usize * plane);
-            if self.config.noise_offset > 0.0 {
-                let offsets = item.draw.at("noise_offset").normals(channels as usize);
-                for (plane, offset) in own.chunks_exact_mut(plane).zip(offsets) {
-                    plane.iter_mut().for_each(|value| *value += self.config.noise_offset as f32 * offset);
-                }
-            }
-            noise.extend(own);
-        }
-        Ok(from_f32(&noise, &[count, channels, height, width].map(|side| side as usize), self.device)?)
+    /// The timestep of a visit with these draws.
+    fn timestep(&self, draw: &Stream) -> usize {
+        levels::timestep(&self.levels, &draw.at("timestep"))
     }
 
     /// Adds the captions of a batch, for each text encoder as it takes them or as it left them.
@@ -421,14 +419,24 @@ impl Base for StableDiffusion {
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
-        let noise = self.noise(items, latents.size4()?)?;
-        let timesteps: Vec<usize> =
-            items.iter().map(|item| item.draw.at("timestep").below(NoiseSchedule::TIMESTEPS as u64) as usize).collect();
+        let noise = self.noise.draw(items, &latents.size(), self.device)?;
+        let timesteps: Vec<usize> = items.iter().map(|item| self.timestep(&item.draw)).collect();
         let weights: Vec<f64> = items.iter().map(|item| item.weight).collect();
         let weights = LossWeights { items: &weights, mask: mask.as_ref(), ..LossWeights::of(&self.config) };
-        let denoising = Denoising::new(self.unet()?, &self.schedule, &latents, &noise, &timesteps, &weights)?;
+        let denoising = Denoising::new(
+            self.unet()?,
+            &self.schedule,
+            &latents,
+            [&noise.target, &noise.added],
+            &timesteps,
+            &weights,
+        )?;
         let kept: Vec<&Tensors> = items.iter().filter_map(|item| item.encoded.get(&VAE)).collect();
         self.with_captions(denoising.into_inputs().with(SIZES, self.item_sizes(&kept)?), items)
+    }
+
+    fn noise_level(&self, draw: &Stream, _shape: Shape) -> Option<f64> {
+        Some(self.timestep(draw) as f64 / NoiseSchedule::TIMESTEPS as f64)
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
@@ -444,12 +452,13 @@ impl Base for StableDiffusion {
             .collect();
         let text = self.kept(&item.encoded)?.repeated(count)?;
         let added = added(&text, self.item_sizes(&[encoded; JUDGED_TIMESTEPS])?.as_ref())?;
-        let denoising = Denoising::new(self.unet()?, &self.schedule, &many, &noise, &times, &LossWeights::default())?;
+        let weights = LossWeights { difference: self.difference, ..LossWeights::default() };
+        let denoising = Denoising::new(self.unet()?, &self.schedule, &many, [&noise; 2], &times, &weights)?;
         Ok(denoising.into_inputs().with(CONTEXT, Some(text.states)).with(ADDED, added))
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
-        let denoising = Denoising::of(inputs)?;
+        let denoising = Denoising::of(inputs, self.difference.loss)?;
         if let Some(context) = inputs.find(CONTEXT) {
             return denoising.loss(self.unet()?, Conditions { context, added: inputs.find(ADDED) }, pass);
         }
@@ -524,6 +533,12 @@ impl Base for StableDiffusion {
         record.min_snr_gamma = config.min_snr_gamma;
         record.text_cleaning = config.text_cleaning.name().into();
         record.velocity = self.schedule.prediction() == Prediction::Velocity;
+        record.further.extend(self.noise.record());
+        record.further.extend(self.difference.record());
+        // Even ones need no word.
+        if (self.levels.density, self.levels.shift) != (Density::Uniform, Shift::Factor(1.0)) {
+            record.further.extend(levels::record(config, None, &self.levels));
+        }
     }
 }
 

@@ -3,9 +3,11 @@
 
 use std::path::PathBuf;
 
+use lora_core::Strength;
 use lora_data::dataset::{Role, Strictness, TextEncoding};
 
 use super::{Given, Group, Key, Reads, Resumed, shown};
+use crate::inference::AppliedAdapter;
 
 /// The keys, in the order of the reference.
 pub(super) static KEYS: Group = Group {
@@ -72,10 +74,19 @@ pub(super) static KEYS: Group = Group {
             name: "init_from",
             values: "path",
             default: "none",
-            meaning: "A LoRA of this layout to go on from, with the same rank and targets.",
+            meaning: "An adapter of any layout to go on from. Another rank or alpha begins with the same update (new ranks change nothing, of too many the largest singular values stay), another variant with its update at this rank where `variant` is `lora`, and targeted layers that it lacks begin anew; a note says what was lost. Layers of it that the run does not train are refused, or merged into the base where `fuse_adapters` names the file too.",
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Adapter(|given, config| config.init_from = given.text().map(PathBuf::from)),
+        },
+        Key {
+            name: "fuse_adapters",
+            values: "list of `FILE`, `FILE:0.7` or `FILE:0.7:1` (text encoders, others)",
+            default: "none",
+            meaning: "Adapters that are merged into the frozen base as it is read, before it is quantised. Training, samples and plans see them; the saved file is to be used together with them, and says so (`lora_fused`).",
+            memory: "Of a GGUF base the weights that they change are held as `base_storage` says, not in the file's blocks.",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Adapter(|given, config| config.fuse_adapters = fuse_adapters(given)),
         },
         Key {
             name: "strict",
@@ -233,4 +244,15 @@ fn output_name(given: &mut Given<'_>) -> String {
         given.problem(format!("`{name}` cannot name a file that prompts call (no / \\ : < >)"));
     }
     name
+}
+
+fn fuse_adapters(given: &mut Given<'_>) -> Vec<AppliedAdapter> {
+    let mut adapters = Vec::new();
+    for text in given.texts().unwrap_or_default() {
+        match Strength::split(&text) {
+            Ok((path, strength)) => adapters.push(AppliedAdapter { path: path.into(), strength }),
+            Err(error) => given.problem(format!("{text}: {error}")),
+        }
+    }
+    adapters
 }

@@ -1,17 +1,20 @@
-//! Keys that bases bring which are trained by flow matching: where their parts are, how long captions are, how noise levels
-//! are drawn. Names are sd-scripts' and diffusers'.
+//! Keys that bases bring which are trained by flow matching: where their parts are, how long captions are, the guidance
+//! that some are told. Names are sd-scripts' and diffusers'.
 
+use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::stable_diffusion::AUTOENCODER;
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// All of them.
-pub static KEYS: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS];
+pub static KEYS: &[&Group] = &[&CAPTIONS, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS];
 
 /// FLUX.1's: the same, a second text encoder and the guidance that it is told.
-pub static FLUX: &[&Group] = &[&CAPTIONS, &LEVELS, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
+pub static FLUX: &[&Group] =
+    &[&CAPTIONS, &LEVELS, &NOISE, &DIFFERENCE, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
 
 /// Stable Diffusion 3's: the same, and two more text encoders.
-pub static SD3: &[&Group] = &[&CAPTIONS, &LEVELS, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
+pub static SD3: &[&Group] =
+    &[&CAPTIONS, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
 
 /// The guidance that a network is told.
 pub static GUIDANCE: Group = Group {
@@ -73,86 +76,6 @@ pub static CAPTIONS: Group = Group {
     }],
 };
 
-/// How noise levels are drawn.
-pub static LEVELS: Group = Group {
-    section: "Pictures and captions",
-    behind: Some("weighted_captions"),
-    keys: &[
-        Key {
-            name: "timestep_sampling",
-            values: "uniform, sigmoid, shift, flux_shift, logit_normal, mode",
-            default: "flux_shift",
-            meaning: "How noise levels are drawn for bases that are trained by flow matching: evenly; the sigmoid of normal numbers; the same moved towards noise by `discrete_flow_shift` (3 without it), or by the picture's size, as FLUX.1's or, for Qwen-Image, as that one's; with `logit_mean` and `logit_std`; with a mode in the middle. Where `discrete_flow_shift` is given, `shift`.",
-            memory: "",
-            resumed: Resumed::FixedSince("none", |config| config.extra.shown("timestep_sampling")),
-            reads: Reads::Extra(sampling),
-        },
-        Key {
-            name: "discrete_flow_shift",
-            values: "above 0",
-            default: "none",
-            meaning: "Moves noise levels σ to sσ / (1 + (s − 1)σ): above 1 towards noise, as larger pictures need it.",
-            memory: "",
-            resumed: Resumed::FixedSince("none", |config| config.extra.shown("discrete_flow_shift")),
-            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
-        },
-        Key {
-            name: "sigmoid_scale",
-            values: "above 0",
-            default: "1",
-            meaning: "What normal numbers are multiplied by before their sigmoid is taken: less than 1 gathers noise levels in the middle.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("sigmoid_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(1.0))),
-        },
-        Key {
-            name: "logit_mean",
-            values: "number",
-            default: "0",
-            meaning: "Mean of the normal numbers of `logit_normal`: below 0 towards data, above towards noise.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("logit_mean")),
-            reads: Reads::Extra(|given| Setting::Number(given.number("a number", f64::is_finite).unwrap_or(0.0))),
-        },
-        Key {
-            name: "logit_std",
-            values: "above 0",
-            default: "1",
-            meaning: "Standard deviation of the normal numbers of `logit_normal`.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("logit_std")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(1.0))),
-        },
-        Key {
-            name: "mode_scale",
-            values: "0 …",
-            default: "1.29",
-            meaning: "How much the middle is favoured by `mode`.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.29", |config| config.extra.shown("mode_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(1.29))),
-        },
-        Key {
-            name: "min_timestep",
-            values: "0 … 1000",
-            default: "0",
-            meaning: "Drawn noise levels are brought into the range from this on, in thousandths.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("min_timestep")),
-            reads: Reads::Extra(|given| Setting::Number(thousandths(given).unwrap_or(0.0))),
-        },
-        Key {
-            name: "max_timestep",
-            values: "0 … 1000",
-            default: "1000",
-            meaning: "The end of that range.",
-            memory: "",
-            resumed: Resumed::FixedSince("1000.0", |config| config.extra.shown("max_timestep")),
-            reads: Reads::Extra(|given| Setting::Number(thousandths(given).unwrap_or(1000.0))),
-        },
-    ],
-};
-
 /// Where parts of a base are.
 pub static PARTS: Group = Group {
     section: "Precision and memory",
@@ -178,15 +101,6 @@ pub static PARTS: Group = Group {
         },
     ],
 };
-
-fn sampling(given: &mut Given<'_>) -> Setting {
-    let names = ["uniform", "sigmoid", "shift", "flux_shift", "logit_normal", "mode"].map(|name| (name, name));
-    given.choice(&names).map_or(Setting::Nothing, |name| Setting::Text(name.to_owned()))
-}
-
-fn thousandths(given: &mut Given<'_>) -> Option<f64> {
-    given.number("a number from 0 to 1000", |number| (0.0..=1000.0).contains(&number))
-}
 
 fn path(given: &mut Given<'_>) -> Setting {
     given.text().map_or(Setting::Nothing, Setting::Text)

@@ -7,6 +7,7 @@
 
 mod adapter;
 mod data;
+pub mod denoising;
 pub mod flow_matching;
 pub mod language;
 mod memory;

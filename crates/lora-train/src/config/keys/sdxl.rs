@@ -1,11 +1,24 @@
 //! Keys that Stable Diffusion XL brings beside those of all Stable Diffusion: each of its two text encoders for itself.
 
+use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::stable_diffusion::{AUTOENCODER, CAPTIONS, LOSS, NETWORKS, RATES, SAMPLER, WEIGHTS};
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// All of them.
-pub static KEYS: &[&Group] =
-    &[&NETWORKS, &ENCODERS, &RATES, &ENCODER_RATES, &CAPTIONS, &WEIGHTS, &LOSS, &AUTOENCODER, &SAMPLER];
+pub static KEYS: &[&Group] = &[
+    &NETWORKS,
+    &ENCODERS,
+    &RATES,
+    &ENCODER_RATES,
+    &CAPTIONS,
+    &WEIGHTS,
+    &LEVELS,
+    &NOISE,
+    &DIFFERENCE,
+    &LOSS,
+    &AUTOENCODER,
+    &SAMPLER,
+];
 
 /// Which text encoders are trained.
 pub static ENCODERS: Group = Group {

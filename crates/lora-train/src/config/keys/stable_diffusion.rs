@@ -4,6 +4,7 @@
 use lora_data::tokenizer::TextCleaning;
 use lora_models::diffusion::SamplerKind;
 
+use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
 /// What captions that change from visit to visit cost.
@@ -11,7 +12,8 @@ pub(super) const KEPT_ENCODER: &str =
     "Keeps the text encoder on the device (0.25 GB in fp16) even where it does not train.";
 
 /// All of them.
-pub static KEYS: &[&Group] = &[&NETWORKS, &RATES, &CAPTIONS, &WEIGHTS, &LOSS, &AUTOENCODER, &SAMPLER];
+pub static KEYS: &[&Group] =
+    &[&NETWORKS, &RATES, &CAPTIONS, &WEIGHTS, &LEVELS, &NOISE, &DIFFERENCE, &LOSS, &AUTOENCODER, &SAMPLER];
 
 /// Which of its networks are trained.
 pub static NETWORKS: Group = Group {
@@ -127,20 +129,11 @@ pub static WEIGHTS: Group = Group {
     }],
 };
 
-/// Noise and the loss.
+/// What the base predicts, and weights of the loss by timestep.
 pub static LOSS: Group = Group {
     section: "Pictures and captions",
-    behind: Some("weighted_captions"),
+    behind: Some("huber_scale"),
     keys: &[
-        Key {
-            name: "noise_offset",
-            values: "0 …",
-            default: "0",
-            meaning: "Adds a constant per channel to the noise, for darker darks and lighter lights (0.05 to 0.1).",
-            memory: "",
-            resumed: Resumed::Fixed(|config| shown(&config.noise_offset)),
-            reads: Reads::Run(|given, config| config.noise_offset = given.not_negative().unwrap_or(0.0)),
-        },
         Key {
             name: "v_parameterization",
             values: "true/false",

@@ -31,6 +31,7 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("algo", "variant"),
     ("network_algo", "variant"),
     ("network_weights", "init_from"),
+    ("base_weights", "fuse_adapters"),
     ("r", "lora_rank"),
     ("rank", "lora_rank"),
     ("alpha", "lora_alpha"),

@@ -1,0 +1,39 @@
+//! Arguments that commands of both programs have.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use lora_core::{DType, Strength};
+
+use crate::Failure;
+
+/// Element types on the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Precision {
+    /// 32 bits.
+    Fp32,
+    /// 16 bits, 5 of them exponent.
+    Fp16,
+    /// 16 bits, 8 of them exponent.
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Fp32 => DType::F32,
+            Precision::Fp16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.
+///
+/// # Errors
+/// [`Failure::Usage`] where the numbers are no strength.
+pub fn strength_of(argument: &str) -> Result<(&Path, Strength), Failure> {
+    let split = Strength::split(argument);
+    let (path, strength) = split.map_err(|error| Failure::Usage(format!("--lora {argument}: {error}")))?;
+    Ok((Path::new(path), strength))
+}

@@ -1,0 +1,14 @@
+//! What the programs `lora` and `lora-trainer` share: how they fail, log, show progress, take signals and read arguments that
+//! several commands have. The commands themselves are in the programs.
+
+#![forbid(unsafe_code)]
+
+pub mod arguments;
+mod failure;
+pub mod interrupt;
+mod program;
+pub mod progress;
+pub mod training;
+
+pub use failure::Failure;
+pub use program::run;

@@ -1,0 +1,191 @@
+//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lora_cli::Failure;
+use lora_data::Pictures;
+use lora_data::dataset::Strictness;
+use lora_data::finding::{Finding, FindingKind, Severity};
+use lora_data::report::texts::{self, TextReport};
+use lora_data::report::{DatasetReport, ReportOptions, html, inspect};
+use lora_data::texts::{TextOptions, Texts};
+use lora_data::tokenizer::{ClipTokenizer, TextCleaning, Tokenizer};
+use lora_train::Plugins;
+use lora_train::config::TrainConfig;
+
+use crate::failure::failure;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Folder, .tar or .parquet, or with --tokenizer a folder or file of texts; may be left out where the configuration names it.
+    #[arg(required_unless_present = "config")]
+    folder: Option<PathBuf>,
+    /// Configuration whose resolution, buckets, crops and captions count (.toml, .yaml, .json).
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Set a key over the configuration's value, for instance `--set enable_bucket=true`.
+    #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
+    set: Vec<String>,
+    /// The model whose tokenizer and chat template count (a folder or a GGUF file): the dataset is one of texts.
+    #[arg(long, value_name = "MODEL", requires = "folder", conflicts_with = "config")]
+    tokenizer: Option<PathBuf>,
+    /// The most tokens of a row of texts.
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, requires = "tokenizer")]
+    max_seq_length: usize,
+    /// Write everything as one page with pictures.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// The most pictures on that page.
+    #[arg(long, default_value_t = 200)]
+    shown: usize,
+    /// The most findings of one kind in the table.
+    #[arg(long, default_value_t = 5)]
+    findings: usize,
+    /// Fail where anything is unreadable or unusable.
+    #[arg(long)]
+    strict: bool,
+    /// Print everything as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    if let (Some(tokenizer), Some(path)) = (&arguments.tokenizer, &arguments.folder) {
+        return look_at_texts(arguments, tokenizer, path);
+    }
+    let (mut datasets, tokens) =
+        TrainConfig::datasets_of(arguments.config.as_deref(), arguments.folder.as_deref(), &arguments.set)
+            .map_err(failure)?;
+    for dataset in &mut datasets {
+        dataset.scan.strictness = Strictness::Inspect;
+    }
+    let title = datasets.iter().map(|dataset| dataset.path.display().to_string()).collect::<Vec<_>>().join(", ");
+    let pictures = Pictures::open(datasets, &Plugins::default().processors).map_err(failure)?;
+    let options = ReportOptions {
+        shown: if arguments.html.is_some() { arguments.shown } else { 0 },
+        samples: if arguments.html.is_some() { ReportOptions::default().samples } else { 0 },
+        tokens: Some((ClipTokenizer::new(TextCleaning::default()), tokens)),
+        ..ReportOptions::default()
+    };
+    let mut last = Instant::now();
+    let mut progress = |done: usize, of: usize| {
+        if last.elapsed() > Duration::from_secs(2) {
+            last = Instant::now();
+            eprint!("looked at {done}/{of}{}", if std::io::stderr().is_terminal() { '\r' } else { '\n' });
+        }
+    };
+    let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(failure)?;
+    let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
+    let (page, json, print) = (html::page, serde_json::to_string_pretty, print_pictures);
+    Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), noun: "pictures", lost }
+        .tell(arguments)
+}
+
+fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
+    let tokenizer = Arc::new(Tokenizer::open(tokenizer).map_err(failure)?);
+    let options = TextOptions {
+        path: path.to_owned(),
+        strictness: Strictness::Inspect,
+        max_seq_length: arguments.max_seq_length,
+        ..TextOptions::default()
+    };
+    let texts = Texts::open(options, tokenizer, None).map_err(failure)?;
+    let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
+    let lost =
+        texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();
+    let title = path.display().to_string();
+    let (page, json, print) = (html::page_of_texts, serde_json::to_string_pretty, print_texts);
+    Told { title: &title, report: &report, page, json, print, usable: texts.rows(), noun: "rows", lost }.tell(arguments)
+}
+
+/// What is known of a dataset, and how it is told.
+struct Told<'t, R> {
+    title: &'t str,
+    /// What is used of it, in the plural.
+    noun: &'static str,
+    report: &'t R,
+    page: fn(&str, &R) -> String,
+    json: fn(&R) -> serde_json::Result<String>,
+    print: fn(&R, usize),
+    /// Pictures or rows that can be used.
+    usable: usize,
+    /// Findings that cost some of them.
+    lost: usize,
+}
+
+impl<R> Told<'_, R> {
+    /// As a page, as JSON or in words, as the arguments ask.
+    fn tell(&self, arguments: &Arguments) -> Result<(), Failure> {
+        let Self { title, noun, report, page, json, print, usable, lost } = *self;
+        if let Some(path) = &arguments.html {
+            let page = page(title, report);
+            lora_io::atomic::write(path, |file| std::io::Write::write_all(file, page.as_bytes()))?;
+            eprintln!("page: {}", path.display());
+        }
+        if arguments.json {
+            let json = json(report).map_err(|error| Failure::Work(error.to_string()))?;
+            println!("{json}");
+        } else {
+            println!("{title}");
+            print(report, arguments.findings);
+        }
+        match (usable, arguments.strict && lost > 0) {
+            (0, _) => Err(Failure::Work(format!("{title}: there are no {noun} that can be used"))),
+            (_, true) => Err(Failure::Work(format!("{lost} file(s), folder(s) or record(s) cannot be used"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn print_texts(report: &TextReport, most: usize) {
+    println!("{report}");
+    print_findings(&report.findings, &report.summary.findings, most);
+}
+
+fn print_pictures(report: &DatasetReport, most: usize) {
+    let regularisation = match report.regularisation_visits {
+        0 => String::new(),
+        visits => format!(", {visits} of them of regularisation pictures"),
+    };
+    println!("pictures:  {}, {} visits an epoch{regularisation}", report.pictures.len(), report.visits);
+    let captions = &report.captions;
+    let sources: Vec<_> = captions.sources.iter().map(|(source, count)| format!("{count} from {source}")).collect();
+    println!("captions:  {}; {} different, {} empty", sources.join(", "), captions.different, captions.empty);
+    let mut pixels: Vec<f64> = report.pictures.iter().map(|own| (own.size.0 * own.size.1) as f64 / 1e6).collect();
+    pixels.sort_by(f64::total_cmp);
+    if let (Some(least), Some(most)) = (pixels.first(), pixels.last()) {
+        println!("sizes:     {least:.2} to {most:.2} megapixels, the middle one {:.2}", pixels[pixels.len() / 2]);
+    }
+    let trimmed = report.pictures.iter().map(|own| own.trimmed).sum::<f64>() / report.pictures.len().max(1) as f64;
+    println!("cropping:  {:.1}% of the pixels are cut away", 100.0 * trimmed);
+    println!("buckets:   {} batches an epoch", report.batches);
+    let largest = report.buckets.values().max().copied().unwrap_or(1).max(1);
+    for (bucket, visits) in &report.buckets {
+        println!("  {bucket:<12} {visits:>7} {}", "█".repeat((30 * visits).div_ceil(largest)));
+    }
+    let tags: Vec<_> = report.tags.iter().take(15).map(|(tag, count)| format!("{tag} {count}")).collect();
+    if !tags.is_empty() {
+        println!("tags:      {}", tags.join(" · "));
+    }
+    print_findings(&report.findings, &report.counts(), most);
+}
+
+/// Findings by kind, the first ones of each in full.
+fn print_findings(findings: &[Finding], counts: &BTreeMap<FindingKind, usize>, most: usize) {
+    if findings.is_empty() {
+        println!("nothing is the matter");
+    }
+    for (kind, count) in counts {
+        println!("{} ({}): {count}. Remedy: {}", kind.name(), kind.severity().name(), kind.remedy());
+        for finding in findings.iter().filter(|finding| finding.kind == *kind).take(most) {
+            println!("  {}: {}", finding.path.display(), finding.detail);
+        }
+        if *count > most {
+            println!("  and {} more (--findings N, --json or --html shows them)", count - most);
+        }
+    }
+}
