@@ -96,6 +96,22 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
 }
 
 #[test]
+fn what_is_logged_for_tensorboard_is_here_too() {
+    let of_sd_scripts = |keys: &str| config(&of(Format::Toml, &format!("{SD_SCRIPTS}{keys}")));
+    assert_has(
+        &of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"all\""),
+        json!({ "logging_dir": "logs", "log_with": "tensorboard" }),
+    );
+    assert_has(&of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"wandb\""), json!({ "log_with": "none" }));
+    assert!(of_sd_scripts("logging_dir = \"\"").get("logging_dir").is_none());
+    let of_axolotl = |keys: &str| config(&of(Format::Yaml, &format!("{AXOLOTL}{keys}")));
+    let wanted = json!({ "log_with": "tensorboard", "logging_dir": "tb" });
+    assert_has(&of_axolotl("report_to: [tensorboard, wandb]\nlogging_dir: tb\n"), wanted.clone());
+    assert_has(&of_axolotl("use_tensorboard: true\nlogging_dir: tb\n"), wanted);
+    assert!(of_axolotl("logging_dir: tb\n").get("logging_dir").is_none(), "nothing is logged there");
+}
+
+#[test]
 fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them() {
     let keys = "min_timestep = 100\nmax_timestep = 900\nnoise_offset = 0.1\nnoise_offset_random_strength = true\nadaptive_noise_scale = 0.01\n\
                 multires_noise_iterations = 6\nmultires_noise_discount = 0.2\nip_noise_gamma = 0.1\nloss_type = \"smooth_l1\"\n\

@@ -7,29 +7,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use assert_cmd::prelude::*;
-use common::lora;
+use common::{lora, workspace};
 use lora_core::random::Stream;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use lora_io::adapter::{self, Format};
 use lora_models::synthetic::SyntheticModel;
 use predicates::prelude::*;
 use predicates::str::contains;
-
-/// A folder with a tiny base, four pictures and a configuration.
-fn workspace() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
-    std::fs::create_dir(folder.path().join("data")).unwrap();
-    for index in 0..4u8 {
-        let picture = image::RgbImage::from_pixel(64, 64, image::Rgb([60 * index, 90, 120]));
-        picture.save(folder.path().join(format!("data/{index}.png"))).unwrap();
-        std::fs::write(folder.path().join(format!("data/{index}.txt")), format!("colour {index}")).unwrap();
-    }
-    let config = "base_model = \"base.safetensors\"\ntrain_data_dir = \"data\"\noutput_dir = \"out\"\nmax_resolution = 64\n\
-                  device = \"cpu\"\nlora_rank = 2\ntarget_modules = [\"q_proj\", \"v_proj\"]\nmax_train_steps = 2\n";
-    std::fs::write(folder.path().join("config.toml"), config).unwrap();
-    folder
-}
 
 fn train(folder: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
     lora().current_dir(folder).args(["train", "config.toml"]).args(arguments).assert()

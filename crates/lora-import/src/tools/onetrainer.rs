@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::onetrainer_optimizer::OPTIMIZER;
-use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network};
+use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network, tracking};
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
 use crate::input::{self, Document, Problem, Source};
@@ -392,7 +392,7 @@ static ROWS: &[Row] = &[
     nothing("save_filename_prefix", "how files and runs are kept"),
     nothing("secrets", "how files and runs are kept"),
     nothing("__version", "how files and runs are kept"),
-    nothing("tensorboard", "metrics.jsonl and loss.png are written"),
+    by("tensorboard", &["log_with"], "files for TensorBoard", tracking::tensorboard),
     nothing("tensorboard_expose", "metrics.jsonl and loss.png are written"),
     nothing("tensorboard_always_on", "metrics.jsonl and loss.png are written"),
     nothing("tensorboard_port", "metrics.jsonl and loss.png are written"),

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::sd_scripts_network::{self as network, alpha};
-use super::{Table, Tool, optimisers};
+use super::{Table, Tool, optimisers, tracking};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::command::LAUNCH;
@@ -228,7 +228,7 @@ pub(super) static SHARED: &[Row] = &[
     }),
     same("prior_loss_weight", "prior_loss_weight", Kind::Number),
     same("output_dir", "output_dir", Kind::Text),
-    nothing("logging_dir", "metrics.jsonl and loss.png are written to output_dir"),
+    same("logging_dir", "logging_dir", Kind::Text),
     same("enable_bucket", "enable_bucket", Kind::Flag),
     same("min_bucket_reso", "min_bucket_reso", Kind::Count),
     same("max_bucket_reso", "max_bucket_reso", Kind::Count),
@@ -510,7 +510,7 @@ pub(super) static SHARED: &[Row] = &[
     nothing("metadata_description", "a note for the file's metadata"),
     nothing("metadata_license", "a note for the file's metadata"),
     nothing("metadata_tags", "a note for the file's metadata"),
-    nothing("log_with", "metrics.jsonl and loss.png are written"),
+    by("log_with", &["log_with"], "files for TensorBoard", tracking::trackers),
     nothing("log_prefix", "metrics.jsonl and loss.png are written"),
     nothing("log_tracker_name", "metrics.jsonl and loss.png are written"),
     nothing("log_tracker_config", "metrics.jsonl and loss.png are written"),

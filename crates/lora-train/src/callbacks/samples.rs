@@ -3,14 +3,17 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use lora_data::figure::grid::{self, GridPicture, GridRow};
 
 use super::clock::Clock;
 use crate::Result;
 use crate::base::Sample;
-use crate::callback::{Callback, Control};
+use crate::callback::{Answer, Callback, Control};
+use crate::command::Command;
 use crate::config::TrainConfig;
+use crate::event::{self, Event};
 use crate::session::{Session, StepReport};
 
 /// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.
@@ -38,16 +41,17 @@ impl Samples {
         }
     }
 
-    fn make(&mut self, session: &mut Session, label: String) -> Result<()> {
+    /// Makes them, where there are prompts; whether there was room.
+    fn make(&mut self, session: &mut Session, label: String) -> Result<bool> {
         if self.prompts.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let samples = match session.sample(&self.prompts) {
             // Samples are worth less than the run.
             Err(error) if error.is_out_of_memory() => {
                 session.empty_cache()?;
                 tracing::warn!("no samples are made for \"{label}\": {error}; smaller samples take less memory");
-                return Ok(());
+                return Ok(false);
             }
             samples => samples?,
         };
@@ -62,14 +66,17 @@ impl Samples {
             for (prompt, text) in self.prompts.iter().zip(&texts) {
                 tracing::info!("{label}: \"{prompt}\" → {text}");
             }
-            self.answers.push((label.clone(), texts));
+            self.answers.push((label.clone(), texts.clone()));
             lora_io::atomic::write(self.folder.join("samples.md"), |file| file.write_all(self.page().as_bytes()))?;
         }
         if !pictures.is_empty() {
-            self.rows.push(GridRow { label, pictures });
+            self.rows.push(GridRow { label: label.clone(), pictures: pictures.clone() });
             grid::write(&self.folder.join("samples.png"), &self.rows, &self.prompts)?;
         }
-        Ok(())
+        let file = self.folder.join(if pictures.is_empty() { "samples.md" } else { "samples.png" });
+        let (step, prompts, pictures) = (session.steps_done(), self.prompts.clone(), Arc::new(pictures));
+        session.tell(Event::Samples(event::Samples { step, label, file, prompts, texts, pictures }));
+        Ok(true)
     }
 
     /// The answers so far, by prompt.
@@ -123,7 +130,18 @@ impl Callback for Samples {
         Ok(Control::Continue)
     }
 
+    fn on_command(&mut self, session: &mut Session, command: &Command) -> Result<Option<Answer>> {
+        if *command != Command::Sample {
+            return Ok(None);
+        }
+        if self.prompts.is_empty() {
+            return Ok(Some(Err("there are no sample_prompts".into())));
+        }
+        let made = self.make(session, format!("step {}", session.steps_done()))?;
+        Ok(Some(made.then(|| "samples are made".to_owned()).ok_or_else(|| "there is no room for samples".to_owned())))
+    }
+
     fn on_end(&mut self, session: &mut Session) -> Result<()> {
-        self.make(session, format!("step {}", session.steps_done()))
+        self.make(session, format!("step {}", session.steps_done())).map(|_| ())
     }
 }

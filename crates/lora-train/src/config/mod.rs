@@ -167,6 +167,16 @@ impl fmt::Debug for ReadBy {
     }
 }
 
+/// What a run is logged for, beside `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Tracker {
+    /// TensorBoard.
+    TensorBoard,
+    /// A table in `metrics.csv`.
+    Csv,
+}
+
 /// Declares [`TrainConfig`] together with the blank one that keys are read into, so that a field stands once.
 macro_rules! fields {
     ($($(#[$attribute:meta])* $field:ident: $type:ty,)*) => {
@@ -294,6 +304,8 @@ fields! {
     save_state: bool,
     save_state_every_n_steps: Option<usize>,
     resume: Resume,
+    log_with: Vec<Tracker>,
+    logging_dir: PathBuf,
     samples: SampleConfig,
     callbacks: Vec<String>,
 }

@@ -45,6 +45,7 @@ use lora_torch::{LossScaler, dry, foreach};
 
 use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
+use crate::event::{About, Event, Finding};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
 use crate::parameters::{Parameter, ParameterList};
@@ -86,6 +87,8 @@ pub struct Session {
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
     torn: bool,
     notes: Vec<String>,
+    /// What happened and was not taken yet.
+    told: Vec<Event>,
 }
 
 /// The files that a run begins from.
@@ -138,7 +141,7 @@ struct StepGradients {
 }
 
 /// The result of a step.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 #[non_exhaustive]
 pub struct StepReport {
     /// Steps done, this one included.
@@ -154,6 +157,8 @@ pub struct StepReport {
     pub figures: BTreeMap<&'static str, f64>,
     /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
     pub learning_rate: f64,
+    /// Learning rates of all networks that train, by the network's name.
+    pub learning_rates: BTreeMap<String, f64>,
     /// L2 norm of all gradients before clipping; `None` where the step was skipped.
     pub gradient_norm: Option<f64>,
     /// Whether the step was skipped because a gradient was not finite.
@@ -231,6 +236,24 @@ impl Session {
         self.progress.looks.take(self.progress.step, loss, self.config.early_stopping_threshold)
     }
 
+    /// Tells that something happened. All callbacks of [`crate::train`] hear of it; a program with a loop of its own takes it
+    /// by [`Session::take_events`].
+    pub fn tell(&mut self, event: Event) {
+        self.told.push(event);
+    }
+
+    /// What happened since it was last asked: files that were saved, memory that ran out, what callbacks told. Steps, samples
+    /// and held-out losses are not among them unless the run is [`crate::train`]'s.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.told)
+    }
+
+    /// Warns of something that may be wrong, once it is found.
+    pub(crate) fn warn(&mut self, about: About, kind: &'static str, message: String) {
+        tracing::warn!("{message}");
+        self.tell(Event::Finding(Finding::new(self.progress.step, about, kind, message)));
+    }
+
     /// How the names of parameters begin that nothing reads, see [`crate::base::Base::unread`].
     pub(crate) fn unread(&self) -> Vec<String> {
         self.base.unread()
@@ -280,7 +303,10 @@ impl Session {
         let factor = self.lr_schedule.factor(self.progress.step);
         let (base, ratio) = (&*self.base, self.config.loraplus_lr_ratio);
         let rate = |network: Component| factor * base.learning_rate(network);
-        let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
+        let networks = trained(base);
+        let shown = networks.first().map_or(0.0, |network| rate(network.component));
+        let rates = networks.iter().map(|network| (network.component.to_string(), rate(network.component)));
+        let learning_rates: BTreeMap<String, f64> = rates.collect();
         if finite {
             let of = |own: &Parameter| {
                 own.rate.map_or_else(|| rate(own.component), |rate| factor * rate) * if own.is_up { ratio } else { 1.0 }
@@ -317,6 +343,8 @@ impl Session {
                 remedy: "use precision = \"bf16\", or a lower learning_rate",
             });
         }
+        // After the step: an optimiser may have chosen it there.
+        let factor_of_optimiser = self.parameters.optimiser().optimiser().rate_factor();
         let memory = match self.device_memory()? {
             Some(device) => device.reserved_peak,
             None => memory::host_memory().map_or(0, |host| host.resident),
@@ -327,7 +355,8 @@ impl Session {
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
             figures,
-            learning_rate: shown * self.parameters.optimiser().optimiser().rate_factor(),
+            learning_rate: shown * factor_of_optimiser,
+            learning_rates: learning_rates.into_iter().map(|(name, rate)| (name, rate * factor_of_optimiser)).collect(),
             gradient_norm,
             skipped: !finite,
             skipped_steps: self.progress.skipped,
@@ -481,7 +510,7 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let done = Done { steps: self.progress.step as usize, of: self.plan.steps };
+            let done = Done { steps: self.progress.step, of: self.plan.steps };
             let caption = self.feed.source.caption_when(visit, done, &draw);
             encoded.extend(self.kept_of(&caption));
             let beside = self.base.captions().into_iter().map(|caption| {

@@ -219,6 +219,7 @@ impl Session {
             _limit: materials.limit,
             graphs: materials.graphs,
             tried: Vec::new(),
+            told: Vec::new(),
             torn: false,
             notes,
         };
