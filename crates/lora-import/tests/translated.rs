@@ -293,6 +293,8 @@ fn onetrainer_reads_concepts_and_has_its_own_defaults() {
             json!({ "train_data_dir": "a", "repeats": 2, "max_resolution": side, "enable_wildcard": true }),
         );
     }
+    let by_time = text.replace("\"validation\": true,", "\"validation\": true, \"save_every\": 2, \"save_every_unit\": \"HOUR\", \"masked_prior_preservation_weight\": 0.5,");
+    assert_has(&config(&of(Format::Json, &by_time)), json!({ "save_every_minutes": 120, "prior_mask_weight": 0.5 }));
     assert!(is_lost(&imported, "huber_strength"));
     assert!(matches!(verdict(&imported, "concepts[1].text"), Verdict::WithoutEffect(_)));
     // The text encoder would stop after 30 of 100 epochs, without a key that says so.
@@ -348,6 +350,9 @@ config:
     assert!(is_lost(&imported, "train.diff_output_preservation"));
     let two = text.replace("    - type: sd_trainer", "    - type: sd_trainer\n    - type: sd_trainer");
     assert!(refused(Format::Yaml, &two).contains("2 processes"));
+    let class = "diff_output_preservation: true\n        diff_output_preservation_class: person\n        diff_output_preservation_multiplier: 0.5\n        blank_prompt_preservation: true";
+    let own = config(&of(Format::Yaml, &text.replace("diff_output_preservation: true", class)));
+    assert_has(&own, json!({ "prior_prompt": "person", "prior_prompt_weight": 0.5, "prior_blank_weight": 1 }));
 }
 
 const AXOLOTL: &str = r#"

@@ -136,6 +136,35 @@ fn training_goes_on_from_a_saved_lora() {
     assert_eq!(metadata["lora_init_from_hash"], SafetensorsFile::open(saved).unwrap().metadata()["sshs_model_hash"]);
 }
 
+/// An interval that each step is longer than.
+#[test]
+fn saves_and_samples_come_by_time() {
+    let folder = workspace();
+    let keys = [
+        "sample_prompts=[\"a\"]",
+        "sample_steps=1",
+        "sample_every_minutes=1e-6",
+        "save_every_minutes=1e-6",
+        "save_every_n_steps=2",
+        "max_train_steps=4",
+        "output_name=x",
+    ];
+    let run = |keys: &[&str]| {
+        let stop = Arc::new(AtomicBool::new(false));
+        lora_train::train(config(folder.path(), keys), &Plugins::default(), Vec::new(), &stop, &mut |_| {}).unwrap();
+        let saves = std::fs::read_dir(folder.path().join("out")).unwrap().flatten();
+        let saves = saves.filter(|entry| entry.file_name().to_string_lossy().starts_with("x-step")).count();
+        (saves, image::open(folder.path().join("out/samples.png")).unwrap().height())
+    };
+    let (saves, high) = run(&keys);
+    // The last step is the run's own file.
+    assert_eq!(saves, 3);
+    std::fs::remove_dir_all(folder.path().join("out")).unwrap();
+    let late = keys.map(|key| key.replace("1e-6", "1e6"));
+    let (saves, low) = run(&late.each_ref().map(String::as_str));
+    assert!(saves == 1 && low < high, "{saves} {low} {high}");
+}
+
 #[test]
 fn a_run_leaves_lora_metrics_curve_and_samples() {
     let folder = workspace();

@@ -1,6 +1,7 @@
 //! The callbacks that come with every run: metrics and loss curve, health, crowded cores, validation, samples, intermediate saves
 //! of the LoRA and of the run's state.
 
+mod clock;
 mod crowded;
 mod health;
 mod history;

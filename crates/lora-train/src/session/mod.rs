@@ -483,17 +483,26 @@ impl Session {
             }
             let done = Done { steps: self.progress.step, of: self.plan.steps };
             let caption = self.feed.source.caption_when(visit, done, &draw);
-            for (network, captions) in &self.feed.kept {
-                encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
-            }
+            encoded.extend(self.kept_of(&caption));
+            let beside = self.base.captions().into_iter().map(|caption| {
+                let kept = self.kept_of(&caption);
+                (caption, kept)
+            });
+            let beside = beside.collect();
             let weight = self.feed.source.loss_weight(visit.index);
-            items.push(Item { caption, encoded, example, weight, draw });
+            items.push(Item { caption, encoded, beside, example, weight, draw });
         }
         if let Some(network) = self.feed.examples.encoder().filter(|_| self.progress.economy.encoder_leaves) {
             self.base.unload(network);
             memory::empty_cache(self.device)?;
         }
         Ok(items)
+    }
+
+    /// What networks made of a caption, where that is kept.
+    fn kept_of(&self, caption: &str) -> BTreeMap<Component, Tensors> {
+        let kept = self.feed.kept.iter();
+        kept.filter_map(|(network, captions)| Some((*network, shallow(captions.get(caption)?)))).collect()
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -613,6 +622,7 @@ mod tests {
                 "min_bucket_reso=64",
                 "weighted_captions=true",
             ][..],
+            &["batch_size=2", "max_train_steps=8", "prior_prompt=a thing", "prior_blank_weight=0.5"],
             &["gradient_accumulation_steps=2", "train_text_encoder=false", "min_snr_gamma=5", "max_train_steps=6"],
         ] {
             let folder = tempfile::tempdir().unwrap();

@@ -300,7 +300,7 @@ impl<'c> Loader<'c> {
             let stays = network.trains || !source.captions_are_fixed();
             self.load(base, &network, stays, watch)?;
             if !stays {
-                let (component, captions) = (network.component, captions_of(self.config, source));
+                let (component, captions) = (network.component, captions_of(self.config, source, base));
                 kept.insert(component, encoded::captions(base, component, &captions, disk, self.device, watch)?);
                 // It makes room before the next one comes.
                 base.unload(component);
@@ -322,10 +322,11 @@ impl<'c> Loader<'c> {
     }
 }
 
-/// All captions of a run whose captions do not change: of the items, of dropped captions, of samples.
-fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
+/// All captions of a run whose captions do not change: of the items, of dropped captions, of samples, of the base's own.
+fn captions_of(config: &TrainConfig, source: &dyn Source, base: &dyn Base) -> Vec<String> {
     let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
+    captions.extend(base.captions());
     captions.push(config.samples.negative_prompt.clone());
     for prompt in config.samples.prompts.iter().map(|prompt| PromptLine::parse(prompt)) {
         captions.push(prompt.text);
