@@ -481,7 +481,7 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let done = Done { steps: self.progress.step as usize, of: self.plan.steps };
+            let done = Done { steps: self.progress.step, of: self.plan.steps };
             let caption = self.feed.source.caption_when(visit, done, &draw);
             encoded.extend(self.kept_of(&caption));
             let beside = self.base.captions().into_iter().map(|caption| {
