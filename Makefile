@@ -49,8 +49,8 @@ bench: setup ## Run the benches (criterion)
 	cargo bench --workspace --bench adapters --bench training --bench data --bench texts
 
 peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl or z_image others
-	cargo build --release --workspace --example training_step
-	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/examples/training_step" --model $(MODEL)
+	cargo build --release --workspace --bin training_step
+	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/training_step" --model $(MODEL)
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
 	cargo test -p lora-torch
