@@ -1,6 +1,7 @@
 //! The callbacks that come with every run: metrics and loss curve, health, crowded cores, validation, samples, intermediate saves
 //! of the LoRA and of the run's state; and those of `log_with`.
 
+mod clock;
 mod crowded;
 mod csv;
 mod health;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use lora_data::figure::grid::{self, GridPicture, GridRow};
 
+use super::clock::Clock;
 use crate::Result;
 use crate::base::Sample;
 use crate::callback::{Answer, Callback, Control};
@@ -21,6 +22,7 @@ pub(crate) struct Samples {
     folder: PathBuf,
     prompts: Vec<String>,
     every: Option<usize>,
+    clock: Clock,
     rows: Vec<GridRow>,
     /// What was answered at each label, prompt by prompt.
     answers: Vec<(String, Vec<String>)>,
@@ -33,6 +35,7 @@ impl Samples {
             folder: config.output_dir.clone(),
             prompts: config.samples.prompts.clone(),
             every: config.samples.every_n_steps,
+            clock: Clock::of_minutes(config.sample_every_minutes),
             rows: Vec::new(),
             answers: Vec::new(),
         }
@@ -115,11 +118,13 @@ impl Callback for Samples {
             None => "before".into(),
         };
         self.make(session, label)?;
+        self.clock.restart();
         Ok(Control::Continue)
     }
 
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
-        if self.every.is_some_and(|every| report.step.is_multiple_of(every)) && report.step < report.steps {
+        let due = self.clock.is_due() || self.every.is_some_and(|every| report.step.is_multiple_of(every));
+        if due && report.step < report.steps {
             self.make(session, format!("step {}", report.step))?;
         }
         Ok(Control::Continue)

@@ -1,7 +1,8 @@
-//! The LoRA every so many steps or epochs, and the state of the run.
+//! The LoRA every so many steps, epochs or minutes, and the state of the run.
 
 use std::path::PathBuf;
 
+use super::clock::Clock;
 use crate::callback::{Answer, Callback, Control};
 use crate::command::Command;
 use crate::config::TrainConfig;
@@ -13,6 +14,7 @@ use crate::{Error, Result};
 pub(crate) struct SaveCheckpoints {
     steps: Option<usize>,
     epochs: Option<usize>,
+    clock: Clock,
     most: Option<usize>,
 }
 
@@ -36,7 +38,7 @@ impl SaveCheckpoints {
     /// For a run.
     pub(crate) fn new(config: &TrainConfig) -> Self {
         let (steps, epochs) = (config.save_every_n_steps, config.save_every_n_epochs);
-        Self { steps, epochs, most: config.save_total_limit }
+        Self { steps, epochs, clock: Clock::of_minutes(config.save_every_minutes), most: config.save_total_limit }
     }
 }
 
@@ -73,10 +75,16 @@ fn forget(session: &Session, step: usize, most: usize) -> std::io::Result<()> {
 }
 
 impl Callback for SaveCheckpoints {
+    fn on_start(&mut self, _session: &mut Session) -> Result<Control> {
+        self.clock.restart();
+        Ok(Control::Continue)
+    }
+
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         let every = |interval: Option<usize>| interval.is_some_and(|interval| report.step.is_multiple_of(interval));
         let epochs = self.epochs.map(|epochs| epochs * session.plan().steps_per_epoch);
-        if (every(self.steps) || every(epochs))
+        let due = self.clock.is_due();
+        if (every(self.steps) || every(epochs) || due)
             && report.step < report.steps
             && let Err(error) = self.save(session, report.step)?
         {

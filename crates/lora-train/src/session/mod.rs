@@ -32,6 +32,7 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
+use lora_data::caption::Done;
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
@@ -47,7 +48,7 @@ use crate::config::{StepPlan, TrainConfig};
 use crate::event::{About, Event, Finding};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
-use crate::parameters::ParameterList;
+use crate::parameters::{Parameter, ParameterList};
 use crate::schedule::Schedule;
 use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
@@ -295,7 +296,7 @@ impl Session {
                 return Err(error);
             }
         };
-        let StepGradients { loss: total, figures, gradient_norm } = gradients;
+        let StepGradients { loss: total, mut figures, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
@@ -307,14 +308,26 @@ impl Session {
         let rates = networks.iter().map(|network| (network.component.to_string(), rate(network.component)));
         let learning_rates: BTreeMap<String, f64> = rates.collect();
         if finite {
-            let step = lora_torch::caught(|| {
-                self.parameters.step(|network, is_up| rate(network) * if is_up { ratio } else { 1.0 })
-            });
-            if let Err(error) = step {
-                // What it had begun cannot be taken back.
-                self.torn = true;
-                let place = format!("in the optimiser at step {}", self.progress.step + 1);
-                return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+            let of = |own: &Parameter| {
+                own.rate.map_or_else(|| rate(own.component), |rate| factor * rate) * if own.is_up { ratio } else { 1.0 }
+            };
+            let limit = self.config.extra.number("scale_weight_norms");
+            let trained = &self.trained;
+            let limited = || match (limit, trained) {
+                (Some(limit), Trained::Adapter(trained)) => trained.adapter.limit_norms(limit),
+                _ => Ok(None),
+            };
+            match lora_torch::caught(|| self.parameters.step_and(of, limited)) {
+                Ok(None) => {}
+                Ok(Some(scaled)) => {
+                    figures.insert(SCALED_LAYERS, f64::try_from(scaled)?);
+                }
+                Err(error) => {
+                    // What it had begun cannot be taken back.
+                    self.torn = true;
+                    let place = format!("in the optimiser at step {}", self.progress.step + 1);
+                    return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+                }
             }
             self.progress.skipped_in_a_row = 0;
         } else {
@@ -497,18 +510,28 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.feed.source.caption(visit, &draw);
-            for (network, captions) in &self.feed.kept {
-                encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
-            }
+            let done = Done { steps: self.progress.step, of: self.plan.steps };
+            let caption = self.feed.source.caption_when(visit, done, &draw);
+            encoded.extend(self.kept_of(&caption));
+            let beside = self.base.captions().into_iter().map(|caption| {
+                let kept = self.kept_of(&caption);
+                (caption, kept)
+            });
+            let beside = beside.collect();
             let weight = self.feed.source.loss_weight(visit.index);
-            items.push(Item { caption, encoded, example, weight, draw });
+            items.push(Item { caption, encoded, beside, example, weight, draw });
         }
         if let Some(network) = self.feed.examples.encoder().filter(|_| self.progress.economy.encoder_leaves) {
             self.base.unload(network);
             memory::empty_cache(self.device)?;
         }
         Ok(items)
+    }
+
+    /// What networks made of a caption, where that is kept.
+    fn kept_of(&self, caption: &str) -> BTreeMap<Component, Tensors> {
+        let kept = self.feed.kept.iter();
+        kept.filter_map(|(network, captions)| Some((*network, shallow(captions.get(caption)?)))).collect()
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -546,6 +569,9 @@ impl Session {
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
 }
+
+/// The figure of `scale_weight_norms`.
+const SCALED_LAYERS: &str = "scaled_layers";
 
 /// Noise levels of visits that are looked at before a run.
 const MOST_LEVELS: usize = 20_000;
@@ -625,6 +651,7 @@ mod tests {
                 "min_bucket_reso=64",
                 "weighted_captions=true",
             ][..],
+            &["batch_size=2", "max_train_steps=8", "prior_prompt=a thing", "prior_blank_weight=0.5"],
             &["gradient_accumulation_steps=2", "train_text_encoder=false", "min_snr_gamma=5", "max_train_steps=6"],
         ] {
             let folder = tempfile::tempdir().unwrap();

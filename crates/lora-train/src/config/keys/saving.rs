@@ -24,6 +24,15 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.save_every_n_steps = given.count(1)),
         },
         Key {
+            name: "save_every_minutes",
+            values: "above 0",
+            default: "none",
+            meaning: "Also save the LoRA at the first step after so many minutes of training, and again after as many.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.save_every_minutes = given.positive()),
+        },
+        Key {
             name: "save_every_n_epochs",
             values: "1 …",
             default: "none",
@@ -184,6 +193,20 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| {
                 config.samples.every_n_steps = given.count(1);
                 if config.samples.every_n_steps.is_some() && !given.has("sample_prompts") {
+                    given.problem("there are no sample_prompts to draw");
+                }
+            }),
+        },
+        Key {
+            name: "sample_every_minutes",
+            values: "above 0",
+            default: "none",
+            meaning: "Also draw samples at the first step after so many minutes of training, and again after as many.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.sample_every_minutes = given.positive();
+                if config.sample_every_minutes.is_some() && !given.has("sample_prompts") {
                     given.problem("there are no sample_prompts to draw");
                 }
             }),
