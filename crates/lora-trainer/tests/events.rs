@@ -123,6 +123,9 @@ fn a_run_is_watched_and_steered_from_another_process() {
     );
     assert_eq!(driven.next(), None, "nothing comes after the end");
     assert!(driven.run.wait().unwrap().success());
+    let report = std::fs::read_to_string(folder.path().join("out/report.html")).unwrap();
+    let hash = saved["sha256"].as_str().unwrap();
+    assert!(report.contains("stopped by a command") && report.contains(hash) && report.contains("data:image/jpeg"));
 }
 
 #[test]
