@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-onnx quickstart quickstart-text build test lint bench peers gpu docs book clean
+.PHONY: help setup setup-onnx quickstart quickstart-text build dist test lint bench peers gpu docs book clean
 
 # Where cargo builds.
 TARGET := $${CARGO_TARGET_DIR:-target}
@@ -23,6 +23,9 @@ setup-onnx: ## Find or fetch ONNX Runtime, which taggers need (once; clones shar
 # where an example is among what it builds (hence the example in `build`): so every target here finds what another has compiled.
 build: setup ## Build the command: target/release/lora, and lora-trainer, which it becomes to train
 	cargo build --release --workspace --bin lora --bin lora-trainer --example quickstart
+
+dist: setup ## Make an archive that trains on a machine without Rust and Python: out/dist; tools/dist/prove.sh tries it
+	@sh tools/dist/make.sh
 
 quickstart: setup ## Train a LoRA on the pictures in the repository
 	cargo build --release --workspace --example quickstart
@@ -46,8 +49,8 @@ bench: setup ## Run the benches (criterion)
 	cargo bench --workspace --bench adapters --bench training --bench data --bench texts
 
 peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl or z_image others
-	cargo build --release --workspace --example training_step
-	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/examples/training_step" --model $(MODEL)
+	cargo build --release --workspace --bin training_step
+	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/training_step" --model $(MODEL)
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
 	cargo test -p lora-torch

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use lora_core::random::Stream;
 use lora_data::bucket::Framing;
-use lora_data::caption::{CaptionOptions, weights};
+use lora_data::caption::{CaptionOptions, Done, WarmupLength, weights};
 use lora_data::dataset::{ImageDataset, ScanOptions, Strictness, TextEncoding};
 use lora_data::processor::ProcessorRegistry;
 use lora_data::tokenizer::{ClipTokenizer, TextCleaning};
@@ -107,8 +107,9 @@ pub fn prompt(bytes: &[u8]) {
         shuffle: true,
         tag_dropout: 0.5,
         keep_tokens: 1,
+        warmup: WarmupLength::Share(0.5),
         ..CaptionOptions::default()
     };
-    options.process(&text.lines().collect::<Vec<_>>(), 3, &Stream::new(1));
+    options.process(&text.lines().collect::<Vec<_>>(), 3, Done { steps: 2, of: 5 }, &Stream::new(1));
     tokenizer.weighted_rows(text, 2);
 }

@@ -1,5 +1,5 @@
 """Time and memory of PEFT training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
-`examples/examples/training_step.rs`, with the same arguments:
+`tools/programs/src/bin/training_step.rs`, with the same arguments:
 
     python peft_step.py [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
 

@@ -1,7 +1,7 @@
 """The same training steps in ours and in diffusers + PEFT, in turn on this machine, as a Markdown table with ratios.
 
-    cargo build --release --example training_step
-    python side_by_side.py TARGET/release/examples/training_step [--model sd1|sdxl|z_image] [--rounds 2] [--steps 6]
+    cargo build --release --bin training_step
+    python side_by_side.py TARGET/release/training_step [--model sd1|sdxl|z_image] [--rounds 2] [--steps 6]
 
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the

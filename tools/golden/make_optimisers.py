@@ -9,14 +9,20 @@ when it computes in float64, which is what tolerances have to allow for.
 bitsandbytes: its CPU update of 8-bit AdamW is used as it is, except for rounding: the C++ quantiser of its CPU backend looks
 values up in a coarse table and misses the nearest one by up to 7 codes, so the exact one of its default backend stands in,
 as on a GPU.
+
+torch's Muon takes matrices alone and iterates in bf16: here kernels are matrices of an output a row, what is no matrix goes to
+torch's AdamW, and the iteration runs in the parameters' own type. pytorch-optimizer counts the steps of a group, so that its
+StableAdamW has a group of its own for each tensor, which steps where there is a gradient.
 """
 
 import sys
 
 import bitsandbytes
 import bitsandbytes.backends.cpu.ops as cpu_ops
+import came_pytorch
 import lion_pytorch
 import prodigyopt
+import pytorch_optimizer
 import schedulefree
 import torch
 import transformers
@@ -66,6 +72,52 @@ def exact_quantiser():
     cpu_ops._quant_blockwise_fp32_direct = quantised
 
 
+class Each:
+    """An optimiser for each tensor, which steps where the tensor has a gradient."""
+
+    def __init__(self, parameters, make):
+        self.own = [(parameter, make(parameter)) for parameter in parameters]
+        self.param_groups = [group for _, optimiser in self.own for group in optimiser.param_groups]
+        self.state = {parameter: optimiser.state[parameter] for parameter, optimiser in self.own}
+
+    def step(self):
+        for parameter, optimiser in self.own:
+            if parameter.grad is not None:
+                optimiser.step()
+
+
+class MatrixView:
+    """A matrix that shares the numbers of a tensor, and its optimiser."""
+
+    def __init__(self, parameter, make):
+        self.parameter = parameter
+        self.matrix = torch.nn.Parameter(parameter.detach().view(len(parameter), -1))
+        self.optimiser = make([self.matrix])
+        self.param_groups, self.state = self.optimiser.param_groups, {parameter: {}}
+
+    def step(self):
+        self.matrix.grad = self.parameter.grad.reshape(self.matrix.shape)
+        # The iteration in the type that is there.
+        half, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.clone
+        try:
+            self.optimiser.step()
+        finally:
+            torch.Tensor.bfloat16 = half
+
+
+def muon(parameters, weight_decay=0.01, adamw={}, **settings):
+    def own(parameter):
+        if parameter.ndim < 2:
+            return torch.optim.AdamW([parameter], lr=1e-3, weight_decay=weight_decay, **adamw)
+        return MatrixView(parameter, lambda p: torch.optim.Muon(p, lr=1e-3, weight_decay=weight_decay, **settings))
+
+    return Each(parameters, own)
+
+
+def stable(parameters, **settings):
+    return Each(parameters, lambda p: pytorch_optimizer.StableAdamW([p], lr=1e-3, foreach=False, **settings))
+
+
 def run(make, shapes, scheduled, dtype=torch.float32):
     parameters = {name: torch.nn.Parameter(first(name, shape).to(dtype)) for name, shape in shapes.items()}
     # Two groups, as adapters with a learning rate of their own for up-projections.
@@ -105,6 +157,16 @@ CASES = {
     "schedulefree": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-3),
     "schedulefree.other": lambda p: schedulefree.AdamWScheduleFree(
         p, lr=1e-3, betas=(0.95, 0.99), eps=1e-6, weight_decay=0.1, warmup_steps=5, r=0.5, weight_lr_power=1.0
+    ),
+    "came": lambda p: came_pytorch.CAME(p, lr=1e-3),
+    "came.other": lambda p: came_pytorch.CAME(
+        p, lr=1e-3, betas=(0.8, 0.95, 0.99), eps=(1e-20, 1e-12), clip_threshold=0.5, weight_decay=0.1
+    ),
+    "stableadamw": lambda p: stable(p),
+    "stableadamw.other": lambda p: stable(p, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1),
+    "muon": lambda p: muon(p, adjust_lr_fn="match_rms_adamw"),
+    "muon.other": lambda p: muon(
+        p, weight_decay=0.1, momentum=0.8, nesterov=False, ns_steps=3, adamw={"betas": (0.8, 0.95), "eps": 1e-4}
     ),
 }
 

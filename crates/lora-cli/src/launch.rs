@@ -18,6 +18,9 @@ pub(crate) fn passed_on(arguments: &[OsString]) -> Option<(training::Command, Ve
     }
 }
 
+/// How a system's loader ends a program whose libraries it does not find.
+const NOT_LOADED: i32 = 127;
+
 /// Becomes the second program; elsewhere than on Unix starts it and waits for it.
 pub(crate) fn launch(command: training::Command, arguments: &[OsString]) -> ExitCode {
     let mut program = std::process::Command::new(found());
@@ -25,6 +28,15 @@ pub(crate) fn launch(command: training::Command, arguments: &[OsString]) -> Exit
     // An OpenMP library reads it before `main`.
     if let Some((name, value)) = command.computes.then(openmp::for_busy_programs).flatten() {
         program.env(name, value);
+    }
+    // The doctor says what is the matter even where the program behind it cannot be loaded.
+    if command.name == training::DOCTOR.name
+        && let Ok(status) = program.status()
+    {
+        return match status.code() {
+            Some(NOT_LOADED) => Failure::Work(not_loaded(program.get_program().as_ref())).tell(),
+            code => exit_code(code),
+        };
     }
     match start(&mut program) {
         Ok(status) => status,
@@ -66,6 +78,20 @@ fn missing(command: &training::Command, program: &Path, error: &std::io::Error) 
     )
 }
 
+fn not_loaded(program: &Path) -> String {
+    format!(
+        "{} was not loaded, for the reason above. It takes libtorch from `lib` in its own folder, or from where it was built; a \
+         libtorch of another version lacks what it calls. In the repository `make setup build` mends both; in an archive, `lib` \
+         has to be the archive's own",
+        program.display()
+    )
+}
+
+/// The exit status of another program; 1 where a signal ended it.
+fn exit_code(code: Option<i32>) -> ExitCode {
+    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
 /// In the same process, so that signals, the terminal and the exit status are the program's own.
 #[cfg(unix)]
 fn start(program: &mut std::process::Command) -> std::io::Result<ExitCode> {
@@ -76,8 +102,7 @@ fn start(program: &mut std::process::Command) -> std::io::Result<ExitCode> {
 #[cfg(not(unix))]
 fn start(program: &mut std::process::Command) -> std::io::Result<ExitCode> {
     let _ = ctrlc::set_handler(|| {});
-    let status = program.status()?;
-    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+    Ok(exit_code(program.status()?.code()))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What surrounds a command: the log, panics, the exit status.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -19,6 +20,7 @@ pub fn run(command: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     let filter = EnvFilter::try_from_env("LORA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .with_target(false)
         .with_writer(progress::Writer)

@@ -12,7 +12,7 @@ fn lora() -> Command {
 
 const RUN: &str = "pretrained_model_name_or_path = \"base.safetensors\"\ntrain_data_dir = \"data\"\noutput_dir = \"out\"\nresolution = 64\n\
                    network_module = \"networks.lora\"\nnetwork_dim = 2\nmax_train_steps = 2\nlearning_rate = 1e-4\ncaption_extension = \".txt\"\n\
-                   ip_noise_gamma = 0.1\nxformers = true\n";
+                   dim_from_weights = true\nxformers = true\n";
 
 #[test]
 fn a_configuration_is_written_and_each_key_is_told() {
@@ -23,7 +23,7 @@ fn a_configuration_is_written_and_each_key_is_told() {
         contains("sd-scripts, 11 keys")
             .and(contains("network_dim → lora_rank = 2"))
             .and(contains("no counterpart (1):"))
-            .and(contains("ip_noise_gamma"))
+            .and(contains("dim_from_weights"))
             .and(contains("network_alpha → lora_alpha = 1")),
     );
     let config = std::fs::read_to_string(folder.path().join("config.toml")).unwrap();
@@ -31,7 +31,7 @@ fn a_configuration_is_written_and_each_key_is_told() {
     import(&["run.toml"]).success().stdout(contains("lora_rank = 2")).stderr(contains("taken ("));
     let json = import(&["run.toml", "--json"]).success().get_output().stdout.clone();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
-    assert_eq!(json["no_counterpart"][0]["key"], "ip_noise_gamma");
+    assert_eq!(json["no_counterpart"][0]["key"], "dim_from_weights");
     let words = ["--", "accelerate", "launch", "train_network.py", "--network_dim", "4"];
     import(&words).success().stdout(contains("lora_rank = 4").and(contains("# base_model")));
 

@@ -112,6 +112,17 @@ fn an_interrupt_reaches_the_second_program_once() {
     assert_eq!(std::fs::read_to_string(told).unwrap(), format!("{}\n", child.id()));
 }
 
+#[test]
+fn the_doctor_says_so_where_the_second_program_cannot_be_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = alone(folder.path());
+    script(&folder.path().join("lora-trainer"), "echo 'libtorch_cpu.so: cannot open' >&2; exit 127");
+    let told = contains("libtorch_cpu.so: cannot open").and(contains("was not loaded")).and(contains("make setup"));
+    lora(&program).arg("doctor").assert().code(1).stderr(told);
+    script(&folder.path().join("lora-trainer"), "exit 2");
+    lora(&program).args(["doctor", "--nothing"]).assert().code(2);
+}
+
 /// What an OpenMP library reads before `main`; a variable of the user's own stays.
 #[cfg(target_os = "linux")]
 #[test]

@@ -6,6 +6,7 @@ use lora_core::random::Stream;
 use lora_io::metadata::TrainingRecord;
 
 use crate::cache::DiskCache;
+use crate::caption::Done;
 use crate::finding::Finding;
 use crate::sampler::{Visit, Visits};
 use crate::source::{Example, HeldOut, Identity, Overview, Source};
@@ -74,6 +75,11 @@ impl Source for Joined {
     fn caption(&self, visit: &Visit, draw: &Stream) -> String {
         let (source, index) = self.at(visit.index);
         source.caption(&Visit { index, ..*visit }, draw)
+    }
+
+    fn caption_when(&self, visit: &Visit, done: Done, draw: &Stream) -> String {
+        let (source, index) = self.at(visit.index);
+        source.caption_when(&Visit { index, ..*visit }, done, draw)
     }
 
     fn plain_caption(&self, item: usize) -> String {

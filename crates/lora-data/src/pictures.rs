@@ -13,7 +13,7 @@ use lora_io::metadata::TrainingRecord;
 
 use crate::bucket::Framing;
 use crate::cache::DiskCache;
-use crate::caption::CaptionOptions;
+use crate::caption::{CaptionOptions, Done};
 use crate::crop::CropPlan;
 use crate::dataset::{CaptionSource, ImageDataset, Item, Role, ScanOptions, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
@@ -350,11 +350,15 @@ impl Source for Pictures {
     }
 
     fn caption(&self, visit: &Visit, draw: &Stream) -> String {
-        self.options(visit.index).captions.process(&self.items[visit.index].lines(), visit.epoch, draw)
+        self.caption_when(visit, Done::ALL, draw)
+    }
+
+    fn caption_when(&self, visit: &Visit, done: Done, draw: &Stream) -> String {
+        self.options(visit.index).captions.process(&self.items[visit.index].lines(), visit.epoch, done, draw)
     }
 
     fn plain_caption(&self, item: usize) -> String {
-        self.options(item).captions.kept(&self.items[item].lines(), &Stream::new(0))
+        self.options(item).captions.kept(&self.items[item].lines(), Done::ALL, &Stream::new(0))
     }
 
     fn captions_are_fixed(&self) -> bool {

@@ -10,6 +10,7 @@ use lora_core::random::Stream;
 use lora_io::metadata::TrainingRecord;
 
 use crate::cache::DiskCache;
+use crate::caption::Done;
 use crate::finding::Finding;
 use crate::sampler::{EpochSampler, Visit, Visits};
 use crate::texts::TokenRow;
@@ -151,6 +152,11 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// The caption of a visit, empty where items have none. Reads no file.
     fn caption(&self, _visit: &Visit, _draw: &Stream) -> String {
         String::new()
+    }
+
+    /// The same when a run is so far, for a source whose captions grow over a run.
+    fn caption_when(&self, visit: &Visit, _done: Done, draw: &Stream) -> String {
+        self.caption(visit, draw)
     }
 
     /// The caption of an item without what is drawn at each visit.

@@ -96,6 +96,22 @@ fn sd_scripts_options_are_translated_by_its_meaning() {
 }
 
 #[test]
+fn what_is_logged_for_tensorboard_is_here_too() {
+    let of_sd_scripts = |keys: &str| config(&of(Format::Toml, &format!("{SD_SCRIPTS}{keys}")));
+    assert_has(
+        &of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"all\""),
+        json!({ "logging_dir": "logs", "log_with": "tensorboard" }),
+    );
+    assert_has(&of_sd_scripts("logging_dir = \"logs\"\nlog_with = \"wandb\""), json!({ "log_with": "none" }));
+    assert!(of_sd_scripts("logging_dir = \"\"").get("logging_dir").is_none());
+    let of_axolotl = |keys: &str| config(&of(Format::Yaml, &format!("{AXOLOTL}{keys}")));
+    let wanted = json!({ "log_with": "tensorboard", "logging_dir": "tb" });
+    assert_has(&of_axolotl("report_to: [tensorboard, wandb]\nlogging_dir: tb\n"), wanted.clone());
+    assert_has(&of_axolotl("use_tensorboard: true\nlogging_dir: tb\n"), wanted);
+    assert!(of_axolotl("logging_dir: tb\n").get("logging_dir").is_none(), "nothing is logged there");
+}
+
+#[test]
 fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them() {
     let keys = "min_timestep = 100\nmax_timestep = 900\nnoise_offset = 0.1\nnoise_offset_random_strength = true\nadaptive_noise_scale = 0.01\n\
                 multires_noise_iterations = 6\nmultires_noise_discount = 0.2\nip_noise_gamma = 0.1\nloss_type = \"smooth_l1\"\n\
@@ -118,6 +134,40 @@ fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them(
     assert!(message.contains("huber_schedule"), "{message}");
     let message = refused(Format::Toml, &format!("{SD_SCRIPTS}adaptive_noise_scale = 0.01\n"));
     assert!(message.contains("noise_offset"), "{message}");
+}
+
+/// Block 1 + 3i + j of 25 is `down_blocks.i`'s j-th, 12 the middle, 13 + 3i + j `up_blocks.i`'s.
+#[test]
+fn weights_of_blocks_become_learning_rates_of_the_layers_that_they_are_of() {
+    let run =
+        |arguments: &str| of(Format::Toml, &format!("{SD_SCRIPTS}unet_lr = 2e-4\nnetwork_args = [{arguments}]\n"));
+    let down = "\"down_lr_weight=9,1,0.5,9,1,0,1,1,1,9,9,9\"";
+    let up = "\"up_lr_weight=1,1,1,1,1,2\"";
+    let imported = run(&format!("{down}, \"mid_lr_weight=0.5\", {up}"));
+    let attentions = json!({
+        r"re:down_blocks\.0\.(attentions\.1)\..*": 1e-4, r"re:down_blocks\.1\.(attentions\.1)\..*": 0.0,
+        r"re:mid_block\..*": 1e-4, r"re:up_blocks\.1\.(attentions\.2)\..*": 4e-4,
+    });
+    let found = &config(&imported)["learning_rate_pattern"];
+    for (pattern, rate) in attentions.as_object().unwrap() {
+        assert_eq!(found[pattern].as_f64(), rate.as_f64(), "{pattern} in {found:#}");
+    }
+    assert_eq!(found.as_object().unwrap().len(), 4, "what carries no LoRA has no pattern: {found:#}");
+    let found = &config(&run(&format!("{down}, {up}, \"conv_dim=4\"")))["learning_rate_pattern"];
+    for pattern in [
+        r"re:down_blocks\.0\.(attentions\.1|resnets\.1)\..*",
+        r"re:down_blocks\.0\.(downsamplers\.0)\..*",
+        r"re:down_blocks\.2\.(downsamplers\.0)\..*",
+        r"re:down_blocks\.3\.(resnets\.0)\..*",
+        r"re:up_blocks\.1\.(attentions\.2|resnets\.2|upsamplers\.0)\..*",
+    ] {
+        assert!(found.get(pattern).is_some(), "{pattern} in {found:#}");
+    }
+    assert!(is_lost(&run("\"down_lr_weight=sine+.25\""), "network_args.down_lr_weight"), "shapes go by name");
+    assert_has(
+        &config(&of(Format::Toml, &format!("{SD_SCRIPTS}scale_weight_norms = 1.0\n"))),
+        json!({ "scale_weight_norms": 1 }),
+    );
 }
 
 #[test]
@@ -259,6 +309,8 @@ fn onetrainer_reads_concepts_and_has_its_own_defaults() {
             json!({ "train_data_dir": "a", "repeats": 2, "max_resolution": side, "enable_wildcard": true }),
         );
     }
+    let by_time = text.replace("\"validation\": true,", "\"validation\": true, \"save_every\": 2, \"save_every_unit\": \"HOUR\", \"masked_prior_preservation_weight\": 0.5,");
+    assert_has(&config(&of(Format::Json, &by_time)), json!({ "save_every_minutes": 120, "prior_mask_weight": 0.5 }));
     assert!(is_lost(&imported, "huber_strength"));
     assert!(matches!(verdict(&imported, "concepts[1].text"), Verdict::WithoutEffect(_)));
     // The text encoder would stop after 30 of 100 epochs, without a key that says so.
@@ -314,6 +366,9 @@ config:
     assert!(is_lost(&imported, "train.diff_output_preservation"));
     let two = text.replace("    - type: sd_trainer", "    - type: sd_trainer\n    - type: sd_trainer");
     assert!(refused(Format::Yaml, &two).contains("2 processes"));
+    let class = "diff_output_preservation: true\n        diff_output_preservation_class: person\n        diff_output_preservation_multiplier: 0.5\n        blank_prompt_preservation: true";
+    let own = config(&of(Format::Yaml, &text.replace("diff_output_preservation: true", class)));
+    assert_has(&own, json!({ "prior_prompt": "person", "prior_prompt_weight": 0.5, "prior_blank_weight": 1 }));
 }
 
 const AXOLOTL: &str = r#"

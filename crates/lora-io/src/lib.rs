@@ -11,6 +11,7 @@ pub mod gguf;
 pub mod hash;
 mod info;
 pub mod json;
+mod map;
 pub mod merge;
 pub mod metadata;
 pub mod overwrite;

@@ -49,7 +49,7 @@ impl std::fmt::Display for CudaStatus {
             CudaStatus::NoDriver => f.write_str("no NVIDIA driver (libcuda.so.1) on this machine"),
             CudaStatus::Unloadable { library, reason } => write!(
                 f,
-                "a driver is present, but {} does not load ({reason}); run `make setup` on this machine to fetch the CUDA libraries",
+                "a driver is present, but {} does not load ({reason}); `make setup` on this machine fetches the CUDA libraries, and README.txt of an archive says how they come into its `lib`",
                 library.display()
             ),
             CudaStatus::NoDevice => {

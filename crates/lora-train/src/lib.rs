@@ -8,9 +8,11 @@ pub mod base;
 mod bytes;
 pub mod callback;
 mod callbacks;
+mod command;
 pub mod config;
 pub mod difference;
 mod error;
+pub mod event;
 mod full;
 mod fuse;
 pub mod inference;
@@ -30,7 +32,9 @@ pub mod trainable;
 pub mod velocity;
 
 pub use auto_label::auto_label;
+pub use command::Command;
 pub use error::{Error, Result};
+pub use event::Event;
 /// To be called first in `main` of a program that trains.
 pub use lora_core::openmp::yield_to_busy_programs;
 pub use plugins::Plugins;

@@ -124,7 +124,17 @@ impl Denoising {
     /// # Errors
     /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.
     pub fn loss<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
-        self.target.mean_loss(&unet.forward_embedded(&self.noised, &self.times, conditions, pass)?)
+        self.of_answer(&self.answer(unet, conditions, pass)?)
+    }
+
+    /// The U-Net's answer, `[batch, 4, height, width]`.
+    pub(crate) fn answer<'t>(&self, unet: &Unet, conditions: impl Into<Conditions<'t>>, pass: &Pass) -> Result<Tensor> {
+        Ok(unet.forward_embedded(&self.noised, &self.times, conditions, pass)?)
+    }
+
+    /// The loss of an answer.
+    pub(crate) fn of_answer(&self, answer: &Tensor) -> Result<Tensor> {
+        self.target.mean_loss(answer)
     }
 
     /// Its tensors by name.

@@ -22,6 +22,8 @@ pub struct Parameter {
     pub name: String,
     /// Whether it is an adapter's up-projection (LoRA+ trains those faster).
     pub is_up: bool,
+    /// Its learning rate before the schedule, where it has another than its network's.
+    pub rate: Option<f64>,
     leaf: Tensor,
     /// A copy in half precision that networks compute with in the leaf's place; the leaf itself is then no part of a graph.
     copy: Option<Tensor>,
@@ -89,7 +91,7 @@ impl ParameterList {
         let _label = MemoryPart::Optimiser.label();
         self.optimiser.register(&[(&name, &leaf)])?;
         let average = (self.decay > 0.0).then(|| leaf.detach().f_detach_copy()).transpose()?;
-        self.list.push(Parameter { component, name, is_up, leaf, copy, average });
+        self.list.push(Parameter { component, name, is_up, rate: None, leaf, copy, average });
         Ok(())
     }
 
@@ -135,12 +137,26 @@ impl ParameterList {
         Ok(foreach::copy(&copies, &leaves)?)
     }
 
+    /// Gives tensors learning rates of their own, by name.
+    pub(crate) fn set_rates(&mut self, rates: &BTreeMap<String, f64>) {
+        self.list.iter_mut().for_each(|parameter| parameter.rate = rates.get(&parameter.name).copied());
+    }
+
     /// Takes a step of the optimiser with the gradients as they are, which may change them. `learning_rate` is told the
-    /// component and whether it is an up-projection (LoRA+). A tensor without a gradient is left alone: no decay either.
+    /// tensor. One without a gradient is left alone: no decay either.
     ///
     /// # Errors
     /// As of [`Optimiser::step`](crate::optimiser::Optimiser::step).
-    pub fn step(&mut self, learning_rate: impl Fn(Component, bool) -> f64) -> Result<()> {
+    pub fn step(&mut self, learning_rate: impl Fn(&Parameter) -> f64) -> Result<()> {
+        self.step_and(learning_rate, || Ok(()))
+    }
+
+    /// The same, and what is done to the tensors after each step, before copies and averages follow them.
+    pub(crate) fn step_and<T>(
+        &mut self,
+        learning_rate: impl Fn(&Parameter) -> f64,
+        after: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let slopes: Vec<Slope<'_>> = self
             .list
             .iter()
@@ -150,14 +166,16 @@ impl ParameterList {
                 name: &parameter.name,
                 parameter: parameter.leaf.detach(),
                 gradient,
-                learning_rate: learning_rate(parameter.component, parameter.is_up),
+                learning_rate: learning_rate(parameter),
             })
             .collect();
         let done = self.optimiser.step(&slopes);
         drop(slopes);
+        let after = done.and_then(|()| after());
         self.refresh()?;
-        done?;
-        self.average()
+        let after = after?;
+        self.average()?;
+        Ok(after)
     }
 
     /// Brings the running average one step on. Early on it decays faster, as diffusers' and others' averages do, so that it
@@ -335,7 +353,7 @@ mod tests {
             }
             let settled = list.settle(&Tensor::from(0.5f32), 1.0, 0.0).unwrap();
             assert!((settled.norm - 257.0 * 3f64.sqrt()).abs() < 1e-3, "{settled:?}");
-            list.step(|_, _| 0.1).unwrap();
+            list.step(|_| 0.1).unwrap();
             followed();
             list.clear_gradients().unwrap();
             assert!(list.gradients().is_empty() && !copy.grad().defined(), "step {step}");

@@ -3,15 +3,21 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use crate::callback::{Callback, Control};
+use lora_torch::memory;
+
+use crate::callback::{Answer, Callback, Control};
 use crate::callbacks::{
-    Crowded, HealthCheck, Metrics, Samples, SaveCheckpoints, SaveStates, ValidationLoss, best_name,
+    Crowded, HealthCheck, Metrics, MetricsCsv, Report, Samples, SaveCheckpoints, SaveStates, TensorBoard,
+    ValidationLoss, best_name,
 };
-use crate::config::TrainConfig;
+use crate::command::Command;
+use crate::config::{Tracker, TrainConfig};
+use crate::event::{Event, Finished, Pace, Started};
 use crate::plugins::Plugins;
 use crate::session::{Preparing, Session};
-use crate::{Result, auto_label};
+use crate::{Result, auto_label, plan};
 
 /// What a run left behind.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,7 +47,8 @@ pub struct Best {
 /// Trains from a configuration to a LoRA on disk.
 ///
 /// Metrics, loss curve, samples, intermediate saves and health checks are callbacks like the configuration's own and
-/// those given here. `stop` ends the run at the next step, with the LoRA saved: set it from a signal handler.
+/// those given here, which hear of everything that happens ([`Callback::on_event`]) and may steer it
+/// ([`Callback::commands`]). `stop` ends the run at the next step, with the LoRA saved: set it from a signal handler.
 ///
 /// # Errors
 /// Whatever ends the run before its end, with what to do about it. The trained weights are saved before it returns
@@ -49,31 +56,125 @@ pub struct Best {
 pub fn train(
     config: TrainConfig,
     plugins: &Plugins,
-    mut extra: Vec<Box<dyn Callback>>,
+    extra: Vec<Box<dyn Callback>>,
     stop: &Arc<AtomicBool>,
     progress: &mut dyn FnMut(Preparing),
 ) -> Result<RunResult> {
-    let mut callbacks: Vec<Box<dyn Callback>> = vec![
-        Box::new(Metrics::new(&config)),
-        Box::new(HealthCheck::default()),
-        Box::new(Crowded::default()),
-        Box::new(ValidationLoss::new(&config)),
-        Box::new(Samples::new(&config)),
-        Box::new(SaveCheckpoints::new(&config)),
-        Box::new(SaveStates::new(&config)),
-    ];
-    callbacks.extend(plugins.callbacks(&config.callbacks)?);
-    callbacks.append(&mut extra);
+    let start = Instant::now();
+    let mut callbacks = Callbacks::new(&config, extra);
+    let result = run(config, plugins, &mut callbacks, stop, progress);
+    callbacks.tell(&match &result {
+        Ok(result) => Event::Finished(Finished {
+            step: result.steps,
+            path: result.lora.clone(),
+            stopped: result.stopped.clone(),
+            best: result.best.clone(),
+            seconds: start.elapsed().as_secs_f64(),
+        }),
+        Err(error) => Event::Failed { message: error.to_string(), usage: error.is_usage() },
+    });
+    result
+}
 
+/// The callbacks of a run, called in their order. What one of them tells reaches all before the next is called.
+struct Callbacks {
+    all: Vec<Box<dyn Callback>>,
+    /// Where those of the configuration go: behind the run's own.
+    own: usize,
+}
+
+impl Callbacks {
+    fn new(config: &TrainConfig, mut extra: Vec<Box<dyn Callback>>) -> Self {
+        let mut all: Vec<Box<dyn Callback>> = vec![
+            Box::new(Metrics::new(config)),
+            Box::new(Report::new(config)),
+            Box::new(HealthCheck::default()),
+            Box::new(Crowded::default()),
+            Box::new(ValidationLoss::new(config)),
+            Box::new(Samples::new(config)),
+            Box::new(SaveCheckpoints::new(config)),
+            Box::new(SaveStates::new(config)),
+        ];
+        // Before those that tell something when the run starts.
+        for tracker in &config.log_with {
+            all.insert(
+                1,
+                match tracker {
+                    Tracker::TensorBoard => Box::new(TensorBoard::new(config)),
+                    Tracker::Csv => Box::new(MetricsCsv::new(config)),
+                },
+            );
+        }
+        let own = all.len();
+        all.append(&mut extra);
+        Self { all, own }
+    }
+
+    fn tell(&mut self, event: &Event) {
+        self.all.iter_mut().for_each(|callback| callback.on_event(event));
+    }
+
+    /// Tells what the session has to tell.
+    fn pass_on(&mut self, session: &mut Session) {
+        session.take_events().iter().for_each(|event| self.tell(event));
+    }
+
+    /// Calls each.
+    fn each(
+        &mut self,
+        session: &mut Session,
+        mut call: impl FnMut(&mut dyn Callback, &mut Session) -> Result<()>,
+    ) -> Result<()> {
+        for index in 0..self.all.len() {
+            let result = call(&mut *self.all[index], session);
+            self.pass_on(session);
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Calls each where it may end the run; the first reason for that.
+    fn ask(
+        &mut self,
+        session: &mut Session,
+        mut call: impl FnMut(&mut dyn Callback, &mut Session) -> Result<Control>,
+    ) -> Result<Option<String>> {
+        let mut stopped = None;
+        self.each(session, |callback, session| {
+            if let Control::Stop(reason) = call(callback, session)? {
+                stopped.get_or_insert(reason);
+            }
+            Ok(())
+        })?;
+        Ok(stopped)
+    }
+}
+
+fn run(
+    config: TrainConfig,
+    plugins: &Plugins,
+    callbacks: &mut Callbacks,
+    stop: &Arc<AtomicBool>,
+    progress: &mut dyn FnMut(Preparing),
+) -> Result<RunResult> {
+    callbacks.all.splice(callbacks.own..callbacks.own, plugins.callbacks(&config.callbacks)?);
+    let progress = &mut |stage: Preparing| {
+        callbacks.tell(&Event::Preparing(stage.into()));
+        progress(stage);
+    };
     auto_label(&config, plugins, stop, progress)?;
+    // What a process holds beside what it loads.
+    let held = memory::host_memory().map_or(0, |memory| memory.resident);
     let mut session = Session::prepare(config, plugins, progress)?;
-    let stopped = match drive(&mut session, &mut callbacks, stop) {
+    let planned = plan::predicted_peak(session.config(), plugins, held);
+    let stopped = match drive(&mut session, planned, callbacks, stop) {
         Ok(stopped) => stopped,
         Err(error) => {
             match error.is_device_lost() {
                 true => tell_what_is_saved(&session),
                 false => rescue(&mut session),
             }
+            callbacks.pass_on(&mut session);
             return Err(error);
         }
     };
@@ -82,9 +183,8 @@ pub fn train(
     let lora = session.save(&name)?;
     // Told after everything else is done: the LoRA is whole whatever becomes of the state.
     let state = if session.config().save_state { session.save_state().map(|_| ()) } else { Ok(()) };
-    for callback in &mut callbacks {
-        callback.on_end(&mut session)?;
-    }
+    callbacks.pass_on(&mut session);
+    callbacks.each(&mut session, |callback, session| callback.on_end(session))?;
     state?;
     let best = session.looks().best.map(|(step, loss)| {
         let lora = session.save_path(&best_name(session.config()));
@@ -94,21 +194,95 @@ pub fn train(
 }
 
 /// Steps until the end, a callback's wish or `stop`; the reason where it is not the end.
-fn drive(session: &mut Session, callbacks: &mut [Box<dyn Callback>], stop: &AtomicBool) -> Result<Option<String>> {
-    let mut stopped = None;
-    for callback in &mut *callbacks {
-        note(callback.on_start(session)?, &mut stopped);
-    }
+fn drive(
+    session: &mut Session,
+    planned_peak: Option<u64>,
+    callbacks: &mut Callbacks,
+    stop: &AtomicBool,
+) -> Result<Option<String>> {
+    let summary = session.summary();
+    let started = Started { planned_peak, ..session.started(&summary) };
+    callbacks.tell(&Event::Started(Box::new(started)));
+    summary.findings(session.steps_done()).for_each(|finding| callbacks.tell(&finding));
+    let mut stopped = callbacks.ask(session, |callback, session| callback.on_start(session))?;
+    let mut pace = Pace::new(session.data().unit);
     while stopped.is_none() {
+        let reason = steer(session, callbacks, stop, &mut pace)?;
+        if reason.is_some() {
+            return Ok(reason);
+        }
+        let Some(report) = session.step()? else { break };
+        callbacks.pass_on(session);
+        callbacks.tell(&Event::Step(Box::new(pace.step(report.clone()))));
+        stopped = callbacks.ask(session, |callback, session| callback.on_step(session, &report))?;
+    }
+    Ok(stopped)
+}
+
+/// How long a run that is held waits before it looks for commands again.
+const HOLD: Duration = Duration::from_millis(50);
+
+/// Does what the run was told to since the last step, and holds it while it is paused; the reason where it is to end.
+fn steer(
+    session: &mut Session,
+    callbacks: &mut Callbacks,
+    stop: &AtomicBool,
+    pace: &mut Pace,
+) -> Result<Option<String>> {
+    let step = session.steps_done();
+    let mut held: Option<Instant> = None;
+    loop {
         if stop.load(Ordering::Relaxed) {
             return Ok(Some("interrupted".to_owned()));
         }
-        let Some(report) = session.step()? else { break };
-        for callback in &mut *callbacks {
-            note(callback.on_step(session, &report)?, &mut stopped);
+        let commands: Vec<Command> = callbacks.all.iter_mut().flat_map(|callback| callback.commands()).collect();
+        for command in commands {
+            let (answer, event) = match &command {
+                Command::Pause if held.is_some() => (Err("the run is paused already".to_owned()), None),
+                Command::Pause => {
+                    held = Some(Instant::now());
+                    (Ok("the run is paused".to_owned()), Some(Event::Paused { step }))
+                }
+                Command::Resume => match held.take() {
+                    Some(since) => {
+                        pace.pause(since.elapsed());
+                        (Ok("the run goes on".to_owned()), Some(Event::Resumed { step }))
+                    }
+                    None => (Err("the run is not paused".to_owned()), None),
+                },
+                Command::Stop => (Ok("the run ends, and saves what it has".to_owned()), None),
+                Command::Sample | Command::Save => (ask_callbacks(session, callbacks, &command)?, None),
+                Command::Unknown(_) => (Err(Command::advice()), None),
+            };
+            let done = answer.is_ok();
+            let message = answer.unwrap_or_else(|reason| reason);
+            callbacks.tell(&Event::Command { command: command.to_string(), done, message });
+            event.iter().for_each(|event| callbacks.tell(event));
+            if command == Command::Stop {
+                return Ok(Some("stopped by a command".to_owned()));
+            }
         }
+        if held.is_none() {
+            return Ok(None);
+        }
+        std::thread::sleep(HOLD);
     }
-    Ok(stopped)
+}
+
+/// Has callbacks do a command; what each says that did. One that could not outweighs those that could.
+fn ask_callbacks(session: &mut Session, callbacks: &mut Callbacks, command: &Command) -> Result<Answer> {
+    let mut answers: Vec<Answer> = Vec::new();
+    callbacks.each(session, |callback, session| {
+        answers.extend(callback.on_command(session, command)?);
+        Ok(())
+    })?;
+    let failed = answers.iter().any(Answer::is_err);
+    let said: Vec<String> = answers
+        .into_iter()
+        .filter(|answer| answer.is_err() == failed)
+        .map(|answer| answer.unwrap_or_else(|reason| reason))
+        .collect();
+    Ok(if failed { Err(said.join("; ")) } else { Ok(said.join("; ")) })
 }
 
 /// Saves the weights that were trained before an error, where there are any and all are finite.
@@ -143,13 +317,5 @@ fn tell_what_is_saved(session: &Session) {
         false => tracing::warn!(
             "the steps since the last save are lost; save_state_every_n_steps limits that for the next run"
         ),
-    }
-}
-
-fn note(control: Control, stopped: &mut Option<String>) {
-    if let Control::Stop(reason) = control
-        && stopped.is_none()
-    {
-        *stopped = Some(reason);
     }
 }

@@ -13,7 +13,7 @@ use lora_core::variant::{
 use lora_core::{Adapter, AdapterModule, HostTensor, LayerGeometry, ModulePath};
 use lora_io::hash::sha256;
 use lora_models::layers::{Adaptable, AdaptableLayer, AttachedAdapter};
-use lora_torch::tch::{Kind, Tensor};
+use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_host, to_host};
 use lora_torch::{TchBackend, dry};
 
@@ -297,6 +297,43 @@ impl TrainableAdapter {
         result
     }
 
+    /// Learning rates of trained tensors, by their names in a [`ParameterList`], where layers have their own.
+    pub(crate) fn rates(&self, layers: &[TargetLayer], of: &Patterns) -> BTreeMap<String, f64> {
+        let mut rates = BTreeMap::new();
+        for layer in layers {
+            let (Some(rate), Some(own)) = (of.get(layer), self.modules.get(&layer.path)) else { continue };
+            rates.extend(own.trained.keys().map(|name| (format!("{}.{name}", layer.path), rate)));
+        }
+        rates
+    }
+
+    /// Scales both factors of a plain LoRA where the Frobenius norm of its scaled update is above `limit`, each by the root of
+    /// what brings the norm there (sd-scripts' `scale_weight_norms`). Returns how many layers were scaled, a scalar on the
+    /// device.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub(crate) fn limit_norms(&self, limit: f64) -> Result<Option<Tensor>> {
+        let _guard = no_grad_guard();
+        let mut scaled: Option<Tensor> = None;
+        for Attached { rank, alpha, trained, .. } in self.modules.values() {
+            let (Some(down), Some(up)) = (trained.get("down"), trained.get("up")) else { continue };
+            let norm = product_norm(&up.detach(), &down.detach())?.f_mul_scalar(alpha / (*rank).max(1) as f64)?;
+            // One that is zero stays so.
+            let ratio = norm.f_reciprocal()?.f_mul_scalar(limit)?.f_clamp_max(1.0)?;
+            let root = ratio.f_sqrt()?;
+            for factor in [up, down] {
+                let _ = factor.detach().f_mul_(&root)?;
+            }
+            let one = ratio.f_lt(1.0)?.f_to_kind(Kind::Float)?;
+            scaled = Some(match scaled {
+                Some(sum) => sum.f_add(&one)?,
+                None => one,
+            });
+        }
+        Ok(scaled)
+    }
+
     /// What was kept of the updates of layers that did not begin with the values of an adapter as they were: with its update
     /// at another rank or alpha, or of another variant.
     pub fn begun(&self) -> &[Outcome] {
@@ -335,6 +372,14 @@ impl TrainableAdapter {
         }
         Ok(adapter)
     }
+}
+
+/// The Frobenius norm of `up · down`, `[outputs, rank, …] · [rank, …]`, from products of rank by rank numbers: the trace of
+/// (upᵀ up)(down downᵀ).
+fn product_norm(up: &Tensor, down: &Tensor) -> Result<Tensor> {
+    let (up, down) = (up.f_flatten(1, -1)?, down.f_flatten(1, -1)?);
+    let products = up.f_tr()?.f_matmul(&up)?.f_mul(&down.f_matmul(&down.f_tr()?)?)?;
+    Ok(products.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?.f_to_kind(Kind::Float)?)
 }
 
 /// A layer's bias, where it has one. In a dry run only its shape matters.
@@ -470,4 +515,61 @@ pub(crate) fn chosen(config: &TrainConfig, layers: &[TargetLayer]) -> Result<(Ve
     }
     targets.retain(|target| saved.iter().all(|saved| saved.path != target.path));
     Ok((targets, saved))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lora_models::weights::synthetic_uniform;
+
+    /// A layer's factors, of a linear layer or of a convolution of 3 × 3.
+    fn module(name: &str, kernel: bool, size: f32) -> (ModulePath, Attached) {
+        let make = |part: &str, shape: &[i64]| {
+            let count = shape.iter().product::<i64>() as usize;
+            let values: Vec<f32> = synthetic_uniform(&format!("{name}.{part}"), count).map(|u| size * u).collect();
+            Tensor::from_slice(&values).view(shape)
+        };
+        let (up, down) = match kernel {
+            true => (make("up", &[6, 2, 1, 1]), make("down", &[2, 5, 3, 3])),
+            false => (make("up", &[6, 2]), make("down", &[2, 5])),
+        };
+        let trained = BTreeMap::from([("up".to_owned(), up), ("down".to_owned(), down)]);
+        let variant = VariantRegistry::default().get("lora").unwrap();
+        let own = Attached { variant, rank: 2, alpha: 3.0, trained, frozen: BTreeMap::new() };
+        (ModulePath::new(lora_core::Component::UNET, name), own)
+    }
+
+    /// The update as it is defined: (alpha / rank) · up · down, as one matrix.
+    fn update(own: &Attached) -> Tensor {
+        let part = |name: &str| own.trained[name].flatten(1, -1).to_kind(Kind::Double);
+        part("up").matmul(&part("down")) * 1.5
+    }
+
+    #[test]
+    fn updates_beyond_the_limit_are_scaled_to_it_and_others_are_left_alone() {
+        let modules = [("a", false, 2.0), ("b", true, 2.0), ("c", false, 0.01), ("d", true, 0.0)];
+        let adapter = TrainableAdapter {
+            modules: modules.iter().map(|&(name, kernel, size)| module(name, kernel, size)).collect(),
+            ..TrainableAdapter::default()
+        };
+        let before: Vec<(Tensor, BTreeMap<String, Tensor>)> = adapter
+            .modules
+            .values()
+            .map(|own| (update(own), own.trained.iter().map(|(name, own)| (name.clone(), own.copy())).collect()))
+            .collect();
+        let scaled = adapter.limit_norms(1.0).unwrap().unwrap();
+        assert_eq!((f64::try_from(scaled).unwrap(), before.len()), (2.0, 4));
+        for (own, (update_before, factors)) in adapter.modules.values().zip(&before) {
+            let norm = f64::try_from(update_before.norm()).unwrap();
+            let ratio = if norm > 1.0 { 1.0 / norm } else { 1.0 };
+            let apart = (update(own) - update_before * ratio).norm();
+            assert!(f64::try_from(apart).unwrap() < 1e-6 * norm.max(1e-9));
+            for (name, factor) in factors {
+                let expected = factor * ratio.sqrt();
+                assert!(f64::try_from((&own.trained[name] - expected).norm()).unwrap() < 1e-5, "{name}");
+                assert!(ratio < 1.0 || own.trained[name] == *factor, "{name} is as it was to the last bit");
+            }
+        }
+        assert!(TrainableAdapter::default().limit_norms(1.0).unwrap().is_none());
+    }
 }

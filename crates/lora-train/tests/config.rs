@@ -262,7 +262,7 @@ shuffle_caption = true
 caption_extension = ".txt"
 keep_tokens = 1
 flip_aug = true
-token_warmup_step = 0
+token_warmup_step = 0.25
 
 [[datasets]]
 resolution = 512
@@ -304,12 +304,13 @@ enable_bucket = true
     assert_eq!((hoge.scan.class.as_str(), hoge.scan.caption_extension.as_deref()), ("hoge girl", Some(".txt")));
     assert_eq!((hoge.group, reg.group, piyo.group), (0, 0, 1));
     assert_eq!(piyo.scan.metadata_file.as_deref(), Some(std::path::Path::new("piyo.json")));
+    assert_eq!(hoge.captions.warmup, lora_data::caption::WarmupLength::Share(0.25));
     assert!(hoge.captions.shuffle && reg.scan.role == lora_data::dataset::Role::Regularisation);
 
     for (text, fragment) in [
         ("[general]\nx = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"", "`general.x`: unknown key"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "datasets[0].subsets[0]"),
-        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\ntoken_warmup_step = 9", "no counterpart"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\nnetwork_multiplier = 0.5", "no counterpart"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = \"a\"\nnum_repeats = 0", "`repeats`"),
         ("[general]\n", "no [[datasets.subsets]]"),
         ("[other]\n", "`other`: unknown section"),

@@ -2,7 +2,7 @@
 //! file's worth of tensors.
 //!
 //! Tolerances are shares of the way that a tensor went. The reference's own way in float32 and in float64 are apart by 1e-6
-//! where nothing blows rounding up, by up to 7e-6 for Lion (a sign turns) and Adafactor (a mean over one number), by up to
+//! where nothing blows rounding up, by up to 7e-6 for Lion (a sign turns), Adafactor (a mean over one number) and Muon (an iteration), by up to
 //! 5e-4 for Prodigy (its d is a quotient of two small sums, and grows from step to step); ours may be three times as far.
 //! With 8-bit state a number that lies between two codes may take the other one, which is then worth a hundredth of that
 //! number's own way: 4e-4 of the tensor's, where one in five hundred does.
@@ -106,6 +106,37 @@ const CASES: &[Case] = &[
             ("weight_lr_power", &[1.0]),
         ],
         3.3e-6,
+    ),
+    case("came", "came", 1e-3, &[], 4.2e-6),
+    case(
+        "came.other",
+        "came",
+        1e-3,
+        &[
+            ("betas", &[0.8, 0.95, 0.99]),
+            ("eps", &[1e-20, 1e-12]),
+            ("clip_threshold", &[0.5]),
+            ("weight_decay", &[0.1]),
+        ],
+        4.2e-6,
+    ),
+    case("stableadamw", "stable_adamw", 1e-3, &[], 4.2e-6),
+    case("stableadamw.other", "stable_adamw", 1e-3, OTHER_ADAM, 4.2e-6),
+    case("muon", "muon", 1e-3, &[("weight_decay", &[0.01])], 1.5e-5),
+    case(
+        "muon.other",
+        "muon",
+        1e-3,
+        &[
+            ("betas", &[0.8, 0.95]),
+            ("eps", &[1e-4]),
+            ("weight_decay", &[0.1]),
+            ("momentum", &[0.8]),
+            ("nesterov", &[0.0]),
+            ("ns_steps", &[3.0]),
+            ("match_rms_adamw", &[0.0]),
+        ],
+        1.5e-5,
     ),
 ];
 
@@ -269,6 +300,9 @@ fn bytes_kept_are_those_promised() {
         ("lion", 4.0, 4.0),
         ("prodigy", 12.0, 16.0),
         ("adamw_schedulefree", 8.0, 8.0),
+        ("came", 4.0, 4.1),
+        ("muon", 4.0, 4.0),
+        ("stable_adamw", 8.0, 8.0),
     ] {
         let chosen = OptimiserRegistry::default().make(name, 1e-4, &Arguments::new()).unwrap();
         let promised = 2 * chosen.optimiser.state_bytes(&[256, 512]);

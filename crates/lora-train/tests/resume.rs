@@ -215,7 +215,7 @@ fn metrics_and_curve_cover_the_whole_run() {
     let out = folder.path().join("out");
     let validation = format!("validation_data_dir={}", folder.path().join("data").display());
     let looks = [validation.as_str(), "validate_every_n_steps=1", "train_text_encoder=false"];
-    let keys = ["max_train_steps=5", "save_state_every_n_steps=2", "save_state=false", "output_name=a"];
+    let keys = ["max_train_steps=5", "save_state_every_n_steps=2", "save_state=false", "output_name=a", "log_with=all"];
     let keys = [&keys[..], &looks].concat();
     run(&keys, vec![Box::new(StopAfter(3))]).unwrap_err();
     // As after a kill: the state is that of step 2, the metrics end in the middle of a line.
@@ -224,6 +224,8 @@ fn metrics_and_curve_cover_the_whole_run() {
     assert_eq!(text.lines().count(), 3);
     text.push_str("{\"step\":4,\"lo");
     std::fs::write(&metrics, text).unwrap();
+    let csv = std::fs::read_to_string(out.join("metrics.csv")).unwrap();
+    std::fs::write(out.join("metrics.csv"), csv + "4,1,0.5,0.5").unwrap();
     let result = run(&[&keys[..], &["resume=auto"]].concat(), Vec::new()).unwrap();
     assert_eq!((result.steps, result.stopped), (5, None));
     let numbers = || -> Vec<(u64, f64)> {
@@ -236,12 +238,24 @@ fn metrics_and_curve_cover_the_whole_run() {
     };
     let resumed = numbers();
     assert_eq!(resumed.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    // All columns but the clock's and the memory's.
+    let table = || -> Vec<Vec<String>> {
+        let text = std::fs::read_to_string(out.join("metrics.csv")).unwrap();
+        let row = |line: &str| {
+            line.split(',').enumerate().filter(|(at, _)| *at < 8).map(|(_, cell)| cell.to_owned()).collect()
+        };
+        text.lines().map(row).collect()
+    };
+    let rows = table();
+    assert_eq!(rows.iter().map(|row| row[0].as_str()).collect::<Vec<_>>(), ["step", "1", "2", "3", "4", "5"]);
+    assert_eq!(std::fs::read_dir(out.join("logs/a")).unwrap().count(), 2, "a file for each part");
     let lora = std::fs::read(out.join("a.safetensors")).unwrap();
     let validation = std::fs::read_to_string(out.join("validation.jsonl")).unwrap();
     assert_eq!(validation.lines().count(), 6, "{validation}");
     let curve = std::fs::read(out.join("loss.png")).unwrap();
     run(&keys, Vec::new()).unwrap();
     assert_eq!(numbers(), resumed);
+    assert_eq!(table(), rows);
     assert_eq!(std::fs::read_to_string(out.join("validation.jsonl")).unwrap(), validation);
     assert!(lora == std::fs::read(out.join("a.safetensors")).unwrap());
     assert!(curve == std::fs::read(out.join("loss.png")).unwrap(), "the curve shows the whole run");

@@ -136,6 +136,35 @@ fn training_goes_on_from_a_saved_lora() {
     assert_eq!(metadata["lora_init_from_hash"], SafetensorsFile::open(saved).unwrap().metadata()["sshs_model_hash"]);
 }
 
+/// An interval that each step is longer than.
+#[test]
+fn saves_and_samples_come_by_time() {
+    let folder = workspace();
+    let keys = [
+        "sample_prompts=[\"a\"]",
+        "sample_steps=1",
+        "sample_every_minutes=1e-6",
+        "save_every_minutes=1e-6",
+        "save_every_n_steps=2",
+        "max_train_steps=4",
+        "output_name=x",
+    ];
+    let run = |keys: &[&str]| {
+        let stop = Arc::new(AtomicBool::new(false));
+        lora_train::train(config(folder.path(), keys), &Plugins::default(), Vec::new(), &stop, &mut |_| {}).unwrap();
+        let saves = std::fs::read_dir(folder.path().join("out")).unwrap().flatten();
+        let saves = saves.filter(|entry| entry.file_name().to_string_lossy().starts_with("x-step")).count();
+        (saves, image::open(folder.path().join("out/samples.png")).unwrap().height())
+    };
+    let (saves, high) = run(&keys);
+    // The last step is the run's own file.
+    assert_eq!(saves, 3);
+    std::fs::remove_dir_all(folder.path().join("out")).unwrap();
+    let late = keys.map(|key| key.replace("1e-6", "1e6"));
+    let (saves, low) = run(&late.each_ref().map(String::as_str));
+    assert!(saves == 1 && low < high, "{saves} {low} {high}");
+}
+
 #[test]
 fn a_run_leaves_lora_metrics_curve_and_samples() {
     let folder = workspace();
@@ -292,4 +321,87 @@ fn whole_networks_train_into_a_checkpoint() {
     assert!(whole.unwrap().unwrap().loss.is_finite());
     let error = TrainConfig::from_text(&own, Format::Yaml, &["lora_rank=4"]).unwrap_err().to_string();
     assert!(error.contains("lora_rank") && error.contains("train = lora"), "{error}");
+}
+
+#[test]
+fn noise_timesteps_and_losses_of_every_kind_are_those_of_a_large_batch() {
+    let folder = workspace();
+    let options = [
+        "adam_eps=1",
+        "learning_rate=0.1",
+        "noise_offset=0.05",
+        "noise_offset_random_strength=true",
+        "adaptive_noise_scale=0.01",
+        "multires_noise_iterations=4",
+        "ip_noise_gamma=0.1",
+        "ip_noise_gamma_random_strength=true",
+        "timestep_sampling=shift",
+        "min_timestep=100",
+        "max_timestep=900",
+        "loss_type=huber",
+        "shuffle_caption=true",
+        "token_warmup_step=2",
+    ];
+    let run = |keys: [&str; 2]| trained(folder.path(), &[&options[..], &keys[..]].concat());
+    let (whole, reports) = run(["batch_size=8", "gradient_accumulation_steps=1"]);
+    let (split, others) = run(["batch_size=2", "gradient_accumulation_steps=4"]);
+    for (a, b) in reports.iter().zip(&others) {
+        assert!((a.loss / b.loss - 1.0).abs() < tolerance(1e-5), "{} {}", a.loss, b.loss);
+    }
+    assert!(f64::from(distance(&whole, &split)) < tolerance(1e-4), "{}", distance(&whole, &split));
+    // Before the first step, what the run will draw is shown, and nothing below the lowest timestep is.
+    let session = prepare(folder.path(), &[&options[..], &["batch_size=8"][..]].concat());
+    let shown = session.summary().to_string();
+    assert!(shown.contains("timesteps of ") && shown.contains("   0 … 99    0"), "{shown}");
+    let error = common::refusal(folder.path(), &["timestep_sampling=flux_shift"]);
+    assert!(error.contains("timestep_sampling") && error.contains("flow matching"), "{error}");
+}
+
+#[test]
+fn layers_have_learning_rates_of_their_own() {
+    let folder = workspace();
+    let up = |name: &str, adapter: &lora_core::Adapter| {
+        let of = |(path, module): (&lora_core::ModulePath, &lora_core::AdapterModule)| {
+            path.path.contains(name).then(|| module.tensors["up"].to_f32().into_owned())
+        };
+        adapter.modules.iter().filter_map(of).flatten().map(f32::abs).fold(0.0, f32::max)
+    };
+    let keys = ["train_text_encoder=false", "max_train_steps=1", "learning_rate=0.01", "weight_decay=0"];
+    let patterns = r#"learning_rate_pattern={"re:mid_block\\..*" = 0, "re:up_blocks\\..*" = 0.001}"#;
+    let (adapter, _) = trained(folder.path(), &[&keys[..], &[patterns][..]].concat());
+    // The first step of AdamW has the size of the learning rate.
+    assert_eq!(up("mid_block.", &adapter), 0.0);
+    let (other, usual) = (up("up_blocks.", &adapter), up("down_blocks.", &adapter));
+    assert!((other / 0.001 - 1.0).abs() < 0.02 && (usual / 0.01 - 1.0).abs() < 0.02, "{other} {usual}");
+    let error = common::refusal(folder.path(), &[r#"learning_rate_pattern={"no_such_layer" = 0.1}"#]);
+    assert!(error.contains("learning_rate_pattern") && error.contains("no_such_layer"), "{error}");
+}
+
+#[test]
+fn norms_of_updates_are_kept_to_their_limit_and_counted() {
+    let folder = workspace();
+    let keys = ["learning_rate=0.05", "max_train_steps=3"];
+    let (free, _) = trained(folder.path(), &keys);
+    let limited = [&keys[..], &["scale_weight_norms=0.02"][..]].concat();
+    let (adapter, reports) = trained(folder.path(), &limited);
+    let largest = |adapter: &lora_core::Adapter| {
+        let norm = |module: &lora_core::AdapterModule| {
+            let (up, down) = (module.tensors["up"].to_f32(), module.tensors["down"].to_f32());
+            let (rank, scale) = (module.rank, module.alpha / module.rank as f64);
+            let (rows, columns) = (up.len() / rank, down.len() / rank);
+            let entry = |row: usize, column: usize| -> f64 {
+                (0..rank).map(|r| f64::from(up[row * rank + r]) * f64::from(down[r * columns + column])).sum()
+            };
+            let all = (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column)));
+            scale * all.map(|(row, column)| entry(row, column).powi(2)).sum::<f64>().sqrt()
+        };
+        adapter.modules.values().map(norm).fold(0.0, f64::max)
+    };
+    assert!(largest(&free) > 0.1, "{}", largest(&free));
+    assert!((largest(&adapter) / 0.02 - 1.0).abs() < 1e-3, "{}", largest(&adapter));
+    assert!(reports.iter().all(|report| report.figures["scaled_layers"] > 0.0), "{reports:?}");
+    for (keys, named) in [(["variant=loha"], "loha"), (["optimizer=adamw_schedulefree"], "adamw_schedulefree")] {
+        let error = common::refusal(folder.path(), &[&limited[..], &keys[..]].concat());
+        assert!(error.contains("scale_weight_norms") && error.contains(named), "{error}");
+    }
 }

@@ -10,7 +10,7 @@ use common::{config, prepare, run, workspace};
 use lora_core::Adapter;
 use lora_torch::fault::Fault;
 use lora_train::callback::{Callback, Control};
-use lora_train::{Plugins, Session, StepReport, train};
+use lora_train::{Event, Plugins, Session, StepReport, train};
 
 const DRAWS: [&str; 4] = ["lora_dropout=0.2", "caption_dropout_rate=0.3", "noise_offset=0.05", "max_train_steps=3"];
 
@@ -52,6 +52,11 @@ fn a_run_that_outgrows_memory_goes_on_in_smaller_pieces_to_the_same_result() {
         assert!(survived.1.iter().all(|report| report.micro_batch == micro && report.items == 8));
         same(&survived, &expected);
         drop(fault);
+        let told: Vec<Event> = session.take_events();
+        assert_eq!(told.len(), if micro == 2 { 1 } else { 2 });
+        assert!(
+            matches!(&told[0], Event::OutOfMemory { step: 1, permanent, .. } if permanent.contains("batch_size = 2"))
+        );
         // And it is the large batch's update to rounding.
         let whole = trained(folder.path(), &four);
         for (a, b) in survived.1.iter().zip(&whole.1) {

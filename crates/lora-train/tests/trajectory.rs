@@ -122,7 +122,7 @@ fn trajectory(reference: Reference, variant: &str, min_snr_gamma: Option<f64>, n
         let loss = denoising.loss(&unet, conditions, &pass).unwrap();
         loss.backward();
         parameters.settle(&loss.detach(), 1.0, limit).unwrap();
-        parameters.step(|_: Component, _| 1e-3).unwrap();
+        parameters.step(|_| 1e-3).unwrap();
         parameters.clear_gradients().unwrap();
         let found = f64::try_from(&loss).unwrap();
         assert!((found / expected - 1.0).abs() < 1e-5, "{variant}, step {step}: {found} {expected}");

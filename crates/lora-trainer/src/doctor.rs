@@ -1,6 +1,8 @@
 //! `lora doctor`: what this machine offers to training, and what is missing.
 
-use lora_cli::Failure;
+use std::path::Path;
+
+use lora_cli::{Failure, nvidia};
 use lora_core::openmp;
 use lora_torch::device::{self, CudaStatus};
 use lora_torch::tch::{Cuda, Device, Kind, Tensor};
@@ -22,11 +24,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let precisions: Vec<(&str, Vec<&str>)> =
         devices.iter().map(|(name, device)| (name.as_str(), supported(*device))).collect();
     let host = memory::host_memory();
+    let cards = nvidia::cards();
+    let problems = problems(&cards, folder.as_path());
     if arguments.json {
         let json = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "libtorch": { "version": lora_torch::LIBTORCH, "folder": folder },
             "cuda": cuda.to_string(),
+            "cards": cards.iter().map(|card| format!("{}, {}", card.name, card.generation())).collect::<Vec<_>>(),
+            "driver": cards.first().map(|card| card.driver.as_str()),
+            "problems": problems,
             "cuda_graphs": graph::available().map_or_else(|error| error.to_string(), |()| "available".into()),
             "precisions": precisions.iter().map(|(name, list)| ((*name).to_owned(), serde_json::json!(list))).collect::<serde_json::Map<_, _>>(),
             "onnxruntime": lora_caption::onnx_runtime().ok(),
@@ -39,6 +46,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     println!("lora {} on libtorch {}", env!("CARGO_PKG_VERSION"), lora_torch::LIBTORCH);
     println!("libtorch:  {}", folder.display());
     println!("cuda:      {cuda}");
+    for card in &cards {
+        println!("card:      {} ({}), driver {}", card.name, card.generation(), card.driver);
+    }
+    problems.iter().for_each(|problem| println!("problem:   {problem}"));
     match lora_caption::onnx_runtime() {
         Ok(path) => println!("onnx:      {}", path.display()),
         Err(_) => println!("onnx:      none, which taggers need (make setup-onnx, or ORT_DYLIB_PATH)"),
@@ -69,6 +80,37 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         println!("training runs on the CPU here: right for small models and trials, slow for full-size ones");
     }
     Ok(())
+}
+
+/// What does not go together of the libtorch that is loaded, the driver and the cards.
+fn problems(cards: &[nvidia::Card], libtorch: &Path) -> Vec<String> {
+    let of_another_version = version(libtorch).filter(|version| version != lora_torch::LIBTORCH).map(|version| {
+        format!(
+            "libtorch is {version}, and this program was built for {}: put that one in its place",
+            lora_torch::LIBTORCH
+        )
+    });
+    let of_cuda = cuda_runtime().map_or_else(Vec::new, |cuda| nvidia::problems(cards, cuda));
+    of_another_version.into_iter().chain(of_cuda).collect()
+}
+
+/// The version that files beside a libtorch say, without what was built in; an archive of ours has none.
+fn version(libtorch: &Path) -> Option<String> {
+    let read = |name: &str| std::fs::read_to_string(libtorch.parent()?.join(name)).ok();
+    let of_build = read("build-version").and_then(|text| text.lines().next().map(str::to_owned));
+    let of_wheel = || {
+        let text = read("version.py")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("__version__ = "))?;
+        Some(line.trim_matches(['\'', '"']).to_owned())
+    };
+    let version = of_build.or_else(of_wheel)?;
+    Some(version.split('+').next().unwrap_or_default().trim().to_owned())
+}
+
+/// The major version of CUDA that libtorch is built with: that of the run-time library which is loaded with it.
+fn cuda_runtime() -> Option<u32> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    maps.lines().find_map(|line| line.rsplit_once("libcudart.so.")?.1.split('.').next()?.parse().ok())
 }
 
 fn available(cuda: &CudaStatus) -> usize {

@@ -6,6 +6,7 @@
 mod configuration;
 mod dataset;
 mod doctor;
+mod events;
 mod failure;
 mod generate;
 mod plan;

@@ -4,8 +4,9 @@ use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use lora_cli::progress::{advance, new_bar, put};
-use lora_train::callback::{Callback, Control};
-use lora_train::{Preparing, Session, StepReport};
+use lora_train::callback::Callback;
+use lora_train::event::Step;
+use lora_train::{Event, Preparing};
 
 /// Shows how far preparing has come.
 pub(crate) fn preparing() -> impl FnMut(Preparing) {
@@ -34,57 +35,50 @@ pub(crate) fn preparing() -> impl FnMut(Preparing) {
 /// The bar of a run: loss, learning rate, what is trained on per second, memory, time left.
 pub(crate) struct TrainingBar {
     terminal: bool,
-    mean: Option<f64>,
-    start: Instant,
-    measured: f64,
     printed: Instant,
+    /// No step was shown yet.
+    first: bool,
 }
 
 impl Default for TrainingBar {
     fn default() -> Self {
-        let now = Instant::now();
-        Self { terminal: io::stderr().is_terminal(), mean: None, start: now, measured: 0.0, printed: now }
+        Self { terminal: io::stderr().is_terminal(), printed: Instant::now(), first: true }
+    }
+}
+
+impl TrainingBar {
+    fn show(&mut self, Step { report, mean_loss, rate, unit, seconds_left, .. }: &Step) {
+        let message = format!(
+            "loss {:.4} lr {:.2e} {rate:.2} {unit}/s {:.1} GiB{}",
+            mean_loss.unwrap_or(f64::NAN),
+            report.learning_rate,
+            report.memory as f64 / f64::from(1 << 30),
+            if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
+        );
+        let due = std::mem::take(&mut self.first) || self.printed.elapsed() > Duration::from_secs(10);
+        if self.terminal {
+            advance(report.step, message);
+        } else if due || report.step == report.steps {
+            self.printed = Instant::now();
+            eprintln!("step {}/{} {message}, {seconds_left:.0} s left", report.step, report.steps);
+        }
     }
 }
 
 impl Callback for TrainingBar {
-    fn on_start(&mut self, session: &mut Session) -> lora_train::Result<Control> {
-        eprintln!("{}", session.summary());
-        self.start = Instant::now();
-        if self.terminal {
-            put(Some(new_bar(session.plan().steps)));
+    fn on_event(&mut self, event: &Event) {
+        match event {
+            Event::Started(started) => {
+                eprintln!("{}", started.summary);
+                if self.terminal {
+                    put(Some(new_bar(started.steps)));
+                }
+            }
+            Event::Step(step) => self.show(step),
+            Event::Paused { step } => eprintln!("paused after step {step}"),
+            Event::Finished(_) | Event::Failed { .. } => put(None),
+            _ => {}
         }
-        Ok(Control::Continue)
-    }
-
-    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
-        self.measured += report.measure;
-        if report.loss.is_finite() {
-            self.mean = Some(self.mean.map_or(report.loss, |mean| mean + (report.loss - mean) * 0.05));
-        }
-        let elapsed = self.start.elapsed().as_secs_f64();
-        let message = format!(
-            "loss {:.4} lr {:.2e} {:.2} {}/s {:.1} GiB{}",
-            self.mean.unwrap_or(f64::NAN),
-            report.learning_rate,
-            self.measured / elapsed,
-            session.data().unit,
-            report.memory as f64 / f64::from(1 << 30),
-            if report.skipped_steps > 0 { format!(" skipped {}", report.skipped_steps) } else { String::new() }
-        );
-        if self.terminal {
-            advance(report.step, message);
-        } else if report.step == 1 || report.step == report.steps || self.printed.elapsed() > Duration::from_secs(10) {
-            self.printed = Instant::now();
-            let left = elapsed / report.step as f64 * (report.steps - report.step) as f64;
-            eprintln!("step {}/{} {message}, {left:.0} s left", report.step, report.steps);
-        }
-        Ok(Control::Continue)
-    }
-
-    fn on_end(&mut self, _session: &mut Session) -> lora_train::Result<()> {
-        put(None);
-        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use lora_cli::{Failure, interrupt};
 use lora_train::{Best, Plugins, train};
 
 use crate::configuration;
+use crate::events::{self, Target};
 use crate::failure::failure;
 use crate::progress::{TrainingBar, preparing};
 
@@ -19,16 +20,37 @@ pub(crate) struct Arguments {
     /// Print the result as JSON on standard output.
     #[arg(long)]
     json: bool,
+    /// Write what happens as lines of JSON to standard output, or with `--events=TARGET` to a file or to an open file
+    /// descriptor of that number; and take the commands pause, resume, sample, save and stop from standard input, a line
+    /// each.
+    #[arg(
+        long,
+        value_name = "TARGET",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "-",
+        value_parser = |text: &str| Ok::<_, std::convert::Infallible>(Target::from(text))
+    )]
+    events: Option<Target>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let config = configuration::read(&arguments.config, &arguments.set)?;
+    let to_stdout = arguments.events == Some(Target::StandardOutput);
+    if to_stdout && arguments.json {
+        return Err(Failure::Usage("--events and --json both write to standard output; use --events=FILE".into()));
+    }
+    let mut callbacks = arguments.events.as_ref().map(Target::callbacks).transpose()?.unwrap_or_default();
+    let config = configuration::read(&arguments.config, &arguments.set)
+        .inspect_err(|failure| events::tell_failure(&mut callbacks, failure))?;
     let output_dir = config.output_dir.clone();
     let has_samples = !config.samples.prompts.is_empty();
 
     let stop = interrupt::flag("stopping after this step; the LoRA will be saved (once more to end at once)");
-    let result = train(config, &Plugins::default(), vec![Box::new(TrainingBar::default())], &stop, &mut preparing())
-        .map_err(failure)?;
+    callbacks.push(Box::new(TrainingBar::default()));
+    let result = train(config, &Plugins::default(), callbacks, &stop, &mut preparing()).map_err(failure)?;
+    if to_stdout {
+        return Ok(());
+    }
     if arguments.json {
         let json = serde_json::json!({ "lora": result.lora, "steps": result.steps, "stopped": result.stopped, "best": result.best });
         println!("{json}");

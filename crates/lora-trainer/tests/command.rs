@@ -7,29 +7,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use assert_cmd::prelude::*;
-use common::lora;
+use common::{lora, workspace};
 use lora_core::random::Stream;
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
 use lora_io::adapter::{self, Format};
 use lora_models::synthetic::SyntheticModel;
 use predicates::prelude::*;
 use predicates::str::contains;
-
-/// A folder with a tiny base, four pictures and a configuration.
-fn workspace() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    SyntheticModel::tiny().write(folder.path().join("base.safetensors"), DType::F16).unwrap();
-    std::fs::create_dir(folder.path().join("data")).unwrap();
-    for index in 0..4u8 {
-        let picture = image::RgbImage::from_pixel(64, 64, image::Rgb([60 * index, 90, 120]));
-        picture.save(folder.path().join(format!("data/{index}.png"))).unwrap();
-        std::fs::write(folder.path().join(format!("data/{index}.txt")), format!("colour {index}")).unwrap();
-    }
-    let config = "base_model = \"base.safetensors\"\ntrain_data_dir = \"data\"\noutput_dir = \"out\"\nmax_resolution = 64\n\
-                  device = \"cpu\"\nlora_rank = 2\ntarget_modules = [\"q_proj\", \"v_proj\"]\nmax_train_steps = 2\n";
-    std::fs::write(folder.path().join("config.toml"), config).unwrap();
-    folder
-}
 
 fn train(folder: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
     lora().current_dir(folder).args(["train", "config.toml"]).args(arguments).assert()
@@ -220,6 +204,37 @@ fn other_variants_train_and_merge() {
         .success();
     }
     train(folder.path(), &["--set", "variant=vera"]).code(1).stderr(contains("no form of vera"));
+}
+
+/// The running average of one run's saves.
+#[test]
+fn saves_of_one_run_are_averaged_by_their_order() {
+    let folder = workspace();
+    let keys = ["save_every_n_steps=1", "max_train_steps=3", "learning_rate=0.05", "save_precision=fp32"];
+    train(folder.path(), &keys.iter().flat_map(|key| ["--set", key]).collect::<Vec<_>>()).success();
+    let saves = ["out/lora-step000001.safetensors", "out/lora-step000002.safetensors", "out/lora.safetensors"];
+    let run = |arguments: &[&str]| {
+        lora().current_dir(folder.path()).args(["combine", "--out", "mean.safetensors"]).args(arguments).assert()
+    };
+    run(&[&["--ema", "0.8"], &saves[..]].concat()).success().stderr(contains("lora-step000002 0.1600"));
+    let read = |name: &str| adapter::read(folder.path().join(name)).unwrap().adapter;
+    let (mean, all) = (read("mean.safetensors"), saves.map(read));
+    for (path, module) in &mean.modules {
+        for (name, tensor) in &module.tensors {
+            let of = |adapter: &Adapter| adapter.modules[path].tensors[name].to_f32().into_owned();
+            let [first, second, third] = [of(&all[0]), of(&all[1]), of(&all[2])];
+            let expected = (0..first.len()).map(|at| 0.64 * first[at] + 0.16 * second[at] + 0.2 * third[at]);
+            assert!(
+                tensor.to_f32().iter().zip(expected).all(|(own, other)| (own - other).abs() < 1e-6),
+                "{path} {name}"
+            );
+        }
+    }
+    assert!(mean.metadata["lora_ema"].contains("decay 0.8") && mean.metadata.contains_key("ss_network_dim"));
+    run(&["--ema", "1", saves[0], saves[1]]).code(2).stderr(contains("below 1"));
+    run(&["--ema", "0.5", "--rank", "2", saves[0], saves[1]]).code(2);
+    run(&["--ema", "0.5", "out/lora.safetensors:0.5"]).code(2).stderr(contains("strength"));
+    run(&[]).code(2);
 }
 
 /// Pruning methods, the picture of norms, and a language model's adapter on its way to llama.cpp.

@@ -1,20 +1,24 @@
-//! `lora combine`: one LoRA of several.
+//! `lora combine`: one LoRA of several, or the running average of one run's saves.
 
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 use lora_cli::arguments::Precision;
-use lora_core::DType;
 use lora_core::compose::{self, Keep, MajoritySign, Method, Pruning};
-use lora_io::adapter;
+use lora_core::{DType, Strength};
+use lora_io::merge::Weighted;
+use lora_io::{adapter, metadata};
 
 use super::{Rank, summary, usual_format, weighted, write};
 use crate::Failure;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
+    /// Adapters; those of --ema in the order in which they were saved.
+    #[arg(required_unless_present = "lora")]
+    files: Vec<String>,
     /// Adapter and strength, as of `lora merge`.
-    #[arg(long, required = true)]
+    #[arg(long)]
     lora: Vec<String>,
     /// Output file.
     #[arg(long)]
@@ -22,6 +26,9 @@ pub(crate) struct Arguments {
     /// How the updates become one. With a rule for ranks, the result is taken apart again to those ranks.
     #[arg(long, default_value = "sum")]
     method: CombineMethod,
+    /// The running average of saves of one run, tensor by tensor: the first counts DECAYⁿ⁻¹ of n, the k-th (1 - DECAY) · DECAYⁿ⁻ᵏ.
+    #[arg(long, value_name = "DECAY", conflicts_with_all = ["method", "density", "rank", "sv_ratio", "sv_cumulative", "sv_fro"])]
+    ema: Option<f64>,
     /// Share of the numbers that the pruning methods keep.
     #[arg(long)]
     density: Option<f64>,
@@ -96,11 +103,16 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let (adapters, dtype) = weighted(&arguments.lora, &arguments.out)?;
+    let files = [&*arguments.files, &*arguments.lora].concat();
+    let (adapters, dtype) = weighted(&files, &arguments.out)?;
     let mut families: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
     families.dedup();
     if let [first, second, ..] = families.as_slice() {
         eprintln!("note: these adapters seem to be made for different base models: {first} and {second}");
+    }
+    let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
+    if let Some(decay) = arguments.ema {
+        return ema(arguments, &adapters, decay, dtype);
     }
     let method = arguments.method()?;
     let parts: Vec<_> = adapters.iter().map(|weighted| (&weighted.adapter, &weighted.strength)).collect();
@@ -112,6 +124,25 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     let names: Vec<_> = adapters.iter().map(|weighted| weighted.name.as_str()).collect();
     combined.metadata.insert("lora_combined".into(), names.join(", "));
-    let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
     write(&arguments.out, &combined, usual_format(&combined), dtype)
+}
+
+/// The running average of one run's saves; what the last one says of the run stays.
+fn ema(arguments: &Arguments, adapters: &[Weighted], decay: f64, dtype: DType) -> Result<(), Failure> {
+    if !(0.0..1.0).contains(&decay) {
+        return Err(Failure::Usage(format!("--ema {decay}: expected a decay from 0 to below 1, for instance 0.8")));
+    }
+    if let Some(own) = adapters.iter().find(|own| own.strength != Strength::default()) {
+        return Err(Failure::Usage(format!("--ema averages {} by its own weights; leave the strength out", own.name)));
+    }
+    let weights = compose::ema_weights(adapters.len(), decay);
+    let all: Vec<_> = adapters.iter().map(|own| &own.adapter).collect();
+    let mut averaged = compose::average(&all, &weights).map_err(|error| Failure::Work(error.to_string()))?;
+    averaged.metadata = adapters.last().map(|own| own.adapter.metadata.clone()).unwrap_or_default();
+    metadata::refresh(&mut averaged);
+    let of = |(own, weight): (&Weighted, &f64)| format!("{} {weight:.4}", own.name);
+    let told = adapters.iter().zip(&weights).map(of).collect::<Vec<_>>().join(", ");
+    eprintln!("weights: {told}");
+    averaged.metadata.insert("lora_ema".into(), format!("decay {decay}: {told}"));
+    write(&arguments.out, &averaged, usual_format(&averaged), dtype)
 }

@@ -8,11 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 
+mod average;
 mod extract;
 mod factors;
 mod prune;
 mod refit;
 
+pub use average::{average, ema_weights};
 pub use extract::{ExtractOptions, extract, flatten};
 pub use prune::{Keep, MajoritySign, Pruning};
 pub use refit::{can_refit, refit};

@@ -4,10 +4,35 @@
 
 pub mod weights;
 
+use std::fmt;
+
 use lora_core::random::Stream;
 
+/// How far a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// Steps that were taken.
+    pub steps: usize,
+    /// Steps of the whole run.
+    pub of: usize,
+}
+
+impl Done {
+    /// The end of a run of any length: every warm-up is over.
+    pub const ALL: Self = Self { steps: usize::MAX, of: usize::MAX };
+}
+
+/// Steps, or a share of those of the run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum WarmupLength {
+    /// Steps; 0 for none.
+    Steps(usize),
+    /// Share of the run, below 1.
+    Share(f64),
+}
+
 /// How captions are treated. The default leaves them as they are.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct CaptionOptions {
     /// Put in front, as a tag that stays there, where the caption does not have it.
     pub trigger_word: String,
@@ -25,6 +50,10 @@ pub struct CaptionOptions {
     pub shuffle: bool,
     /// Probability that a tag behind the kept ones is left out.
     pub tag_dropout: f64,
+    /// Tags behind the kept ones that are there at the first step; further ones come evenly until all are there.
+    pub warmup_tags: usize,
+    /// How long that takes.
+    pub warmup: WarmupLength,
     /// Number of tags at the front that are neither shuffled nor dropped.
     pub keep_tokens: usize,
     /// What divides kept tags from the others in a caption, in place of a number; a second one begins a kept end.
@@ -46,6 +75,8 @@ impl Default for CaptionOptions {
             wildcards: false,
             shuffle: false,
             tag_dropout: 0.0,
+            warmup_tags: 1,
+            warmup: WarmupLength::Steps(0),
             keep_tokens: 0,
             keep_separator: String::new(),
             separator: ",".into(),
@@ -54,21 +85,61 @@ impl Default for CaptionOptions {
     }
 }
 
+impl fmt::Debug for CaptionOptions {
+    // The states of runs record it, those of before there was a warm-up too: it is told only where there is one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = f.debug_struct("CaptionOptions");
+        text.field("trigger_word", &self.trigger_word)
+            .field("prefix", &self.prefix)
+            .field("suffix", &self.suffix)
+            .field("dropout", &self.dropout)
+            .field("dropout_every_n_epochs", &self.dropout_every_n_epochs)
+            .field("wildcards", &self.wildcards)
+            .field("shuffle", &self.shuffle)
+            .field("tag_dropout", &self.tag_dropout)
+            .field("keep_tokens", &self.keep_tokens)
+            .field("keep_separator", &self.keep_separator)
+            .field("separator", &self.separator)
+            .field("secondary_separator", &self.secondary_separator);
+        if self.warms_up() {
+            text.field("warmup_tags", &self.warmup_tags).field("warmup", &self.warmup);
+        }
+        text.finish()
+    }
+}
+
 impl CaptionOptions {
     /// Whether a caption is the same at every visit that has one, so that what is made of it can be kept.
     pub(crate) fn is_fixed(&self) -> bool {
-        !self.wildcards && !self.shuffle && self.tag_dropout == 0.0
+        !self.wildcards && !self.shuffle && self.tag_dropout == 0.0 && !self.warms_up()
     }
 
-    /// The caption of a visit. `lines` are the lines of its file; `epoch` counts from 0; `random` belongs to the visit.
-    pub fn process<S: AsRef<str>>(&self, lines: &[S], epoch: u64, random: &Stream) -> String {
+    fn warms_up(&self) -> bool {
+        self.warmup != WarmupLength::Steps(0)
+    }
+
+    /// How many of the tags behind the kept ones are there.
+    fn warm(&self, tags: usize, done: Done) -> usize {
+        let steps = match self.warmup {
+            WarmupLength::Steps(steps) => steps,
+            WarmupLength::Share(share) => (share * done.of as f64) as usize,
+        };
+        if done.steps >= steps || tags <= self.warmup_tags {
+            return tags;
+        }
+        self.warmup_tags + (done.steps as f64 * ((tags - self.warmup_tags) as f64 / steps as f64)) as usize
+    }
+
+    /// The caption of a visit. `lines` are the lines of its file; `epoch` counts from 0, `done` says how far the run is;
+    /// `random` belongs to the visit.
+    pub fn process<S: AsRef<str>>(&self, lines: &[S], epoch: u64, done: Done, random: &Stream) -> String {
         let every = self.dropout_every_n_epochs;
         let dropped = f64::from(random.at("caption_dropout").uniform()) < self.dropout;
-        if dropped || every > 0 && epoch.is_multiple_of(every) { String::new() } else { self.kept(lines, random) }
+        if dropped || every > 0 && epoch.is_multiple_of(every) { String::new() } else { self.kept(lines, done, random) }
     }
 
     /// The caption of a visit that keeps it.
-    pub fn kept<S: AsRef<str>>(&self, lines: &[S], random: &Stream) -> String {
+    pub fn kept<S: AsRef<str>>(&self, lines: &[S], done: Done, random: &Stream) -> String {
         let line = match (self.wildcards, lines.len()) {
             (_, 0) => "",
             (true, count) => lines[random.at("line").below(count as u64) as usize].as_ref(),
@@ -77,7 +148,7 @@ impl CaptionOptions {
         let parts = [self.prefix.as_str(), line, self.suffix.as_str()];
         let text = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
         let text = if self.wildcards { choose(&text, &mut random.at("wildcard")) } else { text };
-        let text = self.order(&text, random);
+        let text = self.order(&text, done, random);
         match self.secondary_separator.as_str() {
             "" => text,
             secondary => text.replace(secondary, &format!("{} ", self.separator)),
@@ -85,9 +156,10 @@ impl CaptionOptions {
     }
 
     /// Tags in their new order.
-    fn order(&self, text: &str, random: &Stream) -> String {
+    fn order(&self, text: &str, done: Done, random: &Stream) -> String {
         let divided = !self.keep_separator.is_empty() && text.contains(&self.keep_separator);
-        if !divided && self.trigger_word.is_empty() && !self.shuffle && self.tag_dropout == 0.0 {
+        let is_whole = !self.shuffle && self.tag_dropout == 0.0 && !self.warms_up();
+        if !divided && self.trigger_word.is_empty() && is_whole {
             return text.to_owned();
         }
         let tags = |part: &str| -> Vec<String> {
@@ -112,6 +184,7 @@ impl CaptionOptions {
             middle.retain(|tag| *tag != self.trigger_word);
             head.insert(0, self.trigger_word.clone());
         }
+        middle.truncate(self.warm(middle.len(), done));
         if self.shuffle {
             random.at("shuffle").shuffle(&mut middle);
         }
@@ -158,7 +231,7 @@ mod tests {
     use super::*;
 
     fn seen(options: &CaptionOptions, lines: &[&str]) -> BTreeSet<String> {
-        (0..300).map(|seed| options.process(lines, 1, &Stream::new(seed))).collect()
+        (0..300).map(|seed| options.process(lines, 1, Done::ALL, &Stream::new(seed))).collect()
     }
 
     fn only(options: &CaptionOptions, lines: &[&str]) -> String {
@@ -200,14 +273,40 @@ mod tests {
         assert_eq!(only(&none, &["one, a, b"]), "one");
     }
 
+    /// Values of sd-scripts' formula, ⌊step (tags − least) / steps⌋ + least.
+    #[test]
+    fn tags_come_evenly_over_a_warm_up() {
+        let seen = |options: &CaptionOptions, steps: usize| {
+            options.process(&["one, a, b, c, d, e"], 1, Done { steps, of: 40 }, &Stream::new(0))
+        };
+        let warm = CaptionOptions { keep_tokens: 1, warmup: WarmupLength::Steps(8), ..CaptionOptions::default() };
+        assert!(!warm.is_fixed() && format!("{warm:?}").contains("warmup: Steps(8)"));
+        // As a state of before there was a warm-up has it.
+        assert!(
+            format!("{:?}", CaptionOptions::default()).ends_with(", separator: \",\", secondary_separator: \"\" }")
+        );
+        for (step, tags) in
+            [(0, "one, a"), (1, "one, a"), (2, "one, a, b"), (7, "one, a, b, c, d"), (8, "one, a, b, c, d, e")]
+        {
+            assert_eq!(seen(&warm, step), tags, "{step}");
+        }
+        // Of a fifth of 40 steps the same; none at first; more than there are.
+        let share = CaptionOptions { warmup: WarmupLength::Share(0.2), ..warm.clone() };
+        assert!((0..10).all(|step| seen(&share, step) == seen(&warm, step)));
+        assert_eq!(seen(&CaptionOptions { warmup_tags: 0, ..warm.clone() }, 0), "one");
+        assert_eq!(seen(&CaptionOptions { warmup_tags: 9, ..warm }, 0), "one, a, b, c, d, e");
+    }
+
     #[test]
     fn whole_captions_drop_by_chance_and_by_epoch() {
         let dropout = CaptionOptions { dropout: 0.3, ..CaptionOptions::default() };
-        let empty = (0..1000).filter(|&seed| dropout.process(&["a"], 1, &Stream::new(seed)).is_empty()).count();
+        let empty =
+            (0..1000).filter(|&seed| dropout.process(&["a"], 1, Done::ALL, &Stream::new(seed)).is_empty()).count();
         // Standard deviation √(1000 · 0.3 · 0.7) = 14.5; five of them.
         assert!(empty.abs_diff(300) < 73, "{empty}");
         let epochs = CaptionOptions { dropout_every_n_epochs: 3, ..CaptionOptions::default() };
-        let kept: Vec<bool> = (0..6).map(|epoch| !epochs.process(&["a"], epoch, &Stream::new(0)).is_empty()).collect();
+        let kept: Vec<bool> =
+            (0..6).map(|epoch| !epochs.process(&["a"], epoch, Done::ALL, &Stream::new(0)).is_empty()).collect();
         assert_eq!(kept, [false, true, true, false, true, true]);
     }
 
@@ -233,9 +332,9 @@ mod tests {
                 tags.sort();
                 tags
             };
-            prop_assert_eq!(sorted(&shuffle.process(&[&text], 0, &Stream::new(seed))), sorted(&text));
+            prop_assert_eq!(sorted(&shuffle.process(&[&text], 0, Done::ALL, &Stream::new(seed))), sorted(&text));
             let all = CaptionOptions { wildcards: true, keep_separator: "|".into(), trigger_word: "x".into(), ..shuffle };
-            all.process(&[&text], 0, &Stream::new(seed));
+            all.process(&[&text], 0, Done::ALL, &Stream::new(seed));
         }
     }
 }

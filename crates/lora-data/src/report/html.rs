@@ -133,8 +133,11 @@ fn write_sheet(page: &mut String, title: &str, summary: &str, cards: &[SheetCard
     write!(page, "</div></html>")
 }
 
-/// What a page begins with.
-fn head(page: &mut String, title: &str) -> std::fmt::Result {
+/// What a page of this look begins with: a title, and the style of tables and cards.
+///
+/// # Errors
+/// None, as writing into a string cannot fail.
+pub fn head(page: &mut String, title: &str) -> std::fmt::Result {
     let title = escape_text(title);
     write!(
         page,

@@ -16,6 +16,7 @@ use lora_core::random::Stream;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::caption::Done;
 use crate::dataset::{CaptionSource, Role};
 use crate::finding::{Finding, FindingKind};
 use crate::prefetch::{ahead, cores};
@@ -317,7 +318,7 @@ fn captions(pictures: &Pictures, options: &ReportOptions, findings: &mut Vec<Fin
             let captions = &pictures.options(index).captions;
             let lines = item.lines();
             let longest = lines.iter().map(|line| {
-                let text = captions.kept(&[line], &Stream::new(0));
+                let text = captions.kept(&[line], Done::ALL, &Stream::new(0));
                 tokenizer.encode(&text).len()
             });
             let tokens = longest.max().unwrap_or(0);
@@ -362,7 +363,7 @@ fn previews(pictures: &Pictures, options: &ReportOptions) -> Vec<Preview> {
         Some(Preview {
             name: item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
             size,
-            caption: pictures.options(index).captions.process(&item.lines(), 1, &draw),
+            caption: pictures.options(index).captions.process(&item.lines(), 1, Done::ALL, &draw),
             jpeg: picture.to_jpeg(QUALITY),
         })
     };

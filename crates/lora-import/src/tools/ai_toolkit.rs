@@ -389,12 +389,21 @@ static TRAIN: &[Row] = &[
     gone("short_and_long_captions", OFF, "each picture has one caption at a visit"),
     gone("short_and_long_captions_encoder_split", OFF, "each picture has one caption at a visit"),
     nothing("single_item_batching", "how steps are computed"),
-    gone("inverted_mask_prior", OFF, "the base's own prediction is no target"),
+    by("inverted_mask_prior", &["prior_mask_weight"], "by inverted_mask_prior_multiplier", |field| {
+        prior(field, "prior_mask_weight", field.here.number("inverted_mask_prior_multiplier").unwrap_or(0.5))
+    }),
     nothing("inverted_mask_prior_multiplier", "with inverted_mask_prior"),
-    gone("diff_output_preservation", OFF, "the base's own prediction is no target"),
+    by(
+        "diff_output_preservation",
+        &["prior_prompt", "prior_prompt_weight"],
+        "for the class itself, by its class and multiplier",
+        output_preservation,
+    ),
     nothing("diff_output_preservation_multiplier", "with diff_output_preservation"),
     nothing("diff_output_preservation_class", "with diff_output_preservation"),
-    gone("blank_prompt_preservation", OFF, "the base's own prediction is no target"),
+    by("blank_prompt_preservation", &["prior_blank_weight"], "by blank_prompt_preservation_multiplier", |field| {
+        prior(field, "prior_blank_weight", field.here.number("blank_prompt_preservation_multiplier").unwrap_or(1.0))
+    }),
     nothing("blank_prompt_preservation_multiplier", "with blank_prompt_preservation"),
     gone("standardize_images", OFF, "pictures are as they are"),
     gone("standardize_latents", OFF, "latents are as they are"),
@@ -711,4 +720,24 @@ fn split_resolutions(_: &Scope<'_>, draft: &mut Draft, _: &mut Vec<Accounted>) -
             .map_err(|error| Problem::of(place, error))?;
     }
     Ok(())
+}
+
+/// A switch of prior preservation whose weight is a key of its own.
+fn prior(field: &Field<'_>, ours: &'static str, weight: f64) -> Outcome {
+    if field.on() { taken(ours, values::of_number(weight)) } else { no_effect("off, as without it") }
+}
+
+/// The base's answer to each caption with the class in the place of the trigger word there; to the class here.
+fn output_preservation(field: &Field<'_>) -> Outcome {
+    if !field.on() {
+        return no_effect("off, as without it");
+    }
+    let Some(class) = field.here.text("diff_output_preservation_class").filter(|class| !class.is_empty()) else {
+        return lost(
+            "without a class it keeps the answer to each caption without its trigger word; prior_prompt is one caption",
+        );
+    };
+    let weight = field.here.number("diff_output_preservation_multiplier").unwrap_or(1.0);
+    let settings = vec![("prior_prompt", class.into()), ("prior_prompt_weight", values::of_number(weight))];
+    translated(settings, "the class is a caption of its own, where it takes the trigger word's place in each there")
 }

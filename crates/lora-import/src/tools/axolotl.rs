@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::language::{self, TRAINER};
-use super::{Table, Tool, as_it_is};
+use super::{Table, Tool, as_it_is, tracking};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::Problem;
@@ -405,7 +405,7 @@ static ROWS: &[Row] = &[
     nothing("mlflow_experiment_name", "nothing is sent anywhere"),
     nothing("use_comet", "nothing is sent anywhere"),
     nothing("comet_project_name", "nothing is sent anywhere"),
-    nothing("use_tensorboard", "metrics.jsonl and loss.png are written"),
+    by("use_tensorboard", &["log_with"], "files for TensorBoard", tracking::tensorboard),
     nothing("use_trackio", "nothing is sent anywhere"),
     nothing("trackio_project_name", "nothing is sent anywhere"),
     nothing("trackio_run_name", "nothing is sent anywhere"),

@@ -4,7 +4,9 @@
 use serde_json::json;
 
 use super::sd_scripts::{self, is_flow};
-use super::sd_scripts_network::{algorithm, alpha, conv_alpha, convolutions, is_lycoris, option, targets};
+use super::sd_scripts_network::{
+    Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
+};
 use super::{Table, Tool, done, optimisers};
 use crate::engine::{Field, Scope};
 use crate::input::tree::Node;
@@ -273,10 +275,16 @@ static OWN: &[Row] = &[
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    gone("down_lr_weight", OFF, "no learning rates by block"),
-    gone("mid_lr_weight", OFF, "no learning rates by block"),
-    gone("up_lr_weight", OFF, "no learning rates by block"),
-    gone("block_lr_zero_threshold", OFF, "no learning rates by block"),
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Down)
+    }),
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Middle)
+    }),
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        weights(field, Side::Up)
+    }),
+    nothing("block_lr_zero_threshold", "with weights of blocks"),
     by("noise_offset_type", &[], "which of the two kinds of noise counts", |_| {
         no_effect("which of the two kinds of noise counts")
     }),
@@ -406,6 +414,17 @@ static OWN: &[Row] = &[
 
 fn epochs(root: &Scope<'_>) -> bool {
     root.count("max_train_epochs").unwrap_or(0) > 0
+}
+
+/// Weights of blocks, where the fields are filled in.
+fn weights(field: &Field<'_>, side: Side) -> Outcome {
+    match field.text().trim().is_empty() {
+        true => no_effect("off, as without it"),
+        false => {
+            let kind = field.root.text("LoRA_type").unwrap_or_default();
+            block_rates(field, side, kind.contains("LoCon") || is_lycoris(&field.root))
+        }
+    }
 }
 
 fn is_multires(root: &Scope<'_>) -> bool {

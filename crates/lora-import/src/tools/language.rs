@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::optimisers;
+use super::{optimisers, tracking};
 use crate::engine::Field;
 use crate::outcome::{Outcome, becomes, lost, no_effect, taken};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
@@ -83,8 +83,8 @@ pub(super) static TRAINER: &[Row] = &[
     nothing("torch_empty_cache_steps", "how steps are computed"),
     nothing("use_liger_kernel", "how steps are computed"),
     nothing("eval_accumulation_steps", "how held-out losses are computed"),
-    nothing("report_to", "metrics.jsonl and loss.png are written"),
-    nothing("logging_dir", "metrics.jsonl and loss.png are written"),
+    by("report_to", &["log_with"], "files for TensorBoard", tracking::trackers),
+    by("logging_dir", &["logging_dir"], "where files for TensorBoard go", tracking::folder),
     nothing("logging_first_step", "metrics.jsonl and loss.png are written"),
     nothing("logging_strategy", "metrics.jsonl and loss.png are written"),
     nothing("run_name", "a note"),

@@ -12,6 +12,7 @@ mod optimisers;
 pub(crate) mod sd_scripts;
 pub(crate) mod sd_scripts_dataset;
 mod sd_scripts_network;
+mod tracking;
 
 use std::fmt;
 use std::str::FromStr;

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::onetrainer_optimizer::OPTIMIZER;
-use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network};
+use super::{Table, Tool, done, optimisers, sd_scripts, sd_scripts_network, tracking};
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
 use crate::input::{self, Document, Problem, Source};
@@ -339,7 +339,7 @@ static ROWS: &[Row] = &[
     })
     .default("0.1"),
     gone("normalize_masked_area_loss", OFF, "the loss is a mean over the whole picture"),
-    gone("masked_prior_preservation_weight", OFF, "the base's own prediction is no target outside of masks"),
+    same("masked_prior_preservation_weight", "prior_mask_weight", Kind::Positive),
     gone("custom_conditioning_image", OFF, "no pictures beside the captions"),
     // Looking and saving.
     by("validation", &[], "with concepts of validation", |_| no_effect("with concepts of validation")),
@@ -353,18 +353,26 @@ static ROWS: &[Row] = &[
     nothing("validate_after_unit", "with validate_after"),
     by("samples", &["sample_prompts"], "each with its own size, seed, steps and guidance", samples),
     nothing("sample_definition_file_name", "its samples are read with these keys"),
-    by("sample_after", &["sample_every_n_steps"], "by steps", |field| {
+    by("sample_after", &["sample_every_n_steps", "sample_every_minutes"], "by steps or by time", |field| {
         match field.root.text("sample_after_unit").as_deref() {
             _ if prompts(&field.root).is_empty() => no_effect("there are no prompts"),
             Some("NEVER") => no_effect("off, as without it"),
             Some("STEP") => taken("sample_every_n_steps", field.count().unwrap_or(1)),
-            _ => lost("samples are drawn before and after training, and by steps"),
+            unit => match unit.and_then(|unit| minutes(field, unit)) {
+                Some(minutes) => taken("sample_every_minutes", minutes),
+                None => lost("samples are drawn before and after training, by steps and by time"),
+            },
         }
     })
     .default("10"),
     nothing("sample_after_unit", "with sample_after").default("\"MINUTE\""),
-    by("save_every", &["save_every_n_steps", "save_every_n_epochs"], "by steps or epochs", save_every),
-    by("save_after", &["save_every_n_steps", "save_every_n_epochs"], "an old name of save_every", save_every),
+    by("save_every", &["save_every_n_steps", "save_every_n_epochs", "save_every_minutes"], "by its unit", save_every),
+    by(
+        "save_after",
+        &["save_every_n_steps", "save_every_n_epochs", "save_every_minutes"],
+        "an old name of save_every",
+        save_every,
+    ),
     nothing("save_every_unit", "with save_every"),
     nothing("save_after_unit", "with save_after"),
     by("continue_last_backup", &["resume"], "from a state of this program, where there is one", |field| {
@@ -384,7 +392,7 @@ static ROWS: &[Row] = &[
     nothing("save_filename_prefix", "how files and runs are kept"),
     nothing("secrets", "how files and runs are kept"),
     nothing("__version", "how files and runs are kept"),
-    nothing("tensorboard", "metrics.jsonl and loss.png are written"),
+    by("tensorboard", &["log_with"], "files for TensorBoard", tracking::tensorboard),
     nothing("tensorboard_expose", "metrics.jsonl and loss.png are written"),
     nothing("tensorboard_always_on", "metrics.jsonl and loss.png are written"),
     nothing("tensorboard_port", "metrics.jsonl and loss.png are written"),
@@ -880,9 +888,23 @@ fn save_every(field: &Field<'_>) -> Outcome {
         (Some(0), _) | (_, "NEVER" | "") => no_effect("off, as without it"),
         (Some(count), "EPOCH") => becomes("save_every_n_epochs", count, "epochs"),
         (Some(count), "STEP") => becomes("save_every_n_steps", count, "steps"),
-        (Some(_), _) => lost("saves are made by steps or epochs, not by time"),
+        (Some(_), unit) => match minutes(field, unit) {
+            Some(minutes) => taken("save_every_minutes", minutes),
+            None => lost("saves are made by steps, epochs and time"),
+        },
         (None, _) => field.expected("a whole number"),
     }
+}
+
+/// A time in minutes; `None` where its unit is none of time, or it is 0.
+fn minutes(field: &Field<'_>, unit: &str) -> Option<Value> {
+    let each = match unit {
+        "SECOND" => 1.0 / 60.0,
+        "MINUTE" => 1.0,
+        "HOUR" => 60.0,
+        _ => return None,
+    };
+    field.number().filter(|count| *count > 0.0).map(|count| values::of_number(each * count))
 }
 
 fn concept(field: &Field<'_>) -> Element {

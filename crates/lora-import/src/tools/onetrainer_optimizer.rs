@@ -19,17 +19,23 @@ pub(super) static OPTIMIZER: &[Row] = &[
         .default("\"ADAMW\""),
     by("beta1", &["optimizer_args"], "the first of `betas`", betas),
     by("beta2", &["optimizer_args"], "the second of `betas`", betas),
-    by("beta3", &["optimizer_args"], "of Prodigy", |field| argument(field, "beta3")),
-    by("eps", &["optimizer_args"], "its name here; Adafactor has two", |field| match optimiser(&field.root) {
-        "adafactor" => match (field.number(), field.root.number("optimizer.eps2")) {
-            (Some(first), second) => {
-                Outcome::Taken(optimisers::of_argument("eps", json!([first, second.unwrap_or(1e-3)])))
-            }
-            _ => field.expected("a number"),
-        },
-        _ => argument(field, "eps"),
+    by("beta3", &["optimizer_args"], "of Prodigy, and CAME's third", |field| match optimiser(&field.root) {
+        "came" => betas(field),
+        _ => argument(field, "beta3"),
     }),
-    nothing("eps2", "the second of Adafactor's eps"),
+    by("eps", &["optimizer_args"], "its name here; Adafactor and CAME have two", |field| {
+        match optimiser(&field.root) {
+            ours @ ("adafactor" | "came") => match (field.number(), field.here.number("eps2")) {
+                (Some(first), second) => {
+                    let usual = if ours == "came" { 1e-16 } else { 1e-3 };
+                    Outcome::Taken(optimisers::of_argument("eps", json!([first, second.unwrap_or(usual)])))
+                }
+                _ => field.expected("a number"),
+            },
+            _ => argument(field, "eps"),
+        }
+    }),
+    nothing("eps2", "the second of Adafactor's and CAME's eps"),
     by("weight_decay", &["optimizer_args"], "its name here", |field| argument(field, "weight_decay")),
     by("d0", &["optimizer_args"], "of Prodigy", |field| argument(field, "d0")),
     by("d_coef", &["optimizer_args"], "of Prodigy", |field| argument(field, "d_coef")),
@@ -171,7 +177,10 @@ fn betas(field: &Field<'_>) -> Outcome {
     if ours == "adafactor" {
         return lost("of Adafactor only beta1, which is none here, is an average");
     }
-    let second = if ours == "lion" { 0.99 } else { 0.999 };
-    let pair = json!([field.here.number("beta1").unwrap_or(0.9), field.here.number("beta2").unwrap_or(second)]);
-    Outcome::Taken(optimisers::of_argument("betas", pair))
+    let second = if matches!(ours, "lion" | "stable_adamw") { 0.99 } else { 0.999 };
+    let mut betas = vec![field.here.number("beta1").unwrap_or(0.9), field.here.number("beta2").unwrap_or(second)];
+    if ours == "came" {
+        betas.push(field.here.number("beta3").unwrap_or(0.9999));
+    }
+    Outcome::Taken(optimisers::of_argument("betas", json!(betas)))
 }

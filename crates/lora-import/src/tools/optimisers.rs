@@ -39,6 +39,11 @@ pub(crate) fn known(name: &str) -> Known {
         "prodigy" => Known::Same("prodigy"),
         "prodigy8bit" => Known::Like("prodigy", STATES),
         "adamwschedulefree" | "schedulefreeadamw" => Known::Same("adamw_schedulefree"),
+        "came" => Known::Same("came"),
+        "stableadamw" => Known::Same("stable_adamw"),
+        "muon" => {
+            Known::Like("muon", "its steps are as large as AdamW's: see to learning_rate, or match_rms_adamw = false")
+        }
         other if other.starts_with("dadapt") || other.starts_with("dadaptation") => Known::Instead(
             "prodigy",
             "no D-Adaptation; Prodigy, which grew out of it and takes the same learning rate of 1, stands in its place",
@@ -71,6 +76,8 @@ fn takes(optimiser: &str) -> &'static [&'static str] {
     match optimiser {
         "adamw8bit" => &["betas", "eps", "weight_decay", "min_8bit_size"],
         "lion" => &["betas", "weight_decay"],
+        "came" => &["betas", "eps", "clip_threshold", "weight_decay"],
+        "muon" => &["momentum", "betas", "eps", "weight_decay"],
         "adafactor" => &[
             "relative_step",
             "warmup_init",

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::sd_scripts_network::{self as network, alpha};
-use super::{Table, Tool, optimisers};
+use super::{Table, Tool, optimisers, tracking};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::command::LAUNCH;
@@ -228,7 +228,7 @@ pub(super) static SHARED: &[Row] = &[
     }),
     same("prior_loss_weight", "prior_loss_weight", Kind::Number),
     same("output_dir", "output_dir", Kind::Text),
-    nothing("logging_dir", "metrics.jsonl and loss.png are written to output_dir"),
+    same("logging_dir", "logging_dir", Kind::Text),
     same("enable_bucket", "enable_bucket", Kind::Flag),
     same("min_bucket_reso", "min_bucket_reso", Kind::Count),
     same("max_bucket_reso", "max_bucket_reso", Kind::Count),
@@ -245,8 +245,8 @@ pub(super) static SHARED: &[Row] = &[
     same("caption_dropout_rate", "caption_dropout_rate", Kind::Positive),
     same("caption_dropout_every_n_epochs", "caption_dropout_every_n_epochs", Kind::AtLeastOne),
     same("caption_tag_dropout_rate", "caption_tag_dropout_rate", Kind::Positive),
-    gone("token_warmup_min", &["1"], "tags are all there from the first step on"),
-    gone("token_warmup_step", &["0"], "tags are all there from the first step on"),
+    same("token_warmup_min", "token_warmup_min", Kind::Count),
+    same("token_warmup_step", "token_warmup_step", Kind::Positive),
     by("flip_aug", &["processors"], "`flip`", processors),
     by("color_aug", &["processors"], "`color_jitter`", processors),
     by("random_crop", &["processors"], "`random_crop`", processors),
@@ -415,7 +415,7 @@ pub(super) static SHARED: &[Row] = &[
     by("huber_scale", &["huber_scale"], "of `huber` and `smooth_l1`", |field| {
         of_huber(field, number_of(field, "huber_scale"))
     }),
-    gone("scale_weight_norms", OFF, "no limit on the update of a layer"),
+    same("scale_weight_norms", "scale_weight_norms", Kind::Positive),
     same("network_dropout", "lora_dropout", Kind::Positive),
     gone("dim_from_weights", OFF, "lora_rank says the rank; init_from is brought to it"),
     by("base_weights", &["fuse_adapters"], "each with its base_weights_multiplier", base_weights),
@@ -510,7 +510,7 @@ pub(super) static SHARED: &[Row] = &[
     nothing("metadata_description", "a note for the file's metadata"),
     nothing("metadata_license", "a note for the file's metadata"),
     nothing("metadata_tags", "a note for the file's metadata"),
-    nothing("log_with", "metrics.jsonl and loss.png are written"),
+    by("log_with", &["log_with"], "files for TensorBoard", tracking::trackers),
     nothing("log_prefix", "metrics.jsonl and loss.png are written"),
     nothing("log_tracker_name", "metrics.jsonl and loss.png are written"),
     nothing("log_tracker_config", "metrics.jsonl and loss.png are written"),

@@ -35,8 +35,8 @@ pub(crate) static ROWS: &[Row] = &[
     by("color_aug", &["processors"], "`color_jitter`", processors),
     by("random_crop", &["processors"], "`random_crop`", processors),
     gone("face_crop_aug_range", OFF, "no crops around faces"),
-    gone("token_warmup_min", &["1"], "tags are all there from the first step on"),
-    gone("token_warmup_step", &["0"], "tags are all there from the first step on"),
+    same("token_warmup_min", "token_warmup_min", Kind::Count),
+    same("token_warmup_step", "token_warmup_step", Kind::Number),
     gone("network_multiplier", &["1"], "the adapter counts fully for each dataset"),
     gone(
         "validation_split",

@@ -53,16 +53,22 @@ pub(super) static ARGUMENTS: &[Row] = &[
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    gone("down_lr_weight", OFF, "no learning rates by block"),
-    gone("mid_lr_weight", OFF, "no learning rates by block"),
-    gone("up_lr_weight", OFF, "no learning rates by block"),
-    gone("block_lr_zero_threshold", OFF, "no learning rates by block"),
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        block_rates(field, Side::Down, has_convolutions(field))
+    }),
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+        block_rates(field, Side::Middle, has_convolutions(field))
+    }),
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+        block_rates(field, Side::Up, has_convolutions(field))
+    }),
+    nothing("block_lr_zero_threshold", "with weights of blocks"),
     gone("unit", &["1"], "ranks are not trained one after the other (DyLoRA)"),
     gone("block_size", OFF, "ranks are not trained one after the other (DyLoRA)"),
     gone("exclude_patterns", OFF, "layers are chosen by target_modules"),
     gone("include_patterns", OFF, "layers are chosen by target_modules"),
     gone("network_reg_dims", OFF, "ranks by layer are given by rank_pattern"),
-    gone("network_reg_lrs", OFF, "no learning rates by layer"),
+    gone("network_reg_lrs", OFF, "layers have other names here: give their learning rates by learning_rate_pattern"),
     nothing("verbose", "what is printed"),
     gone("train_t5xxl", OFF, "text encoders of this base are never trained here"),
     gone("in_dims", OFF, "ranks by layer are given by rank_pattern"),
@@ -168,6 +174,79 @@ pub(super) fn targets(field: &Field<'_>, preset: &str) -> Outcome {
         "unet-convblock-only" => becomes("target_modules", json!(["*.resnets.*", "*samplers*"]), "LyCORIS' preset"),
         other => lost(format!("no file of layers ({other}) is read; set target_modules")),
     }
+}
+
+/// A part of the U-Net whose blocks have weights.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Down,
+    Middle,
+    Up,
+}
+
+fn has_convolutions(field: &Field<'_>) -> bool {
+    is_lycoris(&field.root) || field.here.count("conv_dim").unwrap_or(0) > 0
+}
+
+/// Weights of blocks of the learning rate as patterns; 1 needs none. Blocks without a LoRA, by `convolutions` in resnets and samplers
+/// or in attentions alone, need none either, as a pattern has to match a layer.
+pub(super) fn block_rates(field: &Field<'_>, side: Side, convolutions: bool) -> Outcome {
+    let weights: Option<Vec<f64>> = match values::number(&field.value) {
+        Some(weight) => Some(vec![weight]),
+        None => values::texts(&field.value)
+            .map(|texts| texts.iter().flat_map(|text| text.split(',').map(str::to_owned)).collect::<Vec<_>>())
+            .and_then(|texts| texts.iter().map(|text| text.trim().parse().ok()).collect()),
+    };
+    let Some(weights) = weights else {
+        return lost("a shape by its name is not read: write its numbers out, or set learning_rate_pattern");
+    };
+    if weights.iter().all(|&weight| weight == 1.0) {
+        return no_effect("1 for each block, as without it");
+    }
+    if base(&field.root) != Base::Sd {
+        return lost("weights of blocks are read for Stable Diffusion 1 and 2: set learning_rate_pattern");
+    }
+    let number = |key| field.root.number(key);
+    let Some(rate) = number("unet_lr").or_else(|| number("learning_rate")) else {
+        return lost("needs unet_lr or learning_rate");
+    };
+    let threshold = field.here.number("block_lr_zero_threshold").unwrap_or(0.0);
+    let mut patterns = serde_json::Map::new();
+    for (index, &weight) in weights.iter().take(12).enumerate().filter(|(_, weight)| **weight != 1.0) {
+        if let Some(pattern) = block(side, index, convolutions) {
+            let own = if weight <= threshold { 0.0 } else { rate * weight };
+            patterns.insert(pattern, values::of_number(own));
+        }
+    }
+    match patterns.is_empty() {
+        true => no_effect("these blocks have no LoRA"),
+        false => {
+            becomes("learning_rate_pattern", patterns, "the learning rate of the U-Net times the weight of each block")
+        }
+    }
+}
+
+/// The layers of a block that carry a LoRA, as a pattern.
+fn block(side: Side, index: usize, convolutions: bool) -> Option<String> {
+    let (side, block, part) = match side {
+        Side::Middle => return (index == 0).then(|| r"re:mid_block\..*".to_owned()),
+        // Of the first of the down blocks' weights there is no LoRA.
+        Side::Down => ("down", index.checked_sub(1)? / 3, (index - 1) % 3),
+        Side::Up => ("up", index / 3, index % 3),
+    };
+    let (attends, layers) = match side {
+        "down" => (block < 3, 2),
+        _ => (block > 0, 3),
+    };
+    let mut kinds = Vec::new();
+    if attends && part < layers {
+        kinds.push(format!(r"attentions\.{part}"));
+    }
+    if convolutions {
+        kinds.extend((part < layers).then(|| format!(r"resnets\.{part}")));
+        kinds.extend((part == 2 && block < 3).then(|| format!(r"{side}samplers\.0")));
+    }
+    (!kinds.is_empty()).then(|| format!(r"re:{side}_blocks\.{block}\.({})\..*", kinds.join("|")))
 }
 
 /// The convolutions that have a rank of their own.

@@ -7,11 +7,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use lora_core::HostTensor;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 
 use super::copy::Copied;
 use super::{ALIGNMENT, MAGIC, TensorType};
-use crate::{Error, Result, foreign};
+use crate::{Error, Result, foreign, map};
 
 /// A value of the header.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,8 +65,7 @@ impl GgufFile {
         if !file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() > 0) {
             return Err(Error::format(path, "this is no file with content; expected GGUF"));
         }
-        // SAFETY: the map is read-only; the type's documentation says what other programs must not do to the file.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map into memory"))?;
+        let map = map::open(path, &file)?;
         if let Some(other) = foreign::describe(&map).filter(|_| !map.starts_with(MAGIC)) {
             return Err(Error::format(path, other));
         }
@@ -221,14 +220,8 @@ impl GgufFile {
     /// Tells the kernel that a tensor's pages are not needed any more, so that resident memory while a model is loaded
     /// stays near one tensor. Reading it again is correct, only slower.
     pub fn release(&self, name: &str) {
-        const PAGE: usize = 4096;
-        let Some(Location { bytes, .. }) = self.tensors.get(name) else { return };
-        // Whole pages inside the tensor only: its neighbours may be in use.
-        let (begin, end) = (bytes.start.next_multiple_of(PAGE), bytes.end / PAGE * PAGE);
-        if begin < end {
-            // SAFETY: the map is private to this process, read-only and backed by the file, so dropped pages come back
-            // with the same content. A refusal costs memory only.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
+        if let Some(Location { bytes, .. }) = self.tensors.get(name) {
+            map::release(&self.map, bytes.clone());
         }
     }
 }

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use lora_core::{HostData, HostTensor};
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::float8::{from_e4m3, from_e5m2};
 use super::{MAX_HEADER, StoredDType};
 use crate::family::tree::Share;
-use crate::{Error, Result, foreign};
+use crate::{Error, Result, foreign, map};
 
 /// An open safetensors file.
 ///
@@ -89,8 +89,7 @@ impl SafetensorsFile {
                 ),
             ));
         }
-        // SAFETY: the map is read-only; the type's documentation says what other programs must not do to the file.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map into memory"))?;
+        let map = map::open(path, &file)?;
         let data_start = 8 + header_length as usize;
         let header = parse_header(path, &map[8..data_start])?;
         check_tiling(path, &header.tensors, map.len() - data_start)?;
@@ -171,15 +170,7 @@ impl SafetensorsFile {
         let Some(location) = self.tensors.get(name) else { return };
         let part = (location.end - location.begin) / share.of;
         let (size, start) = (share.count * part, self.data_start + location.begin + share.first * part);
-        // Whole pages inside the tensor only: its neighbours may be in use.
-        const PAGE: usize = 4096;
-        let begin = start.next_multiple_of(PAGE);
-        let end = (start + size) / PAGE * PAGE;
-        if begin < end {
-            // SAFETY: the map is private to this process, read-only and backed by the file, so dropped pages come back
-            // with the same content. A refusal costs memory only.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
-        }
+        map::release(&self.map, start..start + size);
     }
 }
 

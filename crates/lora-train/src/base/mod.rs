@@ -9,6 +9,7 @@ mod flow_matching;
 pub(crate) mod language;
 pub(crate) mod levels;
 mod noise;
+mod prior;
 mod registry;
 mod stable_diffusion;
 
@@ -76,6 +77,8 @@ pub struct Item {
     /// What networks encoded, by network: of an example what [`Base::draw`] made of it, of a caption what was kept. A network that
     /// trains, or whose captions change from visit to visit, has nothing here.
     pub encoded: BTreeMap<Component, Tensors>,
+    /// The same of captions that the loss reads beside the item's own ([`Base::captions`]), by caption.
+    pub beside: BTreeMap<String, BTreeMap<Component, Tensors>>,
     /// The example itself, where no network encodes examples.
     pub example: Option<Example>,
     /// How much the item counts in the loss.
@@ -89,8 +92,21 @@ impl Item {
     pub(crate) fn again(&self) -> Self {
         Self {
             caption: self.caption.clone(),
-            encoded: self.encoded.iter().map(|(network, tensors)| (*network, shallow(tensors))).collect(),
+            encoded: shallow_all(&self.encoded),
+            beside: self.beside.iter().map(|(caption, encoded)| (caption.clone(), shallow_all(encoded))).collect(),
             example: self.example.clone(),
+            weight: self.weight,
+            draw: self.draw.clone(),
+        }
+    }
+
+    /// The same with another caption that the loss reads, as far as captions go.
+    pub(crate) fn asked(&self, caption: &str) -> Self {
+        Self {
+            caption: caption.to_owned(),
+            encoded: self.beside.get(caption).map(shallow_all).unwrap_or_default(),
+            beside: BTreeMap::new(),
+            example: None,
             weight: self.weight,
             draw: self.draw.clone(),
         }
@@ -199,6 +215,12 @@ pub trait Base: fmt::Debug + Send {
         None
     }
 
+    /// Captions that the loss of every item reads beside the item's own: they are encoded once, and each item has them
+    /// ([`Item::beside`]).
+    fn captions(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// The tensors of a micro-batch, on the device. All draws are made here, on the host, each from its item's own.
     ///
     /// # Errors
@@ -256,6 +278,11 @@ pub trait Base: fmt::Debug + Send {
 /// The same tensors once more.
 pub(crate) fn shallow(tensors: &Tensors) -> Tensors {
     tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+}
+
+/// The same of several networks.
+fn shallow_all(encoded: &BTreeMap<Component, Tensors>) -> BTreeMap<Component, Tensors> {
+    encoded.iter().map(|(network, tensors)| (*network, shallow(tensors))).collect()
 }
 
 /// Whether all elements are finite; waits for the device.

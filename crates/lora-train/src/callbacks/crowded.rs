@@ -6,6 +6,7 @@ use lora_core::openmp::{self, CROWDED, Load};
 
 use crate::Result;
 use crate::callback::{Callback, Control};
+use crate::event::About;
 use crate::session::{Session, StepReport};
 
 /// How long steps are counted together.
@@ -57,16 +58,17 @@ impl Callback for Crowded {
         Ok(Control::Continue)
     }
 
-    fn on_step(&mut self, _session: &mut Session, report: &StepReport) -> Result<Control> {
+    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         let Some(watched) = &mut self.watched else { return Ok(Control::Continue) };
         let over = watched.since.elapsed() >= WINDOW;
         let crawls = watched.step(report.seconds, |load| over.then(|| load.others_since()).flatten());
         if let Some((times, cores)) = crawls {
-            tracing::warn!(
+            let message = format!(
                 "steps take {times:.1} times as long as before, beside programs that keep {cores:.1} cores busy: a run that is started \
                  now lets its threads yield to them; stop this one (it saves what it has) and go on with resume = \"auto\", \
                  if save_state = true"
             );
+            session.warn(About::Machine, "crowded", message);
             self.watched = None;
         } else if over {
             self.watched = Load::now().map(|load| Watched::new(load, watched.fastest));

@@ -10,6 +10,7 @@ use crate::Result;
 use crate::callback::{Callback, Control};
 use crate::callbacks::history;
 use crate::config::RunLength;
+use crate::event::About;
 use crate::session::{Session, StepReport};
 
 /// Losses that the running median and scatter are taken over.
@@ -69,6 +70,19 @@ pub(crate) enum Finding {
         /// Twice the standard error of their difference.
         uncertainty: f64,
     },
+}
+
+impl Finding {
+    /// What it is called in events.
+    fn kind(&self) -> &'static str {
+        match self {
+            Finding::NotFinite { .. } => "not_finite",
+            Finding::Spike { .. } => "spike",
+            Finding::Divergence { .. } => "divergence",
+            Finding::Dead { .. } => "dead",
+            Finding::Plateau { .. } => "plateau",
+        }
+    }
 }
 
 /// Findings in a series of steps.
@@ -263,51 +277,20 @@ pub(crate) struct HealthCheck {
 }
 
 impl HealthCheck {
-    fn tell(&self, finding: &Finding, session: &Session) {
-        let config = session.config();
-        let (rate, accumulation) = (config.learning_rate, config.gradient_accumulation_steps);
-        match finding {
-            Finding::NotFinite { skipped, of } => tracing::warn!(
-                "{skipped} of the last {of} steps were skipped, as a gradient was not finite: use precision = \"bf16\" (or \"fp32\"), or a lower learning_rate than {rate:e}"
-            ),
-            Finding::Spike { step, loss, median } => tracing::warn!(
-                "the loss of step {step} was {loss:.4}, {:.0} times the usual {median:.4}: a single one does little harm; if they come again, use max_grad_norm = {}, more gradient_accumulation_steps than {accumulation}, or a lower learning_rate than {rate:e}",
-                loss / median,
-                if config.max_grad_norm > 0.0 { config.max_grad_norm / 2.0 } else { 1.0 }
-            ),
-            Finding::Divergence { lowest, now } => tracing::warn!(
-                "the loss has risen from {lowest:.4} to {now:.4} and stays there: the run diverges; go back to an earlier save and use a lower learning_rate ({:e}, a third of now) or more gradient_accumulation_steps ({}, now {accumulation})",
-                rate / 3.0,
-                accumulation * 4
-            ),
-            Finding::Dead { steps } => tracing::warn!(
-                "no gradient has reached the trained weights for {steps} steps: nothing is learnt; look at target_modules and the learning rates, and in fp16 try precision = \"bf16\""
-            ),
-            Finding::Plateau { first, last, uncertainty } => {
-                let longer = match config.length {
-                    RunLength::Epochs(epochs) => format!("more epochs than {epochs}"),
-                    RunLength::Steps(steps) => format!("more max_train_steps than {steps}"),
-                };
-                let rank = match session.adapter() {
-                    Some(_) => format!("a higher lora_rank than {}, ", config.lora_rank),
-                    None => String::new(),
-                };
-                tracing::warn!(
-                    "the loss has hardly fallen: {first:.4} in the run's first third, {last:.4} in its last (± {uncertainty:.4}); if the result is weak, use {rank}{longer} or a higher learning_rate than {rate:e}"
-                );
-            }
-        }
+    fn tell(&self, finding: &Finding, session: &mut Session) {
+        let message = told(finding, session);
+        session.warn(About::Health, finding.kind(), message);
     }
 
     /// An up-projection that is still zero never got a gradient that mattered.
-    fn updates(&mut self, session: &Session, at_end: bool) -> Result<()> {
+    fn updates(&mut self, session: &mut Session, at_end: bool) -> Result<()> {
         let (mut all, mut dead) = (0, Vec::new());
         let unread = session.unread();
         let is_read = |name: &str| !unread.iter().any(|start| name.starts_with(start));
         for up in session.parameters().iter().filter(|parameter| parameter.is_up && is_read(&parameter.name)) {
             all += 1;
             if up.norm()? == 0.0 {
-                dead.push(up.name.as_str());
+                dead.push(up.name.clone());
             }
         }
         if dead.is_empty() {
@@ -315,19 +298,58 @@ impl HealthCheck {
         }
         if dead.len() == all {
             if !std::mem::replace(&mut self.looked, true) {
-                tracing::warn!(
+                let message = format!(
                     "after {} steps the update of every module is still zero: nothing is learnt; look at the learning rates and target_modules",
                     session.steps_done()
                 );
+                session.warn(About::Health, "dead", message);
             }
         } else if at_end {
-            tracing::warn!(
+            let message = format!(
                 "{} of {all} modules have learnt nothing (their update is still zero), {} among them",
                 dead.len(),
                 dead[..dead.len().min(3)].join(", ")
             );
+            session.warn(About::Health, "dead_modules", message);
         }
         Ok(())
+    }
+}
+
+/// A finding in numbers, and what helps.
+fn told(finding: &Finding, session: &Session) -> String {
+    let config = session.config();
+    let (rate, accumulation) = (config.learning_rate, config.gradient_accumulation_steps);
+    match finding {
+        Finding::NotFinite { skipped, of } => format!(
+            "{skipped} of the last {of} steps were skipped, as a gradient was not finite: use precision = \"bf16\" (or \"fp32\"), or a lower learning_rate than {rate:e}"
+        ),
+        Finding::Spike { step, loss, median } => format!(
+            "the loss of step {step} was {loss:.4}, {:.0} times the usual {median:.4}: a single one does little harm; if they come again, use max_grad_norm = {}, more gradient_accumulation_steps than {accumulation}, or a lower learning_rate than {rate:e}",
+            loss / median,
+            if config.max_grad_norm > 0.0 { config.max_grad_norm / 2.0 } else { 1.0 }
+        ),
+        Finding::Divergence { lowest, now } => format!(
+            "the loss has risen from {lowest:.4} to {now:.4} and stays there: the run diverges; go back to an earlier save and use a lower learning_rate ({:e}, a third of now) or more gradient_accumulation_steps ({}, now {accumulation})",
+            rate / 3.0,
+            accumulation * 4
+        ),
+        Finding::Dead { steps } => format!(
+            "no gradient has reached the trained weights for {steps} steps: nothing is learnt; look at target_modules and the learning rates, and in fp16 try precision = \"bf16\""
+        ),
+        Finding::Plateau { first, last, uncertainty } => {
+            let longer = match config.length {
+                RunLength::Epochs(epochs) => format!("more epochs than {epochs}"),
+                RunLength::Steps(steps) => format!("more max_train_steps than {steps}"),
+            };
+            let rank = match session.adapter() {
+                Some(_) => format!("a higher lora_rank than {}, ", config.lora_rank),
+                None => String::new(),
+            };
+            format!(
+                "the loss has hardly fallen: {first:.4} in the run's first third, {last:.4} in its last (± {uncertainty:.4}); if the result is weak, use {rank}{longer} or a higher learning_rate than {rate:e}"
+            )
+        }
     }
 }
 
@@ -346,11 +368,11 @@ impl Callback for HealthCheck {
 
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         if report.skipped && !std::mem::replace(&mut self.skipped, true) {
-            tracing::warn!(
+            let message = format!(
                 "step {} was skipped: a gradient was not finite (loss scale now {}); a few of these are usual while the scale settles, and further ones are only counted",
-                report.step,
-                report.loss_scale
+                report.step, report.loss_scale
             );
+            session.warn(About::Health, "skipped_step", message);
         }
         for finding in self.health.observe(report.step, report.loss, report.gradient_norm, report.skipped) {
             self.tell(&finding, session);

@@ -36,7 +36,7 @@ impl Callback for Metrics {
             Some(resumed) => {
                 // What was done after the state was saved is done again.
                 let belongs = |line: &Line| line.step <= resumed.step;
-                let (file, lines) = history::go_on(&self.folder, METRICS, resumed, belongs)?;
+                let (file, lines) = history::go_on(&self.folder, METRICS, resumed, history::json(belongs))?;
                 self.points = lines.iter().map(point).collect();
                 file
             }

@@ -3,13 +3,17 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use lora_data::figure::grid::{self, GridPicture, GridRow};
 
+use super::clock::Clock;
 use crate::Result;
 use crate::base::Sample;
-use crate::callback::{Callback, Control};
+use crate::callback::{Answer, Callback, Control};
+use crate::command::Command;
 use crate::config::TrainConfig;
+use crate::event::{self, Event};
 use crate::session::{Session, StepReport};
 
 /// Makes samples of the configuration's prompts and keeps `samples.png`, or `samples.md` of texts, up to date.
@@ -18,6 +22,7 @@ pub(crate) struct Samples {
     folder: PathBuf,
     prompts: Vec<String>,
     every: Option<usize>,
+    clock: Clock,
     rows: Vec<GridRow>,
     /// What was answered at each label, prompt by prompt.
     answers: Vec<(String, Vec<String>)>,
@@ -30,21 +35,23 @@ impl Samples {
             folder: config.output_dir.clone(),
             prompts: config.samples.prompts.clone(),
             every: config.samples.every_n_steps,
+            clock: Clock::of_minutes(config.sample_every_minutes),
             rows: Vec::new(),
             answers: Vec::new(),
         }
     }
 
-    fn make(&mut self, session: &mut Session, label: String) -> Result<()> {
+    /// Makes them, where there are prompts; whether there was room.
+    fn make(&mut self, session: &mut Session, label: String) -> Result<bool> {
         if self.prompts.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let samples = match session.sample(&self.prompts) {
             // Samples are worth less than the run.
             Err(error) if error.is_out_of_memory() => {
                 session.empty_cache()?;
                 tracing::warn!("no samples are made for \"{label}\": {error}; smaller samples take less memory");
-                return Ok(());
+                return Ok(false);
             }
             samples => samples?,
         };
@@ -59,14 +66,17 @@ impl Samples {
             for (prompt, text) in self.prompts.iter().zip(&texts) {
                 tracing::info!("{label}: \"{prompt}\" → {text}");
             }
-            self.answers.push((label.clone(), texts));
+            self.answers.push((label.clone(), texts.clone()));
             lora_io::atomic::write(self.folder.join("samples.md"), |file| file.write_all(self.page().as_bytes()))?;
         }
         if !pictures.is_empty() {
-            self.rows.push(GridRow { label, pictures });
+            self.rows.push(GridRow { label: label.clone(), pictures: pictures.clone() });
             grid::write(&self.folder.join("samples.png"), &self.rows, &self.prompts)?;
         }
-        Ok(())
+        let file = self.folder.join(if pictures.is_empty() { "samples.md" } else { "samples.png" });
+        let (step, prompts, pictures) = (session.steps_done(), self.prompts.clone(), Arc::new(pictures));
+        session.tell(Event::Samples(event::Samples { step, label, file, prompts, texts, pictures }));
+        Ok(true)
     }
 
     /// The answers so far, by prompt.
@@ -108,17 +118,30 @@ impl Callback for Samples {
             None => "before".into(),
         };
         self.make(session, label)?;
+        self.clock.restart();
         Ok(Control::Continue)
     }
 
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
-        if self.every.is_some_and(|every| report.step.is_multiple_of(every)) && report.step < report.steps {
+        let due = self.clock.is_due() || self.every.is_some_and(|every| report.step.is_multiple_of(every));
+        if due && report.step < report.steps {
             self.make(session, format!("step {}", report.step))?;
         }
         Ok(Control::Continue)
     }
 
+    fn on_command(&mut self, session: &mut Session, command: &Command) -> Result<Option<Answer>> {
+        if *command != Command::Sample {
+            return Ok(None);
+        }
+        if self.prompts.is_empty() {
+            return Ok(Some(Err("there are no sample_prompts".into())));
+        }
+        let made = self.make(session, format!("step {}", session.steps_done()))?;
+        Ok(Some(made.then(|| "samples are made".to_owned()).ok_or_else(|| "there is no room for samples".to_owned())))
+    }
+
     fn on_end(&mut self, session: &mut Session) -> Result<()> {
-        self.make(session, format!("step {}", session.steps_done()))
+        self.make(session, format!("step {}", session.steps_done())).map(|_| ())
     }
 }

@@ -1,8 +1,10 @@
-//! The LoRA every so many steps or epochs, and the state of the run.
+//! The LoRA every so many steps, epochs or minutes, and the state of the run.
 
 use std::path::PathBuf;
 
-use crate::callback::{Callback, Control};
+use super::clock::Clock;
+use crate::callback::{Answer, Callback, Control};
+use crate::command::Command;
 use crate::config::TrainConfig;
 use crate::session::{Session, StepReport};
 use crate::{Error, Result};
@@ -12,14 +14,31 @@ use crate::{Error, Result};
 pub(crate) struct SaveCheckpoints {
     steps: Option<usize>,
     epochs: Option<usize>,
+    clock: Clock,
     most: Option<usize>,
 }
 
 impl SaveCheckpoints {
+    /// Saves what is trained after so many steps, and forgets earlier saves beyond the limit. A full disk must not end a run
+    /// whose result may still fit: what it says is answered.
+    fn save(&self, session: &mut Session, step: usize) -> Result<Answer> {
+        let name = name_of(&session.config().output_name, step);
+        let path = match session.save(&name) {
+            Ok(path) => path,
+            Err(Error::File(error)) => return Ok(Err(error.to_string())),
+            Err(error) => return Err(error),
+        };
+        tracing::info!("saved {}", path.display());
+        if let Some(Err(error)) = self.most.map(|most| forget(session, step, most)) {
+            tracing::warn!("an earlier save cannot be deleted: {error}");
+        }
+        Ok(Ok(format!("saved {}", path.display())))
+    }
+
     /// For a run.
     pub(crate) fn new(config: &TrainConfig) -> Self {
         let (steps, epochs) = (config.save_every_n_steps, config.save_every_n_epochs);
-        Self { steps, epochs, most: config.save_total_limit }
+        Self { steps, epochs, clock: Clock::of_minutes(config.save_every_minutes), most: config.save_total_limit }
     }
 }
 
@@ -56,24 +75,30 @@ fn forget(session: &Session, step: usize, most: usize) -> std::io::Result<()> {
 }
 
 impl Callback for SaveCheckpoints {
+    fn on_start(&mut self, _session: &mut Session) -> Result<Control> {
+        self.clock.restart();
+        Ok(Control::Continue)
+    }
+
     fn on_step(&mut self, session: &mut Session, report: &StepReport) -> Result<Control> {
         let every = |interval: Option<usize>| interval.is_some_and(|interval| report.step.is_multiple_of(interval));
         let epochs = self.epochs.map(|epochs| epochs * session.plan().steps_per_epoch);
-        if (every(self.steps) || every(epochs)) && report.step < report.steps {
-            let name = name_of(&session.config().output_name, report.step);
-            match session.save(&name) {
-                Ok(path) => {
-                    tracing::info!("saved {}", path.display());
-                    if let Some(Err(error)) = self.most.map(|most| forget(session, report.step, most)) {
-                        tracing::warn!("an earlier save cannot be deleted: {error}");
-                    }
-                }
-                // A full disk must not end a run whose result may still fit.
-                Err(Error::File(error)) => tracing::warn!("{error}; training goes on without this save"),
-                Err(error) => return Err(error),
-            }
+        let due = self.clock.is_due();
+        if (every(self.steps) || every(epochs) || due)
+            && report.step < report.steps
+            && let Err(error) = self.save(session, report.step)?
+        {
+            tracing::warn!("{error}; training goes on without this save");
         }
         Ok(Control::Continue)
+    }
+
+    fn on_command(&mut self, session: &mut Session, command: &Command) -> Result<Option<Answer>> {
+        match command {
+            Command::Save if session.steps_done() == 0 => Ok(Some(Err("no step is done yet".into()))),
+            Command::Save => self.save(session, session.steps_done()).map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -101,5 +126,16 @@ impl Callback for SaveStates {
             }
         }
         Ok(Control::Continue)
+    }
+
+    fn on_command(&mut self, session: &mut Session, command: &Command) -> Result<Option<Answer>> {
+        if *command != Command::Save || !session.config().save_state {
+            return Ok(None);
+        }
+        match session.save_state() {
+            Ok(path) => Ok(Some(Ok(format!("saved {}", path.display())))),
+            Err(error @ Error::StateNotWritten { .. }) => Ok(Some(Err(error.to_string()))),
+            Err(error) => Err(error),
+        }
     }
 }

@@ -5,19 +5,11 @@ use std::fs::File;
 use std::io::Write;
 
 use crate::callback::{Callback, Control};
-use crate::callbacks::history;
+use crate::callbacks::history::{self, Look, VALIDATION};
 use crate::config::TrainConfig;
+use crate::event::Event;
 use crate::session::{Session, StepReport, Validation};
 use crate::{Error, Result};
-
-const FILE: &str = "validation.jsonl";
-
-/// A line of the file.
-#[derive(Debug, serde::Deserialize)]
-struct Line {
-    step: usize,
-    loss: f64,
-}
 
 /// Looks at `validation_data_dir`, or at what `validation_split` holds out; without either it does nothing.
 #[derive(Debug)]
@@ -55,6 +47,7 @@ impl ValidationLoss {
             loss => loss?,
         };
         let first = *self.first.get_or_insert(loss);
+        session.tell(Event::Validation { step, loss, first });
         tracing::info!("validation loss at step {step}: {loss:.4} ({:+.1} %)", 100.0 * (loss / first - 1.0));
         if let Err(error) = writeln!(file, "{}", serde_json::json!({ "step": step, "loss": loss })) {
             tracing::warn!("validation.jsonl cannot be written ({error})");
@@ -99,12 +92,12 @@ impl Callback for ValidationLoss {
         let file = match session.resumed() {
             Some(resumed) => {
                 // The state's own step is looked at again, now.
-                let belongs = |line: &Line| line.step < resumed.step;
-                let (file, lines) = history::go_on(own, FILE, resumed, belongs)?;
+                let belongs = |look: &Look| look.step < resumed.step;
+                let (file, lines) = history::go_on(own, VALIDATION, resumed, history::json(belongs))?;
                 self.first = lines.first().map(|line| line.loss);
                 file
             }
-            None => history::begin(own, FILE)?,
+            None => history::begin(own, VALIDATION)?,
         };
         self.loaded = Some((validation, file));
         match self.look(session)? {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::Warmup;
 use super::read::{Reader, near};
 use crate::optimiser::OptimiserRegistry;
 
@@ -127,6 +128,18 @@ impl<'r> Given<'r> {
     /// A number from 0 to below 1.
     pub fn probability(&mut self) -> Option<f64> {
         self.number("a number from 0 to below 1", |number| (0.0..1.0).contains(&number))
+    }
+
+    /// A number of steps, or a share of the run below 1.
+    pub fn steps_or_share(&mut self) -> Option<Warmup> {
+        match self.number("a number of steps, or a share below 1", |value| value >= 0.0)? {
+            share if share > 0.0 && share < 1.0 => Some(Warmup::Share(share)),
+            steps if steps.fract() != 0.0 => {
+                self.problem(format!("{steps} is neither a whole number of steps nor a share below 1"));
+                None
+            }
+            steps => Some(Warmup::Steps(steps as usize)),
+        }
     }
 
     /// A finite number in a range, which `expected` names.

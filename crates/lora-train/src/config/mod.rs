@@ -167,6 +167,16 @@ impl fmt::Debug for ReadBy {
     }
 }
 
+/// What a run is logged for, beside `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Tracker {
+    /// TensorBoard.
+    TensorBoard,
+    /// A table in `metrics.csv`.
+    Csv,
+}
+
 /// Declares [`TrainConfig`] together with the blank one that keys are read into, so that a field stands once.
 macro_rules! fields {
     ($($(#[$attribute:meta])* $field:ident: $type:ty,)*) => {
@@ -218,6 +228,8 @@ fields! {
     variant_options: BTreeMap<String, f64>,
     rank_pattern: BTreeMap<String, f64>,
     alpha_pattern: BTreeMap<String, f64>,
+    /// Learning rates of some layers, by pattern.
+    learning_rate_pattern: BTreeMap<String, f64>,
     loraplus_lr_ratio: f64,
     target_modules: Vec<String>,
     train_unet: bool,
@@ -252,6 +264,10 @@ fields! {
     weighted_captions: bool,
     prior_loss_weight: f64,
     masked_loss: bool,
+    prior_prompt: Option<String>,
+    prior_prompt_weight: f64,
+    prior_blank_weight: f64,
+    prior_mask_weight: f64,
     noise_offset: f64,
     v_parameterization: Option<bool>,
     min_snr_gamma: Option<f64>,
@@ -275,6 +291,8 @@ fields! {
     allow_lower_resolution: bool,
     cache_dir: Option<PathBuf>,
     save_every_n_steps: Option<usize>,
+    save_every_minutes: Option<f64>,
+    sample_every_minutes: Option<f64>,
     save_every_n_epochs: Option<usize>,
     save_total_limit: Option<usize>,
     validation_data_dir: Option<PathBuf>,
@@ -286,6 +304,8 @@ fields! {
     save_state: bool,
     save_state_every_n_steps: Option<usize>,
     resume: Resume,
+    log_with: Vec<Tracker>,
+    logging_dir: PathBuf,
     samples: SampleConfig,
     callbacks: Vec<String>,
 }

@@ -31,6 +31,8 @@ const SAME: &[(&str, &str)] = &[
     ("caption_dropout_rate", "caption_dropout_rate"),
     ("caption_dropout_every_n_epochs", "caption_dropout_every_n_epochs"),
     ("caption_tag_dropout_rate", "caption_tag_dropout_rate"),
+    ("token_warmup_min", "token_warmup_min"),
+    ("token_warmup_step", "token_warmup_step"),
     ("caption_extension", "caption_extension"),
     ("class_tokens", "class_tokens"),
     ("image_dir", "train_data_dir"),
@@ -44,8 +46,7 @@ const SAME: &[(&str, &str)] = &[
 const SWITCHES: &[&str] = &["flip_aug", "color_aug", "random_crop"];
 
 /// Keys without a counterpart, with the value that does nothing, which is accepted.
-const WITHOUT: &[(&str, f64)] =
-    &[("token_warmup_min", 1.0), ("token_warmup_step", 0.0), ("network_multiplier", 1.0), ("validation_split", 0.0)];
+const WITHOUT: &[(&str, f64)] = &[("network_multiplier", 1.0), ("validation_split", 0.0)];
 
 /// Keys that change nothing about what is trained.
 const IGNORED: &[&str] = &["cache_info", "validation_seed"];

@@ -64,28 +64,20 @@ impl Adafactor {
         single[0] = count;
         let average = 1.0 - (batch.steps() as f64).powf(self.decay_rate);
         let gradients = Tensor::f_stack(&batch.gradients(), 0)?;
-        let mut squares = gradients.f_mul(&gradients)?.f_add_scalar(self.epsilons.0)?;
-        let kept = |part: usize, mut new: Tensor| -> Result<Tensor> {
-            let state = batch.state(part);
-            let mut all = Tensor::f_stack(&state, 0)?;
-            let all = all.f_mul_scalar_(average)?.f_add_(&new.f_mul_scalar_(1.0 - average)?)?;
-            foreach::copy(&state, &all.f_unbind(0)?)?;
-            Ok(all)
-        };
+        let squares = gradients.f_mul(&gradients)?.f_add_scalar(self.epsilons.0)?;
+        let kept = |part: usize, new: Tensor| follow(&batch.state(part), average, new);
         let mean = |squares: &Tensor, axis: i64| squares.f_mean_dim([axis].as_slice(), false, Kind::Float);
         let mut update = if is_factored(&shape) {
             let rows = kept(ROWS, mean(&squares, -1)?)?;
             let columns = kept(COLUMNS, mean(&squares, -2)?)?;
             drop(squares);
-            let share = rows.f_div(&rows.f_mean_dim([-1i64].as_slice(), true, Kind::Float)?)?;
-            share.f_rsqrt()?.f_unsqueeze(-1)?.f_mul(&columns.f_rsqrt()?.f_unsqueeze(-2)?)?
+            inverse_root(&rows, &columns)?
         } else {
-            kept(SQUARE, squares.f_mul_scalar_(1.0)?)?.f_rsqrt()?
+            kept(SQUARE, squares)?.f_rsqrt()?
         };
         let _ = update.f_mul_(&gradients)?;
         drop(gradients);
-        let size = update.f_view([count, -1])?.f_norm_scalaropt_dim(2.0, [1i64].as_slice(), false)?;
-        let excess = size.f_div_scalar(elements.sqrt() * self.clip_threshold)?.f_clamp_min(1.0)?;
+        let excess = roots_of_means(&update)?.f_div_scalar(self.clip_threshold)?.f_clamp_min(1.0)?;
         let mut rates = excess.f_full_like(self.rate(batch))?;
         if self.scale_parameter {
             let size = foreach::norms(&batch.parameters())?.f_div_scalar(elements.sqrt())?;
@@ -110,7 +102,29 @@ const ROWS: usize = 0;
 const COLUMNS: usize = 1;
 const SQUARE: usize = 0;
 
-fn is_factored(shape: &[i64]) -> bool {
+/// Brings kept tensors of one shape towards a stack of new ones, of which they keep `kept`. Returns their stack.
+pub(super) fn follow(state: &[&Tensor], kept: f64, mut new: Tensor) -> Result<Tensor> {
+    let mut all = Tensor::f_stack(state, 0)?;
+    let all = all.f_mul_scalar_(kept)?.f_add_(&new.f_mul_scalar_(1.0 - kept)?)?;
+    foreach::copy(state, &all.f_unbind(0)?)?;
+    Ok(all)
+}
+
+/// One over the root of what means over rows and over columns are means of, as far as their product tells.
+pub(super) fn inverse_root(rows: &Tensor, columns: &Tensor) -> Result<Tensor> {
+    let share = rows.f_div(&rows.f_mean_dim([-1i64].as_slice(), true, Kind::Float)?)?;
+    Ok(share.f_rsqrt()?.f_unsqueeze(-1)?.f_mul(&columns.f_rsqrt()?.f_unsqueeze(-2)?)?)
+}
+
+/// The root of the mean square of each tensor of a stack, `[count]`.
+pub(super) fn roots_of_means(stack: &Tensor) -> Result<Tensor> {
+    let count = stack.size()[0];
+    let elements = stack.numel() as f64 / count as f64;
+    let norms = stack.f_reshape([count, -1])?.f_norm_scalaropt_dim(2.0, [1i64].as_slice(), false)?;
+    Ok(norms.f_div_scalar(elements.sqrt())?)
+}
+
+pub(super) fn is_factored(shape: &[i64]) -> bool {
     shape.len() >= 2
 }
 

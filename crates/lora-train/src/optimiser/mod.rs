@@ -8,22 +8,28 @@
 mod adafactor;
 mod adamw;
 mod adamw8bit;
+mod came;
 mod dynamic_map;
 mod lion;
+mod muon;
 mod prodigy;
 mod registry;
 mod schedule_free;
 mod settings;
+mod stable_adamw;
 mod state;
 
 pub(crate) use adafactor::Adafactor;
 pub(crate) use adamw::AdamW;
 pub(crate) use adamw8bit::AdamW8bit;
+pub(crate) use came::Came;
 pub(crate) use lion::Lion;
+pub(crate) use muon::Muon;
 pub(crate) use prodigy::Prodigy;
 pub use registry::{Chosen, OptimiserRegistry};
 pub(crate) use schedule_free::ScheduleFreeAdamW;
 pub use settings::{Arguments, Settings};
+pub(crate) use stable_adamw::StableAdamW;
 pub use state::{OptimiserState, Slope};
 
 use std::collections::BTreeMap;

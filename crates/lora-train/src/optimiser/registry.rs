@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Adafactor, AdamW, AdamW8bit, Arguments, Lion, Optimiser, Prodigy, ScheduleFreeAdamW, Settings};
+use super::{
+    Adafactor, AdamW, AdamW8bit, Arguments, Came, Lion, Muon, Optimiser, Prodigy, ScheduleFreeAdamW, Settings,
+    StableAdamW,
+};
 use crate::{Error, Result};
 
 type Make = Arc<dyn Fn(&mut Settings) -> Box<dyn Optimiser> + Send + Sync>;
@@ -51,6 +54,11 @@ impl Default for OptimiserRegistry {
         add("prodigy", "prodigyopt.prodigy.Prodigy", 1.0, |s| Box::new(Prodigy::new(s)));
         add("adamw_schedulefree", "schedulefree.adamw_schedulefree.AdamWScheduleFree", USUAL_LEARNING_RATE, |s| {
             Box::new(ScheduleFreeAdamW::new(s))
+        });
+        add("came", "came_pytorch.CAME.CAME", USUAL_LEARNING_RATE, |s| Box::new(Came::new(s)));
+        add("muon", "torch.optim._muon.Muon", USUAL_LEARNING_RATE, |s| Box::new(Muon::new(s)));
+        add("stable_adamw", "pytorch_optimizer.optimizer.adamw.StableAdamW", USUAL_LEARNING_RATE, |s| {
+            Box::new(StableAdamW::new(s))
         });
         registry
     }
@@ -152,6 +160,9 @@ mod tests {
             ("adamw_8bit", "adamw8bit"),
             ("AdaFactor", "adafactor"),
             ("Lion", "lion"),
+            ("came_pytorch.CAME", "came"),
+            ("torch.optim.Muon", "muon"),
+            ("StableAdamW", "stable_adamw"),
             ("prodigyopt.Prodigy", "prodigy"),
             ("AdamWScheduleFree", "adamw_schedulefree"),
             ("schedulefree.AdamWScheduleFree", "adamw_schedulefree"),
@@ -191,6 +202,8 @@ mod tests {
             ("adamw_schedulefree", ("betas", &[0.0, 0.9]), &["above 0"]),
             ("lion", ("eps", &[1e-8]), &["lion", "eps", "betas, weight_decay"]),
             ("adafactor", ("eps", &[1e-8]), &["eps", "two numbers"]),
+            ("came", ("betas", &[0.9, 0.999]), &["betas", "three numbers"]),
+            ("muon", ("ns_steps", &[0.0]), &["ns_steps", "from 1 to 20"]),
             ("adamw8bit", ("min_8bit_size", &[0.5]), &["min_8bit_size", "whole number"]),
         ] {
             let error = registry.make(name, 1e-4, &arguments(&[list])).unwrap_err();

@@ -65,16 +65,28 @@ impl Settings {
         expected: &str,
         fits: impl Fn(f64) -> bool,
     ) -> (f64, f64) {
-        let value = match self.arguments.get(name).map(Vec::as_slice) {
+        let [first, second] = self.several(name, [default.0, default.1], expected, fits);
+        (first, second)
+    }
+
+    /// So many numbers.
+    pub fn several<const N: usize>(
+        &mut self,
+        name: &'static str,
+        default: [f64; N],
+        expected: &str,
+        fits: impl Fn(f64) -> bool,
+    ) -> [f64; N] {
+        let own = self.arguments.get(name).map(|given| (<[f64; N]>::try_from(given.as_slice()), list(given)));
+        let value = match own {
             None => default,
-            Some(&[first, second]) if fits(first) && fits(second) => (first, second),
-            Some(other) => {
-                let found = format!("expected {expected}, found {}", list(other));
-                self.problem(name, found);
+            Some((Ok(value), _)) if value.iter().all(|&number| fits(number)) => value,
+            Some((_, found)) => {
+                self.problem(name, format!("expected {expected}, found {found}"));
                 default
             }
         };
-        self.asked.push((name, Some(format!("({}, {})", python(value.0), python(value.1)))));
+        self.asked.push((name, Some(format!("({})", value.map(python).join(", ")))));
         value
     }
 

@@ -92,20 +92,8 @@ impl Plan {
 /// [`Error::Budget`] with the smallest peak where no remedy fits the budget; what opening the base gives;
 /// [`Error::Config`] for keys that cannot go with this base.
 pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
-    let device = match config.device.as_str() {
-        "auto" => device::resolve("auto")?,
-        "cpu" => Device::Cpu,
-        other => Device::Cuda(other.strip_prefix("cuda:").and_then(|index| index.parse().ok()).unwrap_or(0)),
-    };
-    let machine = match device {
-        Device::Cuda(_) => Machine { platform: Platform::Cuda, fixed: CUDA_CONTEXT, share: CUDA_SLACK },
-        // The program and libtorch themselves, as they are now.
-        _ => Machine {
-            platform: Platform::cpu(),
-            fixed: memory::host_memory().map_or(0, |memory| memory.resident),
-            share: 0.0,
-        },
-    };
+    let device = device_of(config)?;
+    let machine = Machine::of(device, memory::host_memory().map_or(0, |memory| memory.resident));
     let budget = match config.vram_budget {
         None if config.auto => Some(free(device, &machine, config)?),
         budget => budget,
@@ -169,6 +157,35 @@ pub fn plan(config: &TrainConfig, plugins: &Plugins) -> Result<Plan> {
         _ => "cpu".to_owned(),
     };
     Ok(Plan { device, budget, as_configured, remedies, planned, alternatives, spend, config: now })
+}
+
+/// The device that a configuration is planned for.
+fn device_of(config: &TrainConfig) -> Result<Device> {
+    Ok(match config.device.as_str() {
+        "auto" => device::resolve("auto")?,
+        "cpu" => Device::Cpu,
+        other => Device::Cuda(other.strip_prefix("cuda:").and_then(|index| index.parse().ok()).unwrap_or(0)),
+    })
+}
+
+impl Machine {
+    /// On the CPU the program and libtorch themselves, as they were, take `held` bytes.
+    fn of(device: Device, held: u64) -> Self {
+        match device {
+            Device::Cuda(_) => Self { platform: Platform::Cuda, fixed: CUDA_CONTEXT, share: CUDA_SLACK },
+            _ => Self { platform: Platform::cpu(), fixed: held, share: 0.0 },
+        }
+    }
+}
+
+/// The peak of a configuration as it is, beside `held` bytes of the process; `None` where a dry run cannot be made of it, which
+/// says nothing of the run.
+pub(crate) fn predicted_peak(config: &TrainConfig, plugins: &Plugins, held: u64) -> Option<u64> {
+    let peak = || -> Result<u64> {
+        let checkpoint = Arc::new(plugins.bases.configured(config)?);
+        Ok(predict(config, &checkpoint, &Machine::of(device_of(config)?, held), plugins)?.peak())
+    };
+    peak().inspect_err(|error| tracing::debug!("no plan of the run: {error}")).ok()
 }
 
 /// A configuration with its plan applied, where it asks for one, and what there is to say about it.

@@ -17,7 +17,7 @@ use super::graphs::{self, StepGraphs};
 use super::preflight;
 use super::resume;
 use crate::base::DataOpening;
-use crate::config::{LrScheduler, TrainConfig};
+use crate::config::{LrScheduler, TrainConfig, TrainMode};
 use crate::optimiser::OptimiserState;
 use crate::plan;
 use crate::plugins::Plugins;
@@ -168,6 +168,18 @@ fn precision(config: &TrainConfig, device: Device, notes: &mut Vec<String>) -> D
 /// The optimiser of a configuration, and what to know of it.
 fn optimiser(config: &TrainConfig, plugins: &Plugins) -> Result<(OptimiserState, Vec<String>)> {
     let chosen = plugins.optimisers.make(&config.optimizer, config.learning_rate, &config.optimizer_args)?;
+    if config.extra.number("scale_weight_norms").is_some() {
+        let message = match config.train {
+            TrainMode::Full => Some("limits updates of an adapter; take it out, or train = lora".to_owned()),
+            TrainMode::Adapter if chosen.optimiser.evaluates_elsewhere() => {
+                Some(format!("{} saves others than the weights that are scaled; take another", config.optimizer))
+            }
+            TrainMode::Adapter => None,
+        };
+        if let Some(message) = message {
+            return Err(config.refused([("scale_weight_norms", message)]).into());
+        }
+    }
     let mut notes = chosen.optimiser.notes(config.learning_rate);
     if chosen.optimiser.evaluates_elsewhere() {
         if config.ema_decay > 0.0 {

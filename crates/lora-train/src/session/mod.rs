@@ -32,6 +32,7 @@ use lora_core::random::Stream;
 use lora_core::target::TargetLayer;
 use lora_core::variant::Dropout;
 use lora_core::{Component, DType};
+use lora_data::caption::Done;
 use lora_data::sampler::{EpochSampler, Visit};
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
@@ -44,9 +45,10 @@ use lora_torch::{LossScaler, dry, foreach};
 
 use crate::base::{Base, Data, Encoded, Inputs, Item, Network, Tensors, shallow};
 use crate::config::{StepPlan, TrainConfig};
+use crate::event::{About, Event, Finding};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
-use crate::parameters::ParameterList;
+use crate::parameters::{Parameter, ParameterList};
 use crate::schedule::Schedule;
 use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
@@ -85,6 +87,8 @@ pub struct Session {
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
     torn: bool,
     notes: Vec<String>,
+    /// What happened and was not taken yet.
+    told: Vec<Event>,
 }
 
 /// The files that a run begins from.
@@ -137,7 +141,7 @@ struct StepGradients {
 }
 
 /// The result of a step.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 #[non_exhaustive]
 pub struct StepReport {
     /// Steps done, this one included.
@@ -153,6 +157,8 @@ pub struct StepReport {
     pub figures: BTreeMap<&'static str, f64>,
     /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
     pub learning_rate: f64,
+    /// Learning rates of all networks that train, by the network's name.
+    pub learning_rates: BTreeMap<String, f64>,
     /// L2 norm of all gradients before clipping; `None` where the step was skipped.
     pub gradient_norm: Option<f64>,
     /// Whether the step was skipped because a gradient was not finite.
@@ -230,6 +236,24 @@ impl Session {
         self.progress.looks.take(self.progress.step, loss, self.config.early_stopping_threshold)
     }
 
+    /// Tells that something happened. All callbacks of [`crate::train`] hear of it; a program with a loop of its own takes it
+    /// by [`Session::take_events`].
+    pub fn tell(&mut self, event: Event) {
+        self.told.push(event);
+    }
+
+    /// What happened since it was last asked: files that were saved, memory that ran out, what callbacks told. Steps, samples
+    /// and held-out losses are not among them unless the run is [`crate::train`]'s.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.told)
+    }
+
+    /// Warns of something that may be wrong, once it is found.
+    pub(crate) fn warn(&mut self, about: About, kind: &'static str, message: String) {
+        tracing::warn!("{message}");
+        self.tell(Event::Finding(Finding::new(self.progress.step, about, kind, message)));
+    }
+
     /// How the names of parameters begin that nothing reads, see [`crate::base::Base::unread`].
     pub(crate) fn unread(&self) -> Vec<String> {
         self.base.unread()
@@ -272,23 +296,38 @@ impl Session {
                 return Err(error);
             }
         };
-        let StepGradients { loss: total, figures, gradient_norm } = gradients;
+        let StepGradients { loss: total, mut figures, gradient_norm } = gradients;
         let finite = gradient_norm.is_some();
         let items: usize = batches.iter().map(Vec::len).sum();
 
         let factor = self.lr_schedule.factor(self.progress.step);
         let (base, ratio) = (&*self.base, self.config.loraplus_lr_ratio);
         let rate = |network: Component| factor * base.learning_rate(network);
-        let shown = trained(base).first().map_or(0.0, |network| rate(network.component));
+        let networks = trained(base);
+        let shown = networks.first().map_or(0.0, |network| rate(network.component));
+        let rates = networks.iter().map(|network| (network.component.to_string(), rate(network.component)));
+        let learning_rates: BTreeMap<String, f64> = rates.collect();
         if finite {
-            let step = lora_torch::caught(|| {
-                self.parameters.step(|network, is_up| rate(network) * if is_up { ratio } else { 1.0 })
-            });
-            if let Err(error) = step {
-                // What it had begun cannot be taken back.
-                self.torn = true;
-                let place = format!("in the optimiser at step {}", self.progress.step + 1);
-                return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+            let of = |own: &Parameter| {
+                own.rate.map_or_else(|| rate(own.component), |rate| factor * rate) * if own.is_up { ratio } else { 1.0 }
+            };
+            let limit = self.config.extra.number("scale_weight_norms");
+            let trained = &self.trained;
+            let limited = || match (limit, trained) {
+                (Some(limit), Trained::Adapter(trained)) => trained.adapter.limit_norms(limit),
+                _ => Ok(None),
+            };
+            match lora_torch::caught(|| self.parameters.step_and(of, limited)) {
+                Ok(None) => {}
+                Ok(Some(scaled)) => {
+                    figures.insert(SCALED_LAYERS, f64::try_from(scaled)?);
+                }
+                Err(error) => {
+                    // What it had begun cannot be taken back.
+                    self.torn = true;
+                    let place = format!("in the optimiser at step {}", self.progress.step + 1);
+                    return Err(if error.is_out_of_memory() { self.exhausted(place, &error) } else { error });
+                }
             }
             self.progress.skipped_in_a_row = 0;
         } else {
@@ -304,6 +343,8 @@ impl Session {
                 remedy: "use precision = \"bf16\", or a lower learning_rate",
             });
         }
+        // After the step: an optimiser may have chosen it there.
+        let factor_of_optimiser = self.parameters.optimiser().optimiser().rate_factor();
         let memory = match self.device_memory()? {
             Some(device) => device.reserved_peak,
             None => memory::host_memory().map_or(0, |host| host.resident),
@@ -314,7 +355,8 @@ impl Session {
             epoch: batches.first().and_then(|batch| batch.first()).map_or(0, |visit| visit.epoch) + 1,
             loss: total,
             figures,
-            learning_rate: shown * self.parameters.optimiser().optimiser().rate_factor(),
+            learning_rate: shown * factor_of_optimiser,
+            learning_rates: learning_rates.into_iter().map(|(name, rate)| (name, rate * factor_of_optimiser)).collect(),
             gradient_norm,
             skipped: !finite,
             skipped_steps: self.progress.skipped,
@@ -468,18 +510,28 @@ impl Session {
                 encoded.insert(network, self.base.draw(network, &tensors, &draw)?);
                 example = None;
             }
-            let caption = self.feed.source.caption(visit, &draw);
-            for (network, captions) in &self.feed.kept {
-                encoded.extend(captions.get(&caption).map(|tensors| (*network, shallow(tensors))));
-            }
+            let done = Done { steps: self.progress.step, of: self.plan.steps };
+            let caption = self.feed.source.caption_when(visit, done, &draw);
+            encoded.extend(self.kept_of(&caption));
+            let beside = self.base.captions().into_iter().map(|caption| {
+                let kept = self.kept_of(&caption);
+                (caption, kept)
+            });
+            let beside = beside.collect();
             let weight = self.feed.source.loss_weight(visit.index);
-            items.push(Item { caption, encoded, example, weight, draw });
+            items.push(Item { caption, encoded, beside, example, weight, draw });
         }
         if let Some(network) = self.feed.examples.encoder().filter(|_| self.progress.economy.encoder_leaves) {
             self.base.unload(network);
             memory::empty_cache(self.device)?;
         }
         Ok(items)
+    }
+
+    /// What networks made of a caption, where that is kept.
+    fn kept_of(&self, caption: &str) -> BTreeMap<Component, Tensors> {
+        let kept = self.feed.kept.iter();
+        kept.filter_map(|(network, captions)| Some((*network, shallow(captions.get(caption)?)))).collect()
     }
 
     fn dropout(&self, draws: &[Stream]) -> Option<Dropout> {
@@ -517,6 +569,9 @@ impl Session {
         culprit(&format!("the {last}"), "use precision = \"fp32\", or a lower learning_rate")
     }
 }
+
+/// The figure of `scale_weight_norms`.
+const SCALED_LAYERS: &str = "scaled_layers";
 
 /// Noise levels of visits that are looked at before a run.
 const MOST_LEVELS: usize = 20_000;
@@ -596,6 +651,7 @@ mod tests {
                 "min_bucket_reso=64",
                 "weighted_captions=true",
             ][..],
+            &["batch_size=2", "max_train_steps=8", "prior_prompt=a thing", "prior_blank_weight=0.5"],
             &["gradient_accumulation_steps=2", "train_text_encoder=false", "min_snr_gamma=5", "max_train_steps=6"],
         ] {
             let folder = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ use lora_torch::{dry, memory};
 
 use super::graphs::StepGraphs;
 use super::{Session, StepGradients, title};
+use crate::event::Event;
 use crate::{Error, Result};
 
 /// What helps and cannot be done in the middle of a run, beside what of the base's own keys does.
@@ -119,9 +120,11 @@ impl Session {
     /// Tells of a remedy, now and in the end.
     fn note_remedy(&mut self, error: &Error, in_use: &str, remedy: &str, permanent: &str) {
         let step = self.progress.step + 1;
-        tracing::warn!(
+        let message = format!(
             "step {step}: {error}{in_use}. Step {step} is run again with the same draws and from now on: {remedy}. The update stays the same; {permanent} does so from the start"
         );
+        tracing::warn!("{message}");
+        self.tell(Event::OutOfMemory { step, remedy: remedy.to_owned(), permanent: permanent.to_owned(), message });
         self.tried.push(format!("step {step}{in_use}: {remedy}"));
     }
 

@@ -87,8 +87,14 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
             problems.push(("target_parameters", message));
         }
     }
+    problems.extend(unlimited(config).map(|message| ("scale_weight_norms", message)));
     let targets = targets.matched(&candidates);
-    for (key, pattern) in [("rank_pattern", &config.rank_pattern), ("alpha_pattern", &config.alpha_pattern)] {
+    let patterns = [
+        ("rank_pattern", &config.rank_pattern),
+        ("alpha_pattern", &config.alpha_pattern),
+        ("learning_rate_pattern", &config.learning_rate_pattern),
+    ];
+    for (key, pattern) in patterns {
         for (entry, number) in pattern {
             let alone = [(entry.clone(), *number)].into();
             problems.extend(Patterns::parse(&alone, &targets).err().map(|error| (key, error.to_string())));
@@ -116,6 +122,21 @@ fn adapter(base: &mut dyn Base, opening: &Opening<'_>, plugins: &Plugins) -> Res
         })?;
     }
     Ok(notes)
+}
+
+/// Why norms of updates cannot be limited, where that is asked for.
+fn unlimited(config: &TrainConfig) -> Option<String> {
+    config.extra.number("scale_weight_norms")?;
+    if config.variant != "lora" {
+        let own = &config.variant;
+        return Some(format!(
+            "is for variant = \"lora\", whose update is the product of two factors, not for \"{own}\""
+        ));
+    }
+    if target_parameters(config).is_some() {
+        return Some("experts have a product of factors each; take it out, or target_parameters".into());
+    }
+    None
 }
 
 /// Whether layers can hold their ranks. One that cannot is worth a note; where none can, the rank is a mistake.

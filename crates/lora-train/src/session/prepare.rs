@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use lora_core::target::TargetLayer;
+use lora_core::target::{Patterns, TargetLayer};
 use lora_core::{Component, DType};
 use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
@@ -219,6 +219,7 @@ impl Session {
             _limit: materials.limit,
             graphs: materials.graphs,
             tried: Vec::new(),
+            told: Vec::new(),
             torn: false,
             notes,
         };
@@ -300,7 +301,7 @@ impl<'c> Loader<'c> {
             let stays = network.trains || !source.captions_are_fixed();
             self.load(base, &network, stays, watch)?;
             if !stays {
-                let (component, captions) = (network.component, captions_of(self.config, source));
+                let (component, captions) = (network.component, captions_of(self.config, source, base));
                 kept.insert(component, encoded::captions(base, component, &captions, disk, self.device, watch)?);
                 // It makes room before the next one comes.
                 base.unload(component);
@@ -322,10 +323,11 @@ impl<'c> Loader<'c> {
     }
 }
 
-/// All captions of a run whose captions do not change: of the items, of dropped captions, of samples.
-fn captions_of(config: &TrainConfig, source: &dyn Source) -> Vec<String> {
+/// All captions of a run whose captions do not change: of the items, of dropped captions, of samples, of the base's own.
+fn captions_of(config: &TrainConfig, source: &dyn Source, base: &dyn Base) -> Vec<String> {
     let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
+    captions.extend(base.captions());
     captions.push(config.samples.negative_prompt.clone());
     for prompt in config.samples.prompts.iter().map(|prompt| PromptLine::parse(prompt)) {
         captions.push(prompt.text);
@@ -372,6 +374,7 @@ fn attach(
             }
         }
     }
+    parameters.set_rates(&adapter.rates(&targets, &Patterns::parse(&config.learning_rate_pattern, &targets)?));
     notes.extend(from.as_ref().and_then(|from| from.note(adapter.begun(), &targets)));
     Ok((TrainedAdapter { adapter, targets, candidates: adaptable(&layers).len() }, from.map(|from| from.provenance)))
 }

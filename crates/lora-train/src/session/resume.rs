@@ -8,6 +8,7 @@ use lora_torch::tch::Tensor;
 
 use super::{Session, Trained};
 use crate::config::{Resume, TrainConfig};
+use crate::event::{Event, Holds, Saved};
 use crate::state::{Settings, StateFile, StateHeader, write_state};
 use crate::{Error, Result};
 
@@ -63,7 +64,12 @@ impl Session {
                 let bytes = tensors.values().map(bytes).sum();
                 Err(Error::StateNotWritten { step, bytes, kept: path.exists(), source })
             }
-            result => result.map(|_| path),
+            result => {
+                result?;
+                let bytes = std::fs::metadata(&path).map_or(0, |file| file.len());
+                self.tell(Event::Saved(Saved { step, holds: Holds::State, path: path.clone(), bytes, sha256: None }));
+                Ok(path)
+            }
         }
     }
 

@@ -10,6 +10,7 @@ use lora_io::atomic;
 use lora_io::metadata::TrainingRecord;
 
 use super::{Session, Trained};
+use crate::event::{Event, Holds, Saved};
 use crate::{Error, Result};
 
 impl Session {
@@ -54,8 +55,14 @@ impl Session {
                     whole.write(&path, &session.origin.checkpoint, session.config.save_precision, &metadata)?;
                 }
             }
-            Ok(path.clone())
-        })
+            Ok(())
+        })?;
+        let weights = if peft { path.join("adapter_model.safetensors") } else { path.clone() };
+        let bytes = std::fs::metadata(&weights).map_or(0, |file| file.len());
+        let sha256 = Some(lora_io::hash::file_sha256(&weights)?);
+        let step = self.progress.step;
+        self.tell(Event::Saved(Saved { step, holds: Holds::Weights, path: path.clone(), bytes, sha256 }));
+        Ok(path)
     }
 
     /// Whether what is saved is a folder of PEFT's.

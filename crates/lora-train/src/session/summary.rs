@@ -9,6 +9,7 @@ use lora_torch::tch::Device;
 use super::{Session, Trained};
 use crate::base::levels::histogram;
 use crate::config::StepPlan;
+use crate::event::{About, Event, Finding, Started};
 
 /// What people get wrong most, to be read before the first step.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,14 +33,36 @@ pub struct Summary {
     pub timesteps: Option<String>,
     /// What was decided or noticed while preparing.
     pub notes: Vec<String>,
+    /// Those of them that are about the data.
+    pub of_data: Vec<String>,
 }
 
 impl Session {
+    /// What the run is, as its first event says.
+    pub(crate) fn started(&self, summary: &Summary) -> Started {
+        let config = &self.config;
+        Started {
+            program: concat!("lora ", env!("CARGO_PKG_VERSION")).to_owned(),
+            name: config.output_name.clone(),
+            folder: config.output_dir.clone(),
+            steps: self.plan.steps,
+            done: self.progress.step,
+            unit: self.feed.data.unit,
+            device: summary.device.clone(),
+            precision: summary.precision.to_string(),
+            parameters: summary.parameters,
+            planned_peak: None,
+            summary: summary.to_string(),
+            config: self.settings.all().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        }
+    }
+
     /// What to read before the first step.
     pub fn summary(&self) -> Summary {
         let limit = self.config.max_token_length;
         let mut data = self.feed.source.overview();
-        let notes = self.notes.iter().cloned().chain(std::mem::take(&mut data.notes)).collect();
+        let of_data = std::mem::take(&mut data.notes);
+        let notes = self.notes.iter().chain(&of_data).cloned().collect();
         // As each is read: with trigger word, prefix and suffix.
         let tokens = |item: usize| self.base.caption_length(&self.feed.source.plain_caption(item));
         let levels = self.noise_levels();
@@ -61,7 +84,22 @@ impl Session {
             },
             plan: self.plan,
             notes,
+            of_data,
         }
+    }
+}
+
+impl Summary {
+    /// What it finds wrong with the data, as events.
+    pub(crate) fn findings(&self, step: usize) -> impl Iterator<Item = Event> + '_ {
+        let cut = (self.cut_captions > 0).then(|| {
+            ("cut_captions", format!("{} caption(s) are longer than max_token_length and are cut", self.cut_captions))
+        });
+        let left_out = (self.data.left_out > 0)
+            .then(|| ("left_out", format!("{} of the {} were left out", self.data.left_out, self.data.noun)));
+        let noticed = self.of_data.iter().map(|note| ("note", note.clone()));
+        let all = cut.into_iter().chain(left_out).chain(noticed);
+        all.map(move |(kind, message)| Event::Finding(Finding::new(step, About::Data, kind, message)))
     }
 }
 

@@ -61,6 +61,7 @@ impl Session {
         let item = |index: usize, caption: String| Item {
             caption,
             encoded: BTreeMap::new(),
+            beside: BTreeMap::new(),
             example: None,
             weight: 1.0,
             draw: Stream::new(seed).at("validation").with(index as u64),

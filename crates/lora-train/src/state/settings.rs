@@ -68,6 +68,11 @@ impl Settings {
         settings
     }
 
+    /// All of them, with what they are.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.fixed.iter().chain(&self.free).map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
     /// A digest of the base, where it is known.
     pub(crate) fn base(&self) -> Option<&str> {
         self.fixed.get(BASE).map(String::as_str)

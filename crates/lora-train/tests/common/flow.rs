@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
-use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor};
+use lora_core::{Adapter, AdapterModule, DType, HostTensor};
 use lora_io::adapter;
 use lora_io::checkpoint::{Checkpoint, Replaced, write_single_file};
 use lora_io::family::Family;
@@ -116,7 +116,7 @@ impl Trajectory<'_> {
                 self.holds_gradients(&mut network);
             }
             parameters.settle(&loss.detach(), 1.0, f64::INFINITY).unwrap();
-            parameters.step(|_: Component, _| 1e-3).unwrap();
+            parameters.step(|_| 1e-3).unwrap();
             parameters.clear_gradients().unwrap();
             let found = f64::try_from(&loss).unwrap();
             assert!((found / expected - 1.0).abs() < 1e-6, "step {step}: {found} {expected}");

@@ -41,6 +41,7 @@ use self::text::{CaptionReaders, EncoderKind, Reads, STATES};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::levels;
 use super::noise::NoiseSettings;
+use super::prior::{self, Prior};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
@@ -219,6 +220,7 @@ struct FlowMatching {
     precision: DType,
     config: TrainConfig,
     levels: NoiseLevels,
+    prior: Prior,
     noise: NoiseSettings,
     difference: Difference,
     autoencoder: Option<Autoencoder>,
@@ -249,6 +251,7 @@ impl FlowMatching {
             device: opening.device,
             precision: opening.precision,
             config: config.clone(),
+            prior: Prior::of(config),
             autoencoder: None,
             transformer: None,
         };
@@ -479,6 +482,14 @@ impl Base for FlowMatching {
         self.encoders.longest()?.tokens(caption).ok()
     }
 
+    fn captions(&self) -> Vec<String> {
+        self.prior.captions()
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        self.prior.figures()
+    }
+
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
         let (_, _, height, width) = latents.size4()?;
@@ -494,7 +505,8 @@ impl Base for FlowMatching {
             mask.as_ref(),
             &self.difference,
         )?;
-        self.with_captions(loss.into_inputs(), items)
+        let inputs = self.with_captions(loss.into_inputs(), items)?;
+        self.prior.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     fn noise_level(&self, draw: &Stream, shape: Shape) -> Option<f64> {
@@ -519,8 +531,10 @@ impl Base for FlowMatching {
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        VelocityLoss::of(inputs, self.difference.loss)?
-            .loss(|noised, levels| transformer.velocity(noised, levels, inputs, pass))
+        let loss = VelocityLoss::of(inputs, self.difference.loss)?;
+        let (noised, levels) = (inputs.get("noised")?, inputs.get("levels")?);
+        let answer = |inputs: &Inputs, pass: &Pass| transformer.velocity(noised, levels, inputs, pass);
+        self.prior.loss(inputs, pass, &answer, |answer| loss.loss(|_, _| Ok(answer.shallow_clone())))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -574,6 +588,7 @@ impl Base for FlowMatching {
         record.noise_offset = (self.config.noise_offset > 0.0).then_some(self.config.noise_offset);
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
+        record.further.extend(prior::record(&self.config));
         record.further.extend(levels::record(&self.config, Some(self.kind.shift), &self.levels));
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());

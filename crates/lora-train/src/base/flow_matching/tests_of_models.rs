@@ -281,7 +281,7 @@ fn twenty_steps_are_those_of_peft() {
             let loss = base.loss(&loss.into_inputs().and(inputs), &Pass::default()).unwrap();
             loss.backward();
             parameters.settle(&loss.detach(), 1.0, f64::INFINITY).unwrap();
-            parameters.step(|_: Component, _| 1e-3).unwrap();
+            parameters.step(|_| 1e-3).unwrap();
             parameters.clear_gradients().unwrap();
         }
         let found = trained.export().unwrap();

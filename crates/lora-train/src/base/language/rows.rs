@@ -118,6 +118,7 @@ mod tests {
         Item {
             caption: String::new(),
             encoded: BTreeMap::new(),
+            beside: BTreeMap::new(),
             example: None,
             weight,
             draw: Stream::new(1).with(weight.to_bits()),

@@ -32,6 +32,7 @@ use self::text::{EncoderKind, InputNames, Reads, Text, TextEncoder};
 use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::levels;
 use super::noise::NoiseSettings;
+use super::prior::{self, Prior};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
 };
@@ -165,6 +166,7 @@ struct StableDiffusion {
     difference: Difference,
     /// By what it is known what the U-Net predicts, for people.
     known_by: &'static str,
+    prior: Prior,
     autoencoder: Option<Autoencoder>,
     encoders: Vec<TextEncoder>,
     unet: Option<Unet>,
@@ -196,6 +198,7 @@ impl StableDiffusion {
             device: opening.device,
             precision: opening.precision,
             config: config.clone(),
+            prior: Prior::of(config),
             autoencoder: None,
             encoders,
             unet: None,
@@ -417,6 +420,14 @@ impl Base for StableDiffusion {
         Some(self.encoders.first()?.length(caption))
     }
 
+    fn captions(&self) -> Vec<String> {
+        self.prior.captions()
+    }
+
+    fn figures(&self) -> &'static [&'static str] {
+        self.prior.figures()
+    }
+
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
         let (latents, mask) = latents_of(items, self.device)?;
         let noise = self.noise.draw(items, &latents.size(), self.device)?;
@@ -432,7 +443,8 @@ impl Base for StableDiffusion {
             &weights,
         )?;
         let kept: Vec<&Tensors> = items.iter().filter_map(|item| item.encoded.get(&VAE)).collect();
-        self.with_captions(denoising.into_inputs().with(SIZES, self.item_sizes(&kept)?), items)
+        let inputs = self.with_captions(denoising.into_inputs().with(SIZES, self.item_sizes(&kept)?), items)?;
+        self.prior.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     fn noise_level(&self, draw: &Stream, _shape: Shape) -> Option<f64> {
@@ -462,9 +474,13 @@ impl Base for StableDiffusion {
         if let Some(context) = inputs.find(CONTEXT) {
             return denoising.loss(self.unet()?, Conditions { context, added: inputs.find(ADDED) }, pass);
         }
-        let text = self.text(inputs, pass)?;
-        let added = added(&text, inputs.find(SIZES))?;
-        denoising.loss(self.unet()?, Conditions { context: &text.states, added: added.as_ref() }, pass)
+        let unet = self.unet()?;
+        let answer = |inputs: &Inputs, pass: &Pass| {
+            let text = self.text(inputs, pass)?;
+            let added = added(&text, inputs.find(SIZES))?;
+            denoising.answer(unet, Conditions { context: &text.states, added: added.as_ref() }, pass)
+        };
+        self.prior.loss(inputs, pass, &answer, |answer| denoising.of_answer(answer))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
@@ -532,6 +548,7 @@ impl Base for StableDiffusion {
         record.noise_offset = (config.noise_offset > 0.0).then_some(config.noise_offset);
         record.min_snr_gamma = config.min_snr_gamma;
         record.text_cleaning = config.text_cleaning.name().into();
+        record.further.extend(prior::record(config));
         record.velocity = self.schedule.prediction() == Prediction::Velocity;
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());
@@ -556,12 +573,114 @@ fn missing(network: Component, name: &'static str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use lora_core::LayerGeometry;
+    use lora_core::variant::{Lora, Parameters};
     use lora_data::RgbPicture;
     use lora_data::crop::CropPlan;
+    use lora_models::layers::AttachedAdapter;
     use lora_models::synthetic::SyntheticModel;
 
     use super::*;
     use crate::config::Format;
+
+    /// A tiny base with its text encoder and its U-Net loaded.
+    fn tiny(path: &std::path::Path, keys: &[&str]) -> StableDiffusion {
+        let text = format!("base_model: {}\ntrain_data_dir: d\noutput_dir: o\n", path.display());
+        let config = TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
+        let checkpoint = Arc::new(Checkpoint::open(path).unwrap());
+        let opening = Opening::new(&config, &checkpoint, Device::Cpu, DType::F32);
+        let mut base = StableDiffusion::open(&opening, &SD1_KIND).unwrap();
+        for component in [TEXT_ENCODER, UNET] {
+            base.load(component, Held::default()).unwrap();
+        }
+        base
+    }
+
+    /// Random LoRAs of rank 2 on the linear layers of both networks; their factors.
+    fn adapted(base: &mut StableDiffusion) -> Vec<Tensor> {
+        let mut leaves = Vec::new();
+        for component in [TEXT_ENCODER, UNET] {
+            let network = base.adaptable(component).unwrap();
+            network
+                .visit_layers(&mut |layer| {
+                    let LayerGeometry::Linear { in_features, out_features } = layer.geometry() else { return };
+                    let leaf = |name: &str, shape: [usize; 2]| {
+                        let values = Stream::new(7).at(layer.path()).at(name).normals(shape[0] * shape[1]);
+                        (from_f32(&values, &shape, Device::Cpu).unwrap() * 0.1).set_requires_grad(true)
+                    };
+                    let tensors = BTreeMap::from([
+                        ("down".to_owned(), leaf("down", [2, in_features])),
+                        ("up".to_owned(), leaf("up", [out_features, 2])),
+                    ]);
+                    leaves.extend(tensors.values().map(Tensor::shallow_clone));
+                    let parameters = Parameters { tensors, scale: 0.5 };
+                    layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
+                })
+                .unwrap();
+        }
+        leaves
+    }
+
+    /// The loss and its gradient against the same of two bases apart, one of which never had an adapter.
+    #[test]
+    fn what_is_kept_are_the_answers_of_the_base_without_its_adapter() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("base.safetensors");
+        SyntheticModel::tiny().write(&path, DType::F32).unwrap();
+        let weights =
+            ["prior_prompt=a thing", "prior_prompt_weight=0.5", "prior_blank_weight=2", "prior_mask_weight=3"];
+        let (mut base, bare) = (tiny(&path, &[&weights[..], &["min_snr_gamma=5"]].concat()), tiny(&path, &[]));
+        let leaves = adapted(&mut base);
+        let item = |number: u64| {
+            let values = |name: &str, count| Stream::new(number).at(name).normals(count);
+            let latents = from_f32(&values("latents", 256), &[4, 8, 8], Device::Cpu).unwrap();
+            let mask = from_f32(&values("mask", 64), &[1, 8, 8], Device::Cpu).unwrap().sigmoid();
+            let drawn = Tensors::from([("latents".to_owned(), latents), ("mask".to_owned(), mask)]);
+            Item {
+                caption: format!("picture {number}"),
+                encoded: BTreeMap::from([(VAE, drawn)]),
+                beside: BTreeMap::new(),
+                example: None,
+                weight: 1.0 + number as f64,
+                draw: Stream::new(number),
+            }
+        };
+        let items = [item(1), item(2)];
+        let inputs = base.inputs(&items).unwrap();
+        assert_eq!((base.captions(), base.figures()), (vec!["a thing".to_owned(), String::new()], &["prior_loss"][..]));
+
+        let answer = |base: &StableDiffusion, captions: [&str; 2]| {
+            let text = base.encoders[0].text(&captions, Device::Cpu, &Pass::default()).unwrap();
+            let (noised, times) = (inputs.get("noised").unwrap(), inputs.get("times").unwrap());
+            let conditions = Conditions { context: &text.states, added: None };
+            base.unet().unwrap().forward_embedded(noised, times, conditions, &Pass::default()).unwrap()
+        };
+        let (mask, factors) = (inputs.get("mask").unwrap(), inputs.get("factors").unwrap());
+        let mean =
+            |squares: Tensor| (squares.flatten(1, -1).mean_dim(1, false, Number::Float) * factors).mean(Number::Float);
+        let far = |captions: [&str; 2]| (answer(&base, captions) - answer(&bare, captions).detach()).square();
+        let captions = ["picture 1", "picture 2"];
+        let kept =
+            mean(far(["a thing"; 2])) * 0.5 + mean(far([""; 2])) * 2.0 + mean(far(captions) * (1.0 - mask)) * 3.0;
+        let own = mean((answer(&base, captions) - inputs.get("target").unwrap()).square() * mask);
+        let gradients = Tensor::run_backward(&[&own + &kept], &leaves, false, false);
+
+        for recompute in [false, true] {
+            let told = base.loss(&inputs, &Pass { recompute, ..Pass::default() }).unwrap();
+            let near = |found: Tensor, expected: &Tensor| {
+                let (found, expected) = (f64::try_from(found).unwrap(), f64::try_from(expected).unwrap());
+                assert!((found - expected).abs() < 1e-5 * expected, "{found} {expected}");
+            };
+            near(told.get(0), &(&own + &kept));
+            near(told.get(1), &kept);
+            let found = Tensor::run_backward(&[told.get(0)], &leaves, false, false);
+            for (found, expected) in found.iter().zip(&gradients) {
+                let far = f64::try_from((found - expected).norm()).unwrap();
+                assert!(far <= 1e-4 * f64::try_from(expected.norm()).unwrap() + 1e-7, "{far}");
+            }
+        }
+        assert!(f64::try_from(&kept).unwrap() > 1e-4);
+    }
 
     #[test]
     fn layers_behind_the_states_that_are_read_are_named() {

@@ -13,6 +13,7 @@ pub mod language;
 mod memory;
 mod optimisation;
 pub mod pictures;
+mod prior;
 mod saving;
 pub mod sdxl;
 pub mod stable_diffusion;

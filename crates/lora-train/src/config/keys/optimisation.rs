@@ -1,7 +1,9 @@
 //! How it is trained: learning rates, the optimiser and its numbers, batches, the length of the run.
 
-use super::{Given, Group, Key, Reads, Resumed, shown};
-use crate::config::{LrScheduler, RunLength, TrainConfig, Warmup};
+use std::collections::BTreeMap;
+
+use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
+use crate::config::{LrScheduler, RunLength, TrainConfig};
 
 /// `epochs` and `max_train_steps` are two ways to say one thing.
 const LENGTH_OF_THE_RUN: Resumed = Resumed::FreeAs("length of the run", |config| shown(&config.length));
@@ -18,6 +20,15 @@ const SCHEDULES: &[(&str, LrScheduler)] = &[
     ("inverse_sqrt", LrScheduler::InverseSqrt),
     ("warmup_stable_decay", LrScheduler::Cosine),
 ];
+
+/// The learning rate as the state of a run records it: with those of some layers, where there are such.
+fn learning_rate(config: &TrainConfig) -> String {
+    let all = shown(&config.learning_rate);
+    match config.learning_rate_pattern.is_empty() {
+        true => all,
+        false => format!("{all} ({:?})", config.learning_rate_pattern),
+    }
+}
 
 /// A schedule as the state of a run records it: its numbers with it, where they are not the usual ones.
 fn schedule(config: &TrainConfig) -> String {
@@ -43,7 +54,7 @@ pub(super) static KEYS: Group = Group {
             default: "1e-4; lion 3e-5, prodigy 1",
             meaning: "Learning rate.",
             memory: "",
-            resumed: Resumed::Free(|config| shown(&config.learning_rate)),
+            resumed: Resumed::Free(learning_rate),
             reads: Reads::Run(|given, config| {
                 if let Some(rate) = given.positive() {
                     config.learning_rate = rate;
@@ -52,10 +63,10 @@ pub(super) static KEYS: Group = Group {
         },
         Key {
             name: "optimizer",
-            values: "adamw, adamw8bit, adafactor, lion, prodigy, adamw_schedulefree, or one that your program registers",
+            values: "adamw, adamw8bit, adafactor, lion, prodigy, adamw_schedulefree, came, muon, stable_adamw, or one that your program registers",
             default: "\"adamw\"",
             meaning: "Optimiser; what each is for and what it takes: docs/optimisers.md.",
-            memory: "Bytes per trained number: adamw and adamw_schedulefree 8, adamw8bit 2, lion 4, adafactor near 0, prodigy 12 to 16.",
+            memory: "Bytes per trained number: adamw, stable_adamw and adamw_schedulefree 8, adamw8bit 2, lion, came and muon 4, adafactor near 0, prodigy 12 to 16.",
             resumed: Resumed::Fixed(|config| config.optimizer.clone()),
             reads: Reads::Run(|given, config| {
                 config.optimizer = given.text().unwrap_or_else(|| "adamw".into());
@@ -105,6 +116,24 @@ pub(super) static KEYS: Group = Group {
             memory: "",
             resumed: Resumed::Free(|config| shown(&config.loraplus_lr_ratio)),
             reads: Reads::Adapter(|given, config| config.loraplus_lr_ratio = given.positive().unwrap_or(1.0)),
+        },
+        Key {
+            name: "learning_rate_pattern",
+            values: "table",
+            default: "{}",
+            meaning: "Other learning rates for some adapted layers, by layer name, glob or `re:` expression; of several that match, the longest counts. 0 leaves a layer as it is. The schedule and loraplus_lr_ratio hold for them too.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Adapter(|given, config| config.learning_rate_pattern = rates(given)),
+        },
+        Key {
+            name: "scale_weight_norms",
+            values: "above 0",
+            default: "none",
+            meaning: "Limit of the Frobenius norm of a layer's update (1 is usual): after each step both factors of a layer beyond it are scaled down to it. `metrics.jsonl` has how many were, as `scaled_layers`. For variant = \"lora\".",
+            memory: "",
+            resumed: Resumed::FixedSince("none", |config| config.extra.shown("scale_weight_norms")),
+            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
         },
         Key {
             name: "weight_decay",
@@ -175,7 +204,7 @@ pub(super) static KEYS: Group = Group {
             meaning: "Steps over which the learning rate rises from 0.",
             memory: "",
             resumed: Resumed::Free(|config| shown(&config.lr_warmup)),
-            reads: Reads::Run(|given, config| config.lr_warmup = warmup(given)),
+            reads: Reads::Run(|given, config| config.lr_warmup = given.steps_or_share().unwrap_or_default()),
         },
         Key {
             name: "ema_decay",
@@ -273,13 +302,13 @@ fn argument(name: &str, values: Option<Vec<f64>>, given: &mut Given<'_>, config:
     }
 }
 
-fn warmup(given: &mut Given<'_>) -> Warmup {
-    match given.number("a number of steps, or a share below 1", |value| value >= 0.0) {
-        Some(share) if share > 0.0 && share < 1.0 => Warmup::Share(share),
-        Some(steps) if steps.fract() != 0.0 => {
-            given.problem(format!("{steps} is neither a whole number of steps nor a share below 1"));
-            Warmup::default()
+/// Learning rates by pattern.
+fn rates(given: &mut Given<'_>) -> BTreeMap<String, f64> {
+    let rates = given.numbers();
+    for (entry, rate) in &rates {
+        if !(rate.is_finite() && *rate >= 0.0) {
+            given.problem(format!("`{entry}`: {rate} is no learning rate; expected a number from 0 on"));
         }
-        steps => steps.map_or_else(Warmup::default, |steps| Warmup::Steps(steps as usize)),
     }
+    rates
 }

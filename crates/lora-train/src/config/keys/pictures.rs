@@ -3,8 +3,11 @@
 
 use std::path::PathBuf;
 
+use lora_data::caption::WarmupLength;
+
 use super::stable_diffusion::KEPT_ENCODER;
 use super::{Given, Group, Key, Reads, Resumed, data, memory, saving, size};
+use crate::config::Warmup;
 
 /// All keys that mean something for pictures alone.
 pub static KEYS: &[&Group] = &[&data::PICTURES, &TREATMENT, &memory::PICTURES, &saving::PICTURES];
@@ -205,6 +208,32 @@ pub(super) static TREATMENT: Group = Group {
             memory: KEPT_ENCODER,
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| dataset.options.captions.tag_dropout = given.share().unwrap_or(0.0)),
+        },
+        Key {
+            name: "token_warmup_min",
+            values: "0 …",
+            default: "1",
+            meaning: "Tags behind the kept ones that are there at the first step, with `token_warmup_step`.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.captions.warmup_tags = given.count_to(0, 1_000_000).unwrap_or(1)
+            }),
+        },
+        Key {
+            name: "token_warmup_step",
+            values: "steps, or a share below 1",
+            default: "0",
+            meaning: "Steps over which tags come to a caption one after the other, until all are there.",
+            memory: KEPT_ENCODER,
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                dataset.options.captions.warmup = match given.steps_or_share() {
+                    Some(Warmup::Share(share)) => WarmupLength::Share(share),
+                    Some(Warmup::Steps(steps)) => WarmupLength::Steps(steps),
+                    None => WarmupLength::Steps(0),
+                }
+            }),
         },
         Key {
             name: "keep_tokens",

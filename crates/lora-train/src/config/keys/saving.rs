@@ -1,12 +1,13 @@
 //! What is written along the way, going on from it, samples and validation.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use lora_data::PromptLine;
 use lora_data::source::HeldOut;
 
 use super::{Given, Group, Key, Reads, Resumed};
-use crate::config::{Resume, sampler_named};
+use crate::config::{Resume, Tracker, sampler_named};
 
 /// The keys, in the order of the reference.
 pub(super) static KEYS: Group = Group {
@@ -21,6 +22,15 @@ pub(super) static KEYS: Group = Group {
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Run(|given, config| config.save_every_n_steps = given.count(1)),
+        },
+        Key {
+            name: "save_every_minutes",
+            values: "above 0",
+            default: "none",
+            meaning: "Also save the LoRA at the first step after so many minutes of training, and again after as many.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.save_every_minutes = given.positive()),
         },
         Key {
             name: "save_every_n_epochs",
@@ -145,6 +155,26 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.resume = resume(given)),
         },
         Key {
+            name: "log_with",
+            values: "list of tensorboard, csv; all, none",
+            default: "none; tensorboard with logging_dir",
+            meaning: "Besides `metrics.jsonl`, which every run writes: files for TensorBoard with losses, learning rates, norms, memory and samples; a table in `metrics.csv`.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.log_with = trackers(given)),
+        },
+        Key {
+            name: "logging_dir",
+            values: "path",
+            default: "`logs` in output_dir",
+            meaning: "Where TensorBoard's files go, in a folder of the name `output_name`.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.logging_dir = given.text().map_or_else(|| config.output_dir.join("logs"), PathBuf::from);
+            }),
+        },
+        Key {
             name: "sample_prompts",
             values: "list of texts, or a .txt file of a line each",
             default: "[]",
@@ -163,6 +193,20 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| {
                 config.samples.every_n_steps = given.count(1);
                 if config.samples.every_n_steps.is_some() && !given.has("sample_prompts") {
+                    given.problem("there are no sample_prompts to draw");
+                }
+            }),
+        },
+        Key {
+            name: "sample_every_minutes",
+            values: "above 0",
+            default: "none",
+            meaning: "Also draw samples at the first step after so many minutes of training, and again after as many.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| {
+                config.sample_every_minutes = given.positive();
+                if config.sample_every_minutes.is_some() && !given.has("sample_prompts") {
                     given.problem("there are no sample_prompts to draw");
                 }
             }),
@@ -247,6 +291,24 @@ fn looks(given: &mut Given<'_>, wanted: bool) {
     if wanted && !(held_out && given.has("validate_every_n_steps")) {
         given.problem("needs validation_data_dir or validation_split, and validate_every_n_steps");
     }
+}
+
+/// What a run is logged for.
+fn trackers(given: &mut Given<'_>) -> Vec<Tracker> {
+    let Some(names) = given.texts() else {
+        return if given.has("logging_dir") { vec![Tracker::TensorBoard] } else { Vec::new() };
+    };
+    let mut all = BTreeSet::new();
+    for name in names {
+        match name.as_str() {
+            "tensorboard" => drop(all.insert(Tracker::TensorBoard)),
+            "csv" => drop(all.insert(Tracker::Csv)),
+            "all" => all.extend([Tracker::TensorBoard, Tracker::Csv]),
+            "none" => {}
+            other => given.problem(format!("`{other}` is not among tensorboard, csv, all, none")),
+        }
+    }
+    all.into_iter().collect()
 }
 
 /// Prompts, each as it is given; one that names a text file stands for the file's lines.

@@ -1,6 +1,7 @@
 //! Keys that Stable Diffusion XL brings beside those of all Stable Diffusion: each of its two text encoders for itself.
 
 use super::denoising::{DIFFERENCE, LEVELS, NOISE};
+use super::prior::PRIOR;
 use super::stable_diffusion::{AUTOENCODER, CAPTIONS, LOSS, NETWORKS, RATES, SAMPLER, WEIGHTS};
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
@@ -11,6 +12,7 @@ pub static KEYS: &[&Group] = &[
     &RATES,
     &ENCODER_RATES,
     &CAPTIONS,
+    &PRIOR,
     &WEIGHTS,
     &LEVELS,
     &NOISE,

@@ -5,6 +5,7 @@ use lora_data::tokenizer::TextCleaning;
 use lora_models::diffusion::SamplerKind;
 
 use super::denoising::{DIFFERENCE, LEVELS, NOISE};
+use super::prior::PRIOR;
 use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
 /// What captions that change from visit to visit cost.
@@ -13,7 +14,7 @@ pub(super) const KEPT_ENCODER: &str =
 
 /// All of them.
 pub static KEYS: &[&Group] =
-    &[&NETWORKS, &RATES, &CAPTIONS, &WEIGHTS, &LEVELS, &NOISE, &DIFFERENCE, &LOSS, &AUTOENCODER, &SAMPLER];
+    &[&NETWORKS, &RATES, &CAPTIONS, &PRIOR, &WEIGHTS, &LEVELS, &NOISE, &DIFFERENCE, &LOSS, &AUTOENCODER, &SAMPLER];
 
 /// Which of its networks are trained.
 pub static NETWORKS: Group = Group {

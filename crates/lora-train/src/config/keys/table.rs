@@ -70,6 +70,7 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
     ("validation_prompt", "sample_prompts"),
     ("checkpointing_steps", "save_every_n_steps"),
     ("resume_from_checkpoint", "resume"),
+    ("report_to", "log_with"),
     ("save_state_on_train_end", "save_state"),
     ("save_n_steps", "save_every_n_steps"),
     ("val_set_size", "validation_split"),

@@ -2,7 +2,7 @@
 //! that have learnt nothing yet, as one checkpoint in the original layout. `lora train` with `train = "full"` does the rest
 //! (`examples/emoji_base.toml`).
 //!
-//! `cargo run --release --example new_base -- PICTURES OUT.safetensors [STEPS] [bf16]`
+//! `cargo run --release --bin new_base -- PICTURES OUT.safetensors [STEPS] [bf16]`
 //!
 //! PICTURES has folders `train`, `more` and `held_out` of 64 × 64 pictures (`tools/assets/prepare_emoji.py base PICTURES`). Where OUT
 //! is there already, its autoencoder is trained further.
@@ -13,12 +13,12 @@ use std::time::Instant;
 
 use lora_core::random::Stream;
 use lora_core::{Component, DType, HostTensor};
-use lora_examples::{Answer, decibels, load_pictures, psnr, scaled};
 use lora_io::checkpoint::{Checkpoint, CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1};
 use lora_models::networks::{ClipConfig, UnetConfig, Vae, VaeConfig, load_vae};
 use lora_models::synthetic::{NamedShape, SyntheticModel};
 use lora_models::weights::{Held, SyntheticWeights, TrainedWeights, WeightSource, Weights};
+use lora_tools::{Answer, decibels, load_pictures, psnr, scaled};
 use lora_torch::tch::{Device, Kind, Tensor, no_grad};
 use lora_torch::tensor::{from_f32, from_host, to_host};
 use lora_train::optimiser::{Arguments, OptimiserRegistry, OptimiserState};
@@ -139,7 +139,7 @@ fn train(vae: &Vae, parameters: &mut ParameterList, training: &Tensor, steps: us
         parameters.settle(&loss.detach(), 1.0, 1.0)?;
         let warm = ((step + 1) as f64 / 50.0).min(1.0);
         let factor = warm * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-        parameters.step(|_, _| LEARNING_RATE * factor)?;
+        parameters.step(|_| LEARNING_RATE * factor)?;
         parameters.clear_gradients()?;
         // Read every hundred steps only.
         if step % 100 == 99 {

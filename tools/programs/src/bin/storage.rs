@@ -1,13 +1,13 @@
-//! What few bytes cost in accuracy, on the U-Net of a real base: `cargo run --release --example storage BASE`. For each
+//! What few bytes cost in accuracy, on the U-Net of a real base: `cargo run --release --bin storage BASE`. For each
 //! storage: bytes of the layers' weights, how far the weights and the U-Net's answers are from the base in f32 (L2, as a
 //! share; answers on noised random latents and random text states at four timesteps), and the largest share of any layer.
 
 use lora_core::variant::BaseLayer;
-use lora_examples::Answer;
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Unet, load_unet};
 use lora_models::weights::{Frozen, Held};
+use lora_tools::Answer;
 use lora_torch::frozen::Storage;
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};
 

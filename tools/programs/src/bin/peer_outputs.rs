@@ -1,5 +1,5 @@
 //! What the networks answer with and without a LoRA file, written for `tools/compat/check_peers.py`, which compares it
-//! with diffusers and PEFT: `cargo run --release --example peer_outputs BASE LORA OUTPUTS`.
+//! with diffusers and PEFT: `cargo run --release --bin peer_outputs BASE LORA OUTPUTS`.
 
 use std::collections::BTreeMap;
 use std::error::Error;

@@ -1,9 +1,9 @@
 //! Judges the small base model, and what a LoRA makes of it, by numbers that need no eye.
 //!
-//! `cargo run --release --example judge -- base BASE PICTURES/held_out [SAMPLES.png]`
+//! `cargo run --release --bin judge -- base BASE PICTURES/held_out [SAMPLES.png]`
 //!     how well the autoencoder keeps pictures, and on how many the right caption has a lower loss than a wrong one; draws
 //!     samples of 40 prompts;
-//! `cargo run --release --example judge -- style CONFIG PICTURES/train [key=value …]`
+//! `cargo run --release --bin judge -- style CONFIG PICTURES/train [key=value …]`
 //!     trains by a configuration and tells by how much the loss on held-out pictures falls, and how many of 40 samples a
 //!     classifier of styles calls the new one, before and after. The classifier is trained on real pictures only.
 
@@ -12,10 +12,10 @@ use std::path::Path;
 use lora_core::random::Stream;
 use lora_data::RgbPicture;
 use lora_data::figure::grid::{self, GridPicture, GridRow};
-use lora_examples::{Answer, load_pictures, psnr, scaled};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::networks::load_vae;
 use lora_models::weights::Held;
+use lora_tools::{Answer, load_pictures, psnr, scaled};
 use lora_torch::memory::host_memory;
 use lora_torch::tch::nn::{self, Module, OptimizerConfig};
 use lora_torch::tch::{Device, Kind, Tensor, manual_seed, no_grad};

@@ -1,5 +1,5 @@
 //! Writes a base model with made-up weights in the single-file layout, to measure and to try things with:
-//! `cargo run --release --example synthetic_base tiny|full FILE`. `full` has Stable Diffusion 1.5's own sizes (2.1 GB).
+//! `cargo run --release --bin synthetic_base tiny|full FILE`. `full` has Stable Diffusion 1.5's own sizes (2.1 GB).
 
 use lora_core::DType;
 use lora_models::synthetic::SyntheticModel;

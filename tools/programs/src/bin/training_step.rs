@@ -1,7 +1,7 @@
 //! Time and memory of training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
 //! `tools/bench/peft_step.py`, with the same arguments:
 //!
-//! `cargo run --release --example training_step [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
+//! `cargo run --release --bin training_step [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
 //! [checkpointing=0|1] [feed_forward=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
@@ -291,7 +291,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             None => backward(&batch, &parameters)?,
         };
         parameters.settle(&loss, scale, 1.0)?;
-        parameters.step(|_, _| 1e-4)?;
+        parameters.step(|_| 1e-4)?;
         match &recorder {
             None => parameters.clear_gradients()?,
             Some(recorder) => {

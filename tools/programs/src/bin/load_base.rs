@@ -1,4 +1,4 @@
-//! Host memory while a base model is loaded: `cargo run --release --example load_base FILE_OR_FOLDER [fp16|fp32]`. The peak
+//! Host memory while a base model is loaded: `cargo run --release --bin load_base FILE_OR_FOLDER [fp16|fp32]`. The peak
 //! must stay near the weights' own size: no second copy.
 
 use std::time::Instant;
