@@ -193,7 +193,14 @@ mod tests {
     fn item(key: u64, latents: [f32; 4]) -> Item {
         let latents = Tensor::from_slice(&latents).view([4, 1, 1]).expand([4, 12, 20], false);
         let encoded = BTreeMap::from([(Component::VAE, BTreeMap::from([("latents".to_owned(), latents)]))]);
-        Item { caption: String::new(), encoded, example: None, weight: 1.0, draw: Stream::new(key) }
+        Item {
+            caption: String::new(),
+            encoded,
+            beside: BTreeMap::new(),
+            example: None,
+            weight: 1.0,
+            draw: Stream::new(key),
+        }
     }
 
     fn drawn(keys: &[&str], items: &[Item]) -> Noise {

@@ -676,7 +676,7 @@ mod tests {
             let found = Tensor::run_backward(&[told.get(0)], &leaves, false, false);
             for (found, expected) in found.iter().zip(&gradients) {
                 let far = f64::try_from((found - expected).norm()).unwrap();
-                assert!(far <= 1e-4 * f64::try_from(expected.norm()).unwrap() + 1e-7, "{far}");
+                assert!(far <= 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-5, "{far}");
             }
         }
         assert!(f64::try_from(&kept).unwrap() > 1e-4);
