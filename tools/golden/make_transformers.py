@@ -1,11 +1,14 @@
 """NAME.safetensors for each transformer below: velocities of a tiny model of that kind, and the gradients of a LoRA on
-its blocks; t5.safetensors: states of a tiny T5 encoder. Weights are made from their names (`synthetic.py`)."""
+its blocks; t5.safetensors: states of a tiny T5 encoder; text_conditioner.safetensors: what a tiny one of Anima's makes of
+states and T5 tokens. Weights are made from their names (`synthetic.py`)."""
 
 import sys
 
 import torch
 from diffusers import (
+    AnimaTextConditioner,
     ChromaTransformer2DModel,
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -62,6 +65,12 @@ def chroma_velocity(model, x, sigma, context, _):
     return unpack(out, h, w)
 
 
+def anima_velocity(model, x, sigma, context, _):
+    """The mask of what fills a picture up is zero: as a channel of the input, so that nothing has to be resized."""
+    x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    return model(x.unsqueeze(2), timestep=sigma, encoder_hidden_states=context).sample.squeeze(2)
+
+
 def sd3_velocity(model, x, sigma, context, pooled):
     return model(x, encoder_hidden_states=context, pooled_projections=pooled, timestep=sigma * 1000).sample
 
@@ -109,6 +118,19 @@ def chroma():
     return ChromaTransformer2DModel(**sizes), chroma_velocity, (48, 0)
 
 
+def anima():
+    sizes = dict(
+        in_channels=17, out_channels=16, num_layers=2, attention_head_dim=32, num_attention_heads=2, text_embed_dim=48,
+        adaln_lora_dim=24, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None, concat_padding_mask=False,
+    )
+    model = CosmosTransformer3DModel(**sizes)
+    for block in model.transformer_blocks:
+        for attention in (block.attn1, block.attn2):
+            # NVIDIA's code, ComfyUI and sd-scripts add this; diffusers has 1e-5, its attention's default.
+            attention.norm_q.eps = attention.norm_k.eps = 1e-6
+    return model, anima_velocity, (48, 0)
+
+
 def sd3(**other):
     sizes = dict(
         sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=32,
@@ -138,6 +160,7 @@ MODELS = {
     "flux_dev": lambda: flux(True),
     "flux_schnell": lambda: flux(False),
     "chroma": chroma,
+    "anima": anima,
     "sd3": lambda: sd3(),
     "sd35": lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
     "flux2": flux2,
@@ -229,6 +252,25 @@ def t5():
     files.write("transformers/t5.safetensors", made)
 
 
+def text_conditioner():
+    """Of states of a caption; and of none, as of an empty one, of which every state is hidden."""
+    sizes = dict(
+        source_dim=32, target_dim=48, model_dim=64, num_layers=2, num_attention_heads=2, target_vocab_size=160,
+        min_sequence_length=1,
+    )
+    model = tiny.fill(AnimaTextConditioner(**sizes), "text_conditioner")
+    tokens = torch.tensor([[(31 * i * i) % 160 for i in range(11)]])
+    source, hidden = given("input.conditioner.source", (1, 7, 32)), torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        made = {
+            "states": model(source, tokens),
+            "states.empty": model(torch.zeros(1, 1, 32), tokens, source_attention_mask=hidden),
+        }
+    files.write("transformers/text_conditioner.safetensors", made)
+
+
+OTHERS = {"t5": t5, "text_conditioner": text_conditioner}
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["t5", *MODELS]:
-        t5() if name == "t5" else transformer(name)
+    for name in sys.argv[1:] or [*OTHERS, *MODELS]:
+        OTHERS[name]() if name in OTHERS else transformer(name)

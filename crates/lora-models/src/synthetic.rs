@@ -1,6 +1,7 @@
 //! Whole checkpoints with made-up weights ([`SyntheticWeights`]): small models of the real architecture for tests,
 //! benches and demonstrations, or full-size ones to measure with.
 
+mod anima;
 mod flux;
 mod flux2;
 mod folder;
@@ -16,6 +17,7 @@ use lora_io::checkpoint::{CheckpointSource, write_single_file};
 use lora_io::family::{Family, sd1, sd2, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 
+pub use self::anima::SyntheticAnima;
 pub use self::flux::{SyntheticChroma, SyntheticFlux};
 pub use self::flux2::SyntheticFlux2;
 pub use self::qwen_image::SyntheticQwenImage;

@@ -7,6 +7,7 @@
 //! | LyCORIS' wrapper | `lycoris_` + path with `_` | | | |
 //! | sd-scripts' OFT | `oft_unet_` + path with `_` | | | |
 //! | diffusers | `unet.` + path | `transformer.` + path | `text_encoder.`, `text_encoder_2.` | |
+//! | Anima's text conditioner: kohya, ComfyUI, diffusers | | `lora_unet_llm_adapter_`, `diffusion_model.llm_adapter.`, `text_conditioner.` | | |
 //! | PEFT | `base_model.model.` + path | the same | the same | the same |
 //! | ComfyUI's generic | `diffusion_model.` + original path | the same | | |
 //!
@@ -21,7 +22,7 @@ use lora_core::{Component, ModulePath};
 use crate::family::tree::clip::with_text_model;
 use crate::family::tree::ldm::LdmUnet;
 use crate::family::tree::{Depths, Tree};
-use crate::family::{Family, sd1, sdxl};
+use crate::family::{Family, anima, sd1, sdxl};
 
 use super::canonical::is_transformer;
 
@@ -118,6 +119,11 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
             return ModulePath::new(component, with_text_model(path));
         }
     }
+    let of_conditioner =
+        ["diffusion_model.llm_adapter.", "text_conditioner."].iter().find_map(|prefix| name.strip_prefix(prefix));
+    if let Some(path) = of_conditioner {
+        return ModulePath::new(anima::TEXT_CONDITIONER, path);
+    }
     let of_transformer = ["transformer.", "diffusion_model."].iter().find_map(|prefix| name.strip_prefix(prefix));
     if let Some(path) = of_transformer.filter(|path| is_transformer(path)) {
         return ModulePath::new(Component::TRANSFORMER, path);
@@ -163,6 +169,7 @@ pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
         Component::UNET | Component::TRANSFORMER | Component::TEXT_ENCODER | Component::TEXT_ENCODER_2 => {
             Some(module.to_string())
         }
+        anima::TEXT_CONDITIONER => Some(module.to_string()),
         Component::MODEL if module.path.contains('.') => Some(module.path.clone()),
         _ => None,
     }

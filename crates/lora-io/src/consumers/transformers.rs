@@ -1,6 +1,6 @@
 //! What programs make of adapters for transformers that denoise by flow matching: which of the spellings of a layer each
 //! knows. diffusers' rules (0.42.1) were seen running on tiny models, as were ComfyUI's (a commit of October 2025) but for those
-//! of FLUX.2 and Z-Image, which were read, not run; sd-scripts' were read, not run.
+//! of FLUX.2, Z-Image and Anima, which were read, not run; sd-scripts' were read, not run.
 
 use lora_core::Component;
 
@@ -8,7 +8,7 @@ use super::builder::OpinionBuilder;
 use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict};
 use crate::adapter::{names, parts};
 use crate::family::tree::{Depths, Piece};
-use crate::family::{FAMILIES, Family, chroma, flux, flux2, qwen_image, sd3, z_image};
+use crate::family::{FAMILIES, Family, anima, chroma, flux, flux2, qwen_image, sd3, z_image};
 
 /// How a file spells a layer of the transformer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,9 @@ pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &Family) 
         let what = format!("no rules are known here for {consumer} and {base}; Forge loads with ComfyUI's");
         return Opinion::whole(consumer, Verdict::Unknown, what, None);
     }
-    if consumer == Consumer::SdScripts && ![&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY].contains(&base) {
+    if consumer == Consumer::SdScripts
+        && ![&anima::FAMILY, &flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY].contains(&base)
+    {
         let what = format!("sd-scripts does not know {base}; musubi-tuner does");
         return Opinion::whole(consumer, Verdict::NothingLoaded, what, None);
     }
@@ -93,7 +95,8 @@ fn own(module: &str, base: &Family) -> Option<Own> {
 fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
     const LOADS: Outcome = Ok(None);
     let is = |families: &[&Family]| families.contains(&base);
-    let convert = Some(if is(&[&sd3::FAMILY]) { Cure::ToDiffusers } else { Cure::ToKohya });
+    let reads_diffusers = is(&[&sd3::FAMILY]) || is(&[&anima::FAMILY]) && consumer == Consumer::Diffusers;
+    let convert = Some(if reads_diffusers { Cure::ToDiffusers } else { Cure::ToKohya });
     let dotted = matches!(own.spelling, Spelling::Generic | Spelling::Diffusers);
     match consumer {
         Consumer::Diffusers => match own.spelling {
@@ -112,9 +115,9 @@ fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
                 let reason = "the halves of this layer's rows are not exchanged as they have to be";
                 Ok(Some((Effect::Wrong, reason, Some(Cure::ToDiffusers))))
             }
-            Spelling::Kohya if own.original && !is(&[&sd3::FAMILY]) => LOADS,
+            Spelling::Kohya if own.original && !is(&[&anima::FAMILY, &sd3::FAMILY]) => LOADS,
             Spelling::Kohya if own.canonical && is(&[&z_image::FAMILY, &qwen_image::FAMILY]) => LOADS,
-            Spelling::Generic if own.original && is(&[&flux2::FAMILY, &qwen_image::FAMILY]) => LOADS,
+            Spelling::Generic if own.original && is(&[&anima::FAMILY, &flux2::FAMILY, &qwen_image::FAMILY]) => LOADS,
             Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => LOADS,
             _ => Err(("a spelling that this pipeline passes over in silence", convert)),
         },
@@ -124,7 +127,7 @@ fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
             Spelling::Diffusers if own.canonical && is(&[&flux2::FAMILY]) => {
                 Ok(Some((Effect::Note, "diffusers' names of this base were read, not run", Some(Cure::ToKohya))))
             }
-            Spelling::Diffusers if own.canonical => LOADS,
+            Spelling::Diffusers if own.canonical && !is(&[&anima::FAMILY]) => LOADS,
             Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY]) => LOADS,
             _ => Err(("no layer of this base model has this name (`lora key not loaded`)", convert)),
         },
@@ -137,6 +140,14 @@ fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
 /// What becomes of anything else: a text encoder's layer, or what is none.
 fn of_text(consumer: Consumer, base: &Family, module: &str) -> Outcome {
     let begins = |starts: &[&str]| starts.iter().any(|start| module.starts_with(start));
+    if *base == anima::FAMILY {
+        let known = match consumer {
+            Consumer::Diffusers => begins(&["diffusion_model.llm_adapter.", "text_conditioner."]),
+            Consumer::ComfyUi => begins(&["lora_unet_llm_adapter_", "diffusion_model.llm_adapter.", "text_encoders."]),
+            _ => begins(&["lora_unet_llm_adapter_"]),
+        };
+        return if known { Ok(None) } else { Err(("no layer of this base model has this name", None)) };
+    }
     let has_encoders = [&flux::FAMILY, &sd3::FAMILY].contains(&base);
     let known = match consumer {
         Consumer::Diffusers if *base == flux::FAMILY => begins(&["lora_te1_", "text_encoder."]),
@@ -190,6 +201,29 @@ mod tests {
         assert_eq!(diffusers.problems[0].cure, Some(Cure::ToDiffusers));
         let dotted = Inventory::default().pair("transformer.transformer_blocks.0.attn2.to_q");
         assert_eq!(verdicts(&dotted), [Loads, Loads, NothingLoaded]);
+    }
+
+    #[test]
+    fn animas_original_names_load_and_diffusers_where_they_are_known() {
+        use Verdict::{Loads, NothingLoaded};
+        let kohya = Inventory::default().lora("lora_unet_blocks_0_cross_attn_output_proj", 2048, 2048).lora(
+            "lora_unet_llm_adapter_blocks_5_self_attn_o_proj",
+            1024,
+            1024,
+        );
+        assert_eq!(kohya.base(), Some(&anima::FAMILY));
+        assert_eq!(verdicts(&kohya), [Loads, NothingLoaded, Loads]);
+        let generic = Inventory::default()
+            .pair("diffusion_model.blocks.0.self_attn.q_proj")
+            .pair("diffusion_model.llm_adapter.blocks.0.mlp.2");
+        assert_eq!(generic.base(), Some(&anima::FAMILY));
+        assert_eq!(verdicts(&generic), [Loads, Loads, NothingLoaded]);
+        let name = "transformer.transformer_blocks.0.attn2.to_k";
+        let diffusers = Inventory::default()
+            .tensor(&format!("{name}.lora_A.weight"), &[8, 1024])
+            .tensor(&format!("{name}.lora_B.weight"), &[2048, 8]);
+        assert_eq!(diffusers.base(), Some(&anima::FAMILY));
+        assert_eq!(verdicts(&diffusers), [NothingLoaded, Loads, NothingLoaded]);
     }
 
     #[test]

@@ -4,13 +4,14 @@
 //!
 //! | here | what |
 //! |---|---|
-//! | `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, `flux2`, `qwen_image`, `z_image`, `language` | a family each |
+//! | `sd1`, `sd2`, `sdxl`, `sd3`, `anima`, `chroma`, `flux`, `flux2`, `qwen_image`, `z_image`, `language` | a family each |
 //! | `tree` | the names of a network in a layout, both ways |
 //! | `layers` | the layers of published models, in canonical names |
 //! | `adapter` | which family an adapter was made for |
 //! | `unknown` | what can be said of a base of none of these families |
 
 pub mod adapter;
+pub mod anima;
 pub mod chroma;
 pub mod flux;
 pub mod flux2;
@@ -36,7 +37,8 @@ use layers::Layer;
 use tree::{Depths, Tree};
 
 /// The families that are known here, in the order in which files are told apart: the first that fits is taken.
-pub static FAMILIES: [&Family; 10] = [
+pub static FAMILIES: [&Family; 11] = [
+    &anima::FAMILY,
     &flux2::FAMILY,
     &chroma::FAMILY,
     &flux::FAMILY,
@@ -157,10 +159,19 @@ impl Family {
 
     /// The component that a tensor of a single file belongs to, its names, and the tensor's name behind the prefix.
     pub(crate) fn in_single_file<'n>(&self, name: &'n str) -> Option<(Component, Names, &'n str)> {
-        self.components.iter().find_map(|own| {
+        let mut fitting = self.components.iter().filter_map(|own| {
             let names = own.single_file?;
             Some((own.component, names, name.strip_prefix(names.place)?))
-        })
+        });
+        let first = fitting.next()?;
+        let (_, names, bare) = first;
+        // Several components may stand behind the same prefix: then it is which knows the name.
+        let knows = |names: &Names| names.tree.weights(bare, &Depths::default()).is_some();
+        let mut others = fitting.filter(|(_, other, _)| other.place == names.place).peekable();
+        if others.peek().is_none() || knows(&names) {
+            return Some(first);
+        }
+        others.find(|(_, other, _)| knows(other)).or(Some(first))
     }
 
     /// Whether its networks can be opened from a single file.

@@ -14,6 +14,7 @@ pub struct AxialRotary {
     /// Radians a position by pair of numbers, one tensor `[pairs]` an axis, f64: positions by the thousand times a
     /// frequency have too few digits in f32.
     frequencies: Vec<Tensor>,
+    layout: RotaryLayout,
 }
 
 /// Cosines and sines of a sequence's positions, `[batch or 1, tokens, head / 2]`, f32.
@@ -21,6 +22,7 @@ pub struct AxialRotary {
 pub struct AxialTables {
     cos: Tensor,
     sin: Tensor,
+    layout: RotaryLayout,
 }
 
 impl AxialRotary {
@@ -30,19 +32,33 @@ impl AxialRotary {
     /// # Errors
     /// [`Error::Input`] where an axis has an odd number or none; out of memory.
     pub fn new(axes: &[usize], theta: f64, device: Device) -> Result<Self> {
-        if axes.is_empty() || axes.iter().any(|&numbers| numbers == 0 || numbers % 2 != 0) {
+        let axes: Vec<_> = axes.iter().map(|&numbers| (numbers, theta)).collect();
+        Self::of(&axes, RotaryLayout::Interleaved, device)
+    }
+
+    /// The same with a base of its own for each axis, of heads whose pairs are a number of the first half and one of the
+    /// second: the axes' runs lie in each half.
+    ///
+    /// # Errors
+    /// As of [`AxialRotary::new`].
+    pub fn of_halves(axes: &[(usize, f64)], device: Device) -> Result<Self> {
+        Self::of(axes, RotaryLayout::Halves, device)
+    }
+
+    fn of(axes: &[(usize, f64)], layout: RotaryLayout, device: Device) -> Result<Self> {
+        if axes.is_empty() || axes.iter().any(|&(numbers, _)| numbers == 0 || numbers % 2 != 0) {
             return Err(Error::Input {
                 what: "axes of rotary positions",
                 expected: "even numbers above 0".into(),
                 found: format!("{axes:?}"),
             });
         }
-        let frequencies = axes.iter().map(|&numbers| {
+        let frequencies = axes.iter().map(|&(numbers, theta)| {
             let pair = |index: usize| theta.powf(-2.0 * index as f64 / numbers as f64);
             let values: Vec<f64> = (0..numbers / 2).map(pair).collect();
             Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?)
         });
-        Ok(Self { frequencies: frequencies.collect::<Result<_>>()? })
+        Ok(Self { frequencies: frequencies.collect::<Result<_>>()?, layout })
     }
 
     /// Tables of `positions` `[batch or 1, tokens, axes]`, of any number type; angles are in f64.
@@ -63,7 +79,8 @@ impl AxialRotary {
             Ok(along.f_mul(frequencies)?)
         });
         let angles = Tensor::f_cat(&angles.collect::<Result<Vec<_>>>()?, -1)?;
-        Ok(AxialTables { cos: angles.f_cos()?.f_to_kind(Kind::Float)?, sin: angles.f_sin()?.f_to_kind(Kind::Float)? })
+        let (cos, sin) = (angles.f_cos()?.f_to_kind(Kind::Float)?, angles.f_sin()?.f_to_kind(Kind::Float)?);
+        Ok(AxialTables { cos, sin, layout: self.layout })
     }
 }
 
@@ -73,7 +90,7 @@ impl AxialTables {
     /// # Errors
     /// [`Error::Torch`] where heads and tables do not fit each other; out of memory.
     pub fn turn(&self, heads: &Tensor) -> Result<Tensor> {
-        let turned = rotary(&heads.f_to_kind(Kind::Float)?, &self.cos, &self.sin, RotaryLayout::Interleaved)?;
+        let turned = rotary(&heads.f_to_kind(Kind::Float)?, &self.cos, &self.sin, self.layout)?;
         Ok(turned.f_to_kind(heads.kind())?)
     }
 
@@ -82,7 +99,11 @@ impl AxialTables {
     /// # Errors
     /// [`Error::Torch`] where the sequence is shorter.
     pub fn part(&self, first: i64, count: i64) -> Result<Self> {
-        Ok(Self { cos: self.cos.f_narrow(1, first, count)?, sin: self.sin.f_narrow(1, first, count)? })
+        Ok(Self {
+            cos: self.cos.f_narrow(1, first, count)?,
+            sin: self.sin.f_narrow(1, first, count)?,
+            layout: self.layout,
+        })
     }
 }
 
@@ -118,6 +139,17 @@ mod tests {
         assert_eq!(last, turned.narrow(2, 1, 1));
         let half = tables.turn(&heads.to_kind(Kind::BFloat16)).unwrap();
         assert_eq!(half.kind(), Kind::BFloat16);
+    }
+
+    #[test]
+    fn pairs_of_two_halves_turn_as_neighbours_do() {
+        let (device, positions) = (Device::Cpu, Tensor::from_slice2(&[[3i64, 1], [7, 0]]).unsqueeze(0));
+        let neighbours = AxialRotary::new(&[4, 6], 1e4, device).unwrap().tables(&positions).unwrap();
+        let halves = AxialRotary::of_halves(&[(4, 1e4), (6, 1e4)], device).unwrap().tables(&positions).unwrap();
+        let heads = Tensor::rand([2, 3, 2, 10], (Kind::Float, device));
+        let apart = heads.unflatten(-1, [5, 2]).transpose(-1, -2).flatten(-2, -1);
+        let together = halves.turn(&apart).unwrap().unflatten(-1, [2, 5]).transpose(-1, -2).flatten(-2, -1);
+        assert!(together.allclose(&neighbours.turn(&heads).unwrap(), 1e-6, 1e-6, false));
     }
 
     #[test]

@@ -29,6 +29,14 @@ pub(super) fn real(component: &ComponentWeights, key: &str) -> Result<Option<f64
     read(component, key, "a number", Value::as_f64)
 }
 
+/// A value that is a list of so many numbers.
+pub(super) fn reals<const COUNT: usize>(component: &ComponentWeights, key: &str) -> Result<Option<[f64; COUNT]>> {
+    read(component, key, &format!("a list of {COUNT} numbers"), |value| {
+        let numbers: Option<Vec<f64>> = value.as_array()?.iter().map(Value::as_f64).collect();
+        numbers?.try_into().ok()
+    })
+}
+
 fn above_zero(value: &Value) -> Option<usize> {
     value.as_u64().and_then(|number| usize::try_from(number).ok()).filter(|&number| number > 0)
 }

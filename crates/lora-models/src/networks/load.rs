@@ -3,11 +3,13 @@
 
 use lora_core::Component;
 use lora_io::checkpoint::Checkpoint;
+use lora_io::family::anima;
 use lora_torch::tch::{Device, Kind};
 
 use super::{
-    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, Flux, Flux2, Flux2Config, FluxConfig, QwenImage,
-    QwenImageConfig, Sd3, Sd3Config, T5Config, T5Encoder, Unet, UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
+    ClipConfig, ClipTextEncoder, Cosmos, CosmosConfig, Decoder, DecoderConfig, Flux, Flux2, Flux2Config, FluxConfig,
+    QwenImage, QwenImageConfig, Sd3, Sd3Config, T5Config, T5Encoder, TextConditioner, TextConditionerConfig, Unet,
+    UnetConfig, Vae, VaeConfig, ZImage, ZImageConfig,
 };
 use crate::Result;
 use crate::weights::{Held, Weights};
@@ -82,6 +84,29 @@ pub fn load_flux2(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Hel
 pub fn load_qwen_image(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<QwenImage> {
     let component = checkpoint.component(Component::TRANSFORMER)?;
     QwenImage::new(&Weights::new(component, kind, device).held(held), QwenImageConfig::detect(component)?)
+}
+
+/// Cosmos-Predict2's transformer, Anima's.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_cosmos(checkpoint: &Checkpoint, kind: Kind, device: Device, held: Held) -> Result<Cosmos> {
+    let component = checkpoint.component(Component::TRANSFORMER)?;
+    Cosmos::new(&Weights::new(component, kind, device).held(held), CosmosConfig::detect(component)?)
+}
+
+/// Anima's text conditioner.
+///
+/// # Errors
+/// As of [`load_text_encoder`].
+pub fn load_text_conditioner(
+    checkpoint: &Checkpoint,
+    kind: Kind,
+    device: Device,
+    held: Held,
+) -> Result<TextConditioner> {
+    let component = checkpoint.component(anima::TEXT_CONDITIONER)?;
+    TextConditioner::new(&Weights::new(component, kind, device).held(held), TextConditionerConfig::detect(component)?)
 }
 
 /// Stable Diffusion 3's transformer.

@@ -3,7 +3,7 @@
 
 use lora_core::{Component, LayerGeometry};
 use lora_io::checkpoint::{Checkpoint, ComponentWeights};
-use lora_io::family::{flux2, qwen_image, sdxl};
+use lora_io::family::{anima, flux2, qwen_image, sdxl};
 use lora_torch::tch::{Device, Kind, Tensor};
 use serde_json::Value;
 
@@ -113,7 +113,7 @@ impl VaeConfig {
     /// Where a weight that sizes are read off is missing or lacks axes.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let component = checkpoint.component(Component::VAE)?;
-        if *checkpoint.family() == qwen_image::FAMILY {
+        if [&qwen_image::FAMILY, &anima::FAMILY].contains(&checkpoint.family()) {
             return wan_vae::detect(component);
         }
         let is_sdxl = *checkpoint.family() == sdxl::FAMILY;

@@ -12,7 +12,8 @@ use super::{LanguageWeights, NamedShape, write_header};
 use crate::Result;
 use crate::layers::head_width;
 use crate::networks::{
-    ClipConfig, ClipTextEncoder, Decoder, DecoderConfig, LatentStatistics, T5Config, T5Encoder, Vae, VaeConfig,
+    ClipConfig, ClipTextEncoder, DEVIATIONS, Decoder, DecoderConfig, LatentStatistics, MEANS, T5Config, T5Encoder, Vae,
+    VaeConfig,
 };
 use crate::weights::{ShapesOnly, SyntheticWeights, WeightSource, Weights};
 
@@ -100,6 +101,19 @@ pub(super) fn flux_vae(channels: Vec<usize>) -> VaeConfig {
         quant_convs: false,
         overflows_in_half: false,
         causal: false,
+    }
+}
+
+/// The sizes of Wan's autoencoder, Qwen-Image's, with so many channels at its levels.
+pub(super) fn wan_vae(channels: Vec<usize>) -> VaeConfig {
+    VaeConfig {
+        norm_groups: 1,
+        scaling_factor: 1.0,
+        shift_factor: 0.0,
+        statistics: Some(LatentStatistics { side: 1, means: MEANS.to_vec(), deviations: DEVIATIONS.to_vec() }),
+        quant_convs: true,
+        causal: true,
+        ..flux_vae(channels)
     }
 }
 

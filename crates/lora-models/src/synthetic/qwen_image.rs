@@ -3,9 +3,9 @@
 use lora_core::Component;
 use serde_json::{Value, json};
 
-use super::folder::{Part, asked, flux_vae, written_by_parts};
+use super::folder::{Part, asked, wan_vae, written_by_parts};
 use crate::Result;
-use crate::networks::{DEVIATIONS, LatentStatistics, MEANS, QwenImage, QwenImageConfig, VaeConfig};
+use crate::networks::{QwenImage, QwenImageConfig, VaeConfig};
 use crate::weights::SyntheticWeights;
 
 /// The sizes of a model of Qwen-Image's kind: a transformer, Qwen2.5-VL's language model that reads captions, Wan's autoencoder.
@@ -57,16 +57,7 @@ impl SyntheticQwenImage {
                 "use_sliding_window": false, "tie_word_embeddings": true,
             },
         });
-        let vae = VaeConfig {
-            norm_groups: 1,
-            scaling_factor: 1.0,
-            shift_factor: 0.0,
-            statistics: Some(LatentStatistics { side: 1, means: MEANS.to_vec(), deviations: DEVIATIONS.to_vec() }),
-            quant_convs: true,
-            causal: true,
-            ..flux_vae(channels)
-        };
-        Self { text_encoder, transformer, vae }
+        Self { text_encoder, transformer, vae: wan_vae(channels) }
     }
 
     fn parts(&self) -> Result<[Part; 3]> {

@@ -78,6 +78,7 @@ impl Default for Bases {
             stable_diffusion::SD1,
             stable_diffusion::SD2,
             stable_diffusion::SDXL,
+            flow_matching::ANIMA,
             flow_matching::CHROMA,
             flow_matching::FLUX,
             flow_matching::FLUX2,

@@ -5,6 +5,7 @@
 //! The canonical names are diffusers' (U-Nets, transformers, autoencoders) and transformers' (text encoders, always with
 //! their `text_model.` level).
 
+pub mod anima;
 pub mod clip;
 pub mod flux;
 pub mod flux2;

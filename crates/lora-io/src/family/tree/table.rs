@@ -37,7 +37,7 @@ pub enum Order {
 }
 
 /// What tensors stand behind in files that hold other parts too, or once did.
-const PREFIXES: &[&str] = &["model.diffusion_model.", "diffusion_model.", "model.", "net."];
+pub(super) const PREFIXES: &[&str] = &["model.diffusion_model.", "diffusion_model.", "model.", "net."];
 
 impl Module {
     /// Of one canonical module, of another name.

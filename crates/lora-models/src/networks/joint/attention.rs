@@ -80,7 +80,8 @@ impl QueryKeyNorms {
         Self::named(weights, sizes, ProjectionNames::OWN.norms)
     }
 
-    fn named(weights: &Weights<'_>, sizes: HeadSizes, names: [&str; 2]) -> Result<Self> {
+    /// Of layers that are called otherwise.
+    pub(super) fn named(weights: &Weights<'_>, sizes: HeadSizes, names: [&str; 2]) -> Result<Self> {
         let norm = |name: &str| weights.at(name).tensor("weight", &[sizes.width / sizes.heads]);
         let norms = sizes.norms.then(|| -> Result<_> { Ok([norm(names[0])?, norm(names[1])?]) });
         Ok(Self { weights: norms.transpose()?, heads: sizes.heads as i64 })

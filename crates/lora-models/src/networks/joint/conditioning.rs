@@ -29,6 +29,11 @@ impl Sinusoids {
         Ok(Self { frequencies: exponents.f_div_scalar(half as f64)?.f_exp()? })
     }
 
+    /// Of `numbers` `[batch]` as they are: `[batch, width]` f32, cosines first.
+    pub(in super::super) fn of_numbers(&self, numbers: &Tensor) -> Result<Tensor> {
+        self.of(&numbers.f_to_kind(Kind::Float)?, 1.0)
+    }
+
     /// Of a thousand times `numbers` `[batch]`: `[batch, width]` f32, cosines first.
     pub(in super::super) fn of_thousandfold(&self, numbers: &Tensor) -> Result<Tensor> {
         self.of(&numbers.f_to_kind(Kind::Float)?.f_mul_scalar(1000.0)?, 1.0)
@@ -55,13 +60,19 @@ pub(in super::super) struct Embedder {
 
 impl Embedder {
     pub(in super::super) fn new(weights: &Weights<'_>, inputs: usize, width: usize, bias: bool) -> Result<Self> {
+        Self::of_sizes(weights, [inputs, width, width], bias)
+    }
+
+    /// The same whose answer has another width than what is between the layers.
+    pub(in super::super) fn of_sizes(weights: &Weights<'_>, sizes: [usize; 3], bias: bool) -> Result<Self> {
+        let [inputs, width, outputs] = sizes;
         Ok(Self {
             linear_1: AdaptableLayer::linear(&weights.at("linear_1"), inputs, width, bias)?,
-            linear_2: AdaptableLayer::linear(&weights.at("linear_2"), width, width, bias)?,
+            linear_2: AdaptableLayer::linear(&weights.at("linear_2"), width, outputs, bias)?,
         })
     }
 
-    /// `[batch, inputs]` of any number type to `[batch, width]` in the compute dtype.
+    /// `[batch, inputs]` of any number type to `[batch, outputs]` in the compute dtype.
     pub(in super::super) fn forward(&self, input: &Tensor, pass: &Pass) -> Result<Tensor> {
         let input = input.f_to_kind(self.linear_1.kind())?;
         self.linear_2.forward(&self.linear_1.forward(&input, pass)?.f_silu()?, pass)

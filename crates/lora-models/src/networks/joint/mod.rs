@@ -4,6 +4,7 @@
 //! | here | what |
 //! |---|---|
 //! | `attention` | queries, keys and values of one kind of token, and attention over all of them |
+//! | `cross` | attention of tokens to others, or to themselves alone |
 //! | `conditioning` | times, guidance and pooled text as one vector |
 //! | `feed_forward` | the GELU of a block |
 //! | `modulation` | shift, scale and gate, made of that vector |
@@ -11,12 +12,14 @@
 
 mod attention;
 mod conditioning;
+mod cross;
 mod feed_forward;
 mod modulation;
 mod patches;
 
 pub(super) use attention::{HeadSizes, Heads, Projections, QueryKeyNorms, attend, text_mask};
 pub(super) use conditioning::{Embedder, SINUSOIDS, Sinusoids};
+pub(super) use cross::{Attention, AttentionNames};
 pub(super) use feed_forward::FeedForward;
 pub(super) use modulation::{Modulation, Modulator, gated_sum, layer_norm, modulated};
 pub(super) use patches::{pack, positions, unpack};

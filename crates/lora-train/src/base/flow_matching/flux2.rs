@@ -43,7 +43,7 @@ pub(super) static KIND: Kind = Kind {
             fills_up: true,
         }),
     }],
-    text_columns: Some(CONTEXT),
+    text_columns: Some((Component::TRANSFORMER, CONTEXT)),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_flux2(checkpoint, kind, device, held)?)),
     layout: |captions, device| {
         let states = stacked(captions, Component::TEXT_ENCODER, STATES)?;

@@ -42,7 +42,7 @@ impl LanguageReader {
         checkpoint: &Checkpoint,
         config: &TrainConfig,
     ) -> Result<Self> {
-        let names = (kind.tokenizer.unwrap_or("tokenizer"), "model.embed_tokens.weight");
+        let names = (["tokenizer", kind.tokenizer.unwrap_or("tokenizer")], "model.embed_tokens.weight");
         let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
         let special =
             SPECIAL.iter().find(|token| reads.around.concat().contains(**token) && tokenizer.id_of(token).is_none());

@@ -4,12 +4,15 @@
 //! | here | what |
 //! |---|---|
 //! | `z_image` | Z-Image's kind |
-//! | `flux`, `chroma`, `flux2`, `sd3`, `qwen_image` | FLUX.1's, Chroma's, FLUX.2's, Stable Diffusion 3's, Qwen-Image's |
+//! | `flux`, `chroma`, `flux2`, `sd3` | FLUX.1's, Chroma's, FLUX.2's, Stable Diffusion 3's |
+//! | `qwen_image`, `anima` | Qwen-Image's, Anima's |
 //! | `text` | the text encoders of a base |
-//! | `language`, `clip`, `t5` | captions through an encoder of each kind |
+//! | `language`, `conditioned`, `clip`, `t5` | captions through an encoder of each kind |
 
+mod anima;
 mod chroma;
 mod clip;
+mod conditioned;
 mod flux;
 mod flux2;
 mod language;
@@ -26,8 +29,9 @@ use lora_core::random::Stream;
 use lora_core::{Component, DType};
 use lora_data::bucket::Framing;
 use lora_data::source::{Example, Shape};
-use lora_io::checkpoint::Checkpoint;
+use lora_io::checkpoint::{Checkpoint, ComponentWeights};
 use lora_io::family::Family;
+use lora_io::family::anima::TEXT_CONDITIONER;
 use lora_io::metadata::TrainingRecord;
 use lora_models::diffusion::SamplerKind;
 use lora_models::diffusion::flow::{self, NoiseLevels, Shift};
@@ -50,6 +54,7 @@ use crate::difference::Difference;
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
+pub(super) use self::anima::ANIMA;
 pub(super) use self::chroma::CHROMA;
 pub(super) use self::flux::FLUX;
 pub(super) use self::flux2::FLUX2;
@@ -71,8 +76,9 @@ struct Kind {
     family: &'static Family,
     /// Those that read captions, in the order in which they come.
     encoders: &'static [EncoderKind],
-    /// The transformer's weight whose columns are the numbers of a state, where one language model's states are all it reads.
-    text_columns: Option<&'static str>,
+    /// The weight whose columns are the numbers of a state, of the part that reads them, where one language model's states are all
+    /// it reads.
+    text_columns: Option<(Component, &'static str)>,
     /// Builds the network that answers with velocities.
     load: LoadTransformer,
     /// What its network is told of captions: what all encoders kept of each, by name, laid out as a batch on the device.
@@ -143,7 +149,8 @@ trait Transformer: Adaptable + std::fmt::Debug + Send {
 }
 
 /// The kinds that are known here.
-static KINDS: [&Kind; 6] = [&z_image::KIND, &flux::KIND, &chroma::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND];
+static KINDS: [&Kind; 7] =
+    [&z_image::KIND, &flux::KIND, &chroma::KIND, &flux2::KIND, &sd3::KIND, &qwen_image::KIND, &anima::KIND];
 
 /// Whether a base's transformer has a weight.
 fn transformer_contains(checkpoint: &Checkpoint, weight: &str) -> bool {
@@ -184,21 +191,33 @@ pub(super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfig) -> Resu
         if checkpoint.component(encoder.component).is_err() {
             return missing("a text encoder", encoder.key, encoder.published);
         }
-        let tokenizer = |folder| text::tokenizer(checkpoint, encoder.component, folder, config);
+        let tokenizer = |folder| text::tokenizer(checkpoint, encoder.component, ["tokenizer", folder], config);
         if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
             return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
+        }
+        let is_conditioned = matches!(encoder.reads, Reads::Conditioned(_));
+        if is_conditioned && text::tokenizer(checkpoint, TEXT_CONDITIONER, text::T5_TOKENIZER, config).is_none() {
+            return missing(
+                "T5's tokenizer",
+                "t5_tokenizer",
+                "a folder with T5's tokenizer.json; T5 itself is not read",
+            );
         }
         check_width(checkpoint, kind, encoder)?;
     }
     Ok(())
 }
 
-/// Holds the width of a language model's states against what the transformer reads.
+/// Holds the width of a language model's states against what reads them.
 fn check_width(checkpoint: &Checkpoint, kind: &Kind, encoder: &EncoderKind) -> Result<()> {
-    let (Some(weight), Reads::Language(reads)) = (kind.text_columns, &encoder.reads) else { return Ok(()) };
+    let (Some((reader, weight)), Reads::Language(reads) | Reads::Conditioned(reads)) =
+        (kind.text_columns, &encoder.reads)
+    else {
+        return Ok(());
+    };
     let own = checkpoint.component(encoder.component)?;
     let columns = |shape: Option<&[usize]>| shape.and_then(|shape| shape.get(1).copied());
-    let read = columns(checkpoint.component(TRANSFORMER)?.shape(weight)).map(|columns| columns / reads.states.count());
+    let read = columns(checkpoint.component(reader)?.shape(weight)).map(|columns| columns / reads.states.count());
     match (columns(own.shape("model.embed_tokens.weight")), read) {
         (Some(width), Some(read)) if width != read => Err(Error::PartOfAnother {
             path: own.path().to_owned(),
@@ -456,6 +475,9 @@ impl Base for FlowMatching {
             }
             _ => {
                 let settings = self.encoders.of(network)?.settings();
+                // Its answers go through the conditioner's weights too, where there is one.
+                let behind = self.checkpoint.component(TEXT_CONDITIONER).ok().map(ComponentWeights::sha256);
+                let hash = [hash, behind.transpose()?.unwrap_or_default()].concat();
                 format!("{hash} {:?} {:?} {device:?} {settings}", kind_of(self.precision), config.base_storage)
             }
         })

@@ -47,7 +47,7 @@ pub(super) static KIND: Kind = Kind {
             fills_up: false,
         }),
     }],
-    text_columns: Some("txt_in.weight"),
+    text_columns: Some((Component::TRANSFORMER, "txt_in.weight")),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_qwen_image(checkpoint, kind, device, held)?)),
     layout: super::ragged,
     draws_latents: false,

@@ -36,7 +36,7 @@ impl T5Reader {
         checkpoint: &Checkpoint,
         config: &TrainConfig,
     ) -> Result<Self> {
-        let names = (kind.tokenizer.unwrap_or("tokenizer"), "shared.weight");
+        let names = (["tokenizer", kind.tokenizer.unwrap_or("tokenizer")], "shared.weight");
         let tokenizer = open_tokenizer(checkpoint, kind.component, names, config)?;
         let given = config.extra.whole("max_sequence_length").filter(|_| config.gives("max_sequence_length"));
         let length = given.unwrap_or_else(|| (reads.length)(checkpoint));
@@ -49,18 +49,23 @@ impl T5Reader {
 
     /// A caption's row, and how many of its tokens are seen.
     fn row(&self, caption: &str, device: Device) -> Result<(Vec<i64>, usize)> {
-        let mut ids = self.tokenizer.encode_document(caption)?;
-        if ids.len() > self.length {
-            ids.truncate(self.length - 1);
-            ids.push(END);
-        }
-        let mut row: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        let mut row = row(&self.tokenizer, caption, self.length)?;
         let own = row.len();
         // What a run may need is planned with captions as long as they can be: nobody has looked at the real ones.
         let whole = self.fills_up || dry::is_dry(device);
         row.resize(if whole { self.length } else { self.length.min(own + 1) }, 0);
         Ok((row, if self.fills_up { self.length } else { own }))
     }
+}
+
+/// A caption's tokens and the one that ends it, so many at most.
+pub(super) fn row(tokenizer: &Tokenizer, caption: &str, length: usize) -> Result<Vec<i64>> {
+    let mut ids = tokenizer.encode_document(caption)?;
+    if ids.len() > length {
+        ids.truncate(length - 1);
+        ids.push(END);
+    }
+    Ok(ids.into_iter().map(i64::from).collect())
 }
 
 impl CaptionReader for T5Reader {

@@ -1,5 +1,5 @@
 //! The text encoders of a base: which there are, what each keeps of a caption, and all of that together. How a kind of encoder
-//! reads captions is in `language`, `clip` and `t5`.
+//! reads captions is in `language`, `conditioned`, `clip` and `t5`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,6 +12,7 @@ use lora_torch::tch::{Device, Kind};
 
 use super::super::{Item, Tensors};
 use super::clip::ClipReader;
+use super::conditioned::ConditionedReader;
 use super::language::LanguageReader;
 use super::t5::T5Reader;
 use crate::config::TrainConfig;
@@ -39,6 +40,8 @@ pub(super) struct EncoderKind {
 pub(super) enum Reads {
     /// A language model.
     Language(Language),
+    /// A language model, and the text conditioner that makes states of T5's tokens of its own.
+    Conditioned(Language),
     /// T5.
     T5(T5),
     /// CLIP's, of which this is kept.
@@ -136,14 +139,17 @@ pub(super) trait CaptionReader: std::fmt::Debug + Send {
 #[derive(Debug)]
 pub(super) struct CaptionReaders(Vec<(&'static EncoderKind, Box<dyn CaptionReader>)>);
 
-/// Where the tokenizer of a base's text encoder is: where a key says it, in the encoder's own folder, or beside it.
+/// The key that names the tokenizer of a text conditioner, and its folder in a diffusers folder.
+pub(super) const T5_TOKENIZER: [&str; 2] = ["t5_tokenizer", "t5_tokenizer"];
+
+/// Where the tokenizer of a base's text encoder is: where the key says it, in the encoder's own folder, or beside it.
 pub(super) fn tokenizer(
     checkpoint: &Checkpoint,
     component: Component,
-    folder: &str,
+    [key, folder]: [&str; 2],
     config: &TrainConfig,
 ) -> Option<PathBuf> {
-    let given = config.extra.text("tokenizer").map(PathBuf::from);
+    let given = config.extra.text(key).map(PathBuf::from);
     let encoder = checkpoint.component(component).ok()?.path().to_owned();
     let beside = [Some(encoder.as_path()), encoder.parent()].into_iter().flatten();
     let places = beside.flat_map(|place| [place.to_owned(), place.join(folder)]);
@@ -156,11 +162,11 @@ pub(super) fn tokenizer(
 pub(super) fn open_tokenizer(
     checkpoint: &Checkpoint,
     component: Component,
-    (folder, table): (&str, &str),
+    (names, table): ([&str; 2], &str),
     config: &TrainConfig,
 ) -> Result<Tokenizer> {
-    let found = tokenizer(checkpoint, component, folder, config);
-    let path = found.unwrap_or_else(|| checkpoint.path().join(folder));
+    let found = tokenizer(checkpoint, component, names, config);
+    let path = found.unwrap_or_else(|| checkpoint.path().join(names[1]));
     let tokenizer = Tokenizer::open(&path)?;
     let rows = checkpoint.component(component)?.shape(table).and_then(<[_]>::first);
     match rows.filter(|rows| **rows < tokenizer.vocabulary_size()) {
@@ -176,6 +182,7 @@ impl CaptionReaders {
                 kind,
                 match &kind.reads {
                     Reads::Language(reads) => Box::new(LanguageReader::open(kind, reads, checkpoint, config)?),
+                    Reads::Conditioned(reads) => Box::new(ConditionedReader::open(kind, reads, checkpoint, config)?),
                     Reads::T5(reads) => Box::new(T5Reader::open(kind, *reads, checkpoint, config)?),
                     Reads::Clip(kept) => Box::new(ClipReader::new(kind, *kept, config)),
                 },

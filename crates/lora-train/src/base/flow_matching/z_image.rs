@@ -42,7 +42,7 @@ pub(super) static KIND: Kind = Kind {
             fills_up: false,
         }),
     }],
-    text_columns: Some("cap_embedder.1.weight"),
+    text_columns: Some((Component::TRANSFORMER, "cap_embedder.1.weight")),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_z_image(checkpoint, kind, device, held)?)),
     layout,
     draws_latents: false,

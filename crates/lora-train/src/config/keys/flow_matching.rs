@@ -9,6 +9,9 @@ use super::{Given, Group, Key, Reads, Resumed, Setting};
 /// All of them.
 pub static KEYS: &[&Group] = &[&CAPTIONS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS];
 
+/// Anima's: the same, and a second tokenizer.
+pub static ANIMA: &[&Group] = &[&CAPTIONS, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS, &SECOND_TOKENIZER];
+
 /// FLUX.1's: the same, a second text encoder and the guidance that it is told.
 pub static FLUX: &[&Group] =
     &[&CAPTIONS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
@@ -58,6 +61,21 @@ pub static THIRD_ENCODER: Group = Group {
         meaning: "The third text encoder, likewise: Stable Diffusion 3's T5-XXL.",
         memory: "As `text_encoder`.",
         resumed: Resumed::FixedSince("none", |config| config.extra.shown("text_encoder_3")),
+        reads: Reads::Extra(path),
+    }],
+};
+
+/// Where the tokenizer of a text conditioner is.
+pub static SECOND_TOKENIZER: Group = Group {
+    section: "Precision and memory",
+    behind: Some("tokenizer"),
+    keys: &[Key {
+        name: "t5_tokenizer",
+        values: "path",
+        default: "beside the base",
+        meaning: "Anima: the folder with T5's tokenizer.json, whose tokens its text conditioner reads; T5 itself is not needed.",
+        memory: "",
+        resumed: Resumed::FixedSince("none", |config| config.extra.shown("t5_tokenizer")),
         reads: Reads::Extra(path),
     }],
 };
