@@ -53,7 +53,7 @@ peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… i
 	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/training_step" --model $(MODEL)
 
 gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, on CUDA
-	cargo test -p lora-torch
+	cargo test -p lora-train-torch
 	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test --workspace --test session --test data --test plugins --test low_memory --test step_operations
 	LORA_BENCH_FULL=1 cargo bench --workspace --bench training
 
