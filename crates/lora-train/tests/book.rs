@@ -103,10 +103,11 @@ fn configurations_of_the_book_are_read() {
             // A page may show a part of a configuration: what each must have is then added.
             let named = |key: &str| text.lines().any(|line| line.starts_with(key));
             let whole = named("base_model");
-            let missing: Vec<&str> = ["base_model=base", "train_data_dir=data", "output_dir=out"]
-                .into_iter()
-                .filter(|setting| !named(setting.split('=').next().unwrap()))
-                .collect();
+            let missing: Vec<&str> =
+                ["base_model=base", "train_data_dir=data", "output_dir=out", "sample_prompts=[\"a cat\"]"]
+                    .into_iter()
+                    .filter(|setting| !named(setting.split('=').next().unwrap()))
+                    .collect();
             if let Err(error) = TrainConfig::from_text(&text, format, &missing) {
                 panic!("{}: {error}\n{text}", page.display());
             }
