@@ -136,6 +136,22 @@ fn noise_timesteps_and_losses_of_sd_scripts_are_taken_where_its_base_reads_them(
     assert!(message.contains("noise_offset"), "{message}");
 }
 
+#[test]
+fn parts_of_chroma_and_anima_go_where_their_bases_read_them() {
+    let chroma = "network_module = \"networks.lora_flux\"\nmodel_type = \"chroma\"\nt5xxl = \"t5.safetensors\"\nae = \"ae.safetensors\"\n\
+                  apply_t5_attn_mask = true\ntimestep_sampling = \"sigmoid\"\n";
+    let base = SD_SCRIPTS.lines().filter(|line| !line.starts_with("network_module")).collect::<Vec<_>>().join("\n");
+    let imported = of(Format::Toml, &format!("{base}\n{chroma}"));
+    let wanted = json!({ "text_encoder": "t5.safetensors", "vae": "ae.safetensors", "timestep_sampling": "sigmoid" });
+    assert_has(&config(&imported), wanted);
+    assert!(config(&imported).get("guidance_scale").is_none(), "Chroma is told none");
+
+    let anima = "network_module = \"networks.lora_anima\"\nqwen3 = \"qwen\"\nvae = \"vae.safetensors\"\nt5_tokenizer_path = \"t5\"\n";
+    let own = config(&of(Format::Toml, &format!("{base}\n{anima}")));
+    assert_has(&own, json!({ "text_encoder": "qwen", "t5_tokenizer": "t5", "vae": "vae.safetensors" }));
+    assert!(own.get("timestep_sampling").is_none(), "sigmoid is the usual of both");
+}
+
 /// Block 1 + 3i + j of 25 is `down_blocks.i`'s j-th, 12 the middle, 13 + 3i + j `up_blocks.i`'s.
 #[test]
 fn weights_of_blocks_become_learning_rates_of_the_layers_that_they_are_of() {

@@ -5,6 +5,7 @@ mod common;
 
 use lora_core::DType;
 use lora_io::family::sd3;
+use lora_io::safetensors::SafetensorsFile;
 use lora_models::synthetic::SyntheticSd3;
 
 use common::flow::{
@@ -28,6 +29,30 @@ fn runs_are_trained_saved_resumed_planned_and_sampled() {
     let (stored, _) = whole_run(folder.path(), &["max_sequence_length=40"], &sd3::FAMILY, 25);
     assert!(stored.contains("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"));
     assert!(stored.names().all(|name| name.starts_with("transformer.")));
+}
+
+#[test]
+fn a_file_says_which_of_the_published_models_it_was_made_for() {
+    for (norms, dual_blocks, version, architecture) in [
+        (false, 0, "medium", "stable-diffusion-3-medium/lora"),
+        (true, 1, "5-medium", "stable-diffusion-3-5-medium/lora"),
+        (true, 0, "5-large", "stable-diffusion-3-5-large/lora"),
+    ] {
+        let write = |folder: &std::path::Path| {
+            let mut model = SyntheticSd3::tiny();
+            model.transformer.norms = norms;
+            model.transformer.dual_blocks = dual_blocks;
+            model.write(folder, DType::F32).unwrap();
+        };
+        let folder = common::flow::workspace(write, TOKENIZER, "tokenizer_3");
+        let mut session = common::prepare(folder.path(), &["max_sequence_length=24"]);
+        let file = SafetensorsFile::open(session.save("lora").unwrap()).unwrap();
+        let said = |key: &str| file.metadata().get(key).map(String::as_str);
+        assert_eq!(
+            (said("ss_base_model_version"), said("modelspec.architecture")),
+            (Some(version), Some(architecture))
+        );
+    }
 }
 
 #[test]

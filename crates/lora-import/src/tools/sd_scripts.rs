@@ -37,7 +37,9 @@ pub(super) enum Base {
     Sd,
     Sdxl,
     Flux,
+    Chroma,
     Sd3,
+    Anima,
 }
 
 pub(super) fn base(root: &Scope<'_>) -> Base {
@@ -46,7 +48,9 @@ pub(super) fn base(root: &Scope<'_>) -> Base {
     // The GUI's switches and kinds.
     let kind = root.text("LoRA_type").unwrap_or_default();
     if script.starts_with("flux") || module.contains("flux") || root.on("flux1_checkbox") || kind.starts_with("Flux1") {
-        Base::Flux
+        if root.text("model_type").as_deref() == Some("chroma") { Base::Chroma } else { Base::Flux }
+    } else if script.starts_with("anima") || module.contains("anima") || root.given("qwen3").is_some() {
+        Base::Anima
     } else if script.starts_with("sd3") || module.contains("sd3") || root.on("sd3_checkbox") {
         Base::Sd3
     } else if script.starts_with("sdxl") || root.on("sdxl") || root.on("sdxl_checkbox") {
@@ -61,7 +65,7 @@ pub(super) fn base(root: &Scope<'_>) -> Base {
 }
 
 pub(super) fn is_flow(root: &Scope<'_>) -> bool {
-    matches!(base(root), Base::Flux | Base::Sd3)
+    matches!(base(root), Base::Flux | Base::Chroma | Base::Sd3 | Base::Anima)
 }
 
 /// Only for bases that predict the noise or the velocity.
@@ -526,7 +530,7 @@ pub(super) static SHARED: &[Row] = &[
     nothing("async_upload", "nothing is sent anywhere"),
 ];
 
-/// Bases that are trained by flow matching: FLUX.1 and Stable Diffusion 3.
+/// Bases that are trained by flow matching: FLUX.1, Chroma, Stable Diffusion 3 and Anima.
 pub(super) static FLOW: &[Row] = &[
     by("clip_l", &["text_encoder"], "CLIP-L", |field| of_flow(field, taken("text_encoder", field.text()))),
     by("clip_g", &["text_encoder_2"], "CLIP-G of Stable Diffusion 3", |field| {
@@ -534,13 +538,23 @@ pub(super) static FLOW: &[Row] = &[
     }),
     by(
         "t5xxl",
-        &["text_encoder_2", "text_encoder_3"],
-        "T5-XXL: FLUX.1's second text encoder, Stable Diffusion 3's third",
+        &["text_encoder", "text_encoder_2", "text_encoder_3"],
+        "T5-XXL: Chroma's text encoder, FLUX.1's second, Stable Diffusion 3's third",
         |field| {
-            let ours = if base(&field.root) == Base::Sd3 { "text_encoder_3" } else { "text_encoder_2" };
+            let ours = match base(&field.root) {
+                Base::Chroma => "text_encoder",
+                Base::Sd3 => "text_encoder_3",
+                _ => "text_encoder_2",
+            };
             of_flow(field, taken(ours, field.text()))
         },
     ),
+    nothing("model_type", "the base's files say whether they are FLUX.1's or Chroma's"),
+    same("qwen3", "text_encoder", Kind::Text),
+    same("t5_tokenizer_path", "t5_tokenizer", Kind::Text),
+    nothing("qwen3_max_token_length", "the text conditioner reads 512 states"),
+    nothing("t5_max_token_length", "the text conditioner reads 512 states"),
+    gone("llm_adapter_path", &["\"\""], "the text conditioner is read from the base's own file"),
     by("ae", &["vae"], "the autoencoder", |field| of_flow(field, taken("vae", field.text()))),
     by("guidance_scale", &["guidance_scale"], "3.5 where none is given; here 1", |field| match base(&field.root) {
         Base::Flux => taken("guidance_scale", field.number().map_or(Value::Null, values::of_number)),
@@ -553,6 +567,10 @@ pub(super) static FLOW: &[Row] = &[
             field,
             match sampling.as_str() {
                 "uniform" | "sigmoid" | "shift" | "flux_shift" => taken("timestep_sampling", sampling),
+                // Its script has another default.
+                "sigma" if base(&field.root) == Base::Anima && field.root.given("timestep_sampling").is_none() => {
+                    no_effect("`sigmoid`, as here")
+                }
                 "sigma" => becomes("timestep_sampling", "uniform", "sigmas of evenly drawn timesteps"),
                 _ => field.expected("sigma, uniform, sigmoid, shift or flux_shift"),
             },
@@ -598,6 +616,7 @@ pub(super) static FLOW: &[Row] = &[
         of_flow(field, taken("max_sequence_length", field.count().unwrap_or(512)))
     }),
     by("apply_t5_attn_mask", &[], "captions' padding in attention", |field| match field.on() {
+        true if base(&field.root) == Base::Chroma => no_effect("nothing reads captions' padding"),
         true => of_flow(field, lost("padding of captions is attended to, as FLUX.1 was trained")),
         false => no_effect("off, as without it"),
     }),

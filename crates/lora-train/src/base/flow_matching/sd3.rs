@@ -2,6 +2,7 @@
 //! autoencoder of 16 channels.
 
 use lora_core::Component;
+use lora_io::checkpoint::Checkpoint;
 use lora_io::family::sd3;
 use lora_models::diffusion::flow::{self, Shift};
 use lora_models::layers::{Adaptable, Pass};
@@ -10,7 +11,10 @@ use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
 use super::text::{Clip, EncoderKind, Reads, STATES, T5};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked};
+use super::{
+    FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked,
+    transformer_contains,
+};
 use crate::Result;
 use crate::base::PICTURES;
 use crate::config::keys::flow_matching as keys;
@@ -65,12 +69,41 @@ pub(super) static KIND: Kind = Kind {
     shift: Shift::Factor(3.0),
     sample_levels: |_, steps, _| flow::levels(steps, 3.0),
     guidance: |_| Guidance::Contrast(4.5),
-    labels: |_| &[],
+    labels: |checkpoint| match size_of(checkpoint) {
+        Size::Medium => {
+            &[("ss_base_model_version", "medium"), ("modelspec.architecture", "stable-diffusion-3-medium/lora")]
+        }
+        Size::NewMedium => &[],
+        Size::NewLarge => {
+            &[("ss_base_model_version", "5-large"), ("modelspec.architecture", "stable-diffusion-3-5-large/lora")]
+        }
+    },
     is_distilled: named_distilled,
     distilled: "its name says that this base is distilled to few steps (turbo): training it directly loses that within some \
                 hundred steps; train on the model that it was made of",
     refused: |_| None,
 };
+
+/// Which of the published models a transformer is built as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    /// Stable Diffusion 3 medium.
+    Medium,
+    /// Stable Diffusion 3.5 medium.
+    NewMedium,
+    /// Stable Diffusion 3.5 large.
+    NewLarge,
+}
+
+/// Told by what the first block has: 3.5 norms queries and keys, its medium model attends to the picture twice.
+fn size_of(checkpoint: &Checkpoint) -> Size {
+    let has = |weight: &str| transformer_contains(checkpoint, &format!("transformer_blocks.0.{weight}.weight"));
+    match (has("attn.norm_q"), has("attn2.to_q")) {
+        (false, _) => Size::Medium,
+        (true, true) => Size::NewMedium,
+        (true, false) => Size::NewLarge,
+    }
+}
 
 /// CLIP's states side by side and filled up with zeros to T5's width, T5's behind them; pooled states side by side.
 fn layout(captions: &[&Tensors], device: Device) -> Result<Inputs> {
