@@ -36,6 +36,12 @@ impl From<lora_io::Error> for Failure {
     }
 }
 
+impl From<lora_data::Error> for Failure {
+    fn from(error: lora_data::Error) -> Self {
+        Failure::Work(error.to_string())
+    }
+}
+
 impl From<lora_import::Problems> for Failure {
     fn from(problems: lora_import::Problems) -> Self {
         Failure::Usage(problems.to_string())

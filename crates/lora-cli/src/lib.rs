@@ -1,9 +1,11 @@
 //! What the programs `lora` and `lora-trainer` share: how they fail, log, show progress, take signals, read arguments that
-//! several commands have, and what they know of a machine. The commands themselves are in the programs.
+//! several commands have, what they know of a machine, and the look at a dataset, which either takes. The other commands are in the
+//! programs.
 
 #![forbid(unsafe_code)]
 
 pub mod arguments;
+pub mod dataset;
 mod failure;
 pub mod interrupt;
 pub mod nvidia;

@@ -13,12 +13,14 @@ mod launch;
 use std::process::ExitCode;
 
 use clap::{FromArgMatches, Subcommand};
-use lora_cli::{Failure, training};
+use lora_cli::{Failure, dataset, training};
 
 #[derive(Subcommand)]
 enum Command {
     /// Write a configuration from another trainer's, and say what became of each of its keys.
     Import(import::Arguments),
+    #[command(about = training::DATASET.about)]
+    Dataset(dataset::Arguments),
     /// Write captions by machine: tags of a tagger, sentences of a model on a server, or both.
     Caption(Box<caption::Arguments>),
     /// Merge adapters into a base model.
@@ -43,6 +45,7 @@ impl Command {
     fn run(&self) -> Result<(), Failure> {
         match self {
             Command::Import(arguments) => import::run(arguments),
+            Command::Dataset(arguments) => dataset::run(arguments),
             Command::Caption(arguments) => caption::run(arguments),
             Command::Merge(arguments) => adapters::merge::run(arguments),
             Command::Convert(arguments) => adapters::convert::run(arguments),
@@ -75,6 +78,11 @@ fn main() -> ExitCode {
     }
     let matches = command_line().get_matches();
     let command = Command::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if let Command::Dataset(own) = &command
+        && own.configuration().is_some()
+    {
+        return launch::launch(training::DATASET, &arguments);
+    }
     lora_cli::run(|| command.run())
 }
 

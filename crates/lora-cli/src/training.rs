@@ -1,4 +1,5 @@
-//! The commands that need libtorch or the configuration of a run, which the program `lora-trainer` has.
+//! The commands that need libtorch or the configuration of a run, which the program `lora-trainer` has, and the one that needs it
+//! where a configuration is named.
 
 /// The file name of that program, but for what the system puts behind names of programs.
 pub const PROGRAM: &str = "lora-trainer";
@@ -17,8 +18,8 @@ pub struct Command {
     pub computes: bool,
 }
 
-/// All of them, in the order of the list.
-pub const COMMANDS: [Command; 8] = [TRAIN, PLAN, KEYS, DATASET, SAMPLE, GENERATE, EVALUATE, DOCTOR];
+/// Those that are always done there, in the order of the list.
+pub const COMMANDS: [Command; 7] = [TRAIN, PLAN, KEYS, SAMPLE, GENERATE, EVALUATE, DOCTOR];
 
 /// `lora train`.
 pub const TRAIN: Command = Command {
@@ -35,7 +36,7 @@ pub const PLAN: Command = Command {
 /// `lora keys`.
 pub const KEYS: Command =
     Command { name: "keys", about: "Print the reference of all configuration keys (Markdown)", computes: false };
-/// `lora dataset`.
+/// `lora dataset`, where a configuration is named.
 pub const DATASET: Command = Command {
     name: "dataset",
     about: "Look at a dataset before training: sizes, crops, captions, duplicates, blur, and what to do about them",

@@ -91,6 +91,22 @@ fn all_commands_are_in_one_list_and_mistakes_end_with_2() {
     lora(&program).arg("info").assert().code(2);
 }
 
+/// A look at pictures needs the second program for the keys of a configuration alone.
+#[test]
+fn a_dataset_is_looked_at_without_the_second_program() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = alone(folder.path());
+    let pictures = folder.path().join("pictures");
+    std::fs::create_dir(&pictures).unwrap();
+    image::RgbImage::new(64, 64).save(pictures.join("a.png")).unwrap();
+    std::fs::write(pictures.join("a.txt"), "a square").unwrap();
+    lora(&program).arg("dataset").arg(&pictures).assert().success().stdout(contains("pictures:  1, 1 visits an epoch"));
+    let set = ["--set", "enable_bucket=true"];
+    lora(&program).arg("dataset").arg(&pictures).args(set).assert().code(1).stderr(contains("lora dataset"));
+    script(&folder.path().join("lora-trainer"), "echo \"passed on: $@\"");
+    lora(&program).arg("dataset").arg(&pictures).args(set).assert().success().stdout(contains("enable_bucket=true"));
+}
+
 /// The second program is the process that was started, so that a signal to it, or to the whole terminal, comes once.
 #[test]
 fn an_interrupt_reaches_the_second_program_once() {

@@ -68,6 +68,24 @@ pub struct DatasetOptions {
     pub group: usize,
 }
 
+impl DatasetOptions {
+    /// Of a folder, archive or table as a configuration that says no more has it: 512 × 512 pixels, cut from the middle, on white.
+    pub fn of(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            scan: ScanOptions::default(),
+            framing: Framing::Fixed((512, 512)),
+            processors: vec!["center_crop".to_owned()],
+            captions: CaptionOptions::default(),
+            background: [255; 3],
+            batch_size: 1,
+            loss_weight: 1.0,
+            masks: MaskOptions::default(),
+            group: 0,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Dataset {
     options: DatasetOptions,

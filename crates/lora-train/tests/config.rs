@@ -320,3 +320,11 @@ enable_bucket = true
         assert!(error.contains(fragment), "`{text}` gives `{error}`, which lacks `{fragment}`");
     }
 }
+
+#[test]
+fn a_dataset_of_which_nothing_is_said_is_the_libraries_own() {
+    let (datasets, tokens) = TrainConfig::datasets_of::<&str>(None, Some("pictures".as_ref()), &[]).unwrap();
+    let own = lora_data::DatasetOptions::of("pictures");
+    // Each of them as text: their parts cannot be compared.
+    assert_eq!((format!("{datasets:?}"), tokens), (format!("{:?}", [own]), 75));
+}

@@ -4,7 +4,6 @@
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
 mod configuration;
-mod dataset;
 mod doctor;
 mod events;
 mod failure;
@@ -17,7 +16,8 @@ mod train;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lora_cli::{Failure, training};
+use lora_cli::{Failure, dataset, training};
+use lora_train::config::TrainConfig;
 
 // Help speaks of `lora`, which is what people call.
 #[derive(Parser)]
@@ -56,13 +56,20 @@ impl Command {
                 print!("{}", lora_train::config::keys::Keys::default().reference());
                 Ok(())
             }
-            Command::Dataset(arguments) => dataset::run(arguments),
+            Command::Dataset(arguments) => look(arguments),
             Command::Sample(arguments) => sample::run(arguments),
             Command::Generate(arguments) => generate::generate(arguments),
             Command::Evaluate(arguments) => generate::evaluate(arguments),
             Command::Doctor(arguments) => doctor::run(arguments),
         }
     }
+}
+
+/// A look at the datasets of a configuration.
+fn look(arguments: &dataset::Arguments) -> Result<(), Failure> {
+    let Some((path, set, folder)) = arguments.configuration() else { return dataset::run(arguments) };
+    let (datasets, tokens) = TrainConfig::datasets_of(path, folder, set).map_err(failure::failure)?;
+    dataset::look(arguments, datasets, tokens)
 }
 
 fn main() -> ExitCode {
@@ -72,6 +79,8 @@ fn main() -> ExitCode {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use clap::CommandFactory;
 
     use super::*;
@@ -80,9 +89,11 @@ mod tests {
     fn this_program_has_the_commands_that_lora_passes_on_and_no_others() {
         let arguments = Arguments::command();
         let about = |own: &clap::Command| own.get_about().map(ToString::to_string).unwrap_or_default();
-        let own: Vec<_> = arguments.get_subcommands().map(|own| (own.get_name().to_owned(), about(own))).collect();
-        let told: Vec<_> =
-            training::COMMANDS.iter().map(|command| (command.name.to_owned(), command.about.to_owned())).collect();
+        let own: BTreeMap<_, _> =
+            arguments.get_subcommands().map(|own| (own.get_name().to_owned(), about(own))).collect();
+        let passed_on = training::COMMANDS.iter().chain([&training::DATASET]);
+        let told: BTreeMap<_, _> =
+            passed_on.map(|command| (command.name.to_owned(), command.about.to_owned())).collect();
         assert_eq!(own, told);
     }
 }

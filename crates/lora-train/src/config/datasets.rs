@@ -3,10 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use lora_data::DatasetOptions;
 use lora_data::bucket::{BucketOptions, Buckets, Framing};
-use lora_data::caption::CaptionOptions;
-use lora_data::dataset::{Role, ScanOptions};
-use lora_data::{DatasetOptions, MaskOptions};
+use lora_data::dataset::Role;
 use serde_json::{Map, Value};
 
 use super::read::Reader;
@@ -84,18 +83,7 @@ pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
 impl DatasetValues {
     /// The keys of a table, or of the configuration itself.
     fn read(reader: &mut Reader, group: usize) -> Self {
-        let options = DatasetOptions {
-            path: PathBuf::new(),
-            scan: ScanOptions::default(),
-            framing: Framing::Fixed((0, 0)),
-            processors: Vec::new(),
-            captions: CaptionOptions::default(),
-            background: [0; 3],
-            batch_size: 1,
-            loss_weight: 1.0,
-            masks: MaskOptions::default(),
-            group,
-        };
+        let options = DatasetOptions { group, ..DatasetOptions::of(PathBuf::new()) };
         let buckets = BucketOptions { resolution: (0, 0), min: 0, max: 0, step: 0, no_upscale: false };
         let mut values = Self { options, enable_bucket: false, buckets, prior_loss_weight: 1.0 };
         let keys = reader.keys().clone();

@@ -1,4 +1,5 @@
-//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them.
+//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them. What a configuration says of a
+//! dataset `lora-trainer` reads; the look itself, and all of it where no configuration is named, is here.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -6,21 +7,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lora_cli::Failure;
-use lora_data::Pictures;
 use lora_data::dataset::Strictness;
 use lora_data::finding::{Finding, FindingKind, Severity};
+use lora_data::processor::ProcessorRegistry;
 use lora_data::report::texts::{self, TextReport};
 use lora_data::report::{DatasetReport, ReportOptions, html, inspect};
 use lora_data::texts::{TextOptions, Texts};
 use lora_data::tokenizer::{ClipTokenizer, TextCleaning, Tokenizer};
-use lora_train::Plugins;
-use lora_train::config::TrainConfig;
+use lora_data::{DatasetOptions, Pictures};
 
-use crate::failure::failure;
+use crate::Failure;
 
-#[derive(clap::Args)]
-pub(crate) struct Arguments {
+/// What is looked at, and how it is told.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
     /// Folder, .tar or .parquet, or with --tokenizer a folder or file of texts; may be left out where the configuration names it.
     #[arg(required_unless_present = "config")]
     folder: Option<PathBuf>,
@@ -53,18 +53,39 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    if let (Some(tokenizer), Some(path)) = (&arguments.tokenizer, &arguments.folder) {
-        return look_at_texts(arguments, tokenizer, path);
+impl Arguments {
+    /// The configuration, with what is set over it and the folder that takes the place of its own; `None` where none is named.
+    pub fn configuration(&self) -> Option<(Option<&Path>, &[String], Option<&Path>)> {
+        let named = self.config.is_some() || !self.set.is_empty();
+        named.then(|| (self.config.as_deref(), self.set.as_slice(), self.folder.as_deref()))
     }
-    let (mut datasets, tokens) =
-        TrainConfig::datasets_of(arguments.config.as_deref(), arguments.folder.as_deref(), &arguments.set)
-            .map_err(failure)?;
+}
+
+/// The tokens of a caption that count where no configuration says it.
+const TOKENS: usize = 75;
+
+/// A look at what no configuration is needed for.
+///
+/// # Errors
+/// [`Failure::Work`] where nothing can be used, or, where that is asked for, not all.
+pub fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let folder = arguments.folder.as_deref().unwrap_or(Path::new("."));
+    match &arguments.tokenizer {
+        Some(tokenizer) => look_at_texts(arguments, tokenizer, folder),
+        None => look(arguments, vec![DatasetOptions::of(folder)], TOKENS),
+    }
+}
+
+/// A look at datasets of pictures, whose captions count up to so many tokens.
+///
+/// # Errors
+/// As of [`run`].
+pub fn look(arguments: &Arguments, mut datasets: Vec<DatasetOptions>, tokens: usize) -> Result<(), Failure> {
     for dataset in &mut datasets {
         dataset.scan.strictness = Strictness::Inspect;
     }
     let title = datasets.iter().map(|dataset| dataset.path.display().to_string()).collect::<Vec<_>>().join(", ");
-    let pictures = Pictures::open(datasets, &Plugins::default().processors).map_err(failure)?;
+    let pictures = Pictures::open(datasets, &ProcessorRegistry::default())?;
     let options = ReportOptions {
         shown: if arguments.html.is_some() { arguments.shown } else { 0 },
         samples: if arguments.html.is_some() { ReportOptions::default().samples } else { 0 },
@@ -78,7 +99,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
             eprint!("looked at {done}/{of}{}", if std::io::stderr().is_terminal() { '\r' } else { '\n' });
         }
     };
-    let report = inspect(Arc::new(pictures), &options, &mut progress).map_err(failure)?;
+    let report = inspect(Arc::new(pictures), &options, &mut progress)?;
     let lost = report.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost).count();
     let (page, json, print) = (html::page, serde_json::to_string_pretty, print_pictures);
     Told { title: &title, report: &report, page, json, print, usable: report.pictures.len(), noun: "pictures", lost }
@@ -86,14 +107,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
-    let tokenizer = Arc::new(Tokenizer::open(tokenizer).map_err(failure)?);
+    let tokenizer = Arc::new(Tokenizer::open(tokenizer)?);
     let options = TextOptions {
         path: path.to_owned(),
         strictness: Strictness::Inspect,
         max_seq_length: arguments.max_seq_length,
         ..TextOptions::default()
     };
-    let texts = Texts::open(options, tokenizer, None).map_err(failure)?;
+    let texts = Texts::open(options, tokenizer, None)?;
     let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
     let lost =
         texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();
