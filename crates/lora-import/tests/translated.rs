@@ -379,7 +379,7 @@ config:
             json!({ "max_resolution": side, "enable_bucket": true, "caption_extension": ".txt", "mask_dir": "masks" }),
         );
     }
-    assert!(is_lost(&imported, "train.diff_output_preservation"));
+    assert_has(&own, json!({ "prior_prompt": "", "prior_prompt_weight": 1 }));
     let two = text.replace("    - type: sd_trainer", "    - type: sd_trainer\n    - type: sd_trainer");
     assert!(refused(Format::Yaml, &two).contains("2 processes"));
     let class = "diff_output_preservation: true\n        diff_output_preservation_class: person\n        diff_output_preservation_multiplier: 0.5\n        blank_prompt_preservation: true";

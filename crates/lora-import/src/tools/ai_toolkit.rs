@@ -727,17 +727,13 @@ fn prior(field: &Field<'_>, ours: &'static str, weight: f64) -> Outcome {
     if field.on() { taken(ours, values::of_number(weight)) } else { no_effect("off, as without it") }
 }
 
-/// The base's answer to each caption with the class in the place of the trigger word there; to the class here.
+/// The base's answer to each caption with the class in the place of the trigger word.
 fn output_preservation(field: &Field<'_>) -> Outcome {
     if !field.on() {
         return no_effect("off, as without it");
     }
-    let Some(class) = field.here.text("diff_output_preservation_class").filter(|class| !class.is_empty()) else {
-        return lost(
-            "without a class it keeps the answer to each caption without its trigger word; prior_prompt is one caption",
-        );
-    };
+    let class = field.here.text("diff_output_preservation_class").unwrap_or_default();
     let weight = field.here.number("diff_output_preservation_multiplier").unwrap_or(1.0);
     let settings = vec![("prior_prompt", class.into()), ("prior_prompt_weight", values::of_number(weight))];
-    translated(settings, "the class is a caption of its own, where it takes the trigger word's place in each there")
+    translated(settings, "its class, in the place of the trigger word, as there")
 }

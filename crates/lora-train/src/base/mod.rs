@@ -215,9 +215,9 @@ pub trait Base: fmt::Debug + Send {
         None
     }
 
-    /// Captions that the loss of every item reads beside the item's own: they are encoded once, and each item has them
+    /// Captions that the loss of an item reads beside its own, `caption`: each is encoded once, and the item has them
     /// ([`Item::beside`]).
-    fn captions(&self) -> Vec<String> {
+    fn captions(&self, _caption: &str) -> Vec<String> {
         Vec::new()
     }
 

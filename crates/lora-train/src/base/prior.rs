@@ -4,7 +4,7 @@
 //!
 //! | key | where the base's answer is kept |
 //! |---|---|
-//! | `prior_prompt` | for this caption: the class that the pictures are of |
+//! | `prior_prompt` | for each picture's caption with this class in the place of its trigger word, or for the class alone |
 //! | `prior_blank_weight` | for the empty caption |
 //! | `prior_mask_weight` | for the picture's own caption, outside its mask |
 //!
@@ -25,11 +25,31 @@ const FIGURES: &[&str] = &["prior_loss"];
 /// A network's answer on the noised latents of a micro-batch: what of it depends on the caption comes from these inputs.
 pub(super) type Answer<'a> = dyn Fn(&Inputs, &Pass) -> Result<Tensor> + 'a;
 
+/// A caption that is asked beside an item's own.
+#[derive(Debug, Clone)]
+enum Asked {
+    /// The item's with the class in the place of the trigger word that it has; the class alone where it has none.
+    Class { class: String, triggers: Vec<String> },
+    /// The empty one.
+    Blank,
+}
+
+impl Asked {
+    fn of(&self, caption: &str) -> String {
+        let Self::Class { class, triggers } = self else { return String::new() };
+        let word = triggers.iter().filter(|word| caption.contains(word.as_str())).max_by_key(|word| word.len());
+        let Some(word) = word else { return class.clone() };
+        let replaced = caption.replace(word.as_str(), class);
+        // Where nothing takes the word's place, what divided it from the rest goes too.
+        if class.is_empty() { replaced.trim_matches([',', ' ']).to_owned() } else { replaced }
+    }
+}
+
 /// Whose answers are kept, and how much that counts.
 #[derive(Debug, Default)]
 pub(super) struct Prior {
     /// Captions, by the names of their tensors' group, with their weights.
-    prompts: Vec<(&'static str, String, f64)>,
+    prompts: Vec<(&'static str, Asked, f64)>,
     /// The weight of places that a picture's mask leaves out.
     outside_mask: f64,
 }
@@ -37,9 +57,11 @@ pub(super) struct Prior {
 impl Prior {
     /// What a configuration asks for.
     pub(super) fn of(config: &TrainConfig) -> Self {
-        let prompt =
-            config.prior_prompt.as_ref().map(|prompt| ("prior_prompt", prompt.clone(), config.prior_prompt_weight));
-        let blank = Some(("prior_blank", String::new(), config.prior_blank_weight));
+        let words = config.datasets.iter().map(|dataset| dataset.captions.trigger_word.clone());
+        let triggers: Vec<String> = words.filter(|word| !word.is_empty()).collect();
+        let prompt = config.prior_prompt.clone().map(|class| Asked::Class { class, triggers });
+        let prompt = prompt.map(|asked| ("prior_prompt", asked, config.prior_prompt_weight));
+        let blank = Some(("prior_blank", Asked::Blank, config.prior_blank_weight));
         let prompts = prompt.into_iter().chain(blank).filter(|(.., weight)| *weight > 0.0);
         Self { prompts: prompts.collect(), outside_mask: config.prior_mask_weight }
     }
@@ -49,8 +71,8 @@ impl Prior {
     }
 
     /// As [`super::Base::captions`].
-    pub(super) fn captions(&self) -> Vec<String> {
-        self.prompts.iter().map(|(_, prompt, _)| prompt.clone()).collect()
+    pub(super) fn captions(&self, caption: &str) -> Vec<String> {
+        self.prompts.iter().map(|(_, asked, _)| asked.of(caption)).collect()
     }
 
     /// As [`super::Base::figures`].
@@ -65,8 +87,8 @@ impl Prior {
         items: &[Item],
         captions: impl Fn(&[Item]) -> Result<Inputs>,
     ) -> Result<Inputs> {
-        for (group, prompt, _) in &self.prompts {
-            let asked: Vec<Item> = items.iter().map(|item| item.asked(prompt)).collect();
+        for (group, asked, _) in &self.prompts {
+            let asked: Vec<Item> = items.iter().map(|item| item.asked(&asked.of(&item.caption))).collect();
             inputs = inputs.beside(group, captions(&asked)?);
         }
         Ok(inputs)
@@ -135,4 +157,20 @@ pub(super) fn record(config: &TrainConfig) -> Vec<(&'static str, String)> {
     ];
     let weights = weights.into_iter().flatten().filter(|(_, weight)| *weight > 0.0);
     prompt.into_iter().chain(weights.map(|(key, weight)| (key, weight.to_string()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_class_takes_the_place_of_the_trigger_word_or_stands_alone() {
+        let triggers = || ["ink", "ink style"].map(str::to_owned).to_vec();
+        let asked = |class: &str, caption: &str| Asked::Class { class: class.into(), triggers: triggers() }.of(caption);
+        assert_eq!(asked("drawing", "ink style, a bear"), "drawing, a bear");
+        assert_eq!(asked("drawing", "a bear in ink"), "a bear in drawing");
+        assert_eq!(asked("drawing", "a bear"), "drawing");
+        assert_eq!((asked("", "ink, a bear"), asked("", "")), ("a bear".to_owned(), String::new()));
+        assert_eq!(Asked::Blank.of("ink, a bear"), "");
+    }
 }

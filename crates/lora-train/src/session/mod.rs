@@ -513,7 +513,7 @@ impl Session {
             let done = Done { steps: self.progress.step, of: self.plan.steps };
             let caption = self.feed.source.caption_when(visit, done, &draw);
             encoded.extend(self.kept_of(&caption));
-            let beside = self.base.captions().into_iter().map(|caption| {
+            let beside = self.base.captions(&caption).into_iter().map(|caption| {
                 let kept = self.kept_of(&caption);
                 (caption, kept)
             });

@@ -327,7 +327,8 @@ impl<'c> Loader<'c> {
 fn captions_of(config: &TrainConfig, source: &dyn Source, base: &dyn Base) -> Vec<String> {
     let mut captions: Vec<String> = (0..source.count()).map(|item| source.plain_caption(item)).collect();
     captions.push(String::new());
-    captions.extend(base.captions());
+    let beside: Vec<String> = captions.iter().flat_map(|caption| base.captions(caption)).collect();
+    captions.extend(beside);
     captions.push(config.samples.negative_prompt.clone());
     for prompt in config.samples.prompts.iter().map(|prompt| PromptLine::parse(prompt)) {
         captions.push(prompt.text);

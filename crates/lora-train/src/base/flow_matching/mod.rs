@@ -504,8 +504,8 @@ impl Base for FlowMatching {
         self.encoders.longest()?.tokens(caption).ok()
     }
 
-    fn captions(&self) -> Vec<String> {
-        self.prior.captions()
+    fn captions(&self, caption: &str) -> Vec<String> {
+        self.prior.captions(caption)
     }
 
     fn figures(&self) -> &'static [&'static str] {

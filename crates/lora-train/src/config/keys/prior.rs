@@ -16,7 +16,7 @@ pub(super) static PRIOR: Group = Group {
             name: "prior_prompt",
             values: "text",
             default: "none",
-            meaning: "A caption whose pictures the adapter is not to change, as the class that the subject is of (`a person`): for it the base's own answer, adapter off, is a further target. No pictures are needed.",
+            meaning: "What the adapter is not to change: the class that the subject is of (`person`). For each caption with the class in the place of its `trigger_word`, or for the class alone where it has none, the base's own answer, adapter off, is a further target. Empty: the caption without the word. No pictures are needed.",
             memory: MEMORY,
             resumed: Resumed::FixedSince("none", |config| shown(&config.prior_prompt)),
             reads: Reads::Adapter(|given, config| config.prior_prompt = given.text()),
