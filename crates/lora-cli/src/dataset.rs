@@ -57,7 +57,7 @@ impl Arguments {
     /// The configuration, with what is set over it and the folder that takes the place of its own; `None` where none is named.
     pub fn configuration(&self) -> Option<(Option<&Path>, &[String], Option<&Path>)> {
         let named = self.config.is_some() || !self.set.is_empty();
-        named.then(|| (self.config.as_deref(), self.set.as_slice(), self.folder.as_deref()))
+        named.then_some((self.config.as_deref(), self.set.as_slice(), self.folder.as_deref()))
     }
 }
 
