@@ -4,11 +4,19 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use assert_cmd::prelude::*;
 use predicates::prelude::*;
 use predicates::str::contains;
+
+/// These tests write programs and start them. A file that is open for writing in any process cannot be started, and a process that
+/// another test starts at that moment has it open.
+fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A copy of `lora` in a folder of its own, where nothing lies beside it.
 fn alone(folder: &Path) -> PathBuf {
@@ -30,6 +38,7 @@ fn lora(program: &Path) -> Command {
 
 #[test]
 fn arguments_input_output_and_exit_status_are_the_second_programs() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     script(
@@ -53,6 +62,7 @@ fn arguments_input_output_and_exit_status_are_the_second_programs() {
 
 #[test]
 fn the_program_is_looked_for_by_a_variable_then_beside_lora_then_in_the_path() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let (own, path) = (folder.path().join("own"), folder.path().join("path"));
     std::fs::create_dir_all(&own).unwrap();
@@ -80,6 +90,7 @@ fn the_program_is_looked_for_by_a_variable_then_beside_lora_then_in_the_path() {
 
 #[test]
 fn all_commands_are_in_one_list_and_mistakes_end_with_2() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     let list = String::from_utf8(lora(&program).arg("--help").assert().success().get_output().stdout.clone()).unwrap();
@@ -94,6 +105,7 @@ fn all_commands_are_in_one_list_and_mistakes_end_with_2() {
 /// A look at pictures needs the second program for the keys of a configuration alone.
 #[test]
 fn a_dataset_is_looked_at_without_the_second_program() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     let pictures = folder.path().join("pictures");
@@ -110,6 +122,7 @@ fn a_dataset_is_looked_at_without_the_second_program() {
 /// The second program is the process that was started, so that a signal to it, or to the whole terminal, comes once.
 #[test]
 fn a_signal_reaches_the_second_program_once() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     let told = folder.path().join("told");
@@ -140,6 +153,7 @@ fn a_signal_reaches_the_second_program_once() {
 
 #[test]
 fn the_doctor_says_so_where_the_second_program_cannot_be_loaded() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     script(&folder.path().join("lora-trainer"), "echo 'libtorch_cpu.so: cannot open' >&2; exit 127");
@@ -153,6 +167,7 @@ fn the_doctor_says_so_where_the_second_program_cannot_be_loaded() {
 #[cfg(target_os = "linux")]
 #[test]
 fn beside_a_busy_program_threads_of_what_computes_are_to_yield() {
+    let _alone = one_at_a_time();
     let folder = tempfile::tempdir().unwrap();
     let program = alone(folder.path());
     script(&folder.path().join("lora-trainer"), "echo \"$OMP_WAIT_POLICY $GOMP_SPINCOUNT\"");
