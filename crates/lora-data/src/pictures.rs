@@ -549,18 +549,8 @@ mod tests {
         let file = std::fs::File::create(folder.path().join("a.jpg")).unwrap();
         picture.write_with_encoder(image::codecs::jpeg::JpegEncoder::new_with_quality(file, 85)).unwrap();
 
-        let options = DatasetOptions {
-            path: folder.path().into(),
-            scan: ScanOptions::default(),
-            framing: Framing::Fixed((256, 256)),
-            processors: vec!["center_crop".into()],
-            captions: CaptionOptions::default(),
-            background: [255; 3],
-            batch_size: 1,
-            loss_weight: 1.0,
-            masks: MaskOptions::default(),
-            group: 0,
-        };
+        let framing = Framing::Fixed((256, 256));
+        let options = DatasetOptions { framing, ..DatasetOptions::of(folder.path()) };
         let pictures = Pictures::open(vec![options], &ProcessorRegistry::default()).unwrap();
         let random = Stream::new(0);
         let bytes = |index: usize| pictures.items()[index].file.read().unwrap();
