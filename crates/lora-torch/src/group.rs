@@ -91,6 +91,7 @@ impl Group {
                 "there is no rank {rank} of {ranks}, {local_rank} of {local_ranks} on its machine: RANK and LOCAL_RANK count from 0 and are below WORLD_SIZE and LOCAL_WORLD_SIZE"
             )));
         }
+        let limit = limit.min(Duration::from_secs(365 * 24 * 3600));
         let end = Instant::now() + limit;
         let host = rendezvous::resolve(place)?;
         let mut group = Self {
@@ -140,7 +141,8 @@ impl Group {
 
     /// Connects the ranks for tensors.
     fn connect(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
-        let (own, Place { rank, ranks, .. }) = (rendezvous::own_address(&self.place, host)?, self.place.clone());
+        let (own, Place { rank, ranks, .. }) =
+            (rendezvous::own_address(&self.place, host, &self.peers)?, self.place.clone());
         // All are there: what is left of the time may be less than connecting takes on a busy machine.
         let limit = end.saturating_duration_since(Instant::now()).max(Duration::from_secs(30));
         self.explained(self.store.connect(own, rank, ranks, limit))?;
