@@ -50,7 +50,7 @@ impl<'a> Scope<'a> {
             let mut found = row::find(self.groups, parts.next()?)?;
             for part in parts {
                 let Means::Table(rows) = found.means else { return None };
-                found = rows.iter().find(|row| row.name == part)?;
+                found = rows.iter().find(|row| row.is(part))?;
             }
             found.default_value()
         })
@@ -165,7 +165,7 @@ impl<'a> Walk<'a> {
     /// Every key of a table, in the order of the rows.
     fn table(&mut self, root: Scope<'_>, here: Scope<'_>, prefix: &str, dataset: Option<usize>) {
         let place_of =
-            |entry: &&Entry| here.groups.iter().flat_map(|rows| rows.iter()).position(|row| row.name == entry.key);
+            |entry: &&Entry| here.groups.iter().flat_map(|rows| rows.iter()).position(|row| row.is(&entry.key));
         let mut entries: Vec<&Entry> = here.entries.iter().collect();
         entries.sort_by_key(|entry| place_of(entry).unwrap_or(usize::MAX));
         for entry in entries {
@@ -182,17 +182,17 @@ impl<'a> Walk<'a> {
     /// What the trainer does where keys are not given.
     fn defaults(&mut self, root: Scope<'_>, here: Scope<'_>, groups: Groups, prefix: &str, dataset: Option<usize>) {
         for row in row::rows(groups) {
-            let path = format!("{prefix}{}", row.name);
+            let path = format!("{prefix}{}", row.name());
             match &row.means {
                 Means::Table(rows) => {
-                    let entries = here.entries.iter().find(|entry| entry.key == row.name);
+                    let entries = here.entries.iter().find(|entry| entry.key == row.name());
                     let within =
                         Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups: &[rows], ..here };
-                    for inner in rows.iter().filter(|inner| within.given(inner.name).is_none()) {
-                        self.assume(root, within, inner, &format!("{path}.{}", inner.name), dataset);
+                    for inner in rows.iter().filter(|inner| within.given(inner.name()).is_none()) {
+                        self.assume(root, within, inner, &format!("{path}.{}", inner.name()), dataset);
                     }
                 }
-                _ if here.given(row.name).is_none() => self.assume(root, here, row, &path, dataset),
+                _ if here.given(row.name()).is_none() => self.assume(root, here, row, &path, dataset),
                 _ => {}
             }
         }
@@ -261,7 +261,7 @@ impl<'a> Walk<'a> {
                     let at = At { path: &path, line: entry.line, dataset: None, assumed: false };
                     match row::find(groups, &entry.key) {
                         None => self.unknown(groups, &at, &entry.key),
-                        Some(row) if but.contains(&row.name) => self.key(root, within, row, &entry.node, &at),
+                        Some(row) if but.contains(&row.name()) => self.key(root, within, row, &entry.node, &at),
                         Some(_) => self.account(&at, &[], no_effect(reason)),
                     }
                 }
@@ -270,7 +270,7 @@ impl<'a> Walk<'a> {
     }
 
     fn unknown(&mut self, groups: &[&'static [Row]], at: &At<'_>, key: &str) {
-        let names = groups.iter().flat_map(|rows| rows.iter()).map(|row| row.name);
+        let names = groups.iter().flat_map(|rows| rows.iter()).flat_map(Row::names);
         let near = nearest(key, names).map_or_else(String::new, |name| format!("; did you mean `{name}`?"));
         match self.allow_unknown {
             true => self.account(at, &[], lost("not known; whatever it does is not done")),

@@ -49,12 +49,16 @@ struct Section {
 
 impl Section {
     fn add(&mut self, row: &'static Row, prefix: &str) {
-        let name = format!("{prefix}{}", row.name);
+        row.names().for_each(|name| self.add_key(row, name, prefix));
+    }
+
+    fn add_key(&mut self, row: &'static Row, key: &str, prefix: &str) {
+        let name = format!("{prefix}{key}");
         let own = match &row.means {
-            Means::Same(ours, _) if *ours == row.name && prefix.is_empty() && row.default.is_none() => {
+            Means::Same(ours, _) if *ours == key && prefix.is_empty() && row.default.is_none() => {
                 return self.same.push(name);
             }
-            Means::Same(ours, _) if *ours == row.name => "the same".to_owned(),
+            Means::Same(ours, _) if *ours == key => "the same".to_owned(),
             Means::Same(ours, Kind::Positive | Kind::AtLeastOne) => format!("`{ours}`, 0 is none"),
             Means::Same(ours, _) => format!("`{ours}`"),
             Means::By(ours, how, _) => match ours {

@@ -92,7 +92,7 @@ impl File {
             let path = format!("{prefix}{}", entry.key);
             let refused = |message: String| Problem::new(place, entry.line, &path, message);
             let Some(row) = row::find(&[ROWS], &entry.key) else {
-                let near = nearest(&entry.key, ROWS.iter().map(|row| row.name));
+                let near = nearest(&entry.key, ROWS.iter().flat_map(Row::names));
                 let near = near.map_or_else(String::new, |name| format!("; did you mean `{name}`?"));
                 self.problems.push(refused(format!("unknown key{near}")));
                 continue;

@@ -269,8 +269,7 @@ static OWN: &[Row] = &[
         of_lora(field, dropout(field, "lora_dropout"))
     }),
     same("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Positive),
-    gone("loraplus_unet_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
-    gone("loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
+    gone("loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
     gone("block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
@@ -335,10 +334,7 @@ static OWN: &[Row] = &[
             false => becomes("sample_prompts", json!(lines), "a line each"),
         }
     }),
-    nothing("v2", "the base's files say it"),
-    nothing("sdxl", "the base's files say it"),
-    nothing("flux1_checkbox", "the base's files say it"),
-    nothing("sd3_checkbox", "the base's files say it"),
+    nothing("v2 sdxl flux1_checkbox sd3_checkbox", "the base's files say it"),
     nothing("model_list", "pretrained_model_name_or_path says it"),
     nothing("xformers", "how attention is computed"),
     nothing("num_cpu_threads_per_process", "how steps are computed"),
@@ -350,9 +346,7 @@ static OWN: &[Row] = &[
     gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
     nothing("gpu_ids", "`device` says which"),
     nothing("main_process_port", "one machine trains"),
-    nothing("dynamo_mode", "how steps are computed"),
-    nothing("dynamo_use_dynamic", "how steps are computed"),
-    nothing("dynamo_use_fullgraph", "how steps are computed"),
+    nothing("dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph", "how steps are computed"),
     gone("extra_accelerate_launch_args", OFF, "nothing is launched"),
     by("additional_parameters", &[], "options of sd-scripts, which win over the fields", |_| {
         translated(vec![], "its options are read with these")
@@ -361,15 +355,15 @@ static OWN: &[Row] = &[
     gone("conv_dims", OFF, "ranks by block are given by rank_pattern"),
     nothing("use_wandb", "nothing is sent anywhere"),
     nothing("no_token_padding", "captions are padded as the base expects"),
-    nothing("save_as_bool", "a field of the GUI"),
-    nothing("training_preset", "a field of the GUI"),
-    nothing("sdxl_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
-    nothing("flux1_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
+    nothing("save_as_bool training_preset", "a field of the GUI"),
+    nothing(
+        "sdxl_cache_text_encoder_outputs flux1_cache_text_encoder_outputs",
+        "captions are encoded once wherever they may be",
+    ),
     nothing("flux1_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
     nothing("sd3_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
     nothing("sd3_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
-    nothing("sdxl_no_half_vae", "an autoencoder that overflows goes on in fp32"),
-    nothing("no_half_vae", "an autoencoder that overflows goes on in fp32"),
+    nothing("sdxl_no_half_vae no_half_vae", "an autoencoder that overflows goes on in fp32"),
     nothing("lowvram", "what is kept on the device"),
     by("weighting_scheme_checkbox", &[], "a field of the GUI", |_| no_effect("a field of the GUI")),
     // The tabs Dreambooth and Finetuning.
@@ -389,12 +383,11 @@ static OWN: &[Row] = &[
     by("generate_image_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
         becomes("enable_bucket", true, "the tab Finetuning always has buckets")
     }),
-    nothing("generate_caption_database", "captions are read beside their pictures"),
-    nothing("create_caption", "captions are read beside their pictures"),
-    nothing("full_path", "captions are read beside their pictures"),
-    nothing("caption_metadata_filename", "captions are read beside their pictures"),
-    nothing("latent_metadata_filename", "captions are read beside their pictures"),
-    nothing("train_dir", "captions are read beside their pictures"),
+    nothing(
+        "generate_caption_database create_caption full_path caption_metadata_filename latent_metadata_filename \
+         train_dir",
+        "captions are read beside their pictures",
+    ),
     nothing("use_latent_files", "`cache_dir` keeps latents for the next run"),
     nothing("batch_size", "how many pictures are encoded at once"),
     gone("block_lr", OFF, "no learning rates by block"),

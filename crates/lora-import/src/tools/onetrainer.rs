@@ -136,8 +136,7 @@ static ROWS: &[Row] = &[
         }
     }),
     same("learning_rate_min_factor", "lr_min_ratio", Kind::Positive),
-    gone("custom_learning_rate_scheduler", OFF, "no schedules of one's own code"),
-    gone("scheduler_params", OFF, "no schedules of one's own code"),
+    gone("custom_learning_rate_scheduler scheduler_params", OFF, "no schedules of one's own code"),
     gone("learning_rate_scaler", &["\"NONE\""], "learning_rate counts as it is; multiply it yourself"),
     gone("loss_scaler", &["\"NONE\""], "the loss is a mean; multiply learning_rate instead"),
     same("epochs", "epochs", Kind::Count).default("100"),
@@ -152,8 +151,7 @@ static ROWS: &[Row] = &[
             becomes("ema_decay", decay.powf(1.0 / interval), "averaged at each step, by as much in all")
         }
     }),
-    nothing("ema_decay", "with ema"),
-    nothing("ema_update_step_interval", "with ema"),
+    nothing("ema_decay ema_update_step_interval", "with ema"),
     table("optimizer", OPTIMIZER),
     // The adapter.
     by("peft_type", &["variant"], "by its name", |field| match field.text().as_str() {
@@ -238,8 +236,7 @@ static ROWS: &[Row] = &[
         Some(_) if is_absolute(&field.root) => becomes("loss_type", "l1", "the absolute difference alone"),
         _ => lost("the loss is one of the squared and the absolute difference, not a mixture"),
     }),
-    gone("log_cosh_strength", OFF, "the loss is the squared difference"),
-    gone("huber_strength", OFF, "the loss is the squared difference"),
+    gone("log_cosh_strength huber_strength", OFF, "the loss is the squared difference"),
     by("huber_delta", &[], "with huber_strength", |_| no_effect("with huber_strength")),
     by("loss_weight_fn", &["min_snr_gamma", "debiased_estimation_loss"], "with loss_weight_strength", |field| {
         match field.text().as_str() {
@@ -312,15 +309,12 @@ static ROWS: &[Row] = &[
         _ if values::switch(&field.value) == Some(false) => no_effect("off, as without it"),
         _ => taken("gradient_checkpointing", true),
     }),
-    nothing("enable_activation_offloading", "an old form"),
-    nothing("layer_offload_fraction", "an old form"),
-    nothing("weight_dtype", "an old form"),
+    nothing("enable_activation_offloading layer_offload_fraction weight_dtype", "an old form"),
     gone("extra_model_name", OFF, "the base alone is read"),
     gone("circular_mask_generation", OFF, "masks are as they are"),
     gone("random_rotate_and_crop", OFF, "no rotations"),
     nothing("latent_caching_epochs", "crops and flips are drawn anew at each visit"),
-    nothing("token_count", "a field of embeddings"),
-    nothing("initial_embedding_text", "a field of embeddings"),
+    nothing("token_count initial_embedding_text", "a field of embeddings"),
     same("min_snr_gamma", "min_snr_gamma", Kind::Positive),
     // Masks.
     same("masked_training", "masked_loss", Kind::Flag),
@@ -382,74 +376,49 @@ static ROWS: &[Row] = &[
         }
     }),
     gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
-    nothing("workspace_dir", "how files and runs are kept"),
-    nothing("cache_dir", "how files and runs are kept"),
-    nothing("debug_mode", "how files and runs are kept"),
-    nothing("debug_dir", "how files and runs are kept"),
-    nothing("prevent_overwrites", "how files and runs are kept"),
-    nothing("include_train_config", "how files and runs are kept"),
-    nothing("clear_cache_before_training", "how files and runs are kept"),
-    nothing("save_filename_prefix", "how files and runs are kept"),
-    nothing("secrets", "how files and runs are kept"),
-    nothing("__version", "how files and runs are kept"),
+    nothing(
+        "workspace_dir cache_dir debug_mode debug_dir prevent_overwrites include_train_config \
+         clear_cache_before_training save_filename_prefix secrets __version",
+        "how files and runs are kept",
+    ),
     by("tensorboard", &["log_with"], "files for TensorBoard", tracking::tensorboard),
-    nothing("tensorboard_expose", "metrics.jsonl and loss.png are written"),
-    nothing("tensorboard_always_on", "metrics.jsonl and loss.png are written"),
-    nothing("tensorboard_port", "metrics.jsonl and loss.png are written"),
-    nothing("samples_to_tensorboard", "metrics.jsonl and loss.png are written"),
-    nothing("device_indexes", "one device trains"),
-    nothing("gradient_reduce_precision", "one device trains"),
-    nothing("gradient_reduce_prevision", "one device trains"),
-    nothing("fused_gradient_reduce", "one device trains"),
-    nothing("async_gradient_reduce", "one device trains"),
-    nothing("async_gradient_reduce_buffer", "one device trains"),
-    nothing("async_offloading", "how steps are computed"),
-    nothing("enable_async_offloading", "how steps are computed"),
-    nothing("compile", "how steps are computed"),
-    nothing("temp_device", "how steps are computed"),
-    nothing("attention_mechanism", "how steps are computed"),
-    nothing("enable_autocast_cache", "how steps are computed"),
-    nothing("fallback_train_dtype", "how steps are computed"),
-    nothing("prefetch_next_batch", "how steps are computed"),
-    nothing("dataloader_threads", "how steps are computed"),
-    nothing("caching_threads", "how steps are computed"),
+    nothing(
+        "tensorboard_expose tensorboard_always_on tensorboard_port samples_to_tensorboard",
+        "metrics.jsonl and loss.png are written",
+    ),
+    nothing(
+        "device_indexes gradient_reduce_precision gradient_reduce_prevision fused_gradient_reduce \
+         async_gradient_reduce async_gradient_reduce_buffer",
+        "one device trains",
+    ),
+    nothing(
+        "async_offloading enable_async_offloading compile temp_device attention_mechanism enable_autocast_cache \
+         fallback_train_dtype prefetch_next_batch dataloader_threads caching_threads",
+        "how steps are computed",
+    ),
     nothing("cloud", "nothing is sent anywhere"),
-    nothing("text_caching", "captions are encoded once wherever they may be"),
-    nothing("latent_caching", "captions are encoded once wherever they may be"),
-    nothing("image_caching", "captions are encoded once wherever they may be"),
-    nothing("frames", "films are not trained on"),
-    nothing("sample_video_format", "films are not trained on"),
-    nothing("sample_audio_format", "films are not trained on"),
-    nothing("backup_after", "a state is written by steps: save_state_every_n_steps"),
-    nothing("backup_after_unit", "a state is written by steps: save_state_every_n_steps"),
-    nothing("rolling_backup", "a state is written by steps: save_state_every_n_steps"),
-    nothing("rolling_backup_count", "a state is written by steps: save_state_every_n_steps"),
-    nothing("backup_before_save", "a state is written by steps: save_state_every_n_steps"),
-    nothing("embedding_learning_rate", "a field of embeddings"),
-    nothing("preserve_embedding_norm", "a field of embeddings"),
-    nothing("embedding", "a field of embeddings"),
-    nothing("embeddings", "a field of embeddings"),
-    nothing("embedding_weight_dtype", "a field of embeddings"),
-    nothing("bundle_additional_embeddings", "a field of embeddings"),
-    nothing("prior", "a part of other bases"),
-    nothing("effnet_encoder", "a part of other bases"),
-    nothing("decoder", "a part of other bases"),
-    nothing("decoder_text_encoder", "a part of other bases"),
-    nothing("decoder_vqgan", "a part of other bases"),
-    nothing("text_encoder_3_layer_skip", "a part of other bases"),
-    nothing("text_encoder_4", "a part of other bases"),
-    nothing("text_encoder_4_layer_skip", "a part of other bases"),
-    nothing("unconditional_transformer", "a part of other bases"),
-    nothing("text_encoder_2_layer_skip", "a part of other bases"),
-    nothing("text_encoder_2_sequence_length", "a part of other bases"),
-    nothing("text_encoder_sequence_length", "a part of other bases"),
-    nothing("vb_loss_strength", "a part of other bases"),
+    nothing("text_caching latent_caching image_caching", "captions are encoded once wherever they may be"),
+    nothing("frames sample_video_format sample_audio_format", "films are not trained on"),
+    nothing(
+        "backup_after backup_after_unit rolling_backup rolling_backup_count backup_before_save",
+        "a state is written by steps: save_state_every_n_steps",
+    ),
+    nothing(
+        "embedding_learning_rate preserve_embedding_norm embedding embeddings embedding_weight_dtype \
+         bundle_additional_embeddings",
+        "a field of embeddings",
+    ),
+    nothing(
+        "prior effnet_encoder decoder decoder_text_encoder decoder_vqgan text_encoder_3_layer_skip text_encoder_4 \
+         text_encoder_4_layer_skip unconditional_transformer text_encoder_2_layer_skip text_encoder_2_sequence_length \
+         text_encoder_sequence_length vb_loss_strength",
+        "a part of other bases",
+    ),
     nothing("optimizer_defaults", "of optimisers that are not chosen"),
-    nothing("sample_image_format", "a field of the program"),
-    nothing("sample_skip_first", "a field of the program"),
-    nothing("non_ema_sampling", "a field of the program"),
-    nothing("save_skip_first", "a field of the program"),
-    nothing("only_cache", "a field of the program"),
+    nothing(
+        "sample_image_format sample_skip_first non_ema_sampling save_skip_first only_cache",
+        "a field of the program",
+    ),
 ];
 
 static UNET: &[Row] = &[
@@ -533,9 +502,7 @@ static TEXT_ENCODER: &[Row] = &[
     gone("model_name", OFF, "the base's own network is used"),
     nothing("attention_mask", "how captions' padding is treated, the base says"),
     nothing("guidance_scale", "a field of other parts"),
-    nothing("gradient_checkpointing", "as for the U-Net"),
-    nothing("activation_offloading", "as for the U-Net"),
-    nothing("offload_fraction", "as for the U-Net"),
+    nothing("gradient_checkpointing activation_offloading offload_fraction", "as for the U-Net"),
 ];
 
 static TEXT_ENCODER_2: &[Row] = &[
@@ -565,16 +532,14 @@ static TEXT_ENCODER_2: &[Row] = &[
     gone("model_name", OFF, "the base's own network is used"),
     nothing("attention_mask", "how captions' padding is treated, the base says"),
     nothing("guidance_scale", "a field of other parts"),
-    nothing("gradient_checkpointing", "as for the U-Net"),
-    nothing("activation_offloading", "as for the U-Net"),
-    nothing("offload_fraction", "as for the U-Net"),
+    nothing("gradient_checkpointing activation_offloading offload_fraction", "as for the U-Net"),
 ];
 
 static OTHER_PART: &[Row] = &[
-    nothing("train", "text encoders of this base are never trained here"),
-    nothing("learning_rate", "text encoders of this base are never trained here"),
-    nothing("stop_training_after", "text encoders of this base are never trained here"),
-    nothing("stop_training_after_unit", "text encoders of this base are never trained here"),
+    nothing(
+        "train learning_rate stop_training_after stop_training_after_unit",
+        "text encoders of this base are never trained here",
+    ),
     nothing("dropout_probability", "that of the first text encoder counts for all"),
     nothing("weight_dtype", "stored as the base is"),
     nothing("train_embedding", "a field of embeddings"),
@@ -582,9 +547,7 @@ static OTHER_PART: &[Row] = &[
     gone("model_name", OFF, "the base's own network is used"),
     nothing("attention_mask", "how captions' padding is treated, the base says"),
     nothing("guidance_scale", "a field of other parts"),
-    nothing("gradient_checkpointing", "as for the transformer"),
-    nothing("activation_offloading", "as for the transformer"),
-    nothing("offload_fraction", "as for the transformer"),
+    nothing("gradient_checkpointing activation_offloading offload_fraction", "as for the transformer"),
 ];
 
 static VAE: &[Row] = &[
@@ -592,16 +555,12 @@ static VAE: &[Row] = &[
     nothing("weight_dtype", "an autoencoder that overflows goes on in fp32"),
     nothing("train", "the autoencoder is not trained"),
     nothing("include", "which networks there are"),
-    nothing("learning_rate", "the autoencoder is not trained"),
-    nothing("stop_training_after", "the autoencoder is not trained"),
-    nothing("stop_training_after_unit", "the autoencoder is not trained"),
+    nothing("learning_rate stop_training_after stop_training_after_unit", "the autoencoder is not trained"),
     nothing("dropout_probability", "a field of text encoders"),
     nothing("train_embedding", "a field of embeddings"),
     nothing("attention_mask", "a field of text encoders"),
     nothing("guidance_scale", "a field of other parts"),
-    nothing("gradient_checkpointing", "the autoencoder is not trained"),
-    nothing("activation_offloading", "the autoencoder is not trained"),
-    nothing("offload_fraction", "the autoencoder is not trained"),
+    nothing("gradient_checkpointing activation_offloading offload_fraction", "the autoencoder is not trained"),
 ];
 
 static CONCEPT: &[Row] = &[
@@ -614,8 +573,7 @@ static CONCEPT: &[Row] = &[
     nothing("name", "a note"),
     nothing("seed", "draws belong to the pictures"),
     nothing("enabled", "those that are not enabled are left out"),
-    nothing("type", "of validation: validation_data_dir"),
-    nothing("validation_concept", "of validation: validation_data_dir"),
+    nothing("type validation_concept", "of validation: validation_data_dir"),
     nothing("__version", "how files are kept"),
     nothing("concept_stats", "counts of the program"),
     same("include_subdirectories", "recursive", Kind::Flag),
@@ -637,8 +595,7 @@ static IMAGE: &[Row] = &[
     by("enable_crop_jitter", &["processors"], "`random_crop`; on where it is not given", processors).default("true"),
     by("enable_random_flip", &["processors"], "`flip`; on where it is not given", processors).default("true"),
     gone("enable_fixed_flip", OFF, "flips are drawn"),
-    gone("enable_random_rotate", OFF, "no rotations"),
-    gone("enable_fixed_rotate", OFF, "no rotations"),
+    gone("enable_random_rotate enable_fixed_rotate", OFF, "no rotations"),
     nothing("random_rotate_max_angle", "with rotations"),
     gone("enable_random_brightness", OFF, "colours vary by color_jitter alone"),
     gone("enable_fixed_brightness", OFF, "colours are as they are"),
@@ -657,8 +614,7 @@ static IMAGE: &[Row] = &[
         false => no_effect("off, as without it"),
     }),
     nothing("resolution_override", "with enable_resolution_override"),
-    gone("enable_random_circular_mask_shrink", OFF, "masks are as they are"),
-    gone("enable_random_mask_rotate_crop", OFF, "masks are as they are"),
+    gone("enable_random_circular_mask_shrink enable_random_mask_rotate_crop", OFF, "masks are as they are"),
 ];
 
 static TEXT: &[Row] = &[
@@ -705,15 +661,11 @@ static TEXT: &[Row] = &[
             (true, _) => lost("tags are dropped with one probability for all"),
         },
     ),
-    nothing("tag_dropout_mode", "with tag_dropout_enable"),
-    nothing("tag_dropout_probability", "with tag_dropout_enable"),
+    nothing("tag_dropout_mode tag_dropout_probability", "with tag_dropout_enable"),
     gone("tag_dropout_special_tags_mode", &["\"NONE\""], "all tags are alike"),
-    nothing("tag_dropout_special_tags", "with its mode"),
-    nothing("tag_dropout_special_tags_regex", "with its mode"),
+    nothing("tag_dropout_special_tags tag_dropout_special_tags_regex", "with its mode"),
     gone("caps_randomize_enable", OFF, "letters stay as they are"),
-    nothing("caps_randomize_mode", "with caps_randomize_enable"),
-    nothing("caps_randomize_probability", "with caps_randomize_enable"),
-    nothing("caps_randomize_lowercase", "with caps_randomize_enable"),
+    nothing("caps_randomize_mode caps_randomize_probability caps_randomize_lowercase", "with caps_randomize_enable"),
 ];
 
 fn is_full(root: &Scope<'_>) -> bool {

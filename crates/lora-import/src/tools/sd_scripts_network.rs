@@ -47,8 +47,7 @@ pub(super) static ARGUMENTS: &[Row] = &[
     gone("train_norm", OFF, "norms are not trained"),
     nothing("bypass_mode", "how the update is computed"),
     same("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Positive),
-    gone("loraplus_unet_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
-    gone("loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
+    gone("loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
     gone("block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
@@ -65,15 +64,13 @@ pub(super) static ARGUMENTS: &[Row] = &[
     nothing("block_lr_zero_threshold", "with weights of blocks"),
     gone("unit", &["1"], "ranks are not trained one after the other (DyLoRA)"),
     gone("block_size", OFF, "ranks are not trained one after the other (DyLoRA)"),
-    gone("exclude_patterns", OFF, "layers are chosen by target_modules"),
-    gone("include_patterns", OFF, "layers are chosen by target_modules"),
+    gone("exclude_patterns include_patterns", OFF, "layers are chosen by target_modules"),
     gone("network_reg_dims", OFF, "ranks by layer are given by rank_pattern"),
     gone("network_reg_lrs", OFF, "layers have other names here: give their learning rates by learning_rate_pattern"),
     nothing("verbose", "what is printed"),
     gone("train_t5xxl", OFF, "text encoders of this base are never trained here"),
     gone("in_dims", OFF, "ranks by layer are given by rank_pattern"),
-    gone("train_double_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
-    gone("train_single_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
+    gone("train_double_block_indices train_single_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
 ];
 
 /// The scale is alpha / rank in both; 0 stands for the rank.
