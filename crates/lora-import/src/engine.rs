@@ -105,6 +105,21 @@ impl Field<'_> {
         values::switch(&self.value) == Some(true)
     }
 
+    /// The number under a name of ours.
+    pub(crate) fn number_as(&self, ours: &'static str) -> Outcome {
+        same(ours, Kind::Number, &self.value)
+    }
+
+    /// The whole number under a name of ours.
+    pub(crate) fn count_as(&self, ours: &'static str) -> Outcome {
+        same(ours, Kind::Count, &self.value)
+    }
+
+    /// What becomes of a switch that is on.
+    pub(crate) fn when_on(&self, outcome: Outcome) -> Outcome {
+        if self.on() { outcome } else { no_effect("off, as without it") }
+    }
+
     /// Refuses the value.
     pub(crate) fn expected(&self, what: &str) -> Outcome {
         refused(format!("expected {what}, found {}", self.value))

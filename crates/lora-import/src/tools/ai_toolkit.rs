@@ -141,107 +141,99 @@ static SAVE: &[Row] = &[
     nothing("push_to_hub hf_repo_id hf_private", "nothing is sent anywhere"),
 ];
 
-static DATASET: &[Row] =
-    &[
-        by("folder_path", &["train_data_dir", "recursive"], "its pictures, of folders below it too", |field| {
-            translated(
-                vec![("train_data_dir", field.text().into()), ("recursive", true.into())],
-                "and what lies in folders below it",
-            )
-        }),
-        same("dataset_path", "train_data_dir", Kind::Text),
-        gone("type", &["\"image\""], "pictures are trained on"),
-        same("default_caption", "class_tokens", Kind::Text),
-        gone("trigger_word", OFF, "one trigger_word holds for all datasets"),
-        gone("random_triggers", OFF, "no words drawn from a list"),
-        nothing("random_triggers_max", "with random_triggers"),
-        by("caption_ext", &["caption_extension"], "`txt` where none is given", |field| {
-            taken("caption_extension", format!(".{}", field.text().trim_start_matches('.')))
+static DATASET: &[Row] = &[
+    by("folder_path", &["train_data_dir", "recursive"], "its pictures, of folders below it too", |field| {
+        translated(
+            vec![("train_data_dir", field.text().into()), ("recursive", true.into())],
+            "and what lies in folders below it",
+        )
+    }),
+    same("dataset_path", "train_data_dir", Kind::Text),
+    gone("type", &["\"image\""], "pictures are trained on"),
+    same("default_caption", "class_tokens", Kind::Text),
+    gone("trigger_word", OFF, "one trigger_word holds for all datasets"),
+    gone("random_triggers", OFF, "no words drawn from a list"),
+    nothing("random_triggers_max", "with random_triggers"),
+    by("caption_ext", &["caption_extension"], "`txt` where none is given", |field| {
+        taken("caption_extension", format!(".{}", field.text().trim_start_matches('.')))
+    })
+    .default("\"txt\""),
+    same("caption_type", "caption_extension", Kind::Text),
+    by("resolution", &["max_resolution"], "an area; several are datasets of their own", resolution).default("512"),
+    by("buckets", &["enable_bucket", "max_bucket_reso"], "on where it is not given, without limits", |field| {
+        field.when_on({
+            let largest = values::texts(&field.here.get("resolution").unwrap_or_default()).unwrap_or_default();
+            let largest = largest.iter().filter_map(|side| side.parse::<u64>().ok()).max().unwrap_or(512);
+            let settings: Settings =
+                vec![("enable_bucket", true.into()), ("max_bucket_reso", largest.saturating_mul(2).min(4096).into())];
+            translated(settings, "sd-scripts' buckets, whose sides differ a little")
         })
-        .default("\"txt\""),
-        same("caption_type", "caption_extension", Kind::Text),
-        by("resolution", &["max_resolution"], "an area; several are datasets of their own", resolution).default("512"),
-        by("buckets", &["enable_bucket", "max_bucket_reso"], "on where it is not given, without limits", |field| {
-            match field.on() {
-                true => {
-                    let largest = values::texts(&field.here.get("resolution").unwrap_or_default()).unwrap_or_default();
-                    let largest = largest.iter().filter_map(|side| side.parse::<u64>().ok()).max().unwrap_or(512);
-                    let settings: Settings = vec![
-                        ("enable_bucket", true.into()),
-                        ("max_bucket_reso", largest.saturating_mul(2).min(4096).into()),
-                    ];
-                    translated(settings, "sd-scripts' buckets, whose sides differ a little")
-                }
-                false => no_effect("off, as without it"),
-            }
-        })
-        .default("true"),
-        by("bucket_tolerance", &["bucket_reso_steps"], "sides are multiples of it", |field| match field.count() {
-            Some(64) => no_effect("64, as without it"),
-            Some(steps) if steps % 8 == 0 && steps > 0 => taken("bucket_reso_steps", steps),
-            _ => lost("sides are multiples of 8"),
-        }),
-        same("is_reg", "is_reg", Kind::Flag),
-        gone("prior_reg", OFF, "the base's own prediction is no target"),
-        gone("network_weight", &["1"], "the adapter counts fully for each dataset"),
-        by("token_dropout_rate", &["caption_tag_dropout_rate"], "tags that are left out", |field| {
-            rate(field, "caption_tag_dropout_rate")
-        }),
-        same("shuffle_tokens", "shuffle_caption", Kind::Flag),
-        same("keep_tokens", "keep_tokens", Kind::AtLeastOne),
-        by("caption_dropout_rate", &["caption_dropout_rate"], "captions that are left out", |field| {
-            rate(field, "caption_dropout_rate")
-        }),
-        by("flip_x", &["processors"], "`flip`", processors),
-        gone("flip_y", OFF, "pictures are not turned upside down"),
-        by("random_crop", &["processors"], "`random_crop`", processors),
-        gone("random_scale", OFF, "pictures have one scale"),
-        gone("scale", &["1"], "pictures have one scale"),
-        gone("square_crop", OFF, "buckets keep aspects; without buckets all are squares"),
-        gone("augments augmentations", OFF, "no augmentations by name"),
-        nothing("shuffle_augmentations", "with augmentations"),
-        gone(
-            "control_path control_path_1 control_path_2 control_path_3 controls inpaint_path clip_image_path \
+    })
+    .default("true"),
+    by("bucket_tolerance", &["bucket_reso_steps"], "sides are multiples of it", |field| match field.count() {
+        Some(64) => no_effect("64, as without it"),
+        Some(steps) if steps % 8 == 0 && steps > 0 => taken("bucket_reso_steps", steps),
+        _ => lost("sides are multiples of 8"),
+    }),
+    same("is_reg", "is_reg", Kind::Flag),
+    gone("prior_reg", OFF, "the base's own prediction is no target"),
+    gone("network_weight", &["1"], "the adapter counts fully for each dataset"),
+    by("token_dropout_rate", &["caption_tag_dropout_rate"], "tags that are left out", |field| {
+        rate(field, "caption_tag_dropout_rate")
+    }),
+    same("shuffle_tokens", "shuffle_caption", Kind::Flag),
+    same("keep_tokens", "keep_tokens", Kind::AtLeastOne),
+    by("caption_dropout_rate", &["caption_dropout_rate"], "captions that are left out", |field| {
+        rate(field, "caption_dropout_rate")
+    }),
+    by("flip_x", &["processors"], "`flip`", processors),
+    gone("flip_y", OFF, "pictures are not turned upside down"),
+    by("random_crop", &["processors"], "`random_crop`", processors),
+    gone("random_scale", OFF, "pictures have one scale"),
+    gone("scale", &["1"], "pictures have one scale"),
+    gone("square_crop", OFF, "buckets keep aspects; without buckets all are squares"),
+    gone("augments augmentations", OFF, "no augmentations by name"),
+    nothing("shuffle_augmentations", "with augmentations"),
+    gone(
+        "control_path control_path_1 control_path_2 control_path_3 controls inpaint_path clip_image_path \
              unconditional_path",
-            OFF,
-            "no pictures beside the captions",
-        ),
-        nothing("full_size_control_images control_transparent_color", "with control_path"),
-        by("alpha_mask", &["alpha_mask", "masked_loss"], "transparency weights the loss", |field| match field.on() {
-            true => translated(vec![("alpha_mask", true.into())], "with masked_loss"),
-            false => no_effect("off, as without it"),
-        }),
-        by("mask_path", &["mask_dir"], "masks of the same names", |field| {
-            becomes("mask_dir", field.text(), "with masked_loss")
-        }),
-        same("invert_mask", "invert_mask", Kind::Flag),
-        same("mask_min_value", "unmasked_weight", Kind::Positive),
-        gone("use_short_captions", OFF, "captions are those of the files"),
-        by("num_repeats", &["repeats"], "visits of each picture in an epoch", |field| match field.count() {
-            Some(1) => no_effect("1, as without it"),
-            Some(count @ 2..) => taken("repeats", count),
-            _ => field.expected("a whole number from 1 on"),
-        }),
-        by("loss_multiplier", &["loss_weight"], "how much it counts", |field| match field.number() {
-            Some(1.0) => no_effect("1, as without it"),
-            Some(weight) => taken("loss_weight", values::of_number(weight)),
-            None => field.expected("a number"),
-        }),
-        gone("replacements", OFF, "words of captions are not replaced"),
-        gone("standardize_images", OFF, "pictures are as they are"),
-        nothing("resize_method", "pictures are resized with Lanczos filters"),
-        nothing("cache_latents", "latents are cached"),
-        nothing("cache_latents_to_disk", "`cache_dir` keeps them for the next run"),
-        nothing("cache_text_embeddings", "captions are encoded once wherever they may be"),
-        nothing("cache_clip_vision_to_disk", "with control adapters"),
-        nothing("load_image_when_caching_latents num_workers prefetch_factor fast_image_size", "how pictures are read"),
-        nothing("debug", "what is printed"),
-        nothing("extra_values", "for bases that read them"),
-        nothing("replay_transforms", "with control_path"),
-        nothing("guidance_type", "with sliders"),
-        gone("num_frames", &["1"], "films are not trained on"),
-        nothing("shrink_video_to_frames fps auto_frame_count do_i2v do_audio", "films are not trained on"),
-    ];
+        OFF,
+        "no pictures beside the captions",
+    ),
+    nothing("full_size_control_images control_transparent_color", "with control_path"),
+    by("alpha_mask", &["alpha_mask", "masked_loss"], "transparency weights the loss", |field| {
+        field.when_on(translated(vec![("alpha_mask", true.into())], "with masked_loss"))
+    }),
+    by("mask_path", &["mask_dir"], "masks of the same names", |field| {
+        becomes("mask_dir", field.text(), "with masked_loss")
+    }),
+    same("invert_mask", "invert_mask", Kind::Flag),
+    same("mask_min_value", "unmasked_weight", Kind::Positive),
+    gone("use_short_captions", OFF, "captions are those of the files"),
+    by("num_repeats", &["repeats"], "visits of each picture in an epoch", |field| match field.count() {
+        Some(1) => no_effect("1, as without it"),
+        Some(count @ 2..) => taken("repeats", count),
+        _ => field.expected("a whole number from 1 on"),
+    }),
+    by("loss_multiplier", &["loss_weight"], "how much it counts", |field| match field.number() {
+        Some(1.0) => no_effect("1, as without it"),
+        _ => field.number_as("loss_weight"),
+    }),
+    gone("replacements", OFF, "words of captions are not replaced"),
+    gone("standardize_images", OFF, "pictures are as they are"),
+    nothing("resize_method", "pictures are resized with Lanczos filters"),
+    nothing("cache_latents", "latents are cached"),
+    nothing("cache_latents_to_disk", "`cache_dir` keeps them for the next run"),
+    nothing("cache_text_embeddings", "captions are encoded once wherever they may be"),
+    nothing("cache_clip_vision_to_disk", "with control adapters"),
+    nothing("load_image_when_caching_latents num_workers prefetch_factor fast_image_size", "how pictures are read"),
+    nothing("debug", "what is printed"),
+    nothing("extra_values", "for bases that read them"),
+    nothing("replay_transforms", "with control_path"),
+    nothing("guidance_type", "with sliders"),
+    gone("num_frames", &["1"], "films are not trained on"),
+    nothing("shrink_video_to_frames fps auto_frame_count do_i2v do_audio", "films are not trained on"),
+];
 
 static TRAIN: &[Row] = &[
     same("batch_size", "batch_size", Kind::Count),
@@ -251,8 +243,7 @@ static TRAIN: &[Row] = &[
             Some(steps) if accumulation > 1 => {
                 becomes("max_train_steps", (steps / accumulation).max(1), "counted before accumulation there")
             }
-            Some(steps) => taken("max_train_steps", steps),
-            None => field.expected("a whole number"),
+            _ => field.count_as("max_train_steps"),
         }
     })
     .default("1000"),
@@ -296,14 +287,12 @@ static TRAIN: &[Row] = &[
         Some(rate) if rate < 0.1 && optimiser(&field.root) == "prodigy" => {
             becomes("learning_rate", 1, "below 0.1 it is 1 there")
         }
-        Some(rate) => taken("learning_rate", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("learning_rate"),
     })
     .default("0.000001"),
     by("unet_lr", &["unet_lr", "learning_rate"], "lr where none is given", |field| match field.number() {
         Some(rate) if is_flow(&field.root) => lost(format!("{rate}: lr holds for the transformer")),
-        Some(rate) => taken("unet_lr", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("unet_lr"),
     }),
     by("text_encoder_lr", &["text_encoder_lr"], "lr where none is given (here half of it)", |field| {
         let trained = field.here.on("train_text_encoder") && !is_flow(&field.root);
@@ -346,9 +335,8 @@ static TRAIN: &[Row] = &[
         "skip_first_sample force_first_sample",
         "samples are drawn before the first step, too, where there are prompts",
     ),
-    by("disable_sampling", &[], "no prompts are taken", |field| match field.on() {
-        true => translated(Settings::new(), "no prompts are taken"),
-        false => no_effect("off, as without it"),
+    by("disable_sampling", &[], "no prompts are taken", |field| {
+        field.when_on(translated(Settings::new(), "no prompts are taken"))
     }),
     by("prompt_dropout_prob", &["caption_dropout_rate"], "captions that are left out", |field| {
         rate(field, "caption_dropout_rate")
@@ -445,9 +433,8 @@ static MODEL: &[Row] = &[
     nothing("quantize_kwargs", "with quantize"),
     gone("accuracy_recovery_adapter", OFF, "no adapter makes up for fewer bits"),
     nothing("low_vram", "vram_budget says what there is"),
-    by("layer_offloading", &["offload_base"], "all frozen weights are streamed", |field| match field.on() {
-        true => becomes("offload_base", true, "all frozen weights are streamed"),
-        false => no_effect("off, as without it"),
+    by("layer_offloading", &["offload_base"], "all frozen weights are streamed", |field| {
+        field.when_on(becomes("offload_base", true, "all frozen weights are streamed"))
     }),
     nothing("layer_offloading_transformer_percent layer_offloading_text_encoder_percent", "with layer_offloading"),
     gone("auto_memory", OFF, "vram_budget says what there is"),
@@ -562,8 +549,7 @@ fn precision(field: &Field<'_>, ours: &'static str) -> Outcome {
 fn rate(field: &Field<'_>, ours: &'static str) -> Outcome {
     match field.number() {
         Some(0.0) => no_effect("off, as without it"),
-        Some(rate) => taken(ours, values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as(ours),
     }
 }
 

@@ -65,9 +65,8 @@ static ROWS: &[Row] = &[
         true => becomes("base_storage", "nf4", "double quantisation too"),
         false => no_effect("off, as without it"),
     }),
-    by("load_in_8bit", &["base_storage"], "`int8`", |field| match field.on() {
-        true => becomes("base_storage", "int8", "with a factor for each output; outliers are not apart"),
-        false => no_effect("off, as without it"),
+    by("load_in_8bit", &["base_storage"], "`int8`", |field| {
+        field.when_on(becomes("base_storage", "int8", "with a factor for each output; outliers are not apart"))
     }),
     nothing("bnb_config_kwargs", "how 4 bits are chosen: nf4 with double quantisation"),
     gone("gptq", OFF, "a base in GPTQ's form is not read"),
@@ -120,10 +119,7 @@ static ROWS: &[Row] = &[
     nothing("peft_ensure_weight_tying", "an adapted tied layer is untied, as in PEFT"),
     nothing("peft_autocast_adapter_dtype", "trained numbers are fp32"),
     gone("peft", OFF, "no LoftQ"),
-    by("peft_use_dora", &["variant"], "`dora`", |field| match field.on() {
-        true => taken("variant", "dora"),
-        false => no_effect("off, as without it"),
-    }),
+    by("peft_use_dora", &["variant"], "`dora`", |field| field.when_on(taken("variant", "dora"))),
     same("peft_use_rslora", "use_rslora", Kind::Flag),
     nothing("qlora_sharded_model_loading", "one device trains"),
     nothing("lora_on_cpu", "where the adapter is read to"),
@@ -143,14 +139,8 @@ static ROWS: &[Row] = &[
         "orpo" => taken("objective", "orpo"),
         other => refused(format!("{other} is not trained here; dpo and orpo are")),
     }),
-    by("rl_beta", &["dpo_beta"], "with rl = dpo", |field| match field.number() {
-        Some(beta) => taken("dpo_beta", values::of_number(beta)),
-        None => field.expected("a number"),
-    }),
-    by("orpo_alpha", &["orpo_lambda"], "with rl = orpo", |field| match field.number() {
-        Some(lambda) => taken("orpo_lambda", values::of_number(lambda)),
-        None => field.expected("a number"),
-    }),
+    by("rl_beta", &["dpo_beta"], "with rl = dpo", |field| field.number_as("dpo_beta")),
+    by("orpo_alpha", &["orpo_lambda"], "with rl = orpo", |field| field.number_as("orpo_lambda")),
     same("dpo_label_smoothing", "label_smoothing", Kind::Positive),
     gone("dpo_loss_type", &["[\"sigmoid\"]", "\"sigmoid\""], "DPO's loss is that of the paper"),
     gone("dpo_use_weighting", OFF, "pairs are not weighted"),
@@ -190,11 +180,8 @@ static ROWS: &[Row] = &[
     gone("curriculum_sampling", OFF, "records are drawn in another order each epoch"),
     gone("streaming", OFF, "texts are tokenised before the first step"),
     by("val_set_size", &["validation_split"], "a share, or a number of records", language::held_out),
-    by("sequence_len", &["max_seq_length"], "512 where none is given", |field| match field.count() {
-        Some(length) => taken("max_seq_length", length),
-        None => field.expected("a whole number"),
-    })
-    .default("512"),
+    by("sequence_len", &["max_seq_length"], "512 where none is given", |field| field.count_as("max_seq_length"))
+        .default("512"),
     by(
         "excess_length_strategy",
         &["long_documents"],
@@ -209,9 +196,8 @@ static ROWS: &[Row] = &[
     .default("\"drop\""),
     gone("min_sample_len", OFF, "short documents are trained on, too"),
     gone("max_prompt_len", OFF, "prompts have no limit of their own"),
-    by("sample_packing", &["packing"], "documents are isolated, there and here", |field| match field.on() {
-        true => becomes("packing", true, "each attends to itself alone"),
-        false => no_effect("off, as without it"),
+    by("sample_packing", &["packing"], "documents are isolated, there and here", |field| {
+        field.when_on(becomes("packing", true, "each attends to itself alone"))
     }),
     nothing("eval_sample_packing", "how held-out losses are computed"),
     nothing(
@@ -308,9 +294,8 @@ static ROWS: &[Row] = &[
             false => no_effect("off, as without it"),
         },
     ),
-    by("layer_offloading", &["offload_base"], "all frozen weights are streamed", |field| match field.on() {
-        true => becomes("offload_base", true, "all frozen weights are streamed"),
-        false => no_effect("off, as without it"),
+    by("layer_offloading", &["offload_base"], "all frozen weights are streamed", |field| {
+        field.when_on(becomes("offload_base", true, "all frozen weights are streamed"))
     }),
     // Looking and saving.
     by("eval_steps", &["validate_every_n_steps"], "with val_set_size", |field| {

@@ -87,8 +87,7 @@ static OWN: &[Row] = &[
     .default("\"full\""),
     by("max_train_epochs", &["epochs"], "wins over the others", |field| match field.count() {
         Some(0) => no_effect("0: the others count"),
-        Some(epochs) => taken("epochs", epochs),
-        None => field.expected("a whole number"),
+        _ => field.count_as("epochs"),
     }),
     by("max_train_steps", &["max_train_steps"], "optimiser steps; wins over epoch", |field| {
         match (epochs(&field.root), field.count()) {
@@ -126,8 +125,7 @@ static OWN: &[Row] = &[
         Some(_) if field.root.text("lr_scheduler").as_deref() == Some("constant") => {
             no_effect("lr_scheduler = constant has no warm-up in sd-scripts")
         }
-        Some(steps) => taken("lr_warmup_steps", steps),
-        None => field.expected("a whole number"),
+        _ => field.count_as("lr_warmup_steps"),
     }),
     by(
         "max_resolution",
@@ -136,10 +134,7 @@ static OWN: &[Row] = &[
         sd_scripts::resolution,
     )
     .default("\"512,512\""),
-    by("train_batch_size", &["batch_size"], "pictures at once", |field| match field.count() {
-        Some(count) => taken("batch_size", count),
-        None => field.expected("a whole number"),
-    }),
+    by("train_batch_size", &["batch_size"], "pictures at once", |field| field.count_as("batch_size")),
     by("output_name", &["output_name"], "the file's name", |field| taken("output_name", field.text()))
         .default("\"last\""),
     by("caption_extension", &["caption_extension"], "captions are looked for with this extension alone", |field| {
@@ -164,8 +159,7 @@ static OWN: &[Row] = &[
     by("learning_rate", &["learning_rate"], "of what has none of its own", |field| match field.number() {
         // The rates of the networks count where either is given.
         Some(0.0) => no_effect("0: unet_lr and text_encoder_lr count"),
-        Some(rate) => taken("learning_rate", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("learning_rate"),
     })
     .default("0.0001"),
     by(
@@ -181,8 +175,7 @@ static OWN: &[Row] = &[
                 Some(rate) if is_flow(&field.root) => {
                     becomes("learning_rate", values::of_number(rate), "the transformer's")
                 }
-                Some(rate) => taken("unet_lr", values::of_number(rate)),
-                None => field.expected("a number"),
+                _ => field.number_as("unet_lr"),
             }
         },
     )
@@ -197,8 +190,7 @@ static OWN: &[Row] = &[
                 Some(rate) => becomes("text_encoder_lr", values::of_number(rate), "learning_rate, as for the U-Net"),
                 None => no_effect("learning_rate counts"),
             },
-            Some(rate) => taken("text_encoder_lr", values::of_number(rate)),
-            None => field.expected("a number"),
+            _ => field.number_as("text_encoder_lr"),
         }
     })
     .default("0"),
@@ -241,9 +233,8 @@ static OWN: &[Row] = &[
     by("train_on_input", &["variant_options"], "of IA3", |field| of_kind(field, "iA3", "on_input")),
     by("constrain", &["variant_options"], "of OFT", |field| of_kind(field, "OFT", "constraint")),
     by("rescaled", &["variant_options"], "of OFT", |field| of_kind(field, "OFT", "rescale")),
-    by("dora_wd", &["variant"], "with magnitudes", |field| match field.on() {
-        true => of_lycoris(field, |_| translated(vec![], "the variant has magnitudes")),
-        false => no_effect("off, as without it"),
+    by("dora_wd", &["variant"], "with magnitudes", |field| {
+        field.when_on(of_lycoris(field, |_| translated(vec![], "the variant has magnitudes")))
     }),
     by("use_scalar", &[], "of LyCORIS' kinds", |field| {
         of_lycoris(field, |field| lost_if(field, "no factor that is trained beside the update"))
@@ -290,8 +281,7 @@ static OWN: &[Row] = &[
     by("noise_offset", &["noise_offset"], "with noise_offset_type Original", |field| match field.number() {
         Some(0.0) => no_effect("off, as without it"),
         Some(_) if is_multires(&field.root) => no_effect("noise_offset_type is Multires"),
-        Some(offset) => taken("noise_offset", values::of_number(offset)),
-        None => field.expected("a number"),
+        _ => field.number_as("noise_offset"),
     }),
     by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset_type Original", |field| {
         match is_multires(&field.root) || field.root.number("noise_offset").unwrap_or(0.0) == 0.0 {
@@ -310,8 +300,7 @@ static OWN: &[Row] = &[
         Some(_) if field.root.on("sdxl") || field.root.on("sdxl_checkbox") || is_flow(&field.root) => {
             no_effect("the layer that is read is the base's own")
         }
-        Some(layers) => taken("clip_skip", layers),
-        None => field.expected("a whole number"),
+        _ => field.count_as("clip_skip"),
     }),
     by("max_token_length", &["max_token_length"], "75, 150 or 225", sd_scripts::max_token_length),
     by(
@@ -374,8 +363,7 @@ static OWN: &[Row] = &[
     same("image_folder", "train_data_dir", Kind::Text),
     by("dataset_repeats", &["repeats"], "visits in an epoch", |field| match field.count() {
         Some(0 | 1) => no_effect("1, as without it"),
-        Some(count) => taken("repeats", count),
-        None => field.expected("a whole number"),
+        _ => field.count_as("repeats"),
     }),
     by("create_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
         becomes("enable_bucket", true, "the tab Finetuning always has buckets")
@@ -446,8 +434,7 @@ fn lost_if(field: &Field<'_>, what: &str) -> Outcome {
 fn dropout(field: &Field<'_>, ours: &'static str) -> Outcome {
     match field.number() {
         Some(0.0) => no_effect("off, as without it"),
-        Some(rate) => taken(ours, values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as(ours),
     }
 }
 

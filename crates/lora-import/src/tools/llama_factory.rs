@@ -153,10 +153,7 @@ static ROWS: &[Row] = &[
         OFF,
         "the reference is the base without its adapter",
     ),
-    by("train_on_prompt", &["train_on_inputs"], "its name here", |field| match field.on() {
-        true => taken("train_on_inputs", true),
-        false => no_effect("off, as without it"),
-    }),
+    by("train_on_prompt", &["train_on_inputs"], "its name here", |field| field.when_on(taken("train_on_inputs", true))),
     gone("mask_history", OFF, "all answers of a conversation are learned"),
     // Data.
     by("dataset", &["datasets"], "names in dataset_info.json", |_| {
@@ -191,9 +188,8 @@ static ROWS: &[Row] = &[
             (true, false) => becomes("packing", true, "each document attends to itself alone, as with neat_packing"),
         }
     }),
-    by("neat_packing", &["packing"], "packing with isolated documents", |field| match field.on() {
-        true => becomes("packing", true, "documents are isolated"),
-        false => no_effect("off, as without it"),
+    by("neat_packing", &["packing"], "packing with isolated documents", |field| {
+        field.when_on(becomes("packing", true, "documents are isolated"))
     }),
     gone("streaming", OFF, "texts are tokenised before the first step"),
     nothing("buffer_size", "with streaming"),
@@ -243,9 +239,8 @@ static ROWS: &[Row] = &[
     })
     .default("false"),
     by("fp16", &["precision"], "`fp16`", |field| language::precision(field, "fp16")),
-    by("pure_bf16", &["precision"], "`bf16`; trained numbers stay fp32", |field| match field.on() {
-        true => becomes("precision", "bf16", "trained numbers stay fp32"),
-        false => no_effect("off, as without it"),
+    by("pure_bf16", &["precision"], "`bf16`; trained numbers stay fp32", |field| {
+        field.when_on(becomes("precision", "bf16", "trained numbers stay fp32"))
     }),
     gone("fp8", OFF, "nothing is multiplied in 8 bits"),
     nothing("infer_dtype", "weights are in the precision of the run"),
@@ -299,10 +294,7 @@ static ROWS: &[Row] = &[
 ];
 
 fn variant(field: &Field<'_>, ours: &'static str) -> Outcome {
-    match field.on() {
-        true => taken("variant", ours),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(taken("variant", ours))
 }
 
 /// Files of datasets by their names in `dataset_info.json`.

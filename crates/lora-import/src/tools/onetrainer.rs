@@ -81,8 +81,8 @@ static ROWS: &[Row] = &[
         "aspect_ratio_bucketing",
         &["enable_bucket", "max_bucket_reso"],
         "on where it is not given; up to 4 : 1",
-        |field| match field.on() {
-            true => {
+        |field| {
+            field.when_on({
                 let largest = field.root.text("resolution").unwrap_or_default();
                 let largest =
                     largest.split([',', 'x']).filter_map(|side| side.trim().parse::<u64>().ok()).max().unwrap_or(512);
@@ -91,8 +91,7 @@ static ROWS: &[Row] = &[
                     ("max_bucket_reso", largest.saturating_mul(2).min(4096).into()),
                 ];
                 translated(settings, "sd-scripts' buckets, whose sides differ a little")
-            }
-            false => no_effect("off, as without it"),
+            })
         },
     )
     .default("true"),
@@ -278,8 +277,7 @@ static ROWS: &[Row] = &[
     }),
     by("timestep_shift", &["discrete_flow_shift"], "1 is none", |field| match field.number() {
         Some(1.0) => no_effect("off, as without it"),
-        Some(shift) => taken("discrete_flow_shift", values::of_number(shift)),
-        None => field.expected("a number"),
+        _ => field.number_as("discrete_flow_shift"),
     }),
     by("dynamic_timestep_shifting", &["timestep_sampling"], "`flux_shift`", |field| {
         match field.on() && is_flow(&field.root) {
@@ -370,10 +368,7 @@ static ROWS: &[Row] = &[
     nothing("save_every_unit", "with save_every"),
     nothing("save_after_unit", "with save_after"),
     by("continue_last_backup", &["resume"], "from a state of this program, where there is one", |field| {
-        match field.on() {
-            true => becomes("resume", "auto", "from a state of this program, where there is one"),
-            false => no_effect("off, as without it"),
-        }
+        field.when_on(becomes("resume", "auto", "from a state of this program, where there is one"))
     }),
     gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
     nothing(
@@ -430,18 +425,15 @@ static UNET: &[Row] = &[
         Some(_) if is_flow(&field.root) => {
             becomes("learning_rate", values::of_number(field.number().unwrap_or(0.0)), "the transformer's")
         }
-        Some(rate) => taken("unet_lr", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("unet_lr"),
     }),
     by("weight_dtype", &["base_storage"], "in fewer bits: base_storage", storage),
-    by("gradient_checkpointing", &["gradient_checkpointing"], "on where it is not given", |field| match field.on() {
-        true => taken("gradient_checkpointing", true),
-        false => no_effect("off, as without it"),
+    by("gradient_checkpointing", &["gradient_checkpointing"], "on where it is not given", |field| {
+        field.when_on(taken("gradient_checkpointing", true))
     })
     .default("true"),
-    by("activation_offloading", &["cpu_offload_checkpointing"], "its name here", |field| match field.on() {
-        true => taken("cpu_offload_checkpointing", true),
-        false => no_effect("off, as without it"),
+    by("activation_offloading", &["cpu_offload_checkpointing"], "its name here", |field| {
+        field.when_on(taken("cpu_offload_checkpointing", true))
     }),
     by("offload_fraction", &["offload_base"], "all frozen weights are streamed", |field| match field.number() {
         Some(fraction) if fraction > 0.0 => {
@@ -584,8 +576,7 @@ static CONCEPT: &[Row] = &[
     gone("balancing_strategy", &["\"REPEATS\""], "pictures are visited by repeats, not by a number of samples"),
     by("loss_weight", &["loss_weight"], "how much it counts", |field| match field.number() {
         Some(1.0) => no_effect("1, as without it"),
-        Some(weight) => taken("loss_weight", values::of_number(weight)),
-        None => field.expected("a number"),
+        _ => field.number_as("loss_weight"),
     }),
     table("image", IMAGE),
     table("text", TEXT),
@@ -609,9 +600,8 @@ static IMAGE: &[Row] = &[
     gone("enable_random_hue", OFF, "colours vary by color_jitter alone"),
     gone("enable_fixed_hue", OFF, "colours are as they are"),
     nothing("random_hue_max_strength", "with hue"),
-    by("enable_resolution_override", &["max_resolution"], "with resolution_override", |field| match field.on() {
-        true => resolutions(&field.here.text("resolution_override").unwrap_or_default()),
-        false => no_effect("off, as without it"),
+    by("enable_resolution_override", &["max_resolution"], "with resolution_override", |field| {
+        field.when_on(resolutions(&field.here.text("resolution_override").unwrap_or_default()))
     }),
     nothing("resolution_override", "with enable_resolution_override"),
     gone("enable_random_circular_mask_shrink enable_random_mask_rotate_crop", OFF, "masks are as they are"),
@@ -776,10 +766,7 @@ fn encoder_rate(field: &Field<'_>, ours: &'static str, train: &str) -> Outcome {
         (Value::String(text), Some(rate)) if text == "learning_rate" => {
             becomes(ours, values::of_number(rate), "learning_rate")
         }
-        _ => match field.number() {
-            Some(rate) => taken(ours, values::of_number(rate)),
-            None => field.expected("a number"),
-        },
+        _ => field.number_as(ours),
     }
 }
 

@@ -130,8 +130,7 @@ pub(super) static OWN: &[Row] = &[
     by("save_precision", &["save_precision"], "`float` is fp32, and so is none", save_precision).default("\"float\""),
     by("max_train_epochs", &["epochs"], "wins over max_train_steps", |field| match field.count() {
         Some(0) => no_effect("0: max_train_steps counts"),
-        Some(epochs) => taken("epochs", epochs),
-        None => field.expected("a whole number"),
+        _ => field.count_as("epochs"),
     }),
     by("max_train_steps", &["max_train_steps"], "optimiser steps, unless max_train_epochs is given", |field| {
         match (field.root.count("max_train_epochs").filter(|&epochs| epochs > 0), field.count()) {
@@ -141,10 +140,7 @@ pub(super) static OWN: &[Row] = &[
         }
     })
     .default("1600"),
-    by("train_batch_size", &["batch_size"], "pictures at once", |field| match field.count() {
-        Some(count) => taken("batch_size", count),
-        None => field.expected("a whole number"),
-    }),
+    by("train_batch_size", &["batch_size"], "pictures at once", |field| field.count_as("batch_size")),
     by(
         "optimizer_type",
         &["optimizer"],
@@ -171,11 +167,7 @@ pub(super) static OWN: &[Row] = &[
         "`networks.lora` and its like: LoRA; `lycoris.kohya`: by `algo`",
         network::module,
     ),
-    by("network_dim", &["lora_rank"], "the rank", |field| match field.count() {
-        Some(rank) => taken("lora_rank", rank),
-        None => field.expected("a whole number"),
-    })
-    .default("4"),
+    by("network_dim", &["lora_rank"], "the rank", |field| field.count_as("lora_rank")).default("4"),
     by("network_alpha", &["lora_alpha"], "1 where none is given, 0 is the rank", |field| alpha(field, "network_dim"))
         .default("1"),
     by("network_train_unet_only", &["train_text_encoder"], "off there", |field| match field.on() {
@@ -222,13 +214,10 @@ pub(super) static SHARED: &[Row] = &[
     }),
     same("masked_loss", "masked_loss", Kind::Flag),
     by("alpha_mask", &["alpha_mask", "masked_loss"], "counts in the loss without masked_loss, there", |field| {
-        match field.on() {
-            true => translated(
-                vec![("alpha_mask", true.into()), ("masked_loss", true.into())],
-                "transparency weights the loss",
-            ),
-            false => no_effect("off, as without it"),
-        }
+        field.when_on(translated(
+            vec![("alpha_mask", true.into()), ("masked_loss", true.into())],
+            "transparency weights the loss",
+        ))
     }),
     same("prior_loss_weight", "prior_loss_weight", Kind::Number),
     same("output_dir", "output_dir", Kind::Text),
@@ -269,8 +258,7 @@ pub(super) static SHARED: &[Row] = &[
         Some(_) if is_flow(&field.root) => {
             becomes("learning_rate", values::of_number(field.number().unwrap_or_default()), "the transformer's")
         }
-        Some(rate) => taken("unet_lr", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("unet_lr"),
     }),
     by(
         "text_encoder_lr",
@@ -325,11 +313,8 @@ pub(super) static SHARED: &[Row] = &[
     }),
     same("gradient_accumulation_steps", "gradient_accumulation_steps", Kind::Count),
     same("gradient_checkpointing", "gradient_checkpointing", Kind::Flag),
-    by("cpu_offload_checkpointing", &["cpu_offload_checkpointing"], "with gradient_checkpointing", |field| match field
-        .on()
-    {
-        true => taken("cpu_offload_checkpointing", true),
-        false => no_effect("off, as without it"),
+    by("cpu_offload_checkpointing", &["cpu_offload_checkpointing"], "with gradient_checkpointing", |field| {
+        field.when_on(taken("cpu_offload_checkpointing", true))
     }),
     by("mixed_precision", &["precision"], "`no` is fp32", |field| match field.text().as_str() {
         precision @ ("fp16" | "bf16") => taken("precision", precision),
@@ -447,9 +432,8 @@ pub(super) static SHARED: &[Row] = &[
             translated(settings, "one file, which takes the place of the one before")
         }
     }),
-    by("save_state_on_train_end", &["save_state"], "the state of the whole run", |field| match field.on() {
-        true => taken("save_state", true),
-        false => no_effect("off, as without it"),
+    by("save_state_on_train_end", &["save_state"], "the state of the whole run", |field| {
+        field.when_on(taken("save_state", true))
     }),
     gone("resume", OFF, "a state of accelerate cannot be gone on from; init_from goes on from its LoRA"),
     gone("resume_from_huggingface", OFF, "nothing is fetched"),
@@ -743,10 +727,7 @@ pub(super) fn max_token_length(field: &Field<'_>) -> Outcome {
 }
 
 fn switched(field: &Field<'_>, optimiser: &'static str) -> Outcome {
-    match field.on() {
-        true => taken("optimizer", optimiser),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(taken("optimizer", optimiser))
 }
 
 fn text_encoder_lr(field: &Field<'_>) -> Outcome {
@@ -785,26 +766,19 @@ fn schedules_own(field: &Field<'_>, schedule: &str, ours: &'static str) -> Outco
 }
 
 fn fp8(field: &Field<'_>) -> Outcome {
-    match field.on() {
-        true => becomes("base_storage", "fp8", "with a factor for each output"),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(becomes("base_storage", "fp8", "with a factor for each output"))
 }
 
 fn timestep(field: &Field<'_>, ours: &'static str, neutral: f64) -> Outcome {
     match field.number() {
         Some(number) if number == neutral => no_effect("off, as without it"),
-        Some(number) => taken(ours, values::of_number(number)),
-        None => field.expected("a number"),
+        _ => field.number_as(ours),
     }
 }
 
 /// A number that means the same here.
 pub(super) fn number_of(field: &Field<'_>, ours: &'static str) -> Outcome {
-    match field.number() {
-        Some(number) => taken(ours, values::of_number(number)),
-        None => field.expected("a number"),
-    }
+    field.number_as(ours)
 }
 
 /// With `noise_offset` alone, which is what it changes.
@@ -818,10 +792,7 @@ pub(super) fn adaptive_noise_scale(field: &Field<'_>) -> Outcome {
 }
 
 fn random_strength(field: &Field<'_>, ours: &'static str) -> Outcome {
-    match field.on() {
-        true => becomes(ours, true, "drawn for each picture of a batch instead of once"),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(becomes(ours, true, "drawn for each picture of a batch instead of once"))
 }
 
 fn has_threshold(root: &Scope<'_>) -> bool {

@@ -33,13 +33,9 @@ pub(super) static ARGUMENTS: &[Row] = &[
     by("constrain", &["variant_options"], "of OFT", |field| option(field, "constraint")),
     by("rescaled", &["variant_options"], "of OFT", |field| option(field, "rescale")),
     by("train_on_input", &["variant_options"], "of IA3", |field| option(field, "on_input")),
-    by("rs_lora", &["use_rslora"], "scales by alpha / √rank", |field| match field.on() {
-        true => taken("use_rslora", true),
-        false => no_effect("off, as without it"),
-    }),
-    by("dora_wd", &["variant"], "with magnitudes", |field| match field.on() {
-        true => algorithm(&field.here.text("algo").unwrap_or_else(|| "lora".to_owned()), dora(field, "dora_wd")),
-        false => no_effect("off, as without it"),
+    by("rs_lora", &["use_rslora"], "scales by alpha / √rank", |field| field.when_on(taken("use_rslora", true))),
+    by("dora_wd", &["variant"], "with magnitudes", |field| {
+        field.when_on(algorithm(&field.here.text("algo").unwrap_or_else(|| "lora".to_owned()), dora(field, "dora_wd")))
     }),
     gone("wd_on_output", OFF, "magnitudes have the axis of their algorithm"),
     gone("use_scalar", OFF, "no factor that is trained beside the update"),
