@@ -49,8 +49,8 @@ impl<'a> Scope<'a> {
             let mut parts = path.split('.');
             let mut found = row::find(self.groups, parts.next()?)?;
             for part in parts {
-                let Means::Table(rows) = found.means else { return None };
-                found = rows.iter().find(|row| row.is(part))?;
+                let Means::Table(groups) = found.means else { return None };
+                found = row::find(groups, part)?;
             }
             found.default_value()
         })
@@ -199,11 +199,10 @@ impl<'a> Walk<'a> {
         for row in row::rows(groups) {
             let path = format!("{prefix}{}", row.name());
             match &row.means {
-                Means::Table(rows) => {
+                Means::Table(groups) => {
                     let entries = here.entries.iter().find(|entry| entry.key == row.name());
-                    let within =
-                        Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups: &[rows], ..here };
-                    for inner in rows.iter().filter(|inner| within.given(inner.name()).is_none()) {
+                    let within = Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups, ..here };
+                    for inner in row::rows(groups).filter(|inner| within.given(inner.name()).is_none()) {
                         self.assume(root, within, inner, &format!("{path}.{}", inner.name()), dataset);
                     }
                 }
@@ -223,9 +222,9 @@ impl<'a> Walk<'a> {
     /// One key.
     fn key(&mut self, root: Scope<'_>, here: Scope<'_>, row: &'static Row, node: &Node, at: &At<'_>) {
         match &row.means {
-            Means::Table(rows) => match &node.content {
+            Means::Table(groups) => match &node.content {
                 Content::Table(entries) => {
-                    let within = Scope { entries, groups: &[rows], ..here };
+                    let within = Scope { entries, groups, ..here };
                     self.table(root, within, &format!("{}.", at.path), at.dataset);
                 }
                 _ => self.refuse(at, "expected a table"),

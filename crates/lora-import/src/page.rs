@@ -70,7 +70,7 @@ impl Section {
             },
             Means::NoEffect(why) => return self.nothing.entry(why).or_default().push(name),
             Means::Lost(_, what) => return self.lost.entry(what).or_default().push(name),
-            Means::Table(within) => return within.iter().for_each(|row| self.add(row, &format!("{name}."))),
+            Means::Table(within) => return row::rows(within).for_each(|row| self.add(row, &format!("{name}."))),
             Means::Arguments(within) => return within.iter().for_each(|row| self.add(row, &format!("{name} "))),
             Means::Datasets(within, _) => return within.iter().for_each(|row| self.add(row, &format!("{name}[]."))),
         };

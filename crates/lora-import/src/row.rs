@@ -43,7 +43,7 @@ pub(crate) enum Means {
     /// Nothing like it here; with one of these values (JSON) nothing is lost.
     Lost(&'static [&'static str], &'static str),
     /// A table with rows of its own.
-    Table(&'static [Row]),
+    Table(Groups),
     /// A list of texts `name=value` with rows of their own.
     Arguments(&'static [Row]),
     /// A list of tables, each a dataset or nothing.
@@ -106,8 +106,8 @@ pub(crate) const fn gone(names: &'static str, neutral: &'static [&'static str], 
     Row::new(names, Means::Lost(neutral, what))
 }
 
-pub(crate) const fn table(names: &'static str, rows: &'static [Row]) -> Row {
-    Row::new(names, Means::Table(rows))
+pub(crate) const fn table(names: &'static str, groups: Groups) -> Row {
+    Row::new(names, Means::Table(groups))
 }
 
 pub(crate) const fn arguments(names: &'static str, rows: &'static [Row]) -> Row {
@@ -148,7 +148,8 @@ pub(crate) fn keys_of_row(row: &'static Row) -> Vec<&'static str> {
         Means::Same(ours, _) => vec![ours],
         Means::By(ours, ..) => ours.to_vec(),
         Means::NoEffect(_) | Means::Lost(..) => Vec::new(),
-        Means::Table(rows) | Means::Arguments(rows) => rows.iter().flat_map(keys_of_row).collect(),
+        Means::Table(groups) => keys_of(groups),
+        Means::Arguments(rows) => rows.iter().flat_map(keys_of_row).collect(),
         Means::Datasets(rows, _) => rows.iter().flat_map(keys_of_row).chain(["datasets"]).collect(),
     }
 }

@@ -11,7 +11,7 @@ use crate::input::{self, Problem, Source};
 use crate::outcome::{Outcome, no_effect};
 use crate::report::{Accounted, Verdict};
 use crate::row::{self, Groups, Row};
-use crate::tools::sd_scripts_dataset::ROWS;
+use crate::tools::sd_scripts::dataset_file::ROWS;
 
 /// A subset as a dataset of ours.
 #[derive(Debug, Clone)]

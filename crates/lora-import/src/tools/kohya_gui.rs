@@ -3,10 +3,10 @@
 
 use serde_json::json;
 
-use super::sd_scripts::{self, is_flow};
-use super::sd_scripts_network::{
+use super::sd_scripts::network::{
     Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
 };
+use super::sd_scripts::{self, is_flow};
 use super::{Table, Tool, done, optimisers};
 use crate::engine::{Field, Scope};
 use crate::input::tree::Node;
@@ -22,7 +22,17 @@ pub(crate) static TABLE: Table = Table {
     about: "JSON of the tabs LoRA and Dreambooth, and presets. An empty field is as if not given. Epochs are `max_train_epochs`, \
             else `max_train_steps`, else `epoch`; `lr_warmup` is in percent of the run. Presets have no paths: what is missing is \
             said. Fields that are not listed here have names and meaning of sd-scripts' options.",
-    groups: &[OWN, sd_scripts::SHARED, sd_scripts::FLOW, sd_scripts::OWN, sd_scripts::AROUND],
+    groups: &[
+        OWN,
+        sd_scripts::program::ROWS,
+        sd_scripts::data::ROWS,
+        sd_scripts::network::ROWS,
+        sd_scripts::optimizer::ROWS,
+        sd_scripts::loss::ROWS,
+        sd_scripts::flow::ROWS,
+        sd_scripts::memory::ROWS,
+        sd_scripts::save::ROWS,
+    ],
     own: &[OWN],
     is: |has| {
         has("LoRA_type")
@@ -131,7 +141,7 @@ static OWN: &[Row] = &[
         "max_resolution",
         &["max_resolution"],
         "an area where there are buckets, there and here",
-        sd_scripts::resolution,
+        sd_scripts::data::resolution,
     )
     .default("\"512,512\""),
     by("train_batch_size", &["batch_size"], "pictures at once", |field| field.count_as("batch_size")),
@@ -141,7 +151,7 @@ static OWN: &[Row] = &[
         taken("caption_extension", field.text())
     })
     .default("\".caption\""),
-    by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save_precision).default("\"fp16\""),
+    by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save::save_precision).default("\"fp16\""),
     by("optimizer", &["optimizer"], "by its name", |field| {
         let old = field.root.given("use_8bit_adam").is_some_and(|on| values::switch(&on) == Some(false));
         match field.root.given("optimizer") {
@@ -286,7 +296,7 @@ static OWN: &[Row] = &[
     by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset_type Original", |field| {
         match is_multires(&field.root) || field.root.number("noise_offset").unwrap_or(0.0) == 0.0 {
             true => no_effect("there is no noise offset"),
-            false => sd_scripts::adaptive_noise_scale(field),
+            false => sd_scripts::loss::adaptive_noise_scale(field),
         }
     }),
     by("multires_noise_iterations", &["multires_noise_iterations"], "with noise_offset_type Multires", |field| {
@@ -302,7 +312,7 @@ static OWN: &[Row] = &[
         }
         _ => field.count_as("clip_skip"),
     }),
-    by("max_token_length", &["max_token_length"], "75, 150 or 225", sd_scripts::max_token_length),
+    by("max_token_length", &["max_token_length"], "75, 150 or 225", sd_scripts::program::max_token_length),
     by(
         "v_parameterization",
         &["v_parameterization"],

@@ -7,11 +7,9 @@ mod kohya_gui;
 mod language;
 mod llama_factory;
 mod onetrainer;
-mod onetrainer_optimizer;
 mod optimisers;
 pub(crate) mod sd_scripts;
-pub(crate) mod sd_scripts_dataset;
-mod sd_scripts_network;
+mod shared;
 mod tracking;
 
 use std::fmt;

@@ -1,7 +1,7 @@
-//! Keys of sd-scripts' dataset files. Those that the command line has too stand in [`super::sd_scripts`].
+//! Keys of sd-scripts' dataset files. Those that the command line has too stand in [`super::data`].
 
+use super::data::{bucket_steps, processors, resolution};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
-use crate::tools::sd_scripts::{bucket_steps, processors, resolution};
 
 /// All of them.
 pub(crate) static ROWS: &[Row] = &[

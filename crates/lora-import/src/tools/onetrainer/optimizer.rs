@@ -1,16 +1,75 @@
-//! OneTrainer's settings of an optimiser, `optimizer` in its files. Which optimiser is taken for which is [`super::optimisers`]'s.
+//! OneTrainer's optimisation: rates, schedules, lengths, and its table `optimizer`. Which optimiser is taken for which is
+//! [`optimisers`]'s.
 
 use serde_json::json;
 
-use super::optimisers;
 use crate::engine::{Field, Scope};
-use crate::outcome::{Outcome, lost, no_effect};
-use crate::row::{OFF, Row, by, gone, nothing};
+use crate::outcome::{Outcome, becomes, instead, lost, no_effect, taken};
+use crate::row::{Kind, OFF, Row, by, gone, nothing, same, table};
+use crate::tools::optimisers;
+use crate::values;
+
+pub(super) static ROWS: &[Row] = &[
+    same("learning_rate", "learning_rate", Kind::Number).default("0.000003"),
+    by("learning_rate_scheduler", &["lr_scheduler"], "by its name", |field| match field.text().as_str() {
+        "COSINE_WITH_HARD_RESTARTS" => taken("lr_scheduler", "cosine_with_restarts"),
+        // There the cosine goes up again as it went down.
+        "COSINE_WITH_RESTARTS" => instead(
+            vec![("lr_scheduler", "cosine".into())],
+            "no schedule that rises again; a cosine stands in its place",
+        ),
+        "REX" => instead(
+            vec![("lr_scheduler", "rex".into())],
+            "REX by its paper; the curve of that name has other constants there",
+        ),
+        name => optimisers::schedule(&name.to_ascii_lowercase()),
+    })
+    .default("\"CONSTANT\""),
+    by(
+        "learning_rate_warmup_steps",
+        &["lr_warmup_steps"],
+        "200 steps where none are given; a share up to 1",
+        |field| match field.number() {
+            Some(0.0) => no_effect("off, as without it"),
+            Some(steps) => taken("lr_warmup_steps", values::of_number(steps)),
+            None => field.expected("steps, or a share"),
+        },
+    )
+    .default("200"),
+    by("learning_rate_cycles", &["lr_scheduler_num_cycles"], "of `COSINE_WITH_HARD_RESTARTS`", |field| {
+        match (field.root.text("learning_rate_scheduler").as_deref(), field.count()) {
+            (Some("COSINE_WITH_HARD_RESTARTS"), Some(cycles @ 1..)) => taken("lr_scheduler_num_cycles", cycles),
+            (_, Some(1)) => no_effect("1, as without it"),
+            (Some("CONSTANT" | "LINEAR" | "ADAFACTOR" | "REX"), _) => no_effect("a number of cosines"),
+            _ => lost("a cosine goes through once"),
+        }
+    }),
+    same("learning_rate_min_factor", "lr_min_ratio", Kind::Positive),
+    gone("custom_learning_rate_scheduler scheduler_params", OFF, "no schedules of one's own code"),
+    gone("learning_rate_scaler", &["\"NONE\""], "learning_rate counts as it is; multiply it yourself"),
+    gone("loss_scaler", &["\"NONE\""], "the loss is a mean; multiply learning_rate instead"),
+    same("epochs", "epochs", Kind::Count).default("100"),
+    same("batch_size", "batch_size", Kind::Count).default("1"),
+    same("gradient_accumulation_steps", "gradient_accumulation_steps", Kind::Count),
+    same("clip_grad_norm", "max_grad_norm", Kind::Number),
+    by("ema", &["ema_decay"], "`OFF`, or with ema_decay", |field| match field.text().as_str() {
+        "OFF" => no_effect("off, as without it"),
+        _ => {
+            let decay = field.root.number("ema_decay").unwrap_or(0.999);
+            let interval = field.root.number("ema_update_step_interval").unwrap_or(5.0).max(1.0);
+            becomes("ema_decay", decay.powf(1.0 / interval), "averaged at each step, by as much in all")
+        }
+    }),
+    nothing("ema_decay ema_update_step_interval", "with ema"),
+    table("optimizer", &[OPTIMIZER]),
+];
 
 /// What becomes of an optimiser's switch that none has here.
 const NO_SWITCH: &str = "optimisers have no switch of this name";
+
 /// And of a number.
 const NO_NUMBER: &str = "the optimiser has no number of this name";
+
 /// Why a switch that is there for some optimisers alone says nothing.
 const OF_OTHERS: &str = "a setting of other optimisers";
 
