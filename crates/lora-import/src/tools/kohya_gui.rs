@@ -4,7 +4,7 @@
 use serde_json::json;
 
 use super::sd_scripts::network::{
-    Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
+    BLOCKS, Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
 };
 use super::sd_scripts::{self, is_flow};
 use super::{Table, Tool, done, optimisers};
@@ -479,6 +479,9 @@ fn kind(field: &Field<'_>) -> Outcome {
     match kind.as_str() {
         "" if !is_full(&field.root) => no_effect("a LoRA, as without it"),
         "" => becomes("train", "full", "a file without LoRA_type is of a tab that trains all weights"),
+        "Flux1" | "SD3" if field.root.given("train_blocks").is_none() => {
+            becomes("target_modules", json!([BLOCKS]), "all linear layers of blocks, those of their modulation too")
+        }
         "Standard" | "LoCon" | "Kohya LoCon" | "Flux1" | "SD3" | "LyCORIS/LoCon" | "LyCORIS/LoRA" if !dora => {
             no_effect("a LoRA, as without it")
         }

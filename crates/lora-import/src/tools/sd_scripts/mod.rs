@@ -48,6 +48,10 @@ pub(in crate::tools) enum Base {
     Chroma,
     Sd3,
     Anima,
+    /// Of musubi-tuner.
+    QwenImage,
+    /// Of musubi-tuner.
+    ZImage,
 }
 
 pub(in crate::tools) fn base(root: &Scope<'_>) -> Base {
@@ -57,6 +61,10 @@ pub(in crate::tools) fn base(root: &Scope<'_>) -> Base {
     let kind = root.text("LoRA_type").unwrap_or_default();
     if script.starts_with("flux") || module.contains("flux") || root.on("flux1_checkbox") || kind.starts_with("Flux1") {
         if root.text("model_type").as_deref() == Some("chroma") { Base::Chroma } else { Base::Flux }
+    } else if script.starts_with("qwen_image") || module.contains("qwen_image") {
+        Base::QwenImage
+    } else if script.starts_with("zimage") || module.contains("zimage") {
+        Base::ZImage
     } else if script.starts_with("anima") || module.contains("anima") || root.given("qwen3").is_some() {
         Base::Anima
     } else if script.starts_with("sd3") || module.contains("sd3") || root.on("sd3_checkbox") {
@@ -73,7 +81,7 @@ pub(in crate::tools) fn base(root: &Scope<'_>) -> Base {
 }
 
 pub(in crate::tools) fn is_flow(root: &Scope<'_>) -> bool {
-    matches!(base(root), Base::Flux | Base::Chroma | Base::Sd3 | Base::Anima)
+    !matches!(base(root), Base::Sd | Base::Sdxl)
 }
 
 /// Only for bases that predict the noise or the velocity.

@@ -98,8 +98,23 @@ pub(in crate::tools) static ARGUMENTS: &[Row] = &[
     nothing("verbose", "what is printed"),
     gone("train_t5xxl", OFF, "text encoders of this base are never trained here"),
     gone("in_dims", OFF, "ranks by layer are given by rank_pattern"),
+    by("train_blocks", &["target_modules"], "of FLUX.1: `all`, `single` or `double`", blocks),
     gone("train_double_block_indices train_single_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
 ];
+
+/// The linear layers of FLUX.1's and Stable Diffusion 3's blocks, those that scale and shift too.
+pub(in crate::tools) const BLOCKS: &str = r"re:(single_)?transformer_blocks\..*";
+
+/// The linear layers of blocks of one of FLUX.1's kinds.
+pub(in crate::tools) fn blocks(field: &Field<'_>) -> Outcome {
+    let blocks = match field.text().as_str() {
+        "all" => BLOCKS,
+        "single" => r"re:single_transformer_blocks\..*",
+        "double" => r"re:transformer_blocks\..*",
+        _ => return field.expected("all, single or double"),
+    };
+    becomes("target_modules", json!([blocks]), "all linear layers of these blocks")
+}
 
 /// The scale is alpha / rank in both; 0 stands for the rank.
 pub(in crate::tools) fn alpha(field: &Field<'_>, rank: &str) -> Outcome {
@@ -121,11 +136,16 @@ pub(in crate::tools) fn is_lycoris(root: &Scope<'_>) -> bool {
 
 pub(in crate::tools) fn module(field: &Field<'_>) -> Outcome {
     match field.text().as_str() {
+        "networks.lora_flux" | "networks.lora_sd3" if network_arg(&field.root, "train_blocks").is_none() => {
+            becomes("target_modules", json!([BLOCKS]), "all linear layers of blocks, those of their modulation too")
+        }
         "networks.lora"
         | "networks.lora_flux"
         | "networks.lora_sd3"
         | "networks.lora_lumina"
-        | "networks.lora_anima" => no_effect("a LoRA, as without it"),
+        | "networks.lora_anima"
+        | "networks.lora_qwen_image"
+        | "networks.lora_zimage" => no_effect("a LoRA, as without it"),
         "networks.loha" => taken("variant", "loha"),
         "networks.lokr" => taken("variant", "lokr"),
         "networks.oft" | "networks.oft_flux" => taken("variant", "oft"),
