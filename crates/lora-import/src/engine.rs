@@ -200,13 +200,13 @@ impl<'a> Walk<'a> {
             let path = format!("{prefix}{}", row.name());
             match &row.means {
                 Means::Table(groups) => {
-                    let entries = here.entries.iter().find(|entry| entry.key == row.name());
+                    let entries = here.entries.iter().find(|entry| row.is(&entry.key));
                     let within = Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups, ..here };
                     for inner in row::rows(groups).filter(|inner| within.given(inner.name()).is_none()) {
                         self.assume(root, within, inner, &format!("{path}.{}", inner.name()), dataset);
                     }
                 }
-                _ if here.given(row.name()).is_none() => self.assume(root, here, row, &path, dataset),
+                _ if row.names().all(|name| here.given(name).is_none()) => self.assume(root, here, row, &path, dataset),
                 _ => {}
             }
         }

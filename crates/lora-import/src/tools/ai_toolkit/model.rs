@@ -1,6 +1,6 @@
 //! ai-toolkit's `model`: the base, and how it is stored.
 
-use crate::outcome::{becomes, no_effect, taken};
+use crate::outcome::{becomes, lost, no_effect, taken};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
 use crate::tools::sd_scripts;
 
@@ -21,16 +21,22 @@ pub(super) static MODEL: &[Row] = &[
         taken("text_encoder", field.text())
     }),
     by("quantize", &["base_storage"], "by qtype; fp8 where none is given", |field| {
-        match (field.on(), field.here.text("qtype").unwrap_or_default()) {
-            (false, _) => no_effect("off, as without it"),
-            (true, qtype) if qtype.contains('4') || qtype.contains('3') || qtype.contains('2') => {
-                becomes("base_storage", "nf4", format!("{qtype} is nearest to nf4"))
-            }
-            (true, qtype) if qtype.contains("int") => becomes("base_storage", "int8", "with a factor for each output"),
-            (true, _) => becomes("base_storage", "fp8", "with a factor for each output"),
+        let qtype = field.here.text("qtype").unwrap_or_default();
+        // Behind the bar stands the file of an adapter.
+        let qtype = qtype.split('|').next().unwrap_or_default();
+        let bits: String = qtype.chars().filter(char::is_ascii_digit).collect();
+        field.when_on(match bits.as_str() {
+            "2" | "3" | "4" => becomes("base_storage", "nf4", format!("{qtype} is nearest to nf4")),
+            _ if qtype.contains("int") => becomes("base_storage", "int8", "with a factor for each output"),
+            _ => becomes("base_storage", "fp8", "with a factor for each output"),
+        })
+    }),
+    by("qtype", &[], "with quantize; the adapter behind its bar is not read", |field| {
+        match field.text().contains('|') && field.here.on("quantize") {
+            true => lost("no adapter makes up for fewer bits"),
+            false => no_effect("with quantize"),
         }
     }),
-    nothing("qtype", "with quantize"),
     nothing("quantize_te qtype_te text_encoder_bits", "text encoders are gone once captions are encoded"),
     nothing("quantize_kwargs", "with quantize"),
     gone("accuracy_recovery_adapter", OFF, "no adapter makes up for fewer bits"),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::data::rate;
 use super::{is_flow, precision};
 use crate::engine::{Field, Scope};
-use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, taken, translated};
+use crate::outcome::{Outcome, Settings, becomes, instead, lost, no_effect, taken, translated};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same, table};
 use crate::tools::optimisers;
 use crate::values;
@@ -43,8 +43,18 @@ pub(super) static TRAIN: &[Row] = &[
             (false, _) => no_effect("timesteps of this base are drawn evenly"),
             (true, "sigmoid") => taken("timestep_sampling", "sigmoid"),
             (true, "linear") => taken("timestep_sampling", "uniform"),
-            (true, "shift" | "flux_shift") => becomes("timestep_sampling", "flux_shift", "by the picture's size"),
-            (true, other) => lost(format!("noise levels are not drawn by {other}")),
+            (true, "weighted") => instead(
+                vec![("timestep_sampling", "uniform".into())],
+                "drawn evenly, as there, but without its weights by noise level",
+            ),
+            (true, "shift" | "flux_shift" | "lumina2_shift") => instead(
+                vec![("timestep_sampling", "flux_shift".into())],
+                "moved by the picture's size, as there, but from the sigmoid of normal numbers instead of evenly drawn ones",
+            ),
+            (true, other) => instead(
+                vec![("timestep_sampling", "sigmoid".into())],
+                format!("noise levels are not drawn by {other}"),
+            ),
         }
     })
     .default("\"sigmoid\""),

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::is_flow;
 use crate::engine::{Field, Scope};
-use crate::outcome::{Outcome, becomes, lost, no_effect, refused, taken};
+use crate::outcome::{Outcome, becomes, instead, lost, no_effect, refused, taken};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
 use crate::values;
 
@@ -51,22 +51,34 @@ pub(super) static ROWS: &[Row] = &[
     }),
     by("min_noising_strength", &["min_timestep"], "in thousandths", |field| noising(field, "min_timestep", 0.0)),
     by("max_noising_strength", &["max_timestep"], "in thousandths", |field| noising(field, "max_timestep", 1.0)),
-    by("timestep_distribution", &["timestep_sampling"], "`UNIFORM` and `LOGIT_NORMAL`", distribution)
+    by("timestep_distribution", &["timestep_sampling"], "`UNIFORM`, `LOGIT_NORMAL` and `HEAVY_TAIL`", distribution)
         .default("\"UNIFORM\""),
-    by("noising_weight", &["logit_std"], "of `LOGIT_NORMAL`: one less than the standard deviation", |field| {
-        of_distribution(field, "logit_std", 1.0)
-    }),
+    by(
+        "noising_weight",
+        &["logit_std", "sigmoid_scale", "mode_scale"],
+        "of `LOGIT_NORMAL`: one less than the standard deviation; of `HEAVY_TAIL`: how much the middle is favoured",
+        |field| match field.root.text("timestep_distribution").as_deref() {
+            Some("HEAVY_TAIL") => field.number_as("mode_scale"),
+            _ if is_dynamic(&field.root) => of_distribution(field, "sigmoid_scale", 1.0),
+            _ => of_distribution(field, "logit_std", 1.0),
+        },
+    ),
     by("noising_bias", &["logit_mean"], "of `LOGIT_NORMAL`: the mean", |field| {
-        of_distribution(field, "logit_mean", 0.0)
+        match is_dynamic(&field.root) && field.number() != Some(0.0) {
+            true => lost("noise levels that follow the picture's size have no mean of their own"),
+            false => of_distribution(field, "logit_mean", 0.0),
+        }
     }),
     by("timestep_shift", &["discrete_flow_shift"], "1 is none", |field| match field.number() {
         Some(1.0) => no_effect("off, as without it"),
+        _ if is_dynamic(&field.root) => no_effect("dynamic_timestep_shifting wins over it"),
         _ => field.number_as("discrete_flow_shift"),
     }),
-    by("dynamic_timestep_shifting", &["timestep_sampling"], "`flux_shift`", |field| {
-        match field.on() && is_flow(&field.root) {
-            true => becomes("timestep_sampling", "flux_shift", "by the picture's size"),
-            false => no_effect("off, as without it"),
+    by("dynamic_timestep_shifting", &["timestep_sampling"], "`flux_shift`, with `LOGIT_NORMAL`", |field| {
+        match (field.on() && is_flow(&field.root), is_dynamic(&field.root)) {
+            (false, _) => no_effect("off, as without it"),
+            (true, true) => becomes("timestep_sampling", "flux_shift", "by the picture's size"),
+            (true, false) => lost("only noise levels of LOGIT_NORMAL are moved by the picture's size"),
         }
     }),
     gone("cep_gamma", OFF, "captions' states are taken as they are"),
@@ -105,9 +117,28 @@ fn of_distribution(field: &Field<'_>, ours: &'static str, less: f64) -> Outcome 
 }
 
 fn distribution(field: &Field<'_>) -> Outcome {
-    match (field.text().as_str(), is_flow(&field.root)) {
-        ("UNIFORM", _) => taken("timestep_sampling", "uniform"),
-        ("LOGIT_NORMAL", _) => taken("timestep_sampling", "logit_normal"),
-        (other, _) => lost(format!("timesteps are not drawn by {other}")),
+    match field.text().as_str() {
+        "UNIFORM" => taken("timestep_sampling", "uniform"),
+        "LOGIT_NORMAL" if is_dynamic(&field.root) => {
+            becomes("timestep_sampling", "flux_shift", "by the picture's size, as dynamic_timestep_shifting says")
+        }
+        "LOGIT_NORMAL" => taken("timestep_sampling", "logit_normal"),
+        "HEAVY_TAIL" => becomes("timestep_sampling", "mode", "the same formula"),
+        // It favours the middle.
+        "INVERTED_PARABOLA" => instead(
+            vec![("timestep_sampling", "logit_normal".into())],
+            "no parabola over the noise levels; the sigmoid of normal numbers, which favours the middle too, stands in its place",
+        ),
+        other => instead(
+            vec![("timestep_sampling", "uniform".into())],
+            format!("timesteps are not drawn by {other}; they are drawn evenly"),
+        ),
     }
+}
+
+/// Whether noise levels are normal numbers' sigmoid, moved by the picture's size.
+fn is_dynamic(root: &Scope<'_>) -> bool {
+    is_flow(root)
+        && root.on("dynamic_timestep_shifting")
+        && root.text("timestep_distribution").as_deref() == Some("LOGIT_NORMAL")
 }

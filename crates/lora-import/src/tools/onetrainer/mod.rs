@@ -43,5 +43,5 @@ fn is_sdxl(root: &Scope<'_>) -> bool {
 }
 
 fn is_flow(root: &Scope<'_>) -> bool {
-    kind_is(root, &["FLUX", "Z_IMAGE", "STABLE_DIFFUSION_3", "CHROMA", "QWEN"])
+    kind_is(root, &["FLUX", "Z_IMAGE", "STABLE_DIFFUSION_3", "CHROMA", "QWEN", "ANIMA"])
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::run::precision;
 use super::{is_flow, is_sdxl};
 use crate::engine::Field;
-use crate::outcome::{Outcome, becomes, lost, no_effect, taken};
+use crate::outcome::{Outcome, becomes, lost, no_effect, taken, translated};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same, table};
 use crate::values;
 
@@ -23,12 +23,22 @@ pub(super) static ROWS: &[Row] = &[
             None => field.expected("a whole number"),
         }
     }),
-    by("gradient_checkpointing", &["gradient_checkpointing"], "an old form", |field| match field.text().as_str() {
-        "OFF" => no_effect("off, as without it"),
-        _ if values::switch(&field.value) == Some(false) => no_effect("off, as without it"),
-        _ => taken("gradient_checkpointing", true),
-    }),
-    nothing("enable_activation_offloading layer_offload_fraction weight_dtype", "an old form"),
+    by(
+        "gradient_checkpointing",
+        &["gradient_checkpointing", "cpu_offload_checkpointing"],
+        "`ON`, `OFF` and `CPU_OFFLOADED`, of files before those by network",
+        |field| match field.text().as_str() {
+            "CPU_OFFLOADED" => translated(
+                vec![("gradient_checkpointing", true.into()), ("cpu_offload_checkpointing", offloads(field).into())],
+                "with what blocks began with in host memory",
+            ),
+            "OFF" => becomes("gradient_checkpointing", false, "off"),
+            _ => taken("gradient_checkpointing", values::switch(&field.value) != Some(false)),
+        },
+    ),
+    by("layer_offload_fraction", &["offload_base"], "an old name of offload_fraction", offload),
+    nothing("enable_activation_offloading", "with gradient_checkpointing = CPU_OFFLOADED"),
+    nothing("weight_dtype", "each network has its own"),
     gone("extra_model_name", OFF, "the base alone is read"),
     nothing(
         "prior effnet_encoder decoder decoder_text_encoder decoder_vqgan text_encoder_3_layer_skip text_encoder_4 \
@@ -57,12 +67,7 @@ static UNET: &[Row] = &[
     by("activation_offloading", &["cpu_offload_checkpointing"], "its name here", |field| {
         field.when_on(taken("cpu_offload_checkpointing", true))
     }),
-    by("offload_fraction", &["offload_base"], "all frozen weights are streamed", |field| match field.number() {
-        Some(fraction) if fraction > 0.0 => {
-            becomes("offload_base", true, "all frozen weights are streamed, not a share")
-        }
-        _ => no_effect("off, as without it"),
-    }),
+    by("offload_fraction", &["offload_base"], "all frozen weights are streamed", offload),
     by("stop_training_after", &[], "trained to the end", stop),
     nothing("stop_training_after_unit", "with stop_training_after"),
     by("guidance_scale", &["guidance_scale"], "of FLUX.1", |field| {
@@ -162,6 +167,21 @@ static VAE: &[Row] = &[
     nothing("learning_rate stop_training_after stop_training_after_unit", "the autoencoder is not trained"),
     nothing("gradient_checkpointing activation_offloading offload_fraction", "the autoencoder is not trained"),
 ];
+
+/// Whether what blocks began with goes to host memory, by files of before settings by network.
+fn offloads(field: &Field<'_>) -> bool {
+    field.root.given("enable_activation_offloading").is_none_or(|on| values::switch(&on) != Some(false))
+}
+
+fn offload(field: &Field<'_>) -> Outcome {
+    match field.number() {
+        Some(fraction) if fraction > 0.0 => {
+            becomes("offload_base", true, "all frozen weights are streamed, not a share")
+        }
+        Some(_) => no_effect("off, as without it"),
+        None => field.expected("a share"),
+    }
+}
 
 fn storage(field: &Field<'_>) -> Outcome {
     match field.text().as_str() {

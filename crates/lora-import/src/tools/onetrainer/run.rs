@@ -22,6 +22,7 @@ pub(super) static ROWS: &[Row] = &[
             "Z_IMAGE",
             "CHROMA",
             "QWEN",
+            "ANIMA",
         ];
         match known.iter().any(|known| kind.starts_with(known))
             && !kind.contains("INPAINTING")
