@@ -11,7 +11,7 @@ pub fn page() -> String {
     let mut text = String::from(
         "# Coming from other trainers\n\n\
          ```sh\n\
-         lora import run.toml --out config.toml     # sd-scripts, kohya_ss, OneTrainer, ai-toolkit, axolotl, LLaMA-Factory\n\
+         lora import run.toml --out config.toml     # sd-scripts, OneTrainer, ai-toolkit, axolotl, and others below\n\
          lora import train.sh                       # a script with an `accelerate launch … train_network.py …`\n\
          lora import -- accelerate launch train_network.py --network_dim 16 …\n\
          lora train run.toml                        # the same at once\n\

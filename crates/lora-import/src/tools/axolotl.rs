@@ -127,6 +127,15 @@ static ROWS: &[Row] = &[
     nothing("merge_lora merge_method", "lora merge does it"),
     gone("unfrozen_parameters", OFF, "modules_to_save trains whole layers"),
     gone("freeze_mm_modules", OFF, "pictures beside texts are not trained on"),
+    gone("qat", OFF, "weights are trained as they are, not as they will be stored"),
+    gone("num_labels center_rewards_coefficient", OFF, "no classes and no rewards are trained"),
+    gone("reinit_weights diffusion llmcompressor use_onebitllms cls_model_config", OFF, "the base is trained as it is"),
+    gone("eaft_alpha eaft_k", OFF, "the loss is cross-entropy"),
+    nothing(
+        "streaming_multipack_buffer_size pretrain_multipack_attn sample_packing_seq_len_multiplier total_num_tokens \
+         base_model_ignore_patterns fp8_enable_fsdp_float8_all_gather",
+        "how steps are computed",
+    ),
     gone("relora", OFF, "the adapter is not merged on the way"),
     nothing("relora_prune_ratio relora_prune_method relora_cpu_offload", "with relora"),
     gone("jagged_restart_steps", OFF, "schedules do not start again"),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::language::{self, TRAINER};
-use super::{Table, Tool, as_it_is};
+use super::{Table, Tool, as_it_is, sd_scripts};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::{self, Problem, Source};
@@ -53,11 +53,31 @@ static ROWS: &[Row] = &[
         true => no_effect("a run of training"),
         false => refused("nothing is trained without it"),
     }),
-    by("finetuning_type", &["train"], "`lora`; `full` trains all weights", |field| match field.text().as_str() {
-        "lora" => no_effect("a LoRA, as without it"),
-        "full" => becomes("train", "full", "all weights"),
-        other => refused(format!("finetuning_type = {other} is not trained here; lora is")),
+    by("finetuning_type", &["train", "variant"], "`lora`, `oft`; `full` trains all weights", |field| {
+        match field.text().as_str() {
+            "lora" => no_effect("a LoRA, as without it"),
+            "full" => becomes("train", "full", "all weights"),
+            "oft" => becomes("variant", "peft-oft", "rotations of the inputs"),
+            other => refused(format!("finetuning_type = {other} is not trained here; lora, oft and full are")),
+        }
     }),
+    by("oft_block_size", &["variant_options"], "with finetuning_type oft; 32 where none is given", |field| match field
+        .root
+        .text("finetuning_type")
+        .as_deref()
+    {
+        Some("oft") => sd_scripts::network::option(field, "block_size"),
+        _ => no_effect("only with finetuning_type = oft"),
+    })
+    .default("32"),
+    by("oft_target", &["target_modules"], "with finetuning_type oft", |field| {
+        match (field.root.text("finetuning_type").as_deref(), language::targets(&field.value)) {
+            (Some("oft"), Some(names)) => taken("target_modules", names),
+            (Some("oft"), None) => field.expected("names"),
+            _ => no_effect("only with finetuning_type = oft"),
+        }
+    }),
+    gone("oft_rank", OFF, "blocks have the size of oft_block_size"),
     by("lora_rank", &["lora_rank"], "8 where none is given", |field| match field.count() {
         Some(rank @ 1..) => taken("lora_rank", rank),
         _ => field.expected("a whole number from 1 on"),
@@ -73,6 +93,7 @@ static ROWS: &[Row] = &[
     .default("\"2 × lora_rank\""),
     same("lora_dropout", "lora_dropout", Kind::Positive),
     by("lora_target", &["target_modules"], "`all`: all-linear", |field| match language::targets(&field.value) {
+        _ if field.root.text("finetuning_type").as_deref() == Some("oft") => no_effect("oft_target says it"),
         Some(names) if names == json!(["all-linear"]) => {
             becomes("target_modules", names, "all linear layers but the head")
         }
@@ -95,6 +116,24 @@ static ROWS: &[Row] = &[
     nothing("pissa_convert", "a file of PiSSA is a plain LoRA"),
     nothing("create_new_adapter", "with adapter_name_or_path"),
     gone("use_galore use_apollo", OFF, "gradients are not projected"),
+    nothing(
+        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise apollo_target \
+         apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_layerwise \
+         apollo_scale_type apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval \
+         badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha",
+        "with its switch",
+    ),
+    nothing("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules", "with finetuning_type = freeze"),
+    nothing("do_predict predict_with_generate max_new_tokens top_p temperature", "samples are drawn by lora generate"),
+    nothing(
+        "fp8_backend fp8_enable_fsdp_float8_all_gather fsdp_transformer_layer_cls_to_wrap",
+        "how steps are computed",
+    ),
+    gone(
+        "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size expert_model_parallel_size",
+        &["1", "false"],
+        "a network is not split over devices",
+    ),
     gone("use_badam", OFF, "all adapted layers are trained at each step"),
     gone("use_muon", OFF, "no Muon; optimizer says which"),
     gone("use_adam_mini", OFF, "no Adam-mini; optimizer says which"),

@@ -1,8 +1,13 @@
-//! What rows of several trainers decide alike: prompts of samples, buckets without limits, steps of pictures.
+//! What rows of several trainers decide alike: prompts of samples, buckets without limits, steps of pictures, several
+//! resolutions of one dataset.
 
 use serde_json::{Value, json};
 
+use crate::config::Draft;
+use crate::engine::Scope;
+use crate::input::Problem;
 use crate::outcome::{Outcome, becomes, no_effect, translated};
+use crate::report::{Accounted, Verdict};
 use crate::values;
 
 /// A prompt as a line with what its sample says of it: the keys of the negative prompt, of width, height, seed, steps and guidance.
@@ -38,4 +43,17 @@ pub(super) fn processors(random_crop: bool, further: &[(&str, bool)]) -> Outcome
     let on = further.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
     let all: Vec<&str> = std::iter::once(crop).chain(on).collect();
     becomes("processors", json!(all), "a step of what pictures go through, drawn anew at each visit")
+}
+
+/// Each of several resolutions is a dataset of its own, and masks count where there are any.
+pub(super) fn split(_: &Scope<'_>, draft: &mut Draft, _: &mut Vec<Accounted>) -> Result<(), Problem> {
+    draft.split("max_resolution");
+    if draft.has("mask_dir") || draft.has("alpha_mask") {
+        let place = "datasets";
+        let verdict = Verdict::Translated("masks of datasets count".to_owned());
+        draft
+            .set(None, "masked_loss", &true.into(), place, &verdict, false)
+            .map_err(|error| Problem::of(place, error))?;
+    }
+    Ok(())
 }

@@ -2,11 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::config::Draft;
-use crate::engine::{Field, Scope};
-use crate::input::Problem;
+use crate::engine::Field;
 use crate::outcome::{Outcome, becomes, lost, no_effect, taken, translated};
-use crate::report::{Accounted, Verdict};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
 use crate::tools::shared;
 use crate::values;
@@ -125,17 +122,4 @@ fn resolution(field: &Field<'_>) -> Outcome {
 
 fn processors(field: &Field<'_>) -> Outcome {
     field.when_on(shared::processors(field.here.on("random_crop"), &[("flip", field.here.on("flip_x"))]))
-}
-
-/// Each of several resolutions is a dataset of its own, and masks count where there are any.
-pub(super) fn split_resolutions(_: &Scope<'_>, draft: &mut Draft, _: &mut Vec<Accounted>) -> Result<(), Problem> {
-    draft.split("max_resolution");
-    if draft.has("mask_dir") || draft.has("alpha_mask") {
-        let place = "datasets";
-        let verdict = Verdict::Translated("masks of datasets count".to_owned());
-        draft
-            .set(None, "masked_loss", &true.into(), place, &verdict, false)
-            .map_err(|error| Problem::of(place, error))?;
-    }
-    Ok(())
 }

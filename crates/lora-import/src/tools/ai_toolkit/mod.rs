@@ -6,7 +6,7 @@ mod network;
 mod sample;
 mod train;
 
-use super::{Table, Tool};
+use super::{Table, Tool, shared};
 use crate::engine::{Field, Scope};
 use crate::input::tree::{Content, Entry, Node};
 use crate::input::{Document, Problem};
@@ -24,7 +24,7 @@ pub(crate) static TABLE: Table = Table {
     own: &[ROWS],
     is: |has| has("job") && has("config"),
     prepare: one_process,
-    finish: data::split_resolutions,
+    finish: shared::split,
 };
 
 static ROWS: &[Row] = &[

@@ -129,7 +129,11 @@ pub(in crate::tools) fn processors(field: &Field<'_>) -> Outcome {
 }
 
 /// The subsets of `dataset_config`.
-pub(super) fn dataset_file(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>) -> Result<(), Problem> {
+pub(in crate::tools) fn dataset_file(
+    root: &Scope<'_>,
+    draft: &mut Draft,
+    keys: &mut Vec<Accounted>,
+) -> Result<(), Problem> {
     let Some(name) = root.given("dataset_config").as_ref().and_then(values::text) else { return Ok(()) };
     let file = crate::sd_scripts::read(Path::new(&name))?;
     if let Some(problem) = file.problems.into_iter().next() {

@@ -61,15 +61,8 @@ pub(in crate::tools) static ROWS: &[Row] = &[
     by("sigmoid_scale", &["sigmoid_scale"], "of sigmoid, shift and flux_shift", |field| {
         of_flow(field, field.number_as("sigmoid_scale"))
     }),
-    by("discrete_flow_shift", &["discrete_flow_shift"], "of shift and sigma; 3 where none is given", |field| {
-        match sampling(&field.root).as_str() {
-            _ if base(&field.root) == Base::Sd3 => no_effect("an option of other bases"),
-            "sigma" if field.number() == Some(1.0) => no_effect("1: noise levels are not moved"),
-            "shift" | "sigma" => of_flow(field, field.number_as("discrete_flow_shift")),
-            _ => no_effect("only with timestep_sampling = shift or sigma"),
-        }
-    })
-    .default("3"),
+    by("discrete_flow_shift", &["discrete_flow_shift"], "of shift and sigma; 3 where none is given", shift)
+        .default("3"),
     by("training_shift", &["discrete_flow_shift"], "of Stable Diffusion 3", |field| match field.number() {
         Some(1.0) => no_effect("1: noise levels are not moved"),
         _ if base(&field.root) == Base::Sd3 => field.number_as("discrete_flow_shift"),
@@ -152,6 +145,16 @@ fn sampling(root: &Scope<'_>) -> String {
         (Some(given), _) => given,
         (None, Base::Anima) => "sigmoid".to_owned(),
         (None, _) => "sigma".to_owned(),
+    }
+}
+
+/// What moves noise levels towards noise.
+pub(in crate::tools) fn shift(field: &Field<'_>) -> Outcome {
+    match sampling(&field.root).as_str() {
+        _ if base(&field.root) == Base::Sd3 => no_effect("an option of other bases"),
+        "sigma" if field.number() == Some(1.0) => no_effect("1: noise levels are not moved"),
+        "shift" | "sigma" => of_flow(field, field.number_as("discrete_flow_shift")),
+        _ => no_effect("only with timestep_sampling = shift or sigma"),
     }
 }
 

@@ -101,7 +101,7 @@ fn of_flow(field: &Field<'_>, outcome: Outcome) -> Outcome {
 }
 
 /// Headings are taken off, and the file of `--config_file` put under the options.
-fn flat(document: Document) -> Result<Document, Problem> {
+pub(in crate::tools) fn flat(document: Document) -> Result<Document, Problem> {
     let Document { place, root, script } = document;
     let mut entries: Vec<Entry> = Vec::new();
     let mut add = |entry: Entry| match entries.iter().find(|other| other.key == entry.key) {

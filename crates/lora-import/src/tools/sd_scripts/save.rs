@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::is_flow;
 use crate::engine::Field;
 use crate::outcome::{Outcome, Settings, becomes, instead, lost, no_effect, taken, translated};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
@@ -74,6 +75,7 @@ pub(in crate::tools) static ROWS: &[Row] = &[
     by("sample_sampler", &["sample_sampler"], "ddim where none is given; of those that there are", |field| {
         match (has_prompts(field), field.text().trim_start_matches("k_")) {
             (false, _) => no_effect("there are no prompts"),
+            _ if is_flow(&field.root) => no_effect("samples follow the flow, there too"),
             (true, sampler @ ("euler" | "euler_a" | "ddim")) => taken("sample_sampler", sampler),
             (true, "dpmsolver++") => taken("sample_sampler", "dpmpp_2m"),
             (true, other) => instead(
