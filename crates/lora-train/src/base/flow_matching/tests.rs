@@ -84,7 +84,7 @@ fn samples_are_those_of_the_pipeline(
     let noise = from_f32(&values.collect::<Vec<_>>(), &[1, channels, 8, 12], Device::Cpu).unwrap();
     let _guard = no_grad_guard();
     for &(name, guidance) in strengths {
-        let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, guidance).unwrap();
+        let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, (guidance, &Pass::default())).unwrap();
         let error = distance(&found, &expected(base.kind, name));
         assert!(error < 1e-5, "{name}: {error:e}");
     }
