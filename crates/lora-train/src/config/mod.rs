@@ -378,7 +378,11 @@ impl TrainConfig {
         if let Some(folder) = folder {
             reader.replace_folder(folder);
         }
-        let datasets = datasets::read(&mut reader, true);
+        let of_prompts = reader.has("sliders") && folder.is_none();
+        if of_prompts {
+            reader.problem(Some("sliders"), "sliders are trained on prompts alone: there are no pictures to look at");
+        }
+        let datasets = datasets::read(&mut reader, !of_prompts);
         let tokens = reader.given("max_token_length").count(1).unwrap_or(75);
         reader.finish((datasets, tokens))
     }
