@@ -166,7 +166,7 @@ impl Outcome {
     fn read(loss: &Tensor, parameters: &ParameterList) -> Result<Self> {
         let gradients = parameters.gradients();
         // What is told beside the loss may jump where a sum is rounded otherwise.
-        let loss = super::loss_of(loss)?.f_to_kind(Kind::Float)?.f_reshape([1i64])?;
+        let loss = super::step::loss_of(loss)?.f_to_kind(Kind::Float)?.f_reshape([1i64])?;
         let all = if gradients.is_empty() { loss } else { Tensor::f_cat(&[loss, foreach::norms(&gradients)?], 0)? };
         Ok(Self(Vec::try_from(all.f_to_kind(Kind::Double)?)?))
     }

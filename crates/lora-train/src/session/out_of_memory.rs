@@ -7,7 +7,8 @@ use lora_data::sampler::Visit;
 use lora_torch::{dry, memory};
 
 use super::graphs::StepGraphs;
-use super::{Session, StepGradients, title};
+use super::step::StepGradients;
+use super::{Session, title};
 use crate::event::Event;
 use crate::{Error, Result};
 

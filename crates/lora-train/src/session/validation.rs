@@ -8,8 +8,9 @@ use lora_data::source::Source;
 use lora_models::layers::Pass;
 use lora_torch::tch::no_grad_guard;
 
+use super::Session;
 use super::encoded::to_memory;
-use super::{Session, loss_of};
+use super::step::loss_of;
 use crate::Result;
 use crate::base::{Encoded, Item, Subject};
 
