@@ -38,8 +38,11 @@ fn main() {
         // libtorch's own headers warn by the hundred.
         .warnings(false);
     build_cuda(build.clone(), &include, &object);
-    // Two objects: what runs in training, and the device of dry runs, whose kernels bear libtorch's own names.
-    for (folder, name) in [("cpp", "shim.cpp"), ("cpp/dry", "dry.cpp")] {
+    // Names of Gloo, whose headers libtorch's packages lack.
+    build.include("cpp/group/names");
+    // Three objects: what runs in training, the device of dry runs, whose kernels bear libtorch's own names, and ranks that
+    // train together, which need c10d's headers.
+    for (folder, name) in [("cpp", "shim.cpp"), ("cpp/dry", "dry.cpp"), ("cpp/group", "group.cpp")] {
         build.file(one_file(folder, object.with_file_name(name)));
     }
     build.compile("lora_torch_shim");

@@ -188,13 +188,16 @@ macro_rules! fields {
             $($(#[$attribute])* pub $field: $type,)*
             /// Values of keys that a program registers.
             pub extra: Extra,
+            /// Where this process stands among those that train together; alone without it. No key: a launcher says it, and
+            /// [`crate::ranks::place`] reads that.
+            pub place: Option<crate::ranks::Place>,
             read_by: ReadBy,
         }
 
         impl TrainConfig {
             /// Before anything is read: every key assigns its field.
             fn blank(read_by: ReadBy) -> Self {
-                Self { $($field: Default::default(),)* extra: Extra::default(), read_by }
+                Self { $($field: Default::default(),)* extra: Extra::default(), place: None, read_by }
             }
 
             /// Names of the fields.
@@ -254,6 +257,7 @@ fields! {
     lr_warmup: Warmup,
     max_grad_norm: f64,
     batch_size: usize,
+    ddp_timeout: usize,
     gradient_accumulation_steps: usize,
     length: RunLength,
     seed: u64,
