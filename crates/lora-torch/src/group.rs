@@ -103,7 +103,7 @@ impl Group {
             broken: AtomicBool::new(false),
             gpus: false,
         };
-        let joined = group.meet_others(device, end).and_then(|()| group.connect(host, device, end));
+        let joined = group.meet_others(host, device, end).and_then(|()| group.connect(host, device, end));
         match joined {
             Ok(()) => Ok(group),
             Err(error) => {
@@ -114,12 +114,12 @@ impl Group {
     }
 
     /// Waits until each rank has said what it is, and makes sure that they fit together.
-    fn meet_others(&mut self, device: Device, end: Instant) -> Result<()> {
+    fn meet_others(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
         let Place { rank, ranks, .. } = self.place;
         if self.explained(self.store.add(&format!("claims/{rank}"), 1))? > 1 {
             return Err(Error::Group(format!("two processes were started as rank {rank}: RANK must differ")));
         }
-        self.explained(self.store.set(&format!("peers/{rank}"), &Peer::own(&self.place, device).to_bytes()))?;
+        self.explained(self.store.set(&format!("peers/{rank}"), &Peer::own(&self.place, host, device).to_bytes()))?;
         let mut peers = vec![None; ranks];
         let complete = self.until(end, || {
             for (rank, peer) in peers.iter_mut().enumerate().filter(|(_, peer)| peer.is_none()) {
@@ -143,6 +143,15 @@ impl Group {
     fn connect(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
         let (own, Place { rank, ranks, .. }) =
             (rendezvous::own_address(&self.place, host, &self.peers)?, self.place.clone());
+        // Whoever cannot listen says so before the others wait for its connection.
+        self.explained(self.store.set(&format!("listens/{rank}"), &[]))?;
+        let mut listen = vec![false; ranks];
+        self.until(end + LISTENING, || {
+            for (rank, listens) in listen.iter_mut().enumerate().filter(|(_, listens)| !**listens) {
+                *listens = self.explained(self.store.get(&format!("listens/{rank}")))?.is_some();
+            }
+            Ok(!listen.contains(&false))
+        })?;
         // All are there: what is left of the time may be less than connecting takes on a busy machine.
         let limit = end.saturating_duration_since(Instant::now()).max(Duration::from_secs(30));
         self.explained(self.store.connect(own, rank, ranks, limit))?;
@@ -332,10 +341,21 @@ impl Group {
                     sleep(Duration::from_millis(50));
                     continue;
                 }
-                _ => format!("another rank ended or cannot be reached any more ({words})"),
+                _ => format!("{} ended or cannot be reached any more ({words})", self.meant_by(&words)),
             };
             self.fail(&cause);
             return Err(Error::Group(cause));
+        }
+    }
+
+    /// Of whom c10d speaks, as far as addresses tell.
+    fn meant_by(&self, words: &str) -> String {
+        let meant = |peer: &Option<Peer>| peer.as_ref().is_some_and(|peer| peer.is_meant_by(words));
+        let ranks = ranks_where(&self.peers, meant);
+        match self.peers.iter().filter(|peer| meant(peer)).count() {
+            0 => "another rank".into(),
+            1 => ranks,
+            _ => format!("one of {ranks}"),
         }
     }
 
