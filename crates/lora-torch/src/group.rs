@@ -55,6 +55,13 @@ pub struct Place {
     pub port: u16,
 }
 
+impl Place {
+    /// Of a rank among so many, on a machine of its own or wherever: for what needs no others, such as a plan.
+    pub fn new(rank: usize, ranks: usize) -> Self {
+        Self { rank, ranks, local_rank: 0, local_ranks: 1, address: "localhost".into(), port: 29_500 }
+    }
+}
+
 /// Processes that train together, as one of them sees it.
 ///
 /// A value may be used by several threads, but the order of calls of [`sum`](Self::sum), [`exchange`](Self::exchange) and
@@ -282,6 +289,32 @@ impl Group {
             let own = (rank, process.parse()) == (self.place.rank, Ok(std::process::id()));
             (!own).then(|| (rank, reason.to_owned()))
         }))
+    }
+
+    /// Which ranks are left after one has ended, in order; each that is left calls it. Waits until all have said that they are
+    /// there, but for those that are known to be gone, and no longer than `limit`. Where the store is gone, rank 0 is with it.
+    pub fn roll_call(&self, limit: Duration) -> Vec<usize> {
+        let Place { rank, ranks, .. } = self.place;
+        let (end, own) = (Instant::now() + limit, self.peers.get(self.place.rank).and_then(Option::as_ref));
+        let without_first = || (1..ranks.max(2)).collect();
+        if self.store.set(&format!("left over/{rank}"), &[]).is_err() {
+            return without_first();
+        }
+        let mut here = vec![false; ranks];
+        loop {
+            for (rank, here) in here.iter_mut().enumerate().filter(|(_, here)| !**here) {
+                match self.store.get(&format!("left over/{rank}")) {
+                    Ok(found) => *here = found.is_some(),
+                    Err(_) => return without_first(),
+                }
+            }
+            let gone = |peer: &Option<Peer>| peer.as_ref().zip(own).is_some_and(|(peer, own)| peer.is_gone(own));
+            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || gone(peer));
+            if complete || Instant::now() >= end {
+                return here.iter().enumerate().filter(|(_, here)| **here).map(|(rank, _)| rank).collect();
+            }
+            sleep(Duration::from_millis(20));
+        }
     }
 
     /// The right to begin a collective, as those of two threads would come in any order.

@@ -38,6 +38,7 @@ use lora_models::diffusion::flow::{self, NoiseLevels, Shift};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
 use lora_models::weights::Held;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of, upload};
 
@@ -46,11 +47,12 @@ use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::levels;
 use super::noise::NoiseSettings;
 use super::prior::{self, Prior};
+use super::slider::{self, Slider};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, Prompt, Registration, Sample, Subject, Tensors, is_finite, shallow,
 };
 use crate::config::{SampleConfig, TrainConfig};
-use crate::difference::Difference;
+use crate::difference::{Difference, numbers};
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
@@ -240,6 +242,7 @@ struct FlowMatching {
     config: TrainConfig,
     levels: NoiseLevels,
     prior: Prior,
+    slider: Option<Slider>,
     noise: NoiseSettings,
     difference: Difference,
     autoencoder: Option<Autoencoder>,
@@ -253,7 +256,10 @@ impl FlowMatching {
     fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
         let config = opening.config;
         let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
-        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        // Prompts alone need no autoencoder.
+        let of_pictures = config.sliders.is_empty();
+        let autoencoder = of_pictures.then(|| network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples)));
+        let mut networks: Vec<Network> = autoencoder.into_iter().collect();
         networks
             .extend(kind.encoders.iter().map(|own| network(own.component, own.title, false, Some(Subject::Captions))));
         networks.push(network(TRANSFORMER, "transformer", true, None));
@@ -271,6 +277,7 @@ impl FlowMatching {
             precision: opening.precision,
             config: config.clone(),
             prior: Prior::of(config),
+            slider: Slider::of(config),
             autoencoder: None,
             transformer: None,
         };
@@ -296,6 +303,13 @@ impl FlowMatching {
                         problems.push(("max_resolution", format!("{wide}×{high}; expected multiples of {multiple}")));
                     }
                 }
+            }
+        }
+        for (wide, high) in self.slider.iter().flat_map(|_| self.config.slider_sizes()) {
+            if !fits((wide, high)) {
+                let key =
+                    if self.config.slider_resolutions.is_empty() { "max_resolution" } else { "slider_resolutions" };
+                problems.push((key, format!("{wide}×{high}; expected multiples of {multiple}")));
             }
         }
         let (wide, high) = self.config.samples.resolution;
@@ -351,26 +365,52 @@ impl FlowMatching {
         noise: &Tensor,
         [with, without]: [&BTreeMap<Component, Tensors>; 2],
         levels: &[f64],
-        guidance: f64,
+        (guidance, pass): (f64, &Pass),
     ) -> Result<Tensor> {
-        let (pass, transformer) = (Pass::default(), self.transformer()?);
+        let transformer = self.transformer()?;
         let of = |kept| self.with_guidance(self.kept(kept, 1)?, 1, guidance);
         let (with, without) = (of(with)?, of(without)?);
         let is_told = matches!(self.guidance, Guidance::Told(_));
         flow::euler(noise, levels, |mixture, level| {
             let level = from_f32(&[level as f32], &[1], self.device)?;
-            let with = transformer.velocity(mixture, &level, &with, &pass)?;
+            let with = transformer.velocity(mixture, &level, &with, pass)?;
             if is_told || guidance == 1.0 {
                 return Ok(with);
             }
             // One after the other: captions differ in length, and half as much is in memory.
-            let without = transformer.velocity(mixture, &level, &without, &pass)?;
+            let without = transformer.velocity(mixture, &level, &without, pass)?;
             let guided = without.f_add(&with.f_sub(&without)?.f_mul_scalar(guidance)?)?;
             match self.guidance {
                 Guidance::Rescaled(_) => rescaled(&guided, &with, self.kind.patch),
                 _ => Ok(guided),
             }
         })
+    }
+
+    /// The tensors of a micro-batch of sliders: of each item latents that go from noise to its noise level.
+    fn slider_inputs(&self, slider: &Slider, items: &[Item]) -> Result<Inputs> {
+        let _guard = no_grad_guard();
+        let (factor, (width, height)) = (self.vae.factor(), slider.size(items)?);
+        let shape = [items.len(), self.vae.latent_channels, height / factor, width / factor].map(|side| side as i64);
+        let noise = self.noise.draw(items, &shape, self.device)?.added;
+        let tokens = self.tokens((shape[2], shape[3]));
+        let all = (self.kind.sample_levels)(&self.checkpoint, slider.steps(self.device), tokens)?;
+        let (mut noised, mut levels) = (Vec::new(), Vec::new());
+        for (index, item) in items.iter().enumerate() {
+            // A dry run goes all the way.
+            let drawn = || self.levels.draw(&item.draw.at("timestep"), tokens);
+            let level = if dry::is_dry(self.device) { 0.0 } else { drawn() };
+            let through: Vec<f64> = all.iter().copied().filter(|&own| own > level).chain([level]).collect();
+            let (empty, noise) = (item.asked(""), noise.f_narrow(0, index as i64, 1)?);
+            let way = (slider.guidance, &slider.way(item));
+            noised.push(self.denoised(&noise, [&item.encoded, &empty.encoded], &through, way)?);
+            levels.push(level);
+        }
+        let inputs = Inputs::default()
+            .with("noised", Some(Tensor::f_cat(&noised, 0)?))
+            .with("levels", Some(numbers(&levels, self.device)?));
+        let inputs = self.with_captions(inputs, items)?;
+        slider.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     /// What was kept of one caption, `count` times.
@@ -505,7 +545,7 @@ impl Base for FlowMatching {
     }
 
     fn captions(&self, caption: &str) -> Vec<String> {
-        self.prior.captions(caption)
+        self.slider.as_ref().map_or_else(|| self.prior.captions(caption), |slider| slider.captions(caption))
     }
 
     fn figures(&self) -> &'static [&'static str] {
@@ -513,6 +553,9 @@ impl Base for FlowMatching {
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
+        if let Some(slider) = &self.slider {
+            return self.slider_inputs(slider, items);
+        }
         let (latents, mask) = latents_of(items, self.device)?;
         let (_, _, height, width) = latents.size4()?;
         let noise = self.noise.draw(items, &latents.size(), self.device)?;
@@ -553,15 +596,18 @@ impl Base for FlowMatching {
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        let loss = VelocityLoss::of(inputs, self.difference.loss)?;
         let (noised, levels) = (inputs.get("noised")?, inputs.get("levels")?);
         let answer = |inputs: &Inputs, pass: &Pass| transformer.velocity(noised, levels, inputs, pass);
+        if let Some(slider) = &self.slider {
+            return slider.loss(inputs, pass, &answer);
+        }
+        let loss = VelocityLoss::of(inputs, self.difference.loss)?;
         self.prior.loss(inputs, pass, &answer, |answer| loss.loss(|_, _| Ok(answer.shallow_clone())))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
         let _guard = no_grad_guard();
-        if !is_finite(&latents_of(items, self.device)?.0)? {
+        if self.slider.is_none() && !is_finite(&latents_of(items, self.device)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
         if self.precision == DType::F16 {
@@ -591,7 +637,8 @@ impl Base for FlowMatching {
             let mut draw = Stream::new(config.seed).at("sample").with(index as u64);
             let noise = draw.normals(vae.latent_channels * height * width);
             let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
-            all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, guidance)?);
+            let way = (guidance, &Pass::default());
+            all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, way)?);
         }
         let mut decoder = self.autoencoder()?;
         let mut pictures = Vec::new();
@@ -611,6 +658,7 @@ impl Base for FlowMatching {
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
         record.further.extend(prior::record(&self.config));
+        record.further.extend(slider::record(&self.config));
         record.further.extend(levels::record(&self.config, Some(self.kind.shift), &self.levels));
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());
