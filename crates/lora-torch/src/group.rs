@@ -2,14 +2,15 @@
 //! tensors, and tell each other small things and why one of them ends. What they sum and when is the training loop's affair; so
 //! is starting them, which launchers do (torchrun, Slurm, mpirun).
 //!
-//! All of it is libtorch's own `c10d`: its TCPStore, and Gloo for tensors in host memory. Gloo is inside libtorch, but c10d's
-//! header for it includes Gloo's headers, which no package of libtorch has. A build needs nothing beside the wheel all the
-//! same: `cpp/group/names` declares the five classes that the header speaks of, pointers to which are all that is handed on.
-//! Headers of a distribution's Gloo would not do: Debian's are four years older than what libtorch 2.11 holds.
+//! All of it is libtorch's own `c10d`: its TCPStore, Gloo for tensors in host memory, NCCL for those of GPUs. Gloo is inside
+//! libtorch, but c10d's header for it includes Gloo's headers, which no package of libtorch has. A build needs nothing beside
+//! the wheel all the same: `cpp/group/names` declares the five classes that the header speaks of, pointers to which are all
+//! that is handed on. Headers of a distribution's Gloo would not do: Debian's are years older than what libtorch 2.11 holds. For
+//! NCCL the build needs its header, of libtorch's own version; where there is none, GPUs sum by copies in host memory.
 //!
-//! Every collective goes by two limits. A closed connection fails it at once; a rank that says why it ends
-//! ([`Group::fail`]) fails it within half a second. A collective that has failed leaves the group useless: every later call
-//! fails too.
+//! A process that ends closes its connections, which Gloo notices at once; GPUs would wait for ever, so that ranks meet by Gloo
+//! before each of their sums. A rank that says why it ends ([`Group::fail`]) is heard within half a second. A collective that
+//! has failed leaves the group useless: every later one fails too.
 
 mod rendezvous;
 mod store;
@@ -295,7 +296,7 @@ impl Group {
     /// there, but for those that are known to be gone, and no longer than `limit`. Where the store is gone, rank 0 is with it.
     pub fn roll_call(&self, limit: Duration) -> Vec<usize> {
         let Place { rank, ranks, .. } = self.place;
-        let (end, own) = (Instant::now() + limit, self.peers.get(self.place.rank).and_then(Option::as_ref));
+        let end = Instant::now() + limit;
         let without_first = || (1..ranks.max(2)).collect();
         if self.store.set(&format!("left over/{rank}"), &[]).is_err() {
             return without_first();
@@ -308,8 +309,7 @@ impl Group {
                     Err(_) => return without_first(),
                 }
             }
-            let gone = |peer: &Option<Peer>| peer.as_ref().zip(own).is_some_and(|(peer, own)| peer.is_gone(own));
-            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || gone(peer));
+            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || self.is_gone(peer));
             if complete || Instant::now() >= end {
                 return here.iter().enumerate().filter(|(_, here)| **here).map(|(rank, _)| rank).collect();
             }
