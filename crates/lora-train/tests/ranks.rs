@@ -74,7 +74,7 @@ fn a_rank() {
 /// Ranks in one folder.
 struct Ranks<'f> {
     folder: &'f Path,
-    keys: Vec<&'static str>,
+    keys: Vec<String>,
     /// Further variables, and keys of one rank.
     variables: Vec<(&'static str, &'static str)>,
     own: Option<(usize, &'static str)>,
@@ -83,13 +83,14 @@ struct Ranks<'f> {
 }
 
 impl<'f> Ranks<'f> {
-    fn new(folder: &'f Path, keys: &[&'static str]) -> Self {
-        Self { folder, keys: keys.to_vec(), variables: Vec::new(), own: None, absent: None }
+    fn new(folder: &'f Path, keys: &[&str]) -> Self {
+        let keys = keys.iter().map(|&key| key.to_owned()).collect();
+        Self { folder, keys, variables: Vec::new(), own: None, absent: None }
     }
 
     fn start(&self, rank: usize, ranks: usize, port: u16) -> Child {
         let own = self.own.filter(|(of, _)| *of == rank).map(|(_, key)| key);
-        let keys: Vec<&str> = self.keys.iter().copied().chain(own).collect();
+        let keys: Vec<&str> = self.keys.iter().map(String::as_str).chain(own).collect();
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["a_rank", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
         command.env("LORA_TEST_FOLDER", self.folder).env("LORA_TEST_KEYS", keys.join("\n"));
@@ -158,15 +159,16 @@ const KEYS: [&str; 7] = [
 #[test]
 fn ranks_make_the_run_of_one_that_accumulates_as_much() {
     let folder = workspace();
+    let cache = format!("cache_dir={}", folder.path().join("cache").display());
     for (ranks, accumulation, encoded, bound) in [
         (2, 1, "cache_latents=true", 0.0),
         // Examples that are read at each visit, and those that ranks encode in shares.
         (3, 1, "cache_latents=false", LEARNT),
-        (2, 2, "cache_dir=cache", LEARNT),
+        (2, 2, cache.as_str(), LEARNT),
     ] {
         let _ = std::fs::remove_file(folder.path().join("losses"));
-        let accumulated = ["gradient_accumulation_steps=1", "gradient_accumulation_steps=2"][accumulation - 1];
-        let run = Ranks::new(folder.path(), &[&KEYS[..], &[accumulated, encoded]].concat());
+        let accumulated = format!("gradient_accumulation_steps={accumulation}");
+        let run = Ranks::new(folder.path(), &[&KEYS[..], &[&accumulated, encoded]].concat());
         let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
         let alone = alone(folder.path(), &[&KEYS[..], &[encoded]].concat(), ranks * accumulation);
