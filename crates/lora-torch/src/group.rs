@@ -33,8 +33,7 @@ use store::{Store, Work};
 const SUM_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How often a rank that waits asks whether another has failed.
 const LISTENING: Duration = Duration::from_millis(500);
-/// How long the rank that serves the store stays for others that have not left, and how long a rank looks for the cause of a
-/// connection that closed.
+/// How long a rank stays for others that have not left, and how long it looks for the cause of a connection that closed.
 const PARTING: Duration = Duration::from_secs(5);
 /// What ranks append their failures to, as lines `rank<TAB>process<TAB>reason`.
 const FAILURES: &str = "failures";
@@ -66,8 +65,8 @@ impl Place {
 /// Processes that train together, as one of them sees it.
 ///
 /// A value may be used by several threads, but the order of calls of [`sum`](Self::sum), [`exchange`](Self::exchange) and
-/// [`wait_for_all`](Self::wait_for_all) must be the same in all ranks. Dropping it tells the others that this rank has left; the
-/// rank that serves the store waits for up to five seconds for them, so that they can read how it ended.
+/// [`wait_for_all`](Self::wait_for_all) must be the same in all ranks. Dropping it tells the others that this rank has left, and
+/// waits for up to five seconds until they have too: all of them after a good end, after a failure the one that serves the store.
 #[derive(Debug)]
 pub struct Group {
     place: Place,
@@ -149,8 +148,8 @@ impl Group {
 
     /// Connects the ranks for tensors.
     fn connect(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
-        let (own, Place { rank, ranks, .. }) =
-            (rendezvous::own_address(&self.place, host, &self.peers)?, self.place.clone());
+        let Place { rank, ranks, .. } = self.place;
+        let own = rendezvous::own_address(&self.place, host, &self.peers)?;
         // Whoever cannot listen says so before the others wait for its connection.
         self.explained(self.store.set(&format!("listens/{rank}"), &[]))?;
         let mut listen = vec![false; ranks];
@@ -328,18 +327,22 @@ impl Group {
             return Err(Error::Group("the ranks have lost each other; only a new run joins them again".into()));
         }
         // c10d's own limit comes after ours, which can say more.
-        let work = self.store.sum(tensor, limit + Duration::from_secs(60));
+        let work = self.store.sum(tensor, limit.saturating_add(Duration::from_secs(60)));
         let done = work.and_then(|work| self.wait(work, limit, &late));
         self.explained(done).inspect_err(|_| self.broken.store(true, Ordering::Relaxed))
     }
 
     /// Waits for work: [`Error::Torch`] as it failed, [`Error::Group`] where the cause is known.
     fn wait(&self, work: Work, limit: Duration, late: &impl Fn() -> String) -> Result<()> {
-        let (begin, mut listened) = (Instant::now(), Instant::now());
+        let (begin, mut listened, mut gone) = (Instant::now(), Instant::now(), None);
         while !work.is_done()? {
             if listened.elapsed() > LISTENING.min(limit) {
                 listened = Instant::now();
-                let cause = self.failure().map(ended).or_else(|| (begin.elapsed() > limit).then(late));
+                let cause = self.failure().map(ended);
+                // What Gloo sees by itself, and NCCL does not. Once is not enough: one may end when its own part is done.
+                let before = std::mem::replace(&mut gone, self.gone());
+                let cause = cause.or_else(|| before.map(|ranks| format!("{ranks} ended without a word")));
+                let cause = cause.or_else(|| (begin.elapsed() > limit).then(late));
                 if let Some(cause) = cause {
                     self.store.abandon();
                     return Err(Error::Group(cause));
@@ -364,10 +367,9 @@ impl Group {
             if let Ok(Some(told)) = told {
                 return Err(Error::Group(ended(told)));
             }
-            let gone = ranks_where(&self.peers, |peer| self.is_gone(peer));
-            let cause = match told {
-                _ if !gone.is_empty() => format!("{gone} ended without a word ({words})"),
-                Err(_) if begin.elapsed() > LISTENING => {
+            let cause = match (told, self.gone()) {
+                (_, Some(gone)) => format!("{gone} ended without a word ({words})"),
+                (Err(_), None) if begin.elapsed() > LISTENING => {
                     format!("{} ended or cannot be reached any more ({words})", rendezvous::server())
                 }
                 _ if begin.elapsed() < PARTING => {
@@ -390,6 +392,11 @@ impl Group {
             1 => ranks,
             _ => format!("one of {ranks}"),
         }
+    }
+
+    /// The ranks that are known to have ended, in words.
+    fn gone(&self) -> Option<String> {
+        Some(ranks_where(&self.peers, |peer| self.is_gone(peer))).filter(|gone| !gone.is_empty())
     }
 
     /// Whether a rank is known to have ended.
@@ -416,27 +423,30 @@ impl Group {
         }
     }
 
-    /// Whether every other rank that came has left or ended.
+    /// Whether every other rank that came has left or ended, or the store has, which is the last to leave.
     fn is_alone(&self) -> bool {
         self.peers.iter().enumerate().all(|(rank, peer)| {
             rank == self.place.rank
                 || peer.is_none()
                 || self.is_gone(peer)
-                || matches!(self.store.get(&format!("left/{rank}")), Ok(Some(_)))
+                || !matches!(self.store.get(&format!("left/{rank}")), Ok(None))
         })
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if !rendezvous::serves(&self.place) {
-            // The store may be gone already.
-            let _ = self.store.set(&format!("left/{}", self.place.rank), &[]);
+        // The store may be gone already.
+        let _ = self.store.set(&format!("left/{}", self.place.rank), &[]);
+        let well = !*self.broken.get_mut() && matches!(self.store.get(FAILURES), Ok(None));
+        // After a failure only the store is needed, from which the others read it. Else they may be behind by what is still on
+        // its way to them, which a connection that closes could cut off.
+        if !well && !rendezvous::serves(&self.place) {
             return;
         }
         let begin = Instant::now();
         while !self.is_alone() && begin.elapsed() < PARTING {
-            sleep(Duration::from_millis(10));
+            sleep(Duration::from_millis(2));
         }
     }
 }
