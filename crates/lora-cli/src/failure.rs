@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::progress;
+
 /// A failure on its way to the exit status.
 #[derive(Debug)]
 pub enum Failure {
@@ -18,7 +20,7 @@ impl Failure {
             Failure::Work(message) => (message, 1),
             Failure::Usage(message) => (message, 2),
         };
-        eprintln!("error: {message}");
+        eprintln!("{}error: {message}", progress::rank());
         ExitCode::from(status)
     }
 }

@@ -12,6 +12,20 @@ fn bar() -> &'static Mutex<Option<ProgressBar>> {
     BAR.get_or_init(Mutex::default)
 }
 
+/// What stands before each line of this process, where others write to the same terminal.
+static RANK: OnceLock<String> = OnceLock::new();
+
+/// Has the number of this process among those that train together stand before its messages.
+pub fn name_rank(rank: usize) {
+    // The first name stays.
+    let _ = RANK.set(format!("rank {rank}: "));
+}
+
+/// What stands before messages: the rank, where there are several.
+pub fn rank() -> &'static str {
+    RANK.get().map_or("", String::as_str)
+}
+
 /// Puts a bar on screen, or takes it off.
 pub fn put(new: Option<ProgressBar>) {
     if let Ok(mut bar) = bar().lock()
@@ -53,9 +67,11 @@ impl<'w> tracing_subscriber::fmt::MakeWriter<'w> for Writer {
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // In one piece, as others write there too.
+        let line = [rank().as_bytes(), bytes].concat();
         match bar().lock().ok().and_then(|bar| bar.clone()) {
-            Some(bar) => bar.suspend(|| io::stderr().write_all(bytes))?,
-            None => io::stderr().write_all(bytes)?,
+            Some(bar) => bar.suspend(|| io::stderr().write_all(&line))?,
+            None => io::stderr().write_all(&line)?,
         }
         Ok(bytes.len())
     }

@@ -140,6 +140,16 @@ int lora_shim_clear_gradients(torch::Tensor **parameters, size_t count) {
   });
 }
 
+// Gives parameters these gradients.
+int lora_shim_put_gradients(torch::Tensor **parameters, torch::Tensor **gradients, size_t count) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) {
+      TORCH_CHECK(gradients[i]->sizes() == parameters[i]->sizes(), "a gradient of another shape than its parameter");
+      parameters[i]->mutable_grad() = *gradients[i];
+    }
+  });
+}
+
 // Adds the gradients of copies in fewer bits to those of the numbers that they stand for, and forgets them.
 int lora_shim_collect_gradients(torch::Tensor **copies, torch::Tensor **originals, size_t count) {
   return guarded([&] {

@@ -217,6 +217,20 @@ fn compute_capability(index: usize) -> Option<(i32, i32)> {
     Some((attribute(MAJOR)?, attribute(MINOR)?))
 }
 
+/// What a GPU is known by on any machine, as the driver tells it; `None` where it does not.
+pub(crate) fn uuid(index: usize) -> Option<String> {
+    type Get = unsafe extern "C" fn(*mut [u8; 16], i32) -> i32;
+    // SAFETY: the driver is loaded already (`load_cuda`) and stays so; this only counts a reference.
+    let driver = unsafe { Library::open(Some("libcuda.so.1"), RTLD_NOW) }.ok()?;
+    // SAFETY: the signature is that of cuDeviceGetUuid_v2(CUuuid *, CUdevice), where a CUuuid is 16 bytes and a device's handle
+    // its number.
+    let get = unsafe { driver.get::<Get>(b"cuDeviceGetUuid_v2\0") }.ok()?;
+    let mut bytes = [0; 16];
+    // SAFETY: a local to write to; libtorch has initialised the driver.
+    let code = unsafe { get(&mut bytes, i32::try_from(index).ok()?) };
+    (code == 0).then(|| bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 fn name(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),

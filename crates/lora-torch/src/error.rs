@@ -80,6 +80,9 @@ pub enum Error {
         /// The operation's name in libtorch.
         operation: String,
     },
+    /// Ranks that train together cannot go on together: one did not come, one ended, or they do not agree.
+    #[error("{0}")]
+    Group(String),
     /// Adapter arithmetic refused.
     #[error(transparent)]
     Adapter(CoreError),

@@ -40,6 +40,15 @@ pub fn clear(parameters: &mut [Tensor]) -> Result<()> {
     shim::clear_gradients(parameters)
 }
 
+/// Gives parameters gradients, in the place of those that they have: of the parameters' shapes, f32, in lists of one length. The
+/// tensors are shared, not copied.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) for a gradient of another shape than its parameter.
+pub fn put<T: Borrow<Tensor>>(parameters: &[T], gradients: &[T]) -> Result<()> {
+    if parameters.is_empty() { Ok(()) } else { shim::put_gradients(parameters, gradients) }
+}
+
 /// Adds the gradients of copies in half precision to those of the f32 numbers that they stand for, in lists of one length, and
 /// forgets them: by a few kernels for all, where a cast in the graph would be one for each tensor in either pass.
 ///

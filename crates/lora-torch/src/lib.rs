@@ -13,6 +13,7 @@ pub mod foreach;
 pub mod frozen;
 pub mod gradients;
 pub mod graph;
+pub mod group;
 pub mod memory;
 pub mod nf4;
 pub mod norm;

@@ -29,6 +29,7 @@ unsafe extern "C" {
         out: *mut f64,
     ) -> c_int;
     fn lora_shim_clear_gradients(parameters: *mut *mut RawTensor, count: usize) -> c_int;
+    fn lora_shim_put_gradients(parameters: *mut *mut RawTensor, gradients: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_collect_gradients(copies: *mut *mut RawTensor, originals: *mut *mut RawTensor, count: usize) -> c_int;
     fn lora_shim_adamw(
         parameters: *mut *mut RawTensor,
@@ -148,6 +149,14 @@ pub(crate) fn clear_gradients(parameters: &mut [Tensor]) -> Result<()> {
     let mut pointers = raw(parameters);
     // SAFETY: live `torch::Tensor*` for the length of the call.
     checked(unsafe { lora_shim_clear_gradients(pointers.as_mut_ptr(), pointers.len()) })
+}
+
+/// Gives parameters these gradients; lists must be equally long.
+pub(crate) fn put_gradients<T: Borrow<Tensor>>(parameters: &[T], gradients: &[T]) -> Result<()> {
+    assert_eq!(parameters.len(), gradients.len());
+    let (mut parameters, mut gradients) = (pointers(parameters), pointers(gradients));
+    // SAFETY: two arrays of live `torch::Tensor*` of one length.
+    checked(unsafe { lora_shim_put_gradients(parameters.as_mut_ptr(), gradients.as_mut_ptr(), parameters.len()) })
 }
 
 /// Adds the gradients of copies to those of the originals and forgets them; lists must be equally long.

@@ -52,6 +52,23 @@ pub enum Error {
         /// What the key may name.
         what: &'static str,
     },
+    /// What a launcher says of processes that train together makes no sense.
+    #[error("{reason}")]
+    Launch {
+        /// Which variable, and what is wrong with it.
+        reason: String,
+    },
+    /// Processes that train together cannot go on together.
+    #[error("{0}")]
+    Ranks(String),
+    /// Processes that train together were to make different runs.
+    #[error("ranks must make the same run, but rank {rank} differs: {list}")]
+    RanksDiffer {
+        /// The first that differs from rank 0.
+        rank: usize,
+        /// What differs.
+        list: String,
+    },
     /// A network is needed that is not loaded.
     #[error("the {network} is not loaded")]
     NotLoaded {

@@ -24,6 +24,7 @@ pub mod optimiser;
 pub mod parameters;
 pub mod plan;
 mod plugins;
+pub mod ranks;
 mod run;
 mod schedule;
 mod session;

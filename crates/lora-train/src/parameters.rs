@@ -105,6 +105,11 @@ impl ParameterList {
         self.list.iter()
     }
 
+    /// The trained tensors themselves, whose gradients steps are taken by.
+    pub(crate) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        self.list.iter().map(|parameter| &parameter.leaf)
+    }
+
     /// Number of trained numbers.
     pub fn elements(&self) -> usize {
         self.list.iter().map(|parameter| parameter.leaf.numel()).sum()

@@ -16,6 +16,7 @@ use crate::command::Command;
 use crate::config::{Tracker, TrainConfig};
 use crate::event::{Event, Finished, Pace, Started};
 use crate::plugins::Plugins;
+use crate::ranks::{Ranks, Wish};
 use crate::session::{Preparing, Session};
 use crate::{Result, auto_label, plan};
 
@@ -84,7 +85,16 @@ struct Callbacks {
 }
 
 impl Callbacks {
-    fn new(config: &TrainConfig, mut extra: Vec<Box<dyn Callback>>) -> Self {
+    /// The run's own callbacks, which write files, and those of the program. A rank other than the first has the program's alone.
+    fn new(config: &TrainConfig, extra: Vec<Box<dyn Callback>>) -> Self {
+        let leads = config.place.as_ref().is_none_or(|place| place.rank == 0);
+        let mut all = if leads { Self::of_run(config) } else { Vec::new() };
+        let own = all.len();
+        all.extend(extra);
+        Self { all, own }
+    }
+
+    fn of_run(config: &TrainConfig) -> Vec<Box<dyn Callback>> {
         let mut all: Vec<Box<dyn Callback>> = vec![
             Box::new(Metrics::new(config)),
             Box::new(Report::new(config)),
@@ -105,9 +115,7 @@ impl Callbacks {
                 },
             );
         }
-        let own = all.len();
-        all.append(&mut extra);
-        Self { all, own }
+        all
     }
 
     fn tell(&mut self, event: &Event) {
@@ -117,6 +125,11 @@ impl Callbacks {
     /// Tells what the session has to tell.
     fn pass_on(&mut self, session: &mut Session) {
         session.take_events().iter().for_each(|event| self.tell(event));
+    }
+
+    /// What the run is told to do.
+    fn commands(&mut self) -> Vec<Command> {
+        self.all.iter_mut().flat_map(|callback| callback.commands()).collect()
     }
 
     /// Calls each.
@@ -162,17 +175,23 @@ fn run(
         callbacks.tell(&Event::Preparing(stage.into()));
         progress(stage);
     };
-    auto_label(&config, plugins, stop, progress)?;
+    let ranks = Ranks::join(&config)?;
+    if ranks.leads() {
+        auto_label(&config, plugins, stop, progress).inspect_err(|error| ranks.fail(error))?;
+    }
+    ranks.wait("captions of pictures")?;
     // What a process holds beside what it loads.
     let held = memory::host_memory().map_or(0, |memory| memory.resident);
-    let mut session = Session::prepare(config, plugins, progress)?;
+    let mut session = Session::prepare_among(ranks, config, plugins, progress)?;
     let planned = plan::predicted_peak(session.config(), plugins, held);
     let stopped = match drive(&mut session, planned, callbacks, stop) {
         Ok(stopped) => stopped,
         Err(error) => {
-            match error.is_device_lost() {
-                true => tell_what_is_saved(&session),
-                false => rescue(&mut session),
+            session.ranks().fail(&error);
+            match (session.ranks().saves_the_rest(), error.is_device_lost()) {
+                (false, _) => {}
+                (true, true) => tell_what_is_saved(&session),
+                (true, false) => rescue(&mut session),
             }
             callbacks.pass_on(&mut session);
             return Err(error);
@@ -180,10 +199,17 @@ fn run(
     };
     // The LoRA first: nothing that follows may cost it.
     let name = session.config().output_name.clone();
-    let lora = session.save(&name)?;
-    // Told after everything else is done: the LoRA is whole whatever becomes of the state.
-    let state = if session.config().save_state { session.save_state().map(|_| ()) } else { Ok(()) };
+    let (lora, state) = match session.ranks().leads() {
+        true => {
+            let lora = session.save(&name).inspect_err(|error| session.ranks().fail(error))?;
+            // Told after everything else is done: the LoRA is whole whatever becomes of the state.
+            (lora, if session.config().save_state { session.save_state().map(drop) } else { Ok(()) })
+        }
+        false => (session.save_path(&name), Ok(())),
+    };
     callbacks.pass_on(&mut session);
+    // It is there in all ranks once they are told so.
+    session.ranks().wait("the end")?;
     callbacks.each(&mut session, |callback, session| callback.on_end(session))?;
     state?;
     let best = session.looks().best.map(|(step, loss)| {
@@ -206,67 +232,86 @@ fn drive(
     summary.findings(session.steps_done()).for_each(|finding| callbacks.tell(&finding));
     let mut stopped = callbacks.ask(session, |callback, session| callback.on_start(session))?;
     let mut pace = Pace::new(session.data().unit);
-    while stopped.is_none() {
-        let reason = steer(session, callbacks, stop, &mut pace)?;
+    loop {
+        let reason = steer(session, callbacks, stop, stopped, &mut pace)?;
         if reason.is_some() {
             return Ok(reason);
         }
-        let Some(report) = session.step()? else { break };
+        let Some(report) = session.step()? else { return Ok(None) };
         callbacks.pass_on(session);
         callbacks.tell(&Event::Step(Box::new(pace.step(report.clone()))));
         stopped = callbacks.ask(session, |callback, session| callback.on_step(session, &report))?;
     }
-    Ok(stopped)
 }
 
 /// How long a run that is held waits before it looks for commands again.
 const HOLD: Duration = Duration::from_millis(50);
 
-/// Does what the run was told to since the last step, and holds it while it is paused; the reason where it is to end.
+/// Does what the run was told to since the last step, and holds it while it is paused; the reason where it is to end. Of several
+/// ranks all do what one of them was told.
 fn steer(
     session: &mut Session,
     callbacks: &mut Callbacks,
     stop: &AtomicBool,
+    mut stopped: Option<String>,
     pace: &mut Pace,
 ) -> Result<Option<String>> {
-    let step = session.steps_done();
     let mut held: Option<Instant> = None;
     loop {
         if stop.load(Ordering::Relaxed) {
-            return Ok(Some("interrupted".to_owned()));
+            stopped.get_or_insert_with(|| "interrupted".to_owned());
         }
-        let commands: Vec<Command> = callbacks.all.iter_mut().flat_map(|callback| callback.commands()).collect();
+        let commands = if stopped.is_some() { Vec::new() } else { callbacks.commands() };
         for command in commands {
-            let (answer, event) = match &command {
-                Command::Pause if held.is_some() => (Err("the run is paused already".to_owned()), None),
-                Command::Pause => {
-                    held = Some(Instant::now());
-                    (Ok("the run is paused".to_owned()), Some(Event::Paused { step }))
-                }
-                Command::Resume => match held.take() {
-                    Some(since) => {
-                        pace.pause(since.elapsed());
-                        (Ok("the run goes on".to_owned()), Some(Event::Resumed { step }))
-                    }
-                    None => (Err("the run is not paused".to_owned()), None),
-                },
-                Command::Stop => (Ok("the run ends, and saves what it has".to_owned()), None),
-                Command::Sample | Command::Save => (ask_callbacks(session, callbacks, &command)?, None),
-                Command::Unknown(_) => (Err(Command::advice()), None),
-            };
-            let done = answer.is_ok();
-            let message = answer.unwrap_or_else(|reason| reason);
-            callbacks.tell(&Event::Command { command: command.to_string(), done, message });
-            event.iter().for_each(|event| callbacks.tell(event));
-            if command == Command::Stop {
-                return Ok(Some("stopped by a command".to_owned()));
+            if let Some(reason) = obey(session, callbacks, &command, &mut held, pace)? {
+                stopped = Some(reason);
+                break;
             }
         }
-        if held.is_none() {
-            return Ok(None);
+        let wish = match (&stopped, held) {
+            (Some(_), _) => Wish::Stop,
+            (None, Some(_)) => Wish::Hold,
+            (None, None) => Wish::GoOn,
+        };
+        match session.agree(wish)? {
+            Wish::Stop => return Ok(Some(stopped.unwrap_or_else(|| "another rank was stopped".to_owned()))),
+            Wish::Hold => std::thread::sleep(HOLD),
+            Wish::GoOn => return Ok(None),
         }
-        std::thread::sleep(HOLD);
     }
+}
+
+/// Does a command; the reason where the run is to end by it.
+fn obey(
+    session: &mut Session,
+    callbacks: &mut Callbacks,
+    command: &Command,
+    held: &mut Option<Instant>,
+    pace: &mut Pace,
+) -> Result<Option<String>> {
+    let step = session.steps_done();
+    let (answer, event) = match command {
+        Command::Pause if held.is_some() => (Err("the run is paused already".to_owned()), None),
+        Command::Pause => {
+            *held = Some(Instant::now());
+            (Ok("the run is paused".to_owned()), Some(Event::Paused { step }))
+        }
+        Command::Resume => match held.take() {
+            Some(since) => {
+                pace.pause(since.elapsed());
+                (Ok("the run goes on".to_owned()), Some(Event::Resumed { step }))
+            }
+            None => (Err("the run is not paused".to_owned()), None),
+        },
+        Command::Stop => (Ok("the run ends, and saves what it has".to_owned()), None),
+        Command::Sample | Command::Save => (ask_callbacks(session, callbacks, command)?, None),
+        Command::Unknown(_) => (Err(Command::advice()), None),
+    };
+    let done = answer.is_ok();
+    let message = answer.unwrap_or_else(|reason| reason);
+    callbacks.tell(&Event::Command { command: command.to_string(), done, message });
+    event.iter().for_each(|event| callbacks.tell(event));
+    Ok((*command == Command::Stop).then(|| "stopped by a command".to_owned()))
 }
 
 /// Has callbacks do a command; what each says that did. One that could not outweighs those that could.
@@ -298,9 +343,10 @@ fn rescue(session: &mut Session) {
     }
 }
 
-/// Saves the state after an error, if the configuration asks for states; where that fails, the state before stays.
+/// Saves the state after an error, if the configuration asks for states or ranks lost each other; where that fails, the state
+/// before stays.
 fn rescue_state(session: &mut Session) {
-    if !session.config().save_state {
+    if !session.config().save_state && session.ranks().count() == 1 {
         return;
     }
     match session.save_state() {

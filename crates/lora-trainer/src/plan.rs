@@ -6,6 +6,7 @@ use lora_cli::Failure;
 use lora_torch::device::{CudaStatus, cuda};
 use lora_train::Plugins;
 use lora_train::plan::plan;
+use lora_train::ranks::Place;
 
 use crate::configuration;
 use crate::failure::failure;
@@ -18,6 +19,9 @@ pub(crate) struct Arguments {
     /// is planned for a GPU, even where this machine has none.
     #[arg(long, value_name = "SIZE")]
     vram: Option<String>,
+    /// Plan for so many processes that train together, on a device each.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    ranks: u16,
     /// Set a key over the file's value, for instance `--set batch_size=4`.
     #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
@@ -34,6 +38,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         set.push("device=cuda".to_owned());
         config = configuration::read(&arguments.config, &set)?;
     }
+    let ranks = usize::from(arguments.ranks);
+    config.place = (ranks > 1).then(|| Place::new(0, ranks));
     let plan = plan(&config, &Plugins::default()).map_err(failure)?;
     if arguments.json {
         let json = serde_json::to_string_pretty(&plan).map_err(|error| Failure::Work(error.to_string()))?;

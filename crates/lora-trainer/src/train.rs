@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use lora_cli::progress::name_rank;
 use lora_cli::{Failure, interrupt};
-use lora_train::{Best, Plugins, train};
+use lora_train::{Best, Plugins, ranks, train};
 
 use crate::configuration;
 use crate::events::{self, Target};
@@ -39,13 +40,23 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if to_stdout && arguments.json {
         return Err(Failure::Usage("--events and --json both write to standard output; use --events=FILE".into()));
     }
-    let mut callbacks = arguments.events.as_ref().map(Target::callbacks).transpose()?.unwrap_or_default();
-    let config = configuration::read(&arguments.config, &arguments.set)
+    let place = ranks::place().map_err(failure)?;
+    place.iter().for_each(|place| name_rank(place.rank));
+    // The first rank tells of the run, and takes commands; the others tell of what goes wrong with them.
+    let follows = place.as_ref().is_some_and(|place| place.rank > 0);
+    let mut callbacks =
+        arguments.events.as_ref().filter(|_| !follows).map(Target::callbacks).transpose()?.unwrap_or_default();
+    let mut config = configuration::read(&arguments.config, &arguments.set)
         .inspect_err(|failure| events::tell_failure(&mut callbacks, failure))?;
+    config.place = place;
     let output_dir = config.output_dir.clone();
     let has_samples = !config.samples.prompts.is_empty();
 
     let stop = interrupt::flag("stopping after this step; the LoRA will be saved (once more to end at once)");
+    if follows {
+        train(config, &Plugins::default(), Vec::new(), &stop, &mut |_| {}).map_err(failure)?;
+        return Ok(());
+    }
     callbacks.push(Box::new(TrainingBar::default()));
     let result = train(config, &Plugins::default(), callbacks, &stop, &mut preparing()).map_err(failure)?;
     if to_stdout {

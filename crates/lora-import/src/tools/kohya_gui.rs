@@ -275,13 +275,13 @@ static OWN: &[Row] = &[
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         weights(field, Side::Down)
     }),
-    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion XL three", |field| {
         weights(field, Side::Middle)
     }),
-    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         weights(field, Side::Up)
     }),
     nothing("block_lr_zero_threshold", "with weights of blocks"),

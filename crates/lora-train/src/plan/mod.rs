@@ -18,7 +18,7 @@ use lora_torch::tch::Device;
 use lora_torch::{device, memory};
 
 pub use crate::meter::{MemoryPart, Usage};
-pub use predict::{Peaks, Phase, PhasePeak, Recordings};
+pub use predict::{Exchanged, Peaks, Phase, PhasePeak, Recordings};
 pub use remedies::ChangedKey;
 
 use crate::bytes::show;

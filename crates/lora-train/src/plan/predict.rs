@@ -17,6 +17,7 @@ use crate::base::Data;
 use crate::config::{Resume, RunLength, TrainConfig};
 use crate::meter::{MemoryPart, Usage};
 use crate::plugins::Plugins;
+use crate::ranks::bytes_sent;
 use crate::session::{Materials, Preparing, Session, Watch, can_record};
 
 /// A part of a run.
@@ -80,6 +81,18 @@ pub struct Peaks {
     pub phases: Vec<PhasePeak>,
     /// Where steps are recorded as CUDA graphs.
     pub recordings: Option<Recordings>,
+    /// What ranks send each other, where several train together; the peaks are of each of them.
+    pub exchanged: Option<Exchanged>,
+}
+
+/// What ranks send each other.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+#[non_exhaustive]
+pub struct Exchanged {
+    /// How many there are.
+    pub ranks: usize,
+    /// Bytes that each sends for a step, and receives.
+    pub bytes: u64,
 }
 
 /// What recorded steps keep for themselves. It is no part of the peaks: where there is no room, they make it.
@@ -119,20 +132,22 @@ pub(super) fn predict(
 ) -> Result<Peaks> {
     let run = DryRun::begin(machine.platform)?;
     let mut peaks = PeakWatch { run: &run, machine, network: "", phases: Vec::new() };
-    lora_torch::caught(|| follow(config, checkpoint, plugins, &mut peaks))?;
+    let trained = lora_torch::caught(|| follow(config, checkpoint, plugins, &mut peaks))?;
     let recorded = !machine.platform.is_cpu() && can_record(config);
     let phases = peaks.phases;
     let recordings = recorded.then(|| recordings(&phases, machine)).flatten();
-    Ok(Peaks { phases, recordings })
+    let ranks = config.place.as_ref().map(|place| place.ranks).filter(|&ranks| ranks > 1);
+    let exchanged = ranks.map(|ranks| Exchanged { ranks, bytes: bytes_sent(trained, ranks as u64) });
+    Ok(Peaks { phases, recordings, exchanged })
 }
 
-/// All phases of a run, each once.
+/// All phases of a run, each once; how many numbers it trains.
 fn follow(
     config: &TrainConfig,
     checkpoint: &Arc<Checkpoint>,
     plugins: &Plugins,
     peaks: &mut PeakWatch<'_>,
-) -> Result<()> {
+) -> Result<u64> {
     let device = peaks.run.device();
     // The backward pass, in a thread of its own, has a handle of its own.
     let workspace = || Tensor::f_zeros([CUBLAS_WORKSPACE_BYTES as i64], (Kind::Uint8, device));
@@ -140,7 +155,7 @@ fn follow(
         Platform::Cuda => Some((workspace()?, workspace()?)),
         Platform::Cpu { .. } => None,
     };
-    let data = plugins.bases.registration(checkpoint)?.data;
+    let data = plugins.bases.registration(checkpoint)?.data_of(config);
     let (config, source) = stand_ins(config, peaks.machine.platform, data)?;
     let prompts = config.samples.prompts.clone();
     let materials = Materials::dry(config, Arc::clone(checkpoint), source, device, plugins)?;
@@ -156,7 +171,7 @@ fn follow(
     }
     while session.step()?.is_some() {}
     peaks.done(Phase::Training);
-    Ok(())
+    Ok(session.parameters().elements() as u64)
 }
 
 /// A configuration whose run takes one step of each kind that the given one's steps have, and data for it.

@@ -34,6 +34,14 @@ impl fmt::Display for Plan {
                 show(own.most)
             )?;
         }
+        if let Some(own) = &self.planned.exchanged {
+            let bytes = show(own.bytes);
+            writeln!(
+                f,
+                "\nEach of {} ranks needs this, and sends the others {bytes} of gradients for each step.",
+                own.ranks
+            )?;
+        }
         if !self.spend.is_empty() {
             writeln!(f, "\nWhat is left could be spent on, each alone:")?;
             list(f, &self.spend)?;

@@ -18,9 +18,11 @@ use lora_torch::dry;
 use lora_torch::tch::Device;
 use lora_torch::tensor::{from_host, to_host};
 
+use super::feed::micro_batches;
 use super::{Preparing, Watch};
 use crate::base::{Base, Encoded, Tensors, shallow};
 use crate::config::TrainConfig;
+use crate::ranks::{Ranks, Share};
 use crate::{Error, Result};
 
 /// What a visit's example loads to, ahead of its step.
@@ -44,16 +46,20 @@ impl fmt::Debug for Examples {
 }
 
 impl Examples {
-    /// Made at each visit; those of the visits to come are loaded meanwhile.
+    /// Made at each visit; those of the visits to come are loaded meanwhile: of each step of so many micro-batches a share.
     pub(super) fn fresh(
         network: Option<Component>,
         source: &Arc<dyn Source>,
         sampler: &EpochSampler,
         config: &TrainConfig,
+        (accumulation, share): (usize, Share),
     ) -> Self {
         let (source, seed) = (Arc::clone(source), config.seed);
         let mut order = sampler.clone();
-        let visits = std::iter::from_fn(move || Some(order.next_batch())).flatten();
+        let batches = std::iter::from_fn(move || {
+            Some(share.of(micro_batches(&mut order, accumulation)).flatten().collect::<Vec<_>>())
+        });
+        let visits = batches.flatten();
         // Two micro-batches, and something to do for every core.
         let window = 2 * config.batch_size.max(cores());
         let load = move |visit: Visit| (visit, source.example(visit.index, &visit.draws(seed)));
@@ -107,7 +113,7 @@ pub(super) fn examples(
     network: Component,
     config: &TrainConfig,
     source: &mut Arc<dyn Source>,
-    disk: Option<&Arc<DiskCache>>,
+    (disk, ranks): (Option<&Arc<DiskCache>>, &Ranks),
     device: Device,
     watch: &mut dyn Watch,
 ) -> Result<Vec<Tensors>> {
@@ -115,7 +121,7 @@ pub(super) fn examples(
     let (count, seed) = (source.count(), config.seed);
     let random = move |item: usize| Stream::new(seed).at("cache").with(item as u64);
     let (own, cache) = (Arc::clone(source), disk.cloned());
-    let find = move |item: usize| -> Result<Found, lora_data::Error> {
+    let find = Arc::new(move |item: usize| -> Result<Found, lora_data::Error> {
         let Some(cache) = &cache else { return Ok(Found::New(own.example(item, &random(item))?, None)) };
         let parts = own.key_parts(item, &random(item), cache)?;
         let parts: Vec<&str> = ["latents", &identity].into_iter().chain(parts.iter().map(String::as_str)).collect();
@@ -124,29 +130,61 @@ pub(super) fn examples(
             Some(tensors) => Found::Known(tensors),
             None => Found::New(own.example(item, &random(item))?, Some(key)),
         })
+    });
+    let found = |items: Vec<usize>| {
+        let find = Arc::clone(&find);
+        items.clone().into_iter().zip(ahead(items.into_iter(), cores(), 4 * cores(), move |item| find(item)))
     };
-    let (mut encoded, mut unusable) = (Vec::with_capacity(count), Vec::new());
-    for (item, found) in ahead(0..count, cores(), 4 * cores(), find).enumerate() {
-        let tensors = match found {
-            Ok(Found::Known(tensors)) => from_disk(&tensors, device)?,
-            Ok(Found::New(example, key)) => {
+    let encode = |base: &mut dyn Base, item: usize, found: Found| -> Result<Tensors> {
+        match found {
+            Found::Known(tensors) => from_disk(&tensors, device),
+            Found::New(example, key) => {
                 let tensors = base.encode(network, Encoded::Example(&example, source.path(item)))?;
                 if let (Some(disk), Some(key)) = (disk, key) {
                     disk.put(&key, &to_disk(&tensors)?)?;
                 }
-                to_memory(&tensors, device)?
+                to_memory(&tensors, device)
             }
-            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
-                unusable.push((item, error));
-                continue;
+        }
+    };
+    in_shares(disk, ranks, "examples", || {
+        for (item, found) in found(ranks.share().of(0..count).collect()) {
+            // What is wrong with one is said when all are looked at.
+            found.map_or(Ok(()), |found| encode(base, item, found).map(drop))?;
+            watch.now(Preparing::Examples(item + 1, count));
+        }
+        Ok(())
+    })?;
+    let (mut encoded, mut unusable) = (Vec::with_capacity(count), Vec::new());
+    for (item, found) in found((0..count).collect()) {
+        match found {
+            Ok(found) => {
+                let tensors = encode(base, item, found)?;
+                encoded.push(base.draw(network, &tensors, &random(item))?);
             }
+            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => unusable.push((item, error)),
             Err(error) => return Err(error.into()),
-        };
-        encoded.push(base.draw(network, &tensors, &random(item))?);
+        }
         watch.now(Preparing::Examples(item + 1, count));
     }
+    drop(find);
     leave_out(source, unusable)?;
     Ok(encoded)
+}
+
+/// Where ranks have a cache on disk, each encodes its share into it before all of them read the whole: where they share the disk,
+/// nothing is encoded twice.
+fn in_shares(
+    disk: Option<&Arc<DiskCache>>,
+    ranks: &Ranks,
+    what: &str,
+    encode: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    if disk.is_none() || ranks.count() == 1 {
+        return Ok(());
+    }
+    encode()?;
+    ranks.wait(what)
 }
 
 /// Loads every example once, so that a broken one is met now and not hours into the run.
@@ -181,29 +219,27 @@ pub(super) fn captions(
     base: &mut dyn Base,
     network: Component,
     captions: &[String],
-    disk: Option<&Arc<DiskCache>>,
+    (disk, ranks): (Option<&Arc<DiskCache>>, &Ranks),
     device: Device,
     watch: &mut dyn Watch,
 ) -> Result<BTreeMap<String, Tensors>> {
     let identity = disk.map(|_| base.encoding_identity(network)).transpose()?.unwrap_or_default();
-    let mut all = BTreeMap::new();
-    for (index, caption) in captions.iter().enumerate() {
-        let key = disk.map(|disk| (disk, disk.key(&["text", &identity, caption])));
-        let known = key.as_ref().and_then(|(disk, key)| disk.get(key));
-        let tensors = match known {
-            Some(tensors) => from_disk(&tensors, device)?,
-            None => {
-                let tensors = base.encode(network, Encoded::Caption(caption))?;
-                if let Some((disk, key)) = key {
-                    disk.put(&key, &to_disk(&tensors)?)?;
-                }
-                to_memory(&tensors, device)?
-            }
-        };
-        all.insert(caption.clone(), tensors);
+    let mut encode = |index: usize, caption: &String| -> Result<Tensors> {
         watch.now(Preparing::Captions(index + 1, captions.len()));
-    }
-    Ok(all)
+        let key = disk.map(|disk| (disk, disk.key(&["text", &identity, caption])));
+        if let Some(tensors) = key.as_ref().and_then(|(disk, key)| disk.get(key)) {
+            return from_disk(&tensors, device);
+        }
+        let tensors = base.encode(network, Encoded::Caption(caption))?;
+        if let Some((disk, key)) = key {
+            disk.put(&key, &to_disk(&tensors)?)?;
+        }
+        to_memory(&tensors, device)
+    };
+    in_shares(disk, ranks, "captions", || {
+        ranks.share().of(captions.iter().enumerate()).try_for_each(|(index, caption)| encode(index, caption).map(drop))
+    })?;
+    captions.iter().enumerate().map(|(index, caption)| Ok((caption.clone(), encode(index, caption)?))).collect()
 }
 
 /// Where encodings wait: in host memory.

@@ -35,7 +35,7 @@ impl Session {
     /// The micro-batches of the next step: drawn before any of them is computed, as the loss of each is weighted by its share
     /// of all that their items measure, so that 1×8, 2×4 and 8×1 give the same update. A step does not span epochs.
     pub(super) fn next_batches(&mut self) -> Vec<Vec<Visit>> {
-        micro_batches(&mut self.feed.sampler, self.config.gradient_accumulation_steps)
+        micro_batches(&mut self.feed.sampler, self.plan.accumulation)
     }
 
     /// The noise levels at which the visits of the steps that are left are trained, of a long run the first; none of a base that
@@ -44,7 +44,7 @@ impl Session {
         let mut sampler = self.feed.sampler.clone();
         let mut levels = Vec::new();
         for _ in self.progress.step..self.plan.steps {
-            for visit in micro_batches(&mut sampler, self.config.gradient_accumulation_steps).concat() {
+            for visit in micro_batches(&mut sampler, self.plan.accumulation).concat() {
                 let shape = self.feed.source.visits(visit.index).shape;
                 match self.base.noise_level(&visit.draws(self.config.seed), shape) {
                     Some(level) if levels.len() < MOST_LEVELS => levels.push(level),
@@ -70,6 +70,7 @@ impl Session {
             recompute_feed_forward: self.recomputes_feed_forward(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.progress.economy.inputs_in_host,
             without_adapters: false,
+            reversed: false,
         };
         let scale = from_f32(&[scale as f32], &[], self.device)?;
         Ok((self.base.inputs(&items)?.with("scale", Some(scale)), pass))
@@ -131,7 +132,7 @@ impl Session {
 const MOST_LEVELS: usize = 20_000;
 
 /// The micro-batches of a step, which does not span epochs.
-fn micro_batches(sampler: &mut EpochSampler, accumulation: usize) -> Vec<Vec<Visit>> {
+pub(super) fn micro_batches(sampler: &mut EpochSampler, accumulation: usize) -> Vec<Vec<Visit>> {
     let mut batches: Vec<Vec<Visit>> = Vec::new();
     for _ in 0..accumulation {
         if !batches.is_empty() && sampler.position().item >= sampler.epoch_length() {

@@ -21,6 +21,7 @@ use crate::config::{LrScheduler, TrainConfig, TrainMode};
 use crate::optimiser::OptimiserState;
 use crate::plan;
 use crate::plugins::Plugins;
+use crate::ranks::{self, Ranks};
 use crate::state::{Settings, StateFile};
 use crate::{Error, Result};
 
@@ -45,35 +46,39 @@ pub(crate) struct Materials {
     pub(super) recorder: Option<Arc<Recorder>>,
     /// Where steps are recorded.
     pub(super) graphs: Option<StepGraphs>,
+    pub(super) ranks: Ranks,
     pub(super) notes: Vec<String>,
 }
 
 impl Materials {
     /// Of a run that is to happen: everything that can go wrong before the base is loaded goes wrong here.
-    pub(super) fn open(config: TrainConfig, plugins: &Plugins) -> Result<Self> {
+    pub(super) fn open(config: TrainConfig, plugins: &Plugins, ranks: Ranks) -> Result<Self> {
         for dataset in &config.datasets {
             plugins.processors.chain(&dataset.processors)?;
         }
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
         let (optimiser, mut notes) = optimiser(&config, plugins)?;
-        lora_io::atomic::check_writable(&config.output_dir)?;
-        lora_io::atomic::clear_partial(&config.output_dir);
+        if ranks.leads() {
+            lora_io::atomic::check_writable(&config.output_dir)?;
+            lora_io::atomic::clear_partial(&config.output_dir);
+        }
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Arc::new(plugins.bases.configured(&config)?);
         let registration = plugins.bases.registration(&checkpoint)?;
         registration.check(&config)?;
-        let device = device::resolve(&config.device)?;
+        let device = ranks::device(&config)?;
         let precision = precision(&config, device, &mut notes);
         device::check_kind(device, kind_of(precision))?;
         notes.extend(preflight::check(&config, &checkpoint, precision, plugins)?);
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
-        let mut source = (registration.data.open)(&opening)?;
+        let data = registration.data_of(&config);
+        let mut source = (data.open)(&opening)?;
         let held_out = config.validation_split.map(|split| source.hold_out(split, config.seed)).transpose()?;
         if let Some(held_out) = &held_out {
-            let noun = registration.data.noun;
+            let noun = data.noun;
             notes.push(format!("{} of the data (a {noun} each) are held out, not trained on", held_out.count()));
         }
         let source: Arc<dyn Source> = source.into();
@@ -86,10 +91,11 @@ impl Materials {
         let _scope = recorder.as_deref().map(Recorder::enter).transpose()?;
         // A state that is another run's is refused before anything takes time.
         let state = resume::open(&config)?;
+        let settings = Settings::new(&config, &registration.groups().collect::<Vec<_>>(), &*source, precision);
         if let Some(state) = &state {
-            let own: Vec<_> = registration.groups().collect();
-            resume::agree(state, &Settings::new(&config, &own, &*source, precision), false)?;
+            resume::agree(state, &settings, false)?;
         }
+        ranks.compare(&settings, None)?;
         notes.extend(checkpoint.fused_notes().iter().cloned());
         if let Some(example) = checkpoint.unused().first() {
             notes.push(format!("{} tensors of the base are not used, {example} among them", checkpoint.unused().len()));
@@ -116,6 +122,7 @@ impl Materials {
             limit: limit.flatten(),
             recorder,
             graphs,
+            ranks,
             notes,
         })
     }
@@ -146,6 +153,11 @@ impl Materials {
             limit: None,
             recorder: None,
             graphs: recorded.then(|| StepGraphs::new(None)),
+            ranks: if config.place.as_ref().is_some_and(|place| place.ranks > 1) {
+                Ranks::Planned
+            } else {
+                Ranks::Alone
+            },
             notes,
             config,
         })

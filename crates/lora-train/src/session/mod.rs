@@ -44,6 +44,7 @@ use crate::event::{About, Event, Finding};
 use crate::full::TrainedNetworks;
 use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
+use crate::ranks::{Ranks, Wish};
 use crate::schedule::Schedule;
 use crate::state::{Looks, Progress, Settings};
 use crate::trainable::TrainableAdapter;
@@ -73,6 +74,8 @@ pub struct Session {
     _limit: Option<Limit>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
+    /// This process among those that train together.
+    ranks: Ranks,
     /// What was done when memory ran out, in order.
     tried: Vec<String>,
     /// The optimiser failed in the middle of a step: the trained numbers are whole, but between two steps.
@@ -153,6 +156,22 @@ impl Session {
     /// How many shapes of micro-batches are recorded as CUDA graphs: the others run kernel by kernel.
     pub fn recorded_shapes(&self) -> usize {
         self.graphs.as_ref().map_or(0, StepGraphs::len)
+    }
+
+    /// The number of this process among those that train together, and how many there are; `(0, 1)` where it trains alone.
+    /// Callbacks of a program are called in each; files are written by the first.
+    pub fn rank(&self) -> (usize, usize) {
+        (self.ranks.rank(), self.ranks.count())
+    }
+
+    /// What joins it to the others.
+    pub(crate) fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// What the ranks do before the next step; see [`Ranks::agree`].
+    pub(crate) fn agree(&self, wish: Wish) -> Result<Wish> {
+        self.ranks.agree(wish, self.device)
     }
 
     /// What looks at the held-out loss have shown so far ([`Session::take_look`]).

@@ -21,6 +21,7 @@ use super::materials::Materials;
 use super::out_of_memory::remedies;
 use super::{Feed, Origin, Session, Trained, TrainedAdapter, resume, trained};
 use crate::base::{Base, Network, Opening, Subject, Tensors};
+use crate::bytes::show;
 use crate::config::{StepPlan, TrainConfig, TrainMode};
 use crate::full::TrainedNetworks;
 use crate::initial::{Initial, Trains};
@@ -28,6 +29,7 @@ use crate::meter::MemoryPart;
 use crate::parameters::ParameterList;
 use crate::plan::Phase;
 use crate::plugins::Plugins;
+use crate::ranks::Ranks;
 use crate::schedule::Schedule;
 use crate::state::{Progress, Settings};
 use crate::trainable::{AdapterOptions, Biases, TrainableAdapter, TrainedTokens, adaptable, chosen};
@@ -86,6 +88,17 @@ impl Session {
     /// [`Error::Data`] for data that cannot be used, [`Error::OtherRun`] for a state that is not this run's,
     /// [`Error::OutOfMemory`] with the stage that it ran out in.
     pub fn prepare(config: TrainConfig, plugins: &Plugins, progress: &mut dyn FnMut(Preparing)) -> Result<Self> {
+        let ranks = Ranks::join(&config)?;
+        Self::prepare_among(ranks, config, plugins, progress)
+    }
+
+    /// The same as one of ranks that have found each other.
+    pub(crate) fn prepare_among(
+        ranks: Ranks,
+        config: TrainConfig,
+        plugins: &Plugins,
+        progress: &mut dyn FnMut(Preparing),
+    ) -> Result<Self> {
         let mut stage = None;
         let mut watched = |now: Preparing| {
             stage = Some(now);
@@ -93,7 +106,7 @@ impl Session {
         };
         let mut of_base = "a smaller batch_size";
         let result = lora_torch::caught(|| {
-            let materials = Materials::open(config, plugins)?;
+            let materials = Materials::open(config, plugins, ranks)?;
             of_base = plugins.bases.registration(&materials.checkpoint)?.remedies;
             Self::assemble(materials, plugins, &mut Told(&mut watched))
         });
@@ -130,7 +143,7 @@ impl Session {
         let encoder = networks.iter().find(|network| network.encodes == Some(Subject::Examples));
         let disk = materials.disk.as_ref();
         let mut source = materials.source;
-        let kept = loader.encode_examples(&mut *base, encoder, &mut source, disk, watch)?;
+        let kept = loader.encode_examples(&mut *base, encoder, &mut source, disk, &materials.ranks, watch)?;
         if kept.is_some() && source.is_random() {
             let note = "latents are cached, so random processors act once; cache_latents = false lets them act anew";
             notes.push(note.into());
@@ -143,16 +156,30 @@ impl Session {
             resume::agree(state, &settings, true)?;
             sampler.restore(state.header().position);
         }
+        let began_with = materials.state.as_ref().map_or(materials.ranks.count(), |state| state.header().ranks);
+        let plan = StepPlan::of_batches(
+            sampler.epoch_length(),
+            sampler.batches_per_epoch(),
+            config.batch_size,
+            config.gradient_accumulation_steps * began_with,
+            config.length,
+        );
         let examples = match kept {
             Some((network, all)) => Examples::Kept(network, all),
-            None => Examples::fresh(encoder.map(|network| network.component), &source, &sampler, config),
+            None => Examples::fresh(
+                encoder.map(|network| network.component),
+                &source,
+                &sampler,
+                config,
+                (plan.accumulation, materials.ranks.share()),
+            ),
         };
         memory::empty_cache(device)?;
         if encoder.is_some() {
             watch.done(Phase::Examples);
         }
 
-        let kept = loader.encode_captions(&mut *base, &*source, disk, watch)?;
+        let kept = loader.encode_captions(&mut *base, &*source, disk, &materials.ranks, watch)?;
         if networks.iter().any(|network| network.encodes == Some(Subject::Captions)) {
             watch.done(Phase::Captions);
         }
@@ -178,13 +205,6 @@ impl Session {
         };
         watch.done(Phase::Loading);
 
-        let plan = StepPlan::of_batches(
-            sampler.epoch_length(),
-            sampler.batches_per_epoch(),
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            config.length,
-        );
         let lr_schedule = Schedule::new(config, plan.steps);
         if lr_schedule.warmup() >= plan.steps {
             notes.push(format!(
@@ -195,6 +215,7 @@ impl Session {
         }
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
+        let data = registration.data_of(config);
         let mut session = Self {
             base,
             device,
@@ -207,7 +228,7 @@ impl Session {
                 resumed: None,
             },
             remedies: registration.remedies,
-            feed: Feed { data: registration.data, source, sampler, examples, kept, held_out: materials.held_out },
+            feed: Feed { data, source, sampler, examples, kept, held_out: materials.held_out },
             trained,
             parameters,
             scaler,
@@ -218,6 +239,7 @@ impl Session {
             recorder: materials.recorder,
             _limit: materials.limit,
             graphs: materials.graphs,
+            ranks: materials.ranks,
             tried: Vec::new(),
             told: Vec::new(),
             torn: false,
@@ -226,7 +248,32 @@ impl Session {
         if let Some(state) = &materials.state {
             session.take_up(state)?;
         }
+        session.meet_the_others()?;
         Ok(session)
+    }
+}
+
+impl Session {
+    /// Makes sure that all ranks begin with the same, and notes how they share a step.
+    fn meet_the_others(&mut self) -> Result<()> {
+        if self.ranks.count() == 1 {
+            return Ok(());
+        }
+        if self.settings.base().is_none() {
+            let Origin { checkpoint, base_hashes, .. } = &self.origin;
+            self.settings.set_base(resume::base_identity(base_hashes.as_ref(), checkpoint, &self.config)?);
+        }
+        self.ranks.compare(&self.settings, Some((self.progress.step, &self.parameters)))?;
+        let (ranks, shared) = (self.ranks.count(), self.plan.accumulation);
+        self.notes.push(format!(
+            "{ranks} ranks share the {shared} micro-batch(es) of a step, and exchange {} of gradients for it",
+            show(self.ranks.bytes_sent(&self.parameters))
+        ));
+        if shared % ranks != 0 {
+            self.notes
+                .push(format!("{shared} micro-batches do not go evenly into {ranks} ranks: some wait for others"));
+        }
+        Ok(())
     }
 }
 
@@ -270,6 +317,7 @@ impl<'c> Loader<'c> {
         encoder: Option<&Network>,
         source: &mut Arc<dyn Source>,
         disk: Option<&Arc<DiskCache>>,
+        ranks: &Ranks,
         watch: &mut dyn Watch,
     ) -> Result<Option<KeptExamples>> {
         let keeps = self.config.cache_latents;
@@ -280,7 +328,7 @@ impl<'c> Loader<'c> {
             encoded::check(self.config, source)?;
             return Ok(None);
         };
-        let all = encoded::examples(base, network, self.config, source, disk, self.device, watch)?;
+        let all = encoded::examples(base, network, self.config, source, (disk, ranks), self.device, watch)?;
         base.unload(network);
         Ok(Some((network, all)))
     }
@@ -291,6 +339,7 @@ impl<'c> Loader<'c> {
         base: &mut dyn Base,
         source: &dyn Source,
         disk: Option<&Arc<DiskCache>>,
+        ranks: &Ranks,
         watch: &mut dyn Watch,
     ) -> Result<BTreeMap<Component, BTreeMap<String, Tensors>>> {
         let mut kept = BTreeMap::new();
@@ -302,7 +351,10 @@ impl<'c> Loader<'c> {
             self.load(base, &network, stays, watch)?;
             if !stays {
                 let (component, captions) = (network.component, captions_of(self.config, source, base));
-                kept.insert(component, encoded::captions(base, component, &captions, disk, self.device, watch)?);
+                kept.insert(
+                    component,
+                    encoded::captions(base, component, &captions, (disk, ranks), self.device, watch)?,
+                );
                 // It makes room before the next one comes.
                 base.unload(component);
             }

@@ -57,6 +57,7 @@ impl Session {
         let mut header = StateHeader::new(self.progress, self.feed.sampler.position(), self.settings.clone());
         header.scaler = self.scaler.state();
         header.frozen = self.frozen_digest();
+        header.ranks = self.plan.accumulation / self.config.gradient_accumulation_steps;
         let tensors = self.parameters.state()?;
         match write_state(&path, &header, &tensors) {
             Err(Error::File(source)) => {

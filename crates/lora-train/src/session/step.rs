@@ -17,6 +17,7 @@ use super::{Session, Trained, trained};
 use crate::base::Inputs;
 use crate::meter::MemoryPart;
 use crate::parameters::Parameter;
+use crate::ranks::Ranks;
 use crate::{Error, Result};
 
 /// Steps in a row that may be skipped for non-finite gradients before the run ends.
@@ -182,38 +183,58 @@ impl Session {
     }
 
     /// The gradients of a step, unscaled and clipped, in the parameters.
+    ///
+    /// Of several ranks each computes those of its share of the micro-batches, weighted by their part of the whole step.
     pub(super) fn gradients(&mut self, batches: &[Vec<Visit>]) -> Result<StepGradients> {
         let all: f64 = batches.iter().map(|batch| self.measure(batch)).sum();
         let most = self.progress.economy.micro_batch.unwrap_or(usize::MAX);
         let mut losses = Vec::with_capacity(batches.len());
-        for batch in batches.iter().flat_map(|batch| batch.chunks(most)) {
+        for batch in self.ranks.share().of(batches).flat_map(|batch| batch.chunks(most)) {
             let share = self.measure(batch) / all;
             let (inputs, pass) = self.batch_inputs(batch, share * self.scaler.scale())?;
             let loss = self.run_passes(inputs, &pass, losses.is_empty())?;
             losses.push(loss.f_mul_scalar(share)?);
         }
+        let told = match losses.is_empty() {
+            // Where an epoch ends there may be fewer micro-batches than ranks.
+            true => Tensor::f_zeros([1 + self.base.figures().len() as i64], (Kind::Double, self.device))?,
+            false => Tensor::f_stack(&losses, 0)?.f_reshape([losses.len() as i64, -1])?.f_sum_dim_intlist(
+                [0i64].as_slice(),
+                false,
+                Kind::Float,
+            )?,
+        };
+        self.parameters.collect()?;
+        let told = self.ranks.add_up(&self.parameters, told)?;
+        // What was added up cannot be taken apart again to take the step in smaller pieces.
+        self.settle(batches, &told).map_err(|error| match self.ranks {
+            Ranks::Joined(_) if error.is_out_of_memory() => {
+                self.exhausted(format!("at step {}", self.progress.step + 1), &error)
+            }
+            _ => error,
+        })
+    }
+
+    /// What a step's gradients and what was told of its losses, `[1 + figures]`, come to.
+    fn settle(&mut self, batches: &[Vec<Visit>], told: &Tensor) -> Result<StepGradients> {
         // The only look at numbers in a step, as each waits for the device. It cannot come a step late: the optimiser must not
         // see gradients that are not finite.
-        let losses = Tensor::f_stack(&losses, 0)?.f_reshape([losses.len() as i64, -1])?;
-        let own = losses.f_select(-1, 0)?;
-        let settled = self.parameters.settle(&own, self.scaler.scale(), self.config.max_grad_norm)?;
-        let figures = self.figures(&losses)?;
+        let settled = self.parameters.settle(&told.f_select(0, 0)?, self.scaler.scale(), self.config.max_grad_norm)?;
+        let names = self.base.figures();
+        let figures = match names.is_empty() {
+            true => BTreeMap::new(),
+            false => names
+                .iter()
+                .copied()
+                .zip(Vec::<f64>::try_from(told.f_to_kind(Kind::Double)?)?.into_iter().skip(1))
+                .collect(),
+        };
         if !settled.loss.is_finite() {
             self.name_the_culprit(batches)?;
         }
         let finite = settled.finite && settled.loss.is_finite();
         self.scaler.update(finite);
         Ok(StepGradients { loss: settled.loss, figures, gradient_norm: finite.then_some(settled.norm) })
-    }
-
-    /// What the base tells beside the losses of micro-batches, `[micro-batches, 1 + figures]`.
-    fn figures(&self, losses: &Tensor) -> Result<BTreeMap<&'static str, f64>> {
-        let names = self.base.figures();
-        if names.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let means = Vec::<f64>::try_from(losses.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
-        Ok(names.iter().copied().zip(means.into_iter().skip(1)).collect())
     }
 
     /// Gradients that are there no more, or where recordings write to them, zero.
@@ -268,7 +289,7 @@ impl Session {
         if !self.parameters.is_finite()? {
             return culprit("the trained weights", "use a lower learning_rate, or max_grad_norm = 1.0");
         }
-        for batch in batches {
+        for batch in self.ranks.share().of(batches) {
             let items = self.items(batch)?;
             if let Some((stage, remedy)) = self.base.culprit(&items)? {
                 return culprit(stage, remedy);

@@ -41,8 +41,19 @@ pub(crate) struct StateHeader {
     pub position: Position,
     /// A digest of what an adapter holds besides its trained tensors.
     pub frozen: Option<String>,
+    /// How many ranks it began with: a step has as many times the micro-batches that `gradient_accumulation_steps` says.
+    #[serde(default = "alone", skip_serializing_if = "is_alone")]
+    pub ranks: usize,
     /// What the run is.
     pub settings: Settings,
+}
+
+fn alone() -> usize {
+    1
+}
+
+fn is_alone(ranks: &usize) -> bool {
+    *ranks == 1
 }
 
 /// How far a run came, and what it met on the way that the steps to come depend on.
@@ -113,6 +124,7 @@ impl StateHeader {
             scaler: (1.0, 0),
             position,
             frozen: None,
+            ranks: 1,
             settings,
         }
     }

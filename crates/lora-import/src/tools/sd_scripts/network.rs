@@ -1,5 +1,7 @@
 //! The network of sd-scripts and LyCORIS: which algorithm, which layers, which numbers. The GUI makes the same out of its fields.
 
+use std::ops::Range;
+
 use serde_json::{Value, json};
 
 use super::{Base, base, is_flow};
@@ -80,13 +82,13 @@ pub(in crate::tools) static ARGUMENTS: &[Row] = &[
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         block_rates(field, Side::Down, has_convolutions(field))
     }),
-    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion XL three", |field| {
         block_rates(field, Side::Middle, has_convolutions(field))
     }),
-    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         block_rates(field, Side::Up, has_convolutions(field))
     }),
     nothing("block_lr_zero_threshold", "with weights of blocks"),
@@ -94,7 +96,7 @@ pub(in crate::tools) static ARGUMENTS: &[Row] = &[
     gone("block_size", OFF, "ranks are not trained one after the other (DyLoRA)"),
     gone("exclude_patterns include_patterns", OFF, "layers are chosen by target_modules"),
     gone("network_reg_dims", OFF, "ranks by layer are given by rank_pattern"),
-    gone("network_reg_lrs", OFF, "layers have other names here: give their learning rates by learning_rate_pattern"),
+    by("network_reg_lrs", &["learning_rate_pattern"], "of LoHa and LoKr on Stable Diffusion 1", expression_rates),
     nothing("verbose", "what is printed"),
     gone("train_t5xxl", OFF, "text encoders of this base are never trained here"),
     gone("in_dims", OFF, "ranks by layer are given by rank_pattern"),
@@ -229,6 +231,23 @@ pub(in crate::tools) enum Side {
     Up,
 }
 
+/// How the blocks of a kind of U-Net are counted for their weights.
+struct Blocks {
+    /// Levels, of three weights each.
+    levels: usize,
+    /// Levels with attention, of the down and of the up blocks.
+    attend: [Range<usize>; 2],
+    /// The parts of the middle that have a weight each, and whether they are convolutions; all of it under one without.
+    middle: &'static [(&'static str, bool)],
+}
+
+static SD: Blocks = Blocks { levels: 4, attend: [0..3, 1..4], middle: &[] };
+static SDXL: Blocks = Blocks {
+    levels: 3,
+    attend: [1..3, 0..2],
+    middle: &[("resnets.0", true), ("attentions.0", false), ("resnets.1", true)],
+};
+
 fn has_convolutions(field: &Field<'_>) -> bool {
     is_lycoris(&field.root) || field.here.count("conv_dim").unwrap_or(0) > 0
 }
@@ -248,17 +267,19 @@ pub(in crate::tools) fn block_rates(field: &Field<'_>, side: Side, convolutions:
     if weights.iter().all(|&weight| weight == 1.0) {
         return no_effect("1 for each block, as without it");
     }
-    if base(&field.root) != Base::Sd {
-        return lost("weights of blocks are read for Stable Diffusion 1 and 2: set learning_rate_pattern");
-    }
+    let blocks = match base(&field.root) {
+        Base::Sd => &SD,
+        Base::Sdxl => &SDXL,
+        _ => return lost("weights of blocks are read for Stable Diffusion 1, 2 and XL: set learning_rate_pattern"),
+    };
     let number = |key| field.root.number(key);
     let Some(rate) = number("unet_lr").or_else(|| number("learning_rate")) else {
         return lost("needs unet_lr or learning_rate");
     };
     let threshold = field.here.number("block_lr_zero_threshold").unwrap_or(0.0);
     let mut patterns = serde_json::Map::new();
-    for (index, &weight) in weights.iter().take(12).enumerate().filter(|(_, weight)| **weight != 1.0) {
-        if let Some(pattern) = block(side, index, convolutions) {
+    for (index, &weight) in weights.iter().take(3 * blocks.levels).enumerate().filter(|(_, weight)| **weight != 1.0) {
+        if let Some(pattern) = block(blocks, side, index, convolutions) {
             let own = if weight <= threshold { 0.0 } else { rate * weight };
             patterns.insert(pattern, values::of_number(own));
         }
@@ -272,26 +293,56 @@ pub(in crate::tools) fn block_rates(field: &Field<'_>, side: Side, convolutions:
 }
 
 /// The layers of a block that carry a LoRA, as a pattern.
-fn block(side: Side, index: usize, convolutions: bool) -> Option<String> {
-    let (side, block, part) = match side {
-        Side::Middle => return (index == 0).then(|| r"re:mid_block\..*".to_owned()),
+fn block(blocks: &Blocks, side: Side, index: usize, convolutions: bool) -> Option<String> {
+    let Blocks { levels, attend: [down, up], middle } = blocks;
+    let (side, level, part, attend, layers) = match side {
+        Side::Middle if middle.is_empty() => return (index == 0).then(|| r"re:mid_block\..*".to_owned()),
+        Side::Middle => {
+            let (layers, _) = middle.get(index).filter(|(_, is_convolution)| convolutions || !is_convolution)?;
+            return Some(format!(r"re:mid_block\.{}\..*", layers.replace('.', r"\.")));
+        }
         // Of the first of the down blocks' weights there is no LoRA.
-        Side::Down => ("down", index.checked_sub(1)? / 3, (index - 1) % 3),
-        Side::Up => ("up", index / 3, index % 3),
-    };
-    let (attends, layers) = match side {
-        "down" => (block < 3, 2),
-        _ => (block > 0, 3),
+        Side::Down => ("down", index.checked_sub(1)? / 3, (index - 1) % 3, down, 2),
+        Side::Up => ("up", index / 3, index % 3, up, 3),
     };
     let mut kinds = Vec::new();
-    if attends && part < layers {
+    if attend.contains(&level) && part < layers {
         kinds.push(format!(r"attentions\.{part}"));
     }
     if convolutions {
         kinds.extend((part < layers).then(|| format!(r"resnets\.{part}")));
-        kinds.extend((part == 2 && block < 3).then(|| format!(r"{side}samplers\.0")));
+        kinds.extend((part == 2 && level + 1 < *levels).then(|| format!(r"{side}samplers\.0")));
     }
-    (!kinds.is_empty()).then(|| format!(r"re:{side}_blocks\.{block}\.({})\..*", kinds.join("|")))
+    (!kinds.is_empty()).then(|| format!(r"re:{side}_blocks\.{level}\.({})\..*", kinds.join("|")))
+}
+
+/// Learning rates by regular expressions, `EXPRESSION=RATE,EXPRESSION=RATE`, of which the first that is all of a layer's name counts:
+/// here the longest does, so that those before others are filled up.
+fn expression_rates(field: &Field<'_>) -> Outcome {
+    let module = field.root.text("network_module").unwrap_or_default();
+    if base(&field.root) != Base::Sd || !["networks.loha", "networks.lokr"].contains(&&*module) {
+        return lost("layers have other names here: give their learning rates by learning_rate_pattern");
+    }
+    let (mut patterns, mut longest) = (serde_json::Map::new(), 0);
+    let text = field.text();
+    let pairs: Vec<&str> = text.split(',').map(str::trim).filter(|pair| !pair.is_empty()).collect();
+    for pair in pairs.into_iter().rev() {
+        let Some((expression, rate)) = pair.split_once('=') else { return field.expected("EXPRESSION=RATE, …") };
+        let Ok(rate) = rate.trim().parse::<f64>() else { return field.expected("EXPRESSION=RATE, …") };
+        let mut expression = expression.trim().to_owned();
+        if ["(?=", "(?!", "(?<"].iter().any(|look| expression.contains(look)) {
+            return lost("expressions that look ahead or behind are not read: set learning_rate_pattern");
+        }
+        while expression.len() <= longest {
+            expression.push_str("(?:)");
+        }
+        longest = expression.len();
+        patterns.insert(format!("re:{expression}"), values::of_number(rate));
+    }
+    match patterns.is_empty() {
+        true => no_effect("none, as without it"),
+        false => becomes("learning_rate_pattern", patterns, "each has to match a layer; the first that does counts"),
+    }
 }
 
 /// The convolutions that have a rank of their own.

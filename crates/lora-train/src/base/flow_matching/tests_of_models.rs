@@ -9,8 +9,10 @@ use lora_core::variant::VariantRegistry;
 use lora_io::adapter;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::networks::load_vae;
+use lora_torch::tch::Kind as Number;
 use lora_torch::tensor::from_host;
 
+use super::layout::LENGTHS;
 use super::*;
 use crate::base::Encoded;
 use crate::config::Format;
@@ -323,7 +325,8 @@ fn samples_are_those_of_the_pipelines() {
             _ => latents(stored),
         };
         let noise = unpacked(tensor(&model.expected, "sample.noise"));
-        let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, base.guidance.strength()).unwrap();
+        let found =
+            base.denoised(&noise, [&kept[0], &kept[1]], &levels, (base.guidance.strength(), &Pass::default())).unwrap();
         // FLUX.2's pipeline gives them as its autoencoder takes them.
         let found = if model.kind.family.name == "flux2" { base.vae.denormalised(&found).unwrap() } else { found };
         let error = distance(&found, &unpacked(tensor(&model.expected, "sample.latents")));

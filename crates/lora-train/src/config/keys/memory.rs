@@ -45,6 +45,15 @@ pub(super) static KEYS: Group = Group {
             reads: Reads::Run(|given, config| config.device = device(given)),
         },
         Key {
+            name: "ddp_timeout",
+            values: "1 … 86400",
+            default: "1800",
+            meaning: "Seconds that processes which train together wait for each other before they end: to begin, and while one of them makes samples or validates. One that ends is noticed at once.",
+            memory: "",
+            resumed: Resumed::Unrecorded,
+            reads: Reads::Run(|given, config| config.ddp_timeout = given.count_to(1, 86_400).unwrap_or(1800)),
+        },
+        Key {
             name: "base_storage",
             values: "precision, fp16, bf16, fp8, int8, nf4",
             default: "\"precision\"",

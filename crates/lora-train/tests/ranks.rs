@@ -1,0 +1,246 @@
+//! Runs of several ranks, as real processes: this program starts itself again, once for each rank, as the test `a_rank`. What they
+//! leave is held against one process that accumulates as many micro-batches.
+
+mod common;
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{config, distance, workspace};
+use lora_core::Adapter;
+use lora_train::callback::{Callback, Control};
+use lora_train::{Plugins, Session, StepReport, ranks, train};
+
+/// Losses, relative: each rank's is rounded to f32, and more than two are added up in another order.
+const LOSSES: f64 = 1e-6;
+/// What is learnt from sums in another order, against its largest number. Two ranks without accumulation add up as one process does:
+/// there it is 0.
+const LEARNT: f32 = 1e-5;
+
+/// Writes losses down as they come, and ends the run, of its own will or as if it were shot, after a step.
+struct Watch {
+    losses: Option<std::path::PathBuf>,
+    stop_after: Option<usize>,
+    die_after: Option<usize>,
+}
+
+impl Callback for Watch {
+    fn on_step(&mut self, session: &mut Session, report: &StepReport) -> lora_train::Result<Control> {
+        if let Some(path) = self.losses.as_ref().filter(|_| session.rank().0 == 0) {
+            let before = std::fs::read_to_string(path).unwrap_or_default();
+            std::fs::write(path, format!("{before}{:e}\n", report.loss)).unwrap();
+        }
+        if self.die_after == Some(report.step) {
+            std::process::abort();
+        }
+        Ok(match self.stop_after == Some(report.step) {
+            true => Control::Stop("enough".into()),
+            false => Control::Continue,
+        })
+    }
+}
+
+fn number(name: &str) -> Option<usize> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+#[test]
+#[ignore = "a rank of the other tests, which start it"]
+fn a_rank() {
+    let Ok(folder) = std::env::var("LORA_TEST_FOLDER") else { return };
+    let keys = std::env::var("LORA_TEST_KEYS").unwrap();
+    let keys: Vec<&str> = keys.lines().collect();
+    let mut config = config(folder.as_ref(), &keys);
+    config.place = ranks::place().unwrap();
+    // One of one is a process that trains alone.
+    let rank = config.place.as_ref().map_or(0, |place| place.rank);
+    let of_rank = |name: &str| number(&format!("{name}_{rank}"));
+    let watch = Watch {
+        losses: Some(Path::new(&folder).join("losses")),
+        stop_after: of_rank("LORA_TEST_STOP"),
+        die_after: of_rank("LORA_TEST_DIE"),
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    match train(config, &Plugins::default(), vec![Box::new(watch)], &stop, &mut |_| {}) {
+        Ok(result) => println!("ended: {:?} after {}", result.stopped, result.steps),
+        Err(error) => println!("failed: {error}"),
+    }
+    assert!(!stop.load(Ordering::Relaxed));
+}
+
+/// Ranks in one folder.
+struct Ranks<'f> {
+    folder: &'f Path,
+    keys: Vec<String>,
+    /// Further variables, and keys of one rank.
+    variables: Vec<(&'static str, &'static str)>,
+    own: Option<(usize, &'static str)>,
+    /// Of those that are to come.
+    absent: Option<usize>,
+}
+
+impl<'f> Ranks<'f> {
+    fn new(folder: &'f Path, keys: &[&str]) -> Self {
+        let keys = keys.iter().map(|&key| key.to_owned()).collect();
+        Self { folder, keys, variables: Vec::new(), own: None, absent: None }
+    }
+
+    fn start(&self, rank: usize, ranks: usize, port: u16) -> Child {
+        let own = self.own.filter(|(of, _)| *of == rank).map(|(_, key)| key);
+        let keys: Vec<&str> = self.keys.iter().map(String::as_str).chain(own).collect();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["a_rank", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+        command.env("LORA_TEST_FOLDER", self.folder).env("LORA_TEST_KEYS", keys.join("\n"));
+        command.env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string());
+        command.env("MASTER_PORT", port.to_string()).env("MASTER_ADDR", "localhost");
+        // The same sums within an operation as the process that they are held against.
+        command.envs(self.variables.iter().copied()).env("OMP_NUM_THREADS", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// What each of them said in the end.
+    fn run(&self, ranks: usize) -> Vec<String> {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let started = (0..ranks).filter(|rank| self.absent != Some(*rank));
+        let started: Vec<Child> = started.map(|rank| self.start(rank, ranks, port)).collect();
+        started.into_iter().map(|rank| said(rank.wait_with_output().unwrap())).collect()
+    }
+
+    fn losses(&self) -> Vec<f64> {
+        let text = std::fs::read_to_string(self.folder.join("losses")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    }
+
+    fn learnt(&self) -> Adapter {
+        lora_io::adapter::read(self.folder.join("out/lora.safetensors")).unwrap().adapter
+    }
+}
+
+fn said(output: Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line =
+        text.lines().find_map(|line| ["ended: ", "failed: "].iter().find_map(|word| Some(&line[line.find(word)?..])));
+    line.map_or_else(|| format!("died: {:?} {}", output.status, String::from_utf8_lossy(&output.stderr)), str::to_owned)
+}
+
+/// A run of one process that accumulates so many micro-batches.
+fn alone(folder: &Path, keys: &[&str], accumulation: usize) -> (Vec<f64>, Adapter) {
+    lora_torch::tch::set_num_threads(1);
+    let accumulation = format!("gradient_accumulation_steps={accumulation}");
+    let (adapter, reports) = common::trained(folder, &[keys, &[&accumulation]].concat());
+    (reports.iter().map(|report| report.loss).collect(), adapter)
+}
+
+fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter), bound: f32) {
+    let own = run.losses();
+    assert_eq!(own.len(), losses.len());
+    for (a, b) in own.iter().zip(losses) {
+        assert!((a - b).abs() <= LOSSES * b.abs(), "{own:?} {losses:?}");
+    }
+    let distance = distance(&run.learnt(), adapter);
+    assert!(distance <= bound, "{distance}");
+}
+
+/// Eight pictures, whose epoch ends within a step of three micro-batches of two. Half precision in files would hide what differs, and
+/// AdamW's own epsilon make as much of the last bit of a small gradient as of a large one.
+const KEYS: [&str; 7] = [
+    "optimizer_args=[\"eps=1e-2\"]",
+    "batch_size=2",
+    "max_train_steps=6",
+    "save_precision=fp32",
+    "lora_dropout=0.1",
+    "caption_dropout_rate=0.3",
+    "output_name=lora",
+];
+
+#[test]
+fn ranks_make_the_run_of_one_that_accumulates_as_much() {
+    let folder = workspace();
+    let cache = format!("cache_dir={}", folder.path().join("cache").display());
+    for (ranks, accumulation, encoded, bound) in [
+        (2, 1, "cache_latents=true", 0.0),
+        // Examples that are read at each visit, and those that ranks encode in shares.
+        (3, 1, "cache_latents=false", LEARNT),
+        (2, 2, cache.as_str(), LEARNT),
+    ] {
+        let _ = std::fs::remove_file(folder.path().join("losses"));
+        let accumulated = format!("gradient_accumulation_steps={accumulation}");
+        let run = Ranks::new(folder.path(), &[&KEYS[..], &[&accumulated, encoded]].concat());
+        let said = run.run(ranks);
+        assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
+        let alone = alone(folder.path(), &[&KEYS[..], &[encoded]].concat(), ranks * accumulation);
+        assert_equal(&run, &alone, bound);
+    }
+}
+
+#[test]
+fn a_run_of_two_goes_on_with_one_two_and_four() {
+    let folder = workspace();
+    let keys = [&KEYS[..], &["gradient_accumulation_steps=2", "save_state=true"]].concat();
+    let whole = alone(folder.path(), &KEYS, 4);
+    let mut first = Ranks::new(folder.path(), &keys);
+    // What one rank wants all do, whichever it is.
+    first.variables = vec![("LORA_TEST_STOP_1", "3")];
+    let said = first.run(2);
+    assert_eq!(said, ["ended: Some(\"another rank was stopped\") after 3", "ended: Some(\"enough\") after 3"]);
+    let begun = folder.path().join("out/lora-state.safetensors");
+    let (state, losses) = (std::fs::read(&begun).unwrap(), std::fs::read(folder.path().join("losses")).unwrap());
+    for ranks in [1, 2, 4] {
+        std::fs::write(&begun, &state).unwrap();
+        std::fs::write(folder.path().join("losses"), &losses).unwrap();
+        let run = Ranks::new(folder.path(), &[&keys[..], &["resume=true"]].concat());
+        let said = run.run(ranks);
+        assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
+        assert_equal(&run, &whole, LEARNT);
+    }
+}
+
+#[test]
+fn a_rank_that_dies_ends_all_and_leaves_a_state_to_go_on_from() {
+    // No state was asked for; which rank dies decides which of the others saves one.
+    for dies in ["LORA_TEST_DIE_1", "LORA_TEST_DIE_0"] {
+        let folder = workspace();
+        let mut run = Ranks::new(folder.path(), &[&KEYS[..], &["gradient_accumulation_steps=2"]].concat());
+        run.variables = vec![(dies, "3")];
+        let said = run.run(2);
+        let (left, dead) = if dies.ends_with('1') { (0, 1) } else { (1, 0) };
+        assert!(said[dead].starts_with("died"), "{said:?}");
+        assert!(said[left].starts_with("failed") && said[left].contains(&format!("rank {dead}")), "{said:?}");
+        let state = folder.path().join("out/lora-state.safetensors");
+        assert!(state.exists(), "{said:?}");
+        let again = Ranks::new(folder.path(), &[&KEYS[..], &["gradient_accumulation_steps=2", "resume=true"]].concat());
+        let said = again.run(2);
+        assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
+        let (_, adapter) = alone(folder.path(), &KEYS, 4);
+        let distance = distance(&again.learnt(), &adapter);
+        assert!(distance <= LEARNT, "{distance}");
+    }
+}
+
+#[test]
+fn ranks_that_were_to_make_different_runs_say_how_they_differ() {
+    for (key, named) in [
+        ("lora_rank=8", "lora_rank is 8 there and 4 on rank 0"),
+        ("learning_rate=0.5", "learning_rate is 0.5 there and 0.001 on rank 0"),
+    ] {
+        let folder = workspace();
+        let mut run = Ranks::new(folder.path(), &KEYS);
+        run.own = Some((1, key));
+        for said in run.run(2) {
+            assert!(said.starts_with("failed") && said.contains("rank 1 differs") && said.contains(named), "{said}");
+        }
+        assert!(!folder.path().join("out/lora.safetensors").exists());
+    }
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named_with_the_time_limit() {
+    let folder = workspace();
+    let mut run = Ranks::new(folder.path(), &[&KEYS[..], &["ddp_timeout=2"]].concat());
+    run.absent = Some(1);
+    let said = run.run(2);
+    assert!(said[0].contains("rank 1") && said[0].contains("2s"), "{said:?}");
+}
