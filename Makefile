@@ -7,7 +7,7 @@
 TARGET := $${CARGO_TARGET_DIR:-target}
 # A Python with torch, diffusers and peft, for `make peers`.
 PYTHON ?= python3
-# Which model it steps: sd1, sdxl or z_image.
+# Which model it steps: sd1, sdxl, z_image, flux or sd3.
 MODEL ?= sd1
 
 help: ## List the targets
@@ -48,7 +48,7 @@ lint: setup ## Check format, lints and documentation, warnings as errors
 bench: setup ## Run the benches (criterion)
 	cargo bench --workspace --bench adapters --bench training --bench data --bench texts
 
-peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl or z_image others
+peers: setup ## Training steps beside diffusers + PEFT, as a table; PYTHON=… is one that has them, MODEL=sdxl, z_image, flux or sd3 others
 	cargo build --release --workspace --bin training_step
 	$(PYTHON) tools/bench/side_by_side.py "$(TARGET)/release/training_step" --model $(MODEL)
 

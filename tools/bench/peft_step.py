@@ -1,7 +1,7 @@
-"""Time and memory of PEFT training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
-`tools/programs/src/bin/training_step.rs`, with the same arguments:
+"""Time and memory of PEFT training steps on a network of Stable Diffusion 1.5's, XL's, Z-Image's, FLUX.1's or Stable Diffusion
+3.5 medium's size, the same work as `tools/programs/src/bin/training_step.rs`, with the same arguments:
 
-    python peft_step.py [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
+    python peft_step.py [model=sd1|sdxl|z_image|flux|sd3] [layers=N] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16] [checkpointing=0|1]
 
 Random weights, LoRA on q, k, v, out of all attentions, AdamW; in half precision as diffusers' own training script does it:
 base in half precision, LoRA in fp32, autocast, loss scaling for fp16. Versions as in ../golden/requirements.txt. The last
@@ -18,16 +18,19 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from steps import DEVICE as device
-from steps import DTYPES, arguments, frozen_unet, frozen_z_image
+from steps import DTYPES, TRANSFORMERS, arguments, frozen_transformer, frozen_unet
 
-given = arguments({"model": "sd1", "layers": "30", "pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
+given = arguments({"model": "sd1", "layers": "0", "pixels": "256", "rank": "8", "steps": "5", "batch": "1", "dtype": "fp32", "checkpointing": "0"})
 pixels, rank, steps, batch, checkpointing = (
     int(given[name]) for name in ("pixels", "rank", "steps", "batch", "checkpointing")
 )
 dtype = DTYPES[given["dtype"]]
-flow = given["model"] == "z_image"
-network = frozen_z_image(dtype, int(given["layers"])) if flow else frozen_unet(dtype, given["model"])
-inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), network)
+flow = given["model"] in TRANSFORMERS
+network = frozen_transformer(dtype, given["model"], int(given["layers"])) if flow else frozen_unet(dtype, given["model"])
+targets = ["to_q", "to_k", "to_v", "to_out.0"]
+if given["model"] in ("flux", "sd3"):
+    targets += ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
 trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
 for parameter in trained:
     parameter.data = parameter.data.float()
@@ -36,7 +39,12 @@ scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 side = pixels // 8
 latents = torch.randn(batch, 16 if flow else 4, side, side, device=device)
 added = None
-if flow:
+if given["model"] in ("flux", "sd3"):
+    # Rows that captions are filled up to.
+    rows, joint, pooled = 512 if given["model"] == "flux" else 77 + 256, network.config.joint_attention_dim, network.config.pooled_projection_dim
+    context = torch.randn(batch, rows, joint, device=device, dtype=dtype)
+    pooled = torch.randn(batch, pooled, device=device, dtype=dtype)
+elif flow:
     # A caption of 128 tokens for each picture.
     context = list(torch.randn(batch, 128, network.config.cap_feat_dim, device=device, dtype=dtype))
 else:
@@ -50,13 +58,30 @@ if checkpointing:
     network.enable_gradient_checkpointing()
 
 
+def velocity(noised):
+    """Noise less data at the middle noise level."""
+    level = torch.full((batch,), 0.5, device=device)
+    if given["model"] == "z_image":
+        answer = network(list(noised.unsqueeze(2)), level, context, return_dict=False)[0]
+        # It answers data less noise.
+        return -torch.stack(list(answer)).squeeze(2)
+    if given["model"] == "sd3":
+        return network(noised, context, pooled, level * 1000, return_dict=False)[0]
+    # Squares of 2 x 2 are its tokens.
+    tokens = noised.view(batch, 16, side // 2, 2, side // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 64)
+    places = torch.zeros(side // 2, side // 2, 3, device=device)
+    places[..., 1] += torch.arange(side // 2, device=device)[:, None]
+    places[..., 2] += torch.arange(side // 2, device=device)
+    text = torch.zeros(context.shape[1], 3, device=device)
+    answer = network(tokens, context, pooled, level, places.view(-1, 3), text, level, return_dict=False)[0]
+    return answer.view(batch, side // 2, side // 2, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, 16, side, side)
+
+
 def forward(noise):
     if flow:
-        noised = ((latents + noise) / 2).to(dtype).unsqueeze(2)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            answer = network(list(noised), torch.full((batch,), 0.5, device=device), context, return_dict=False)[0]
-        # It answers clean less noise.
-        return torch.nn.functional.mse_loss(torch.stack(list(answer)).squeeze(2).float(), latents - noise)
+            answer = velocity(((latents + noise) / 2).to(dtype))
+        return torch.nn.functional.mse_loss(answer.float(), noise - latents)
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         answer = network((latents + noise).to(dtype), timesteps, context, added_cond_kwargs=added).sample
     return torch.nn.functional.mse_loss(answer.float(), noise)
@@ -89,7 +114,8 @@ peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getru
 kept, weights = {}, {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 after_block = {}
 if flow:
-    blocks = {f"layers.{index}": layer for index, layer in enumerate(network.layers)}
+    lists = [name for name in ("layers", "transformer_blocks", "single_transformer_blocks") if hasattr(network, name)]
+    blocks = {f"{name}.{index}": layer for name in lists for index, layer in enumerate(getattr(network, name))}
 else:
     blocks = {f"{way}_blocks.{level}": network.get_submodule(f"{way}_blocks.{level}") for way in ("down", "up") for level in range(len(network.down_blocks))}
     blocks["mid_block"] = network.mid_block

@@ -1,7 +1,7 @@
 """The same training steps in ours and in diffusers + PEFT, in turn on this machine, as a Markdown table with ratios.
 
     cargo build --release --bin training_step
-    python side_by_side.py TARGET/release/training_step [--model sd1|sdxl|z_image] [--rounds 2] [--steps 6]
+    python side_by_side.py TARGET/release/training_step [--model sd1|sdxl|z_image|flux|sd3] [--rounds 2] [--steps 6]
 
 On a GPU the peak is what its allocator gave out, on the CPU the resident memory of the process; "kept" is what a forward pass
 leaves for the backward pass, "operations" those of both passes that do work, each a kernel or a few. Each row is a pair of the
@@ -20,7 +20,7 @@ import torch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("ours")
-parser.add_argument("--model", choices=["sd1", "sdxl", "z_image"], default="sd1")
+parser.add_argument("--model", choices=["sd1", "sdxl", "z_image", "flux", "sd3"], default="sd1")
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--steps", type=int, default=6)
 options = parser.parse_args()
@@ -32,9 +32,11 @@ if options.model == "sdxl":
     size = "pixels=1024 dtype=fp16" if CUDA else "pixels=512"
     forms = ["graphs=1", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"] if CUDA else ["", "storage=nf4"]
     GRID = [(size, forms), (f"{size} checkpointing=1", forms)]
-elif options.model == "z_image":
-    # On a CPU two layers of it beside those that read picture and caption apart, at their size.
-    size = "pixels=1024 dtype=bf16" if CUDA else "layers=2 pixels=256"
+elif options.model in ("z_image", "flux", "sd3"):
+    # On a CPU few layers at their size: of Z-Image beside those that read picture and caption apart, of FLUX.1 a double block
+    # and two single ones.
+    layers = {"z_image": 2, "flux": 1, "sd3": 4}[options.model]
+    size = "pixels=1024 dtype=bf16" if CUDA else f"layers={layers} pixels=256"
     forms = ["graphs=1", "graphs=1 storage=nf4", "storage=nf4 offload_base=1"] if CUDA else ["", "storage=nf4"]
     GRID = [(size, forms), (f"{size} checkpointing=1", forms)]
 elif CUDA:

@@ -1,11 +1,11 @@
-"""What the scripts of this folder that run a network share: their arguments, and a network of Stable Diffusion 1.5's, XL's or
-Z-Image's size. What they do with it is theirs.
+"""What the scripts of this folder that run a network share: their arguments, and a network of Stable Diffusion 1.5's, XL's,
+Z-Image's, FLUX.1's or Stable Diffusion 3.5 medium's size. What they do with it is theirs.
 """
 
 import sys
 
 import torch
-from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,9 +48,31 @@ def frozen_unet(dtype, model="sd1"):
     return unet.requires_grad_(False).to(dtype)
 
 
-def frozen_z_image(dtype, layers):
-    """The same, of so many layers."""
+def z_image(layers):
+    return ZImageTransformer2DModel(n_layers=layers or 30)
+
+
+def flux(layers):
+    """FLUX.1 dev's sizes are diffusers' defaults; twice as many single blocks as double ones."""
+    double = layers or 19
+    return FluxTransformer2DModel(num_layers=double, num_single_layers=2 * double, guidance_embeds=True)
+
+
+def sd3(layers):
+    blocks = layers or 24
+    return SD3Transformer2DModel(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=blocks, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(blocks // 2 + 1)),
+    )
+
+
+TRANSFORMERS = {"z_image": z_image, "flux": flux, "sd3": sd3}
+
+
+def frozen_transformer(dtype, model, layers):
+    """The same, of so many layers, as many as published where that is 0."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        network = ZImageTransformer2DModel(n_layers=layers)
+        network = TRANSFORMERS[model](layers)
     return network.requires_grad_(False).to(dtype)

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 FOLDER = Path(
     os.environ.get("GOLDEN_FOLDER", Path(__file__).resolve().parents[2] / "crates" / "lora-models" / "tests" / "golden")
 )
+# A small vocabulary of T5's kind (`make_t5_tokens.py`).
+T5 = Path(__file__).resolve().parents[2] / "crates" / "lora-data" / "tests" / "golden" / "t5"
 
 
 def kept(name, tensor):

@@ -16,7 +16,7 @@ import files
 import synthetic
 import training
 from make_transformers import flux2_velocity, targets
-from make_z_image import PROMPTS, STEPS, drawn_sigmas, filled, given
+from make_z_image import PROMPTS, drawn_sigmas, filled, given
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -70,24 +70,8 @@ def normalised(pipe, latents):
 
 def trajectory(texts):
     model = transformer()
-    parameters = training.inject(model, "transformer", targets(model), zero_up=True)
-    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-    latents, losses = given("input.train.latents", BATCH), []
-    for step, sigmas in enumerate(drawn_sigmas()):
-        noise, share = given(f"input.trajectory.{step}.noise", BATCH), sigmas.view(-1, 1, 1, 1)
-        answer = flux2_velocity(model, (1 - share) * latents + share * noise, sigmas, texts, None)
-        loss = (answer - (noise - latents)).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        if step == 0:
-            first = {f"gradient.{name}": parameter.grad.clone() for name, parameter in parameters.items()}
-        optimiser.step()
-        losses.append(loss.detach().double())
-    print(f"  losses {losses[0]:.6f} to {losses[-1]:.6f}, {STEPS} steps, {len(parameters)} factors")
-    final = {f"trajectory.final.{name}": parameter.detach() for name, parameter in parameters.items()}
-    # Of factors that are zero at first the others have no gradient.
-    moved = {name: gradient for name, gradient in first.items() if gradient.abs().max() > 0}
-    return {"trajectory.sigmas": drawn_sigmas(), "trajectory.losses": torch.stack(losses)} | final | moved
+    answer = lambda model, latents, sigmas: flux2_velocity(model, latents, sigmas, texts, None)
+    return training.flow_trajectory(model, targets(model), answer, BATCH, drawn_sigmas())
 
 
 def main():

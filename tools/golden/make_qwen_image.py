@@ -21,7 +21,7 @@ import files
 import synthetic
 import training
 from make_transformers import pack, targets, unpack
-from make_z_image import PROMPTS, STEPS, drawn_sigmas, filled, given
+from make_z_image import PROMPTS, drawn_sigmas, filled, given
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -82,26 +82,9 @@ def velocity(model, latents, sigmas, context):
 
 
 def trajectory():
-    model = transformer()
-    parameters = training.inject(model, "transformer", targets(model), zero_up=True)
-    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-    latents, context = given("input.train.latents", BATCH), given("input.train.context", (2, max(LENGTHS), CAPTION))
-    losses = []
-    for step, sigmas in enumerate(drawn_sigmas()):
-        noise, share = given(f"input.trajectory.{step}.noise", BATCH), sigmas.view(-1, 1, 1, 1)
-        answer = velocity(model, (1 - share) * latents + share * noise, sigmas, context)
-        loss = (answer - (noise - latents)).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        if step == 0:
-            # Factors beside those that are zero have no gradient yet, and some layers of the last block never get one.
-            first = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-        optimiser.step()
-        losses.append(loss.detach().double())
-    print(f"  losses {losses[0]:.6f} to {losses[-1]:.6f}, {STEPS} steps, {len(parameters)} factors")
-    made = {"trajectory.sigmas": drawn_sigmas(), "trajectory.losses": torch.stack(losses)}
-    made |= {f"trajectory.final.{name}": parameter.detach() for name, parameter in parameters.items()}
-    return made | {f"gradient.{name}": gradient for name, gradient in first.items() if gradient.abs().max() > 0}
+    model, context = transformer(), given("input.train.context", (2, max(LENGTHS), CAPTION))
+    answer = lambda model, latents, sigmas: velocity(model, latents, sigmas, context)
+    return training.flow_trajectory(model, targets(model), answer, BATCH, drawn_sigmas())
 
 
 def main():

@@ -18,7 +18,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import T5TokenizerFast
 
-GOLDEN = Path(__file__).resolve().parents[2] / "crates" / "lora-data" / "tests" / "golden" / "t5"
+import files
 
 SUBJECTS = ["a cat", "a dog", "two birds", "an old sailor", "the red boat", "a glass teapot", "mountains", "a robot"]
 STYLES = ["a photo of", "a painting of", "a watercolour sketch of", "a detailed render of", "a pencil drawing of"]
@@ -54,21 +54,21 @@ def main():
         eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", character_coverage=1.0,
         hard_vocab_limit=False, normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
     )
-    GOLDEN.mkdir(parents=True, exist_ok=True)
-    (GOLDEN / "spiece.model").write_bytes(model.getvalue())
-    tiny = T5TokenizerFast.from_pretrained(GOLDEN, model_max_length=512)
-    tiny.save_pretrained(GOLDEN)
+    files.T5.mkdir(parents=True, exist_ok=True)
+    (files.T5 / "spiece.model").write_bytes(model.getvalue())
+    tiny = T5TokenizerFast.from_pretrained(files.T5, model_max_length=512)
+    tiny.save_pretrained(files.T5)
     for name in ("spiece.model", "special_tokens_map.json", "added_tokens.json"):
-        if (GOLDEN / name).exists():
-            os.remove(GOLDEN / name)
+        if (files.T5 / name).exists():
+            os.remove(files.T5 / name)
     config = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "tokenizer_class": "T5Tokenizer"}
-    (GOLDEN / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (files.T5 / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     made = {"tiny": tiny}
     if len(sys.argv) > 1:
         made["published"] = T5TokenizerFast.from_pretrained(sys.argv[1])
     rows = {name: [{"text": text, "ids": tokenizer(text)["input_ids"]} for text in TEXTS] for name, tokenizer in made.items()}
-    (GOLDEN / "tokens.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
-    (GOLDEN / "tokens.json").chmod(0o644)
+    (files.T5 / "tokens.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    (files.T5 / "tokens.json").chmod(0o644)
     print({name: len(own) for name, own in rows.items()})
 
 

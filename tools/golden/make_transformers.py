@@ -123,12 +123,17 @@ def anima():
         in_channels=17, out_channels=16, num_layers=2, attention_head_dim=32, num_attention_heads=2, text_embed_dim=48,
         adaln_lora_dim=24, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None, concat_padding_mask=False,
     )
-    model = CosmosTransformer3DModel(**sizes)
+    return with_published_norms(CosmosTransformer3DModel(**sizes)), anima_velocity, (48, 0)
+
+
+def with_published_norms(model):
+    """Norms of queries and keys as the model was trained: NVIDIA's code (cosmos-predict2 at 0662ee2,
+    cosmos_predict2/models/text2image_dit.py), ComfyUI (06a5766, comfy/ldm/cosmos/predict2.py) and sd-scripts (063ef10,
+    library/anima_models.py) add 1e-6 under their root; diffusers has 1e-5, its attention's default."""
     for block in model.transformer_blocks:
         for attention in (block.attn1, block.attn2):
-            # NVIDIA's code, ComfyUI and sd-scripts add this; diffusers has 1e-5, its attention's default.
             attention.norm_q.eps = attention.norm_k.eps = 1e-6
-    return model, anima_velocity, (48, 0)
+    return model
 
 
 def sd3(**other):

@@ -101,3 +101,27 @@ def loss(unet, texts, latents, noise, timesteps, min_snr_gamma=None):
 def latents():
     """The latents of both training goldens."""
     return given("input.train.latents", BATCH)
+
+
+def flow_trajectory(model, targets, velocity, batch, sigmas):
+    """Steps of AdamW on a transformer that answers with velocities, from a LoRA on `targets` whose `up` is zero: `sigmas`, those of
+    each step's items, losses, the first step's gradients and the factors in the end. `velocity` is of the model, noised latents and
+    sigmas."""
+    parameters = inject(model, "transformer", targets, zero_up=True)
+    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    latents, losses = given("input.train.latents", batch), []
+    for step, levels in enumerate(sigmas):
+        noise, share = given(f"input.trajectory.{step}.noise", batch), levels.view(-1, 1, 1, 1)
+        answer = velocity(model, (1 - share) * latents + share * noise, levels)
+        loss = (answer - (noise - latents)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        if step == 0:
+            # Factors beside those that are zero have no gradient yet, and some layers of the last block never get one.
+            read = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+            first = {f"gradient.{name}": own.clone() for name, own in read.items() if own.abs().max() > 0}
+        optimiser.step()
+        losses.append(loss.detach().double())
+    print(f"  losses {losses[0]:.6f} to {losses[-1]:.6f}, {len(losses)} steps, {len(parameters)} factors")
+    final = {f"trajectory.final.{name}": parameter.detach() for name, parameter in parameters.items()}
+    return {"trajectory.sigmas": sigmas, "trajectory.losses": torch.stack(losses)} | final | first

@@ -149,7 +149,7 @@ fn parts_of_chroma_and_anima_go_where_their_bases_read_them() {
     let anima = "network_module = \"networks.lora_anima\"\nqwen3 = \"qwen\"\nvae = \"vae.safetensors\"\nt5_tokenizer_path = \"t5\"\n";
     let own = config(&of(Format::Toml, &format!("{base}\n{anima}")));
     assert_has(&own, json!({ "text_encoder": "qwen", "t5_tokenizer": "t5", "vae": "vae.safetensors" }));
-    assert!(own.get("timestep_sampling").is_none(), "sigmoid is the usual of both");
+    assert_has(&own, json!({ "timestep_sampling": "sigmoid" }));
 }
 
 /// Block 1 + 3i + j of 25 is `down_blocks.i`'s j-th, 12 the middle, 13 + 3i + j `up_blocks.i`'s.

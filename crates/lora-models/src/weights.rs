@@ -169,6 +169,11 @@ impl<'s> Weights<'s> {
         Self { held, ..self.clone() }
     }
 
+    /// Whether weights are trained.
+    pub(crate) fn is_trained(&self) -> bool {
+        matches!(self.held, Held::Trained(_))
+    }
+
     /// Whether frozen layers live in host memory.
     pub(crate) fn in_host(&self) -> bool {
         matches!(&self.held, Held::Frozen(Frozen { staging: Some(_), .. }))
@@ -253,6 +258,29 @@ impl<'s> Weights<'s> {
     /// [`Error::MissingWeight`] where there is none of this name, [`Error::WeightShape`] where it has another shape;
     /// out of memory.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let path = self.checked(name, shape)?;
+        let Held::Trained(list) = &self.held else { return self.source.load(&path, shape, self.kind, self.device) };
+        let leaf = self.source.load(&path, shape, Kind::Float, self.device)?.f_set_requires_grad(true)?;
+        list.add(path, &leaf);
+        Ok(leaf)
+    }
+
+    /// A frozen weight of this scope, of which a device is given parts, in host memory and the compute dtype. In a dry run it has
+    /// the shape and one number.
+    ///
+    /// # Errors
+    /// As of [`Self::tensor`].
+    pub(crate) fn in_host_memory(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let path = self.checked(name, shape)?;
+        if !dry::is_dry(self.device) {
+            return self.source.load(&path, shape, self.kind, Device::Cpu);
+        }
+        let shape: Vec<i64> = shape.iter().map(|&side| side as i64).collect();
+        Ok(Tensor::f_zeros([1], (self.kind, Device::Cpu))?.f_expand(shape, false)?)
+    }
+
+    /// The path of a weight that the source has, of this shape where it says one.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<String> {
         let path = self.path(name);
         if !self.source.contains(&path) {
             return Err(Error::MissingWeight { source_name: self.source.name(), name: path });
@@ -267,10 +295,7 @@ impl<'s> Weights<'s> {
                 found,
             });
         }
-        let Held::Trained(list) = &self.held else { return self.source.load(&path, shape, self.kind, self.device) };
-        let leaf = self.source.load(&path, shape, Kind::Float, self.device)?.f_set_requires_grad(true)?;
-        list.add(path, &leaf);
-        Ok(leaf)
+        Ok(path)
     }
 
     fn refused(&self, name: &str, error: lora_torch::Error) -> Error {

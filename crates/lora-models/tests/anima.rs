@@ -1,13 +1,16 @@
 //! Anima's transformer against diffusers and PEFT, and its text conditioner against diffusers, on tiny models
-//! (`tools/golden/make_transformers.py`). Its autoencoder is Qwen-Image's.
+//! (`tools/golden/make_transformers.py`). Its autoencoder is Qwen-Image's, and held against what diffusers makes of that.
 
 mod common;
 
-use common::flow::{CONTEXT, Call, matches};
-use common::{CPU, distance, given, tensor, transformers};
+use common::flow::{CONTEXT, Call, latents_match, matches};
+use common::{CPU, distance, given, tensor, transformers, whole};
+use lora_core::DType;
+use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
-use lora_models::networks::{Cosmos, CosmosConditions, CosmosConfig, TextConditioner, TextConditionerConfig};
-use lora_models::weights::{SyntheticWeights, Weights};
+use lora_models::networks::{Cosmos, CosmosConditions, CosmosConfig, TextConditioner, TextConditionerConfig, load_vae};
+use lora_models::synthetic::SyntheticAnima;
+use lora_models::weights::{Held, SyntheticWeights, Weights};
 use lora_torch::tch::{Kind, Tensor, no_grad};
 
 fn velocity(network: &Cosmos, call: &Call, pass: &Pass) -> Tensor {
@@ -30,6 +33,14 @@ fn velocities_and_gradients_match_diffusers_and_peft() {
     let weights = SyntheticWeights::new("transformer");
     let network = Cosmos::new(&Weights::new(&weights, Kind::Float, CPU), config).unwrap();
     matches("anima", network, false, &["re:transformer_blocks\\..*(attn|ff).*"], velocity);
+}
+
+#[test]
+fn latents_are_those_of_diffusers() {
+    let folder = tempfile::tempdir().unwrap();
+    SyntheticAnima::tiny().write(folder.path(), DType::F32).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    latents_match(&whole("qwen_image"), &load_vae(&checkpoint, Kind::Float, CPU, Held::default()).unwrap());
 }
 
 #[test]

@@ -2,12 +2,13 @@
 
 mod common;
 
-use common::flow::{CONTEXT, Call, POOLED, matches};
-use common::{CPU, distance};
-use lora_core::Component;
+use common::flow::{CONTEXT, Call, POOLED, latents_match, matches};
+use common::{CPU, distance, whole};
+use lora_core::{Component, DType};
 use lora_io::checkpoint::Checkpoint;
 use lora_models::layers::Pass;
-use lora_models::networks::{ApproximatorConfig, Flux, FluxConditioning, FluxConditions, FluxConfig};
+use lora_models::networks::{ApproximatorConfig, Flux, FluxConditioning, FluxConditions, FluxConfig, load_vae};
+use lora_models::synthetic::SyntheticChroma;
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights, synthetic_uniform};
 use lora_torch::tch::{Kind, Tensor, no_grad};
 
@@ -54,6 +55,15 @@ const CHROMA: FluxConditioning =
 #[test]
 fn velocities_and_gradients_of_chroma_match_diffusers_and_peft() {
     matches("chroma", network(CHROMA), false, TARGETS, velocity);
+}
+
+/// Its autoencoder is FLUX.1's, as Z-Image's is.
+#[test]
+fn latents_of_chroma_are_those_of_diffusers() {
+    let folder = tempfile::tempdir().unwrap();
+    SyntheticChroma::tiny().write(folder.path(), DType::F32).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    latents_match(&whole("z_image"), &load_vae(&checkpoint, Kind::Float, CPU, Held::default()).unwrap());
 }
 
 /// What stands behind a caption's end changes nothing: the second item has as much of it as the first has text.

@@ -1,20 +1,24 @@
-//! Anima: whole runs on a tiny model of its kind, and memory at the published sizes. The numbers of its networks are held by
-//! lora-models' test of the same name.
+//! Anima: whole runs on a tiny model of its kind, twenty steps against PyTorch, diffusers and PEFT, and memory at the published
+//! sizes. The numbers of its networks are held by lora-models' test of the same name, those of captions and samples beside the base.
 
 mod common;
 
 use lora_core::DType;
 use lora_io::family::anima;
 use lora_io::safetensors::SafetensorsFile;
+use lora_models::layers::Pass;
+use lora_models::networks::{Cosmos, CosmosConditions};
 use lora_models::synthetic::SyntheticAnima;
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::tch::{Device, Kind};
 
 use common::flow::{
-    QWEN, add_tokenizer, base, every_way_trains, goes_on_from_its_own_file, is_refused, planned, single_files,
-    whole_run,
+    QWEN, T5, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, planned,
+    single_files, whole_run,
 };
 use common::losses;
 
-const T5: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/anima/expected.safetensors");
 
 /// Pictures, and a base of Anima's kind in a diffusers folder.
 fn workspace() -> tempfile::TempDir {
@@ -22,6 +26,20 @@ fn workspace() -> tempfile::TempDir {
     let folder = common::flow::workspace(write, QWEN, "tokenizer");
     add_tokenizer(&base(folder.path()), T5, "t5_tokenizer");
     folder
+}
+
+#[test]
+fn twenty_steps_are_those_of_pytorch() {
+    let golden = SafetensorsFile::open(GOLDEN).unwrap();
+    let weights = SyntheticWeights::new("transformer");
+    let config = SyntheticAnima::tiny().transformer;
+    let network = Cosmos::new(&Weights::new(&weights, Kind::Float, Device::Cpu), config).unwrap();
+    let (context, levels) = (given("input.train.context", &[2, 12, 32]), common::flow::levels(&golden));
+    let run = Trajectory { golden: &golden, last: "trajectory.final", latents: [2, 16, 8, 8], levels: &levels };
+    let trained = run.is_followed(network, |network, noised, sigmas| {
+        Ok(network.forward(noised, &CosmosConditions { sigmas, context: &context }, &Pass::default())?)
+    });
+    assert_eq!(trained, 20);
 }
 
 #[test]

@@ -1,24 +1,47 @@
-//! Chroma: whole runs on a tiny model of its kind, captions of other lengths, and memory at the published sizes. The numbers of
-//! its networks are held by lora-models' tests `flux` and `t5`.
+//! Chroma: whole runs on a tiny model of its kind, captions of other lengths, twenty steps against PyTorch, diffusers and PEFT, and
+//! memory at the published sizes. The numbers of its networks are held by lora-models' tests `flux` and `t5`, those of captions and
+//! samples beside the base.
 
 mod common;
 
 use lora_core::DType;
 use lora_io::family::chroma;
 use lora_io::safetensors::SafetensorsFile;
+use lora_models::layers::Pass;
+use lora_models::networks::{Flux, FluxConditions};
 use lora_models::synthetic::SyntheticChroma;
+use lora_models::weights::{SyntheticWeights, Weights};
+use lora_torch::tch::{Device, Kind, Tensor};
 
 use common::flow::{
-    add_tokenizer, base, every_way_trains, goes_on_from_its_own_file, is_refused, single_files, whole_run,
+    T5, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, single_files,
+    whole_run,
 };
 use common::losses;
 
-const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/chroma/expected.safetensors");
 
 /// Pictures, and a base of Chroma's kind in a diffusers folder.
 fn workspace() -> tempfile::TempDir {
     let write = |folder: &std::path::Path| SyntheticChroma::tiny().write(folder, DType::F32).unwrap();
-    common::flow::workspace(write, TOKENIZER, "tokenizer")
+    common::flow::workspace(write, T5, "tokenizer")
+}
+
+#[test]
+fn twenty_steps_are_those_of_pytorch() {
+    let golden = SafetensorsFile::open(GOLDEN).unwrap();
+    let weights = SyntheticWeights::new("transformer");
+    let config = SyntheticChroma::tiny().transformer;
+    let network = Flux::new(&Weights::new(&weights, Kind::Float, Device::Cpu), config).unwrap();
+    let (context, lengths) = (given("input.train.context", &[2, 12, 48]), Tensor::from_slice(&[12i64, 9]));
+    let levels = common::flow::levels(&golden);
+    let run = Trajectory { golden: &golden, last: "trajectory.final", latents: [2, 16, 8, 8], levels: &levels };
+    let trained = run.is_followed(network, |network, noised, sigmas| {
+        let (context, lengths) = (&context, Some(&lengths));
+        let conditions = FluxConditions { sigmas, context, pooled: None, guidance: None, lengths };
+        Ok(network.forward(noised, &conditions, &Pass::default())?)
+    });
+    assert_eq!(trained, 34);
 }
 
 #[test]
@@ -80,7 +103,7 @@ fn a_run_goes_on_from_its_own_file() {
 fn the_published_model_fits_small_cards() {
     let (folder, workspace) = (tempfile::tempdir().unwrap(), workspace());
     SyntheticChroma::full().write_headers(folder.path()).unwrap();
-    add_tokenizer(folder.path(), TOKENIZER, "tokenizer");
+    add_tokenizer(folder.path(), T5, "tokenizer");
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
     for (side, keys, most) in
         [(512, &[][..], 6.9), (512, &[offload, tiles], 3.0), (1024, &[tiles], 8.5), (1024, &[offload, tiles], 3.8)]

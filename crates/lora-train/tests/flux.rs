@@ -13,18 +13,17 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use common::flow::{
-    Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, single_files,
+    T5, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, single_files,
     whole_run,
 };
 use common::losses;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/transformers");
-const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
 
 /// Pictures, and a base of FLUX.1's kind in a diffusers folder.
 fn workspace() -> tempfile::TempDir {
     let write = |folder: &std::path::Path| SyntheticFlux::tiny().write(folder, DType::F32).unwrap();
-    common::flow::workspace(write, TOKENIZER, "tokenizer_2")
+    common::flow::workspace(write, T5, "tokenizer_2")
 }
 
 #[test]
@@ -99,7 +98,7 @@ fn a_run_goes_on_from_its_own_file() {
 fn the_published_model_fits_small_cards() {
     let (folder, workspace) = (tempfile::tempdir().unwrap(), workspace());
     SyntheticFlux::full().write_headers(folder.path()).unwrap();
-    add_tokenizer(folder.path(), TOKENIZER, "tokenizer_2");
+    add_tokenizer(folder.path(), T5, "tokenizer_2");
     let (eight_bits, in_host) = ("optimizer=adamw8bit", "cpu_offload_checkpointing=true");
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
     for (side, keys, most) in [

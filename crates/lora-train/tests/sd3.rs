@@ -9,16 +9,14 @@ use lora_io::safetensors::SafetensorsFile;
 use lora_models::synthetic::SyntheticSd3;
 
 use common::flow::{
-    add_tokenizer, base, every_way_trains, goes_on_from_its_own_file, is_refused, single_files, whole_run,
+    T5, add_tokenizer, base, every_way_trains, goes_on_from_its_own_file, is_refused, single_files, whole_run,
 };
 use common::losses;
-
-const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
 
 /// Pictures, and a base of Stable Diffusion 3.5's kind in a diffusers folder.
 fn workspace() -> tempfile::TempDir {
     let write = |folder: &std::path::Path| SyntheticSd3::tiny().write(folder, DType::F32).unwrap();
-    common::flow::workspace(write, TOKENIZER, "tokenizer_3")
+    common::flow::workspace(write, T5, "tokenizer_3")
 }
 
 #[test]
@@ -44,7 +42,7 @@ fn a_file_says_which_of_the_published_models_it_was_made_for() {
             model.transformer.dual_blocks = dual_blocks;
             model.write(folder, DType::F32).unwrap();
         };
-        let folder = common::flow::workspace(write, TOKENIZER, "tokenizer_3");
+        let folder = common::flow::workspace(write, T5, "tokenizer_3");
         let mut session = common::prepare(folder.path(), &["max_sequence_length=24"]);
         let file = SafetensorsFile::open(session.save("lora").unwrap()).unwrap();
         let said = |key: &str| file.metadata().get(key).map(String::as_str);
@@ -98,7 +96,7 @@ fn files_of_every_layout_are_the_same_base() {
 fn the_published_model_fits_small_cards() {
     let (folder, workspace) = (tempfile::tempdir().unwrap(), workspace());
     SyntheticSd3::full().write_headers(folder.path()).unwrap();
-    add_tokenizer(folder.path(), TOKENIZER, "tokenizer_3");
+    add_tokenizer(folder.path(), T5, "tokenizer_3");
     for (side, keys, most) in
         [(512, &[][..], 3.0), (1024, &["vae_tiling=true"], 3.1), (1024, &["vae_tiling=true", "offload_base=true"], 2.9)]
     {

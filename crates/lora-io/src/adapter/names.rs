@@ -9,6 +9,7 @@
 //! | diffusers | `unet.` + path | `transformer.` + path | `text_encoder.`, `text_encoder_2.` | |
 //! | Anima's text conditioner: kohya, ComfyUI, diffusers | | `lora_unet_llm_adapter_`, `diffusion_model.llm_adapter.`, `text_conditioner.` | | |
 //! | PEFT | `base_model.model.` + path | the same | the same | the same |
+//! | none | path | path | | |
 //! | ComfyUI's generic | `diffusion_model.` + original path | the same | | |
 //!
 //! Layers of transformers that are one in the original tree are taken apart and put together in `adapter::canonical`.
@@ -147,6 +148,10 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
     ];
     if name == "model.norm" || causal.iter().any(|start| name.starts_with(start)) {
         return ModulePath::new(Component::LANGUAGE_MODEL, name);
+    }
+    // Without what says where they belong, as ComfyUI reads them for Qwen-Image and Z-Image.
+    if is_transformer(name) {
+        return ModulePath::new(Component::TRANSFORMER, name);
     }
     ModulePath::new(Component::MODEL, name)
 }

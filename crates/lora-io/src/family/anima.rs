@@ -7,9 +7,8 @@ use lora_core::Component;
 use super::adapter::Signs;
 use super::sd3::{LACKING, TRANSFORMER};
 use super::tree::anima::{ANIMA, Conditioner, WORDS};
-use super::tree::qwen_image::WanVae;
 use super::tree::{Canonical, Depths, LanguageEncoder};
-use super::{ComponentNames, Family, KohyaNames, Labels, Names, sd3};
+use super::{ComponentNames, Family, KohyaNames, Labels, Names, qwen_image, sd3};
 
 /// What makes of a caption's states and T5's tokens the states that the transformer reads.
 pub const TEXT_CONDITIONER: Component = Component::constant("text_conditioner");
@@ -34,12 +33,7 @@ pub static FAMILY: Family = Family {
             single_file: Some(Names { place: "text_encoders.qwen3_06b.transformer.", tree: &LanguageEncoder }),
             ..LACKING
         },
-        ComponentNames {
-            component: Component::VAE,
-            folder: Some(Names { place: "vae", tree: &Canonical }),
-            single_file: Some(Names { place: "vae.", tree: &WanVae }),
-            ..LACKING
-        },
+        qwen_image::VAE,
         ComponentNames {
             single_file: Some(Names { place: "", tree: &ANIMA }),
             kohya: Some(KohyaNames { prefix: "lora_unet", tree: Some((&ANIMA, DEPTHS)) }),

@@ -23,12 +23,7 @@ pub static FAMILY: Family = Family {
             single_file: Some(Names { place: "text_encoders.qwen25_7b.transformer.", tree: &LanguageEncoder }),
             ..LACKING
         },
-        ComponentNames {
-            component: Component::VAE,
-            folder: Some(Names { place: "vae", tree: &Canonical }),
-            single_file: Some(Names { place: "vae.", tree: &WanVae }),
-            ..LACKING
-        },
+        VAE,
         ComponentNames {
             single_file: Some(Names { place: "", tree: &QWEN_IMAGE }),
             kohya: Some(KohyaNames { prefix: "lora_unet", tree: None }),
@@ -55,4 +50,12 @@ pub static FAMILY: Family = Family {
     }),
     layers: Vec::new,
     block_factors: None,
+};
+
+/// Wan's autoencoder.
+pub(super) const VAE: ComponentNames = ComponentNames {
+    component: Component::VAE,
+    folder: Some(Names { place: "vae", tree: &Canonical }),
+    single_file: Some(Names { place: "vae.", tree: &WanVae }),
+    ..LACKING
 };

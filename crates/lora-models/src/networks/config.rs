@@ -37,6 +37,44 @@ pub(super) fn reals<const COUNT: usize>(component: &ComponentWeights, key: &str)
     })
 }
 
+/// How many heads of `head` numbers a state of `width` is, where positions turn numbers in groups of `together`.
+pub(super) fn heads(component: &ComponentWeights, width: usize, head: usize, together: usize) -> Result<usize> {
+    if head == 0 || !width.is_multiple_of(head) || !head.is_multiple_of(together) {
+        return Err(wrong(component, format!("width {width} does not divide into heads of {head}")));
+    }
+    Ok(width / head)
+}
+
+/// Numbers of a head that are turned by each axis of a position: as the config says, and without one as published.
+pub(super) fn axes<const COUNT: usize>(
+    component: &ComponentWeights,
+    head: usize,
+    published: [usize; COUNT],
+) -> Result<Vec<usize>> {
+    let axes = numbers(component, "axes_dims_rope")?.unwrap_or_else(|| published.to_vec());
+    if axes.len() != COUNT || axes.iter().sum::<usize>() != head {
+        return Err(wrong(component, format!("axes {axes:?} of positions for heads of {head}")));
+    }
+    Ok(axes)
+}
+
+/// How many blocks of a list there are, each with the weight `end`.
+pub(super) fn blocks(component: &ComponentWeights, list: &str, end: &str) -> usize {
+    (0..).take_while(|index| component.contains(&format!("{list}.{index}.{end}"))).count()
+}
+
+/// Channels of the latents, of the numbers of a token of 2 × 2 that a transformer reads and of those that it answers with.
+pub(super) fn channels(component: &ComponentWeights, inputs: usize, outputs: usize) -> Result<usize> {
+    if inputs == outputs && inputs.is_multiple_of(4) {
+        return Ok(inputs / 4);
+    }
+    let reason = format!(
+        "transformer that takes {inputs} numbers a token and gives {outputs}; expected as many, four a channel (more is a model \
+         that is told a second picture, which cannot be trained here)"
+    );
+    Err(wrong(component, reason))
+}
+
 fn above_zero(value: &Value) -> Option<usize> {
     value.as_u64().and_then(|number| usize::try_from(number).ok()).filter(|&number| number > 0)
 }

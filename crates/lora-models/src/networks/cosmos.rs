@@ -45,6 +45,8 @@ const THETA: f64 = 10_000.0;
 const EPSILON: f64 = 1e-6;
 /// Numbers of a token by its side.
 const PATCH: i64 = 2;
+/// Numbers of a head at least: in fewer an axis has no two frequencies.
+const LEAST_HEAD: usize = 12;
 
 const NAMES: AttentionNames =
     AttentionNames { layers: ["to_q", "to_k", "to_v", "to_out.0"], norms: ["norm_q", "norm_k"] };
@@ -59,7 +61,6 @@ impl CosmosConfig {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let block = |index: &usize| component.contains(&format!("transformer_blocks.{index}.attn1.to_q.weight"));
         let width = dimension(component, "patch_embed.proj.weight", 0)?;
         let inputs = dimension(component, "patch_embed.proj.weight", 1)?;
         let outputs = dimension(component, "proj_out.weight", 0)?;
@@ -68,9 +69,8 @@ impl CosmosConfig {
             let reason = format!("{inputs} numbers a token and {outputs} in its answers; expected 4 fewer, of a mask");
             return Err(config::wrong(component, reason));
         }
-        // Below 12 an axis has no two frequencies.
-        if head < 12 || !width.is_multiple_of(head) || !head.is_multiple_of(2) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
+        if head < LEAST_HEAD {
+            return Err(config::wrong(component, format!("heads of {head}; expected {LEAST_HEAD} numbers or more")));
         }
         let rope_scale = config::reals(component, "rope_scale")?.unwrap_or(Self::ROPE_SCALE);
         if !rope_scale.iter().all(|scale| scale.is_finite() && *scale > 0.0) {
@@ -79,11 +79,11 @@ impl CosmosConfig {
         Ok(Self {
             latent_channels: outputs / 4,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 2)?,
             inner: dimension(component, "transformer_blocks.0.ff.net.0.proj.weight", 0)?,
             context: dimension(component, "transformer_blocks.0.attn2.to_k.weight", 1)?,
             modulation: dimension(component, "transformer_blocks.0.norm1.linear_1.weight", 0)?,
-            blocks: (0..).take_while(block).count(),
+            blocks: config::blocks(component, "transformer_blocks", "attn1.to_q.weight"),
             rope_scale,
         })
     }

@@ -65,34 +65,14 @@ impl FluxConfig {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let count = |blocks: &str, end: &str| {
-            (0..).take_while(|&index| component.contains(&format!("{blocks}.{index}.{end}"))).count()
-        };
         let width = dimension(component, "x_embedder.weight", 0)?;
         let inputs = dimension(component, "x_embedder.weight", 1)?;
         let outputs = dimension(component, "proj_out.weight", 0)?;
         let head = dimension(component, "single_transformer_blocks.0.attn.norm_q.weight", 0)?;
-        if inputs != outputs || !inputs.is_multiple_of(4) {
-            let reason = format!(
-                "transformer that takes {inputs} numbers a token and gives {outputs}; expected as many, four a channel (more is \
-                 a model that is told a second picture, which cannot be trained here)"
-            );
-            return Err(config::wrong(component, reason));
-        }
-        if head == 0 || !width.is_multiple_of(head) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
-        }
-        let axes = match config::numbers(component, "axes_dims_rope")? {
-            Some(axes) => axes,
-            None => vec![head / 8, 7 * head / 16, 7 * head / 16],
-        };
-        if axes.len() != 3 || axes.iter().sum::<usize>() != head {
-            return Err(config::wrong(component, format!("axes {axes:?} of positions for heads of {head}")));
-        }
         Ok(Self {
-            latent_channels: inputs / 4,
+            latent_channels: config::channels(component, inputs, outputs)?,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 1)?,
             inner: dimension(component, "single_transformer_blocks.0.proj_mlp.weight", 0)?,
             context: dimension(component, "context_embedder.weight", 1)?,
             conditioning: match ApproximatorConfig::detect(component)? {
@@ -102,9 +82,9 @@ impl FluxConfig {
                     guidance: component.contains(GUIDANCE),
                 },
             },
-            double_blocks: count("transformer_blocks", "attn.to_q.weight"),
-            single_blocks: count("single_transformer_blocks", "attn.to_q.weight"),
-            axes,
+            double_blocks: config::blocks(component, "transformer_blocks", "attn.to_q.weight"),
+            single_blocks: config::blocks(component, "single_transformer_blocks", "attn.to_q.weight"),
+            axes: config::axes(component, head, [head / 8, 7 * head / 16, 7 * head / 16])?,
         })
     }
 

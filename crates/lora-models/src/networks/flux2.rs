@@ -50,35 +50,20 @@ impl Flux2Config {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let count = |blocks: &str, end: &str| {
-            (0..).take_while(|&index| component.contains(&format!("{blocks}.{index}.{end}"))).count()
-        };
         let width = dimension(component, "x_embedder.weight", 0)?;
         let inputs = dimension(component, "x_embedder.weight", 1)?;
         let head = dimension(component, "single_transformer_blocks.0.attn.norm_q.weight", 0)?;
-        if inputs != dimension(component, "proj_out.weight", 0)? || !inputs.is_multiple_of(4) {
-            return Err(config::wrong(component, format!("{inputs} numbers a token, and other ones in its answers")));
-        }
-        if head == 0 || !width.is_multiple_of(head) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
-        }
-        let axes = match config::numbers(component, "axes_dims_rope")? {
-            Some(axes) => axes,
-            None => vec![head / 4; 4],
-        };
-        if axes.len() != 4 || axes.iter().sum::<usize>() != head {
-            return Err(config::wrong(component, format!("axes {axes:?} of positions for heads of {head}")));
-        }
+        let outputs = dimension(component, "proj_out.weight", 0)?;
         Ok(Self {
-            latent_channels: inputs / 4,
+            latent_channels: config::channels(component, inputs, outputs)?,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 1)?,
             inner: dimension(component, "single_transformer_blocks.0.attn.to_out.weight", 1)?.saturating_sub(width),
             context: dimension(component, "context_embedder.weight", 1)?,
-            double_blocks: count("transformer_blocks", "attn.to_q.weight"),
-            single_blocks: count("single_transformer_blocks", "attn.to_qkv_mlp_proj.weight"),
+            double_blocks: config::blocks(component, "transformer_blocks", "attn.to_q.weight"),
+            single_blocks: config::blocks(component, "single_transformer_blocks", "attn.to_qkv_mlp_proj.weight"),
             guidance: component.contains(GUIDANCE),
-            axes,
+            axes: config::axes(component, head, [head / 4; 4])?,
         })
     }
 

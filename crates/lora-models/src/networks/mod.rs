@@ -13,6 +13,7 @@ mod flux;
 mod flux2;
 mod joint;
 mod load;
+mod position_table;
 mod qwen_image;
 mod sd3;
 mod t5;

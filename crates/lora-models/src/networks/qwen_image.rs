@@ -48,31 +48,18 @@ impl QwenImageConfig {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let block = |index: &usize| component.contains(&format!("transformer_blocks.{index}.attn.to_q.weight"));
         let width = dimension(component, "img_in.weight", 0)?;
         let inputs = dimension(component, "img_in.weight", 1)?;
         let head = dimension(component, "transformer_blocks.0.attn.norm_q.weight", 0)?;
-        if inputs != dimension(component, "proj_out.weight", 0)? || !inputs.is_multiple_of(4) {
-            return Err(config::wrong(component, format!("{inputs} numbers a token, and other ones in its answers")));
-        }
-        if head == 0 || !width.is_multiple_of(head) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
-        }
-        let axes = match config::numbers(component, "axes_dims_rope")? {
-            Some(axes) => axes,
-            None => vec![head / 8, 7 * head / 16, 7 * head / 16],
-        };
-        if axes.len() != 3 || axes.iter().sum::<usize>() != head {
-            return Err(config::wrong(component, format!("axes {axes:?} of positions for heads of {head}")));
-        }
+        let outputs = dimension(component, "proj_out.weight", 0)?;
         Ok(Self {
-            latent_channels: inputs / 4,
+            latent_channels: config::channels(component, inputs, outputs)?,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 1)?,
             inner: dimension(component, "transformer_blocks.0.img_mlp.net.0.proj.weight", 0)?,
             context: dimension(component, "txt_in.weight", 1)?,
-            blocks: (0..).take_while(block).count(),
-            axes,
+            blocks: config::blocks(component, "transformer_blocks", "attn.to_q.weight"),
+            axes: config::axes(component, head, [head / 8, 7 * head / 16, 7 * head / 16])?,
         })
     }
 

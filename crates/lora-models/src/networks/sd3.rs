@@ -11,6 +11,7 @@ use super::joint::{
     Embedder, FeedForward, HeadSizes, Heads, Modulation, Modulator, Projections, SINUSOIDS, Sinusoids, attend,
     gated_sum, in_range, layer_norm, modulated, parted,
 };
+use super::position_table::PositionTable;
 use crate::layers::{Adaptable, AdaptableLayer, Pass, exclusive, head_width};
 use crate::weights::{Weights, dimension};
 use crate::{Error, Result};
@@ -47,17 +48,12 @@ impl Sd3Config {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let count =
-            |end: &str| (0..).take_while(|at| component.contains(&format!("transformer_blocks.{at}.{end}"))).count();
         let width = dimension(component, "pos_embed.proj.weight", 0)?;
         let norm = "transformer_blocks.0.attn.norm_q.weight";
         let head = match component.contains(norm) {
             true => dimension(component, norm, 0)?,
             false => config::number(component, "attention_head_dim")?.unwrap_or_else(|| head_width(&[width])),
         };
-        if head == 0 || !width.is_multiple_of(head) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
-        }
         let rows = dimension(component, TABLE, 1)?;
         let positions = rows.isqrt();
         let latent_channels = dimension(component, "pos_embed.proj.weight", 1)?;
@@ -68,12 +64,12 @@ impl Sd3Config {
         Ok(Self {
             latent_channels,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 1)?,
             inner: dimension(component, "transformer_blocks.0.ff.net.0.proj.weight", 0)?,
             context: dimension(component, "context_embedder.weight", 1)?,
             pooled: dimension(component, "time_text_embed.text_embedder.linear_1.weight", 1)?,
-            blocks: count("attn.to_q.weight"),
-            dual_blocks: count("attn2.to_q.weight"),
+            blocks: config::blocks(component, "transformer_blocks", "attn.to_q.weight"),
+            dual_blocks: config::blocks(component, "transformer_blocks", "attn2.to_q.weight"),
             positions,
             norms: component.contains(norm),
         })
@@ -106,8 +102,7 @@ pub struct Sd3 {
     config: Sd3Config,
     kind: Kind,
     sinusoids: Sinusoids,
-    /// `[1, side², width]`.
-    table: Tensor,
+    positions: PositionTable,
     patches: AdaptableLayer,
     timestep_embedder: Embedder,
     text_embedder: Embedder,
@@ -164,7 +159,7 @@ impl Sd3 {
         Ok(Self {
             kind: weights.kind(),
             sinusoids: Sinusoids::new(weights.device())?,
-            table: weights.tensor(TABLE, &[1, config.positions * config.positions, width])?,
+            positions: PositionTable::new(weights, TABLE, config.positions, width)?,
             patches: AdaptableLayer::new(&plain.at("pos_embed.proj"), patches, true)?,
             timestep_embedder: Embedder::new(&time_text.at("timestep_embedder"), SINUSOIDS, width, true)?,
             text_embedder: Embedder::new(&time_text.at("text_embedder"), config.pooled, width, true)?,
@@ -198,7 +193,7 @@ impl Sd3 {
         let times = self.timestep_embedder.forward(&self.sinusoids.of_thousandfold(conditions.sigmas)?, pass)?;
         let vector = times.f_add(&self.text_embedder.forward(conditions.pooled, pass)?)?.f_silu()?;
         let image = self.patches.forward(&latents.f_to_kind(self.kind)?, pass)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
-        let image = image.f_add(&self.positions(rows, columns)?)?;
+        let image = image.f_add(&self.positions.middle(rows, columns)?)?;
         let text = self.context_embedder.forward(&conditions.context.f_to_kind(self.kind)?, pass)?;
         let tokens = text.size3()?.1;
 
@@ -214,14 +209,6 @@ impl Sd3 {
         let out = self.proj_out.forward(&normed, pass)?.f_to_kind(Kind::Float)?;
         let patches = out.f_view([batch, rows, columns, PATCH, PATCH, channels])?;
         Ok(patches.f_permute([0, 5, 1, 3, 2, 4])?.f_reshape([batch, channels, height, width])?)
-    }
-
-    /// Those of the middle of the table, `[1, rows · columns, width]`.
-    fn positions(&self, rows: i64, columns: i64) -> Result<Tensor> {
-        let side = self.config.positions as i64;
-        let table = self.table.f_view([1, side, side, self.config.width as i64])?;
-        let middle = table.f_narrow(1, (side - rows) / 2, rows)?.f_narrow(2, (side - columns) / 2, columns)?;
-        Ok(middle.f_flatten(1, 2)?)
     }
 
     fn check(&self, latents: &Tensor, conditions: &Sd3Conditions<'_>) -> Result<()> {

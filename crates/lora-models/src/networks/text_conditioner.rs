@@ -45,20 +45,16 @@ impl TextConditionerConfig {
     /// # Errors
     /// Where a weight that sizes are read off is missing or lacks axes, or sizes do not fit each other.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let block = |index: &usize| component.contains(&format!("blocks.{index}.cross_attn.q_proj.weight"));
         let width = dimension(component, "blocks.0.cross_attn.q_proj.weight", 0)?;
         let head = dimension(component, "blocks.0.cross_attn.q_norm.weight", 0)?;
-        if head == 0 || !head.is_multiple_of(2) || !width.is_multiple_of(head) {
-            return Err(config::wrong(component, format!("width {width} does not divide into heads of {head}")));
-        }
         Ok(Self {
             vocabulary: dimension(component, "embed.weight", 0)?,
             source: dimension(component, "blocks.0.cross_attn.k_proj.weight", 1)?,
             target: dimension(component, "embed.weight", 1)?,
             width,
-            heads: width / head,
+            heads: config::heads(component, width, head, 2)?,
             inner: dimension(component, "blocks.0.mlp.0.weight", 0)?,
-            blocks: (0..).take_while(block).count(),
+            blocks: config::blocks(component, "blocks", "cross_attn.q_proj.weight"),
         })
     }
 }

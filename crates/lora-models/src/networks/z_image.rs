@@ -66,10 +66,6 @@ impl ZImageConfig {
     /// Where a weight that sizes are read off is missing or lacks axes, the `config.json` has other numbers than can be,
     /// or what it names is not built here.
     pub fn detect(component: &ComponentWeights) -> Result<Self> {
-        let count = |start: &str| {
-            let name = |index: usize| format!("{start}.{index}.attention.to_q.weight");
-            (0..).take_while(|&index| component.contains(&name(index))).count()
-        };
         let width = dimension(component, "all_x_embedder.2-1.weight", 0)?;
         let head = dimension(component, "layers.0.attention.norm_q.weight", 0)?.max(1);
         if component.contains("siglip_pad_token") {
@@ -93,8 +89,8 @@ impl ZImageConfig {
             width,
             heads: width / head,
             inner: dimension(component, "layers.0.feed_forward.w1.weight", 0)?,
-            layers: count("layers"),
-            refiners: count("noise_refiner"),
+            layers: config::blocks(component, "layers", "attention.to_q.weight"),
+            refiners: config::blocks(component, "noise_refiner", "attention.to_q.weight"),
             caption: dimension(component, "cap_embedder.0.weight", 0)?,
             time_inner: dimension(component, "t_embedder.mlp.0.weight", 0)?,
             time: dimension(component, "t_embedder.mlp.2.weight", 0)?,

@@ -26,6 +26,9 @@ use lora_train::velocity::VelocityLoss;
 /// A vocabulary with Qwen's special tokens.
 pub(crate) const QWEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image/tokenizer");
 
+/// One of T5's kind.
+pub(crate) const T5: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
+
 /// Pictures, and a base that `write` puts into a diffusers folder, with a tokenizer in a folder of its own.
 pub(crate) fn workspace(write: impl FnOnce(&Path), tokenizer: &str, name: &str) -> tempfile::TempDir {
     let folder = super::workspace();

@@ -1,11 +1,12 @@
-//! Time and memory of training steps on a network of Stable Diffusion 1.5's, XL's or Z-Image's size, the same work as
-//! `tools/bench/peft_step.py`, with the same arguments:
+//! Time and memory of training steps on a network of Stable Diffusion 1.5's, XL's, Z-Image's, FLUX.1's or Stable Diffusion 3.5
+//! medium's size, the same work as `tools/bench/peft_step.py`, with the same arguments:
 //!
-//! `cargo run --release --bin training_step [model=sd1|sdxl|z_image] [layers=30] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
+//! `cargo run --release --bin training_step [model=sd1|sdxl|z_image|flux|sd3] [layers=N] [pixels=256] [rank=8] [steps=5] [batch=1] [dtype=fp32|bf16|fp16]
 //! [checkpointing=0|1] [feed_forward=0|1] [storage=fp16|fp8|int8|nf4] [offload_base=0|1] [graphs=0|1]`
 //!
 //! The last line is JSON, for `tools/bench/side_by_side.py`; `kept_by_block` are the bytes that each block of the U-Net adds to
-//! what a forward pass leaves for the backward pass. `layers` are the transformer's. With `steps=0`: bytes of the weights and memory of loading them.
+//! what a forward pass leaves for the backward pass. `layers` are the transformer's
+//! (of FLUX.1 double blocks, with twice as many single ones), as many as published without. With `steps=0`: bytes of the weights and memory of loading them.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -16,8 +17,11 @@ use lora_core::target::Targets;
 use lora_core::variant::VariantRegistry;
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
-use lora_models::networks::{Conditions, Unet, UnetConfig, ZImage, ZImageCaptions, ZImageConfig};
-use lora_models::synthetic::{SyntheticModel, SyntheticZImage};
+use lora_models::networks::{
+    Conditions, Flux, FluxConditions, FluxConfig, Sd3, Sd3Conditions, Sd3Config, Unet, UnetConfig, ZImage,
+    ZImageCaptions, ZImageConfig,
+};
+use lora_models::synthetic::{SyntheticFlux, SyntheticModel, SyntheticSd3, SyntheticZImage};
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
 use lora_torch::frozen::Storage;
 use lora_torch::graph::{Graph, Recorder};
@@ -161,35 +165,44 @@ impl Model for Noise {
     }
 }
 
-/// A transformer that predicts velocities, told a caption of 128 tokens.
-struct Velocity {
-    network: ZImage,
+/// A transformer that predicts velocities.
+struct Velocity<N> {
+    network: N,
     latents: Tensor,
-    states: Tensor,
-    lengths: Tensor,
+    /// What it is told of captions.
+    told: Vec<Tensor>,
+    velocity: Answer<N>,
 }
 
-impl Velocity {
+/// A network's answer to noised latents and noise levels, and to what it is told.
+type Answer<N> = fn(&N, [&Tensor; 2], &[Tensor], &Pass) -> lora_models::Result<Tensor>;
+
+/// Tokens of a caption for Z-Image.
+const CAPTION: i64 = 128;
+/// Rows of text states that FLUX.1 and Stable Diffusion 3 read, whatever the caption.
+const FLUX_ROWS: i64 = 512;
+const SD3_ROWS: i64 = 77 + 256;
+
+impl<N> Velocity<N> {
+    /// Of a network and latents of 16 channels; what it is told has these shapes.
     fn new(
-        weights: &Weights<'_>,
-        sizes: ZImageConfig,
+        network: N,
         [batch, pixels]: [i64; 2],
         device: Device,
+        told: &[&[i64]],
+        velocity: Answer<N>,
     ) -> lora_train::Result<Self> {
         let random = |shape: &[i64]| Tensor::f_randn(shape, (Kind::Float, device));
         Ok(Self {
-            latents: random(&[batch, sizes.latent_channels as i64, pixels / 8, pixels / 8])?,
-            states: random(&[batch, CAPTION, sizes.caption as i64])?,
-            lengths: Tensor::f_full([batch], CAPTION, (Kind::Int64, device))?,
-            network: ZImage::new(weights, sizes)?,
+            latents: random(&[batch, 16, pixels / 8, pixels / 8])?,
+            told: told.iter().map(|shape| random(&[&[batch], *shape].concat())).collect::<Result<_, _>>()?,
+            network,
+            velocity,
         })
     }
 }
 
-/// Tokens of a caption.
-const CAPTION: i64 = 128;
-
-impl Model for Velocity {
+impl<N: Adaptable> Model for Velocity<N> {
     fn adaptable(&mut self) -> &mut dyn Adaptable {
         &mut self.network
     }
@@ -201,11 +214,51 @@ impl Model for Velocity {
     }
 
     fn loss(&self, batch: &Inputs, pass: &Pass) -> lora_train::Result<Tensor> {
-        let captions = ZImageCaptions { states: &self.states, lengths: &self.lengths, ragged: false };
         VelocityLoss::of(batch, LossType::L2)?
-            .loss(|noised, levels| Ok(self.network.forward(noised, levels, captions, pass)?))
+            .loss(|noised, levels| Ok((self.velocity)(&self.network, [noised, levels], &self.told, pass)?))
     }
 }
+
+fn z_image(weights: &Weights<'_>, layers: Option<usize>, batch: [i64; 2], device: Device) -> Made {
+    let published = SyntheticZImage::full().transformer;
+    let sizes = ZImageConfig { layers: layers.unwrap_or(published.layers), ..published };
+    let caption = sizes.caption as i64;
+    let network = ZImage::new(weights, sizes)?;
+    let mut model =
+        Velocity::new(network, batch, device, &[&[CAPTION, caption]], |network, [noised, levels], told, pass| {
+            let captions = ZImageCaptions { states: &told[0], lengths: &told[1], ragged: false };
+            network.forward(noised, levels, captions, pass)
+        })?;
+    model.told.push(Tensor::f_full([batch[0]], CAPTION, (Kind::Int64, device))?);
+    Ok(Box::new(model))
+}
+
+/// Of so many double blocks and twice as many single ones.
+fn flux(weights: &Weights<'_>, layers: Option<usize>, batch: [i64; 2], device: Device) -> Made {
+    let published = SyntheticFlux::full();
+    let (double_blocks, pooled) = (layers.unwrap_or(published.transformer.double_blocks), published.text_encoder.width);
+    let sizes = FluxConfig { double_blocks, single_blocks: 2 * double_blocks, ..published.transformer };
+    let told: [&[i64]; 3] = [&[FLUX_ROWS, sizes.context as i64], &[pooled as i64], &[]];
+    let network = Flux::new(weights, sizes)?;
+    Ok(Box::new(Velocity::new(network, batch, device, &told, |network, [noised, sigmas], told, pass| {
+        let (pooled, guidance) = (Some(&told[1]), Some(&told[2]));
+        network.forward(noised, &FluxConditions { sigmas, context: &told[0], pooled, guidance, lengths: None }, pass)
+    })?))
+}
+
+/// Of Stable Diffusion 3.5 medium's kind, of whose blocks the first half and one attend twice.
+fn sd3(weights: &Weights<'_>, layers: Option<usize>, batch: [i64; 2], device: Device) -> Made {
+    let published = SyntheticSd3::full().transformer;
+    let blocks = layers.unwrap_or(published.blocks);
+    let sizes = Sd3Config { blocks, dual_blocks: blocks / 2 + 1, ..published };
+    let told: [&[i64]; 2] = [&[SD3_ROWS, sizes.context as i64], &[sizes.pooled as i64]];
+    let network = Sd3::new(weights, sizes)?;
+    Ok(Box::new(Velocity::new(network, batch, device, &told, |network, [noised, sigmas], told, pass| {
+        network.forward(noised, &Sd3Conditions { sigmas, context: &told[0], pooled: &told[1] }, pass)
+    })?))
+}
+
+type Made = lora_train::Result<Box<dyn Model>>;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = BTreeMap::new();
@@ -244,15 +297,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let staging = (number("offload_base", 0)? != 0).then(|| Staging::new(device)).transpose()?;
     let held = Held::Frozen(Frozen { staging, ..Frozen::stored(storage) });
     let weights = Weights::new(&weights, kind, device).held(held);
+    let layers = (!text("layers").is_empty()).then(|| text("layers").parse::<usize>()).transpose()?;
     let mut model: Box<dyn Model> = match text("model") {
         "" | "sd1" => Box::new(Noise::new(&weights, SyntheticModel::full().unet, [batch, pixels], device)?),
         "sdxl" => Box::new(Noise::new(&weights, SyntheticModel::full_sdxl().unet, [batch, pixels], device)?),
-        "z_image" => {
-            let sizes = SyntheticZImage::full().transformer;
-            let layers = usize::try_from(number("layers", sizes.layers as i64)?)?;
-            Box::new(Velocity::new(&weights, ZImageConfig { layers, ..sizes }, [batch, pixels], device)?)
-        }
-        other => return Err(format!("model={other}: sd1, sdxl or z_image").into()),
+        "z_image" => z_image(&weights, layers, [batch, pixels], device)?,
+        "flux" => flux(&weights, layers, [batch, pixels], device)?,
+        "sd3" => sd3(&weights, layers, [batch, pixels], device)?,
+        other => return Err(format!("model={other}: sd1, sdxl, z_image, flux or sd3").into()),
     };
     let mut bytes = 0;
     model.adaptable().visit_layers(&mut |layer| bytes += layer.weight_bytes())?;

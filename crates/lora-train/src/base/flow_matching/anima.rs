@@ -9,10 +9,12 @@ use lora_models::networks::{Cosmos, CosmosConditions, load_cosmos};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, Transformer, named_distilled};
+use super::layout::side_by_side;
 use super::text::{EncoderKind, Language, Reads, STATES, States};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, side_by_side};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration, Tensors};
 use crate::config::keys::flow_matching as keys;
 
 /// Anima.

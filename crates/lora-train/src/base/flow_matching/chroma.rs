@@ -6,9 +6,11 @@ use lora_io::family::chroma;
 use lora_models::diffusion::flow::{self, Shift};
 use lora_models::networks::load_flux;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, name_of, named_distilled};
+use super::layout::ragged;
 use super::text::{EncoderKind, Reads, T5};
-use super::{FlowMatching, Guidance, Kind, Registration, name_of, named_distilled};
-use crate::base::PICTURES;
+use crate::base::{PICTURES, Registration};
 use crate::config::keys::flow_matching as keys;
 
 /// Chroma.
@@ -33,7 +35,7 @@ pub(super) static KIND: Kind = Kind {
     }],
     text_columns: None,
     load: |checkpoint, kind, device, held| Ok(Box::new(load_flux(checkpoint, kind, device, held)?)),
-    layout: super::ragged,
+    layout: ragged,
     draws_latents: true,
     patch: 2,
     shift: Shift::FLUX,

@@ -10,13 +10,12 @@ use lora_models::networks::{Flux, FluxConditions, load_flux};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
+use super::FlowMatching;
+use super::kind::{GUIDANCE, Guidance, Kind, Transformer, named_distilled, transformer_contains};
+use super::layout::{LENGTHS, stacked};
 use super::text::{Clip, EncoderKind, Reads, STATES, T5};
-use super::{
-    FlowMatching, GUIDANCE, Guidance, Inputs, Kind, LENGTHS, Registration, Tensors, Transformer, named_distilled,
-    stacked, transformer_contains,
-};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration, Tensors};
 use crate::config::keys::flow_matching as keys;
 
 /// FLUX.1.

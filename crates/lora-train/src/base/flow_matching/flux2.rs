@@ -11,10 +11,12 @@ use lora_models::networks::{Flux2, Flux2Conditions, load_flux2};
 use lora_torch::tch::Tensor;
 use lora_torch::tensor::upload;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, Transformer, name_of, transformer_contains};
+use super::layout::stacked;
 use super::text::{EncoderKind, Language, Reads, STATES, States};
-use super::{FlowMatching, Guidance, Inputs, Kind, Registration, Transformer, name_of, stacked, transformer_contains};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration};
 use crate::config::keys::flow_matching as keys;
 
 /// FLUX.2.

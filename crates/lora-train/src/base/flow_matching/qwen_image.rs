@@ -9,12 +9,12 @@ use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{QwenImage, QwenImageConditions, load_qwen_image};
 use lora_torch::tch::Tensor;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, Transformer, name_of, named_distilled, transformer_contains};
+use super::layout::{LENGTHS, ragged};
 use super::text::{EncoderKind, Language, Reads, STATES, States};
-use super::{
-    FlowMatching, Guidance, Inputs, Kind, LENGTHS, Registration, Transformer, named_distilled, transformer_contains,
-};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration};
 use crate::config::keys::flow_matching as keys;
 
 /// Qwen-Image.
@@ -49,14 +49,14 @@ pub(super) static KIND: Kind = Kind {
     }],
     text_columns: Some((Component::TRANSFORMER, "txt_in.weight")),
     load: |checkpoint, kind, device, held| Ok(Box::new(load_qwen_image(checkpoint, kind, device, held)?)),
-    layout: super::ragged,
+    layout: ragged,
     draws_latents: false,
     patch: 2,
     shift: Shift::QWEN_IMAGE,
     sample_levels: |_, steps, tokens| flow::levels_to(LAST_LEVEL, steps, Shift::QWEN_IMAGE.factor(tokens)),
     guidance: |_| Guidance::Rescaled(4.0),
     labels: |_| &[],
-    is_distilled: |checkpoint| named_distilled(checkpoint) || super::name_of(checkpoint).contains("lightning"),
+    is_distilled: |checkpoint| named_distilled(checkpoint) || name_of(checkpoint).contains("lightning"),
     distilled: "its name says that this base is distilled to few steps (Lightning): training it directly loses that within some \
                 hundred steps; train on Qwen-Image, and use the LoRA with either",
     refused: |checkpoint| {

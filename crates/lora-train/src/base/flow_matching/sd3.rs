@@ -10,13 +10,12 @@ use lora_models::networks::{Sd3, Sd3Conditions, load_sd3};
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, Transformer, named_distilled, transformer_contains};
+use super::layout::stacked;
 use super::text::{Clip, EncoderKind, Reads, STATES, T5};
-use super::{
-    FlowMatching, Guidance, Inputs, Kind, Registration, Tensors, Transformer, named_distilled, stacked,
-    transformer_contains,
-};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration, Tensors};
 use crate::config::keys::flow_matching as keys;
 
 /// Stable Diffusion 3 and 3.5.

@@ -1,9 +1,10 @@
-//! Captions and samples of Z-Image, FLUX.2 klein and Qwen-Image as a run makes them, against transformers and diffusers
-//! (`tools/golden/make_z_image.py`, `make_flux2.py`, `make_qwen_image.py`).
+//! Captions and samples of Z-Image, FLUX.2 klein, Chroma, Qwen-Image and Anima as a run makes them, against transformers and
+//! diffusers (`tools/golden/make_z_image.py`, `make_flux2.py`, `make_chroma.py`, `make_qwen_image.py`, `make_anima.py`).
 
 use lora_io::safetensors::SafetensorsFile;
-use lora_models::synthetic::{SyntheticFlux2, SyntheticQwenImage, SyntheticZImage};
+use lora_models::synthetic::{SyntheticAnima, SyntheticChroma, SyntheticFlux2, SyntheticQwenImage, SyntheticZImage};
 use lora_models::weights::synthetic_uniform;
+use lora_torch::tch::Kind as Number;
 use lora_torch::tensor::from_host;
 
 use super::*;
@@ -11,6 +12,10 @@ use crate::base::Encoded;
 use crate::config::Format;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden");
+
+/// Vocabularies of Qwen's and of T5's kind.
+const QWEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-models/tests/golden/z_image/tokenizer");
+const T5: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../lora-data/tests/golden/t5");
 
 /// Rows of FLUX.2's states that the golden file keeps.
 const ROWS: [i64; 7] = [0, 5, 17, 31, 60, 150, 511];
@@ -36,14 +41,19 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 
 /// A tiny base of a kind with its text encoder and transformer loaded.
 fn base(kind: &'static Kind, folder: &std::path::Path, keys: &[&str]) -> FlowMatching {
-    match kind.family.name {
-        "flux2" => SyntheticFlux2::tiny().write(folder, DType::F32).unwrap(),
-        "qwen_image" => SyntheticQwenImage::tiny().write(folder, DType::F32).unwrap(),
-        _ => SyntheticZImage::tiny().write(folder, DType::F32).unwrap(),
-    }
-    std::fs::create_dir_all(folder.join("tokenizer")).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(format!("{GOLDEN}/z_image/tokenizer/{file}"), folder.join("tokenizer").join(file)).unwrap();
+    let (written, tokenizers): (_, &[_]) = match kind.family.name {
+        "anima" => (SyntheticAnima::tiny().write(folder, DType::F32), &[("tokenizer", QWEN), ("t5_tokenizer", T5)]),
+        "chroma" => (SyntheticChroma::tiny().write(folder, DType::F32), &[("tokenizer", T5)]),
+        "flux2" => (SyntheticFlux2::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
+        "qwen_image" => (SyntheticQwenImage::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
+        _ => (SyntheticZImage::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
+    };
+    written.unwrap();
+    for (name, from) in tokenizers {
+        std::fs::create_dir_all(folder.join(name)).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(format!("{from}/{file}"), folder.join(name).join(file)).unwrap();
+        }
     }
     let data = if keys.iter().any(|key| key.starts_with("sliders")) { "" } else { "train_data_dir: d\n" };
     let text = format!("base_model: {}\n{data}output_dir: o\nmax_resolution: 64\n", folder.display());
@@ -112,6 +122,22 @@ fn captions_and_samples_of_flux2_are_those_of_the_pipeline() {
 fn captions_and_samples_of_qwen_image_are_those_of_the_pipeline() {
     let folder = tempfile::tempdir().unwrap();
     let mut base = base(&qwen_image::KIND, folder.path(), &[]);
+    let kept = kept(&mut base, None);
+    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+}
+
+#[test]
+fn captions_and_samples_of_chroma_are_those_of_the_pipeline() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(&chroma::KIND, folder.path(), &[]);
+    let kept = kept(&mut base, None);
+    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+}
+
+#[test]
+fn captions_and_samples_of_anima_are_those_of_the_pipeline() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(&anima::KIND, folder.path(), &[]);
     let kept = kept(&mut base, None);
     samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
 }

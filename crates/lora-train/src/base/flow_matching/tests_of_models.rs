@@ -9,8 +9,10 @@ use lora_core::variant::VariantRegistry;
 use lora_io::adapter;
 use lora_io::safetensors::SafetensorsFile;
 use lora_models::networks::load_vae;
+use lora_torch::tch::Kind as Number;
 use lora_torch::tensor::from_host;
 
+use super::layout::LENGTHS;
 use super::*;
 use crate::base::Encoded;
 use crate::config::Format;

@@ -8,12 +8,12 @@ use lora_models::networks::{ZImage, ZImageCaptions, load_z_image};
 use lora_torch::tch::{Device, Kind as Number, Tensor};
 use lora_torch::tensor::upload;
 
+use super::FlowMatching;
+use super::kind::{Guidance, Kind, Transformer, named_distilled};
+use super::layout::{LENGTHS, side_by_side};
 use super::text::{EncoderKind, Language, Reads, STATES, States};
-use super::{
-    FlowMatching, Guidance, Inputs, Kind, LENGTHS, Registration, Tensors, Transformer, named_distilled, side_by_side,
-};
 use crate::Result;
-use crate::base::PICTURES;
+use crate::base::{Inputs, PICTURES, Registration, Tensors};
 use crate::config::keys::flow_matching as keys;
 
 /// Z-Image.

@@ -3,82 +3,66 @@
 
 use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
+/// A key whose value is kept in [`TrainConfig::extra`](crate::config::TrainConfig::extra), where its name stands once, and which a
+/// resumed run keeps: states of before it was known had the value `before`.
+macro_rules! kept {
+    ($name:literal, values $values:literal, default $default:literal, before $before:literal, $meaning:literal, $reads:expr) => {
+        Key {
+            name: $name,
+            values: $values,
+            default: $default,
+            meaning: $meaning,
+            memory: "",
+            resumed: Resumed::FixedSince($before, |config| config.extra.shown($name)),
+            reads: Reads::Extra($reads),
+        }
+    };
+}
+
 /// How noise levels and timesteps are drawn.
 pub static LEVELS: Group = Group {
     section: "Pictures and captions",
     behind: Some("weighted_captions"),
     keys: &[
-        Key {
-            name: "timestep_sampling",
-            values: "uniform, sigmoid, shift, flux_shift, logit_normal, mode",
-            default: "flux_shift; Stable Diffusion 1, 2 and XL: uniform",
-            meaning: "How noise levels are drawn, and timesteps, which are thousandths of them: evenly; the sigmoid of normal numbers; the same moved towards noise by `discrete_flow_shift` (3 without it), or by the picture's size, as FLUX.1's or, for Qwen-Image, as that one's, which is for bases that are trained by flow matching; with `logit_mean` and `logit_std`; with a mode in the middle. Where `discrete_flow_shift` is given, `shift`.",
-            memory: "",
-            resumed: Resumed::FixedSince("none", |config| config.extra.shown("timestep_sampling")),
-            reads: Reads::Extra(sampling),
+        kept! {
+            "timestep_sampling", values "uniform, sigmoid, shift, flux_shift, logit_normal, mode", default "flux_shift; Stable Diffusion 1, 2 and XL: uniform", before "none",
+            "How noise levels are drawn, and timesteps, which are thousandths of them: evenly; the sigmoid of normal numbers; the same moved towards noise by `discrete_flow_shift` (3 without it), or by the picture's size, as FLUX.1's or, for Qwen-Image, as that one's, which is for bases that are trained by flow matching; with `logit_mean` and `logit_std`; with a mode in the middle. Where `discrete_flow_shift` is given, `shift`.",
+            sampling
         },
-        Key {
-            name: "discrete_flow_shift",
-            values: "above 0",
-            default: "none",
-            meaning: "Moves noise levels σ to sσ / (1 + (s − 1)σ): above 1 towards noise, as larger pictures need it.",
-            memory: "",
-            resumed: Resumed::FixedSince("none", |config| config.extra.shown("discrete_flow_shift")),
-            reads: Reads::Extra(|given| given.positive().map_or(Setting::Nothing, Setting::Number)),
+        kept! {
+            "discrete_flow_shift", values "above 0", default "none", before "none",
+            "Moves noise levels σ to sσ / (1 + (s − 1)σ): above 1 towards noise, as larger pictures need it.",
+            |given| given.positive().map_or(Setting::Nothing, Setting::Number)
         },
-        Key {
-            name: "sigmoid_scale",
-            values: "above 0",
-            default: "1",
-            meaning: "What normal numbers are multiplied by before their sigmoid is taken: less than 1 gathers noise levels in the middle.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("sigmoid_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(1.0))),
+        kept! {
+            "sigmoid_scale", values "above 0", default "1", before "1.0",
+            "What normal numbers are multiplied by before their sigmoid is taken: less than 1 gathers noise levels in the middle.",
+            |given| Setting::Number(given.positive().unwrap_or(1.0))
         },
-        Key {
-            name: "logit_mean",
-            values: "number",
-            default: "0",
-            meaning: "Mean of the normal numbers of `logit_normal`: below 0 towards data, above towards noise.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("logit_mean")),
-            reads: Reads::Extra(|given| Setting::Number(given.number("a number", f64::is_finite).unwrap_or(0.0))),
+        kept! {
+            "logit_mean", values "number", default "0", before "0.0",
+            "Mean of the normal numbers of `logit_normal`: below 0 towards data, above towards noise.",
+            |given| Setting::Number(given.number("a number", f64::is_finite).unwrap_or(0.0))
         },
-        Key {
-            name: "logit_std",
-            values: "above 0",
-            default: "1",
-            meaning: "Standard deviation of the normal numbers of `logit_normal`.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("logit_std")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(1.0))),
+        kept! {
+            "logit_std", values "above 0", default "1", before "1.0",
+            "Standard deviation of the normal numbers of `logit_normal`.",
+            |given| Setting::Number(given.positive().unwrap_or(1.0))
         },
-        Key {
-            name: "mode_scale",
-            values: "0 …",
-            default: "1.29",
-            meaning: "How much the middle is favoured by `mode`.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.29", |config| config.extra.shown("mode_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(1.29))),
+        kept! {
+            "mode_scale", values "0 …", default "1.29", before "1.29",
+            "How much the middle is favoured by `mode`.",
+            |given| Setting::Number(given.not_negative().unwrap_or(1.29))
         },
-        Key {
-            name: "min_timestep",
-            values: "0 … 1000",
-            default: "0",
-            meaning: "Drawn noise levels are brought into the range from this on, in thousandths: the lowest timestep.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("min_timestep")),
-            reads: Reads::Extra(|given| Setting::Number(thousandths(given).unwrap_or(0.0))),
+        kept! {
+            "min_timestep", values "0 … 1000", default "0", before "0.0",
+            "Drawn noise levels are brought into the range from this on, in thousandths: the lowest timestep.",
+            |given| Setting::Number(thousandths(given).unwrap_or(0.0))
         },
-        Key {
-            name: "max_timestep",
-            values: "0 … 1000",
-            default: "1000",
-            meaning: "The end of that range: timesteps are below it.",
-            memory: "",
-            resumed: Resumed::FixedSince("1000.0", |config| config.extra.shown("max_timestep")),
-            reads: Reads::Extra(|given| Setting::Number(thousandths(given).unwrap_or(1000.0))),
+        kept! {
+            "max_timestep", values "0 … 1000", default "1000", before "1000.0",
+            "The end of that range: timesteps are below it.",
+            |given| Setting::Number(thousandths(given).unwrap_or(1000.0))
         },
     ],
 };
@@ -97,59 +81,35 @@ pub static NOISE: Group = Group {
             resumed: Resumed::Fixed(|config| shown(&config.noise_offset)),
             reads: Reads::Run(|given, config| config.noise_offset = given.not_negative().unwrap_or(0.0)),
         },
-        Key {
-            name: "noise_offset_random_strength",
-            values: "true/false",
-            default: "false",
-            meaning: "The offset's strength is drawn anew for each picture of a step, from 0 to `noise_offset`.",
-            memory: "",
-            resumed: Resumed::FixedSince("false", |config| config.extra.shown("noise_offset_random_strength")),
-            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        kept! {
+            "noise_offset_random_strength", values "true/false", default "false", before "false",
+            "The offset's strength is drawn anew for each picture of a step, from 0 to `noise_offset`.",
+            |given| Setting::Switch(given.boolean(false))
         },
-        Key {
-            name: "adaptive_noise_scale",
-            values: "number",
-            default: "0",
-            meaning: "Adds so much of the absolute mean of a channel's latents to the strength of its `noise_offset`; what falls below 0 counts as 0.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("adaptive_noise_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.number("a number", f64::is_finite).unwrap_or(0.0))),
+        kept! {
+            "adaptive_noise_scale", values "number", default "0", before "0.0",
+            "Adds so much of the absolute mean of a channel's latents to the strength of its `noise_offset`; what falls below 0 counts as 0.",
+            |given| Setting::Number(given.number("a number", f64::is_finite).unwrap_or(0.0))
         },
-        Key {
-            name: "multires_noise_iterations",
-            values: "0 …",
-            default: "0",
-            meaning: "Adds noise of so many coarser and coarser resolutions (6 to 10 are usual), so that large areas of light and dark are learned; each picture's noise has unit variance afterwards. Instead of `noise_offset`.",
-            memory: "",
-            resumed: Resumed::FixedSince("0", |config| config.extra.shown("multires_noise_iterations")),
-            reads: Reads::Extra(|given| Setting::Whole(given.count_to(0, 64).unwrap_or(0))),
+        kept! {
+            "multires_noise_iterations", values "0 …", default "0", before "0",
+            "Adds noise of so many coarser and coarser resolutions (6 to 10 are usual), so that large areas of light and dark are learned; each picture's noise has unit variance afterwards. Instead of `noise_offset`.",
+            |given| Setting::Whole(given.count_to(0, 64).unwrap_or(0))
         },
-        Key {
-            name: "multires_noise_discount",
-            values: "0 … 1",
-            default: "0.3",
-            meaning: "How strong each of these is beside the one before.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.3", |config| config.extra.shown("multires_noise_discount")),
-            reads: Reads::Extra(|given| Setting::Number(given.share().unwrap_or(0.3))),
+        kept! {
+            "multires_noise_discount", values "0 … 1", default "0.3", before "0.3",
+            "How strong each of these is beside the one before.",
+            |given| Setting::Number(given.share().unwrap_or(0.3))
         },
-        Key {
-            name: "ip_noise_gamma",
-            values: "0 …",
-            default: "0",
-            meaning: "Perturbs what the network is shown by so much further noise that is not in the target (0.1 in the paper, arXiv 2301.11706), which makes up for errors that add up while pictures are drawn.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.0", |config| config.extra.shown("ip_noise_gamma")),
-            reads: Reads::Extra(|given| Setting::Number(given.not_negative().unwrap_or(0.0))),
+        kept! {
+            "ip_noise_gamma", values "0 …", default "0", before "0.0",
+            "Perturbs what the network is shown by so much further noise that is not in the target (0.1 in the paper, arXiv 2301.11706), which makes up for errors that add up while pictures are drawn.",
+            |given| Setting::Number(given.not_negative().unwrap_or(0.0))
         },
-        Key {
-            name: "ip_noise_gamma_random_strength",
-            values: "true/false",
-            default: "false",
-            meaning: "That strength is drawn anew for each picture of a step, from 0 to `ip_noise_gamma`.",
-            memory: "",
-            resumed: Resumed::FixedSince("false", |config| config.extra.shown("ip_noise_gamma_random_strength")),
-            reads: Reads::Extra(|given| Setting::Switch(given.boolean(false))),
+        kept! {
+            "ip_noise_gamma_random_strength", values "true/false", default "false", before "false",
+            "That strength is drawn anew for each picture of a step, from 0 to `ip_noise_gamma`.",
+            |given| Setting::Switch(given.boolean(false))
         },
     ],
 };
@@ -159,45 +119,25 @@ pub static DIFFERENCE: Group = Group {
     section: "Pictures and captions",
     behind: Some("ip_noise_gamma_random_strength"),
     keys: &[
-        Key {
-            name: "loss_type",
-            values: "l2, l1, huber, smooth_l1",
-            default: "\"l2\"",
-            meaning: "The loss of a difference d from the target: d²; |d|; 2c(√(d² + c²) − c), which outliers pull at less; the same over c. Held-out loss is measured likewise.",
-            memory: "",
-            resumed: Resumed::FixedSince("l2", |config| config.extra.shown("loss_type")),
-            reads: Reads::Extra(|given| {
-                text_of(given, &["l2", "l1", "huber", "smooth_l1"]).unwrap_or_else(|| Setting::Text("l2".into()))
-            }),
+        kept! {
+            "loss_type", values "l2, l1, huber, smooth_l1", default "\"l2\"", before "l2",
+            "The loss of a difference d from the target: d²; |d|; 2c(√(d² + c²) − c), which outliers pull at less; the same over c. Held-out loss is measured likewise.",
+            |given| text_of(given, &["l2", "l1", "huber", "smooth_l1"]).unwrap_or_else(|| Setting::Text("l2".into()))
         },
-        Key {
-            name: "huber_schedule",
-            values: "constant, snr, exponential",
-            default: "snr; bases that are trained by flow matching: constant",
-            meaning: "What c of `huber` and `smooth_l1` follows: huber_c·huber_scale; (1 − huber_c)/(1 + σ)² + huber_c with σ = √((1 − ᾱ)/ᾱ) of the timestep; huber_c^(t/1000)·huber_scale.",
-            memory: "",
-            resumed: Resumed::FixedSince("none", |config| config.extra.shown("huber_schedule")),
-            reads: Reads::Extra(|given| {
-                text_of(given, &["constant", "snr", "exponential"]).unwrap_or(Setting::Nothing)
-            }),
+        kept! {
+            "huber_schedule", values "constant, snr, exponential", default "snr; bases that are trained by flow matching: constant", before "none",
+            "What c of `huber` and `smooth_l1` follows: huber_c·huber_scale; (1 − huber_c)/(1 + σ)² + huber_c with σ = √((1 − ᾱ)/ᾱ) of the timestep; huber_c^(t/1000)·huber_scale.",
+            |given| text_of(given, &["constant", "snr", "exponential"]).unwrap_or(Setting::Nothing)
         },
-        Key {
-            name: "huber_c",
-            values: "above 0",
-            default: "0.1",
-            meaning: "The threshold of `huber` and `smooth_l1`, above which differences count by themselves and not by their squares.",
-            memory: "",
-            resumed: Resumed::FixedSince("0.1", |config| config.extra.shown("huber_c")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(0.1))),
+        kept! {
+            "huber_c", values "above 0", default "0.1", before "0.1",
+            "The threshold of `huber` and `smooth_l1`, above which differences count by themselves and not by their squares.",
+            |given| Setting::Number(given.positive().unwrap_or(0.1))
         },
-        Key {
-            name: "huber_scale",
-            values: "above 0",
-            default: "1",
-            meaning: "What the threshold is multiplied by, but for `snr`.",
-            memory: "",
-            resumed: Resumed::FixedSince("1.0", |config| config.extra.shown("huber_scale")),
-            reads: Reads::Extra(|given| Setting::Number(given.positive().unwrap_or(1.0))),
+        kept! {
+            "huber_scale", values "above 0", default "1", before "1.0",
+            "What the threshold is multiplied by, but for `snr`.",
+            |given| Setting::Number(given.positive().unwrap_or(1.0))
         },
     ],
 };
