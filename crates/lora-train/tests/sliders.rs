@@ -143,11 +143,14 @@ fn what_cannot_be_is_refused_with_the_key_and_the_cure() {
     says(&["sliders=[]"], &["sliders", "at least one"]);
     says(&["sliders=3"], &["[[sliders]]"]);
     says(&[SLIDERS, "train_data_dir=d"], &["train_data_dir", "prompts alone"]);
+    says(&[SLIDERS, "trigger_word=x"], &["trigger_word", "prompts alone"]);
     says(&[SLIDERS, "prior_prompt=a"], &["prior_prompt", "take it out"]);
     says(&[SLIDERS, "train_text_encoder=true"], &["train_text_encoder", "U-Net alone"]);
     says(&[SLIDERS, "train=full", "lora_rank=4"], &["sliders", "train = full"]);
     says(&[SLIDERS, "slider_steps=0"], &["slider_steps"]);
     says(&[], &["train_data_dir"]);
+    let error = TrainConfig::datasets_of(None, None, &[SLIDERS]).map(drop).unwrap_err().to_string();
+    assert!(error.contains("no pictures to look at") && !error.contains("train_data_dir"), "{error}");
 
     let refused = |folder: &Path, keys: &[&str]| {
         let config = read(folder, &[&[SLIDERS], keys].concat()).unwrap();

@@ -4,9 +4,11 @@ use super::keys::Keys;
 use super::read::Reader;
 use super::{RunLength, TrainConfig};
 
-/// Keys that are about pictures.
+/// Keys of datasets that mean the same for sliders.
+const OF_PROMPTS: [&str; 2] = ["max_resolution", "batch_size"];
+
+/// Keys that are about pictures, beside those of datasets.
 const OF_PICTURES: &[&str] = &[
-    "train_data_dir",
     "datasets",
     "dataset_config",
     "reg_data_dir",
@@ -38,12 +40,13 @@ const STEPS: usize = 1000;
 
 /// Settles the rest of a configuration that has sliders.
 pub(super) fn settle(reader: &mut Reader, keys: &Keys, config: &mut TrainConfig) {
+    let of_datasets = keys.of_datasets().filter(|name| !OF_PROMPTS.contains(name));
+    let of_pictures: Vec<&str> = of_datasets.chain(OF_PICTURES.iter().copied()).collect();
     for (names, message) in [
-        (OF_PICTURES, "means nothing for sliders, which are trained on prompts alone; take one of the two out"),
+        (&*of_pictures, "means nothing for sliders, which are trained on prompts alone; take one of the two out"),
         (OF_THE_LOSS, "is of the loss of pictures, and sliders have one of their own; take it out"),
     ] {
-        let given: Vec<&str> =
-            names.iter().filter(|name| keys.get(name).is_some() && reader.gives(name)).copied().collect();
+        let given: Vec<&str> = names.iter().filter(|name| reader.gives(name)).copied().collect();
         given.into_iter().for_each(|name| reader.problem(Some(name), message));
     }
     if !config.train_unet {
