@@ -120,7 +120,8 @@ impl<'f> Ranks<'f> {
 
 fn said(output: Output) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let line = text.lines().find_map(|line| ["ended: ", "failed: "].iter().find_map(|word| Some(&line[line.find(word)?..])));
+    let line =
+        text.lines().find_map(|line| ["ended: ", "failed: "].iter().find_map(|word| Some(&line[line.find(word)?..])));
     line.map_or_else(|| format!("died: {:?} {}", output.status, String::from_utf8_lossy(&output.stderr)), str::to_owned)
 }
 
@@ -156,13 +157,21 @@ fn ranks_make_the_run_of_one_that_accumulates_as_much() {
     let folder = workspace();
     for (ranks, accumulation) in [(2, 1), (3, 1), (2, 2)] {
         let _ = std::fs::remove_file(folder.path().join("losses"));
-        let accumulated: &'static str = if accumulation == 1 { "gradient_accumulation_steps=1" } else { "gradient_accumulation_steps=2" };
+        let accumulated: &'static str =
+            if accumulation == 1 { "gradient_accumulation_steps=1" } else { "gradient_accumulation_steps=2" };
         // Examples that are read at each visit, and those that ranks encode in shares.
         let cached = if ranks == 3 { "cache_latents=false" } else { "cache_dir=auto" };
         let run = Ranks::new(folder.path(), &[&KEYS[..], &[accumulated, cached]].concat());
         let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
-        assert_equal(&run, &alone(folder.path(), &[&KEYS[..], &[if ranks == 3 { cached } else { "cache_latents=true" }]].concat(), ranks * accumulation));
+        assert_equal(
+            &run,
+            &alone(
+                folder.path(),
+                &[&KEYS[..], &[if ranks == 3 { cached } else { "cache_latents=true" }]].concat(),
+                ranks * accumulation,
+            ),
+        );
     }
 }
 

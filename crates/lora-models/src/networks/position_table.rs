@@ -9,8 +9,8 @@ use lora_torch::dry::platform;
 use lora_torch::tch::{Device, Tensor};
 use lora_torch::tensor::upload;
 
-use crate::weights::Weights;
 use crate::Result;
+use crate::weights::Weights;
 
 /// Sides of the parts that a device holds are multiples of this, in patches: pictures of many shapes share few parts.
 const STEP: i64 = 32;

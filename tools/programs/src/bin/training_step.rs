@@ -18,8 +18,8 @@ use lora_core::variant::VariantRegistry;
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{
-    Conditions, Flux, FluxConditions, FluxConfig, Sd3, Sd3Conditions, Sd3Config, Unet, UnetConfig, ZImage, ZImageCaptions,
-    ZImageConfig,
+    Conditions, Flux, FluxConditions, FluxConfig, Sd3, Sd3Conditions, Sd3Config, Unet, UnetConfig, ZImage,
+    ZImageCaptions, ZImageConfig,
 };
 use lora_models::synthetic::{SyntheticFlux, SyntheticModel, SyntheticSd3, SyntheticZImage};
 use lora_models::weights::{Frozen, Held, SyntheticWeights, Weights};
@@ -224,10 +224,11 @@ fn z_image(weights: &Weights<'_>, layers: Option<usize>, batch: [i64; 2], device
     let sizes = ZImageConfig { layers: layers.unwrap_or(published.layers), ..published };
     let caption = sizes.caption as i64;
     let network = ZImage::new(weights, sizes)?;
-    let mut model = Velocity::new(network, batch, device, &[&[CAPTION, caption]], |network, [noised, levels], told, pass| {
-        let captions = ZImageCaptions { states: &told[0], lengths: &told[1], ragged: false };
-        network.forward(noised, levels, captions, pass)
-    })?;
+    let mut model =
+        Velocity::new(network, batch, device, &[&[CAPTION, caption]], |network, [noised, levels], told, pass| {
+            let captions = ZImageCaptions { states: &told[0], lengths: &told[1], ragged: false };
+            network.forward(noised, levels, captions, pass)
+        })?;
     model.told.push(Tensor::f_full([batch[0]], CAPTION, (Kind::Int64, device))?);
     Ok(Box::new(model))
 }
