@@ -14,6 +14,7 @@ CUDA_RUNTIME=nvidia-cuda-runtime==13.0.96
 CUDA_CUPTI=nvidia-cuda-cupti==13.0.85
 # Headers alone, for the few calls of CUDA that libtorch does not wrap.
 CUDA_CRT=nvidia-cuda-crt==13.0.88
+CUDA_CCCL=nvidia-cuda-cccl==13.0.85
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
@@ -51,7 +52,7 @@ flavour=cpu
 if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null 2>&1; then flavour=cuda; fi
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/lora"
 target="$cache/libtorch-$VERSION-$flavour"
-if [ "$flavour" = cuda ]; then wheels="torch==$VERSION $CUDA_CRT"
+if [ "$flavour" = cuda ]; then wheels="torch==$VERSION $CUDA_CRT $CUDA_CCCL"
 else wheels="--no-deps torch==$VERSION $CUDA_RUNTIME $CUDA_CUPTI $CUDA_CRT"; fi
 # The marker says what is in there, so that a copy of an earlier version of this script is not taken for this one's.
 complete() { [ "$(cat "$target/complete" 2>/dev/null || true)" = "$wheels" ]; }

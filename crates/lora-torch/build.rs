@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 /// Headers of CUDA that libtorch's own ask for, in the folder that PyPI's wheels put beside torch.
 const CUDA_HEADERS: [&str; 3] = ["cuda.h", "cuda_runtime_api.h", "crt/host_defines.h"];
+/// Those that c10d's header for NCCL asks for beyond.
+const NCCL_HEADERS: [&str; 3] = ["nccl.h", "nv/target", "cublas_v2.h"];
 
 fn main() {
     println!("cargo:rerun-if-changed=cpp");
@@ -79,9 +81,22 @@ fn build_cuda(mut build: cc::Build, libtorch: &Path, object: &Path) {
     let folder = object.parent().expect("a file in a folder");
     std::fs::write(folder.join("whole_source.h"), format!("R\"cuda({text})cuda\"\n"))
         .expect("cargo's folder can be written to");
-    build.include(headers).include(folder).pic(true);
+    build.include(&headers).include(folder).pic(true);
+    // NCCL's header from no other place: it must be of the version that libtorch was built with.
+    let nccl = libtorch.join("../../nvidia/nccl/include");
+    let lacks = NCCL_HEADERS.iter().find(|header| ![&headers, &nccl].iter().any(|folder| folder.join(header).exists()));
+    match lacks {
+        None => _ = build.include(nccl).define("LORA_NCCL", None),
+        // A libtorch for machines without a GPU has none of it.
+        Some(header) if nccl.exists() => {
+            println!(
+                "cargo:warning=built without NCCL: {header} is not beside libtorch (wheels nvidia-nccl-cu13, nvidia-cuda-cccl)"
+            );
+        }
+        Some(_) => {}
+    }
     let mut command = build.get_compiler().to_command();
-    let sources = ["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp", "cpp/cuda/limit.cpp"];
+    let sources = ["cpp/cuda/graph.cpp", "cpp/cuda/kernels.cpp", "cpp/cuda/limit.cpp", "cpp/cuda/nccl.cpp"];
     command.arg("-shared").args(sources).arg("-ldl").arg("-o").arg(object);
     let done = command.status().expect("the C++ compiler runs");
     assert!(done.success(), "{command:?} failed");

@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     /// Write the configuration here instead of to standard output.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// The trainer, where the content does not tell it: sd-scripts, kohya_ss, onetrainer, ai-toolkit, axolotl, llama-factory.
+    /// The trainer, where the content does not tell it: sd-scripts, kohya_ss, musubi-tuner, onetrainer, ai-toolkit, diffusion-pipe, axolotl, llama-factory.
     #[arg(long, value_name = "TRAINER")]
     from: Option<Tool>,
     /// List keys that are not known as having no counterpart, instead of refusing them.

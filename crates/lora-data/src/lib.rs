@@ -20,6 +20,7 @@ mod prompt_line;
 pub mod report;
 mod sample;
 pub mod sampler;
+pub mod sliders;
 pub mod source;
 pub mod template;
 pub mod texts;

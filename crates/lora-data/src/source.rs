@@ -1,6 +1,6 @@
-//! Where examples come from: what a run asks of a dataset, whatever its items are. [`crate::Pictures`] and
-//! [`crate::texts::Texts`] answer. In which order items are visited is [`crate::sampler`]'s business; what is computed from
-//! an example belongs to the base model that is trained.
+//! Where examples come from: what a run asks of a dataset, whatever its items are. [`crate::Pictures`],
+//! [`crate::texts::Texts`] and [`crate::sliders::Sliders`] answer. In which order items are visited is [`crate::sampler`]'s
+//! business; what is computed from an example belongs to the base model that is trained.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,6 +13,7 @@ use crate::cache::DiskCache;
 use crate::caption::Done;
 use crate::finding::Finding;
 use crate::sampler::{EpochSampler, Visit, Visits};
+use crate::sliders::Contrast;
 use crate::texts::TokenRow;
 use crate::{Error, Result, Sample};
 
@@ -46,6 +47,8 @@ pub enum Example {
     Picture(Sample),
     /// A row of tokens.
     Tokens(TokenRow),
+    /// Prompts without a picture, of a slider.
+    Contrast(Contrast),
 }
 
 /// What makes the data of a run what they are: names and values, which a resumed run must share.

@@ -49,8 +49,8 @@ impl<'a> Scope<'a> {
             let mut parts = path.split('.');
             let mut found = row::find(self.groups, parts.next()?)?;
             for part in parts {
-                let Means::Table(rows) = found.means else { return None };
-                found = rows.iter().find(|row| row.name == part)?;
+                let Means::Table(groups) = found.means else { return None };
+                found = row::find(groups, part)?;
             }
             found.default_value()
         })
@@ -103,6 +103,21 @@ impl Field<'_> {
 
     pub(crate) fn on(&self) -> bool {
         values::switch(&self.value) == Some(true)
+    }
+
+    /// The number under a name of ours.
+    pub(crate) fn number_as(&self, ours: &'static str) -> Outcome {
+        same(ours, Kind::Number, &self.value)
+    }
+
+    /// The whole number under a name of ours.
+    pub(crate) fn count_as(&self, ours: &'static str) -> Outcome {
+        same(ours, Kind::Count, &self.value)
+    }
+
+    /// What becomes of a switch that is on.
+    pub(crate) fn when_on(&self, outcome: Outcome) -> Outcome {
+        if self.on() { outcome } else { no_effect("off, as without it") }
     }
 
     /// Refuses the value.
@@ -165,7 +180,7 @@ impl<'a> Walk<'a> {
     /// Every key of a table, in the order of the rows.
     fn table(&mut self, root: Scope<'_>, here: Scope<'_>, prefix: &str, dataset: Option<usize>) {
         let place_of =
-            |entry: &&Entry| here.groups.iter().flat_map(|rows| rows.iter()).position(|row| row.name == entry.key);
+            |entry: &&Entry| here.groups.iter().flat_map(|rows| rows.iter()).position(|row| row.is(&entry.key));
         let mut entries: Vec<&Entry> = here.entries.iter().collect();
         entries.sort_by_key(|entry| place_of(entry).unwrap_or(usize::MAX));
         for entry in entries {
@@ -182,17 +197,16 @@ impl<'a> Walk<'a> {
     /// What the trainer does where keys are not given.
     fn defaults(&mut self, root: Scope<'_>, here: Scope<'_>, groups: Groups, prefix: &str, dataset: Option<usize>) {
         for row in row::rows(groups) {
-            let path = format!("{prefix}{}", row.name);
+            let path = format!("{prefix}{}", row.name());
             match &row.means {
-                Means::Table(rows) => {
-                    let entries = here.entries.iter().find(|entry| entry.key == row.name);
-                    let within =
-                        Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups: &[rows], ..here };
-                    for inner in rows.iter().filter(|inner| within.given(inner.name).is_none()) {
-                        self.assume(root, within, inner, &format!("{path}.{}", inner.name), dataset);
+                Means::Table(groups) => {
+                    let entries = here.entries.iter().find(|entry| row.is(&entry.key));
+                    let within = Scope { entries: entries.map_or(&[], |entry| entry.node.entries()), groups, ..here };
+                    for inner in row::rows(groups).filter(|inner| within.given(inner.name()).is_none()) {
+                        self.assume(root, within, inner, &format!("{path}.{}", inner.name()), dataset);
                     }
                 }
-                _ if here.given(row.name).is_none() => self.assume(root, here, row, &path, dataset),
+                _ if row.names().all(|name| here.given(name).is_none()) => self.assume(root, here, row, &path, dataset),
                 _ => {}
             }
         }
@@ -208,9 +222,9 @@ impl<'a> Walk<'a> {
     /// One key.
     fn key(&mut self, root: Scope<'_>, here: Scope<'_>, row: &'static Row, node: &Node, at: &At<'_>) {
         match &row.means {
-            Means::Table(rows) => match &node.content {
+            Means::Table(groups) => match &node.content {
                 Content::Table(entries) => {
-                    let within = Scope { entries, groups: &[rows], ..here };
+                    let within = Scope { entries, groups, ..here };
                     self.table(root, within, &format!("{}.", at.path), at.dataset);
                 }
                 _ => self.refuse(at, "expected a table"),
@@ -261,7 +275,7 @@ impl<'a> Walk<'a> {
                     let at = At { path: &path, line: entry.line, dataset: None, assumed: false };
                     match row::find(groups, &entry.key) {
                         None => self.unknown(groups, &at, &entry.key),
-                        Some(row) if but.contains(&row.name) => self.key(root, within, row, &entry.node, &at),
+                        Some(row) if but.contains(&row.name()) => self.key(root, within, row, &entry.node, &at),
                         Some(_) => self.account(&at, &[], no_effect(reason)),
                     }
                 }
@@ -270,7 +284,7 @@ impl<'a> Walk<'a> {
     }
 
     fn unknown(&mut self, groups: &[&'static [Row]], at: &At<'_>, key: &str) {
-        let names = groups.iter().flat_map(|rows| rows.iter()).map(|row| row.name);
+        let names = groups.iter().flat_map(|rows| rows.iter()).flat_map(Row::names);
         let near = nearest(key, names).map_or_else(String::new, |name| format!("; did you mean `{name}`?"));
         match self.allow_unknown {
             true => self.account(at, &[], lost("not known; whatever it does is not done")),

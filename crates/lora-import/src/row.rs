@@ -43,25 +43,45 @@ pub(crate) enum Means {
     /// Nothing like it here; with one of these values (JSON) nothing is lost.
     Lost(&'static [&'static str], &'static str),
     /// A table with rows of its own.
-    Table(&'static [Row]),
+    Table(Groups),
     /// A list of texts `name=value` with rows of their own.
     Arguments(&'static [Row]),
     /// A list of tables, each a dataset or nothing.
     Datasets(&'static [Row], fn(&Field<'_>) -> Element),
 }
 
-/// A key of another trainer.
+/// A key of another trainer, or several of which the same is said.
 pub(crate) struct Row {
-    pub(crate) name: &'static str,
+    /// Its name; several, among them older ones, with blanks between them.
+    names: &'static str,
     /// What the trainer does without the key, as JSON, where that is not what this program does.
     pub(crate) default: Option<&'static str>,
     pub(crate) means: Means,
 }
 
 impl Row {
+    const fn new(names: &'static str, means: Means) -> Self {
+        Self { names, default: None, means }
+    }
+
     /// With the value that the trainer takes where the key is not given.
     pub(crate) const fn default(self, json: &'static str) -> Self {
-        Self { name: self.name, default: Some(json), means: self.means }
+        Self { names: self.names, default: Some(json), means: self.means }
+    }
+
+    /// Its keys.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.names.split_whitespace()
+    }
+
+    /// Its key, the first of several.
+    pub(crate) fn name(&self) -> &'static str {
+        self.names().next().unwrap_or_default()
+    }
+
+    /// Whether it is the row of a key.
+    pub(crate) fn is(&self, name: &str) -> bool {
+        self.names().any(|own| own == name)
     }
 
     /// The default as a value.
@@ -70,32 +90,32 @@ impl Row {
     }
 }
 
-pub(crate) const fn same(name: &'static str, ours: &'static str, kind: Kind) -> Row {
-    Row { name, default: None, means: Means::Same(ours, kind) }
+pub(crate) const fn same(names: &'static str, ours: &'static str, kind: Kind) -> Row {
+    Row::new(names, Means::Same(ours, kind))
 }
 
-pub(crate) const fn by(name: &'static str, ours: &'static [&'static str], how: &'static str, decide: Decide) -> Row {
-    Row { name, default: None, means: Means::By(ours, how, decide) }
+pub(crate) const fn by(names: &'static str, ours: &'static [&'static str], how: &'static str, decide: Decide) -> Row {
+    Row::new(names, Means::By(ours, how, decide))
 }
 
-pub(crate) const fn nothing(name: &'static str, why: &'static str) -> Row {
-    Row { name, default: None, means: Means::NoEffect(why) }
+pub(crate) const fn nothing(names: &'static str, why: &'static str) -> Row {
+    Row::new(names, Means::NoEffect(why))
 }
 
-pub(crate) const fn gone(name: &'static str, neutral: &'static [&'static str], what: &'static str) -> Row {
-    Row { name, default: None, means: Means::Lost(neutral, what) }
+pub(crate) const fn gone(names: &'static str, neutral: &'static [&'static str], what: &'static str) -> Row {
+    Row::new(names, Means::Lost(neutral, what))
 }
 
-pub(crate) const fn table(name: &'static str, rows: &'static [Row]) -> Row {
-    Row { name, default: None, means: Means::Table(rows) }
+pub(crate) const fn table(names: &'static str, groups: Groups) -> Row {
+    Row::new(names, Means::Table(groups))
 }
 
-pub(crate) const fn arguments(name: &'static str, rows: &'static [Row]) -> Row {
-    Row { name, default: None, means: Means::Arguments(rows) }
+pub(crate) const fn arguments(names: &'static str, rows: &'static [Row]) -> Row {
+    Row::new(names, Means::Arguments(rows))
 }
 
-pub(crate) const fn datasets(name: &'static str, rows: &'static [Row], is: fn(&Field<'_>) -> Element) -> Row {
-    Row { name, default: None, means: Means::Datasets(rows, is) }
+pub(crate) const fn datasets(names: &'static str, rows: &'static [Row], is: fn(&Field<'_>) -> Element) -> Row {
+    Row::new(names, Means::Datasets(rows, is))
 }
 
 /// Values with which a switch or a number does nothing.
@@ -106,7 +126,7 @@ pub(crate) type Groups = &'static [&'static [Row]];
 
 /// The row of a name.
 pub(crate) fn find(groups: &[&'static [Row]], name: &str) -> Option<&'static Row> {
-    groups.iter().flat_map(|rows| rows.iter()).find(|row| row.name == name)
+    groups.iter().flat_map(|rows| rows.iter()).find(|row| row.is(name))
 }
 
 /// All rows that count, in their order.
@@ -114,7 +134,7 @@ pub(crate) fn rows(groups: &'static [&'static [Row]]) -> impl Iterator<Item = &'
     groups
         .iter()
         .flat_map(|rows| rows.iter())
-        .filter(|row| find(groups, row.name).is_some_and(|first| std::ptr::eq(first, *row)))
+        .filter(|row| find(groups, row.name()).is_some_and(|first| std::ptr::eq(first, *row)))
 }
 
 /// The keys of ours that a table can set.
@@ -128,7 +148,8 @@ pub(crate) fn keys_of_row(row: &'static Row) -> Vec<&'static str> {
         Means::Same(ours, _) => vec![ours],
         Means::By(ours, ..) => ours.to_vec(),
         Means::NoEffect(_) | Means::Lost(..) => Vec::new(),
-        Means::Table(rows) | Means::Arguments(rows) => rows.iter().flat_map(keys_of_row).collect(),
+        Means::Table(groups) => keys_of(groups),
+        Means::Arguments(rows) => rows.iter().flat_map(keys_of_row).collect(),
         Means::Datasets(rows, _) => rows.iter().flat_map(keys_of_row).chain(["datasets"]).collect(),
     }
 }

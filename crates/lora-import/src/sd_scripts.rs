@@ -1,5 +1,5 @@
 //! sd-scripts' dataset files (`--dataset_config`, TOML or JSON): `[general]`, `[[datasets]]`, `[[datasets.subsets]]`, the
-//! nearest value wins. Each subset becomes a dataset of ours.
+//! nearest value wins. Those of musubi-tuner, whose datasets have no subsets, are read too. Each subset becomes a dataset of ours.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::input::{self, Problem, Source};
 use crate::outcome::{Outcome, no_effect};
 use crate::report::{Accounted, Verdict};
 use crate::row::{self, Groups, Row};
-use crate::tools::sd_scripts_dataset::ROWS;
+use crate::tools::sd_scripts::dataset_file::ROWS;
 
 /// A subset as a dataset of ours.
 #[derive(Debug, Clone)]
@@ -78,9 +78,14 @@ pub(crate) fn read(path: &Path) -> Result<File, Problem> {
             let keys = translated(&merged);
             file.subsets.push(Subset { label, group, keys });
         }
+        // musubi-tuner's datasets are what subsets are of sd-scripts'.
+        if dataset.get("subsets").is_none() {
+            let (label, keys) = (format!("datasets[{group}]"), translated(&merged));
+            file.subsets.extend(keys.contains_key("train_data_dir").then_some(Subset { label, group, keys }));
+        }
     }
     if file.subsets.is_empty() && file.problems.is_empty() {
-        file.problems.push(Problem::of(&place, "no [[datasets.subsets]]"));
+        file.problems.push(Problem::of(&place, "no [[datasets.subsets]], and no [[datasets]] with an image_directory"));
     }
     Ok(file)
 }
@@ -92,7 +97,7 @@ impl File {
             let path = format!("{prefix}{}", entry.key);
             let refused = |message: String| Problem::new(place, entry.line, &path, message);
             let Some(row) = row::find(&[ROWS], &entry.key) else {
-                let near = nearest(&entry.key, ROWS.iter().map(|row| row.name));
+                let near = nearest(&entry.key, ROWS.iter().flat_map(Row::names));
                 let near = near.map_or_else(String::new, |name| format!("; did you mean `{name}`?"));
                 self.problems.push(refused(format!("unknown key{near}")));
                 continue;

@@ -149,7 +149,7 @@ fn parts_of_chroma_and_anima_go_where_their_bases_read_them() {
     let anima = "network_module = \"networks.lora_anima\"\nqwen3 = \"qwen\"\nvae = \"vae.safetensors\"\nt5_tokenizer_path = \"t5\"\n";
     let own = config(&of(Format::Toml, &format!("{base}\n{anima}")));
     assert_has(&own, json!({ "text_encoder": "qwen", "t5_tokenizer": "t5", "vae": "vae.safetensors" }));
-    assert!(own.get("timestep_sampling").is_none(), "sigmoid is the usual of both");
+    assert_has(&own, json!({ "timestep_sampling": "sigmoid" }));
 }
 
 /// Block 1 + 3i + j of 25 is `down_blocks.i`'s j-th, 12 the middle, 13 + 3i + j `up_blocks.i`'s.
@@ -180,10 +180,62 @@ fn weights_of_blocks_become_learning_rates_of_the_layers_that_they_are_of() {
         assert!(found.get(pattern).is_some(), "{pattern} in {found:#}");
     }
     assert!(is_lost(&run("\"down_lr_weight=sine+.25\""), "network_args.down_lr_weight"), "shapes go by name");
+    // Stable Diffusion XL's: 9 of input blocks, 3 of the middle, 9 of output blocks.
+    let run = |further: &str| {
+        let arguments = "down_lr_weight=9,9,9,0.5,1,2,3,4,5 mid_lr_weight=2,0.5,3 up_lr_weight=2,1,3,1,1,4,5,1,1";
+        let text = format!(
+            "accelerate launch sdxl_train_network.py --pretrained_model_name_or_path b --train_data_dir d --output_dir o \
+             --network_module networks.lora --learning_rate 1e-4 --network_args {arguments} {further}\n"
+        );
+        config(&of(Format::Command, &text))["learning_rate_pattern"].clone()
+    };
+    let attentions = json!({
+        r"re:down_blocks\.1\.(attentions\.1)\..*": 2e-4, r"re:down_blocks\.2\.(attentions\.0)\..*": 4e-4,
+        r"re:down_blocks\.2\.(attentions\.1)\..*": 5e-4, r"re:mid_block\.attentions\.0\..*": 5e-5,
+        r"re:up_blocks\.0\.(attentions\.0)\..*": 2e-4, r"re:up_blocks\.0\.(attentions\.2)\..*": 3e-4,
+        r"re:up_blocks\.1\.(attentions\.2)\..*": 4e-4,
+    });
+    let found = run("");
+    for (pattern, rate) in attentions.as_object().unwrap() {
+        let (rate, found) = (rate.as_f64().unwrap(), found[pattern].as_f64().unwrap_or_default());
+        assert!((found - rate).abs() < 1e-12, "{pattern}: {found}");
+    }
+    assert_eq!(found.as_object().unwrap().len(), 7, "{found:#}");
+    let found = run("conv_dim=4");
+    for pattern in [
+        r"re:down_blocks\.0\.(resnets\.0)\..*",
+        r"re:down_blocks\.0\.(downsamplers\.0)\..*",
+        r"re:mid_block\.resnets\.1\..*",
+        r"re:up_blocks\.0\.(attentions\.2|resnets\.2|upsamplers\.0)\..*",
+        r"re:up_blocks\.2\.(resnets\.0)\..*",
+    ] {
+        assert!(found.get(pattern).is_some(), "{pattern} in {found:#}");
+    }
     assert_has(
         &config(&of(Format::Toml, &format!("{SD_SCRIPTS}scale_weight_norms = 1.0\n"))),
         json!({ "scale_weight_norms": 1 }),
     );
+}
+
+/// There the first expression that is all of a name counts, here the longest pattern.
+#[test]
+fn learning_rates_by_expressions_keep_their_order() {
+    let run = |module: &str, rates: &str| {
+        let text = SD_SCRIPTS.replace("networks.lora", module);
+        of(Format::Toml, &format!("{text}network_args = ['network_reg_lrs={rates}']\n"))
+    };
+    let rates = r".*attn1.*=1e-3, .*\.to_[kv]=2e-4,.*attentions.*=5e-5";
+    let found = config(&run("networks.lokr", rates))["learning_rate_pattern"].clone();
+    let longest_first = {
+        let mut all: Vec<_> = found.as_object().unwrap().iter().collect();
+        all.sort_by_key(|(pattern, _)| std::cmp::Reverse(pattern.len()));
+        all.iter().map(|(pattern, rate)| (pattern.replace("(?:)", ""), rate.as_f64().unwrap())).collect::<Vec<_>>()
+    };
+    let expected = [("re:.*attn1.*", 1e-3), (r"re:.*\.to_[kv]", 2e-4), ("re:.*attentions.*", 5e-5)];
+    assert_eq!(longest_first, expected.map(|(pattern, rate)| (pattern.to_owned(), rate)));
+    for (module, rates) in [("networks.lora_flux", rates), ("networks.lokr", "(?!.*attn1).*=1e-3")] {
+        assert!(is_lost(&run(module, rates), "network_args.network_reg_lrs"), "{module} {rates}");
+    }
 }
 
 #[test]

@@ -7,7 +7,9 @@
 
 use std::sync::Arc;
 
-use lora_core::variant::{BaseLayer, Dropout, EXPERTS_DOWN, EXPERTS_UP, Parameters, Variant, WEIGHT_VALUE};
+use lora_core::variant::{
+    BaseLayer, Dropout, EXPERTS_DOWN, EXPERTS_UP, LoraFactors, Parameters, Variant, WEIGHT_VALUE,
+};
 use lora_core::{LayerGeometry, ModulePath};
 use lora_torch::checkpoint::{Inputs, Shared, checkpoint};
 use lora_torch::frozen::FrozenWeight;
@@ -32,9 +34,16 @@ pub struct Pass {
     pub inputs_in_host: bool,
     /// Layers compute as if they carried no adapters: the base as it was.
     pub without_adapters: bool,
+    /// Adapters change outputs by as much the other way: a strength of −1.
+    pub reversed: bool,
 }
 
 impl Pass {
+    /// What strengths of adapters are multiplied with.
+    fn sign(&self) -> f64 {
+        if self.reversed { -1.0 } else { 1.0 }
+    }
+
     /// The output of a block; where its activations are to be computed again, only its inputs are kept.
     ///
     /// # Errors
@@ -100,6 +109,22 @@ pub struct AttachedAdapter {
     pub variant: Arc<dyn Variant<TchBackend>>,
     /// Its tensors.
     pub parameters: Parameters<TchBackend>,
+}
+
+impl AttachedAdapter {
+    /// Whether all that it does is to add `scale · up · down`.
+    fn is_of_factors(&self) -> bool {
+        let names = LoraFactors::names(false);
+        let tensors = &self.parameters.tensors;
+        self.variant.merges_by_factors() && tensors.len() == 2 && names.iter().all(|name| tensors.contains_key(*name))
+    }
+
+    /// Of factors, the same the other way; tensors are shared.
+    fn reversed(&self) -> Self {
+        let tensors = self.parameters.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        let parameters = Parameters { tensors: tensors.collect(), scale: -self.parameters.scale };
+        Self { variant: Arc::clone(&self.variant), parameters }
+    }
 }
 
 /// An adapter's factors, one of each for each expert.
@@ -255,7 +280,7 @@ impl AdaptableLayer {
                 let factors = adapter.parameters.get(adapter.variant.name(), name)?;
                 Ok(factors.f_to_kind(kind)?.f_unbind(0)?)
             });
-            all.push(ExpertFactors { down: down?, up: up?, scale: adapter.parameters.scale * strength });
+            all.push(ExpertFactors { down: down?, up: up?, scale: adapter.parameters.scale * strength * pass.sign() });
         }
         Ok(all)
     }
@@ -268,7 +293,7 @@ impl AdaptableLayer {
         };
         match self.adapters_in(pass) {
             [] => base(),
-            [(adapter, 1.0)] if adapter.parameters.tensors.contains_key(WEIGHT_VALUE) => {
+            [(adapter, 1.0)] if !pass.reversed && adapter.parameters.tensors.contains_key(WEIGHT_VALUE) => {
                 Ok(adapter.parameters.tensors[WEIGHT_VALUE].shallow_clone())
             }
             several => {
@@ -276,7 +301,7 @@ impl AdaptableLayer {
                 let mut sum = base.f_to_kind(Kind::Float)?;
                 for (adapter, strength) in several {
                     let change = adapter.variant.delta_weight(&TchBackend, self, &adapter.parameters)?;
-                    sum = sum.f_add(&change.f_mul_scalar(*strength)?)?;
+                    sum = sum.f_add(&change.f_mul_scalar(strength * pass.sign())?)?;
                 }
                 Ok(sum.f_to_kind(base.kind())?)
             }
@@ -439,12 +464,14 @@ impl AdaptableLayer {
         };
         match self.adapters_in(pass) {
             [] => alone(),
-            [(adapter, 1.0)] => with(adapter),
+            [(adapter, 1.0)] if !pass.reversed => with(adapter),
+            [(adapter, 1.0)] if adapter.is_of_factors() => with(&adapter.reversed()),
             several => {
                 let base: Tensor = alone()?;
                 let mut sum = base.shallow_clone();
                 for (adapter, strength) in several {
-                    sum = sum.f_add(&with(adapter)?.f_sub(&base)?.f_mul_scalar(*strength)?)?;
+                    let change = with(adapter)?.f_sub(&base)?;
+                    sum = sum.f_add(&change.f_mul_scalar(strength * pass.sign())?)?;
                 }
                 Ok(sum)
             }

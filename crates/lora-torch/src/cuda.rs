@@ -39,6 +39,7 @@ pub(crate) struct Calls {
     pub(crate) graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     pub(crate) graph_drop: unsafe extern "C" fn(*mut c_void),
     pub(crate) memory_limit: unsafe extern "C" fn(i64, u64) -> c_int,
+    pub(crate) group_nccl: unsafe extern "C" fn(*mut c_void, c_int, c_int, i64) -> c_int,
     kernels: Kernels,
 }
 
@@ -111,6 +112,7 @@ fn open() -> std::result::Result<Calls, String> {
         graph_replay: symbol!("lora_graph_replay"),
         graph_drop: symbol!("lora_graph_drop"),
         memory_limit: symbol!("lora_memory_limit"),
+        group_nccl: symbol!("lora_group_nccl"),
         kernels: Kernels {
             nf4: symbol!("lora_cuda_nf4"),
             scaled: symbol!("lora_cuda_scaled"),

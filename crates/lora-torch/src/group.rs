@@ -16,6 +16,7 @@ mod store;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
@@ -54,6 +55,13 @@ pub struct Place {
     pub port: u16,
 }
 
+impl Place {
+    /// Of a rank among so many, on a machine of its own or wherever: for what needs no others, such as a plan.
+    pub fn new(rank: usize, ranks: usize) -> Self {
+        Self { rank, ranks, local_rank: 0, local_ranks: 1, address: "localhost".into(), port: 29_500 }
+    }
+}
+
 /// Processes that train together, as one of them sees it.
 ///
 /// A value may be used by several threads, but the order of calls of [`sum`](Self::sum), [`exchange`](Self::exchange) and
@@ -69,6 +77,8 @@ pub struct Group {
     /// How often each name was exchanged.
     said: Mutex<HashMap<String, u64>>,
     broken: AtomicBool,
+    /// GPUs sum among themselves, rather than by copies in host memory.
+    gpus: bool,
 }
 
 impl Group {
@@ -88,6 +98,7 @@ impl Group {
                 "there is no rank {rank} of {ranks}, {local_rank} of {local_ranks} on its machine: RANK and LOCAL_RANK count from 0 and are below WORLD_SIZE and LOCAL_WORLD_SIZE"
             )));
         }
+        let limit = limit.min(Duration::from_secs(365 * 24 * 3600));
         let end = Instant::now() + limit;
         let host = rendezvous::resolve(place)?;
         let mut group = Self {
@@ -97,8 +108,9 @@ impl Group {
             peers: vec![None; ranks],
             said: Mutex::default(),
             broken: AtomicBool::new(false),
+            gpus: false,
         };
-        let joined = group.meet_others(device, end).and_then(|()| group.connect(host, end));
+        let joined = group.meet_others(device, end).and_then(|()| group.connect(host, device, end));
         match joined {
             Ok(()) => Ok(group),
             Err(error) => {
@@ -135,11 +147,25 @@ impl Group {
     }
 
     /// Connects the ranks for tensors.
-    fn connect(&self, host: std::net::IpAddr, end: Instant) -> Result<()> {
-        let own = rendezvous::own_address(&self.place, host)?;
+    fn connect(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
+        let (own, Place { rank, ranks, .. }) =
+            (rendezvous::own_address(&self.place, host, &self.peers)?, self.place.clone());
         // All are there: what is left of the time may be less than connecting takes on a busy machine.
         let limit = end.saturating_duration_since(Instant::now()).max(Duration::from_secs(30));
-        self.explained(self.store.connect(own, self.place.rank, self.place.ranks, limit))
+        self.explained(self.store.connect(own, rank, ranks, limit))?;
+        let Device::Cuda(index) = device else { return Ok(()) };
+        match self.store.connect_gpus(index, rank, ranks) {
+            Ok(()) => self.gpus = true,
+            Err(error) => tracing::warn!("the GPUs sum in host memory, which is slower than NCCL: {error}"),
+        }
+        // All of them the same way; and NCCL connects by its first sum, which is better seen to fail here.
+        let ways = self.exchange("gpus", &[self.gpus.into()])?;
+        if let Some(other) = ways.iter().position(|way| *way != ways[0]) {
+            return Err(Error::Group(format!(
+                "of ranks 0 and {other} only one has NCCL: their builds must be the same"
+            )));
+        }
+        self.sum(&Tensor::f_zeros([1], (Kind::Float, device))?)
     }
 
     /// Where this process stands.
@@ -170,6 +196,11 @@ impl Group {
             self.collective(tensor, SUM_LIMIT, || format!("not all ranks came to a sum within {SUM_LIMIT:?}"))
         };
         if tensor.device() == Device::Cpu {
+            return sum(tensor);
+        }
+        if self.gpus {
+            // A GPU would wait for ever for one whose process has ended; Gloo sees that at once.
+            sum(&meeting()?)?;
             return sum(tensor);
         }
         let copy = tensor.f_to_device(Device::Cpu)?;
@@ -215,7 +246,7 @@ impl Group {
                 (0..ranks).map(|rank| matches!(self.store.get(&key(turn, rank)), Ok(Some(_)))).collect();
             format!("{} of {ranks} did not come to `{name}` within {limit:?}", ranks_where(&heard, |&heard| !heard))
         };
-        self.collective(&Tensor::f_zeros([1], (Kind::Int64, Device::Cpu))?, limit, silent)?;
+        self.collective(&meeting()?, limit, silent)?;
         (0..ranks)
             .map(|rank| {
                 let found = self.explained(self.store.get(&key(turn, rank)))?;
@@ -251,6 +282,32 @@ impl Group {
         }))
     }
 
+    /// Which ranks are left after one has ended, in order; each that is left calls it. Waits until all have said that they are
+    /// there, but for those that are known to be gone, and no longer than `limit`. Where the store is gone, rank 0 is with it.
+    pub fn roll_call(&self, limit: Duration) -> Vec<usize> {
+        let Place { rank, ranks, .. } = self.place;
+        let (end, own) = (Instant::now() + limit, self.peers.get(self.place.rank).and_then(Option::as_ref));
+        let without_first = || (1..ranks.max(2)).collect();
+        if self.store.set(&format!("left over/{rank}"), &[]).is_err() {
+            return without_first();
+        }
+        let mut here = vec![false; ranks];
+        loop {
+            for (rank, here) in here.iter_mut().enumerate().filter(|(_, here)| !**here) {
+                match self.store.get(&format!("left over/{rank}")) {
+                    Ok(found) => *here = found.is_some(),
+                    Err(_) => return without_first(),
+                }
+            }
+            let gone = |peer: &Option<Peer>| peer.as_ref().zip(own).is_some_and(|(peer, own)| peer.is_gone(own));
+            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || gone(peer));
+            if complete || Instant::now() >= end {
+                return here.iter().enumerate().filter(|(_, here)| **here).map(|(rank, _)| rank).collect();
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The right to begin a collective, as those of two threads would come in any order.
     fn turn(&self) -> MutexGuard<'_, HashMap<String, u64>> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
@@ -275,7 +332,7 @@ impl Group {
                 listened = Instant::now();
                 let cause = self.failure().map(ended).or_else(|| (begin.elapsed() > limit).then(late));
                 if let Some(cause) = cause {
-                    self.store.abandoned.store(true, Ordering::Relaxed);
+                    self.store.abandon();
                     return Err(Error::Group(cause));
                 }
             }
@@ -362,6 +419,11 @@ impl Drop for Group {
             sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// What is summed to meet.
+fn meeting() -> Result<Tensor> {
+    Ok(Tensor::f_zeros([1], (Kind::Int64, Device::Cpu))?)
 }
 
 /// What another rank told of its end.

@@ -2,8 +2,9 @@
 //! `LORA_TEST_DOES` names and prints what came of it.
 
 use std::io::Read;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,14 @@ use lora_torch::tch::{Device, Kind, Tensor};
 /// For all that should come to an end soon: two busy cores may take long.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A port that nothing listens on now.
+/// A port that nothing listens on now, of those that the system gives no connection by itself, as it might do until a rank
+/// listens there.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(131);
+    let ports = std::iter::repeat_with(|| 20_000 + first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000);
+    let mut ports = ports.map(|port| u16::try_from(port).unwrap());
+    ports.find(|&port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()).unwrap()
 }
 
 /// A rank that is running; it does not outlive the test.
@@ -36,12 +42,23 @@ fn all_of(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
 
 impl Rank {
     fn start(does: &str, rank: usize, ranks: usize, port: u16, limit: Duration) -> Self {
+        Self::start_with(does, rank, ranks, port, limit, &[])
+    }
+
+    fn start_with(
+        does: &str,
+        rank: usize,
+        ranks: usize,
+        port: u16,
+        limit: Duration,
+        variables: &[(&str, &str)],
+    ) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["a_rank", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
         command.env("LORA_TEST_DOES", does).env("LORA_TEST_LIMIT", limit.as_millis().to_string());
         command.env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string());
         command.env("MASTER_PORT", port.to_string()).env("MASTER_ADDR", "localhost");
-        command.env_remove("TORCHELASTIC_USE_AGENT_STORE").env("OMP_NUM_THREADS", "1");
+        command.env_remove("TORCHELASTIC_USE_AGENT_STORE").env("OMP_NUM_THREADS", "1").envs(variables.iter().copied());
         let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let output = all_of(process.stdout.take().unwrap());
         let errors = all_of(process.stderr.take().unwrap());
@@ -152,6 +169,10 @@ fn what_it_does(does: &str) -> lora_torch::Result<String> {
             }
             waited.map(|()| "it went on".into())
         }
+        "serves" => {
+            std::thread::sleep(Duration::from_secs(600));
+            Ok("nobody ended it".into())
+        }
         other => panic!("{other}"),
     }
 }
@@ -215,6 +236,26 @@ fn a_meeting_names_those_who_are_late() {
     let (late, waited) = (ranks.remove(1), ranks.remove(0).said());
     assert_eq!(waited, "error: rank 1 of 2 did not come to `dawn` within 100ms");
     assert_eq!(late.said(), "error: rank 0 ended: rank 1 of 2 did not come to `dawn` within 100ms");
+}
+
+#[test]
+fn ranks_join_at_a_store_that_their_launcher_serves() {
+    let port = free_port();
+    // A process that serves a store and sees to it that the ranks live on: what torchrun is.
+    let launcher = Rank::start("serves", 0, 1, port, LONG);
+    for attempt in ["0", "1"] {
+        let agent = [
+            ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+            ("TORCHELASTIC_RUN_ID", "a run"),
+            ("TORCHELASTIC_RESTART_COUNT", attempt),
+        ];
+        // The second time there is everything in the store that the ranks of the first have left.
+        let ranks = [1, 0].map(|rank| Rank::start_with("speaks", rank, 2, port, LONG, &agent));
+        for rank in ranks {
+            assert_eq!(rank.said(), "0:0 0:1 1:0 1:1 2:0 2:1 3:0 3:1");
+        }
+    }
+    launcher.end();
 }
 
 #[test]

@@ -51,15 +51,21 @@ fn with_pictures() -> tempfile::TempDir {
 fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     let path = |name: &str| folder.join(name).display().to_string();
     let adapter = if keys.contains(&"train=full") { "" } else { "lora_rank: 4\ntarget_modules: attention-mlp\n" };
+    let data = match keys.contains(&SLIDER) {
+        true => String::new(),
+        false => format!("train_data_dir: {}\nrepeats: 4\n", path("data")),
+    };
     let text = format!(
-        "base_model: {}\ntrain_data_dir: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\n\
-         max_train_steps: 1\nrepeats: 4\n{adapter}",
+        "base_model: {}\noutput_dir: {}\nmax_resolution: 128\ndevice: cpu\nprecision: fp32\nmax_train_steps: 1\n\
+         {data}{adapter}",
         path("base"),
-        path("data"),
         path("out"),
     );
     TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
 }
+
+/// A slider of prompts alone.
+const SLIDER: &str = "sliders=[{target = 'a', positive = 'b', negative = 'c'}]";
 
 /// Counted peaks of a run's parts, in bytes above what was held before it; those that the configuration has. None for a variant
 /// that files have no form of, which is not trained.
@@ -135,6 +141,9 @@ fn predictions_are_what_is_counted() {
         &["sample_prompts=a", "sample_resolution=128", "sample_steps=2", "train_text_encoder=false", "validation"],
         &["vae_tiling=true", "max_resolution=512", "train_text_encoder=false", "gradient_checkpointing=true"],
         &["vae_tiling=true", "sample_prompts=a", "sample_resolution=512", "sample_steps=2", "precision=bf16"],
+        &[SLIDER, "slider_steps=3"],
+        &[SLIDER, "slider_steps=3", "gradient_checkpointing=true", "batch_size=2", "max_resolution=256"],
+        &[SLIDER, "slider_steps=3", "base_storage=nf4", "precision=bf16", "gradient_accumulation_steps=2"],
         &["train=full", "batch_size=2"],
         &["train=full", "optimizer=adamw8bit"],
         &["train=full", "optimizer=lion"],
@@ -172,6 +181,7 @@ fn predictions_are_what_is_counted() {
             "sample_steps=2",
         ],
         &["train_text_encoder=false", "validation"],
+        &[SLIDER, "slider_steps=3", "variant=dora", "target_modules=attention"],
     ];
     let of = |channels: [usize; 4]| {
         let mut model = SyntheticModel::tiny();
@@ -202,6 +212,7 @@ fn predictions_are_what_is_counted() {
         &["offload_base=true", "base_storage=fp8", "gradient_checkpointing=true"],
         &["sample_prompts=a", "sample_resolution=128", "sample_steps=2", "validation"],
         &["target_modules=all-linear", "gradient_checkpointing=true"],
+        &[SLIDER, "slider_steps=3"],
     ] {
         wrong.extend(disagreements(folder.path(), &[&["max_sequence_length=8"], keys].concat()));
     }

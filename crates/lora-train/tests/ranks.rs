@@ -8,18 +8,17 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use common::{config, distance, workspace};
 use lora_core::Adapter;
 use lora_train::callback::{Callback, Control};
 use lora_train::{Plugins, Session, StepReport, ranks, train};
 
-/// Losses of runs whose sums are added up in another order, relative: f32 has 24 bits.
+/// Losses, relative: each rank's is rounded to f32, and more than two are added up in another order.
 const LOSSES: f64 = 1e-6;
-/// What is learnt from them, against its largest number: differences of the last bit grow by AdamW's division where gradients are
-/// small.
-const LEARNT: f32 = 1e-4;
+/// What is learnt from sums in another order, against its largest number. Two ranks without accumulation add up as one process does:
+/// there it is 0.
+const LEARNT: f32 = 1e-5;
 
 /// Writes losses down as they come, and ends the run, of its own will or as if it were shot, after a step.
 struct Watch {
@@ -56,7 +55,8 @@ fn a_rank() {
     let keys: Vec<&str> = keys.lines().collect();
     let mut config = config(folder.as_ref(), &keys);
     config.place = ranks::place().unwrap();
-    let rank = config.place.as_ref().unwrap().rank;
+    // One of one is a process that trains alone.
+    let rank = config.place.as_ref().map_or(0, |place| place.rank);
     let of_rank = |name: &str| number(&format!("{name}_{rank}"));
     let watch = Watch {
         losses: Some(Path::new(&folder).join("losses")),
@@ -96,7 +96,7 @@ impl<'f> Ranks<'f> {
         command.env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string());
         command.env("MASTER_PORT", port.to_string()).env("MASTER_ADDR", "localhost");
         // The same sums within an operation as the process that they are held against.
-        command.envs(self.variables.iter().copied()).env("OMP_WAIT_POLICY", "PASSIVE");
+        command.envs(self.variables.iter().copied()).env("OMP_NUM_THREADS", "1");
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
@@ -127,23 +127,26 @@ fn said(output: Output) -> String {
 
 /// A run of one process that accumulates so many micro-batches.
 fn alone(folder: &Path, keys: &[&str], accumulation: usize) -> (Vec<f64>, Adapter) {
+    lora_torch::tch::set_num_threads(1);
     let accumulation = format!("gradient_accumulation_steps={accumulation}");
     let (adapter, reports) = common::trained(folder, &[keys, &[&accumulation]].concat());
     (reports.iter().map(|report| report.loss).collect(), adapter)
 }
 
-fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter)) {
+fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter), bound: f32) {
     let own = run.losses();
     assert_eq!(own.len(), losses.len());
     for (a, b) in own.iter().zip(losses) {
         assert!((a - b).abs() <= LOSSES * b.abs(), "{own:?} {losses:?}");
     }
     let distance = distance(&run.learnt(), adapter);
-    assert!(distance <= LEARNT, "{distance}");
+    assert!(distance <= bound, "{distance}");
 }
 
-/// Eight pictures, whose epoch ends within a step of three micro-batches of two; half precision in files would hide what differs.
-const KEYS: [&str; 6] = [
+/// Eight pictures, whose epoch ends within a step of three micro-batches of two. Half precision in files would hide what differs, and
+/// AdamW's own epsilon make as much of the last bit of a small gradient as of a large one.
+const KEYS: [&str; 7] = [
+    "optimizer_args=[\"eps=1e-2\"]",
     "batch_size=2",
     "max_train_steps=6",
     "save_precision=fp32",
@@ -155,23 +158,19 @@ const KEYS: [&str; 6] = [
 #[test]
 fn ranks_make_the_run_of_one_that_accumulates_as_much() {
     let folder = workspace();
-    for (ranks, accumulation) in [(2, 1), (3, 1), (2, 2)] {
-        let _ = std::fs::remove_file(folder.path().join("losses"));
-        let accumulated: &'static str =
-            if accumulation == 1 { "gradient_accumulation_steps=1" } else { "gradient_accumulation_steps=2" };
+    for (ranks, accumulation, encoded, bound) in [
+        (2, 1, "cache_latents=true", 0.0),
         // Examples that are read at each visit, and those that ranks encode in shares.
-        let cached = if ranks == 3 { "cache_latents=false" } else { "cache_dir=auto" };
-        let run = Ranks::new(folder.path(), &[&KEYS[..], &[accumulated, cached]].concat());
+        (3, 1, "cache_latents=false", LEARNT),
+        (2, 2, "cache_dir=cache", LEARNT),
+    ] {
+        let _ = std::fs::remove_file(folder.path().join("losses"));
+        let accumulated = ["gradient_accumulation_steps=1", "gradient_accumulation_steps=2"][accumulation - 1];
+        let run = Ranks::new(folder.path(), &[&KEYS[..], &[accumulated, encoded]].concat());
         let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
-        assert_equal(
-            &run,
-            &alone(
-                folder.path(),
-                &[&KEYS[..], &[if ranks == 3 { cached } else { "cache_latents=true" }]].concat(),
-                ranks * accumulation,
-            ),
-        );
+        let alone = alone(folder.path(), &[&KEYS[..], &[encoded]].concat(), ranks * accumulation);
+        assert_equal(&run, &alone, bound);
     }
 }
 
@@ -191,16 +190,9 @@ fn a_run_of_two_goes_on_with_one_two_and_four() {
         std::fs::write(&begun, &state).unwrap();
         std::fs::write(folder.path().join("losses"), &losses).unwrap();
         let run = Ranks::new(folder.path(), &[&keys[..], &["resume=true"]].concat());
-        let said = run.run_or_alone(ranks);
+        let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
-        assert_equal(&run, &whole);
-    }
-}
-
-impl Ranks<'_> {
-    /// One rank is a process that knows of no others.
-    fn run_or_alone(&self, ranks: usize) -> Vec<String> {
-        self.run(ranks)
+        assert_equal(&run, &whole, LEARNT);
     }
 }
 
@@ -249,9 +241,4 @@ fn a_rank_that_never_comes_is_named_with_the_time_limit() {
     run.absent = Some(1);
     let said = run.run(2);
     assert!(said[0].contains("rank 1") && said[0].contains("2s"), "{said:?}");
-}
-
-#[test]
-fn ranks_know_their_limit() {
-    assert!(Duration::from_secs(config(workspace().path(), &[]).ddp_timeout as u64) == Duration::from_secs(1800));
 }

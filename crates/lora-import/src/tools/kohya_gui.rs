@@ -3,10 +3,10 @@
 
 use serde_json::json;
 
-use super::sd_scripts::{self, is_flow};
-use super::sd_scripts_network::{
-    Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
+use super::sd_scripts::network::{
+    BLOCKS, Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
 };
+use super::sd_scripts::{self, is_flow};
 use super::{Table, Tool, done, optimisers};
 use crate::engine::{Field, Scope};
 use crate::input::tree::Node;
@@ -22,7 +22,17 @@ pub(crate) static TABLE: Table = Table {
     about: "JSON of the tabs LoRA and Dreambooth, and presets. An empty field is as if not given. Epochs are `max_train_epochs`, \
             else `max_train_steps`, else `epoch`; `lr_warmup` is in percent of the run. Presets have no paths: what is missing is \
             said. Fields that are not listed here have names and meaning of sd-scripts' options.",
-    groups: &[OWN, sd_scripts::SHARED, sd_scripts::FLOW, sd_scripts::OWN, sd_scripts::AROUND],
+    groups: &[
+        OWN,
+        sd_scripts::program::ROWS,
+        sd_scripts::data::ROWS,
+        sd_scripts::network::ROWS,
+        sd_scripts::optimizer::ROWS,
+        sd_scripts::loss::ROWS,
+        sd_scripts::flow::ROWS,
+        sd_scripts::memory::ROWS,
+        sd_scripts::save::ROWS,
+    ],
     own: &[OWN],
     is: |has| {
         has("LoRA_type")
@@ -87,8 +97,7 @@ static OWN: &[Row] = &[
     .default("\"full\""),
     by("max_train_epochs", &["epochs"], "wins over the others", |field| match field.count() {
         Some(0) => no_effect("0: the others count"),
-        Some(epochs) => taken("epochs", epochs),
-        None => field.expected("a whole number"),
+        _ => field.count_as("epochs"),
     }),
     by("max_train_steps", &["max_train_steps"], "optimiser steps; wins over epoch", |field| {
         match (epochs(&field.root), field.count()) {
@@ -126,27 +135,23 @@ static OWN: &[Row] = &[
         Some(_) if field.root.text("lr_scheduler").as_deref() == Some("constant") => {
             no_effect("lr_scheduler = constant has no warm-up in sd-scripts")
         }
-        Some(steps) => taken("lr_warmup_steps", steps),
-        None => field.expected("a whole number"),
+        _ => field.count_as("lr_warmup_steps"),
     }),
     by(
         "max_resolution",
         &["max_resolution"],
         "an area where there are buckets, there and here",
-        sd_scripts::resolution,
+        sd_scripts::data::resolution,
     )
     .default("\"512,512\""),
-    by("train_batch_size", &["batch_size"], "pictures at once", |field| match field.count() {
-        Some(count) => taken("batch_size", count),
-        None => field.expected("a whole number"),
-    }),
+    by("train_batch_size", &["batch_size"], "pictures at once", |field| field.count_as("batch_size")),
     by("output_name", &["output_name"], "the file's name", |field| taken("output_name", field.text()))
         .default("\"last\""),
     by("caption_extension", &["caption_extension"], "captions are looked for with this extension alone", |field| {
         taken("caption_extension", field.text())
     })
     .default("\".caption\""),
-    by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save_precision).default("\"fp16\""),
+    by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save::save_precision).default("\"fp16\""),
     by("optimizer", &["optimizer"], "by its name", |field| {
         let old = field.root.given("use_8bit_adam").is_some_and(|on| values::switch(&on) == Some(false));
         match field.root.given("optimizer") {
@@ -164,8 +169,7 @@ static OWN: &[Row] = &[
     by("learning_rate", &["learning_rate"], "of what has none of its own", |field| match field.number() {
         // The rates of the networks count where either is given.
         Some(0.0) => no_effect("0: unet_lr and text_encoder_lr count"),
-        Some(rate) => taken("learning_rate", values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as("learning_rate"),
     })
     .default("0.0001"),
     by(
@@ -181,8 +185,7 @@ static OWN: &[Row] = &[
                 Some(rate) if is_flow(&field.root) => {
                     becomes("learning_rate", values::of_number(rate), "the transformer's")
                 }
-                Some(rate) => taken("unet_lr", values::of_number(rate)),
-                None => field.expected("a number"),
+                _ => field.number_as("unet_lr"),
             }
         },
     )
@@ -197,8 +200,7 @@ static OWN: &[Row] = &[
                 Some(rate) => becomes("text_encoder_lr", values::of_number(rate), "learning_rate, as for the U-Net"),
                 None => no_effect("learning_rate counts"),
             },
-            Some(rate) => taken("text_encoder_lr", values::of_number(rate)),
-            None => field.expected("a number"),
+            _ => field.number_as("text_encoder_lr"),
         }
     })
     .default("0"),
@@ -241,9 +243,8 @@ static OWN: &[Row] = &[
     by("train_on_input", &["variant_options"], "of IA3", |field| of_kind(field, "iA3", "on_input")),
     by("constrain", &["variant_options"], "of OFT", |field| of_kind(field, "OFT", "constraint")),
     by("rescaled", &["variant_options"], "of OFT", |field| of_kind(field, "OFT", "rescale")),
-    by("dora_wd", &["variant"], "with magnitudes", |field| match field.on() {
-        true => of_lycoris(field, |_| translated(vec![], "the variant has magnitudes")),
-        false => no_effect("off, as without it"),
+    by("dora_wd", &["variant"], "with magnitudes", |field| {
+        field.when_on(of_lycoris(field, |_| translated(vec![], "the variant has magnitudes")))
     }),
     by("use_scalar", &[], "of LyCORIS' kinds", |field| {
         of_lycoris(field, |field| lost_if(field, "no factor that is trained beside the update"))
@@ -269,19 +270,18 @@ static OWN: &[Row] = &[
         of_lora(field, dropout(field, "lora_dropout"))
     }),
     same("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Positive),
-    gone("loraplus_unet_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
-    gone("loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
+    gone("loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
     gone("block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("block_alphas", OFF, "alphas by block are given by alpha_pattern"),
     gone("conv_block_dims", OFF, "ranks by block are given by rank_pattern"),
     gone("conv_block_alphas", OFF, "alphas by block are given by alpha_pattern"),
-    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("down_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         weights(field, Side::Down)
     }),
-    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion 1 and 2", |field| {
+    by("mid_lr_weight", &["learning_rate_pattern"], "a number, of Stable Diffusion XL three", |field| {
         weights(field, Side::Middle)
     }),
-    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1 and 2", |field| {
+    by("up_lr_weight", &["learning_rate_pattern"], "numbers, of Stable Diffusion 1, 2 and XL", |field| {
         weights(field, Side::Up)
     }),
     nothing("block_lr_zero_threshold", "with weights of blocks"),
@@ -291,13 +291,12 @@ static OWN: &[Row] = &[
     by("noise_offset", &["noise_offset"], "with noise_offset_type Original", |field| match field.number() {
         Some(0.0) => no_effect("off, as without it"),
         Some(_) if is_multires(&field.root) => no_effect("noise_offset_type is Multires"),
-        Some(offset) => taken("noise_offset", values::of_number(offset)),
-        None => field.expected("a number"),
+        _ => field.number_as("noise_offset"),
     }),
     by("adaptive_noise_scale", &["adaptive_noise_scale"], "with noise_offset_type Original", |field| {
         match is_multires(&field.root) || field.root.number("noise_offset").unwrap_or(0.0) == 0.0 {
             true => no_effect("there is no noise offset"),
-            false => sd_scripts::adaptive_noise_scale(field),
+            false => sd_scripts::loss::adaptive_noise_scale(field),
         }
     }),
     by("multires_noise_iterations", &["multires_noise_iterations"], "with noise_offset_type Multires", |field| {
@@ -311,10 +310,9 @@ static OWN: &[Row] = &[
         Some(_) if field.root.on("sdxl") || field.root.on("sdxl_checkbox") || is_flow(&field.root) => {
             no_effect("the layer that is read is the base's own")
         }
-        Some(layers) => taken("clip_skip", layers),
-        None => field.expected("a whole number"),
+        _ => field.count_as("clip_skip"),
     }),
-    by("max_token_length", &["max_token_length"], "75, 150 or 225", sd_scripts::max_token_length),
+    by("max_token_length", &["max_token_length"], "75, 150 or 225", sd_scripts::program::max_token_length),
     by(
         "v_parameterization",
         &["v_parameterization"],
@@ -335,10 +333,7 @@ static OWN: &[Row] = &[
             false => becomes("sample_prompts", json!(lines), "a line each"),
         }
     }),
-    nothing("v2", "the base's files say it"),
-    nothing("sdxl", "the base's files say it"),
-    nothing("flux1_checkbox", "the base's files say it"),
-    nothing("sd3_checkbox", "the base's files say it"),
+    nothing("v2 sdxl flux1_checkbox sd3_checkbox", "the base's files say it"),
     nothing("model_list", "pretrained_model_name_or_path says it"),
     nothing("xformers", "how attention is computed"),
     nothing("num_cpu_threads_per_process", "how steps are computed"),
@@ -350,9 +345,7 @@ static OWN: &[Row] = &[
     gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
     nothing("gpu_ids", "`device` says which"),
     nothing("main_process_port", "one machine trains"),
-    nothing("dynamo_mode", "how steps are computed"),
-    nothing("dynamo_use_dynamic", "how steps are computed"),
-    nothing("dynamo_use_fullgraph", "how steps are computed"),
+    nothing("dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph", "how steps are computed"),
     gone("extra_accelerate_launch_args", OFF, "nothing is launched"),
     by("additional_parameters", &[], "options of sd-scripts, which win over the fields", |_| {
         translated(vec![], "its options are read with these")
@@ -361,15 +354,15 @@ static OWN: &[Row] = &[
     gone("conv_dims", OFF, "ranks by block are given by rank_pattern"),
     nothing("use_wandb", "nothing is sent anywhere"),
     nothing("no_token_padding", "captions are padded as the base expects"),
-    nothing("save_as_bool", "a field of the GUI"),
-    nothing("training_preset", "a field of the GUI"),
-    nothing("sdxl_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
-    nothing("flux1_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
+    nothing("save_as_bool training_preset", "a field of the GUI"),
+    nothing(
+        "sdxl_cache_text_encoder_outputs flux1_cache_text_encoder_outputs",
+        "captions are encoded once wherever they may be",
+    ),
     nothing("flux1_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
     nothing("sd3_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
     nothing("sd3_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
-    nothing("sdxl_no_half_vae", "an autoencoder that overflows goes on in fp32"),
-    nothing("no_half_vae", "an autoencoder that overflows goes on in fp32"),
+    nothing("sdxl_no_half_vae no_half_vae", "an autoencoder that overflows goes on in fp32"),
     nothing("lowvram", "what is kept on the device"),
     by("weighting_scheme_checkbox", &[], "a field of the GUI", |_| no_effect("a field of the GUI")),
     // The tabs Dreambooth and Finetuning.
@@ -380,8 +373,7 @@ static OWN: &[Row] = &[
     same("image_folder", "train_data_dir", Kind::Text),
     by("dataset_repeats", &["repeats"], "visits in an epoch", |field| match field.count() {
         Some(0 | 1) => no_effect("1, as without it"),
-        Some(count) => taken("repeats", count),
-        None => field.expected("a whole number"),
+        _ => field.count_as("repeats"),
     }),
     by("create_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
         becomes("enable_bucket", true, "the tab Finetuning always has buckets")
@@ -389,12 +381,11 @@ static OWN: &[Row] = &[
     by("generate_image_buckets", &["enable_bucket"], "the tab Finetuning always has buckets", |_| {
         becomes("enable_bucket", true, "the tab Finetuning always has buckets")
     }),
-    nothing("generate_caption_database", "captions are read beside their pictures"),
-    nothing("create_caption", "captions are read beside their pictures"),
-    nothing("full_path", "captions are read beside their pictures"),
-    nothing("caption_metadata_filename", "captions are read beside their pictures"),
-    nothing("latent_metadata_filename", "captions are read beside their pictures"),
-    nothing("train_dir", "captions are read beside their pictures"),
+    nothing(
+        "generate_caption_database create_caption full_path caption_metadata_filename latent_metadata_filename \
+         train_dir",
+        "captions are read beside their pictures",
+    ),
     nothing("use_latent_files", "`cache_dir` keeps latents for the next run"),
     nothing("batch_size", "how many pictures are encoded at once"),
     gone("block_lr", OFF, "no learning rates by block"),
@@ -453,8 +444,7 @@ fn lost_if(field: &Field<'_>, what: &str) -> Outcome {
 fn dropout(field: &Field<'_>, ours: &'static str) -> Outcome {
     match field.number() {
         Some(0.0) => no_effect("off, as without it"),
-        Some(rate) => taken(ours, values::of_number(rate)),
-        None => field.expected("a number"),
+        _ => field.number_as(ours),
     }
 }
 
@@ -489,6 +479,9 @@ fn kind(field: &Field<'_>) -> Outcome {
     match kind.as_str() {
         "" if !is_full(&field.root) => no_effect("a LoRA, as without it"),
         "" => becomes("train", "full", "a file without LoRA_type is of a tab that trains all weights"),
+        "Flux1" | "SD3" if field.root.given("train_blocks").is_none() => {
+            becomes("target_modules", json!([BLOCKS]), "all linear layers of blocks, those of their modulation too")
+        }
         "Standard" | "LoCon" | "Kohya LoCon" | "Flux1" | "SD3" | "LyCORIS/LoCon" | "LyCORIS/LoRA" if !dora => {
             no_effect("a LoRA, as without it")
         }

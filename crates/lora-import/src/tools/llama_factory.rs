@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::language::{self, TRAINER};
-use super::{Table, Tool, as_it_is};
+use super::{Table, Tool, as_it_is, sd_scripts};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::{self, Problem, Source};
@@ -53,11 +53,31 @@ static ROWS: &[Row] = &[
         true => no_effect("a run of training"),
         false => refused("nothing is trained without it"),
     }),
-    by("finetuning_type", &["train"], "`lora`; `full` trains all weights", |field| match field.text().as_str() {
-        "lora" => no_effect("a LoRA, as without it"),
-        "full" => becomes("train", "full", "all weights"),
-        other => refused(format!("finetuning_type = {other} is not trained here; lora is")),
+    by("finetuning_type", &["train", "variant"], "`lora`, `oft`; `full` trains all weights", |field| {
+        match field.text().as_str() {
+            "lora" => no_effect("a LoRA, as without it"),
+            "full" => becomes("train", "full", "all weights"),
+            "oft" => becomes("variant", "peft-oft", "rotations of the inputs"),
+            other => refused(format!("finetuning_type = {other} is not trained here; lora, oft and full are")),
+        }
     }),
+    by("oft_block_size", &["variant_options"], "with finetuning_type oft; 32 where none is given", |field| match field
+        .root
+        .text("finetuning_type")
+        .as_deref()
+    {
+        Some("oft") => sd_scripts::network::option(field, "block_size"),
+        _ => no_effect("only with finetuning_type = oft"),
+    })
+    .default("32"),
+    by("oft_target", &["target_modules"], "with finetuning_type oft", |field| {
+        match (field.root.text("finetuning_type").as_deref(), language::targets(&field.value)) {
+            (Some("oft"), Some(names)) => taken("target_modules", names),
+            (Some("oft"), None) => field.expected("names"),
+            _ => no_effect("only with finetuning_type = oft"),
+        }
+    }),
+    gone("oft_rank", OFF, "blocks have the size of oft_block_size"),
     by("lora_rank", &["lora_rank"], "8 where none is given", |field| match field.count() {
         Some(rank @ 1..) => taken("lora_rank", rank),
         _ => field.expected("a whole number from 1 on"),
@@ -73,6 +93,7 @@ static ROWS: &[Row] = &[
     .default("\"2 × lora_rank\""),
     same("lora_dropout", "lora_dropout", Kind::Positive),
     by("lora_target", &["target_modules"], "`all`: all-linear", |field| match language::targets(&field.value) {
+        _ if field.root.text("finetuning_type").as_deref() == Some("oft") => no_effect("oft_target says it"),
         Some(names) if names == json!(["all-linear"]) => {
             becomes("target_modules", names, "all linear layers but the head")
         }
@@ -94,23 +115,35 @@ static ROWS: &[Row] = &[
     nothing("pissa_iter", "PiSSA is exact; variant = pissa-fast is not"),
     nothing("pissa_convert", "a file of PiSSA is a plain LoRA"),
     nothing("create_new_adapter", "with adapter_name_or_path"),
-    gone("use_galore", OFF, "gradients are not projected"),
-    gone("use_apollo", OFF, "gradients are not projected"),
+    gone("use_galore use_apollo", OFF, "gradients are not projected"),
+    nothing(
+        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise apollo_target \
+         apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_layerwise \
+         apollo_scale_type apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval \
+         badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha",
+        "with its switch",
+    ),
+    nothing("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules", "with finetuning_type = freeze"),
+    nothing("do_predict predict_with_generate max_new_tokens top_p temperature", "samples are drawn by lora generate"),
+    nothing(
+        "fp8_backend fp8_enable_fsdp_float8_all_gather fsdp_transformer_layer_cls_to_wrap",
+        "how steps are computed",
+    ),
+    gone(
+        "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size expert_model_parallel_size",
+        &["1", "false"],
+        "a network is not split over devices",
+    ),
     gone("use_badam", OFF, "all adapted layers are trained at each step"),
     gone("use_muon", OFF, "no Muon; optimizer says which"),
     gone("use_adam_mini", OFF, "no Adam-mini; optimizer says which"),
     gone("use_llama_pro", OFF, "layers are not repeated"),
-    gone("use_dft_loss", OFF, "the loss is cross-entropy"),
-    gone("use_asft_loss", OFF, "the loss is cross-entropy"),
-    gone("use_eaft_loss", OFF, "the loss is cross-entropy"),
+    gone("use_dft_loss use_asft_loss use_eaft_loss", OFF, "the loss is cross-entropy"),
     gone("mixture_of_depths", OFF, "the base's own layers are trained"),
     gone("shift_attn", OFF, "attention is the base's own"),
     gone("rope_scaling", OFF, "the base's own configuration counts"),
     gone("moe_aux_loss_coef", OFF, "experts are not balanced"),
-    nothing("use_unsloth", "how steps are computed"),
-    nothing("use_unsloth_gc", "how steps are computed"),
-    nothing("enable_liger_kernel", "how steps are computed"),
-    nothing("use_v1_kernels", "how steps are computed"),
+    nothing("use_unsloth use_unsloth_gc enable_liger_kernel use_v1_kernels", "how steps are computed"),
     nothing("flash_attn", "how attention is computed"),
     nothing("use_reentrant_gc", "how steps are computed"),
     gone("upcast_layernorm", OFF, "norms accumulate in fp32"),
@@ -154,13 +187,12 @@ static ROWS: &[Row] = &[
     same("dpo_label_smoothing", "label_smoothing", Kind::Positive),
     gone("ld_alpha", OFF, "answers' lengths are not weighted"),
     gone("simpo_gamma", OFF, "SimPO is not trained here"),
-    gone("ref_model", OFF, "the reference is the base without its adapter"),
-    gone("ref_model_adapters", OFF, "the reference is the base without its adapter"),
-    gone("ref_model_quantization_bit", OFF, "the reference is the base without its adapter"),
-    by("train_on_prompt", &["train_on_inputs"], "its name here", |field| match field.on() {
-        true => taken("train_on_inputs", true),
-        false => no_effect("off, as without it"),
-    }),
+    gone(
+        "ref_model ref_model_adapters ref_model_quantization_bit",
+        OFF,
+        "the reference is the base without its adapter",
+    ),
+    by("train_on_prompt", &["train_on_inputs"], "its name here", |field| field.when_on(taken("train_on_inputs", true))),
     gone("mask_history", OFF, "all answers of a conversation are learned"),
     // Data.
     by("dataset", &["datasets"], "names in dataset_info.json", |_| {
@@ -195,9 +227,8 @@ static ROWS: &[Row] = &[
             (true, false) => becomes("packing", true, "each document attends to itself alone, as with neat_packing"),
         }
     }),
-    by("neat_packing", &["packing"], "packing with isolated documents", |field| match field.on() {
-        true => becomes("packing", true, "documents are isolated"),
-        false => no_effect("off, as without it"),
+    by("neat_packing", &["packing"], "packing with isolated documents", |field| {
+        field.when_on(becomes("packing", true, "documents are isolated"))
     }),
     gone("streaming", OFF, "texts are tokenised before the first step"),
     nothing("buffer_size", "with streaming"),
@@ -208,15 +239,12 @@ static ROWS: &[Row] = &[
     gone("enable_thinking", &["true"], "thoughts are in the answers"),
     nothing("preserve_thinking", "thoughts are in the answers"),
     nothing("overwrite_cache", "texts are tokenised before the first step"),
-    nothing("preprocessing_batch_size", "how texts are read"),
-    nothing("preprocessing_num_workers", "how texts are read"),
+    nothing("preprocessing_batch_size preprocessing_num_workers", "how texts are read"),
     nothing("tokenized_path", "texts are tokenised before the first step"),
     nothing("data_shared_file_system", "how texts are read"),
     gone("disable_shuffling", OFF, "records are drawn in another order each epoch"),
     by("val_size", &["validation_split"], "a share, or a number of records", language::held_out),
-    gone("resize_vocab", OFF, "no tokens are added to the base's"),
-    gone("add_tokens", OFF, "no tokens are added to the base's"),
-    gone("add_special_tokens", OFF, "no tokens are added to the base's"),
+    gone("resize_vocab add_tokens add_special_tokens", OFF, "no tokens are added to the base's"),
     gone("split_special_tokens", OFF, "special tokens are those of the base's tokenizer"),
     nothing("use_fast_tokenizer", "the base's folder has it"),
     nothing("cache_dir", "nothing is fetched"),
@@ -224,13 +252,12 @@ static ROWS: &[Row] = &[
     nothing("hf_hub_token", "nothing is fetched"),
     nothing("low_cpu_mem_usage", "how files are read"),
     nothing("print_param_status", "what is printed"),
-    nothing("freeze_vision_tower", "pictures beside texts are not trained on"),
-    nothing("freeze_multi_modal_projector", "pictures beside texts are not trained on"),
-    nothing("freeze_language_model", "pictures beside texts are not trained on"),
-    gone("image_max_pixels", OFF, "pictures beside texts are not trained on"),
-    gone("image_min_pixels", OFF, "pictures beside texts are not trained on"),
-    gone("video_max_pixels", OFF, "films beside texts are not trained on"),
-    gone("video_min_pixels", OFF, "films beside texts are not trained on"),
+    nothing(
+        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model",
+        "pictures beside texts are not trained on",
+    ),
+    gone("image_max_pixels image_min_pixels", OFF, "pictures beside texts are not trained on"),
+    gone("video_max_pixels video_min_pixels", OFF, "films beside texts are not trained on"),
     // Optimisation.
     by("per_device_train_batch_size", &["batch_size"], "8 where none is given", |field| match field.count() {
         Some(size @ 1..) => taken("batch_size", size),
@@ -251,20 +278,16 @@ static ROWS: &[Row] = &[
     })
     .default("false"),
     by("fp16", &["precision"], "`fp16`", |field| language::precision(field, "fp16")),
-    by("pure_bf16", &["precision"], "`bf16`; trained numbers stay fp32", |field| match field.on() {
-        true => becomes("precision", "bf16", "trained numbers stay fp32"),
-        false => no_effect("off, as without it"),
+    by("pure_bf16", &["precision"], "`bf16`; trained numbers stay fp32", |field| {
+        field.when_on(becomes("precision", "bf16", "trained numbers stay fp32"))
     }),
     gone("fp8", OFF, "nothing is multiplied in 8 bits"),
     nothing("infer_dtype", "weights are in the precision of the run"),
-    nothing("ray_init_kwargs", "one device trains"),
-    nothing("ray_num_workers", "one device trains"),
-    nothing("ray_run_name", "one device trains"),
-    nothing("ray_storage_path", "one device trains"),
-    nothing("resources_per_worker", "one device trains"),
-    nothing("placement_strategy", "one device trains"),
-    nothing("master_addr", "one device trains"),
-    nothing("master_port", "one device trains"),
+    nothing(
+        "ray_init_kwargs ray_num_workers ray_run_name ray_storage_path resources_per_worker placement_strategy \
+         master_addr master_port",
+        "one device trains",
+    ),
     // Looking and saving.
     by("do_eval", &[], "with val_size or eval_dataset", |_| no_effect("with val_size or eval_dataset")),
     by("eval_strategy", &[], "by steps", |_| no_effect("with eval_steps")),
@@ -304,17 +327,13 @@ static ROWS: &[Row] = &[
     nothing("overwrite_output_dir", "files of the same name are replaced"),
     nothing("plot_loss", "loss.png is drawn"),
     nothing("include_effective_tokens_per_second", "what is printed"),
-    nothing("swanlab_api_key", "nothing is sent anywhere"),
-    nothing("swanlab_logdir", "nothing is sent anywhere"),
+    nothing("swanlab_api_key swanlab_logdir", "nothing is sent anywhere"),
     gone("use_kt", OFF, "experts are computed where other layers are"),
     nothing("kt_weight_path", "with use_kt"),
 ];
 
 fn variant(field: &Field<'_>, ours: &'static str) -> Outcome {
-    match field.on() {
-        true => taken("variant", ours),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(taken("variant", ours))
 }
 
 /// Files of datasets by their names in `dataset_info.json`.

@@ -3,15 +3,15 @@
 
 mod ai_toolkit;
 mod axolotl;
+mod diffusion_pipe;
 mod kohya_gui;
 mod language;
 mod llama_factory;
+mod musubi;
 mod onetrainer;
-mod onetrainer_optimizer;
 mod optimisers;
 pub(crate) mod sd_scripts;
-pub(crate) mod sd_scripts_dataset;
-mod sd_scripts_network;
+mod shared;
 mod tracking;
 
 use std::fmt;
@@ -39,12 +39,24 @@ pub enum Tool {
     Axolotl,
     /// hiyouga/LLaMA-Factory.
     LlamaFactory,
+    /// kohya-ss/musubi-tuner.
+    Musubi,
+    /// tdrussell/diffusion-pipe.
+    DiffusionPipe,
 }
 
 impl Tool {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::SdScripts, Self::KohyaGui, Self::OneTrainer, Self::AiToolkit, Self::Axolotl, Self::LlamaFactory];
+    pub const ALL: [Self; 8] = [
+        Self::SdScripts,
+        Self::KohyaGui,
+        Self::Musubi,
+        Self::OneTrainer,
+        Self::AiToolkit,
+        Self::DiffusionPipe,
+        Self::Axolotl,
+        Self::LlamaFactory,
+    ];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
@@ -98,6 +110,8 @@ pub(crate) static ALL: &[&Table] = &[
     &kohya_gui::TABLE,
     &axolotl::TABLE,
     &llama_factory::TABLE,
+    &diffusion_pipe::TABLE,
+    &musubi::TABLE,
     &sd_scripts::TABLE,
 ];
 
@@ -108,15 +122,16 @@ pub(crate) fn table(tool: Tool) -> &'static Table {
 
 /// The trainer that a document is for.
 pub(crate) fn of(document: &Document) -> Option<Tool> {
-    if document.script.is_some() {
-        return Some(Tool::SdScripts);
-    }
     let entries = document.root.entries();
+    if document.script.is_some() {
+        let is_musubi = entries.iter().any(|entry| entry.key == "dit");
+        return Some(if is_musubi { Tool::Musubi } else { Tool::SdScripts });
+    }
     // sd-scripts takes tables of any name for headings.
     let within = |key: &str| entries.iter().any(|entry| entry.key != "meta" && entry.node.get(key).is_some());
     let has = |key: &str| entries.iter().any(|entry| entry.key == key);
     let found = ALL.iter().find(|table| match table.tool {
-        Tool::SdScripts => (table.is)(&|key| has(key) || within(key)),
+        Tool::SdScripts | Tool::Musubi => (table.is)(&|key| has(key) || within(key)),
         _ => (table.is)(&has),
     });
     found.map(|table| table.tool)

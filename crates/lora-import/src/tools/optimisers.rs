@@ -21,10 +21,10 @@ pub(crate) fn known(name: &str) -> Known {
     let plain: String = last.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
     const STATES: &str = "its states are kept in fp32 instead of 8 bits";
     match plain.as_str() {
-        "adamw" | "adamwtorch" | "adamwtorchfused" | "adamwhf" | "adamwapexfused" | "adamwanyprecision" => {
-            Known::Same("adamw")
-        }
+        "adamw" | "adamwtorch" | "adamwtorchfused" | "adamwhf" | "adamwapexfused" | "adamwanyprecision"
+        | "adamwoptimi" => Known::Same("adamw"),
         "adamw8bit" | "adamwbnb8bit" | "adamw8bittorchao" | "adamwtorch8bit" => Known::Same("adamw8bit"),
+        "adamw8bitkahan" => Known::Like("adamw8bit", "trained numbers are fp32, without Kahan's sums"),
         "pagedadamw8bit" | "pagedadamwbnb8bit" => Known::Like("adamw8bit", "its states are not paged to host memory"),
         "pagedadamw" | "pagedadamw32bit" | "pagedadamwbnb" => {
             Known::Like("adamw", "its states are not paged to host memory")

@@ -15,10 +15,7 @@ pub(super) fn trackers(field: &Field<'_>) -> Outcome {
 
 /// A switch of TensorBoard's alone.
 pub(super) fn tensorboard(field: &Field<'_>) -> Outcome {
-    match field.on() {
-        true => becomes("log_with", "tensorboard", "files for TensorBoard"),
-        false => no_effect("off, as without it"),
-    }
+    field.when_on(becomes("log_with", "tensorboard", "files for TensorBoard"))
 }
 
 /// Where transformers' files go, if there are any.

@@ -90,6 +90,20 @@ impl Sampler {
         })
     }
 
+    /// DDIM's way from noise to what is as noisy as a timestep, which its last step arrives at: of `steps` for the whole way
+    /// those before it; none where it is noisier than the first. What it gives is then as the network expects it there.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub fn until(schedule: &NoiseSchedule, steps: usize, timestep: usize) -> Result<Self> {
+        let mut sampler = Self::new(SamplerKind::Ddim, schedule, steps)?;
+        sampler.steps.retain(|step| step.timestep > timestep as f64);
+        if let Some(last) = sampler.steps.last_mut() {
+            last.next = schedule.alpha_cumulative(timestep);
+        }
+        Ok(sampler)
+    }
+
     /// The network's answer with guidance (Ho & Salimans, 2022), `without + scale · (with − without)`, of its answers
     /// without and with the prompt, `[batch, 4, height, width]`. With zero terminal SNR, seven tenths of it have the
     /// standard deviation of `with`.
@@ -282,6 +296,35 @@ mod tests {
                 assert!(error < 0.1, "{kind:?} {prediction:?}: {error}");
             }
         }
+    }
+
+    /// With the same answer at each step DDIM keeps to mixtures of one picture and one noise.
+    #[test]
+    fn a_way_that_ends_early_arrives_at_its_timestep() {
+        let schedule = NoiseSchedule::new(Prediction::Epsilon);
+        let noise = Tensor::from_slice(&[1.0f32, 0.3, -0.7, 0.1]).view([1, 1, 2, 2]);
+        // Of timesteps 901, 801, … 1.
+        for (timestep, expected) in [(990, 0), (901, 0), (900, 1), (455, 5), (0, 10)] {
+            let sampler = Sampler::until(&schedule, 10, timestep).unwrap();
+            let mut asked = 0;
+            let fresh = |_: usize| unreachable!("DDIM draws no noise");
+            let latents = sampler.sample(&noise, fresh, |_, t| {
+                asked += 1;
+                assert!(t > timestep as f64);
+                Ok(noise.shallow_clone())
+            });
+            assert_eq!(asked, expected, "{timestep}");
+            if expected > 0 {
+                // What noise alone means at the first timestep is taken for a mixture; from there on it is one.
+                let at = |t: usize| schedule.alpha_cumulative(t);
+                let clean = (&noise - &noise * (1.0 - at(901)).sqrt()) / at(901).sqrt();
+                let mixture = &clean * at(timestep).sqrt() + &noise * (1.0 - at(timestep)).sqrt();
+                assert!(latents.unwrap().allclose(&mixture, 1e-5, 1e-5, false), "{timestep}");
+            } else {
+                assert_eq!(latents.unwrap(), noise);
+            }
+        }
+        assert!(Sampler::until(&schedule, 0, 500).is_err());
     }
 
     #[test]

@@ -119,7 +119,8 @@ int lora_group_connect(Group *group, const char *host, int rank, int ranks, int6
     auto options = host ? Gloo::Options::create() : Gloo::Options::create_default();
     if (host) options->devices.push_back(Gloo::createDeviceForHostname(host));
     options->timeout = duration(milliseconds);
-    group->host = c10::make_intrusive<Gloo>(group->store, rank, ranks, std::move(options));
+    auto store = c10::make_intrusive<c10d::PrefixStore>("gloo", group->store);
+    group->host = c10::make_intrusive<Gloo>(std::move(store), rank, ranks, std::move(options));
   });
 }
 
@@ -148,11 +149,17 @@ void lora_group_drop_work(Work *work) {
   guarded([&] { delete work; });
 }
 
-// `abandon` leaves connections as they are, with whatever waits on them for ever, as their own end would wait for it.
+// Ends what a GPU waits for. What is under way in host memory cannot be ended: it stays until its own limit.
+int lora_group_abort(Group *group) {
+  return guarded([&] {
+    if (group->device) group->device->abort();
+  });
+}
+
+// `abandon` leaves connections as they are, whose end would wait for whatever is under way.
 void lora_group_drop(Group *group, int abandon) {
   guarded([&] {
     if (abandon) {
-      if (group->device) group->device->abort();
       group->device.release();
       group->host.release();
     }

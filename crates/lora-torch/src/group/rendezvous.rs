@@ -1,5 +1,6 @@
 //! How the ranks find each other: the address, who serves the store there, and what each says of itself first.
 
+use std::collections::HashSet;
 use std::ffi::c_int;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
@@ -79,11 +80,13 @@ fn listen(place: &Place, host: IpAddr) -> Result<c_int> {
 }
 
 /// The address that this rank listens on for the others; `None` where a variable of Gloo's own says it.
-pub(super) fn own_address(place: &Place, host: IpAddr) -> Result<Option<IpAddr>> {
+pub(super) fn own_address(place: &Place, host: IpAddr, peers: &[Option<Peer>]) -> Result<Option<IpAddr>> {
     if std::env::var_os("GLOO_SOCKET_IFNAME").is_some_and(|name| !name.is_empty()) {
         return Ok(None);
     }
-    if place.local_ranks == place.ranks {
+    // Whatever launchers say of machines: the loopback is of those who share it.
+    let networks: HashSet<_> = peers.iter().map(|peer| peer.as_ref().map(|peer| &peer.network)).collect();
+    if networks.len() == 1 {
         return Ok(Some(Ipv4Addr::LOCALHOST.into()));
     }
     // The one by which rank 0 is reached, which the name of a machine need not lead to. Nothing is sent.
@@ -105,8 +108,9 @@ pub(super) fn own_address(place: &Place, host: IpAddr) -> Result<Option<IpAddr>>
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Peer {
     ranks: usize,
-    /// Of one boot of one machine, and of one view of its processes.
+    /// Of one boot of one machine, and of one view of its processes and of its network.
     machine: String,
+    network: String,
     process: u32,
     pub(super) host: String,
     device: String,
@@ -117,14 +121,18 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn own(place: &Place, device: Device) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let view = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+        let view = |of: &str| {
+            let space = std::fs::read_link(format!("/proc/self/ns/{of}")).unwrap_or_default();
+            format!("{} {}", read("/proc/sys/kernel/random/boot_id"), space.display())
+        };
         let (device, unit) = match device {
             Device::Cuda(index) => (format!("cuda:{index}"), crate::device::uuid(index).unwrap_or_default()),
             _ => ("cpu".into(), String::new()),
         };
         Self {
             ranks: place.ranks,
-            machine: format!("{} {}", read("/proc/sys/kernel/random/boot_id"), view.display()),
+            machine: view("pid"),
+            network: view("net"),
             process: std::process::id(),
             host: read("/proc/sys/kernel/hostname"),
             device,
@@ -133,15 +141,17 @@ impl Peer {
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let Self { ranks, machine, process, host, device, unit } = self;
-        format!("{ranks}\n{machine}\n{process}\n{host}\n{device}\n{unit}").into_bytes()
+        let Self { ranks, machine, network, process, host, device, unit } = self;
+        format!("{ranks}\n{machine}\n{network}\n{process}\n{host}\n{device}\n{unit}").into_bytes()
     }
 
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(bytes).ok()?;
-        let [ranks, machine, process, host, device, unit] = text.split('\n').collect::<Vec<_>>().try_into().ok()?;
-        let [machine, host, device, unit] = [machine, host, device, unit].map(str::to_owned);
-        Some(Self { ranks: ranks.parse().ok()?, machine, process: process.parse().ok()?, host, device, unit })
+        let [ranks, machine, network, process, host, device, unit] =
+            text.split('\n').collect::<Vec<_>>().try_into().ok()?;
+        let [machine, network, host, device, unit] = [machine, network, host, device, unit].map(str::to_owned);
+        let (ranks, process) = (ranks.parse().ok()?, process.parse().ok()?);
+        Some(Self { ranks, machine, network, process, host, device, unit })
     }
 
     /// Whether its process has ended, as far as this one, of the same machine, can see.
@@ -182,4 +192,67 @@ pub(super) fn short(error: &Error) -> String {
         other => other.to_string(),
     };
     text.trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(ranks: usize, address: &str) -> Place {
+        Place { rank: 1, ranks, local_rank: 0, local_ranks: 1, address: address.into(), port: 29_500 }
+    }
+
+    fn on_gpu(unit: &str, host: &str) -> Peer {
+        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        Peer { device: "cuda:0".into(), unit: unit.into(), host: host.into(), network: host.into(), ..own }
+    }
+
+    #[test]
+    fn a_rank_reads_what_another_says_of_itself() {
+        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        assert!(own.unit.is_empty() && !own.machine.is_empty() && !own.is_gone(&own));
+        assert_eq!(Peer::from_bytes(&own.to_bytes()), Some(own));
+        for other in [b"2\nx".as_slice(), b"", b"\xff", b"a\nb\nc\n1\ne\nf\ng"] {
+            assert_eq!(Peer::from_bytes(other), None);
+        }
+    }
+
+    #[test]
+    fn each_rank_needs_a_gpu_of_its_own_and_may_share_a_cpu() {
+        let (one, other) = (on_gpu("aa", "left"), on_gpu("bb", "right"));
+        agree(&[one.clone(), other.clone()]).unwrap();
+        agree(&[on_gpu("", "left"), on_gpu("", "left")]).unwrap();
+        let error = agree(&[one.clone(), other]).and(agree(&[one.clone(), one.clone()])).unwrap_err().to_string();
+        assert!(error.contains("ranks 0 and 1 are on the same GPU (cuda:0 of left)"), "{error}");
+        let error = agree(&[one.clone(), one.clone(), one]).unwrap_err().to_string();
+        assert!(error.contains("rank 0 (on left)") && error.contains("one of 2 and others as one of 3"), "{error}");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_known_to_be_gone_where_it_can_be_seen() {
+        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let peer = Peer { process: child.id(), ..own.clone() };
+        assert!(!peer.is_gone(&own));
+        child.kill().unwrap();
+        // Nobody has waited for it: it is there still, as one that has ended.
+        while !peer.is_gone(&own) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.wait().unwrap();
+        assert!(peer.is_gone(&own));
+        assert!(!Peer { machine: "another".into(), ..peer }.is_gone(&own));
+    }
+
+    #[test]
+    fn ranks_connect_over_the_network_that_leads_to_rank_0() {
+        if std::env::var_os("GLOO_SOCKET_IFNAME").is_some() {
+            return;
+        }
+        let (loopback, far) = (IpAddr::V4(Ipv4Addr::LOCALHOST), [Some(on_gpu("", "left")), Some(on_gpu("", "right"))]);
+        let near = [far[0].clone(), far[0].clone()];
+        assert_eq!(own_address(&place(2, "localhost"), loopback, &near).unwrap(), Some(loopback));
+        let error = own_address(&place(2, "localhost"), loopback, &far).unwrap_err().to_string();
+        assert!(error.contains("MASTER_ADDR") && error.contains("GLOO_SOCKET_IFNAME"), "{error}");
+    }
 }

@@ -1,14 +1,15 @@
 //! The C interface of `cpp/group/group.cpp`: the store, and sums that are under way. Private: what is said under which key, and
 //! what a failure means, is in the modules beside.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tch::Tensor;
 
-use crate::Result;
 use crate::shim::{RawTensor, checked};
+use crate::{Result, cuda};
 
 /// `lora::group::Group`, which only C++ looks into.
 type RawGroup = c_void;
@@ -44,15 +45,20 @@ unsafe extern "C" {
     fn lora_group_is_done(work: *mut RawWork, done: *mut c_int) -> c_int;
     fn lora_group_finish(work: *mut RawWork) -> c_int;
     fn lora_group_drop_work(work: *mut RawWork);
+    fn lora_group_abort(group: *mut RawGroup) -> c_int;
     fn lora_group_drop(group: *mut RawGroup, abandon: c_int);
 }
+
+/// Who waits for a sum notices what happens to it, and says so. c10d's own watchdog would end the process instead.
+const NCCL_SETTINGS: [(&CStr, &CStr); 2] =
+    [(c"TORCH_NCCL_ASYNC_ERROR_HANDLING", c"0"), (c"TORCH_NCCL_RETHROW_CUDA_ERRORS", c"0")];
 
 /// A client of the store that all ranks read and write, and what sums are made with once it is connected.
 #[derive(Debug)]
 pub(super) struct Store {
     raw: *mut RawGroup,
-    /// Something waits on the connections and may do so for ever.
-    pub(super) abandoned: std::sync::atomic::AtomicBool,
+    /// Something is under way that cannot be ended.
+    abandoned: AtomicBool,
 }
 
 // SAFETY: c10d's store takes a lock for each call, and so does a backend that work is given to; both are made to be called by
@@ -116,6 +122,25 @@ impl Store {
         let pointer = host.as_ref().map_or(std::ptr::null(), |host| host.as_ptr());
         // SAFETY: a live group, and a text, if any, that is copied.
         checked(unsafe { lora_group_connect(self.raw, pointer, rank as c_int, ranks as c_int, milliseconds(limit)) })
+    }
+
+    /// Makes NCCL ready for tensors of a GPU.
+    pub(super) fn connect_gpus(&self, device: usize, rank: usize, ranks: usize) -> Result<()> {
+        let calls = cuda::calls()?;
+        for (name, value) in NCCL_SETTINGS {
+            crate::shim::default_variable(name, value)?;
+        }
+        // SAFETY: a live group, as the object beside this library, of the same build, knows it too.
+        calls.checked(unsafe { (calls.group_nccl)(self.raw, rank as c_int, ranks as c_int, device as i64) })
+    }
+
+    /// Gives up what is under way: a GPU goes on at once, and nothing waits for host memory.
+    pub(super) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+        // SAFETY: a live group.
+        if let Err(error) = checked(unsafe { lora_group_abort(self.raw) }) {
+            tracing::debug!("a sum on the GPU could not be ended: {error}");
+        }
     }
 
     /// Begins to sum a tensor over all ranks, in place.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use lora_data::Pictures;
 use lora_data::cache::DiskCache;
 use lora_data::processor::ProcessorRegistry;
+use lora_data::sliders::Sliders;
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
 
@@ -72,3 +73,18 @@ pub const PICTURES: Data = Data {
         Ok(Box::new(Pictures::stand_ins(config.datasets.iter().map(visits).collect())))
     },
 };
+
+/// Prompts of sliders, in the place of pictures.
+pub(crate) const SLIDERS: Data = Data {
+    noun: "prompt pair",
+    unit: "pair",
+    keys: pictures::KEYS,
+    open: |opening| Ok(Box::new(sliders(opening.config, opening.config.gradient_accumulation_steps))),
+    stand_ins: |config, batches| Ok(Box::new(sliders(config, batches).largest())),
+};
+
+/// The items of a configuration's sliders, each of which comes so often an epoch as to make this many micro-batches.
+fn sliders(config: &TrainConfig, batches: usize) -> Sliders {
+    let size = config.batch_size;
+    Sliders::new(&config.sliders, &config.slider_sizes(), size, size.saturating_mul(batches))
+}

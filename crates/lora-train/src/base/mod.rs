@@ -11,6 +11,7 @@ pub(crate) mod levels;
 mod noise;
 mod prior;
 mod registry;
+mod slider;
 mod stable_diffusion;
 
 pub use crate::inputs::Inputs;

@@ -131,7 +131,7 @@ impl Prior {
 }
 
 /// Mean over the batch of each item's mean square between two answers. Items count as `inputs` say, places as the mask.
-fn mean_square(answer: &Tensor, base: &Tensor, mask: Option<&Tensor>, inputs: &Inputs) -> Result<Tensor> {
+pub(super) fn mean_square(answer: &Tensor, base: &Tensor, mask: Option<&Tensor>, inputs: &Inputs) -> Result<Tensor> {
     let own = |tensor: Option<&Tensor>| tensor.map(Tensor::shallow_clone);
     let target = Inputs::default()
         .with("target", own(Some(base)))

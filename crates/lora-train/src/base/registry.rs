@@ -8,6 +8,7 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{FAMILIES, Family};
 use lora_torch::tch::Device;
 
+use super::data::SLIDERS;
 use super::{Base, Data, flow_matching, language, stable_diffusion};
 use crate::config::TrainConfig;
 use crate::config::keys::{Group, Keys};
@@ -44,6 +45,11 @@ pub struct Opening<'o> {
 }
 
 impl Registration {
+    /// What a run of such a base is trained on: pictures give way to the prompts of sliders.
+    pub(crate) fn data_of(&self, config: &TrainConfig) -> Data {
+        if config.sliders.is_empty() { self.data } else { SLIDERS }
+    }
+
     /// Whether a configuration gives only keys that such a base has.
     ///
     /// # Errors

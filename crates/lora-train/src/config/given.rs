@@ -241,7 +241,20 @@ impl<'r> Given<'r> {
     /// Width and height: `"512,768"`, `512` or `[512, 768]`, in multiples of 8.
     pub fn size(&mut self) -> Option<(usize, usize)> {
         let value = self.value()?;
-        let sides: Option<Vec<usize>> = match &value {
+        self.size_of(&value)
+    }
+
+    /// One such size, or a list of them.
+    pub fn sizes(&mut self) -> Option<Vec<(usize, usize)>> {
+        match self.value()? {
+            Value::Array(items) if items.is_empty() => self.mismatch("at least one size", &Value::Array(items)),
+            Value::Array(items) => items.iter().map(|item| self.size_of(item)).collect(),
+            one => self.size_of(&one).map(|size| vec![size]),
+        }
+    }
+
+    fn size_of(&mut self, value: &Value) -> Option<(usize, usize)> {
+        let sides: Option<Vec<usize>> = match value {
             Value::Number(_) => value.as_u64().map(|side| vec![side as usize]),
             Value::String(text) => text.split([',', 'x']).map(|side| side.trim().parse().ok()).collect(),
             Value::Array(items) => items.iter().map(|item| item.as_u64().map(|side| side as usize)).collect(),
@@ -250,7 +263,7 @@ impl<'r> Given<'r> {
         let size = match sides.as_deref() {
             Some([side]) => (*side, *side),
             Some([width, height]) => (*width, *height),
-            _ => return self.mismatch("\"width,height\" or one number", &value),
+            _ => return self.mismatch("\"width,height\" or one number", value),
         };
         for side in [size.0, size.1] {
             if !(64..=4096).contains(&side) || side % 8 != 0 {
@@ -306,8 +319,26 @@ impl<'r> Given<'r> {
         let tables = value.as_array().map(|list| list.iter().map(|table| table.as_object().cloned()).collect());
         match tables {
             Some(Some(tables)) => tables,
-            _ => self.mismatch("a list of tables, [[datasets]] in TOML", &value).unwrap_or_default(),
+            _ => {
+                let expected = format!("a list of tables, [[{}]] in TOML", self.key);
+                self.mismatch(&expected, &value).unwrap_or_default()
+            }
         }
+    }
+
+    /// A list of tables with entries of their own, at least one. One that is wrong is named.
+    pub(super) fn entries<T: DeserializeOwned>(&mut self) -> Vec<T> {
+        if self.value().is_some_and(|value| value.as_array().is_some_and(Vec::is_empty)) {
+            self.problem("is empty; expected at least one");
+        }
+        let mut all = Vec::new();
+        for (index, table) in self.tables().into_iter().enumerate() {
+            match serde_json::from_value(Value::Object(table)) {
+                Ok(entry) => all.push(entry),
+                Err(error) => self.problem(format!("[{index}]: {error}")),
+            }
+        }
+        all
     }
 
     fn mismatch<T>(&mut self, expected: &str, found: &Value) -> Option<T> {

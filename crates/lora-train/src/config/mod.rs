@@ -6,6 +6,7 @@ mod extra;
 mod given;
 pub mod keys;
 mod read;
+mod sliders;
 mod steps;
 mod text;
 
@@ -17,6 +18,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use lora_core::DType;
+use lora_data::sliders::Slider;
 use lora_data::source::HeldOut;
 use lora_data::tokenizer::TextCleaning;
 use lora_data::{DatasetOptions, PromptLine};
@@ -211,6 +213,11 @@ fields! {
     base_model: PathBuf,
     /// `train_data_dir`, `reg_data_dir`, `datasets` or `dataset_config`, with the keys of pictures and captions.
     datasets: Vec<DatasetOptions>,
+    /// Attributes to train on prompts alone, in the place of datasets.
+    sliders: Vec<Slider>,
+    slider_resolutions: Vec<(usize, usize)>,
+    slider_steps: usize,
+    slider_sample_guidance: f64,
     /// Where captions of pictures without one come from.
     auto_label: Option<lora_caption::Settings>,
     output_dir: PathBuf,
@@ -375,7 +382,11 @@ impl TrainConfig {
         if let Some(folder) = folder {
             reader.replace_folder(folder);
         }
-        let datasets = datasets::read(&mut reader, true);
+        let of_prompts = reader.has("sliders") && folder.is_none();
+        if of_prompts {
+            reader.problem(Some("sliders"), "sliders are trained on prompts alone: there are no pictures to look at");
+        }
+        let datasets = datasets::read(&mut reader, !of_prompts);
         let tokens = reader.given("max_token_length").count(1).unwrap_or(75);
         reader.finish((datasets, tokens))
     }
@@ -386,9 +397,24 @@ impl TrainConfig {
         let (path, lines) = (reader.path().map(Path::to_owned), reader.lines());
         let mut config = Self::blank(ReadBy { keys: keys.clone(), given: Vec::new(), path, lines });
         keys.read(&mut reader, &mut config);
-        config.datasets = datasets::read(&mut reader, true);
+        let has_sliders = reader.has("sliders");
+        if has_sliders {
+            sliders::settle(&mut reader, &keys, &mut config);
+        }
+        config.datasets = datasets::read(&mut reader, !has_sliders);
+        if has_sliders {
+            config.datasets.clear();
+        }
         config.read_by.given = keys.names().filter(|key| reader.gives(key)).collect();
         reader.finish(config)
+    }
+
+    /// The sizes that sliders are trained at.
+    pub(crate) fn slider_sizes(&self) -> Vec<(usize, usize)> {
+        match self.slider_resolutions.as_slice() {
+            [] => vec![self.max_resolution],
+            several => several.to_vec(),
+        }
     }
 
     /// The keys that it was read by: what a resumed run must agree with is theirs to say.

@@ -155,7 +155,7 @@ fn follow(
         Platform::Cuda => Some((workspace()?, workspace()?)),
         Platform::Cpu { .. } => None,
     };
-    let data = plugins.bases.registration(checkpoint)?.data;
+    let data = plugins.bases.registration(checkpoint)?.data_of(config);
     let (config, source) = stand_ins(config, peaks.machine.platform, data)?;
     let prompts = config.samples.prompts.clone();
     let materials = Materials::dry(config, Arc::clone(checkpoint), source, device, plugins)?;

@@ -150,6 +150,7 @@ impl Change {
                 let smaller = |(width, height): (usize, usize)| (side(width, eighths), side(height, eighths));
                 config.max_resolution = smaller(config.max_resolution);
                 config.samples.resolution = smaller(config.samples.resolution);
+                config.slider_resolutions.iter_mut().for_each(|own| *own = smaller(*own));
                 for dataset in &mut config.datasets {
                     dataset.framing = match &dataset.framing {
                         Framing::Fixed(size) => Framing::Fixed(smaller(*size)),
@@ -252,6 +253,10 @@ pub(super) fn settings(before: &TrainConfig, after: &TrainConfig) -> Vec<Changed
             ("precision", precision(config.precision).to_owned()),
             ("vae_tiling", config.vae_tiling.to_string()),
             ("max_resolution", size(config.max_resolution)),
+            ("slider_resolutions", {
+                let sizes: Vec<_> = config.slider_resolutions.iter().map(|own| size(*own)).collect();
+                format!("[{}]", sizes.join(", "))
+            }),
             ("sample_resolution", size(config.samples.resolution)),
             ("base_storage", storage(config.base_storage)),
             ("offload_base", config.offload_base.to_string()),

@@ -70,6 +70,7 @@ impl Session {
             recompute_feed_forward: self.recomputes_feed_forward(),
             inputs_in_host: self.config.cpu_offload_checkpointing || self.progress.economy.inputs_in_host,
             without_adapters: false,
+            reversed: false,
         };
         let scale = from_f32(&[scale as f32], &[], self.device)?;
         Ok((self.base.inputs(&items)?.with("scale", Some(scale)), pass))

@@ -74,10 +74,11 @@ impl Materials {
         device::check_kind(device, kind_of(precision))?;
         notes.extend(preflight::check(&config, &checkpoint, precision, plugins)?);
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
-        let mut source = (registration.data.open)(&opening)?;
+        let data = registration.data_of(&config);
+        let mut source = (data.open)(&opening)?;
         let held_out = config.validation_split.map(|split| source.hold_out(split, config.seed)).transpose()?;
         if let Some(held_out) = &held_out {
-            let noun = registration.data.noun;
+            let noun = data.noun;
             notes.push(format!("{} of the data (a {noun} each) are held out, not trained on", held_out.count()));
         }
         let source: Arc<dyn Source> = source.into();

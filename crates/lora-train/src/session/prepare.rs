@@ -215,6 +215,7 @@ impl Session {
         }
         let scaler = if precision == DType::F16 { LossScaler::dynamic() } else { LossScaler::fixed() };
         memory::reset_peak(device)?;
+        let data = registration.data_of(config);
         let mut session = Self {
             base,
             device,
@@ -227,7 +228,7 @@ impl Session {
                 resumed: None,
             },
             remedies: registration.remedies,
-            feed: Feed { data: registration.data, source, sampler, examples, kept, held_out: materials.held_out },
+            feed: Feed { data, source, sampler, examples, kept, held_out: materials.held_out },
             trained,
             parameters,
             scaler,

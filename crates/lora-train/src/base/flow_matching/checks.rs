@@ -98,6 +98,13 @@ pub(super) fn check_sides(config: &TrainConfig, multiple: usize) -> Result<()> {
             }
         }
     }
+    let sizes = if config.sliders.is_empty() { Vec::new() } else { config.slider_sizes() };
+    for (wide, high) in sizes {
+        if !fits((wide, high)) {
+            let key = if config.slider_resolutions.is_empty() { "max_resolution" } else { "slider_resolutions" };
+            problems.push((key, format!("{wide}×{high}; expected multiples of {multiple}")));
+        }
+    }
     let (wide, high) = config.samples.resolution;
     if !config.samples.prompts.is_empty() && !fits((wide, high)) {
         problems.push(("sample_resolution", format!("{wide}×{high}; expected multiples of {multiple}")));

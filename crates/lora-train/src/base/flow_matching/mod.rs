@@ -11,7 +11,7 @@
 //! | `text` | the text encoders of a base |
 //! | `language`, `conditioned`, `clip`, `t5` | captions through an encoder of each kind |
 //! | `layout` | captions of a batch as tensors |
-//! | `samples` | from noise to pictures |
+//! | `samples`, `sliders` | from noise to pictures, and part of that way |
 
 mod anima;
 mod checks;
@@ -26,6 +26,7 @@ mod layout;
 mod qwen_image;
 mod samples;
 mod sd3;
+mod sliders;
 mod t5;
 mod text;
 mod z_image;
@@ -53,6 +54,7 @@ use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::levels;
 use super::noise::NoiseSettings;
 use super::prior::{self, Prior};
+use super::slider::{self, Slider};
 use super::{Base, Encoded, Inputs, Item, Network, Opening, Prompt, Sample, Subject, Tensors, is_finite, shallow};
 use crate::config::{SampleConfig, TrainConfig};
 use crate::difference::Difference;
@@ -85,6 +87,7 @@ struct FlowMatching {
     config: TrainConfig,
     levels: NoiseLevels,
     prior: Prior,
+    slider: Option<Slider>,
     noise: NoiseSettings,
     difference: Difference,
     autoencoder: Option<Autoencoder>,
@@ -98,7 +101,10 @@ impl FlowMatching {
     fn open(opening: &Opening<'_>, kind: &'static Kind) -> Result<Self> {
         let config = opening.config;
         let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
-        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        // Prompts alone need no autoencoder.
+        let of_pictures = config.sliders.is_empty();
+        let autoencoder = of_pictures.then(|| network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples)));
+        let mut networks: Vec<Network> = autoencoder.into_iter().collect();
         networks
             .extend(kind.encoders.iter().map(|own| network(own.component, own.title, false, Some(Subject::Captions))));
         networks.push(network(TRANSFORMER, "transformer", true, None));
@@ -116,6 +122,7 @@ impl FlowMatching {
             precision: opening.precision,
             config: config.clone(),
             prior: Prior::of(config),
+            slider: Slider::of(config),
             autoencoder: None,
             transformer: None,
         };
@@ -294,7 +301,7 @@ impl Base for FlowMatching {
     }
 
     fn captions(&self, caption: &str) -> Vec<String> {
-        self.prior.captions(caption)
+        self.slider.as_ref().map_or_else(|| self.prior.captions(caption), |slider| slider.captions(caption))
     }
 
     fn figures(&self) -> &'static [&'static str] {
@@ -302,6 +309,9 @@ impl Base for FlowMatching {
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
+        if let Some(slider) = &self.slider {
+            return self.slider_inputs(slider, items);
+        }
         let (latents, mask) = latents_of(items, self.device)?;
         let (_, _, height, width) = latents.size4()?;
         let noise = self.noise.draw(items, &latents.size(), self.device)?;
@@ -342,15 +352,18 @@ impl Base for FlowMatching {
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
         let transformer = self.transformer()?;
-        let loss = VelocityLoss::of(inputs, self.difference.loss)?;
         let (noised, levels) = (inputs.get("noised")?, inputs.get("levels")?);
         let answer = |inputs: &Inputs, pass: &Pass| transformer.velocity(noised, levels, inputs, pass);
+        if let Some(slider) = &self.slider {
+            return slider.loss(inputs, pass, &answer);
+        }
+        let loss = VelocityLoss::of(inputs, self.difference.loss)?;
         self.prior.loss(inputs, pass, &answer, |answer| loss.loss(|_, _| Ok(answer.shallow_clone())))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
         let _guard = no_grad_guard();
-        if !is_finite(&latents_of(items, self.device)?.0)? {
+        if self.slider.is_none() && !is_finite(&latents_of(items, self.device)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
         if self.precision == DType::F16 {
@@ -369,6 +382,7 @@ impl Base for FlowMatching {
         record.unet_lr = Some(self.config.learning_rate);
         record.max_token_length = self.encoders.longest().map(|encoder| encoder.length());
         record.further.extend(prior::record(&self.config));
+        record.further.extend(slider::record(&self.config));
         record.further.extend(levels::record(&self.config, Some(self.kind.shift), &self.levels));
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());

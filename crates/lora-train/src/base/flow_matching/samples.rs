@@ -44,7 +44,8 @@ impl FlowMatching {
             let mut draw = Stream::new(config.seed).at("sample").with(index as u64);
             let noise = draw.normals(vae.latent_channels * height * width);
             let noise = from_f32(&noise, &[1, vae.latent_channels, height, width], self.device)?;
-            all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, guidance)?);
+            let way = (guidance, &Pass::default());
+            all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, way)?);
         }
         let mut decoder = self.autoencoder()?;
         let mut pictures = Vec::new();
@@ -64,20 +65,20 @@ impl FlowMatching {
         noise: &Tensor,
         [with, without]: [&BTreeMap<Component, Tensors>; 2],
         levels: &[f64],
-        guidance: f64,
+        (guidance, pass): (f64, &Pass),
     ) -> Result<Tensor> {
-        let (pass, transformer) = (Pass::default(), self.transformer()?);
+        let transformer = self.transformer()?;
         let of = |kept| self.with_guidance(self.kept(kept, 1)?, 1, guidance);
         let (with, without) = (of(with)?, of(without)?);
         let is_told = matches!(self.guidance, Guidance::Told(_));
         flow::euler(noise, levels, |mixture, level| {
             let level = from_f32(&[level as f32], &[1], self.device)?;
-            let with = transformer.velocity(mixture, &level, &with, &pass)?;
+            let with = transformer.velocity(mixture, &level, &with, pass)?;
             if is_told || guidance == 1.0 {
                 return Ok(with);
             }
             // One after the other: captions differ in length, and half as much is in memory.
-            let without = transformer.velocity(mixture, &level, &without, &pass)?;
+            let without = transformer.velocity(mixture, &level, &without, pass)?;
             let guided = without.f_add(&with.f_sub(&without)?.f_mul_scalar(guidance)?)?;
             match self.guidance {
                 Guidance::Rescaled(_) => rescaled(&guided, &with, self.kind.patch),

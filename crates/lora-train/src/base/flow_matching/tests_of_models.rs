@@ -325,7 +325,8 @@ fn samples_are_those_of_the_pipelines() {
             _ => latents(stored),
         };
         let noise = unpacked(tensor(&model.expected, "sample.noise"));
-        let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, base.guidance.strength()).unwrap();
+        let found =
+            base.denoised(&noise, [&kept[0], &kept[1]], &levels, (base.guidance.strength(), &Pass::default())).unwrap();
         // FLUX.2's pipeline gives them as its autoencoder takes them.
         let found = if model.kind.family.name == "flux2" { base.vae.denormalised(&found).unwrap() } else { found };
         let error = distance(&found, &unpacked(tensor(&model.expected, "sample.latents")));

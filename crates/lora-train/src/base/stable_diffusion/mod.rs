@@ -25,6 +25,7 @@ use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
 use lora_models::weights::Held;
+use lora_torch::dry;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -33,6 +34,7 @@ use super::autoencoder::{Autoencoder, latent_mask, latents_of, sample_latents};
 use super::levels;
 use super::noise::NoiseSettings;
 use super::prior::{self, Prior};
+use super::slider::{self, Slider};
 use super::{
     Base, Encoded, Inputs, Item, Network, Opening, PICTURES, Prompt, Registration, Sample, Subject, Tensors, is_finite,
 };
@@ -167,6 +169,7 @@ struct StableDiffusion {
     /// By what it is known what the U-Net predicts, for people.
     known_by: &'static str,
     prior: Prior,
+    slider: Option<Slider>,
     autoencoder: Option<Autoencoder>,
     encoders: Vec<TextEncoder>,
     unet: Option<Unet>,
@@ -177,7 +180,10 @@ impl StableDiffusion {
         let config = opening.config;
         let network = |component, title, trains, encodes| Network { component, title, trains, encodes };
         let encoders: Vec<_> = kind.encoders.iter().map(|own| TextEncoder::new(own, kind.reads, config)).collect();
-        let mut networks = vec![network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples))];
+        // Prompts alone need no autoencoder.
+        let of_pictures = config.sliders.is_empty();
+        let autoencoder = of_pictures.then(|| network(VAE, Autoencoder::TITLE, false, Some(Subject::Examples)));
+        let mut networks: Vec<Network> = autoencoder.into_iter().collect();
         networks.extend(encoders.iter().map(|encoder| {
             network(encoder.kind.component, encoder.kind.title, encoder.trains, Some(Subject::Captions))
         }));
@@ -199,6 +205,7 @@ impl StableDiffusion {
             precision: opening.precision,
             config: config.clone(),
             prior: Prior::of(config),
+            slider: Slider::of(config),
             autoencoder: None,
             encoders,
             unet: None,
@@ -256,6 +263,75 @@ impl StableDiffusion {
         Ok(self.kind.reads_sizes.then(|| Unet::size_embedding(of, self.device)).transpose()?)
     }
 
+    /// Latents along a sampler's way from noise `[1, channels, height, width]`, with what was kept of a negative prompt and of a
+    /// prompt, and the embedded sizes of the picture where the U-Net reads such. A guidance of 1 asks for no second answer.
+    fn denoised(
+        &self,
+        (sampler, guidance, pass): (&Sampler, f64, &Pass),
+        noise: &Tensor,
+        fresh: impl FnMut(usize) -> lora_models::Result<Tensor>,
+        [without, with]: [&BTreeMap<Component, Tensors>; 2],
+        sizes: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let unet = self.unet()?;
+        let mut texts = vec![self.kept(with)?];
+        if guidance != 1.0 {
+            texts.insert(0, self.kept(without)?);
+        }
+        let added = texts.iter().map(|text| added(text, sizes)).collect::<Result<Vec<_>>>()?;
+        let added: Vec<Tensor> = added.into_iter().flatten().collect();
+        let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
+        let context = Tensor::f_cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
+        let conditions = Conditions { context: &context, added: added.as_ref() };
+        Ok(sampler.sample(noise, fresh, |latents, timestep| {
+            if texts.len() == 1 {
+                return unet.forward(latents, &[timestep], conditions, pass);
+            }
+            let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, pass)?;
+            let halves = both.f_chunk(2, 0)?;
+            sampler.guided(&halves[0], &halves[1], guidance)
+        })?)
+    }
+
+    /// The tensors of a micro-batch of sliders: of each item latents that are denoised from noise to its timestep.
+    fn slider_inputs(&self, slider: &Slider, items: &[Item]) -> Result<Inputs> {
+        let _guard = no_grad_guard();
+        let (vae, (width, height)) = (self.vae_config()?, slider.size(items)?);
+        let shape = [items.len(), vae.latent_channels, height / vae.factor(), width / vae.factor()];
+        let noise = self.noise.draw(items, &shape.map(|side| side as i64), self.device)?.added;
+        let sizes = whole([width, height]);
+        let embedded = self.sizes(&[sizes])?;
+        let (mut noised, mut times) = (Vec::new(), Vec::new());
+        for (index, item) in items.iter().enumerate() {
+            // A dry run goes all the way.
+            let timestep = if dry::is_dry(self.device) { 0 } else { self.timestep(&item.draw) };
+            let sampler = Sampler::until(&self.schedule, slider.steps(self.device), timestep)?;
+            let (empty, noise) = (item.asked(""), noise.f_narrow(0, index as i64, 1)?);
+            let way = (&sampler, slider.guidance, &slider.way(item));
+            let fresh = |_: usize| Ok(noise.f_zeros_like()?);
+            noised.push(self.denoised(way, &noise, fresh, [&empty.encoded, &item.encoded], embedded.as_ref())?);
+            times.push(timestep as f64);
+        }
+        self.with_prompts(slider, items, &noised, &times, self.sizes(&vec![sizes; items.len()])?)
+    }
+
+    /// What a U-Net is told of a micro-batch of sliders, with its latents at their timesteps.
+    fn with_prompts(
+        &self,
+        slider: &Slider,
+        items: &[Item],
+        noised: &[Tensor],
+        times: &[f64],
+        sizes: Option<Tensor>,
+    ) -> Result<Inputs> {
+        let inputs = Inputs::default()
+            .with("noised", Some(Tensor::f_cat(noised, 0)?))
+            .with("times", Some(self.unet()?.time_embedding(times, self.device)?))
+            .with(SIZES, sizes);
+        let inputs = self.with_captions(inputs, items)?;
+        slider.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
+    }
+
     /// The sizes of items.
     fn item_sizes(&self, items: &[&Tensors]) -> Result<Option<Tensor>> {
         if !self.kind.reads_sizes {
@@ -273,6 +349,12 @@ impl StableDiffusion {
 fn added(text: &Text, sizes: Option<&Tensor>) -> Result<Option<Tensor>> {
     let (Some(pooled), Some(sizes)) = (&text.pooled, sizes) else { return Ok(None) };
     Ok(Some(Tensor::f_cat(&[pooled, &sizes.f_to_kind(pooled.kind())?], -1)?))
+}
+
+/// What the U-Net is told of a picture of this width and height, all of which is shown.
+fn whole(sides: [usize; 2]) -> [f64; 6] {
+    let [wide, high] = sides.map(|side| side as f64);
+    [high, wide, 0.0, 0.0, high, wide]
 }
 
 /// The name under which the sizes of a picture and of its part that is shown are kept.
@@ -421,7 +503,7 @@ impl Base for StableDiffusion {
     }
 
     fn captions(&self, caption: &str) -> Vec<String> {
-        self.prior.captions(caption)
+        self.slider.as_ref().map_or_else(|| self.prior.captions(caption), |slider| slider.captions(caption))
     }
 
     fn figures(&self) -> &'static [&'static str] {
@@ -429,6 +511,9 @@ impl Base for StableDiffusion {
     }
 
     fn inputs(&self, items: &[Item]) -> Result<Inputs> {
+        if let Some(slider) = &self.slider {
+            return self.slider_inputs(slider, items);
+        }
         let (latents, mask) = latents_of(items, self.device)?;
         let noise = self.noise.draw(items, &latents.size(), self.device)?;
         let timesteps: Vec<usize> = items.iter().map(|item| self.timestep(&item.draw)).collect();
@@ -470,22 +555,26 @@ impl Base for StableDiffusion {
     }
 
     fn loss(&self, inputs: &Inputs, pass: &Pass) -> Result<Tensor> {
-        let denoising = Denoising::of(inputs, self.difference.loss)?;
-        if let Some(context) = inputs.find(CONTEXT) {
-            return denoising.loss(self.unet()?, Conditions { context, added: inputs.find(ADDED) }, pass);
-        }
         let unet = self.unet()?;
         let answer = |inputs: &Inputs, pass: &Pass| {
             let text = self.text(inputs, pass)?;
             let added = added(&text, inputs.find(SIZES))?;
-            denoising.answer(unet, Conditions { context: &text.states, added: added.as_ref() }, pass)
+            let conditions = Conditions { context: &text.states, added: added.as_ref() };
+            Ok(unet.forward_embedded(inputs.get("noised")?, inputs.get("times")?, conditions, pass)?)
         };
+        if let Some(slider) = &self.slider {
+            return slider.loss(inputs, pass, &answer);
+        }
+        let denoising = Denoising::of(inputs, self.difference.loss)?;
+        if let Some(context) = inputs.find(CONTEXT) {
+            return denoising.loss(unet, Conditions { context, added: inputs.find(ADDED) }, pass);
+        }
         self.prior.loss(inputs, pass, &answer, |answer| denoising.of_answer(answer))
     }
 
     fn culprit(&self, items: &[Item]) -> Result<Option<(&'static str, &'static str)>> {
         let _guard = no_grad_guard();
-        if !is_finite(&latents_of(items, self.device)?.0)? {
+        if self.slider.is_none() && !is_finite(&latents_of(items, self.device)?.0)? {
             return Ok(Some(("the VAE's latents", "the base model's autoencoder or a picture is damaged")));
         }
         let text = self.text(&self.with_captions(Inputs::default(), items)?, &Pass::default())?;
@@ -503,7 +592,8 @@ impl Base for StableDiffusion {
         let vae = self.vae_config()?;
         let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
         let sampler = Sampler::new(config.sampler, &self.schedule, config.steps)?;
-        let (pass, unet) = (Pass::default(), self.unet()?);
+        let guidance = config.guidance_scale.unwrap_or(GUIDANCE);
+        let sizes = self.sizes(&[whole([config.resolution.0, config.resolution.1])])?;
         // The autoencoder comes when all latents are there, which are small, so that it is never beside the U-Net at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
@@ -512,19 +602,8 @@ impl Base for StableDiffusion {
             let normals = |draw: &Stream| from_f32(&draw.clone().normals(shape.iter().product()), &shape, self.device);
             let noise = normals(&draw)?;
             let fresh = |step: usize| Ok(normals(&draw.at("step").with(step as u64))?);
-            let (without, with) = (self.kept(&prompt.without)?, self.kept(&prompt.with)?);
-            let [high, wide] = [config.resolution.1, config.resolution.0].map(|side| side as f64);
-            let sizes = self.sizes(&[[high, wide, 0.0, 0.0, high, wide]])?;
-            let added = [added(&without, sizes.as_ref())?, added(&with, sizes.as_ref())?];
-            let added: Vec<Tensor> = added.into_iter().flatten().collect();
-            let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
-            let context = Tensor::f_cat(&[without.states, with.states], 0)?;
-            let conditions = Conditions { context: &context, added: added.as_ref() };
-            all.push(sampler.sample(&noise, fresh, |latents, timestep| {
-                let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, &pass)?;
-                let halves = both.f_chunk(2, 0)?;
-                sampler.guided(&halves[0], &halves[1], config.guidance_scale.unwrap_or(GUIDANCE))
-            })?);
+            let way = (&sampler, guidance, &Pass::default());
+            all.push(self.denoised(way, &noise, fresh, [&prompt.without, &prompt.with], sizes.as_ref())?);
         }
         // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.
         let mut decoder = self.autoencoder()?.in_tiles(self.config.vae_tiling || vae.overflows_in_half);
@@ -549,6 +628,7 @@ impl Base for StableDiffusion {
         record.min_snr_gamma = config.min_snr_gamma;
         record.text_cleaning = config.text_cleaning.name().into();
         record.further.extend(prior::record(config));
+        record.further.extend(slider::record(config));
         record.velocity = self.schedule.prediction() == Prediction::Velocity;
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());
@@ -570,6 +650,9 @@ fn tensor<'t>(encoded: &'t Tensors, network: Component, name: &'static str) -> R
 fn missing(network: Component, name: &'static str) -> Error {
     Error::MissingEncoding { network, name }
 }
+
+#[cfg(test)]
+mod tests_of_sliders;
 
 #[cfg(test)]
 mod tests {

@@ -3,22 +3,23 @@
 
 use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::prior::PRIOR;
+use super::slider::SLIDERS;
 use super::stable_diffusion::AUTOENCODER;
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
 /// All of them.
-pub static KEYS: &[&Group] = &[&CAPTIONS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS];
+pub static KEYS: &[&Group] = &[&CAPTIONS, &SLIDERS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS];
 
 /// Anima's: the same, and a second tokenizer.
 pub static ANIMA: &[&Group] = &[&CAPTIONS, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS, &SECOND_TOKENIZER];
 
 /// FLUX.1's: the same, a second text encoder and the guidance that it is told.
 pub static FLUX: &[&Group] =
-    &[&CAPTIONS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
+    &[&CAPTIONS, &SLIDERS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &GUIDANCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER];
 
 /// Stable Diffusion 3's: the same, and two more text encoders.
 pub static SD3: &[&Group] =
-    &[&CAPTIONS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
+    &[&CAPTIONS, &SLIDERS, &PRIOR, &LEVELS, &NOISE, &DIFFERENCE, &AUTOENCODER, &PARTS, &SECOND_ENCODER, &THIRD_ENCODER];
 
 /// The guidance that a network is told.
 pub static GUIDANCE: Group = Group {

@@ -16,6 +16,7 @@ pub mod pictures;
 mod prior;
 mod saving;
 pub mod sdxl;
+mod slider;
 pub mod stable_diffusion;
 mod table;
 

@@ -261,7 +261,7 @@ pub(super) static KEYS: Group = Group {
         Key {
             name: "max_train_steps",
             values: "1 …",
-            default: "by epochs",
+            default: "by epochs; 1000 with sliders",
             meaning: "Optimiser steps.",
             memory: "",
             resumed: LENGTH_OF_THE_RUN,

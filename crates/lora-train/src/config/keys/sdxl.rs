@@ -2,6 +2,7 @@
 
 use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::prior::PRIOR;
+use super::slider::SLIDERS;
 use super::stable_diffusion::{AUTOENCODER, CAPTIONS, LOSS, NETWORKS, RATES, SAMPLER, WEIGHTS};
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 
@@ -12,6 +13,7 @@ pub static KEYS: &[&Group] = &[
     &RATES,
     &ENCODER_RATES,
     &CAPTIONS,
+    &SLIDERS,
     &PRIOR,
     &WEIGHTS,
     &LEVELS,

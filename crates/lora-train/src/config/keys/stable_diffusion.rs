@@ -6,6 +6,7 @@ use lora_models::diffusion::SamplerKind;
 
 use super::denoising::{DIFFERENCE, LEVELS, NOISE};
 use super::prior::PRIOR;
+use super::slider::SLIDERS;
 use super::{Given, Group, Key, Reads, Resumed, Setting, shown};
 
 /// What captions that change from visit to visit cost.
@@ -13,8 +14,20 @@ pub(super) const KEPT_ENCODER: &str =
     "Keeps the text encoder on the device (0.25 GB in fp16) even where it does not train.";
 
 /// All of them.
-pub static KEYS: &[&Group] =
-    &[&NETWORKS, &RATES, &CAPTIONS, &PRIOR, &WEIGHTS, &LEVELS, &NOISE, &DIFFERENCE, &LOSS, &AUTOENCODER, &SAMPLER];
+pub static KEYS: &[&Group] = &[
+    &NETWORKS,
+    &RATES,
+    &CAPTIONS,
+    &SLIDERS,
+    &PRIOR,
+    &WEIGHTS,
+    &LEVELS,
+    &NOISE,
+    &DIFFERENCE,
+    &LOSS,
+    &AUTOENCODER,
+    &SAMPLER,
+];
 
 /// Which of its networks are trained.
 pub static NETWORKS: Group = Group {

@@ -1,11 +1,11 @@
-//! Keys of sd-scripts' dataset files. Those that the command line has too stand in [`super::sd_scripts`].
+//! Keys of sd-scripts' and musubi-tuner's dataset files. Those that the command line has too stand in [`super::data`].
 
+use super::data::{bucket_steps, processors, resolution};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
-use crate::tools::sd_scripts::{bucket_steps, processors, resolution};
 
 /// All of them.
 pub(crate) static ROWS: &[Row] = &[
-    same("image_dir", "train_data_dir", Kind::Text),
+    same("image_dir image_directory", "train_data_dir", Kind::Text),
     same("metadata_file", "metadata_file", Kind::Text),
     same("conditioning_data_dir", "mask_dir", Kind::Text),
     same("is_reg", "is_reg", Kind::Switch),
@@ -46,5 +46,16 @@ pub(crate) static ROWS: &[Row] = &[
     gone("resize_interpolation", &["\"lanczos\"", "null"], "pictures are always resized with Lanczos filters"),
     gone("custom_attributes", OFF, "nothing reads them"),
     nothing("validation_seed", "which pictures are held out, `seed` says"),
+    // musubi-tuner's, whose datasets have no subsets.
+    gone("image_jsonl_file", OFF, "paths and captions in this form are not read; put captions beside their pictures"),
+    gone("video_directory video_jsonl_file", OFF, "films are not trained on"),
+    gone("control_directory multiple_target", OFF, "no pictures beside the captions"),
+    nothing("cache_directory", "`cache_dir` keeps what is encoded for the next run"),
+    nothing("skip_corrupted_cache debug_dataset", "a cache is never stale"),
+    nothing(
+        "target_frames frame_extraction frame_stride frame_sample max_frames source_fps no_resize_control \
+         control_resolution fp_latent_window_size fp_1f_clean_indices fp_1f_target_index fp_1f_no_post",
+        "a key of other kinds of datasets",
+    ),
     nothing("cache_info", "headers are read each time"),
 ];
