@@ -29,8 +29,6 @@ use crate::{Error, Result};
 use rendezvous::Peer;
 use store::{Store, Work};
 
-/// How long a sum may take, from when this rank has come to it: Gloo's own in PyTorch.
-const SUM_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How often a rank that waits asks whether another has failed.
 const LISTENING: Duration = Duration::from_millis(500);
 /// How long a rank stays for others that have not left, and how long it looks for the cause of a connection that closed.
@@ -187,7 +185,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Group`] for a tensor that is not contiguous or of another type than f32, f64 and i64, for a rank that ended,
-    /// which it names where it can, and where not all have come within half an hour.
+    /// which it names where it can, and where not all have come within the limit of [`join`](Self::join).
     pub fn sum(&self, tensor: &Tensor) -> Result<()> {
         let kind = tensor.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double | Kind::Int64) || !tensor.is_contiguous() {
@@ -202,7 +200,7 @@ impl Group {
         let _turn = self.turn();
         let _no_gradients = tch::no_grad_guard();
         let sum = |tensor: &Tensor| {
-            self.collective(tensor, SUM_LIMIT, || format!("not all ranks came to a sum within {SUM_LIMIT:?}"))
+            self.collective(tensor, self.limit, || format!("not all ranks came to a sum within {:?}", self.limit))
         };
         if tensor.device() == Device::Cpu {
             return sum(tensor);
