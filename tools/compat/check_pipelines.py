@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Do a diffusers pipeline and our command mean the same by a LoRA, in both directions?
 
-    check_pipelines.py --base FOLDER [--command target/release/lora] [--pictures assets/emoji-64] [--size 64]
+    check_pipelines.py --base FOLDER [--command target/release/lora] [--pictures assets/emoji-64] [--size 64] [--convert]
 
 `--base`: any picture base that both know, as a diffusers folder (a small random one will do). Ours to them: `lora train` makes a
 LoRA in a few steps; a pipeline that loads it and a pipeline of the folder that `lora merge` writes must give the same latents.
 Theirs to us: PEFT draws an adapter on the pipeline's networks, `save_lora_weights` writes it, `lora merge` reads it; the same
-latents again. Exit 0 if every tensor of both files was used and all relative errors are within tolerance, else 1.
+latents again. `--convert`: what our command trained is written in diffusers' layout first (`lora convert`), as Anima needs it and
+small models of FLUX.1's and Chroma's kind, whose kohya files diffusers takes apart by the published widths. Exit 0 if every tensor of both files was used and all relative errors are within tolerance, else 1.
 """
 
 import argparse
@@ -29,18 +30,35 @@ ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
 DENOISER = ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]
 
 
+def anima(folder):
+    """Its pipeline, which diffusers puts together of steps; torchvision resizes a mask there."""
+    from diffusers import AnimaAutoBlocks, AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import Qwen2Tokenizer, Qwen3Model, T5TokenizerFast
+
+    parts = dict(
+        tokenizer=Qwen2Tokenizer, t5_tokenizer=T5TokenizerFast, text_encoder=Qwen3Model, text_conditioner=AnimaTextConditioner,
+        transformer=CosmosTransformer3DModel, vae=AutoencoderKLQwenImage, scheduler=FlowMatchEulerDiscreteScheduler,
+    )
+    pipeline = AnimaAutoBlocks().init_pipeline()
+    pipeline.update_components(**{name: part.from_pretrained(folder / name) for name, part in parts.items()})
+    return pipeline
+
+
 def loaded(folder):
+    if (folder / "text_conditioner").is_dir():
+        return anima(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def latents(pipeline, size):
+    given = dict(prompt="a small picture of a cat", num_inference_steps=4, height=size, width=size)
     with torch.no_grad():
-        return pipeline(
-            prompt="a small picture of a cat", num_inference_steps=4, height=size, width=size, output_type="latent",
-            generator=torch.Generator().manual_seed(1),
-        ).images
+        if hasattr(pipeline, "text_conditioner"):
+            return pipeline(output_type="pt", generator=torch.Generator().manual_seed(1), **given).get("latents")
+        return pipeline(output_type="latent", generator=torch.Generator().manual_seed(1), **given).images
 
 
 def networks(pipeline):
@@ -72,7 +90,12 @@ def trained(options, folder):
         keys["train_text_encoder"] = options.text_encoder
     config.write_text(json.dumps(keys))
     run(options.command, "train", config)
-    return folder / "ours.safetensors"
+    file = folder / "ours.safetensors"
+    if not options.convert:
+        return file
+    converted = folder / "converted.safetensors"
+    run(options.command, "convert", file, "--to", "diffusers", "--out", converted)
+    return converted
 
 
 def drawn(options, folder):
@@ -124,6 +147,7 @@ def main():
     arguments.add_argument("--command", default="target/release/lora")
     arguments.add_argument("--pictures", default="assets/emoji-64", type=pathlib.Path)
     arguments.add_argument("--size", default=64, type=int)
+    arguments.add_argument("--convert", action="store_true", help="hand what was trained over in diffusers' layout")
     arguments.add_argument("--text-encoder", action="store_true", help="adapt the text encoders too")
     arguments.add_argument("--tolerance", default=2e-4, type=float, help="of latents, relative (default 2e-4)")
     options = arguments.parse_args()

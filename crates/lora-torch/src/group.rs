@@ -2,14 +2,15 @@
 //! tensors, and tell each other small things and why one of them ends. What they sum and when is the training loop's affair; so
 //! is starting them, which launchers do (torchrun, Slurm, mpirun).
 //!
-//! All of it is libtorch's own `c10d`: its TCPStore, and Gloo for tensors in host memory. Gloo is inside libtorch, but c10d's
-//! header for it includes Gloo's headers, which no package of libtorch has. A build needs nothing beside the wheel all the
-//! same: `cpp/group/names` declares the five classes that the header speaks of, pointers to which are all that is handed on.
-//! Headers of a distribution's Gloo would not do: Debian's are four years older than what libtorch 2.11 holds.
+//! All of it is libtorch's own `c10d`: its TCPStore, Gloo for tensors in host memory, NCCL for those of GPUs. Gloo is inside
+//! libtorch, but c10d's header for it includes Gloo's headers, which no package of libtorch has. A build needs nothing beside
+//! the wheel all the same: `cpp/group/names` declares the five classes that the header speaks of, pointers to which are all
+//! that is handed on. Headers of a distribution's Gloo would not do: Debian's are years older than what libtorch 2.11 holds. For
+//! NCCL the build needs its header, of libtorch's own version; where there is none, GPUs sum by copies in host memory.
 //!
-//! Every collective goes by two limits. A closed connection fails it at once; a rank that says why it ends
-//! ([`Group::fail`]) fails it within half a second. A collective that has failed leaves the group useless: every later call
-//! fails too.
+//! A process that ends closes its connections, which Gloo notices at once; GPUs would wait for ever, so that ranks meet by Gloo
+//! before each of their sums. A rank that says why it ends ([`Group::fail`]) is heard within half a second. A collective that
+//! has failed leaves the group useless: every later one fails too.
 
 mod rendezvous;
 mod store;
@@ -28,12 +29,9 @@ use crate::{Error, Result};
 use rendezvous::Peer;
 use store::{Store, Work};
 
-/// How long a sum may take, from when this rank has come to it: Gloo's own in PyTorch.
-const SUM_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How often a rank that waits asks whether another has failed.
 const LISTENING: Duration = Duration::from_millis(500);
-/// How long the rank that serves the store stays for others that have not left, and how long a rank looks for the cause of a
-/// connection that closed.
+/// How long a rank stays for others that have not left, and how long it looks for the cause of a connection that closed.
 const PARTING: Duration = Duration::from_secs(5);
 /// What ranks append their failures to, as lines `rank<TAB>process<TAB>reason`.
 const FAILURES: &str = "failures";
@@ -65,8 +63,8 @@ impl Place {
 /// Processes that train together, as one of them sees it.
 ///
 /// A value may be used by several threads, but the order of calls of [`sum`](Self::sum), [`exchange`](Self::exchange) and
-/// [`wait_for_all`](Self::wait_for_all) must be the same in all ranks. Dropping it tells the others that this rank has left; the
-/// rank that serves the store waits for up to five seconds for them, so that they can read how it ended.
+/// [`wait_for_all`](Self::wait_for_all) must be the same in all ranks. Dropping it tells the others that this rank has left, and
+/// waits for up to five seconds until they have too: all of them after a good end, after a failure the one that serves the store.
 #[derive(Debug)]
 pub struct Group {
     place: Place,
@@ -110,7 +108,7 @@ impl Group {
             broken: AtomicBool::new(false),
             gpus: false,
         };
-        let joined = group.meet_others(device, end).and_then(|()| group.connect(host, device, end));
+        let joined = group.meet_others(host, device, end).and_then(|()| group.connect(host, device, end));
         match joined {
             Ok(()) => Ok(group),
             Err(error) => {
@@ -121,12 +119,12 @@ impl Group {
     }
 
     /// Waits until each rank has said what it is, and makes sure that they fit together.
-    fn meet_others(&mut self, device: Device, end: Instant) -> Result<()> {
+    fn meet_others(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
         let Place { rank, ranks, .. } = self.place;
         if self.explained(self.store.add(&format!("claims/{rank}"), 1))? > 1 {
             return Err(Error::Group(format!("two processes were started as rank {rank}: RANK must differ")));
         }
-        self.explained(self.store.set(&format!("peers/{rank}"), &Peer::own(&self.place, device).to_bytes()))?;
+        self.explained(self.store.set(&format!("peers/{rank}"), &Peer::own(&self.place, host, device).to_bytes()))?;
         let mut peers = vec![None; ranks];
         let complete = self.until(end, || {
             for (rank, peer) in peers.iter_mut().enumerate().filter(|(_, peer)| peer.is_none()) {
@@ -148,8 +146,17 @@ impl Group {
 
     /// Connects the ranks for tensors.
     fn connect(&mut self, host: IpAddr, device: Device, end: Instant) -> Result<()> {
-        let (own, Place { rank, ranks, .. }) =
-            (rendezvous::own_address(&self.place, host, &self.peers)?, self.place.clone());
+        let Place { rank, ranks, .. } = self.place;
+        let own = rendezvous::own_address(&self.place, host, &self.peers)?;
+        // Whoever cannot listen says so before the others wait for its connection.
+        self.explained(self.store.set(&format!("listens/{rank}"), &[]))?;
+        let mut listen = vec![false; ranks];
+        self.until(end + LISTENING, || {
+            for (rank, listens) in listen.iter_mut().enumerate().filter(|(_, listens)| !**listens) {
+                *listens = self.explained(self.store.get(&format!("listens/{rank}")))?.is_some();
+            }
+            Ok(!listen.contains(&false))
+        })?;
         // All are there: what is left of the time may be less than connecting takes on a busy machine.
         let limit = end.saturating_duration_since(Instant::now()).max(Duration::from_secs(30));
         self.explained(self.store.connect(own, rank, ranks, limit))?;
@@ -178,7 +185,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Group`] for a tensor that is not contiguous or of another type than f32, f64 and i64, for a rank that ended,
-    /// which it names where it can, and where not all have come within half an hour.
+    /// which it names where it can, and where not all have come within the limit of [`join`](Self::join).
     pub fn sum(&self, tensor: &Tensor) -> Result<()> {
         let kind = tensor.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double | Kind::Int64) || !tensor.is_contiguous() {
@@ -193,7 +200,7 @@ impl Group {
         let _turn = self.turn();
         let _no_gradients = tch::no_grad_guard();
         let sum = |tensor: &Tensor| {
-            self.collective(tensor, SUM_LIMIT, || format!("not all ranks came to a sum within {SUM_LIMIT:?}"))
+            self.collective(tensor, self.limit, || format!("not all ranks came to a sum within {:?}", self.limit))
         };
         if tensor.device() == Device::Cpu {
             return sum(tensor);
@@ -286,7 +293,7 @@ impl Group {
     /// there, but for those that are known to be gone, and no longer than `limit`. Where the store is gone, rank 0 is with it.
     pub fn roll_call(&self, limit: Duration) -> Vec<usize> {
         let Place { rank, ranks, .. } = self.place;
-        let (end, own) = (Instant::now() + limit, self.peers.get(self.place.rank).and_then(Option::as_ref));
+        let end = Instant::now() + limit;
         let without_first = || (1..ranks.max(2)).collect();
         if self.store.set(&format!("left over/{rank}"), &[]).is_err() {
             return without_first();
@@ -299,8 +306,7 @@ impl Group {
                     Err(_) => return without_first(),
                 }
             }
-            let gone = |peer: &Option<Peer>| peer.as_ref().zip(own).is_some_and(|(peer, own)| peer.is_gone(own));
-            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || gone(peer));
+            let complete = here.iter().zip(&self.peers).all(|(&here, peer)| here || self.is_gone(peer));
             if complete || Instant::now() >= end {
                 return here.iter().enumerate().filter(|(_, here)| **here).map(|(rank, _)| rank).collect();
             }
@@ -319,18 +325,22 @@ impl Group {
             return Err(Error::Group("the ranks have lost each other; only a new run joins them again".into()));
         }
         // c10d's own limit comes after ours, which can say more.
-        let work = self.store.sum(tensor, limit + Duration::from_secs(60));
+        let work = self.store.sum(tensor, limit.saturating_add(Duration::from_secs(60)));
         let done = work.and_then(|work| self.wait(work, limit, &late));
         self.explained(done).inspect_err(|_| self.broken.store(true, Ordering::Relaxed))
     }
 
     /// Waits for work: [`Error::Torch`] as it failed, [`Error::Group`] where the cause is known.
     fn wait(&self, work: Work, limit: Duration, late: &impl Fn() -> String) -> Result<()> {
-        let (begin, mut listened) = (Instant::now(), Instant::now());
+        let (begin, mut listened, mut gone) = (Instant::now(), Instant::now(), None);
         while !work.is_done()? {
             if listened.elapsed() > LISTENING.min(limit) {
                 listened = Instant::now();
-                let cause = self.failure().map(ended).or_else(|| (begin.elapsed() > limit).then(late));
+                let cause = self.failure().map(ended);
+                // What Gloo sees by itself, and NCCL does not. Once is not enough: one may end when its own part is done.
+                let before = std::mem::replace(&mut gone, self.gone());
+                let cause = cause.or_else(|| before.map(|ranks| format!("{ranks} ended without a word")));
+                let cause = cause.or_else(|| (begin.elapsed() > limit).then(late));
                 if let Some(cause) = cause {
                     self.store.abandon();
                     return Err(Error::Group(cause));
@@ -355,21 +365,36 @@ impl Group {
             if let Ok(Some(told)) = told {
                 return Err(Error::Group(ended(told)));
             }
-            let gone = ranks_where(&self.peers, |peer| self.is_gone(peer));
-            let cause = match told {
-                _ if !gone.is_empty() => format!("{gone} ended without a word ({words})"),
-                Err(_) if begin.elapsed() > LISTENING => {
+            let cause = match (told, self.gone()) {
+                (_, Some(gone)) => format!("{gone} ended without a word ({words})"),
+                (Err(_), None) if begin.elapsed() > LISTENING => {
                     format!("{} ended or cannot be reached any more ({words})", rendezvous::server())
                 }
                 _ if begin.elapsed() < PARTING => {
                     sleep(Duration::from_millis(50));
                     continue;
                 }
-                _ => format!("another rank ended or cannot be reached any more ({words})"),
+                _ => format!("{} ended or cannot be reached any more ({words})", self.meant_by(&words)),
             };
             self.fail(&cause);
             return Err(Error::Group(cause));
         }
+    }
+
+    /// Of whom c10d speaks, as far as addresses tell.
+    fn meant_by(&self, words: &str) -> String {
+        let meant = |peer: &Option<Peer>| peer.as_ref().is_some_and(|peer| peer.is_meant_by(words));
+        let ranks = ranks_where(&self.peers, meant);
+        match self.peers.iter().filter(|peer| meant(peer)).count() {
+            0 => "another rank".into(),
+            1 => ranks,
+            _ => format!("one of {ranks}"),
+        }
+    }
+
+    /// The ranks that are known to have ended, in words.
+    fn gone(&self) -> Option<String> {
+        Some(ranks_where(&self.peers, |peer| self.is_gone(peer))).filter(|gone| !gone.is_empty())
     }
 
     /// Whether a rank is known to have ended.
@@ -396,27 +421,30 @@ impl Group {
         }
     }
 
-    /// Whether every other rank that came has left or ended.
+    /// Whether every other rank that came has left or ended, or the store has, which is the last to leave.
     fn is_alone(&self) -> bool {
         self.peers.iter().enumerate().all(|(rank, peer)| {
             rank == self.place.rank
                 || peer.is_none()
                 || self.is_gone(peer)
-                || matches!(self.store.get(&format!("left/{rank}")), Ok(Some(_)))
+                || !matches!(self.store.get(&format!("left/{rank}")), Ok(None))
         })
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if !rendezvous::serves(&self.place) {
-            // The store may be gone already.
-            let _ = self.store.set(&format!("left/{}", self.place.rank), &[]);
+        // The store may be gone already.
+        let _ = self.store.set(&format!("left/{}", self.place.rank), &[]);
+        let well = !*self.broken.get_mut() && matches!(self.store.get(FAILURES), Ok(None));
+        // After a failure only the store is needed, from which the others read it. Else they may be behind by what is still on
+        // its way to them, which a connection that closes could cut off.
+        if !well && !rendezvous::serves(&self.place) {
             return;
         }
         let begin = Instant::now();
         while !self.is_alone() && begin.elapsed() < PARTING {
-            sleep(Duration::from_millis(10));
+            sleep(Duration::from_millis(2));
         }
     }
 }

@@ -137,8 +137,10 @@ fn what_it_does(does: &str) -> lora_torch::Result<String> {
             if place.rank == 1 {
                 std::process::abort();
             }
-            group.sum(&ones())?;
-            Ok("it went on".into())
+            let error = group.sum(&ones()).unwrap_err();
+            let again = group.sum(&ones()).unwrap_err();
+            assert!(again.to_string().contains("lost each other"), "{again}");
+            Ok(format!("left are {:?}: {error}", group.roll_call(LONG)))
         }
         "serves_and_dies" => {
             group.wait_for_all("start", LONG)?;
@@ -208,7 +210,7 @@ fn a_rank_that_dies_ends_the_others_and_is_named() {
     let died = ranks.remove(1);
     for rank in ranks {
         let said = rank.said();
-        assert!(said.starts_with("error: ") && said.contains("rank 1 ended"), "{said}");
+        assert!(said.starts_with("left are [0, 2]: ") && said.contains("rank 1 ended"), "{said}");
     }
     died.end();
 }

@@ -13,8 +13,8 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind};
 
 use common::flow::{
-    QWEN, T5, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, planned,
-    single_files, whole_run,
+    QWEN, T5, Trajectory, add_tokenizer, base, every_way_trains, fits, given, goes_on_from_its_own_file, is_refused,
+    rows_are_as_long_as_captions, single_files, whole_run,
 };
 use common::losses;
 
@@ -62,10 +62,7 @@ fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
 
 #[test]
 fn empty_captions_and_those_of_other_lengths_train() {
-    let folder = workspace();
-    let of = |keys: &[&str]| losses(folder.path(), keys);
-    assert!(of(&["batch_size=4", "caption_dropout_rate=1"]).iter().all(|loss| loss.is_finite()));
-    assert_eq!(of(&["max_sequence_length=300"]), of(&[]));
+    rows_are_as_long_as_captions(workspace().path());
 }
 
 /// Parts that are published as files of their own, and their prefixes in files of all.
@@ -108,10 +105,7 @@ fn the_published_model_fits_small_cards() {
     add_tokenizer(folder.path(), QWEN, "tokenizer");
     add_tokenizer(folder.path(), T5, "t5_tokenizer");
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
-    for (side, keys, most) in
-        [(512, &[][..], 2.1), (512, &[offload, tiles], 1.1), (1024, &[tiles], 2.8), (1024, &[offload, tiles], 1.8)]
-    {
-        let found = planned(workspace.path(), folder.path(), side, keys);
-        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
-    }
+    let plans: &[(usize, &[&str], f64)] =
+        &[(512, &[], 2.1), (512, &[offload, tiles], 1.1), (1024, &[tiles], 2.8), (1024, &[offload, tiles], 1.8)];
+    fits(workspace.path(), folder.path(), plans);
 }

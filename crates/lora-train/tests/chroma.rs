@@ -14,8 +14,8 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use common::flow::{
-    T5, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, single_files,
-    whole_run,
+    T5, Trajectory, add_tokenizer, base, every_way_trains, fits, given, goes_on_from_its_own_file, is_refused,
+    rows_are_as_long_as_captions, single_files, whole_run,
 };
 use common::losses;
 
@@ -62,11 +62,7 @@ fn weights_in_few_bytes_checkpoints_masks_and_captions_that_change_all_train() {
 
 #[test]
 fn rows_are_as_long_as_captions_whatever_their_greatest_length() {
-    let folder = workspace();
-    let of = |keys: &[&str]| losses(folder.path(), keys);
-    assert_eq!(of(&["max_sequence_length=300"]), of(&[]));
-    // Captions of a batch differ in length.
-    assert!(of(&["batch_size=4"]).iter().all(|loss| loss.is_finite()));
+    rows_are_as_long_as_captions(workspace().path());
 }
 
 /// Parts that are published as files of their own, and their prefixes in files of all.
@@ -105,10 +101,7 @@ fn the_published_model_fits_small_cards() {
     SyntheticChroma::full().write_headers(folder.path()).unwrap();
     add_tokenizer(folder.path(), T5, "tokenizer");
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
-    for (side, keys, most) in
-        [(512, &[][..], 6.9), (512, &[offload, tiles], 3.0), (1024, &[tiles], 8.5), (1024, &[offload, tiles], 3.8)]
-    {
-        let found = common::flow::planned(workspace.path(), folder.path(), side, keys);
-        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
-    }
+    let plans: &[(usize, &[&str], f64)] =
+        &[(512, &[], 6.9), (512, &[offload, tiles], 3.0), (1024, &[tiles], 8.5), (1024, &[offload, tiles], 3.8)];
+    fits(workspace.path(), folder.path(), plans);
 }

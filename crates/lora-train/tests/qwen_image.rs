@@ -14,7 +14,7 @@ use lora_models::weights::{SyntheticWeights, Weights};
 use lora_torch::tch::{Device, Kind, Tensor};
 
 use common::flow::{
-    QWEN, Trajectory, add_tokenizer, base, every_way_trains, given, goes_on_from_its_own_file, is_refused, planned,
+    QWEN, Trajectory, add_tokenizer, base, every_way_trains, fits, given, goes_on_from_its_own_file, is_refused,
     single_files, whole_run,
 };
 use common::losses;
@@ -98,13 +98,11 @@ fn the_published_model_fits_small_cards_from_host_memory() {
     SyntheticQwenImage::full().write_headers(folder.path()).unwrap();
     add_tokenizer(folder.path(), QWEN, "tokenizer");
     let (offload, tiles) = ("offload_base=true", "vae_tiling=true");
-    for (side, keys, most) in [
-        (512, &[offload, tiles][..], 5.0),
+    let plans: &[(usize, &[&str], f64)] = &[
+        (512, &[offload, tiles], 5.0),
         (1024, &[offload, tiles], 5.0),
         (512, &[], 14.0),
         (1024, &[tiles, "optimizer=adamw8bit"], 15.0),
-    ] {
-        let found = planned(workspace.path(), folder.path(), side, keys);
-        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
-    }
+    ];
+    fits(workspace.path(), folder.path(), plans);
 }

@@ -14,11 +14,15 @@ use lora_core::Adapter;
 use lora_train::callback::{Callback, Control};
 use lora_train::{Plugins, Session, StepReport, ranks, train};
 
-/// Losses, relative: each rank's is rounded to f32, and more than two are added up in another order.
-const LOSSES: f64 = 1e-6;
-/// What is learnt from sums in another order, against its largest number. Two ranks without accumulation add up as one process does:
-/// there it is 0.
-const LEARNT: f32 = 1e-5;
+/// How far two runs may be apart: losses, relative, and what is learnt, against its largest number.
+type Bounds = (f64, f32);
+
+/// Two ranks without accumulation add up as one process with two micro-batches does, to the bit; only the loss that is told is
+/// rounded to f32 in each rank.
+const SAME_ORDER: Bounds = (1e-6, 0.0);
+
+/// Sums in another order differ in their last bit, and a few steps make more of it.
+const OTHER_ORDER: Bounds = (1e-5, 2e-3);
 
 /// Writes losses down as they come, and ends the run, of its own will or as if it were shot, after a step.
 struct Watch {
@@ -134,14 +138,14 @@ fn alone(folder: &Path, keys: &[&str], accumulation: usize) -> (Vec<f64>, Adapte
     (reports.iter().map(|report| report.loss).collect(), adapter)
 }
 
-fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter), bound: f32) {
+fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter), (of_losses, of_learnt): Bounds) {
     let own = run.losses();
     assert_eq!(own.len(), losses.len());
     for (a, b) in own.iter().zip(losses) {
-        assert!((a - b).abs() <= LOSSES * b.abs(), "{own:?} {losses:?}");
+        assert!((a - b).abs() <= of_losses * b.abs(), "{own:?} {losses:?}");
     }
     let distance = distance(&run.learnt(), adapter);
-    assert!(distance <= bound, "{distance}");
+    assert!(distance <= of_learnt, "{distance}");
 }
 
 /// Eight pictures, whose epoch ends within a step of three micro-batches of two. Half precision in files would hide what differs, and
@@ -160,11 +164,11 @@ const KEYS: [&str; 7] = [
 fn ranks_make_the_run_of_one_that_accumulates_as_much() {
     let folder = workspace();
     let cache = format!("cache_dir={}", folder.path().join("cache").display());
-    for (ranks, accumulation, encoded, bound) in [
-        (2, 1, "cache_latents=true", 0.0),
+    for (ranks, accumulation, encoded, bounds) in [
+        (2, 1, "cache_latents=true", SAME_ORDER),
         // Examples that are read at each visit, and those that ranks encode in shares.
-        (3, 1, "cache_latents=false", LEARNT),
-        (2, 2, cache.as_str(), LEARNT),
+        (3, 1, "cache_latents=false", OTHER_ORDER),
+        (2, 2, cache.as_str(), OTHER_ORDER),
     ] {
         let _ = std::fs::remove_file(folder.path().join("losses"));
         let accumulated = format!("gradient_accumulation_steps={accumulation}");
@@ -172,7 +176,7 @@ fn ranks_make_the_run_of_one_that_accumulates_as_much() {
         let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
         let alone = alone(folder.path(), &[&KEYS[..], &[encoded]].concat(), ranks * accumulation);
-        assert_equal(&run, &alone, bound);
+        assert_equal(&run, &alone, bounds);
     }
 }
 
@@ -194,7 +198,7 @@ fn a_run_of_two_goes_on_with_one_two_and_four() {
         let run = Ranks::new(folder.path(), &[&keys[..], &["resume=true"]].concat());
         let said = run.run(ranks);
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
-        assert_equal(&run, &whole, LEARNT);
+        assert_equal(&run, &whole, OTHER_ORDER);
     }
 }
 
@@ -216,7 +220,7 @@ fn a_rank_that_dies_ends_all_and_leaves_a_state_to_go_on_from() {
         assert!(said.iter().all(|said| said == "ended: None after 6"), "{said:?}");
         let (_, adapter) = alone(folder.path(), &KEYS, 4);
         let distance = distance(&again.learnt(), &adapter);
-        assert!(distance <= LEARNT, "{distance}");
+        assert!(distance <= OTHER_ORDER.1, "{distance}");
     }
 }
 

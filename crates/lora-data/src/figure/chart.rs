@@ -1,15 +1,11 @@
 //! Curves over the steps of a run, drawn by `plotters`: as SVG, where whoever shows it brings the fonts, or onto a picture,
-//! with the embedded bitmap font. Neither needs a font on the machine.
+//! in the embedded font. Neither needs a font on the machine.
 
-use std::convert::Infallible;
-
-use image::{Rgb, RgbImage};
+use image::RgbImage;
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, VPos};
-use plotters_backend::{BackendColor, BackendCoord, BackendTextStyle, DrawingErrorKind};
 
-use super::font;
+use super::label;
 
 /// The colour of single values.
 pub const RAW: RGBColor = RGBColor(178, 205, 240);
@@ -50,6 +46,7 @@ pub struct Panel {
 impl Panel {
     /// Draws it as an SVG element of `width` by `height`. What cannot be drawn is left out.
     pub fn to_svg(&self, width: u32, height: u32) -> String {
+        label::prepare();
         let mut svg = String::new();
         {
             let area = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
@@ -61,11 +58,10 @@ impl Panel {
 
     /// Draws it onto a picture between two rows.
     pub fn draw_on(&self, picture: &mut RgbImage, rows: (u32, u32)) {
-        let area = Canvas(picture).into_drawing_area();
+        let area = label::canvas(picture);
         let (width, _) = area.dim_in_pixel();
         let area = area.shrink((0, rows.0), (width, rows.1.saturating_sub(rows.0)));
-        // At this size plotters takes characters to be as wide as the bitmap font's.
-        let _ = self.draw(&area, 18, 84);
+        let _ = self.draw(&area, label::SIZE, 64);
     }
 
     fn draw<DB: DrawingBackend>(
@@ -74,7 +70,7 @@ impl Panel {
         size: u32,
         left: u32,
     ) -> Result<(), DrawingAreaErrorKind<DB::ErrorType>> {
-        let font = ("sans-serif", size).into_font().color(&TEXT);
+        let font = (label::FAMILY, size).into_font().color(&TEXT);
         let (steps, range) = (self.steps(), self.range.unwrap_or_else(|| self.values()));
         let mut chart = ChartBuilder::on(area)
             .margin(10)
@@ -163,67 +159,6 @@ fn number(value: f64) -> String {
         text.trim_end_matches('0').trim_end_matches('.').to_owned()
     } else {
         format!("{value:.1e}")
-    }
-}
-
-/// A picture that `plotters` draws on.
-struct Canvas<'p>(&'p mut RgbImage);
-
-impl DrawingBackend for Canvas<'_> {
-    type ErrorType = Infallible;
-
-    fn get_size(&self) -> (u32, u32) {
-        self.0.dimensions()
-    }
-
-    fn ensure_prepared(&mut self) -> Result<(), DrawingErrorKind<Infallible>> {
-        Ok(())
-    }
-
-    fn present(&mut self) -> Result<(), DrawingErrorKind<Infallible>> {
-        Ok(())
-    }
-
-    fn draw_pixel(&mut self, (x, y): BackendCoord, color: BackendColor) -> Result<(), DrawingErrorKind<Infallible>> {
-        let place = u32::try_from(x).ok().zip(u32::try_from(y).ok());
-        if let Some(pixel) = place.and_then(|(x, y)| self.0.get_pixel_mut_checked(x, y)) {
-            let (red, green, blue) = color.rgb;
-            for (own, new) in pixel.0.iter_mut().zip([red, green, blue]) {
-                *own =
-                    (f64::from(*own) + (f64::from(new) - f64::from(*own)) * color.alpha.clamp(0.0, 1.0)).round() as u8;
-            }
-        }
-        Ok(())
-    }
-
-    fn estimate_text_size<S: BackendTextStyle>(
-        &self,
-        text: &str,
-        _style: &S,
-    ) -> Result<(u32, u32), DrawingErrorKind<Infallible>> {
-        Ok((font::width(text, 1), font::SIZE))
-    }
-
-    fn draw_text<S: BackendTextStyle>(
-        &mut self,
-        text: &str,
-        style: &S,
-        (x, y): BackendCoord,
-    ) -> Result<(), DrawingErrorKind<Infallible>> {
-        let (width, height) = (i64::from(font::width(text, 1)), i64::from(font::SIZE));
-        let left = match style.anchor().h_pos {
-            HPos::Left => 0,
-            HPos::Center => width / 2,
-            HPos::Right => width,
-        };
-        let top = match style.anchor().v_pos {
-            VPos::Top => 0,
-            VPos::Center => height / 2,
-            VPos::Bottom => height,
-        };
-        let (red, green, blue) = style.color().rgb;
-        font::draw(self.0, i64::from(x) - left, i64::from(y) - top, text, 1, Rgb([red, green, blue]));
-        Ok(())
     }
 }
 

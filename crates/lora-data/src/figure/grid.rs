@@ -5,8 +5,9 @@ use std::path::Path;
 use image::imageops::{FilterType, overlay, resize};
 use image::{ImageFormat, Rgb, RgbImage};
 use lora_io::Result;
+use plotters::style::text_anchor::HPos;
 
-use super::font;
+use super::label;
 use crate::RgbPicture;
 
 /// One row of the grid.
@@ -84,19 +85,20 @@ pub fn draw(rows: &[GridRow], columns: &[String]) -> RgbImage {
     let mut picture = RgbImage::from_pixel(size.0, size.1, BACKGROUND);
     for (index, prompt) in columns.iter().enumerate() {
         let left = LABEL + index as u32 * (width + GAP);
-        for (line, text) in wrap(prompt, (width / font::SIZE) as usize).iter().enumerate() {
-            font::draw(&mut picture, i64::from(left), 8 + 11 * line as i64, text, 1, TEXT);
+        for (line, text) in wrap(prompt, width).iter().enumerate() {
+            label::draw(&mut picture, (left, 10 + 15 * line as u32), text, TEXT, HPos::Left);
         }
     }
     for (index, row) in rows.iter().enumerate() {
         let top = i64::from(HEADER + index as u32 * (height + GAP));
-        font::draw(&mut picture, i64::from(GAP), top + i64::from(height / 2) - 4, &row.label, 1, TEXT);
+        let middle = HEADER + index as u32 * (height + GAP) + height / 2;
+        label::draw(&mut picture, (GAP, middle), &row.label, TEXT, HPos::Left);
         for column in 0..columns.len() {
             let left = i64::from(LABEL + column as u32 * (width + GAP));
             let fitted = row.pictures.get(column).and_then(|sample| fit(sample, width, height));
             match fitted {
                 Some(sample) => overlay(&mut picture, &sample, left, top),
-                None => font::fill(&mut picture, (left, top), (width, height), EMPTY),
+                None => overlay(&mut picture, &RgbImage::from_pixel(width, height, EMPTY), left, top),
             }
         }
     }
@@ -114,21 +116,23 @@ fn fit(sample: &GridPicture, width: u32, height: u32) -> Option<RgbImage> {
     Some(resize(&picture, width, height, filter))
 }
 
-/// At most two lines of at most `width` characters.
-fn wrap(text: &str, width: usize) -> Vec<String> {
-    let characters: Vec<char> = text.chars().collect();
-    if characters.len() <= width {
+/// At most two lines of at most `width` pixels.
+fn wrap(text: &str, width: u32) -> Vec<String> {
+    if label::width(text) <= width {
         return vec![text.to_owned()];
     }
-    let space = characters[..width].iter().rposition(|c| c.is_whitespace());
+    let characters: Vec<char> = text.chars().collect();
+    let fits = |part: &[char], end: &str| label::width(&(part.iter().collect::<String>() + end)) <= width;
+    let longest = |part: &[char], end: &str| (0..=part.len()).rev().find(|&at| fits(&part[..at], end)).unwrap_or(0);
+    let most = longest(&characters, "");
+    let space = characters[..most].iter().rposition(|c| c.is_whitespace());
     // A first line that is mostly empty is worth it only where the second then holds the rest.
-    let cut = space.filter(|&at| at > width / 2 || characters.len() - at - 1 <= width).unwrap_or(width);
+    let cut = space.filter(|&at| at > most / 2 || fits(&characters[at + 1..], "")).unwrap_or(most);
     let first: String = characters[..cut].iter().collect();
     let rest: Vec<char> = characters[cut..].iter().copied().skip_while(|c| c.is_whitespace()).collect();
-    let second = if rest.len() <= width {
-        rest.iter().collect()
-    } else {
-        rest[..width.saturating_sub(3)].iter().collect::<String>() + "..."
+    let second = match fits(&rest, "") {
+        true => rest.iter().collect(),
+        false => rest[..longest(&rest, "…")].iter().collect::<String>() + "…",
     };
     vec![first, second]
 }
@@ -159,9 +163,11 @@ mod tests {
 
     #[test]
     fn prompts_wrap_and_are_cut() {
-        assert_eq!(wrap("a red apple", 20), ["a red apple"]);
-        assert_eq!(wrap("a red apple on a table", 12), ["a red apple", "on a table"]);
-        assert_eq!(wrap("avocado, vegetable", 16), ["avocado,", "vegetable"]);
-        assert_eq!(wrap("abcdefghijklmnopqrstuvwxyz", 8), ["abcdefgh", "ijklm..."]);
+        let wide = |text: &str| label::width(text);
+        assert_eq!(wrap("a red apple", wide("a red apple")), ["a red apple"]);
+        assert_eq!(wrap("a red apple on a table", wide("a red apple o")), ["a red apple", "on a table"]);
+        assert_eq!(wrap("avocado, vegetable", wide("avocado, vege")), ["avocado,", "vegetable"]);
+        assert_eq!(wrap("mmmmmmmmmmmmmmmmmmmmmmmm", wide("mmmmmmmm")), ["mmmmmmmm", "mmmmmm…"]);
+        assert_eq!(wrap("abc", 0), ["", "…"], "a cell without room");
     }
 }

@@ -1,8 +1,10 @@
 //! A table of magnitudes as a picture: one labelled row and column each, colours on a logarithmic scale.
 
+use image::imageops::overlay;
 use image::{Rgb, RgbImage};
+use plotters::style::text_anchor::HPos;
 
-use super::font;
+use super::label;
 
 /// A cell's place and value.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -16,6 +18,7 @@ pub(super) struct Cell {
 }
 
 const CELL: (u32, u32) = (52, 18);
+const INSIDE: (u32, u32) = (CELL.0 - 1, CELL.1 - 1);
 const GAP: u32 = 10;
 const LEGEND: u32 = 40;
 const BACKGROUND: Rgb<u8> = Rgb([250, 250, 251]);
@@ -28,50 +31,53 @@ const SCALE: [[f64; 3]; 4] = [[40.0, 30.0, 95.0], [40.0, 110.0, 142.0], [90.0, 1
 /// Values below the largest by more than this factor have the lowest colour.
 const SPAN: f64 = 1000.0;
 
-/// Draws the table. Column labels are written downwards.
+/// Draws the table. Column labels are written upwards.
 pub(super) fn draw(title: &str, rows: &[String], columns: &[String], cells: &[Cell]) -> RgbImage {
-    let longest = |labels: &[String]| labels.iter().map(|label| font::width(label, 1)).max().unwrap_or(0);
+    let longest = |labels: &[String]| labels.iter().map(|label| label::width(label)).max().unwrap_or(0);
     let left = GAP + longest(rows) + GAP;
     let top = 28 + longest(columns) + GAP;
-    let width = (left + columns.len() as u32 * CELL.0 + GAP).max(left + font::width(title, 1)).max(420);
+    let width = (left + columns.len() as u32 * CELL.0 + GAP).max(left + label::width(title)).max(420);
     let height = top + rows.len() as u32 * CELL.1 + LEGEND;
     let mut picture = RgbImage::from_pixel(width, height, BACKGROUND);
-    font::draw(&mut picture, i64::from(GAP), 8, title, 1, TEXT);
-    for (index, label) in rows.iter().enumerate() {
-        let y = top + index as u32 * CELL.1 + 5;
-        font::draw(&mut picture, i64::from(left - GAP - font::width(label, 1)), i64::from(y), label, 1, TEXT);
+    label::draw(&mut picture, (GAP, 14), title, TEXT, HPos::Left);
+    for (index, name) in rows.iter().enumerate() {
+        let middle = top + index as u32 * CELL.1 + CELL.1 / 2;
+        label::draw(&mut picture, (left - GAP, middle), name, TEXT, HPos::Right);
     }
-    for (index, label) in columns.iter().enumerate() {
-        let x = left + index as u32 * CELL.0 + CELL.0 / 2 - 4;
-        let mut turned = RgbImage::from_pixel(font::width(label, 1).max(1), font::SIZE, BACKGROUND);
-        font::draw(&mut turned, 0, 0, label, 1, TEXT);
-        let turned = image::imageops::rotate270(&turned);
-        image::imageops::overlay(&mut picture, &turned, i64::from(x), i64::from(top - 6 - turned.height()));
+    for (index, name) in columns.iter().enumerate() {
+        let middle = left + index as u32 * CELL.0 + CELL.0 / 2;
+        label::draw_upwards(&mut picture, (middle, top - 6), name, TEXT);
     }
-    let corner =
-        |row: usize, column: usize| (i64::from(left + column as u32 * CELL.0), i64::from(top + row as u32 * CELL.1));
-    let inside = (CELL.0 - 1, CELL.1 - 1);
+    let corner = |row: usize, column: usize| (left + column as u32 * CELL.0, top + row as u32 * CELL.1);
     for row in 0..rows.len() {
-        (0..columns.len()).for_each(|column| font::fill(&mut picture, corner(row, column), inside, ABSENT));
+        (0..columns.len()).for_each(|column| fill(&mut picture, corner(row, column), INSIDE, ABSENT));
     }
     let largest = cells.iter().map(|cell| cell.value).filter(|value| value.is_finite()).fold(0.0, f64::max);
     for cell in cells.iter().filter(|cell| cell.row < rows.len() && cell.column < columns.len()) {
         let (x, y) = corner(cell.row, cell.column);
         let color = color(cell.value, largest);
-        font::fill(&mut picture, (x, y), inside, color);
+        fill(&mut picture, (x, y), INSIDE, color);
         let text = if cell.value.is_finite() { short(cell.value) } else { "NaN".to_owned() };
         let ink = if u32::from(color.0[1]) > 120 { Rgb([20; 3]) } else { Rgb([240; 3]) };
-        let indent = i64::from((CELL.0 - font::width(&text, 1).min(CELL.0)) / 2);
-        font::draw(&mut picture, x + indent, y + 5, &text, 1, ink);
+        label::draw(&mut picture, (x + CELL.0 / 2, y + CELL.1 / 2), &text, ink, HPos::Center);
     }
-    let y = i64::from(height - LEGEND + 14);
+    legend(&mut picture, largest);
+    picture
+}
+
+/// The scale of colours, at the picture's foot.
+fn legend(picture: &mut RgbImage, largest: f64) {
+    let top = picture.height() - LEGEND + 14;
     for step in 0..160u32 {
         let value = largest * SPAN.powf(f64::from(step) / 159.0 - 1.0);
-        font::fill(&mut picture, (i64::from(GAP + 60 + step), y), (1, 10), color(value, largest));
+        fill(picture, (GAP + 60 + step, top), (1, 10), color(value, largest));
     }
-    font::draw(&mut picture, i64::from(GAP), y + 1, &short(largest / SPAN), 1, TEXT);
-    font::draw(&mut picture, i64::from(GAP + 226), y + 1, &format!("{} (logarithmic)", short(largest)), 1, TEXT);
-    picture
+    label::draw(picture, (GAP, top + 5), &short(largest / SPAN), TEXT, HPos::Left);
+    label::draw(picture, (GAP + 226, top + 5), &format!("{} (logarithmic)", short(largest)), TEXT, HPos::Left);
+}
+
+fn fill(picture: &mut RgbImage, (x, y): (u32, u32), (width, height): (u32, u32), color: Rgb<u8>) {
+    overlay(picture, &RgbImage::from_pixel(width, height, color), i64::from(x), i64::from(y));
 }
 
 /// At most six characters.
@@ -107,8 +113,8 @@ mod tests {
         let cell = |row, column, value| Cell { row, column, value };
         let cells = [cell(0, 0, 1.0), cell(0, 1, 0.0), cell(1, 0, f64::NAN), cell(1, 1, 1e-9), cell(9, 9, 1.0)];
         let picture = draw("norms", &labels(&["a", "b", "c"]), &labels(&["to_q", "to_k"]), &cells);
-        let left = GAP + font::width("a", 1) + GAP;
-        let top = 28 + font::width("to_q", 1) + GAP;
+        let left = GAP + ["a", "b", "c"].map(label::width).into_iter().max().unwrap() + GAP;
+        let top = 28 + label::width("to_q").max(label::width("to_k")) + GAP;
         let at = |row: u32, column: u32| *picture.get_pixel(left + column * CELL.0 + 1, top + row * CELL.1 + 1);
         assert_eq!(at(0, 0), Rgb([250, 225, 50]));
         assert_eq!(at(0, 1), ZERO);
@@ -121,7 +127,7 @@ mod tests {
     #[test]
     fn numbers_fit_their_cells() {
         for value in [0.0, 1e-12, 0.001, 0.5, 12.3456, 999.96, 123_456.0] {
-            assert!(font::width(&short(value), 1) <= CELL.0 - 2, "{}", short(value));
+            assert!(label::width(&short(value)) <= CELL.0 - 2, "{}", short(value));
         }
     }
 }

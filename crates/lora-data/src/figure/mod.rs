@@ -2,8 +2,8 @@
 //! its numbers come from; pages with pictures of a dataset are in [`crate::report`].
 
 pub mod chart;
-mod font;
 pub mod grid;
 mod heat_map;
+mod label;
 pub mod loss_curve;
 pub mod norms;

@@ -337,14 +337,14 @@ static OWN: &[Row] = &[
     nothing("model_list", "pretrained_model_name_or_path says it"),
     nothing("xformers", "how attention is computed"),
     nothing("num_cpu_threads_per_process", "how steps are computed"),
-    by("num_processes", &[], "one device trains", |field| match field.count() {
-        Some(0 | 1) => no_effect("one device trains"),
-        _ => lost("one device trains; raise gradient_accumulation_steps by their number"),
+    by("num_processes", &[], "ranks are started by torchrun", |field| match field.count() {
+        Some(0 | 1) => no_effect("one rank is the usual"),
+        _ => lost("start as many ranks by torchrun: docs/multiple-gpus.md"),
     }),
-    nothing("num_machines", "one machine trains"),
-    gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
+    nothing("num_machines", "the launcher says it"),
+    gone("multi_gpu", OFF, "start as many ranks by torchrun: docs/multiple-gpus.md"),
     nothing("gpu_ids", "`device` says which"),
-    nothing("main_process_port", "one machine trains"),
+    nothing("main_process_port", "the launcher says it"),
     nothing("dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph", "how steps are computed"),
     gone("extra_accelerate_launch_args", OFF, "nothing is launched"),
     by("additional_parameters", &[], "options of sd-scripts, which win over the fields", |_| {

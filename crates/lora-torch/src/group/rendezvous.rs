@@ -16,6 +16,9 @@ use crate::{Error, Result};
 /// torchrun's way to say that it serves the store itself.
 const AGENT_SERVES: &str = "TORCHELASTIC_USE_AGENT_STORE";
 
+/// Names of networks that Gloo is to use, separated by commas.
+const GLOO_NETWORKS: &str = "GLOO_SOCKET_IFNAME";
+
 fn launcher_serves() -> bool {
     std::env::var(AGENT_SERVES).as_deref() == Ok("True")
 }
@@ -81,27 +84,46 @@ fn listen(place: &Place, host: IpAddr) -> Result<c_int> {
 
 /// The address that this rank listens on for the others; `None` where a variable of Gloo's own says it.
 pub(super) fn own_address(place: &Place, host: IpAddr, peers: &[Option<Peer>]) -> Result<Option<IpAddr>> {
-    if std::env::var_os("GLOO_SOCKET_IFNAME").is_some_and(|name| !name.is_empty()) {
-        return Ok(None);
+    if let Some(networks) = std::env::var(GLOO_NETWORKS).ok().filter(|networks| !networks.is_empty()) {
+        return known_networks(&networks).map(|()| None);
     }
     // Whatever launchers say of machines: the loopback is of those who share it.
     let networks: HashSet<_> = peers.iter().map(|peer| peer.as_ref().map(|peer| &peer.network)).collect();
     if networks.len() == 1 {
         return Ok(Some(Ipv4Addr::LOCALHOST.into()));
     }
-    // The one by which rank 0 is reached, which the name of a machine need not lead to. Nothing is sent.
-    let any: IpAddr = if host.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let address = UdpSocket::bind((any, 0))
-        .and_then(|socket| socket.connect((host, place.port)).and_then(|()| socket.local_addr()))
-        .map_err(|error| Error::Group(format!("no network leads to rank 0 at {host}: {error}")))?
-        .ip();
+    let address = address_towards(host, place.port)
+        .map_err(|error| Error::Group(format!("no network leads to rank 0 at {host}: {error}")))?;
     if address.is_loopback() {
         return Err(Error::Group(format!(
-            "`{}` leads to this machine alone ({host}), and there are ranks on others: set MASTER_ADDR to an address that they reach, or GLOO_SOCKET_IFNAME to the network between them",
+            "`{}` leads to this machine alone ({host}), and there are ranks on others: set MASTER_ADDR to an address that they reach, or {GLOO_NETWORKS} to the network between them",
             place.address
         )));
     }
     Ok(Some(address))
+}
+
+/// The address of the network by which another is reached, which the name of a machine need not lead to. Nothing is sent.
+fn address_towards(host: IpAddr, port: u16) -> std::io::Result<IpAddr> {
+    let any: IpAddr = if host.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect((host, port))?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// That this machine has the networks that Gloo is to use.
+fn known_networks(wanted: &str) -> Result<()> {
+    let Ok(folder) = std::fs::read_dir("/sys/class/net") else { return Ok(()) };
+    let mut names: Vec<String> =
+        folder.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    match wanted.split(',').find(|wanted| !names.iter().any(|name| name == wanted)) {
+        None => Ok(()),
+        Some(unknown) => Err(Error::Group(format!(
+            "{GLOO_NETWORKS} names the network `{unknown}`, and this machine has {}",
+            names.join(", ")
+        ))),
+    }
 }
 
 /// What a rank says of itself.
@@ -111,6 +133,8 @@ pub(super) struct Peer {
     /// Of one boot of one machine, and of one view of its processes and of its network.
     machine: String,
     network: String,
+    /// By which it reaches rank 0, and others it.
+    address: String,
     process: u32,
     pub(super) host: String,
     device: String,
@@ -119,7 +143,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn own(place: &Place, device: Device) -> Self {
+    pub(super) fn own(place: &Place, host: IpAddr, device: Device) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         let view = |of: &str| {
             let space = std::fs::read_link(format!("/proc/self/ns/{of}")).unwrap_or_default();
@@ -133,6 +157,7 @@ impl Peer {
             ranks: place.ranks,
             machine: view("pid"),
             network: view("net"),
+            address: address_towards(host, place.port).map(|address| address.to_string()).unwrap_or_default(),
             process: std::process::id(),
             host: read("/proc/sys/kernel/hostname"),
             device,
@@ -141,17 +166,23 @@ impl Peer {
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let Self { ranks, machine, network, process, host, device, unit } = self;
-        format!("{ranks}\n{machine}\n{network}\n{process}\n{host}\n{device}\n{unit}").into_bytes()
+        let Self { ranks, machine, network, address, process, host, device, unit } = self;
+        format!("{ranks}\n{machine}\n{network}\n{address}\n{process}\n{host}\n{device}\n{unit}").into_bytes()
     }
 
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(bytes).ok()?;
-        let [ranks, machine, network, process, host, device, unit] =
+        let [ranks, machine, network, address, process, host, device, unit] =
             text.split('\n').collect::<Vec<_>>().try_into().ok()?;
-        let [machine, network, host, device, unit] = [machine, network, host, device, unit].map(str::to_owned);
+        let [machine, network, address] = [machine, network, address].map(str::to_owned);
+        let [host, device, unit] = [host, device, unit].map(str::to_owned);
         let (ranks, process) = (ranks.parse().ok()?, process.parse().ok()?);
-        Some(Self { ranks, machine, network, process, host, device, unit })
+        Some(Self { ranks, machine, network, address, process, host, device, unit })
+    }
+
+    /// Whether c10d speaks of a connection with it, or with another of its machine.
+    pub(super) fn is_meant_by(&self, words: &str) -> bool {
+        !self.address.is_empty() && words.contains(&format!("[{}]", self.address))
     }
 
     /// Whether its process has ended, as far as this one, of the same machine, can see.
@@ -202,17 +233,19 @@ mod tests {
         Place { rank: 1, ranks, local_rank: 0, local_ranks: 1, address: address.into(), port: 29_500 }
     }
 
+    const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
     fn on_gpu(unit: &str, host: &str) -> Peer {
-        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        let own = Peer::own(&place(2, "localhost"), HERE, Device::Cpu);
         Peer { device: "cuda:0".into(), unit: unit.into(), host: host.into(), network: host.into(), ..own }
     }
 
     #[test]
     fn a_rank_reads_what_another_says_of_itself() {
-        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        let own = Peer::own(&place(2, "localhost"), HERE, Device::Cpu);
         assert!(own.unit.is_empty() && !own.machine.is_empty() && !own.is_gone(&own));
         assert_eq!(Peer::from_bytes(&own.to_bytes()), Some(own));
-        for other in [b"2\nx".as_slice(), b"", b"\xff", b"a\nb\nc\n1\ne\nf\ng"] {
+        for other in [b"2\nx".as_slice(), b"", b"\xff", b"a\nb\nc\nd\n1\nf\ng\nh"] {
             assert_eq!(Peer::from_bytes(other), None);
         }
     }
@@ -230,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_is_known_to_be_gone_where_it_can_be_seen() {
-        let own = Peer::own(&place(2, "localhost"), Device::Cpu);
+        let own = Peer::own(&place(2, "localhost"), HERE, Device::Cpu);
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let peer = Peer { process: child.id(), ..own.clone() };
         assert!(!peer.is_gone(&own));
@@ -246,13 +279,18 @@ mod tests {
 
     #[test]
     fn ranks_connect_over_the_network_that_leads_to_rank_0() {
-        if std::env::var_os("GLOO_SOCKET_IFNAME").is_some() {
+        if std::env::var_os(GLOO_NETWORKS).is_some() {
             return;
         }
-        let (loopback, far) = (IpAddr::V4(Ipv4Addr::LOCALHOST), [Some(on_gpu("", "left")), Some(on_gpu("", "right"))]);
+        let (loopback, far) = (HERE, [Some(on_gpu("", "left")), Some(on_gpu("", "right"))]);
         let near = [far[0].clone(), far[0].clone()];
         assert_eq!(own_address(&place(2, "localhost"), loopback, &near).unwrap(), Some(loopback));
         let error = own_address(&place(2, "localhost"), loopback, &far).unwrap_err().to_string();
         assert!(error.contains("MASTER_ADDR") && error.contains("GLOO_SOCKET_IFNAME"), "{error}");
+        known_networks("lo").unwrap();
+        let error = known_networks("lo,no-such-network").unwrap_err().to_string();
+        assert!(error.contains("`no-such-network`, and this machine has ") && error.contains("lo"), "{error}");
+        assert!(far[0].as_ref().unwrap().is_meant_by("Connection closed by peer [127.0.0.1]:38079"));
+        assert!(!far[0].as_ref().unwrap().is_meant_by("Connection closed by peer [127.0.0.11]:38079"));
     }
 }

@@ -236,6 +236,24 @@ pub(crate) fn is_refused(folder: &Path, keys: &[&str], words: &[&str]) {
     assert!(words.iter().all(|word| error.contains(word)), "{keys:?}: {error}");
 }
 
+/// Rows of text states are as long as captions are, whatever their greatest length; empty captions train too, and a batch's differ in
+/// length.
+pub(crate) fn rows_are_as_long_as_captions(folder: &Path) {
+    let of = |keys: &[&str]| super::losses(folder, keys);
+    assert_eq!(of(&["max_sequence_length=300"]), of(&[]));
+    for rate in ["caption_dropout_rate=0", "caption_dropout_rate=1"] {
+        assert!(of(&["batch_size=4", rate]).iter().all(|loss| loss.is_finite()), "{rate}");
+    }
+}
+
+/// Plans of pictures of so many pixels a side need so many GiB at most.
+pub(crate) fn fits(folder: &Path, base: &Path, plans: &[(usize, &[&str], f64)]) {
+    for &(side, keys, most) in plans {
+        let found = planned(folder, base, side, keys);
+        assert!(found <= most, "{side} {keys:?}: {found:.2} GiB of {most}");
+    }
+}
+
 /// A plan of a base of headers alone, in GiB: pictures of so many pixels a side, batch 1, rank 16 on attention and feed-forwards,
 /// bf16 on an NF4 base with `gradient_checkpointing`, samples of the same size.
 pub(crate) fn planned(folder: &Path, base: &Path, side: usize, keys: &[&str]) -> f64 {

@@ -59,7 +59,7 @@ pub(super) static ROWS: &[Row] = &[
     by("continue_last_backup", &["resume"], "from a state of this program, where there is one", |field| {
         field.when_on(becomes("resume", "auto", "from a state of this program, where there is one"))
     }),
-    gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
+    gone("multi_gpu", OFF, "start as many ranks by torchrun: docs/multiple-gpus.md"),
     nothing(
         "workspace_dir cache_dir debug_mode debug_dir prevent_overwrites include_train_config \
          clear_cache_before_training save_filename_prefix secrets __version",

@@ -54,13 +54,13 @@ pub(in crate::tools) static ROWS: &[Row] = &[
 ];
 
 static LAUNCHED: &[Row] = &[
-    by("num_processes", &[], "one device trains", |field| match field.count() {
-        Some(0 | 1) => no_effect("one device trains"),
-        _ => lost("one device trains: a step has the pictures of one of them; raise gradient_accumulation_steps"),
+    by("num_processes", &[], "ranks are started by torchrun", |field| match field.count() {
+        Some(0 | 1) => no_effect("one rank is the usual"),
+        _ => lost("start as many ranks by torchrun: docs/multiple-gpus.md"),
     }),
-    gone("multi_gpu", OFF, "one device trains; raise gradient_accumulation_steps by their number"),
+    gone("multi_gpu", OFF, "start as many ranks by torchrun: docs/multiple-gpus.md"),
     nothing("mixed_precision", "the script's own option decides"),
-    nothing("num_machines machine_rank main_process_ip main_process_port", "one machine trains"),
+    nothing("num_machines machine_rank main_process_ip main_process_port", "the launcher says it"),
     nothing("num_cpu_threads_per_process", "how steps are computed"),
     nothing("gpu_ids", "`device` says which"),
     nothing("dynamo_backend dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic", "how steps are computed"),

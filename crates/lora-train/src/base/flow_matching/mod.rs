@@ -11,7 +11,7 @@
 //! | `text` | the text encoders of a base |
 //! | `language`, `conditioned`, `clip`, `t5` | captions through an encoder of each kind |
 //! | `layout` | captions of a batch as tensors |
-//! | `samples` | from noise to pictures |
+//! | `samples`, `sliders` | from noise to pictures, and part of that way |
 
 mod anima;
 mod checks;
@@ -26,6 +26,7 @@ mod layout;
 mod qwen_image;
 mod samples;
 mod sd3;
+mod sliders;
 mod t5;
 mod text;
 mod z_image;
@@ -43,7 +44,6 @@ use lora_models::diffusion::flow::NoiseLevels;
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{LatentDistribution, VaeConfig};
 use lora_models::weights::Held;
-use lora_torch::dry;
 use lora_torch::tch::{Device, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -57,7 +57,7 @@ use super::prior::{self, Prior};
 use super::slider::{self, Slider};
 use super::{Base, Encoded, Inputs, Item, Network, Opening, Prompt, Sample, Subject, Tensors, is_finite, shallow};
 use crate::config::{SampleConfig, TrainConfig};
-use crate::difference::{Difference, numbers};
+use crate::difference::Difference;
 use crate::velocity::VelocityLoss;
 use crate::{Error, Result};
 
@@ -167,32 +167,6 @@ impl FlowMatching {
                 Ok(inputs.with(GUIDANCE, Some(from_f32(&vec![strength as f32; count], &[count], self.device)?)))
             }
         }
-    }
-
-    /// The tensors of a micro-batch of sliders: of each item latents that go from noise to its noise level.
-    fn slider_inputs(&self, slider: &Slider, items: &[Item]) -> Result<Inputs> {
-        let _guard = no_grad_guard();
-        let (factor, (width, height)) = (self.vae.factor(), slider.size(items)?);
-        let shape = [items.len(), self.vae.latent_channels, height / factor, width / factor].map(|side| side as i64);
-        let noise = self.noise.draw(items, &shape, self.device)?.added;
-        let tokens = self.tokens((shape[2], shape[3]));
-        let all = (self.kind.sample_levels)(&self.checkpoint, slider.steps(self.device), tokens)?;
-        let (mut noised, mut levels) = (Vec::new(), Vec::new());
-        for (index, item) in items.iter().enumerate() {
-            // A dry run goes all the way.
-            let drawn = || self.levels.draw(&item.draw.at("timestep"), tokens);
-            let level = if dry::is_dry(self.device) { 0.0 } else { drawn() };
-            let through: Vec<f64> = all.iter().copied().filter(|&own| own > level).chain([level]).collect();
-            let (empty, noise) = (item.asked(""), noise.f_narrow(0, index as i64, 1)?);
-            let way = (slider.guidance, &slider.way(item));
-            noised.push(self.denoised(&noise, [&item.encoded, &empty.encoded], &through, way)?);
-            levels.push(level);
-        }
-        let inputs = Inputs::default()
-            .with("noised", Some(Tensor::f_cat(&noised, 0)?))
-            .with("levels", Some(numbers(&levels, self.device)?));
-        let inputs = self.with_captions(inputs, items)?;
-        slider.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     /// What was kept of one caption, `count` times.

@@ -41,14 +41,19 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 
 /// A tiny base of a kind with its text encoder and transformer loaded.
 fn base(kind: &'static Kind, folder: &std::path::Path, keys: &[&str]) -> FlowMatching {
-    let (written, tokenizers): (_, &[_]) = match kind.family.name {
-        "anima" => (SyntheticAnima::tiny().write(folder, DType::F32), &[("tokenizer", QWEN), ("t5_tokenizer", T5)]),
-        "chroma" => (SyntheticChroma::tiny().write(folder, DType::F32), &[("tokenizer", T5)]),
-        "flux2" => (SyntheticFlux2::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
-        "qwen_image" => (SyntheticQwenImage::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
-        _ => (SyntheticZImage::tiny().write(folder, DType::F32), &[("tokenizer", QWEN)]),
+    match kind.family.name {
+        "anima" => SyntheticAnima::tiny().write(folder, DType::F32),
+        "chroma" => SyntheticChroma::tiny().write(folder, DType::F32),
+        "flux2" => SyntheticFlux2::tiny().write(folder, DType::F32),
+        "qwen_image" => SyntheticQwenImage::tiny().write(folder, DType::F32),
+        _ => SyntheticZImage::tiny().write(folder, DType::F32),
+    }
+    .unwrap();
+    let tokenizers: &[(&str, &str)] = match kind.family.name {
+        "anima" => &[("tokenizer", QWEN), ("t5_tokenizer", T5)],
+        "chroma" => &[("tokenizer", T5)],
+        _ => &[("tokenizer", QWEN)],
     };
-    written.unwrap();
     for (name, from) in tokenizers {
         std::fs::create_dir_all(folder.join(name)).unwrap();
         for file in ["tokenizer.json", "tokenizer_config.json"] {
@@ -83,18 +88,17 @@ fn kept(base: &mut FlowMatching, rows: Option<&[i64]>) -> Vec<BTreeMap<Component
     kept
 }
 
-/// Four steps from noise of so many channels, to the first prompt against the second, at each of these strengths of guidance.
-fn samples_are_those_of_the_pipeline(
-    base: &FlowMatching,
-    kept: &[BTreeMap<Component, Tensors>],
-    channels: usize,
-    strengths: &[(&str, f64)],
-) {
-    let levels = (base.kind.sample_levels)(&base.checkpoint, 4, 24).unwrap();
+/// States of captions, `rows` of them where the golden file has no others; then four steps from noise, to the first prompt against the
+/// second, at each of these strengths of guidance.
+fn captions_and_samples_are_those_of_the_pipeline(kind: &'static Kind, rows: Option<&[i64]>, guided: f64) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut base = base(kind, folder.path(), &[]);
+    let kept = kept(&mut base, rows);
+    let (levels, channels) = ((kind.sample_levels)(&base.checkpoint, 4, 24).unwrap(), base.vae.latent_channels);
     let values = synthetic_uniform("input.sample.noise", channels * 8 * 12).map(|u| 3f64.sqrt() as f32 * u);
     let noise = from_f32(&values.collect::<Vec<_>>(), &[1, channels, 8, 12], Device::Cpu).unwrap();
     let _guard = no_grad_guard();
-    for &(name, guidance) in strengths {
+    for (name, guidance) in [("sample.plain", 1.0), ("sample.guided", guided)] {
         let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, (guidance, &Pass::default())).unwrap();
         let error = distance(&found, &expected(base.kind, name));
         assert!(error < 1e-5, "{name}: {error:e}");
@@ -103,43 +107,28 @@ fn samples_are_those_of_the_pipeline(
 
 #[test]
 fn captions_and_samples_of_z_image_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(&z_image::KIND, folder.path(), &[]);
-    let kept = kept(&mut base, None);
     // The pipeline's guidance counts from 0: its 2 is 3 here.
-    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 3.0)]);
+    captions_and_samples_are_those_of_the_pipeline(&z_image::KIND, None, 3.0);
 }
 
 #[test]
 fn captions_and_samples_of_flux2_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(&flux2::KIND, folder.path(), &[]);
-    let kept = kept(&mut base, Some(&ROWS));
-    samples_are_those_of_the_pipeline(&base, &kept, 32, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
-}
-
-#[test]
-fn captions_and_samples_of_qwen_image_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(&qwen_image::KIND, folder.path(), &[]);
-    let kept = kept(&mut base, None);
-    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+    captions_and_samples_are_those_of_the_pipeline(&flux2::KIND, Some(&ROWS), 4.0);
 }
 
 #[test]
 fn captions_and_samples_of_chroma_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(&chroma::KIND, folder.path(), &[]);
-    let kept = kept(&mut base, None);
-    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+    captions_and_samples_are_those_of_the_pipeline(&chroma::KIND, None, 4.0);
+}
+
+#[test]
+fn captions_and_samples_of_qwen_image_are_those_of_the_pipeline() {
+    captions_and_samples_are_those_of_the_pipeline(&qwen_image::KIND, None, 4.0);
 }
 
 #[test]
 fn captions_and_samples_of_anima_are_those_of_the_pipeline() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut base = base(&anima::KIND, folder.path(), &[]);
-    let kept = kept(&mut base, None);
-    samples_are_those_of_the_pipeline(&base, &kept, 16, &[("sample.plain", 1.0), ("sample.guided", 4.0)]);
+    captions_and_samples_are_those_of_the_pipeline(&anima::KIND, None, 4.0);
 }
 
 #[test]
