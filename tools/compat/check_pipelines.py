@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 # What PEFT adapts of each network in the direction from them to us; FLUX.2's single blocks have one layer for the first three.
 ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -111,7 +112,10 @@ def drawn(options, folder):
             if "lora_B" in path:
                 torch.nn.init.normal_(value, std=0.1)
         layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
-    pipeline.save_lora_weights(folder, weight_name="theirs.safetensors", **layers)
+    if hasattr(pipeline, "text_conditioner"):  # it reads such files and writes none
+        save_file({f"transformer.{name}": value for name, value in layers["transformer_lora_layers"].items()}, folder / "theirs.safetensors")
+    else:
+        pipeline.save_lora_weights(folder, weight_name="theirs.safetensors", **layers)
     return folder / "theirs.safetensors"
 
 
@@ -130,7 +134,7 @@ def compared(options, file, folder, name, problems):
     error, effect = relative(ours, live), relative(live, without)
     print(f"{name}: {count} of {expected} layers adapted, relative error {error:.1e} where the LoRA changes {effect:.1e}")
     # A network that the file leaves alone is named by a warning of its own.
-    told = [message for message in warnings.messages if options.text_encoder or "No LoRA keys associated to CLIP" not in message]
+    told = [message for message in warnings.messages if options.text_encoder or "No LoRA keys associated to " not in message]
     problems += [f"{name}: {message}" for message in told]
     if count != expected:
         problems.append(f"{name}: the file has {expected} layers, the pipeline adapted {count}")

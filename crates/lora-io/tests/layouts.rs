@@ -12,8 +12,15 @@ use lora_io::safetensors::write;
 const RANK: usize = 4;
 const ALPHA: f64 = 2.0;
 const INPUTS: usize = 6;
-/// Outputs of each layer of diffusers' tree.
-const OUTPUTS: usize = 5;
+
+/// Outputs of a layer of diffusers' tree. FLUX.2 is told from FLUX.1 by how much its layers widen, where names are the same.
+fn outputs(path: &str) -> usize {
+    match path.rsplit('.').next() {
+        Some("to_qkv_mlp_proj") => 9 * INPUTS,
+        Some("linear_in") => 6 * INPUTS,
+        _ => 5,
+    }
+}
 
 /// A family, how its files say what they are for where names do not, and layers of the original tree with those of diffusers'
 /// that they are made of.
@@ -145,7 +152,7 @@ fn numbers(name: &str, count: usize) -> Vec<f32> {
 
 /// The layers that a layout names, with the factors of each: `[RANK, INPUTS]`, `[outputs, RANK]`.
 fn factors(names: &Names, tree: Tree) -> Vec<(&'static str, Vec<f32>, Vec<f32>)> {
-    let up = |path: &str| numbers(path, OUTPUTS * RANK);
+    let up = |path: &str| numbers(path, outputs(path) * RANK);
     let mut all = Vec::new();
     for &(original, parts) in names.layers {
         let down = numbers(original, RANK * INPUTS);
@@ -220,7 +227,7 @@ fn files_of_every_writer_are_the_same_adapter_and_become_each_others() {
                     let product = |at| f64::from(up[row * RANK + at]) * f64::from(down[at * INPUTS + column]);
                     (0..RANK).map(product).sum::<f64>() * ALPHA / RANK as f64
                 };
-                let values = (0..OUTPUTS).flat_map(|row| (0..INPUTS).map(move |column| (row, column)));
+                let values = (0..outputs(layer)).flat_map(|row| (0..INPUTS).map(move |column| (row, column)));
                 let values = values.map(|(row, column)| entry(row, column)).collect();
                 (ModulePath::new(Component::TRANSFORMER, layer), values)
             })

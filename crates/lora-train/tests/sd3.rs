@@ -9,7 +9,8 @@ use lora_io::safetensors::SafetensorsFile;
 use lora_models::synthetic::SyntheticSd3;
 
 use common::flow::{
-    T5, add_tokenizer, base, every_way_trains, fits, goes_on_from_its_own_file, is_refused, single_files, whole_run,
+    T5, add_tokenizer, base, every_way_trains, fits, goes_on_from_its_own_file, is_refused, phases, single_files,
+    whole_run,
 };
 use common::losses;
 
@@ -100,4 +101,7 @@ fn the_published_model_fits_small_cards() {
     let plans: &[(usize, &[&str], f64)] =
         &[(512, &[], 3.0), (1024, &["vae_tiling=true"], 3.1), (1024, &["vae_tiling=true", "offload_base=true"], 2.9)];
     fits(workspace.path(), folder.path(), plans);
+    // The table of positions, of 0.42 GiB, is not on the device: the part that such a picture takes is.
+    let (phases, _) = phases(workspace.path(), folder.path(), 1024, &["vae_tiling=true", "offload_base=true"]);
+    assert!(phases["Loading"] < 0.4 && phases["Training"] < 1.1, "{phases:?}");
 }

@@ -257,6 +257,11 @@ pub(crate) fn fits(folder: &Path, base: &Path, plans: &[(usize, &[&str], f64)]) 
 /// A plan of a base of headers alone, in GiB: pictures of so many pixels a side, batch 1, rank 16 on attention and feed-forwards,
 /// bf16 on an NF4 base with `gradient_checkpointing`, samples of the same size.
 pub(crate) fn planned(folder: &Path, base: &Path, side: usize, keys: &[&str]) -> f64 {
+    phases(folder, base, side, keys).1
+}
+
+/// The same, and beside it what the tensors of each phase take, by its name.
+pub(crate) fn phases(folder: &Path, base: &Path, side: usize, keys: &[&str]) -> (BTreeMap<String, f64>, f64) {
     let (resolution, sample) = (format!("max_resolution={side}"), format!("sample_resolution={side}"));
     let own = [
         &format!("base_model={}", base.display()),
@@ -272,11 +277,11 @@ pub(crate) fn planned(folder: &Path, base: &Path, side: usize, keys: &[&str]) ->
         "vram_budget=100GiB",
     ];
     let plan = plan(&super::config(folder, &[&own[..], keys].concat()), &Plugins::default()).unwrap();
-    for phase in &plan.as_configured.phases {
-        println!("{side} {keys:?} {:?}: {:.2} GiB", phase.phase, phase.parts.total() as f64 / f64::from(1 << 30));
-        println!("    {:?}", phase.parts);
-    }
-    let peak = plan.as_configured.peak() as f64 / f64::from(1 << 30);
-    println!("{side} {keys:?}: {peak:.2} GiB");
-    peak
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let phases = plan.as_configured.phases.iter();
+    let phases: BTreeMap<String, f64> =
+        phases.map(|own| (format!("{:?}", own.phase), gib(own.parts.total()))).collect();
+    let peak = gib(plan.as_configured.peak());
+    println!("{side} {keys:?}: {peak:.2} GiB, {phases:.2?}");
+    (phases, peak)
 }

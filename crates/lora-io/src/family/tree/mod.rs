@@ -140,13 +140,16 @@ impl Tree for Canonical {
     }
 }
 
-/// A language model that reads captions, in Hugging Face's names: of one that wraps others, the language model alone.
+/// A language model that reads captions, in Hugging Face's names: of one that wraps others, the language model alone. One without a
+/// head, as diffusers saves Anima's, has them without `model.`.
 #[derive(Debug)]
 pub struct LanguageEncoder;
 
 impl Tree for LanguageEncoder {
     fn weights(&self, stored: &str, _depths: &Depths) -> Option<Vec<(String, Piece)>> {
-        if let Some(name) = language::canonical(stored) {
+        let is_bare = ["embed_tokens.", "layers.", "norm."].iter().any(|start| stored.starts_with(start));
+        let bare = is_bare.then(|| format!("model.{stored}"));
+        if let Some(name) = bare.or_else(|| language::canonical(stored)) {
             return Some(vec![(name, Piece::All)]);
         }
         // What a wrapper has beside its language model.

@@ -101,7 +101,8 @@ fn captions_and_samples_are_those_of_the_pipeline(kind: &'static Kind, rows: Opt
     for (name, guidance) in [("sample.plain", 1.0), ("sample.guided", guided)] {
         let found = base.denoised(&noise, [&kept[0], &kept[1]], &levels, (guidance, &Pass::default())).unwrap();
         let error = distance(&found, &expected(base.kind, name));
-        assert!(error < 1e-5, "{name}: {error:e}");
+        // Chroma's pipeline rounds a noise level to thousandths and back, which turns its fastest sinusoids by 6e-5.
+        assert!(error < 2e-5, "{name}: {error:e}");
     }
 }
 
