@@ -3,11 +3,11 @@
 
 mod common;
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use common::{config, distance, workspace};
 use lora_core::Adapter;
@@ -45,6 +45,16 @@ impl Callback for Watch {
             false => Control::Continue,
         })
     }
+}
+
+/// A port that nothing listens on now, of those that the system gives no connection by itself, as it might do until a rank
+/// listens there.
+fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(131);
+    let ports = std::iter::repeat_with(|| 10_000 + first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000);
+    let mut ports = ports.map(|port| u16::try_from(port).unwrap());
+    ports.find(|&port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()).unwrap()
 }
 
 fn number(name: &str) -> Option<usize> {
@@ -107,7 +117,7 @@ impl<'f> Ranks<'f> {
 
     /// What each of them said in the end.
     fn run(&self, ranks: usize) -> Vec<String> {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let started = (0..ranks).filter(|rank| self.absent != Some(*rank));
         let started: Vec<Child> = started.map(|rank| self.start(rank, ranks, port)).collect();
         started.into_iter().map(|rank| said(rank.wait_with_output().unwrap())).collect()
