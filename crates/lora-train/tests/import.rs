@@ -124,3 +124,23 @@ fn runs_of_language_models_have_the_values_that_they_have_there() {
     assert_eq!(config.optimizer_args["weight_decay"], [0.0], "transformers decays nothing unless it is told to");
     assert!(config.gradient_checkpointing && config.save_every_n_steps == Some(500));
 }
+
+#[test]
+fn a_run_of_musubi_tuner_has_the_values_that_it_has_there() {
+    let config = read(Theirs::Command, input!("musubi.sh"), Tool::Musubi);
+    assert_eq!((config.lora_rank, config.lora_alpha, config.learning_rate), (16, 8.0, 5e-5));
+    assert_eq!((config.length, config.save_every_n_steps, config.seed), (RunLength::Steps(800), Some(200), 42));
+    assert_eq!((config.precision, config.save_precision), (DType::BF16, DType::BF16));
+    assert_eq!(config.extra.text("timestep_sampling"), Some("flux_shift"));
+    assert_eq!(config.optimizer_args["betas"], [0.9, 0.99]);
+}
+
+#[test]
+fn a_run_of_diffusion_pipe_has_the_values_that_it_has_there() {
+    let config = read(Theirs::Toml, input!("diffusion_pipe.toml"), Tool::DiffusionPipe);
+    assert_eq!((config.lora_rank, config.lora_alpha, config.learning_rate), (16, 16.0, 2e-5));
+    assert_eq!((config.length, config.gradient_accumulation_steps), (RunLength::Steps(2000), 4));
+    assert_eq!((config.lr_warmup, config.save_precision), (Warmup::Steps(100), DType::BF16));
+    assert_eq!(config.extra.text("timestep_sampling"), Some("shift"));
+    assert_eq!(config.extra.number("discrete_flow_shift"), Some(3.0));
+}

@@ -191,14 +191,16 @@ static ADAPTER: &[Row] = &[
         }
     })
     .default("\"lora\""),
-    by("rank", &["lora_rank", "lora_alpha"], "and as alpha, which is the rank there", |field| match field.count() {
-        Some(rank @ 1..=4096) => {
-            translated(vec![("lora_rank", rank.into()), ("lora_alpha", rank.into())], "alpha is the rank there")
+    by("rank", &["lora_rank", "lora_alpha", "variant_options"], "and as alpha, which is the rank there", |field| {
+        match field.count() {
+            Some(rank @ 1..=4096) => {
+                translated(vec![("lora_rank", rank.into()), ("lora_alpha", rank.into())], "alpha is the rank there")
+            }
+            Some(_) if field.here.text("type").as_deref() == Some("lokr") => {
+                becomes("variant_options", json!({ "full_matrix": true }), "as a whole matrix")
+            }
+            _ => field.expected("a whole number from 1 on"),
         }
-        Some(_) if field.here.text("type").as_deref() == Some("lokr") => {
-            becomes("variant_options", json!({ "full_matrix": true }), "as a whole matrix")
-        }
-        _ => field.expected("a whole number from 1 on"),
     }),
     gone("alpha", &["null"], "alpha is the rank there"),
     nothing("dtype", "trained numbers are fp32"),

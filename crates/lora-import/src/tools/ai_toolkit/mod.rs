@@ -34,6 +34,9 @@ static ROWS: &[Row] = &[
     }),
     by("type", &[], "`sd_trainer` and its like", |field| match field.text().as_str() {
         "sd_trainer" | "diffusion_trainer" | "ui_trainer" => no_effect("a run of training"),
+        "slider" | "concept_slider" => {
+            refused("sliders are trained here of prompts alone: give target, positive and negative in `sliders`")
+        }
         other => refused(format!("a process {other} has no counterpart here; sd_trainer has")),
     }),
     by("name", &["output_name"], "the file's name, and that of its folder", |field| taken("output_name", field.text())),
@@ -52,7 +55,7 @@ static ROWS: &[Row] = &[
     gone("embedding", OFF, "no embeddings are trained"),
     gone("adapter", OFF, "no control adapters are trained"),
     gone("decorator", OFF, "no embeddings are trained"),
-    gone("slider guidance", OFF, "no sliders are trained"),
+    gone("slider guidance", OFF, "sliders are trained of prompts alone, which `sliders` gives"),
     gone("first_sample", OFF, "samples are those of sample"),
     table("network", &[network::NETWORK]),
     table("save", &[SAVE]),
