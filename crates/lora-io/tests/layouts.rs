@@ -173,10 +173,10 @@ fn written(path: &Path, names: &Names, (_, prefix, flat, tree, parts): Layout) -
             Parts::Peft | Parts::PeftWithAlpha => ["lora_A", "lora_B"],
         };
         let rows = up.len() / RANK;
-        tensors.insert(format!("{prefix}{layer}.{a}.weight"), HostTensor::from_f32(&[RANK, INPUTS], down).unwrap());
-        tensors.insert(format!("{prefix}{layer}.{b}.weight"), HostTensor::from_f32(&[rows, RANK], up).unwrap());
+        tensors.insert(format!("{prefix}{layer}.{a}.weight"), HostTensor::from_f32([RANK, INPUTS], down).unwrap());
+        tensors.insert(format!("{prefix}{layer}.{b}.weight"), HostTensor::from_f32([rows, RANK], up).unwrap());
         if !matches!(parts, Parts::Peft) {
-            tensors.insert(format!("{prefix}{layer}.alpha"), HostTensor::from_f32(&[], vec![ALPHA as f32]).unwrap());
+            tensors.insert(format!("{prefix}{layer}.alpha"), HostTensor::from_f32([], vec![ALPHA as f32]).unwrap());
         }
     }
     let said = names.said.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));

@@ -48,7 +48,7 @@ pub struct StepReport {
     pub epoch: u64,
     /// Mean loss of the step's items.
     pub loss: f64,
-    /// Means of what the base tells beside the loss ([`Base::figures`]).
+    /// Means of what the base tells beside the loss ([`Base::figures`](crate::base::Base::figures)).
     #[serde(flatten)]
     pub figures: BTreeMap<&'static str, f64>,
     /// Learning rate of the network that steps are made of (of the one before it where that alone trains).
