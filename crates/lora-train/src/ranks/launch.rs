@@ -110,25 +110,28 @@ fn number(variables: &HashMap<String, String>, name: &str) -> Result<Option<usiz
 mod tests {
     use super::*;
 
-    fn told(text: &str) -> Result<Option<(usize, usize, usize, usize, String, u16)>> {
+    fn told(text: &str) -> Result<Option<Place>> {
         let pairs = text.split_whitespace().map(|pair| pair.split_once('=').unwrap());
-        let place = of(&pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())?;
-        Ok(place.map(|own| (own.rank, own.ranks, own.local_rank, own.local_ranks, own.address, own.port)))
+        of(&pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+    }
+
+    fn at([rank, ranks, local_rank, local_ranks]: [usize; 4], address: &str, port: u16) -> Option<Place> {
+        Some(Place { rank, ranks, local_rank, local_ranks, address: address.to_owned(), port })
     }
 
     #[test]
     fn each_launcher_is_understood() {
         let found = |text: &str| told(text).unwrap();
         let torchrun = "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=node0 MASTER_PORT=1234";
-        assert_eq!(found(torchrun), Some((3, 4, 1, 2, "node0".into(), 1234)));
+        assert_eq!(found(torchrun), at([3, 4, 1, 2], "node0", 1234));
         // A pod of a PyTorchJob has a machine to itself.
         let pod = "RANK=2 WORLD_SIZE=3 MASTER_ADDR=job-master-0 MASTER_PORT=23456";
-        assert_eq!(found(pod), Some((2, 3, 0, 1, "job-master-0".into(), 23456)));
+        assert_eq!(found(pod), at([2, 3, 0, 1], "job-master-0", 23456));
         let slurm = "SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=1 MASTER_ADDR=node7";
-        assert_eq!(found(slurm), Some((1, 2, 1, 2, "node7".into(), PORT)));
+        assert_eq!(found(slurm), at([1, 2, 1, 2], "node7", PORT));
         let mpi = "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2 MASTER_ADDR=localhost";
-        assert_eq!(found(mpi), Some((0, 2, 0, 2, "localhost".into(), PORT)));
-        assert_eq!(found("RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1"), Some((1, 2, 1, 2, "127.0.0.1".into(), PORT)));
+        assert_eq!(found(mpi), at([0, 2, 0, 2], "localhost", PORT));
+        assert_eq!(found("RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1"), at([1, 2, 1, 2], "127.0.0.1", PORT));
     }
 
     #[test]
