@@ -4,7 +4,7 @@
 use serde_json::json;
 
 use super::sd_scripts::network::{
-    BLOCKS, Side, algorithm, alpha, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
+    BLOCKS, Side, algorithm, alpha, between, block_rates, conv_alpha, convolutions, is_lycoris, option, targets,
 };
 use super::sd_scripts::{self, is_flow};
 use super::{Table, Tool, done, optimisers};
@@ -152,6 +152,7 @@ static OWN: &[Row] = &[
     })
     .default("\".caption\""),
     by("save_precision", &["save_precision"], "`float` is fp32", sd_scripts::save::save_precision).default("\"fp16\""),
+    by("mixed_precision", &["precision"], "`no` is fp32", sd_scripts::memory::mixed_precision).default("\"fp16\""),
     by("optimizer", &["optimizer"], "by its name", |field| {
         let old = field.root.given("use_8bit_adam").is_some_and(|on| values::switch(&on) == Some(false));
         match field.root.given("optimizer") {
@@ -169,6 +170,9 @@ static OWN: &[Row] = &[
     by("learning_rate", &["learning_rate"], "of what has none of its own", |field| match field.number() {
         // The rates of the networks count where either is given.
         Some(0.0) => no_effect("0: unet_lr and text_encoder_lr count"),
+        _ if is_flow(&field.root) && !is_full(&field.root) && field.root.number("unet_lr").unwrap_or(0.0) > 0.0 => {
+            no_effect("unet_lr is the transformer's")
+        }
         _ => field.number_as("learning_rate"),
     })
     .default("0.0001"),
@@ -195,6 +199,7 @@ static OWN: &[Row] = &[
         match field.number() {
             _ if is_full(&field.root) => no_effect("a field of the tab LoRA"),
             _ if is_flow(&field.root) => no_effect("text encoders of this base are never trained here"),
+            _ if field.root.on("network_train_unet_only") => no_effect("text encoders are not trained"),
             Some(0.0) if unet > 0.0 => becomes("train_text_encoder", false, "the U-Net alone"),
             Some(0.0) => match field.root.number("learning_rate") {
                 Some(rate) => becomes("text_encoder_lr", values::of_number(rate), "learning_rate, as for the U-Net"),
@@ -262,12 +267,16 @@ static OWN: &[Row] = &[
             false => no_effect("a field of DyLoRA"),
         }
     }),
-    by("rank_dropout", &["rank_dropout"], "dropout of ranks", |field| of_lora(field, dropout(field, "rank_dropout"))),
+    by("rank_dropout", &["rank_dropout"], "dropout of ranks", |field| of_lora(field, between(field, "rank_dropout"))),
     by("module_dropout", &["module_dropout"], "dropout of modules", |field| {
-        of_lora(field, dropout(field, "module_dropout"))
+        let outcome = match field.number() {
+            Some(0.0) => no_effect("off, as without it"),
+            _ => field.number_as("module_dropout"),
+        };
+        of_lora(field, outcome)
     }),
     by("network_dropout", &["lora_dropout"], "dropout between the factors", |field| {
-        of_lora(field, dropout(field, "lora_dropout"))
+        of_lora(field, between(field, "lora_dropout"))
     }),
     same("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Positive),
     gone("loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio", OFF, "loraplus_lr_ratio holds for all networks"),
@@ -360,6 +369,7 @@ static OWN: &[Row] = &[
         "captions are encoded once wherever they may be",
     ),
     nothing("flux1_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
+    nothing("sd3_text_encoder_batch_size", "how many captions are encoded at once"),
     nothing("sd3_cache_text_encoder_outputs", "captions are encoded once wherever they may be"),
     nothing("sd3_cache_text_encoder_outputs_to_disk", "with `cache_dir`"),
     nothing("sdxl_no_half_vae no_half_vae", "an autoencoder that overflows goes on in fp32"),
@@ -423,9 +433,8 @@ fn is_multires(root: &Scope<'_>) -> bool {
 }
 
 fn multires(field: &Field<'_>, ours: &'static str) -> Outcome {
-    let original = field.root.text("noise_offset_type").is_some_and(|kind| kind == "Original");
     let off = field.root.number("multires_noise_iterations").unwrap_or(0.0) == 0.0;
-    match original || off {
+    match off || !is_multires(&field.root) {
         true => no_effect("off, as without it"),
         false => match field.number() {
             Some(number) => becomes(ours, values::of_number(number), "each picture's noise has unit variance"),
@@ -438,13 +447,6 @@ fn lost_if(field: &Field<'_>, what: &str) -> Outcome {
     match field.on() || field.number().is_some_and(|number| number != 0.0) {
         true => lost(what),
         false => no_effect("off, as without it"),
-    }
-}
-
-fn dropout(field: &Field<'_>, ours: &'static str) -> Outcome {
-    match field.number() {
-        Some(0.0) => no_effect("off, as without it"),
-        _ => field.number_as(ours),
     }
 }
 

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::engine::Field;
-use crate::outcome::{Outcome, Settings, becomes, no_effect, refused, taken, translated};
+use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, refused, taken, translated};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same, table};
 use crate::tools::sd_scripts;
 use crate::values;
@@ -49,7 +49,11 @@ pub(super) static NETWORK: &[Row] = &[
         ),
         _ => field.expected("a number"),
     }),
-    same("dropout", "lora_dropout", Kind::Positive),
+    by("dropout", &["lora_dropout"], "between a LoRA's factors", |field| match field.number() {
+        Some(share) if share <= 0.0 => no_effect("off, as without it"),
+        Some(_) if is_lokr(field) => lost("of this kind whole modules alone are dropped: module_dropout"),
+        _ => field.number_as("lora_dropout"),
+    }),
     by("lokr_full_rank", &["variant_options"], "of LoKr", |field| of_lokr(field, "full_matrix")),
     by("lokr_factor", &["variant_options"], "of LoKr", |field| of_lokr(field, "factor")),
     nothing("old_lokr_format", "how files are written"),
@@ -92,8 +96,12 @@ fn alpha(field: &Field<'_>, alpha: Option<f64>) -> Outcome {
     }
 }
 
+fn is_lokr(field: &Field<'_>) -> bool {
+    field.here.text("type").is_some_and(|kind| kind.eq_ignore_ascii_case("lokr"))
+}
+
 fn of_lokr(field: &Field<'_>, ours: &str) -> Outcome {
-    match field.here.text("type").is_some_and(|kind| kind.eq_ignore_ascii_case("lokr")) {
+    match is_lokr(field) {
         true => sd_scripts::network::option(field, ours),
         false => no_effect("a field of LoKr"),
     }

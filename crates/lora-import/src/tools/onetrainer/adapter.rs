@@ -48,6 +48,9 @@ pub(super) static ROWS: &[Row] = &[
     }),
     by("dropout_probability", &["lora_dropout"], "dropout of the adapter", |field| match field.number() {
         Some(0.0) => no_effect("off, as without it"),
+        _ if ["LOHA", "LOKR", "OFT"].iter().any(|kind| is_peft(field, kind)) => {
+            lost("of this kind whole modules alone are dropped: module_dropout")
+        }
         number => of_lora(field, number.map(|rate| taken("lora_dropout", values::of_number(rate)))),
     }),
     by("layer_filter_preset", &["target_modules"], "`full`: all layers; `attn-mlp`, `attn-only`, `custom`", layers)

@@ -3,6 +3,7 @@
 
 use serde_json::json;
 
+use super::is_flow;
 use crate::engine::{Field, Scope};
 use crate::outcome::{Outcome, becomes, instead, lost, no_effect, taken};
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same, table};
@@ -10,7 +11,15 @@ use crate::tools::optimisers;
 use crate::values;
 
 pub(super) static ROWS: &[Row] = &[
-    same("learning_rate", "learning_rate", Kind::Number).default("0.000003"),
+    by("learning_rate", &["learning_rate"], "of what has none of its own", |field| {
+        let own =
+            ["transformer.learning_rate", "unet.learning_rate"].iter().any(|key| field.root.number(key).is_some());
+        match own && is_flow(&field.root) {
+            true => no_effect("the transformer has its own"),
+            false => field.number_as("learning_rate"),
+        }
+    })
+    .default("0.000003"),
     by("learning_rate_scheduler", &["lr_scheduler"], "by its name", |field| match field.text().as_str() {
         "COSINE_WITH_HARD_RESTARTS" => taken("lr_scheduler", "cosine_with_restarts"),
         // There the cosine goes up again as it went down.

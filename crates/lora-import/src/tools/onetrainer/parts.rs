@@ -53,11 +53,13 @@ static UNET: &[Row] = &[
         true => no_effect("adapted, as without it"),
         false => taken("train_unet", false),
     }),
-    by("learning_rate", &["unet_lr"], "learning_rate where none is given", |field| match field.number() {
-        Some(_) if is_flow(&field.root) => {
-            becomes("learning_rate", values::of_number(field.number().unwrap_or(0.0)), "the transformer's")
+    by("learning_rate", &["unet_lr", "learning_rate"], "learning_rate where none is given", |field| {
+        match field.number() {
+            Some(_) if is_flow(&field.root) => {
+                becomes("learning_rate", values::of_number(field.number().unwrap_or(0.0)), "the transformer's")
+            }
+            _ => field.number_as("unet_lr"),
         }
-        _ => field.number_as("unet_lr"),
     }),
     by("weight_dtype", &["base_storage"], "in fewer bits: base_storage", storage),
     by("gradient_checkpointing", &["gradient_checkpointing"], "on where it is not given", |field| {

@@ -24,12 +24,13 @@ pub(super) static ROWS: &[Row] = &[
             "QWEN",
             "ANIMA",
         ];
-        match known.iter().any(|known| kind.starts_with(known))
-            && !kind.contains("INPAINTING")
-            && !kind.contains("DEPTH")
-        {
+        let conditioned = ["INPAINTING", "DEPTH", "FILL"].iter().any(|picture| kind.contains(picture));
+        match known.iter().any(|known| kind.starts_with(known)) {
+            true if conditioned => {
+                refused(format!("{kind} reads pictures beside the noisy one; none such is trained here"))
+            }
             true => no_effect("the base's files say it"),
-            false => lost(format!("no base of the kind {kind} is trained here")),
+            false => refused(format!("no base of the kind {kind} is trained here")),
         }
     }),
     by("base_model_name", &["base_model"], "a file or a folder", sd_scripts::program::base_model),

@@ -129,6 +129,7 @@ pub(in crate::tools) static ROWS: &[Row] = &[
     nothing("t5xxl_dtype", "in what captions are encoded"),
     by("train_blocks", &["target_modules"], "of FLUX.1: `all`, `single` or `double`", blocks),
     gone("train_double_block_indices train_single_block_indices", &["\"all\""], "blocks are chosen by target_modules"),
+    gone("save_clip save_t5xxl", OFF, "there is no switch for the networks that a checkpoint holds"),
     gone("apply_lg_attn_mask", OFF, "padding of captions is attended to"),
     gone("pos_emb_random_crop_rate enable_scaled_pos_embed", OFF, "positions are those of the whole picture"),
     gone(

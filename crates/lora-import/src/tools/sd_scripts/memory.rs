@@ -21,12 +21,7 @@ pub(in crate::tools) static ROWS: &[Row] = &[
     by("cpu_offload_checkpointing", &["cpu_offload_checkpointing"], "with gradient_checkpointing", |field| {
         field.when_on(taken("cpu_offload_checkpointing", true))
     }),
-    by("mixed_precision", &["precision"], "`no` is fp32", |field| match field.text().as_str() {
-        precision @ ("fp16" | "bf16") => taken("precision", precision),
-        "no" => becomes("precision", "fp32", "no mixed precision"),
-        _ => field.expected("no, fp16 or bf16"),
-    })
-    .default("\"no\""),
+    by("mixed_precision", &["precision"], "`no` is fp32", mixed_precision).default("\"no\""),
     gone("full_fp16 full_bf16", OFF, "trained numbers and their optimiser's stay in fp32"),
     by("fp8_base", &["base_storage"], "`fp8`, with a factor for each output", fp8),
     by("fp8_base_unet", &["base_storage"], "`fp8`, with a factor for each output, for the text encoders too", fp8),
@@ -39,4 +34,12 @@ pub(in crate::tools) static ROWS: &[Row] = &[
 
 pub(in crate::tools) fn fp8(field: &Field<'_>) -> Outcome {
     field.when_on(becomes("base_storage", "fp8", "with a factor for each output"))
+}
+
+pub(in crate::tools) fn mixed_precision(field: &Field<'_>) -> Outcome {
+    match field.text().as_str() {
+        precision @ ("fp16" | "bf16") => taken("precision", precision),
+        "no" => becomes("precision", "fp32", "no mixed precision"),
+        _ => field.expected("no, fp16 or bf16"),
+    }
 }

@@ -35,8 +35,12 @@ pub(in crate::tools) static ROWS: &[Row] = &[
         false => no_effect("off, as without it"),
     }),
     arguments("network_args", ARGUMENTS),
-    same("scale_weight_norms", "scale_weight_norms", Kind::Positive),
-    same("network_dropout", "lora_dropout", Kind::Positive),
+    by("scale_weight_norms", &["scale_weight_norms"], "of plain LoRA", |field| match field.number() {
+        Some(norm) if norm <= 0.0 => no_effect("off, as without it"),
+        Some(_) if !is_plain(&field.root) => lost("norms are limited of plain LoRA alone"),
+        _ => field.number_as("scale_weight_norms"),
+    }),
+    by("network_dropout", &["lora_dropout"], "between a LoRA's factors", |field| between(field, "lora_dropout")),
     gone("dim_from_weights", OFF, "lora_rank says the rank; init_from is brought to it"),
     by("base_weights", &["fuse_adapters"], "each with its base_weights_multiplier", base_weights),
     nothing("base_weights_multiplier", "with base_weights"),
@@ -55,8 +59,8 @@ pub(in crate::tools) static ARGUMENTS: &[Row] = &[
             false => no_effect("only with conv_dim"),
         }
     }),
-    same("dropout", "lora_dropout", Kind::Positive),
-    same("rank_dropout", "rank_dropout", Kind::Positive),
+    by("dropout", &["lora_dropout"], "between a LoRA's factors", |field| between(field, "lora_dropout")),
+    by("rank_dropout", &["rank_dropout"], "of a LoRA's ranks", |field| between(field, "rank_dropout")),
     same("module_dropout", "module_dropout", Kind::Positive),
     by("factor", &["variant_options"], "of LoKr", |field| option(field, "factor")),
     by("decompose_both", &["variant_options"], "of LoKr", |field| option(field, "decompose_both")),
@@ -161,6 +165,50 @@ pub(in crate::tools) fn module(field: &Field<'_>) -> Outcome {
             }
         }
         other => lost(format!("no network {other}; a LoRA is trained")),
+    }
+}
+
+/// Whether the update is a product of two factors, with magnitudes or without.
+fn has_factors(root: &Scope<'_>) -> bool {
+    let module = root.text("network_module").unwrap_or_default();
+    let name = match root.text("LoRA_type") {
+        Some(kind) => kind,
+        None if module.starts_with("lycoris") => network_arg(root, "algo").unwrap_or_default(),
+        None => module,
+    };
+    let name = name.to_ascii_lowercase();
+    let name = ["lycoris/", "networks."].iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
+    let others = [
+        "loha",
+        "lokr",
+        "ia3",
+        "diag-oft",
+        "oft",
+        "oft_flux",
+        "flux1 oft",
+        "boft",
+        "glora",
+        "full",
+        "native fine-tuning",
+    ];
+    !others.contains(&name)
+}
+
+/// Whether it is a LoRA without magnitudes.
+fn is_plain(root: &Scope<'_>) -> bool {
+    let dora = match root.given("LoRA_type") {
+        Some(_) => is_lycoris(root) && root.on("dora_wd"),
+        None => network_arg(root, "dora_wd").is_some_and(|on| values::switch(&on.into()) == Some(true)),
+    };
+    has_factors(root) && !dora
+}
+
+/// A dropout of what lies between a LoRA's factors.
+pub(in crate::tools) fn between(field: &Field<'_>, ours: &'static str) -> Outcome {
+    match field.number() {
+        Some(share) if share <= 0.0 => no_effect("off, as without it"),
+        Some(_) if !has_factors(&field.root) => lost("of this kind whole modules alone are dropped: module_dropout"),
+        _ => field.number_as(ours),
     }
 }
 

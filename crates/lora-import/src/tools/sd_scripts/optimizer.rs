@@ -41,8 +41,14 @@ pub(in crate::tools) static ROWS: &[Row] = &[
         Some(steps) => taken("lr_warmup_steps", values::of_number(steps)),
         None => field.expected("steps, or a share below 1"),
     }),
-    same("learning_rate", "learning_rate", Kind::Number).default("0.000002"),
-    by("unet_lr", &["unet_lr"], "learning_rate where none is given", |field| match field.number() {
+    by("learning_rate", &["learning_rate"], "of what has none of its own", |field| {
+        match is_flow(&field.root) && field.root.number("unet_lr").is_some() {
+            true => no_effect("unet_lr is the transformer's"),
+            false => field.number_as("learning_rate"),
+        }
+    })
+    .default("0.000002"),
+    by("unet_lr", &["unet_lr", "learning_rate"], "learning_rate where none is given", |field| match field.number() {
         Some(_) if is_flow(&field.root) => {
             becomes("learning_rate", values::of_number(field.number().unwrap_or_default()), "the transformer's")
         }
@@ -73,7 +79,7 @@ pub(in crate::tools) static ROWS: &[Row] = &[
         )),
     ),
     by("lr_scheduler_type", &[], "a schedule of another program", |field| {
-        lost(format!("no schedule {}", field.text()))
+        lost(format!("no schedule {}; that of lr_scheduler stands in its place", field.text()))
     }),
     by("lr_scheduler_args", &[], "numbers of a schedule", |_| lost("schedules have no numbers of their own")),
     by("lr_scheduler_num_cycles", &["lr_scheduler_num_cycles"], "of `cosine_with_restarts`", |field| {
