@@ -26,19 +26,20 @@ pub fn page() -> String {
          be fetched.\n\n\
          Tried on the configurations that the trainers themselves ship, each key accounted for. Of LLaMA-Factory and axolotl these\n\
          were the files of their source archives. Of the others keys and values were copied from the files of their repositories,\n\
-         without prompts and notes. Those of kohya_ss and OneTrainer for Stable Diffusion were then planned (`lora plan`) on small\n\
-         bases: no value was refused but ranks beyond the layers of these, and an adapter's file that was not there.\n\n\
+         without prompts and notes. Those of kohya_ss and OneTrainer for Stable Diffusion 1.5, 2 and XL were then planned\n\
+         (`lora plan`) on small bases: no value was refused but ranks beyond the layers of these, and an adapter's file that was\n\
+         not there.\n\n\
          | trainer | configurations | what came out |\n|---|---|---|\n\
          | LLaMA-Factory 0.9.5 | its 29 examples of LoRA and OFT | 27 configurations; KTO and reward models are refused |\n\
          | axolotl 0.19.0 | its 192 examples of LoRA | 180 configurations; 9 of objectives that are not trained here and 3 with a key \
          that axolotl does not have are refused |\n\
-         | kohya_ss | 47 presets: all for Stable Diffusion 1.5 (14) and XL (31), one for 3 and one for FLUX.1 | 47 configurations; no \
-         counterpart have D-Adaptation (Prodigy stands in its place), PyTorch's CosineAnnealingLR, limits of norms and dropouts within \
-         LoHa, LoKr and IA3, LyCORIS' trained norms, ranks read from a file, samples by epochs |\n\
-         | OneTrainer | 24 presets: all for Stable Diffusion 1.5, 2, XL and 3 (19, seven of them in a form of 2023 too), FLUX.1, Chroma, \
-         Qwen-Image, Z-Image, Anima | 16 configurations; 3 that train embeddings and 5 of inpainting bases are refused; no counterpart \
-         have the end of a text encoder's training, masks that count at some steps, a loss by the masked area, which layers are \
-         quantised, and Chroma's parabola over noise levels |\n\
+         | kohya_ss | all 48 presets: 14 of Stable Diffusion 1.5, 31 of XL, 2 of 3, one of FLUX.1 | 48 configurations; no counterpart \
+         have D-Adaptation (Prodigy stands in its place), PyTorch's CosineAnnealingLR, limits of norms and dropouts within LoHa, LoKr \
+         and IA3, LyCORIS' trained norms, ranks read from a file, samples by epochs |\n\
+         | OneTrainer | 24 presets: all 19 of Stable Diffusion 1.5, 2, XL and 3, and 5 of FLUX.1, Chroma, Qwen-Image, Z-Image, Anima | \
+         16 configurations; 3 that train embeddings and 5 of inpainting bases are refused; no counterpart have the end of a text \
+         encoder's training, masks that count at some steps, a loss by the masked area, which layers are quantised, and Chroma's \
+         parabola over noise levels |\n\
          | ai-toolkit | 7 examples: FLUX.1 dev and schnell, Chroma, Qwen-Image, Stable Diffusion 3.5, Z-Image base and turbo | 7 \
          configurations; no counterpart have weights by noise level and an adapter for fewer bits |\n\
          | fluxgym | its command and dataset file for 12 GB | 1 configuration |\n\

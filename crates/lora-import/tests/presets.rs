@@ -1,4 +1,4 @@
-//! The keys and values of presets that kohya_ss and OneTrainer ship for Stable Diffusion 1, 2 and XL: the union of the keys, and each
+//! The keys and values of presets that kohya_ss and OneTrainer ship for Stable Diffusion: the union of the keys, and each
 //! value that is not the usual one, with what it means here.
 
 use lora_import::{Format, Import, Options, Source, Verdict, import};
@@ -272,7 +272,10 @@ fn presets_for_stable_diffusion_3_are_taken() {
     });
     let imported = read(&keys.to_string());
     assert_eq!(lost(&imported), Vec::<&str>::new());
-    let wanted = json!({ "train": "full", "optimizer_args": { "weight_decay": 0.1, "betas": [0.9, 0.95] }, "epochs": 8, "max_train_steps": null });
+    let wanted = json!({
+        "train": "full", "optimizer_args": { "weight_decay": 0.1, "betas": [0.9, 0.95] }, "epochs": 8, "max_train_steps": null,
+        "text_encoder_1_lr": null,
+    });
     assert_has(&config(&imported), &wanted);
 
     // A rate of the transformer's own is the run's.

@@ -437,6 +437,8 @@ config:
     let class = "diff_output_preservation: true\n        diff_output_preservation_class: person\n        diff_output_preservation_multiplier: 0.5\n        blank_prompt_preservation: true";
     let own = config(&of(Format::Yaml, &text.replace("diff_output_preservation: true", class)));
     assert_has(&own, json!({ "prior_prompt": "person", "prior_prompt_weight": 0.5, "prior_blank_weight": 1 }));
+    let lokr = of(Format::Yaml, &text.replace("type: lora, linear: 16", "type: lokr, dropout: 0.1, linear: 16"));
+    assert!(config(&lokr).get("lora_dropout").is_none(), "it has no ranks in between: {lokr}");
 }
 
 const AXOLOTL: &str = r#"

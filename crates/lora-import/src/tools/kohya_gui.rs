@@ -400,16 +400,14 @@ static OWN: &[Row] = &[
     nothing("batch_size", "how many pictures are encoded at once"),
     gone("block_lr", OFF, "no learning rates by block"),
     nothing("sdxl_checkbox", "the base's files say it"),
-    by("learning_rate_te", &["text_encoder_lr"], "of the text encoder, where all weights are trained", rate_of_full),
-    by("learning_rate_te1", &["text_encoder_1_lr"], "of SDXL's first text encoder", |field| match field.number() {
-        Some(rate) if rate > 0.0 => taken("text_encoder_1_lr", values::of_number(rate)),
-        Some(_) => no_effect("0: not trained"),
-        None => field.expected("a number"),
+    by("learning_rate_te", &["text_encoder_lr"], "of the text encoder, where all weights are trained", |field| {
+        rate_of_full(field, "text_encoder_lr", "0: learning_rate counts")
     }),
-    by("learning_rate_te2", &["text_encoder_2_lr"], "of SDXL's second text encoder", |field| match field.number() {
-        Some(rate) if rate > 0.0 => taken("text_encoder_2_lr", values::of_number(rate)),
-        Some(_) => no_effect("0: not trained"),
-        None => field.expected("a number"),
+    by("learning_rate_te1", &["text_encoder_1_lr"], "of SDXL's first text encoder", |field| {
+        rate_of_full(field, "text_encoder_1_lr", "0: not trained")
+    }),
+    by("learning_rate_te2", &["text_encoder_2_lr"], "of SDXL's second text encoder", |field| {
+        rate_of_full(field, "text_encoder_2_lr", "0: not trained")
     }),
 ];
 
@@ -467,10 +465,11 @@ fn stop_text_encoder(field: &Field<'_>) -> Outcome {
     }
 }
 
-fn rate_of_full(field: &Field<'_>) -> Outcome {
+fn rate_of_full(field: &Field<'_>, ours: &'static str, at_zero: &str) -> Outcome {
     match field.number() {
-        Some(rate) if rate > 0.0 => taken("text_encoder_lr", values::of_number(rate)),
-        Some(_) => no_effect("0: learning_rate counts"),
+        _ if is_flow(&field.root) => no_effect("text encoders of this base are never trained here"),
+        Some(rate) if rate > 0.0 => taken(ours, values::of_number(rate)),
+        Some(_) => no_effect(at_zero),
         None => field.expected("a number"),
     }
 }
