@@ -130,10 +130,11 @@ impl Ranks {
     ///
     /// # Errors
     /// Where another rank ended.
-    pub(crate) fn agree(&self, wish: Wish, device: Device) -> Result<Wish> {
+    pub(crate) fn agree(&self, wish: Wish) -> Result<Wish> {
         let Some(group) = self.group() else { return Ok(wish) };
         let wishes = [i64::from(wish == Wish::Hold), i64::from(wish == Wish::Stop)];
-        let wishes = Tensor::from_slice(&wishes).f_to_device(device)?;
+        // In host memory: a device is not waited for.
+        let wishes = Tensor::from_slice(&wishes);
         group.sum(&wishes).map_err(|error| self.lost(error))?;
         let wished = |index| Ok::<_, Error>(wishes.f_int64_value(&[index])? > 0);
         Ok(match (wished(0)?, wished(1)?) {

@@ -171,7 +171,7 @@ impl Session {
 
     /// What the ranks do before the next step; see [`Ranks::agree`].
     pub(crate) fn agree(&self, wish: Wish) -> Result<Wish> {
-        self.ranks.agree(wish, self.device)
+        self.ranks.agree(wish)
     }
 
     /// What looks at the held-out loss have shown so far ([`Session::take_look`]).

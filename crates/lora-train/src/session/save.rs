@@ -120,7 +120,7 @@ impl Session {
         record.steps = self.progress.step;
         record.max_train_steps = self.plan.steps;
         record.batch_size = config.batch_size;
-        record.gradient_accumulation_steps = config.gradient_accumulation_steps;
+        record.gradient_accumulation_steps = self.plan.accumulation;
         record.mixed_precision = if self.precision == DType::F32 { "no".into() } else { self.precision.to_string() };
         record.seed = config.seed;
         record.resolution = config.max_resolution;
