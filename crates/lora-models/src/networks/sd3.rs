@@ -193,7 +193,7 @@ impl Sd3 {
         let times = self.timestep_embedder.forward(&self.sinusoids.of_thousandfold(conditions.sigmas)?, pass)?;
         let vector = times.f_add(&self.text_embedder.forward(conditions.pooled, pass)?)?.f_silu()?;
         let image = self.patches.forward(&latents.f_to_kind(self.kind)?, pass)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
-        let image = image.f_add(&self.positions.middle(rows, columns)?)?;
+        let image = image.f_add(&self.positions.middle(rows, columns)?.f_to_kind(self.kind)?)?;
         let text = self.context_embedder.forward(&conditions.context.f_to_kind(self.kind)?, pass)?;
         let tokens = text.size3()?.1;
 

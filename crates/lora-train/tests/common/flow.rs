@@ -200,16 +200,18 @@ pub(crate) fn whole_run(
     (SafetensorsFile::open(&path).unwrap(), read.adapter.metadata)
 }
 
-/// Weights in few bytes, checkpoints, masks and captions that change all train; checkpoints change nothing, and the keys of the base
+/// Weights in few bytes, checkpoints, masks, captions that change and whole networks all train; checkpoints change nothing, and the keys of the base
 /// that are named last do.
 pub(crate) fn every_way_trains(folder: &Path, of_base: &[&str], more: &[&[&str]], changes: &str) {
     let losses = |keys: &[&str]| super::losses(folder, &[of_base, keys].concat());
-    let ways: [&[&str]; 5] = [
+    let ways: [&[&str]; 6] = [
         &["base_storage=nf4", "gradient_checkpointing=true", "recompute_feed_forward=true"],
         &["base_storage=int8", "offload_base=true", "precision=bf16"],
         &["base_storage=fp8", "cache_latents=false", "shuffle_caption=true", "batch_size=2"],
         &["caption_dropout_rate=0.5", "batch_size=4", "alpha_mask=true", "masked_loss=true"],
         &["target_modules=all-linear"],
+        // Its own weights, in f32, beside a network that computes in half precision.
+        &["train=full", "precision=bf16"],
     ];
     for keys in ways.iter().chain(more) {
         let losses = losses(keys);
