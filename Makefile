@@ -1,7 +1,7 @@
 # Everything that a fresh machine needs: Rust, a C++ compiler, Python 3 with pip (once, to fetch libtorch), make.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-onnx quickstart quickstart-text build dist test lint bench peers gpu docs book clean
+.PHONY: help setup setup-onnx quickstart quickstart-text build dist test lint bench peers gpu gpus docs book clean
 
 # Where cargo builds.
 TARGET := $${CARGO_TARGET_DIR:-target}
@@ -56,6 +56,11 @@ gpu: setup ## On a machine with a GPU: the tests of whole runs and the benches, 
 	cargo test -p lora-train-torch
 	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test --workspace --test session --test data --test plugins --test low_memory --test step_operations
 	LORA_BENCH_FULL=1 cargo bench --workspace --bench training
+
+gpus: setup build ## On a machine with several GPUs: ranks against one process, and pictures a second by number of ranks
+	cargo test -p lora-train-torch --test group
+	NVIDIA_TF32_OVERRIDE=0 LORA_TEST_DEVICE=cuda cargo test --workspace --test ranks
+	python3 tools/bench/ranks.py lora="$(TARGET)/release/lora" device=cuda ranks=1,2
 
 docs: setup ## Build the API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

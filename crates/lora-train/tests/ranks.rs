@@ -9,8 +9,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use common::{config, distance, workspace};
-use lora_core::Adapter;
+use common::{config, distance, exact, workspace};
+use lora_core::{Adapter, DType};
+use lora_models::synthetic::SyntheticModel;
 use lora_train::callback::{Callback, Control};
 use lora_train::{Plugins, Session, StepReport, ranks, train};
 
@@ -57,6 +58,14 @@ fn free_port() -> u16 {
     ports.find(|&port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()).unwrap()
 }
 
+/// How many ranks there is a device for.
+fn devices() -> usize {
+    match (exact(), lora_torch::device::cuda()) {
+        (false, lora_torch::device::CudaStatus::Available(cards)) => *cards,
+        _ => usize::MAX,
+    }
+}
+
 fn number(name: &str) -> Option<usize> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
@@ -91,7 +100,7 @@ struct Ranks<'f> {
     keys: Vec<String>,
     /// Further variables, and keys of one rank.
     variables: Vec<(&'static str, &'static str)>,
-    own: Option<(usize, &'static str)>,
+    own: Option<(usize, String)>,
     /// Of those that are to come.
     absent: Option<usize>,
 }
@@ -103,7 +112,7 @@ impl<'f> Ranks<'f> {
     }
 
     fn start(&self, rank: usize, ranks: usize, port: u16) -> Child {
-        let own = self.own.filter(|(of, _)| *of == rank).map(|(_, key)| key);
+        let own = self.own.as_ref().filter(|(of, _)| *of == rank).map(|(_, key)| key.as_str());
         let keys: Vec<&str> = self.keys.iter().map(String::as_str).chain(own).collect();
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["a_rank", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
@@ -136,7 +145,7 @@ impl<'f> Ranks<'f> {
 fn said(output: Output) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let line =
-        text.lines().find_map(|line| ["ended: ", "failed: "].iter().find_map(|word| Some(&line[line.find(word)?..])));
+        text.lines().find_map(|line| ["failed: ", "ended: "].iter().find_map(|word| Some(&line[line.find(word)?..])));
     line.map_or_else(|| format!("died: {:?} {}", output.status, String::from_utf8_lossy(&output.stderr)), str::to_owned)
 }
 
@@ -151,6 +160,7 @@ fn alone(folder: &Path, keys: &[&str], accumulation: usize) -> (Vec<f64>, Adapte
 fn assert_equal(run: &Ranks<'_>, (losses, adapter): &(Vec<f64>, Adapter), (of_losses, of_learnt): Bounds) {
     let own = run.losses();
     assert_eq!(own.len(), losses.len());
+    let (of_losses, of_learnt) = if exact() { (of_losses, of_learnt) } else { (2e-3, 0.05) };
     for (a, b) in own.iter().zip(losses) {
         assert!((a - b).abs() <= of_losses * b.abs(), "{own:?} {losses:?}");
     }
@@ -179,7 +189,10 @@ fn ranks_make_the_run_of_one_that_accumulates_as_much() {
         // Examples that are read at each visit, and those that ranks encode in shares.
         (3, 1, "cache_latents=false", OTHER_ORDER),
         (2, 2, cache.as_str(), OTHER_ORDER),
-    ] {
+    ]
+    .into_iter()
+    .filter(|(ranks, ..)| *ranks <= devices())
+    {
         let _ = std::fs::remove_file(folder.path().join("losses"));
         let accumulated = format!("gradient_accumulation_steps={accumulation}");
         let run = Ranks::new(folder.path(), &[&KEYS[..], &[&accumulated, encoded]].concat());
@@ -202,7 +215,7 @@ fn a_run_of_two_goes_on_with_one_two_and_four() {
     assert_eq!(said, ["ended: Some(\"another rank was stopped\") after 3", "ended: Some(\"enough\") after 3"]);
     let begun = folder.path().join("out/lora-state.safetensors");
     let (state, losses) = (std::fs::read(&begun).unwrap(), std::fs::read(folder.path().join("losses")).unwrap());
-    for ranks in [1, 2, 4] {
+    for ranks in [1, 2, 4].into_iter().filter(|&ranks| ranks <= devices()) {
         std::fs::write(&begun, &state).unwrap();
         std::fs::write(folder.path().join("losses"), &losses).unwrap();
         let run = Ranks::new(folder.path(), &[&keys[..], &["resume=true"]].concat());
@@ -236,9 +249,16 @@ fn a_rank_that_dies_ends_all_and_leaves_a_state_to_go_on_from() {
 
 #[test]
 fn ranks_that_were_to_make_different_runs_say_how_they_differ() {
+    let other = workspace();
+    std::fs::write(other.path().join("data/0.txt"), "a caption that rank 0 does not have").unwrap();
+    // The same numbers in another file: a hash tells the two apart.
+    SyntheticModel::tiny().write(other.path().join("base.safetensors"), DType::F32).unwrap();
+    let of_other = |key: &str, name: &str| format!("{key}={}", other.path().join(name).display());
     for (key, named) in [
-        ("lora_rank=8", "lora_rank is 8 there and 4 on rank 0"),
-        ("learning_rate=0.5", "learning_rate is 0.5 there and 0.001 on rank 0"),
+        ("lora_rank=8".to_owned(), "lora_rank is 8 there and 4 on rank 0"),
+        ("learning_rate=0.5".to_owned(), "learning_rate is 0.5 there and 0.001 on rank 0"),
+        (of_other("train_data_dir", "data"), "there and"),
+        (of_other("base_model", "base.safetensors"), "base_model is "),
     ] {
         let folder = workspace();
         let mut run = Ranks::new(folder.path(), &KEYS);
@@ -248,6 +268,16 @@ fn ranks_that_were_to_make_different_runs_say_how_they_differ() {
         }
         assert!(!folder.path().join("out/lora.safetensors").exists());
     }
+}
+
+#[test]
+fn a_rank_that_cannot_begin_ends_all_with_its_reason() {
+    let folder = workspace();
+    let mut run = Ranks::new(folder.path(), &KEYS);
+    run.own = Some((1, "base_model=nowhere.safetensors".to_owned()));
+    let said = run.run(2);
+    assert!(said[1].starts_with("failed") && said[1].contains("nowhere.safetensors"), "{said:?}");
+    assert!(said[0].contains("rank 1 ended") && said[0].contains("nowhere.safetensors"), "{said:?}");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 mod fused;
 mod launch;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use lora_io::hash::sha256;
@@ -30,14 +31,14 @@ const NO_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 const ROLL_CALL: Duration = Duration::from_secs(5);
 
 /// This process among those that train together.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Ranks {
     /// It trains alone.
     Alone,
     /// A dry run stands for one of several: it needs the memory that a rank does.
     Planned,
     /// It has joined others.
-    Joined(Group),
+    Joined(Arc<Group>),
 }
 
 /// A rank's part of what is done by all together: every so many-th, from its own number on.
@@ -76,7 +77,8 @@ impl Ranks {
             let own = (cores / place.local_ranks.max(1)).max(1);
             lora_torch::tch::set_num_threads(i32::try_from(own).unwrap_or(1));
         }
-        Ok(Self::Joined(Group::join(place, device, Duration::from_secs(config.ddp_timeout as u64))?))
+        let group = Group::join(place, device, Duration::from_secs(config.ddp_timeout as u64))?;
+        Ok(Self::Joined(Arc::new(group)))
     }
 
     /// How many there are.

@@ -105,12 +105,13 @@ impl Session {
             progress(now);
         };
         let mut of_base = "a smaller batch_size";
+        let others = ranks.clone();
         let result = lora_torch::caught(|| {
             let materials = Materials::open(config, plugins, ranks)?;
             of_base = plugins.bases.registration(&materials.checkpoint)?.remedies;
             Self::assemble(materials, plugins, &mut Told(&mut watched))
         });
-        result.map_err(|error| match stage {
+        let result = result.map_err(|error| match stage {
             Some(stage) if error.is_out_of_memory() => Error::OutOfMemory {
                 place: stage.to_string(),
                 reason: error.to_string(),
@@ -118,7 +119,8 @@ impl Session {
                 remedies: remedies(of_base),
             },
             _ => error,
-        })
+        });
+        result.inspect_err(|error| others.fail(error))
     }
 
     /// From materials to a session: networks are loaded one after the other, what they encode once is encoded, those that are done
