@@ -13,7 +13,7 @@ use lora_torch::dry;
 use lora_torch::tch::{Device, Kind, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of, upload};
 
-use super::{Item, is_finite};
+use super::{Item, Sample, is_finite};
 use crate::meter::MemoryPart;
 use crate::{Error, Result};
 
@@ -106,6 +106,25 @@ impl Autoencoder {
             place: format!(" for {}", path.display()),
             remedy: "the base model's autoencoder is damaged; take the base from another source",
         })
+    }
+
+    /// Samples of latents `[1, channels, height, width]` each, in their order; beside recorded steps only where the autoencoder is, as
+    /// recordings make room before it leaves the device.
+    pub(crate) fn samples(
+        &mut self,
+        checkpoint: &Checkpoint,
+        all: &[Tensor],
+        beside_recordings: bool,
+    ) -> Result<Vec<Sample>> {
+        let mut samples = Vec::with_capacity(all.len());
+        for latents in all {
+            let pictures = match beside_recordings {
+                false => self.decode(checkpoint, latents)?,
+                true => self.decode_here(checkpoint, latents)?,
+            };
+            samples.extend(pictures.into_iter().map(Sample::Picture));
+        }
+        Ok(samples)
     }
 
     /// Pictures of latents `[batch, channels, height, width]` as networks see them. Where memory runs out, in tiles, then on the CPU.

@@ -48,15 +48,7 @@ impl FlowMatching {
             all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, way)?);
         }
         let mut decoder = self.autoencoder()?;
-        let mut pictures = Vec::new();
-        for latents in all {
-            pictures.extend(match beside_recordings {
-                false => decoder.decode(&self.checkpoint, &latents)?,
-                // Recordings make room before the autoencoder leaves the device.
-                true => decoder.decode_here(&self.checkpoint, &latents)?,
-            });
-        }
-        Ok(pictures.into_iter().map(Sample::Picture).collect())
+        decoder.samples(&self.checkpoint, &all, beside_recordings)
     }
 
     /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.

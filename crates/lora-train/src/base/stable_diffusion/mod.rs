@@ -5,8 +5,12 @@
 //! |---|---|
 //! | `text` | captions through the text encoders |
 //! | `prediction` | the noise schedule and what the U-Net predicts, as files and keys say it |
+//! | `samples` | from noise along a sampler's way to pictures |
+//! | `sliders` | the tensors that concept sliders are trained on |
 
 mod prediction;
+mod samples;
+mod sliders;
 mod text;
 
 use std::collections::BTreeMap;
@@ -21,11 +25,10 @@ use lora_io::checkpoint::Checkpoint;
 use lora_io::family::{sd1, sd2, sdxl};
 use lora_io::metadata::TrainingRecord;
 use lora_models::diffusion::flow::{Density, NoiseLevels, Shift};
-use lora_models::diffusion::{NoiseSchedule, Prediction, Sampler};
+use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::{Adaptable, Pass};
 use lora_models::networks::{Conditions, LatentDistribution, Unet, VaeConfig, load_unet};
 use lora_models::weights::Held;
-use lora_torch::dry;
 use lora_torch::tch::{Device, Kind as Number, Tensor, no_grad_guard};
 use lora_torch::tensor::{from_f32, kind_of};
 
@@ -261,75 +264,6 @@ impl StableDiffusion {
     /// The sizes that the U-Net reads, embedded, `[batch, 1536]`; `None` for one that reads none.
     fn sizes(&self, of: &[[f64; 6]]) -> Result<Option<Tensor>> {
         Ok(self.kind.reads_sizes.then(|| Unet::size_embedding(of, self.device)).transpose()?)
-    }
-
-    /// Latents along a sampler's way from noise `[1, channels, height, width]`, with what was kept of a negative prompt and of a
-    /// prompt, and the embedded sizes of the picture where the U-Net reads such. A guidance of 1 asks for no second answer.
-    fn denoised(
-        &self,
-        (sampler, guidance, pass): (&Sampler, f64, &Pass),
-        noise: &Tensor,
-        fresh: impl FnMut(usize) -> lora_models::Result<Tensor>,
-        [without, with]: [&BTreeMap<Component, Tensors>; 2],
-        sizes: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let unet = self.unet()?;
-        let mut texts = vec![self.kept(with)?];
-        if guidance != 1.0 {
-            texts.insert(0, self.kept(without)?);
-        }
-        let added = texts.iter().map(|text| added(text, sizes)).collect::<Result<Vec<_>>>()?;
-        let added: Vec<Tensor> = added.into_iter().flatten().collect();
-        let added = (!added.is_empty()).then(|| Tensor::f_cat(&added, 0)).transpose()?;
-        let context = Tensor::f_cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
-        let conditions = Conditions { context: &context, added: added.as_ref() };
-        Ok(sampler.sample(noise, fresh, |latents, timestep| {
-            if texts.len() == 1 {
-                return unet.forward(latents, &[timestep], conditions, pass);
-            }
-            let both = unet.forward(&Tensor::f_cat(&[latents, latents], 0)?, &[timestep; 2], conditions, pass)?;
-            let halves = both.f_chunk(2, 0)?;
-            sampler.guided(&halves[0], &halves[1], guidance)
-        })?)
-    }
-
-    /// The tensors of a micro-batch of sliders: of each item latents that are denoised from noise to its timestep.
-    fn slider_inputs(&self, slider: &Slider, items: &[Item]) -> Result<Inputs> {
-        let _guard = no_grad_guard();
-        let (vae, (width, height)) = (self.vae_config()?, slider.size(items)?);
-        let shape = [items.len(), vae.latent_channels, height / vae.factor(), width / vae.factor()];
-        let noise = self.noise.draw(items, &shape.map(|side| side as i64), self.device)?.added;
-        let sizes = whole([width, height]);
-        let embedded = self.sizes(&[sizes])?;
-        let (mut noised, mut times) = (Vec::new(), Vec::new());
-        for (index, item) in items.iter().enumerate() {
-            // A dry run goes all the way.
-            let timestep = if dry::is_dry(self.device) { 0 } else { self.timestep(&item.draw) };
-            let sampler = Sampler::until(&self.schedule, slider.steps(self.device), timestep)?;
-            let (empty, noise) = (item.asked(""), noise.f_narrow(0, index as i64, 1)?);
-            let way = (&sampler, slider.guidance, &slider.way(item));
-            let fresh = |_: usize| Ok(noise.f_zeros_like()?);
-            noised.push(self.denoised(way, &noise, fresh, [&empty.encoded, &item.encoded], embedded.as_ref())?);
-            times.push(timestep as f64);
-        }
-        self.with_prompts(slider, items, &noised, &times, self.sizes(&vec![sizes; items.len()])?)
-    }
-
-    /// What a U-Net is told of a micro-batch of sliders, with its latents at their timesteps.
-    fn with_prompts(
-        &self,
-        slider: &Slider,
-        items: &[Item],
-        noised: &[Tensor],
-        times: &[f64],
-        sizes: Option<Tensor>,
-    ) -> Result<Inputs> {
-        let inputs = Inputs::default()
-            .with("noised", Some(Tensor::f_cat(noised, 0)?))
-            .with("times", Some(self.unet()?.time_embedding(times, self.device)?))
-            .with(SIZES, sizes);
-        let inputs = self.with_captions(inputs, items)?;
-        slider.beside(inputs, items, |asked| self.with_captions(Inputs::default(), asked))
     }
 
     /// The sizes of items.
@@ -588,34 +522,7 @@ impl Base for StableDiffusion {
     }
 
     fn sample(&mut self, prompts: &[Prompt], config: &SampleConfig, beside_recordings: bool) -> Result<Vec<Sample>> {
-        let _guard = no_grad_guard();
-        let vae = self.vae_config()?;
-        let (width, height) = (config.resolution.0 / vae.factor(), config.resolution.1 / vae.factor());
-        let sampler = Sampler::new(config.sampler, &self.schedule, config.steps)?;
-        let guidance = config.guidance_scale.unwrap_or(GUIDANCE);
-        let sizes = self.sizes(&[whole([config.resolution.0, config.resolution.1])])?;
-        // The autoencoder comes when all latents are there, which are small, so that it is never beside the U-Net at work.
-        let mut all = Vec::new();
-        for (index, prompt) in prompts.iter().enumerate() {
-            let draw = Stream::new(config.seed).at("sample").with(index as u64);
-            let shape = [1, vae.latent_channels, height, width];
-            let normals = |draw: &Stream| from_f32(&draw.clone().normals(shape.iter().product()), &shape, self.device);
-            let noise = normals(&draw)?;
-            let fresh = |step: usize| Ok(normals(&draw.at("step").with(step as u64))?);
-            let way = (&sampler, guidance, &Pass::default());
-            all.push(self.denoised(way, &noise, fresh, [&prompt.without, &prompt.with], sizes.as_ref())?);
-        }
-        // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.
-        let mut decoder = self.autoencoder()?.in_tiles(self.config.vae_tiling || vae.overflows_in_half);
-        let mut pictures = Vec::new();
-        for latents in all {
-            pictures.extend(match beside_recordings {
-                false => decoder.decode(&self.checkpoint, &latents)?,
-                // Recordings make room before the autoencoder leaves the device.
-                true => decoder.decode_here(&self.checkpoint, &latents)?,
-            });
-        }
-        Ok(pictures.into_iter().map(Sample::Picture).collect())
+        self.samples(prompts, config, beside_recordings)
     }
 
     fn record(&self, record: &mut TrainingRecord) {
@@ -655,145 +562,4 @@ fn missing(network: Component, name: &'static str) -> Error {
 mod tests_of_sliders;
 
 #[cfg(test)]
-mod tests {
-    use lora_core::LayerGeometry;
-    use lora_core::variant::{Lora, Parameters};
-    use lora_data::RgbPicture;
-    use lora_data::crop::CropPlan;
-    use lora_models::layers::AttachedAdapter;
-    use lora_models::synthetic::SyntheticModel;
-
-    use super::*;
-    use crate::config::Format;
-
-    /// A tiny base with its text encoder and its U-Net loaded.
-    fn tiny(path: &std::path::Path, keys: &[&str]) -> StableDiffusion {
-        let text = format!("base_model: {}\ntrain_data_dir: d\noutput_dir: o\n", path.display());
-        let config = TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
-        let checkpoint = Arc::new(Checkpoint::open(path).unwrap());
-        let opening = Opening::new(&config, &checkpoint, Device::Cpu, DType::F32);
-        let mut base = StableDiffusion::open(&opening, &SD1_KIND).unwrap();
-        for component in [TEXT_ENCODER, UNET] {
-            base.load(component, Held::default()).unwrap();
-        }
-        base
-    }
-
-    /// Random LoRAs of rank 2 on the linear layers of both networks; their factors.
-    fn adapted(base: &mut StableDiffusion) -> Vec<Tensor> {
-        let mut leaves = Vec::new();
-        for component in [TEXT_ENCODER, UNET] {
-            let network = base.adaptable(component).unwrap();
-            network
-                .visit_layers(&mut |layer| {
-                    let LayerGeometry::Linear { in_features, out_features } = layer.geometry() else { return };
-                    let leaf = |name: &str, shape: [usize; 2]| {
-                        let values = Stream::new(7).at(layer.path()).at(name).normals(shape[0] * shape[1]);
-                        (from_f32(&values, &shape, Device::Cpu).unwrap() * 0.1).set_requires_grad(true)
-                    };
-                    let tensors = BTreeMap::from([
-                        ("down".to_owned(), leaf("down", [2, in_features])),
-                        ("up".to_owned(), leaf("up", [out_features, 2])),
-                    ]);
-                    leaves.extend(tensors.values().map(Tensor::shallow_clone));
-                    let parameters = Parameters { tensors, scale: 0.5 };
-                    layer.attach(AttachedAdapter { variant: Arc::new(Lora), parameters });
-                })
-                .unwrap();
-        }
-        leaves
-    }
-
-    /// The loss and its gradient against the same of two bases apart, one of which never had an adapter.
-    #[test]
-    fn what_is_kept_are_the_answers_of_the_base_without_its_adapter() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("base.safetensors");
-        SyntheticModel::tiny().write(&path, DType::F32).unwrap();
-        let weights =
-            ["prior_prompt=a thing", "prior_prompt_weight=0.5", "prior_blank_weight=2", "prior_mask_weight=3"];
-        let (mut base, bare) = (tiny(&path, &[&weights[..], &["min_snr_gamma=5"]].concat()), tiny(&path, &[]));
-        let leaves = adapted(&mut base);
-        let item = |number: u64| {
-            let values = |name: &str, count| Stream::new(number).at(name).normals(count);
-            let latents = from_f32(&values("latents", 256), &[4, 8, 8], Device::Cpu).unwrap();
-            let mask = from_f32(&values("mask", 64), &[1, 8, 8], Device::Cpu).unwrap().sigmoid();
-            let drawn = Tensors::from([("latents".to_owned(), latents), ("mask".to_owned(), mask)]);
-            Item {
-                caption: format!("picture {number}"),
-                encoded: BTreeMap::from([(VAE, drawn)]),
-                beside: BTreeMap::new(),
-                example: None,
-                weight: 1.0 + number as f64,
-                draw: Stream::new(number),
-            }
-        };
-        let items = [item(1), item(2)];
-        let inputs = base.inputs(&items).unwrap();
-        let asked = vec!["a thing".to_owned(), String::new()];
-        assert_eq!((base.captions("picture 1"), base.figures()), (asked, &["prior_loss"][..]));
-
-        let answer = |base: &StableDiffusion, captions: [&str; 2]| {
-            let text = base.encoders[0].text(&captions, Device::Cpu, &Pass::default()).unwrap();
-            let (noised, times) = (inputs.get("noised").unwrap(), inputs.get("times").unwrap());
-            let conditions = Conditions { context: &text.states, added: None };
-            base.unet().unwrap().forward_embedded(noised, times, conditions, &Pass::default()).unwrap()
-        };
-        let (mask, factors) = (inputs.get("mask").unwrap(), inputs.get("factors").unwrap());
-        let mean =
-            |squares: Tensor| (squares.flatten(1, -1).mean_dim(1, false, Number::Float) * factors).mean(Number::Float);
-        let far = |captions: [&str; 2]| (answer(&base, captions) - answer(&bare, captions).detach()).square();
-        let captions = ["picture 1", "picture 2"];
-        let kept =
-            mean(far(["a thing"; 2])) * 0.5 + mean(far([""; 2])) * 2.0 + mean(far(captions) * (1.0 - mask)) * 3.0;
-        let own = mean((answer(&base, captions) - inputs.get("target").unwrap()).square() * mask);
-        let gradients = Tensor::run_backward(&[&own + &kept], &leaves, false, false);
-
-        for recompute in [false, true] {
-            let told = base.loss(&inputs, &Pass { recompute, ..Pass::default() }).unwrap();
-            let near = |found: Tensor, expected: &Tensor| {
-                let (found, expected) = (f64::try_from(found).unwrap(), f64::try_from(expected).unwrap());
-                assert!((found - expected).abs() < 1e-5 * expected, "{found} {expected}");
-            };
-            near(told.get(0), &(&own + &kept));
-            near(told.get(1), &kept);
-            // Blocks that are computed again hand gradients to the leaves themselves.
-            told.get(0).backward();
-            for (leaf, expected) in leaves.iter().zip(&gradients) {
-                let far = f64::try_from((leaf.grad() - expected).norm()).unwrap();
-                assert!(far <= 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-5, "recompute {recompute}: {far}");
-                let _ = leaf.grad().zero_();
-            }
-        }
-        assert!(f64::try_from(&kept).unwrap() > 1e-4);
-    }
-
-    #[test]
-    fn layers_behind_the_states_that_are_read_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("base.safetensors");
-        SyntheticModel::tiny_sdxl().write(&path, DType::F16).unwrap();
-        let text = format!("base_model: {}\ntrain_data_dir: d\noutput_dir: o\n", path.display());
-        let config = TrainConfig::from_text::<&str>(&text, Format::Yaml, &[]).unwrap();
-        let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
-        let opening = Opening::new(&config, &checkpoint, Device::Cpu, DType::F32);
-        let mut base = StableDiffusion::open(&opening, &SDXL_KIND).unwrap();
-        for component in [TEXT_ENCODER, Component::TEXT_ENCODER_2] {
-            base.load(component, Held::default()).unwrap();
-        }
-        // Of two layers the last; of the second encoder's the pooled vector comes from it.
-        assert_eq!(base.unread(), ["text_encoder.text_model.encoder.layers.1."]);
-    }
-
-    #[test]
-    fn sizes_are_those_of_the_part_that_is_shown() {
-        let picture = RgbPicture::new(20, 10, vec![7; 600]).unwrap();
-        let whole = PictureSample::new(picture, None).unwrap();
-        assert_eq!(sizes_of(&whole), [10.0, 20.0, 0.0, 0.0, 10.0, 20.0]);
-        let plan = CropPlan { resized: (16, 8), offset: (5, 1), target: (8, 6) };
-        let part = whole.crop(&plan).unwrap();
-        assert_eq!(sizes_of(&part), [10.0, 20.0, 1.0, 5.0, 6.0, 8.0]);
-        // Of a mirrored picture the left edge is what was the right one: 16 - 5 - 8.
-        assert_eq!(sizes_of(&part.mirror()), [10.0, 20.0, 1.0, 3.0, 6.0, 8.0]);
-    }
-}
+mod tests;

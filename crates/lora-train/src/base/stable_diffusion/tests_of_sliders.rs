@@ -4,6 +4,7 @@ use lora_core::variant::{Lora, Parameters};
 use lora_core::{HostTensor, LayerGeometry};
 use lora_data::sliders::Contrast;
 use lora_io::safetensors::SafetensorsFile;
+use lora_models::diffusion::Sampler;
 use lora_models::layers::AttachedAdapter;
 use lora_models::synthetic::SyntheticModel;
 use lora_models::weights::synthetic_uniform;
