@@ -22,17 +22,7 @@ pub(crate) static TABLE: Table = Table {
     about: "JSON of the tabs LoRA and Dreambooth, and presets. An empty field is as if not given. Epochs are `max_train_epochs`, \
             else `max_train_steps`, else `epoch`; `lr_warmup` is in percent of the run. Presets have no paths: what is missing is \
             said. Fields that are not listed here have names and meaning of sd-scripts' options.",
-    groups: &[
-        OWN,
-        sd_scripts::program::ROWS,
-        sd_scripts::data::ROWS,
-        sd_scripts::network::ROWS,
-        sd_scripts::optimizer::ROWS,
-        sd_scripts::loss::ROWS,
-        sd_scripts::flow::ROWS,
-        sd_scripts::memory::ROWS,
-        sd_scripts::save::ROWS,
-    ],
+    groups: &sd_scripts::behind(OWN),
     own: &[OWN],
     is: |has| {
         has("LoRA_type")

@@ -14,17 +14,7 @@ pub(crate) static TABLE: Table = Table {
             Latents and captions are encoded by the run itself: its scripts that cache have no counterpart and need none. Options \
             that are not listed here have names and meaning of sd-scripts'. Sides of buckets are multiples of 64 here unless \
             `bucket_reso_steps` says another number, there of 16.",
-    groups: &[
-        OWN,
-        sd_scripts::program::ROWS,
-        sd_scripts::data::ROWS,
-        sd_scripts::network::ROWS,
-        sd_scripts::optimizer::ROWS,
-        sd_scripts::loss::ROWS,
-        sd_scripts::flow::ROWS,
-        sd_scripts::memory::ROWS,
-        sd_scripts::save::ROWS,
-    ],
+    groups: &sd_scripts::behind(OWN),
     own: &[OWN],
     is: |has| has("dit") && (has("network_module") || has("dataset_config")),
     prepare: sd_scripts::flat,

@@ -18,7 +18,7 @@ use crate::input::command::LAUNCH;
 use crate::input::tree::{Entry, Node};
 use crate::input::{self, Document, Problem, Source};
 use crate::outcome::{Outcome, no_effect};
-use crate::row::Groups;
+use crate::row::{Groups, Row};
 use crate::values;
 
 pub(crate) static TABLE: Table = Table {
@@ -36,8 +36,12 @@ pub(crate) static TABLE: Table = Table {
 };
 
 /// All of them, which the GUI has too unless it means another thing by a name.
-static ROWS: Groups =
-    &[program::ROWS, data::ROWS, network::ROWS, optimizer::ROWS, loss::ROWS, flow::ROWS, memory::ROWS, save::ROWS];
+static ROWS: Groups = &behind(&[]);
+
+/// Rows of a tool that has sd-scripts' options beside its own, which win.
+pub(super) const fn behind(own: &'static [Row]) -> [&'static [Row]; 9] {
+    [own, program::ROWS, data::ROWS, network::ROWS, optimizer::ROWS, loss::ROWS, flow::ROWS, memory::ROWS, save::ROWS]
+}
 
 /// The base that a run is for, as far as its options say.
 #[derive(Clone, Copy, PartialEq, Eq)]
