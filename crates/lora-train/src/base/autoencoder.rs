@@ -113,14 +113,14 @@ impl Autoencoder {
     pub(crate) fn samples(
         &mut self,
         checkpoint: &Checkpoint,
-        all: &[Tensor],
+        all: Vec<Tensor>,
         beside_recordings: bool,
     ) -> Result<Vec<Sample>> {
         let mut samples = Vec::with_capacity(all.len());
         for latents in all {
             let pictures = match beside_recordings {
-                false => self.decode(checkpoint, latents)?,
-                true => self.decode_here(checkpoint, latents)?,
+                false => self.decode(checkpoint, &latents)?,
+                true => self.decode_here(checkpoint, &latents)?,
             };
             samples.extend(pictures.into_iter().map(Sample::Picture));
         }

@@ -48,7 +48,7 @@ impl FlowMatching {
             all.push(self.denoised(&noise, [&prompt.with, &prompt.without], &levels, way)?);
         }
         let mut decoder = self.autoencoder()?;
-        decoder.samples(&self.checkpoint, &all, beside_recordings)
+        decoder.samples(&self.checkpoint, all, beside_recordings)
     }
 
     /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.

@@ -42,7 +42,7 @@ impl StableDiffusion {
         }
         // In f32, where fp16 is too little, whole pictures of such sizes take several times the U-Net's own memory.
         let mut decoder = self.autoencoder()?.in_tiles(self.config.vae_tiling || vae.overflows_in_half);
-        decoder.samples(&self.checkpoint, &all, beside_recordings)
+        decoder.samples(&self.checkpoint, all, beside_recordings)
     }
 
     /// Latents along a sampler's way from noise `[1, channels, height, width]`, with what was kept of a negative prompt and of a
