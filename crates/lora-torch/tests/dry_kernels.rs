@@ -17,7 +17,7 @@ use lora_torch::gradients::{AdamW, settle};
 use lora_torch::memory::{count_host_allocations, host_allocations, reset_host_peak};
 use lora_torch::norm::{RmsWeight, group_norm_silu, rms_norm};
 use lora_torch::rotary::{RotaryLayout, rotary};
-use lora_torch::tch::{Device, Kind, Reduction, Tensor};
+use lora_torch::tch::{self, Device, Kind, Reduction, Tensor};
 
 /// Counting is the process's: one test at a time.
 static TURN: Mutex<()> = Mutex::new(());
@@ -213,7 +213,10 @@ fn no_kernel_is_left_out() {
 #[test]
 fn convolutions() {
     let (_turn, mut shapes) = begin(1);
-    for _ in 0..12 {
+    // One thread has kernels of its own.
+    let threads = tch::get_num_threads();
+    for turn in 0..24 {
+        tch::set_num_threads(if turn < 12 { threads } else { 1 });
         let (kernel, stride) = shapes.one_of(&[(1, 1), (3, 1), (3, 2)]);
         let (channels, outputs) = (shapes.from(1, 5) * 16, shapes.from(1, 5) * 16);
         let side = shapes.from(2, 8) * 4;
@@ -224,6 +227,7 @@ fn convolutions() {
             with_gradients(inputs, |own| own[0].conv2d(&own[1], None::<&Tensor>, [stride; 2], padding, [1; 2], 1))
         });
     }
+    tch::set_num_threads(threads);
 }
 
 #[test]

@@ -37,6 +37,15 @@ constexpr int64_t BLOCKED_CHANNELS = 16;
 int64_t whole_blocks(int64_t channels) { return (channels + BLOCKED_CHANNELS - 1) / BLOCKED_CHANNELS * BLOCKED_CHANNELS; }
 // A single picture of no more numbers is too small for them on the CPU in fp32: libtorch has a convolution of its own for it.
 constexpr int64_t SMALL_CONVOLUTION = 20480;
+// With one thread it takes its own for kernels of one pixel as well, of fewer pictures than these.
+constexpr int64_t MANY_PICTURES = 16;
+
+// Whether libtorch's own convolution is taken on the CPU in fp32.
+bool own_convolution(const Tensor &input, int64_t kernel, int64_t stride) {
+  if (!plays(Platform::Cpu) || input.scalar_type() != at::kFloat) return false;
+  const bool pixels = kernel == 1 && stride == 1 && plan().threads == 1 && input.size(0) < MANY_PICTURES;
+  return pixels || (input.size(0) == 1 && input.numel() <= SMALL_CONVOLUTION);
+}
 
 // Whether this processor's half-precision kernels are those whose workspaces were counted: AVX-512's without AMX. Elsewhere oneDNN has
 // others, or none.
@@ -77,7 +86,7 @@ Tensor product(const Tensor &from, const Tensor &weight, IntArrayRef shape, bool
   const int64_t kernel = weight.numel() / (weight.size(0) * weight.size(1));
   if (cpu && kernel == 1 && !half) return result();
   const int64_t size = static_cast<int64_t>(weight.nbytes());
-  if (cpu && !half && input.size(0) == 1 && input.numel() <= SMALL_CONVOLUTION) {
+  if (own_convolution(input, kernel, stride)) {
     const int64_t channels = transposed ? shape[1] : from.size(1);
     int64_t pixels = 1;
     for (size_t axis = 2; axis < shape.size(); ++axis) pixels *= transposed ? from.size(axis) : shape[axis];
@@ -145,8 +154,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor &given, con
     const bool half = plays(Platform::Cpu) && input.scalar_type() != at::kFloat && counted();
     // Below a block on both sides it works on what is there.
     const bool few = input.size(1) < BLOCKED_CHANNELS && given.size(1) < BLOCKED_CHANNELS;
-    bytes(half && !few ? half_weight_gradient(given, input, weight)
-                       : filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
+    const int64_t kernel = weight.numel() / (weight.size(0) * weight.size(1));
+    const bool alone = kernel == 1 && own_convolution(input, kernel, side(stride, 0));
+    if (!alone)
+      bytes(half && !few ? half_weight_gradient(given, input, weight)
+                         : filled(given) + static_cast<int64_t>(input.nbytes() + weight.nbytes()));
   }
   if (mask[2]) to_bias = make(bias.has_value() ? *bias : IntArrayRef({given.size(1)}), given);
   return {to_input, to_weight, to_bias};
