@@ -175,6 +175,63 @@ fn diffusers_record_of_alphas_does_not_stay_in_other_layouts() {
 }
 
 #[test]
+fn patterns_of_diffusers_record_are_expressions_as_pefts_are() {
+    // The scales are those that diffusers 0.42 with PEFT 0.21 applied to files of its own.
+    let (_folder, path) = scratch();
+    let name = |module: &str| format!("transformer.{module}.attn.to_q");
+    for (pattern, scales) in [
+        (r#"{"to_q": 3}"#, [0.75, 0.75]),
+        (r#"{"transformer_blocks\\.\\d+\\.attn\\.to_q": 3}"#, [2.0, 0.75]),
+        (r#"{"^transformer_blocks.0.attn.to_q": 3}"#, [2.0, 0.75]),
+        (r#"{".*to_q": 16}"#, [4.0, 4.0]),
+        (r#"{"blocks.0.attn.to_q": 3}"#, [2.0, 2.0]),
+    ] {
+        let record = format!(r#"{{"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern}}}"#);
+        let modules = ["single_transformer_blocks.0", "transformer_blocks.0"];
+        let pairs = modules.iter().flat_map(|module| pair(&name(module), ".lora_A.weight", ".lora_B.weight"));
+        put(&path, pairs.collect(), &[("lora_adapter_metadata", &record)]);
+        let read = adapter::read(&path).unwrap();
+        let found: Vec<f64> = read.adapter.modules.values().map(lora_core::AdapterModule::scale).collect();
+        assert_eq!(found, scales, "{pattern}");
+    }
+}
+
+#[test]
+fn a_pattern_of_one_module_names_no_other() {
+    // FLUX.1's last layer and the last of its single blocks, in whose names PEFT finds `proj_out` too.
+    let (folder, path) = scratch();
+    for (rank, alpha) in [(4, 16.0), (8, 8.0)] {
+        let mut tensors = Vec::new();
+        for (name, rank, alpha) in [
+            ("final_layer_linear", rank, alpha),
+            ("single_blocks_0_linear2", 4, 4.0),
+            ("single_blocks_1_linear2", 4, 4.0),
+        ] {
+            let module = format!("lora_unet_{name}");
+            tensors.push((format!("{module}.lora_down.weight"), random(&[rank, 8], 1)));
+            tensors.push((format!("{module}.lora_up.weight"), random(&[8, rank], 2)));
+            tensors.push((format!("{module}.alpha"), lora_core::HostTensor::from_f32([], vec![alpha]).unwrap()));
+        }
+        put(&path, tensors, &[]);
+        let read = adapter::read(&path).unwrap().adapter;
+        let scale = |adapter: &lora_core::Adapter| {
+            adapter.modules.iter().map(|(path, module)| (path.clone(), module.scale())).collect::<Vec<_>>()
+        };
+        let folder = folder.path().join(format!("peft{rank}"));
+        adapter::write(&folder, &read, Format::Peft, DType::F32).unwrap();
+        assert_eq!(scale(&adapter::read(&folder).unwrap().adapter), scale(&read));
+        let config = lora_io::json::read(folder.join("adapter_config.json")).unwrap();
+        let (own, field) = if rank == 8 { (8, "rank_pattern") } else { (16, "alpha_pattern") };
+        assert_eq!(config[field], serde_json::json!({ "^proj_out": own }));
+
+        let out = folder.join("d.safetensors");
+        adapter::write(&out, &read, Format::Diffusers, DType::F32).unwrap();
+        let back = adapter::read(&out).unwrap().adapter;
+        assert!(back.modules.values().all(|module| module.scale() == 1.0), "scales are folded in");
+    }
+}
+
+#[test]
 fn what_is_no_adapter_is_named() {
     let (_folder, path) = scratch();
     let whole = [
