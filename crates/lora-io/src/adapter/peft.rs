@@ -73,7 +73,13 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         let reason = "field `trainable_token_indices`: the file beside it has no rows of these tokens";
         return Err(Error::format(&config_path, reason));
     }
-    let path_of = |name: &str| config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
+    // CLIP encoders of one pipeline have the same names: the folder says which it is, as this crate and diffusers name them.
+    let second = folder.file_name().is_some_and(|name| name == Component::TEXT_ENCODER_2.name());
+    let path_of = |name: &str| {
+        let path = config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
+        let is_second = second && path.component == Component::TEXT_ENCODER;
+        if is_second { ModulePath::new(Component::TEXT_ENCODER_2, path.path) } else { path }
+    };
     let mut read = super::assemble(&file, Format::Peft, sorted, path_of, |_, path, parts| {
         Some(config.context(path, parts, vera.clone()))
     })?;
