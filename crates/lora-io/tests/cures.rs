@@ -184,14 +184,6 @@ fn samples() -> Vec<(&'static str, Tensors, Option<Value>)> {
             config(&[("peft_type", json!("LOHA")), ("alpha", json!(4))]),
         ),
         (
-            "FLUX.1's kohya names with LoKr",
-            vec![
-                ("lora_unet_double_blocks_0_img_attn_proj.lokr_w1".into(), one(&[4, 4])),
-                ("lora_unet_double_blocks_0_img_attn_proj.lokr_w2".into(), one(&[4, 4])),
-            ],
-            None,
-        ),
-        (
             "an embedding",
             with(&[
                 ("base_model.model.model.embed_tokens.lora_embedding_A", one(&[4, 16])),
