@@ -11,6 +11,7 @@
 //! The first two are ai-toolkit's differential output preservation and blank prompt preservation, the third is OneTrainer's
 //! masked prior preservation.
 
+use lora_data::caption::trigger;
 use lora_models::layers::Pass;
 use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 
@@ -37,9 +38,9 @@ enum Asked {
 impl Asked {
     fn of(&self, caption: &str) -> String {
         let Self::Class { class, triggers } = self else { return String::new() };
-        let word = triggers.iter().filter(|word| caption.contains(word.as_str())).max_by_key(|word| word.len());
+        let word = triggers.iter().filter(|word| trigger::has(caption, word)).max_by_key(|word| word.len());
         let Some(word) = word else { return class.clone() };
-        let replaced = caption.replace(word.as_str(), class);
+        let replaced = trigger::replaced(caption, word, class);
         // Where nothing takes the word's place, what divided it from the rest goes too.
         if class.is_empty() { replaced.trim_matches([',', ' ']).to_owned() } else { replaced }
     }
@@ -177,6 +178,7 @@ mod tests {
         assert_eq!(asked("drawing", "ink style, a bear"), "drawing, a bear");
         assert_eq!(asked("drawing", "a bear in ink"), "a bear in drawing");
         assert_eq!(asked("drawing", "a bear"), "drawing");
+        assert_eq!(asked("drawing", "a pink bear in ink"), "a pink bear in drawing");
         assert_eq!((asked("", "ink, a bear"), asked("", "")), ("a bear".to_owned(), String::new()));
         assert_eq!(Asked::Blank.of("ink, a bear"), "");
     }
