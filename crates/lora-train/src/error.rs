@@ -200,6 +200,15 @@ pub enum Error {
     /// Samples of a base that makes none.
     #[error("this base makes no samples; take sample_prompts out")]
     NoSamples,
+    /// Texts without a token that could be judged.
+    #[error(
+        "{data}: nothing in it can be judged; a text needs two tokens or more, a record an answer, and the limit rows",
+        data = data.display()
+    )]
+    NothingJudged {
+        /// What was given.
+        data: PathBuf,
+    },
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),

@@ -167,6 +167,11 @@ fn a_text_is_judged_alike_in_a_file_of_its_own_and_in_a_record() {
     // Nothing is left out behind the last whole window.
     let windows = judged("texts/one.txt", 16);
     assert_eq!(windows.tokens, file.tokens + 1 - windows.rows);
+    // Nothing judged is no perfect model.
+    fs::write(folder.path().join("empty.txt"), "").unwrap();
+    let options = EvaluationOptions::new(folder.path().join("empty.txt"));
+    let error = model.evaluate(&options, &mut |_, _| {}).unwrap_err().to_string();
+    assert!(error.contains("empty.txt") && error.contains("nothing in it can be judged"), "{error}");
 }
 
 /// As Gemma 3 1B's tokenizer, which has a token for pictures beyond the rows of its embedding.

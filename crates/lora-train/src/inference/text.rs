@@ -144,7 +144,7 @@ impl TextModel {
     /// predicted; without one, all but the window's first token. `progress` is told rows done, of.
     ///
     /// # Errors
-    /// Where the texts cannot be read, and where memory runs out.
+    /// Where the texts cannot be read or have nothing to judge, and where memory runs out.
     pub fn evaluate(&self, options: &EvaluationOptions, progress: &mut dyn FnMut(usize, usize)) -> Result<Evaluation> {
         let _guard = no_grad_guard();
         let rows = self.rows(options)?;
@@ -165,7 +165,10 @@ impl TextModel {
             }
             progress(index + 1, count);
         }
-        let loss = sum / tokens.max(1) as f64;
+        if tokens == 0 {
+            return Err(Error::NothingJudged { data: options.data.clone() });
+        }
+        let loss = sum / tokens as f64;
         Ok(Evaluation { loss, perplexity: loss.exp(), tokens, rows: count })
     }
 
