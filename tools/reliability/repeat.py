@@ -1,20 +1,28 @@
-"""Tests again and again, in an order of threads that is another each time: a test that fails now and then is a fault.
+"""Tests again and again, with other numbers of threads and several programs at a time: a test that fails now and then is a fault.
 
-    python3 tools/reliability/repeat.py [times=10] [arguments="--workspace"] [until=HH:MM]
+    python3 tools/reliability/repeat.py [times=10] [arguments="--workspace"] [at_once=1] [until=HH:MM] [logs=out/repeat]
 
 `arguments` go to `cargo test`, which builds once; then the programs of the tests run by themselves, without those in
-documentation. `until` ends the script at a time of day, with what was reached.
+documentation, in an order that is another each time, `at_once` beside each other. Threads of libtorch's kernels are as many as
+there are cores, one and three by turns. What a failed program printed lies in `logs`. `until` ends the script at a time of day,
+with what was reached: a round that was begun counts for the programs that ran.
 """
 
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from common import arguments
+
+# Threads of libtorch's kernels, by the round; None is as many as cores.
+THREADS = (None, "1", "3")
 
 
 def programs(words):
@@ -25,21 +33,41 @@ def programs(words):
     return [(own["executable"], os.path.dirname(own["manifest_path"])) for own in found]
 
 
+def run(program, folder, threads):
+    """How many tests of a program passed, the names of those that failed, and what it printed."""
+    # Kernels' threads that keep looking for work would take the cores from the programs beside this one.
+    variables = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": threads} if threads else {})
+    done = subprocess.run([program], cwd=folder, capture_output=True, text=True, errors="replace", env=variables)
+    text = done.stdout + done.stderr
+    names = re.findall(r"^test (\S+) \.\.\. FAILED", text, re.MULTILINE)
+    names = names or ([f"{os.path.basename(program)} itself"] if done.returncode else [])
+    return sum(int(count) for count in re.findall(r"(\d+) passed", text)), names, text
+
+
 def main():
-    own = arguments({"times": "10", "arguments": "--workspace", "until": ""})
+    own = arguments({"times": "10", "arguments": "--workspace", "at_once": "1", "until": "", "logs": "out/repeat"})
     tests = programs(shlex.split(own["arguments"]))
-    passed, failed, times = 0, {}, 0
-    while times < int(own["times"]) and not (own["until"] and time.strftime("%H:%M") >= own["until"]):
+    logs = Path(own["logs"])
+    passed, failed, runs, times = 0, {}, dict.fromkeys(tests, 0), 0
+    over = lambda: own["until"] and time.strftime("%H:%M") >= own["until"]
+    while times < int(own["times"]) and not over():
+        threads = THREADS[times % len(THREADS)]
         times += 1
-        for program, folder in tests:
-            done = subprocess.run([program], cwd=folder, capture_output=True, text=True, errors="replace")
-            text = done.stdout + done.stderr
-            passed += sum(int(count) for count in re.findall(r"(\d+) passed", text))
-            names = re.findall(r"^test (\S+) \.\.\. FAILED", text, re.MULTILINE)
-            for name in names or ([f"{os.path.basename(program)} itself"] if done.returncode else []):
-                failed[name] = failed.get(name, 0) + 1
+        order = random.sample(tests, len(tests))
+        with ThreadPoolExecutor(int(own["at_once"])) as pool:
+            outcomes = pool.map(lambda test: None if over() else run(*test, threads), order)
+            for test, outcome in zip(order, outcomes):
+                if outcome is None:
+                    continue
+                count, names, text = outcome
+                passed, runs[test] = passed + count, runs[test] + 1
+                for name in names:
+                    failed[name] = failed.get(name, 0) + 1
+                if names:
+                    logs.mkdir(parents=True, exist_ok=True)
+                    (logs / f"{os.path.basename(test[0])}-{times}.txt").write_text(f"threads: {threads}\n{text}")
         print(f"{times} times: {passed} passed, {sum(failed.values())} failed", file=sys.stderr, flush=True)
-    print(f"{times} times {len(tests)} programs: {passed} passed, {sum(failed.values())} failed")
+    print(f"{len(tests)} programs, each {min(runs.values())} to {max(runs.values())} times: {passed} passed, {sum(failed.values())} failed")
     for name, count in sorted(failed.items()):
         print(f"{name}: {count}")
     sys.exit(bool(failed))

@@ -231,13 +231,13 @@ fn what_a_tool_answers_is_given_where_its_turn_repeats_the_name_of_the_call() {
 /// Templates of DeepSeek-R1's distilled models ask whether the content is none, and add arguments to a text.
 #[test]
 fn a_call_is_brought_into_the_spelling_that_its_template_lays_out_or_refused() {
-    let template = "{% for m in messages %}{{ m.role + ': ' }}{% if m.content is none %}\
+    let template = "{% for m in messages %}{{ m.role + '\\n' }}{% if m.content is none %}\
         {% for call in m.tool_calls %}{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}\
         {% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}\
-        {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+        {% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}";
     let texts = with_template("chatml", "a.jsonl", CALL, Some(template));
     let said = laid_out(&texts).concat();
-    assert!(said.contains("⟦tide {\"hours\": 3}<|im_end|>⟧tool: 1.5"), "{said}");
+    assert!(said.contains("⟦tide {\"hours\": 3}<|im_end|>⟧tool\n1.5"), "{said}");
     let texts = open("chatml", "a.jsonl", CALL);
     assert_eq!((texts.rows(), texts.findings()[0].kind), (0, FindingKind::TemplateRefused));
     assert!(texts.findings()[0].detail.contains("calls of tools"), "{}", texts.findings()[0]);
