@@ -87,6 +87,8 @@ kinds! {
     Bright "bright" Advice "darken or remove it";
     /// A picture whose mask could not be found.
     MissingMask "missing-mask" Advice "add the mask; without one all of the picture counts";
+    /// Pictures of several folders have the same mask, because they have the same name.
+    SharedMask "shared-mask" Warning "put masks into folders of the names that the pictures' folders have, or give pictures names of their own";
     /// A record of a text dataset that cannot be used.
     TextRecord "text-record" Lost "correct the record as the message says";
     /// A conversation that its chat template refuses.

@@ -106,6 +106,8 @@ pub struct TrainingRecord {
     pub prior_loss_weight: f64,
     /// Per folder: how often each comma-separated tag, in lower case, occurs.
     pub tag_frequency: BTreeMap<String, BTreeMap<String, usize>>,
+    /// Words that stand for the subject in all captions of a dataset; empty for none.
+    pub trigger_phrase: String,
     /// How captions were cleaned before tokenising, `ftfy` or `none`.
     pub text_cleaning: String,
     /// Adapter that training went on from: its file name and `sshs_model_hash`.
@@ -222,6 +224,9 @@ impl TrainingRecord {
         set("modelspec.sai_model_spec", "1.0.1".into());
         set("modelspec.implementation_version", self.program.clone());
         set("modelspec.title", self.output_name.clone());
+        if !self.trigger_phrase.is_empty() {
+            set("modelspec.trigger_phrase", self.trigger_phrase.clone());
+        }
         set("modelspec.resolution", format!("{}x{}", self.resolution.0, self.resolution.1));
         if !self.flow {
             set("modelspec.prediction_type", if self.velocity { "v" } else { "epsilon" }.into());

@@ -172,6 +172,18 @@ fn samples() -> Vec<(&'static str, Tensors, Option<Value>)> {
             config(&[("lora_bias", json!(true))]),
         ),
         (
+            "IA3 in a folder",
+            vec![(format!("{LAYER}.ia3_l"), one(&[16, 1]))],
+            config(&[("peft_type", json!("IA3")), ("feedforward_modules", json!([]))]),
+        ),
+        (
+            "LoHa in a folder",
+            ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]
+                .map(|name| (format!("{LAYER}.{name}"), one(if name.ends_with('a') { &[16, 4] } else { &[4, 16] })))
+                .to_vec(),
+            config(&[("peft_type", json!("LOHA")), ("alpha", json!(4))]),
+        ),
+        (
             "an embedding",
             with(&[
                 ("base_model.model.model.embed_tokens.lora_embedding_A", one(&[4, 16])),

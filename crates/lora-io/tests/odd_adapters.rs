@@ -175,6 +175,63 @@ fn diffusers_record_of_alphas_does_not_stay_in_other_layouts() {
 }
 
 #[test]
+fn patterns_of_diffusers_record_are_expressions_as_pefts_are() {
+    // The scales are those that diffusers 0.42 with PEFT 0.21 applied to files of its own.
+    let (_folder, path) = scratch();
+    let name = |module: &str| format!("transformer.{module}.attn.to_q");
+    for (pattern, scales) in [
+        (r#"{"to_q": 3}"#, [0.75, 0.75]),
+        (r#"{"transformer_blocks\\.\\d+\\.attn\\.to_q": 3}"#, [2.0, 0.75]),
+        (r#"{"^transformer_blocks.0.attn.to_q": 3}"#, [2.0, 0.75]),
+        (r#"{".*to_q": 16}"#, [4.0, 4.0]),
+        (r#"{"blocks.0.attn.to_q": 3}"#, [2.0, 2.0]),
+    ] {
+        let record = format!(r#"{{"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern}}}"#);
+        let modules = ["single_transformer_blocks.0", "transformer_blocks.0"];
+        let pairs = modules.iter().flat_map(|module| pair(&name(module), ".lora_A.weight", ".lora_B.weight"));
+        put(&path, pairs.collect(), &[("lora_adapter_metadata", &record)]);
+        let read = adapter::read(&path).unwrap();
+        let found: Vec<f64> = read.adapter.modules.values().map(lora_core::AdapterModule::scale).collect();
+        assert_eq!(found, scales, "{pattern}");
+    }
+}
+
+#[test]
+fn a_pattern_of_one_module_names_no_other() {
+    // FLUX.1's last layer and the last of its single blocks, in whose names PEFT finds `proj_out` too.
+    let (folder, path) = scratch();
+    for (rank, alpha) in [(4, 16.0), (8, 8.0)] {
+        let mut tensors = Vec::new();
+        for (name, rank, alpha) in [
+            ("final_layer_linear", rank, alpha),
+            ("single_blocks_0_linear2", 4, 4.0),
+            ("single_blocks_1_linear2", 4, 4.0),
+        ] {
+            let module = format!("lora_unet_{name}");
+            tensors.push((format!("{module}.lora_down.weight"), random(&[rank, 8], 1)));
+            tensors.push((format!("{module}.lora_up.weight"), random(&[8, rank], 2)));
+            tensors.push((format!("{module}.alpha"), lora_core::HostTensor::from_f32([], vec![alpha]).unwrap()));
+        }
+        put(&path, tensors, &[]);
+        let read = adapter::read(&path).unwrap().adapter;
+        let scale = |adapter: &lora_core::Adapter| {
+            adapter.modules.iter().map(|(path, module)| (path.clone(), module.scale())).collect::<Vec<_>>()
+        };
+        let folder = folder.path().join(format!("peft{rank}"));
+        adapter::write(&folder, &read, Format::Peft, DType::F32).unwrap();
+        assert_eq!(scale(&adapter::read(&folder).unwrap().adapter), scale(&read));
+        let config = lora_io::json::read(folder.join("adapter_config.json")).unwrap();
+        let (own, field) = if rank == 8 { (8, "rank_pattern") } else { (16, "alpha_pattern") };
+        assert_eq!(config[field], serde_json::json!({ "^proj_out": own }));
+
+        let out = folder.join("d.safetensors");
+        adapter::write(&out, &read, Format::Diffusers, DType::F32).unwrap();
+        let back = adapter::read(&out).unwrap().adapter;
+        assert!(back.modules.values().all(|module| module.scale() == 1.0), "scales are folded in");
+    }
+}
+
+#[test]
 fn what_is_no_adapter_is_named() {
     let (_folder, path) = scratch();
     let whole = [
@@ -234,5 +291,99 @@ fn a_damaged_module_is_named_and_nothing_is_made_of_it() {
         let error =
             adapter::write(folder.path().join("out"), &read.adapter, format, DType::F32).unwrap_err().to_string();
         assert!(!error.contains("fp32"), "no advice that is followed already: {error}");
+    }
+}
+
+/// The paths of a file of such modules.
+fn paths_of(modules: &[&str]) -> Vec<String> {
+    let (_folder, path) = scratch();
+    put(&path, modules.iter().flat_map(|module| pair(module, ".lora_down.weight", ".lora_up.weight")).collect(), &[]);
+    let read = adapter::read(&path).unwrap().adapter;
+    read.modules.keys().map(ToString::to_string).collect()
+}
+
+#[test]
+fn comfyuis_names_of_text_encoders_are_those_of_their_components() {
+    let layer = "encoder.layers.0.mlp.fc1";
+    let t5 = "encoder.block.0.layer.0.SelfAttention.q";
+    let clip = |name: &str| format!("text_encoders.{name}.transformer.text_model.{layer}");
+    let t5xxl = format!("text_encoders.t5xxl.transformer.{t5}");
+    let flux = ["diffusion_model.double_blocks.0.img_attn.proj", &clip("clip_l"), &t5xxl];
+    assert_eq!(
+        paths_of(&flux),
+        [
+            format!("text_encoder.text_model.{layer}"),
+            format!("text_encoder_2.{t5}"),
+            "transformer.transformer_blocks.0.attn.to_out.0".into()
+        ]
+    );
+    let sd3 = ["diffusion_model.joint_blocks.0.x_block.attn.proj", &clip("clip_g"), &t5xxl];
+    assert_eq!(paths_of(&sd3)[..2], [format!("text_encoder_2.text_model.{layer}"), format!("text_encoder_3.{t5}")]);
+    let sd2 = ["diffusion_model.input_blocks.1.1.proj_in", &clip("clip_h")];
+    assert_eq!(paths_of(&sd2)[0], format!("text_encoder.text_model.{layer}"));
+}
+
+#[test]
+fn a_bias_that_comfyui_saves_beside_factors_counts_without_alpha() {
+    let (folder, path) = scratch();
+    let module = "diffusion_model.double_blocks.0.img_attn.qkv";
+    let bias = random(&[24], 3);
+    let tensors = vec![
+        (format!("{module}.lora_down.weight"), random(&[4, 8], 1)),
+        (format!("{module}.lora_up.weight"), random(&[24, 4], 2)),
+        (format!("{module}.alpha"), lora_core::HostTensor::from_f32([], vec![2.0]).unwrap()),
+        (format!("{module}.diff_b"), bias.clone()),
+    ];
+    put(&path, tensors, &[]);
+    let read = adapter::read(&path).unwrap().adapter;
+    let own: Vec<f32> = read
+        .modules
+        .values()
+        .flat_map(|module| {
+            let scale = module.scale() as f32;
+            module.tensors["bias"].to_f32().iter().map(|value| value * scale).collect::<Vec<_>>()
+        })
+        .collect();
+    // Three modules in diffusers' tree, k, q and v in the order of their names.
+    let all = bias.to_f32();
+    assert_eq!(own, [&all[8..16], &all[..8], &all[16..]].concat());
+    let out = folder.path().join("b.safetensors");
+    adapter::write(&out, &read, Format::Kohya, DType::F32).unwrap();
+    let kept = SafetensorsFile::open(&out)
+        .unwrap()
+        .get("lora_unet_double_blocks_0_img_attn_qkv.diff_b")
+        .unwrap()
+        .to_host()
+        .unwrap();
+    assert_eq!(kept.to_f32(), all);
+}
+
+#[test]
+fn the_second_encoders_folder_is_the_second_encoders() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = |component: &str| format!("{component}.text_model.encoder.layers.0.mlp.fc1");
+    let path = folder.path().join("a.safetensors");
+    let names = [name("text_encoder"), name("text_encoder_2")];
+    put(&path, names.iter().flat_map(|name| pair(name, ".lora_A.weight", ".lora_B.weight")).collect(), &[]);
+    adapter::write(folder.path(), &adapter::read(&path).unwrap().adapter, Format::Peft, DType::F32).unwrap();
+    for component in ["text_encoder", "text_encoder_2"] {
+        let back = adapter::read(folder.path().join(component)).unwrap().adapter;
+        assert_eq!(back.modules.keys().next().unwrap().to_string(), name(component));
+    }
+}
+
+#[test]
+fn alphas_of_whole_numbers_and_headers_without_metadata_are_read() {
+    let (_folder, path) = scratch();
+    for (dtype, bytes) in [("I32", &[2, 0, 0, 0][..]), ("U8", &[2]), ("I64", &[2, 0, 0, 0, 0, 0, 0, 0])] {
+        let factors = [0u8; 4 * 8 * 4];
+        let end = 2 * factors.len();
+        let header = format!(
+            r#"{{"__metadata__":null,"{KOHYA}.lora_down.weight":{{"dtype":"F32","shape":[4,8],"data_offsets":[0,128]}},"{KOHYA}.lora_up.weight":{{"dtype":"F32","shape":[8,4],"data_offsets":[128,256]}},"{KOHYA}.alpha":{{"dtype":"{dtype}","shape":[],"data_offsets":[{end},{}]}}}}"#,
+            end + bytes.len()
+        );
+        let parts = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &factors, &factors, bytes];
+        std::fs::write(&path, parts.concat()).unwrap();
+        assert_eq!(adapter::read(&path).unwrap().adapter.modules[&to_q()].scale(), 0.5, "{dtype}");
     }
 }

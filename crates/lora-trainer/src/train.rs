@@ -77,7 +77,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     println!("loss curve: {}", output_dir.join("loss.png").display());
     if has_samples {
-        println!("samples:    {}", output_dir.join("samples.png").display());
+        let files = ["samples.png", "samples.md"].map(|name| output_dir.join(name));
+        files.iter().filter(|file| file.exists()).for_each(|file| println!("samples:    {}", file.display()));
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! shuffled and dropped, in sd-scripts' order (v0.10.1, `process_caption`) but for one thing: of several lines one is
 //! chosen before prefix and suffix are put on, so that every line has them. Where captions come from is [`crate::dataset`]'s.
 
+pub mod trigger;
 pub mod weights;
 
 use std::fmt;
@@ -34,7 +35,8 @@ pub enum WarmupLength {
 /// How captions are treated. The default leaves them as they are.
 #[derive(Clone, PartialEq)]
 pub struct CaptionOptions {
-    /// Put in front, as a tag that stays there, where the caption does not have it.
+    /// Put in front, as a tag that stays there, where the caption does not have it as a word of its own; it takes the place of
+    /// [`trigger::MARKS`].
     pub trigger_word: String,
     /// Put before each caption, with a blank.
     pub prefix: String,
@@ -42,7 +44,7 @@ pub struct CaptionOptions {
     pub suffix: String,
     /// Share of visits without caption.
     pub dropout: f64,
-    /// Every so many epochs all captions are left out; 0 for never.
+    /// In every so-many-th epoch all captions are left out, with 3 in the third and the sixth; 0 for never.
     pub dropout_every_n_epochs: u64,
     /// Of several lines one is chosen, of `{a|b|c}` one part; `{{` and `}}` are braces. Otherwise the first line counts.
     pub wildcards: bool,
@@ -135,7 +137,11 @@ impl CaptionOptions {
     pub fn process<S: AsRef<str>>(&self, lines: &[S], epoch: u64, done: Done, random: &Stream) -> String {
         let every = self.dropout_every_n_epochs;
         let dropped = f64::from(random.at("caption_dropout").uniform()) < self.dropout;
-        if dropped || every > 0 && epoch.is_multiple_of(every) { String::new() } else { self.kept(lines, done, random) }
+        if dropped || every > 0 && (epoch + 1).is_multiple_of(every) {
+            String::new()
+        } else {
+            self.kept(lines, done, random)
+        }
     }
 
     /// The caption of a visit that keeps it.
@@ -147,6 +153,7 @@ impl CaptionOptions {
         };
         let parts = [self.prefix.as_str(), line, self.suffix.as_str()];
         let text = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+        let text = trigger::marked(&text, &self.trigger_word);
         let text = if self.wildcards { choose(&text, &mut random.at("wildcard")) } else { text };
         let text = self.order(&text, done, random);
         match self.secondary_separator.as_str() {
@@ -179,11 +186,11 @@ impl CaptionOptions {
                 (head, middle, Vec::new())
             }
         };
-        let has = |tags: &[String]| tags.contains(&self.trigger_word);
-        if !self.trigger_word.is_empty() && !has(&head) && !has(&tail) {
-            middle.retain(|tag| *tag != self.trigger_word);
-            head.insert(0, self.trigger_word.clone());
-        }
+        // A trigger word of several tags is each of them.
+        let missing = tags(&self.trigger_word).into_iter();
+        let missing = missing.filter(|word| !head.iter().chain(&tail).any(|tag| trigger::has(tag, word)));
+        let front: Vec<String> = missing.filter_map(|word| trigger::taken_out(&mut middle, word, is_whole)).collect();
+        head.splice(0..0, front);
         middle.truncate(self.warm(middle.len(), done));
         if self.shuffle {
             random.at("shuffle").shuffle(&mut middle);
@@ -252,6 +259,13 @@ mod tests {
         assert_eq!(only(&trigger, &["cat, sofa"]), "ohwx, cat, sofa");
         assert_eq!(only(&trigger, &["cat, ohwx, sofa"]), "ohwx, cat, sofa");
         assert_eq!(only(&trigger, &[""]), "ohwx");
+        assert_eq!(only(&trigger, &["photo of ohwx cat, sofa"]), "photo of ohwx cat, sofa");
+        assert_eq!(only(&trigger, &["photo of ohwxy, sofa"]), "ohwx, photo of ohwxy, sofa");
+        assert_eq!(only(&trigger, &["photo of [trigger], sofa"]), "photo of ohwx, sofa");
+        let dropped = CaptionOptions { tag_dropout: 1.0, ..trigger.clone() };
+        assert_eq!(only(&dropped, &["sofa, photo of ohwx cat"]), "photo of ohwx cat");
+        let several = CaptionOptions { trigger_word: "ohwx, cat".into(), ..plain.clone() };
+        assert_eq!(only(&several, &["sofa, cat, red"]), "ohwx, cat, sofa, red");
         let divided = CaptionOptions { keep_separator: "|||".into(), secondary_separator: ";;;".into(), ..plain };
         assert_eq!(only(&divided, &["a, b ||| c;;;d, e"]), "a, b, c, d, e");
     }
@@ -307,7 +321,7 @@ mod tests {
         let epochs = CaptionOptions { dropout_every_n_epochs: 3, ..CaptionOptions::default() };
         let kept: Vec<bool> =
             (0..6).map(|epoch| !epochs.process(&["a"], epoch, Done::ALL, &Stream::new(0)).is_empty()).collect();
-        assert_eq!(kept, [false, true, true, false, true, true]);
+        assert_eq!(kept, [true, true, false, true, true, false], "epochs 3 and 6, as people count");
     }
 
     #[test]

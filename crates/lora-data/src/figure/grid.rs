@@ -37,6 +37,17 @@ impl From<&RgbPicture> for GridPicture {
 }
 
 impl GridPicture {
+    /// The picture as a grid shows it, so that no more of it has to be kept.
+    pub fn reduced(&self) -> Self {
+        match fit(self, scaled((self.width, self.height))) {
+            Some(picture) if picture.width() < self.width as u32 || picture.height() < self.height as u32 => {
+                let (width, height) = (picture.width() as usize, picture.height() as usize);
+                Self { width, height, rgb: picture.into_raw() }
+            }
+            _ => self.clone(),
+        }
+    }
+
     /// Writes the picture as PNG; a file that is there is replaced once the new one is whole.
     ///
     /// # Errors
@@ -62,7 +73,7 @@ fn save(path: &Path, picture: &RgbImage) -> Result<()> {
 const GAP: u32 = 8;
 const LABEL: u32 = 92;
 const HEADER: u32 = 34;
-/// Small pictures are enlarged up to this side, large ones reduced to [`LARGEST`].
+/// Pictures whose longer side is smaller are enlarged up to it, those beyond [`LARGEST`] reduced.
 const SMALLEST: u32 = 128;
 const LARGEST: u32 = 384;
 const BACKGROUND: Rgb<u8> = Rgb([250, 250, 251]);
@@ -71,15 +82,9 @@ const TEXT: Rgb<u8> = Rgb([50, 50, 56]);
 
 /// Draws the grid.
 pub fn draw(rows: &[GridRow], columns: &[String]) -> RgbImage {
-    let cell = |side: fn(&GridPicture) -> usize| {
-        let largest = rows.iter().flat_map(|row| &row.pictures).map(side).max().unwrap_or(0) as u32;
-        match largest {
-            0 => SMALLEST,
-            side if side < SMALLEST => side * (SMALLEST / side).max(1),
-            side => side.min(LARGEST),
-        }
-    };
-    let (width, height) = (cell(|picture| picture.width), cell(|picture| picture.height));
+    let largest =
+        |side: fn(&GridPicture) -> usize| rows.iter().flat_map(|row| &row.pictures).map(side).max().unwrap_or(0);
+    let (width, height) = scaled((largest(|picture| picture.width), largest(|picture| picture.height)));
     let (columns_count, rows_count) = (columns.len() as u32, rows.len() as u32);
     let size = (LABEL + columns_count * (width + GAP) + GAP, HEADER + rows_count * (height + GAP) + GAP);
     let mut picture = RgbImage::from_pixel(size.0, size.1, BACKGROUND);
@@ -95,7 +100,7 @@ pub fn draw(rows: &[GridRow], columns: &[String]) -> RgbImage {
         label::draw(&mut picture, (GAP, middle), &row.label, TEXT, HPos::Left);
         for column in 0..columns.len() {
             let left = i64::from(LABEL + column as u32 * (width + GAP));
-            let fitted = row.pictures.get(column).and_then(|sample| fit(sample, width, height));
+            let fitted = row.pictures.get(column).and_then(|sample| fit(sample, (width, height)));
             match fitted {
                 Some(sample) => overlay(&mut picture, &sample, left, top),
                 None => overlay(&mut picture, &RgbImage::from_pixel(width, height, EMPTY), left, top),
@@ -105,15 +110,30 @@ pub fn draw(rows: &[GridRow], columns: &[String]) -> RgbImage {
     picture
 }
 
-/// A sample at the size of its cell; `None` where its bytes do not fit its size.
-fn fit(sample: &GridPicture, width: u32, height: u32) -> Option<RgbImage> {
+/// Width and height at which pictures of this size are shown; both sides change alike.
+fn scaled((width, height): (usize, usize)) -> (u32, u32) {
+    let (width, height, longer) = (width as u32, height as u32, width.max(height) as u32);
+    let side = |side: u32| match longer {
+        0 => SMALLEST,
+        _ if longer < SMALLEST => side * (SMALLEST / longer),
+        _ if longer > LARGEST => (u64::from(side) * u64::from(LARGEST)).div_ceil(u64::from(longer)) as u32,
+        _ => side,
+    };
+    (side(width), side(height))
+}
+
+/// A sample as large as its cell has room for; `None` where its bytes do not fit its size.
+fn fit(sample: &GridPicture, (width, height): (u32, u32)) -> Option<RgbImage> {
     let picture = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb.clone())?;
-    if picture.dimensions() == (width, height) {
+    let (own_width, own_height) = picture.dimensions();
+    if own_width.min(own_height) == 0 || (own_width, own_height) == (width, height) {
         return Some(picture);
     }
+    let factor = (f64::from(width) / f64::from(own_width)).min(f64::from(height) / f64::from(own_height));
+    let side = |own: u32| ((f64::from(own) * factor).round() as u32).max(1);
     // Enlarged pixels stay pixels; reduced pictures are smoothed.
-    let filter = if picture.width() < width { FilterType::Nearest } else { FilterType::CatmullRom };
-    Some(resize(&picture, width, height, filter))
+    let filter = if factor > 1.0 { FilterType::Nearest } else { FilterType::CatmullRom };
+    Some(resize(&picture, side(own_width), side(own_height), filter))
 }
 
 /// At most two lines of at most `width` pixels.
@@ -159,6 +179,18 @@ mod tests {
         assert_eq!(middle(0, 1), EMPTY);
         assert_eq!(middle(1, 1), EMPTY, "bytes that do not fit leave the cell empty");
         draw(&[], &[]);
+    }
+
+    #[test]
+    fn pictures_keep_their_shape() {
+        let wide = GridPicture { width: 1024, height: 768, rgb: [0, 0, 255].repeat(1024 * 768) };
+        let small = wide.reduced();
+        assert_eq!((small.width, small.height, small.rgb.len()), (384, 288, 384 * 288 * 3));
+        let row = |pictures| [GridRow { label: "before".into(), pictures }];
+        let columns = ["a".to_owned()];
+        assert_eq!(draw(&row(vec![wide]), &columns), draw(&row(vec![small]), &columns), "as the whole one is drawn");
+        let tiny = GridPicture { width: 32, height: 64, rgb: vec![9; 32 * 64 * 3] };
+        assert_eq!((scaled((32, 64)), tiny.reduced()), ((64, 128), tiny));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a run says of its pictures: to people before the first step, and in the metadata of the adapter's file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use lora_io::metadata::{BucketRecord, TrainingRecord};
@@ -20,9 +20,9 @@ pub(super) fn overview(pictures: &Pictures) -> Overview {
     items.iter().for_each(|item| *sources.entry(item.caption_source).or_default() += 1);
     let sources: Vec<String> =
         sources.iter().map(|(source, count)| format!("{count} from {}", source.name())).collect();
-    let shown = items.iter().take(SHOWN).map(|item| {
-        let caption = if item.caption.is_empty() { "(no caption)" } else { &item.caption };
-        format!("{}: {caption}", name(&item.file.path))
+    let shown = items.iter().enumerate().take(SHOWN).map(|(index, item)| {
+        let caption = pictures.plain_caption(index);
+        format!("{}: {}", name(&item.file.path), if caption.is_empty() { "(no caption)" } else { &caption })
     });
     Overview {
         noun: "pictures",
@@ -59,6 +59,7 @@ fn notes(pictures: &Pictures) -> Vec<String> {
         (FindingKind::OrphanCaption, "caption(s) without a picture"),
         (FindingKind::DuplicateStem, "picture(s) that share their caption with another of the same name"),
         (FindingKind::MissingMask, "picture(s) without a file in mask_dir"),
+        (FindingKind::SharedMask, "picture(s) with the mask of a picture of the same name in another folder"),
     ] {
         if let (count @ 1.., Some(first)) = (of_kind(kind).len(), of_kind(kind).first()) {
             notes.push(format!("{count} {what}, the first {first}; `lora dataset` lists them"));
@@ -124,6 +125,16 @@ pub(super) fn record(pictures: &Pictures, record: &mut TrainingRecord) {
         *visits += item.repeats;
     }
     record.tag_frequency = tag_frequency(pictures.items());
+    for (index, item) in pictures.items().iter().enumerate() {
+        let word = pictures.options(index).captions.trigger_word.to_lowercase();
+        let own = || item.caption.split(',').any(|tag| tag.trim().to_lowercase() == word);
+        if !word.is_empty() && !own() {
+            *record.tag_frequency.entry(item.folder.to_string()).or_default().entry(word).or_default() += 1;
+        }
+    }
+    let words = pictures.datasets().map(|dataset| dataset.captions.trigger_word.as_str());
+    let words: BTreeSet<&str> = words.filter(|word| !word.is_empty()).collect();
+    record.trigger_phrase = words.into_iter().collect::<Vec<_>>().join(", ");
 }
 
 /// Visits of pictures of one size.

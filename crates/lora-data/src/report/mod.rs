@@ -363,7 +363,7 @@ fn previews(pictures: &Pictures, options: &ReportOptions) -> Vec<Preview> {
         Some(Preview {
             name: item.file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
             size,
-            caption: pictures.options(index).captions.process(&item.lines(), 1, Done::ALL, &draw),
+            caption: pictures.options(index).captions.process(&item.lines(), 0, Done::ALL, &draw),
             jpeg: picture.to_jpeg(QUALITY),
         })
     };

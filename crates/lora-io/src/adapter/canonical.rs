@@ -4,11 +4,13 @@
 
 use std::collections::BTreeMap;
 
+use lora_core::variant::BIAS_VALUE;
 use lora_core::{Adapter, AdapterModule, Component, HostTensor, ModulePath};
 
 use super::names;
+use super::parts::LORA_BIAS as BIAS;
 use crate::family::tree::{Depths, Piece, Share};
-use crate::family::{FAMILIES, Family, Names};
+use crate::family::{ComponentNames, FAMILIES, Family, Names};
 
 /// Where files in kohya's form say which base they were made for.
 const BASE_VERSION: &str = "ss_base_model_version";
@@ -41,7 +43,7 @@ pub(super) fn canonical(adapter: &mut Adapter) -> Vec<String> {
             _ => vec![(path.path.clone(), module)],
         };
         for (name, module) in parts {
-            let canonical = ModulePath::new(path.component, name);
+            let canonical = ModulePath::new(component(&path, family), name);
             if adapter.modules.insert(canonical.clone(), module).is_some() {
                 problems.push(format!("`{path}` (`{canonical}` is there under another name already)"));
             }
@@ -53,6 +55,14 @@ pub(super) fn canonical(adapter: &mut Adapter) -> Vec<String> {
         adapter.metadata.entry(BASE_VERSION.into()).or_insert_with(|| labels.version[0].into());
     }
     problems
+}
+
+/// The component of a module: a T5's is the one that is a T5 in the adapter's family.
+fn component(path: &ModulePath, family: Option<&Family>) -> Component {
+    let is_t5 = path.component.is_text_encoder() && path.path.starts_with("encoder.block.");
+    let place = |names: &&ComponentNames| names.single_file.is_some_and(|own| own.place.contains(".t5xxl."));
+    let own = family.filter(|_| is_t5).and_then(|family| family.components.iter().find(place));
+    own.map_or(path.component, |names| names.component)
 }
 
 /// What a module is under canonical names, in the first tree that knows it.
@@ -91,7 +101,8 @@ fn taken_apart(module: &AdapterModule, pieces: &[(String, Piece)]) -> Result<Vec
     let mut parts = pieces.iter().map(one).collect::<Result<Vec<_>, String>>()?;
     // Where modules were put together, a layer between them may have had none.
     let is_nothing = |module: &AdapterModule| {
-        module.tensors.get("up").is_some_and(|up| up.to_f32().iter().all(|value| *value == 0.0))
+        let mut trained = module.tensors.iter().filter(|(name, _)| *name != "down");
+        trained.all(|(name, tensor)| name != BIAS_VALUE && tensor.to_f32().iter().all(|value| *value == 0.0))
     };
     if parts.len() > 1 && !parts.iter().all(|(_, module)| is_nothing(module)) {
         parts.retain(|(_, module)| !is_nothing(module));
@@ -99,9 +110,12 @@ fn taken_apart(module: &AdapterModule, pieces: &[(String, Piece)]) -> Result<Vec
     Ok(parts)
 }
 
-/// The tensors of a plain LoRA whose first axis is the layer's outputs; an error for another variant.
+/// The tensors of a plain LoRA, with or without a bias, whose first axis is the layer's outputs; an error for another
+/// variant.
 fn of_outputs(module: &AdapterModule, what: &str) -> Result<Vec<String>, String> {
-    if !module.is_lora() || module.factors().is_none_or(|factors| factors.embedding) {
+    let known = |name: &String| ["down", "up", BIAS, BIAS_VALUE].contains(&name.as_str());
+    let has = |name| module.tensors.contains_key(name);
+    if !module.is_lora() || !has("down") || !has("up") || !module.tensors.keys().all(known) {
         return Err(format!("{} on {what}; only plain LoRA goes over: flatten it first", module.variant));
     }
     Ok(module.tensors.keys().filter(|name| *name != "down").cloned().collect())
@@ -214,9 +228,12 @@ fn joined(parts: &[(Share, &ModulePath, &AdapterModule)], separate: &mut usize) 
     let mut factors = Vec::with_capacity(parts.len());
     for (share, _, module) in parts {
         let others = of_outputs(module, "one of several layers that are one in this layout")?;
-        let (Some(down), Some(up), 1) = (module.tensors.get("down"), module.tensors.get("up"), others.len()) else {
-            return Err("a trained bias or vector beside its factors, which has no place in this layout".into());
+        let (Some(down), Some(up)) = (module.tensors.get("down"), module.tensors.get("up")) else {
+            return Err("factors that are not there".into());
         };
+        if others.iter().any(|name| name == BIAS_VALUE) {
+            return Err("a trained bias in the base's place, which has no form in this layout".into());
+        }
         let (&[rank, inputs], &[outputs, _]) = (down.shape(), up.shape()) else {
             return Err("factors that are no matrices".into());
         };
@@ -252,11 +269,31 @@ fn joined(parts: &[(Share, &ModulePath, &AdapterModule)], separate: &mut usize) 
     }
     *separate += if shared { 0 } else { parts.len() };
     let module = parts[0].2;
-    let tensors = [("down", shaped(&[total, inputs], stacked)), ("up", shaped(&[all, total], up))];
-    Ok(AdapterModule {
-        variant: module.variant.clone(),
-        tensors: tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect(),
-        rank: total,
-        alpha: scale * total as f64,
-    })
+    let mut tensors = BTreeMap::from([
+        ("down".to_owned(), shaped(&[total, inputs], stacked)),
+        ("up".to_owned(), shaped(&[all, total], up)),
+    ]);
+    tensors.extend(joined_bias(parts, all, scale)?.map(|bias| (BIAS.to_owned(), bias)));
+    Ok(AdapterModule { variant: module.variant.clone(), tensors, rank: total, alpha: scale * total as f64 })
+}
+
+/// The bias of modules on shares of `all` outputs, under one scale; `None` where no module has one.
+fn joined_bias(
+    parts: &[(Share, &ModulePath, &AdapterModule)],
+    all: usize,
+    scale: f64,
+) -> Result<Option<HostTensor>, String> {
+    if !parts.iter().any(|(.., module)| module.tensors.contains_key(BIAS)) {
+        return Ok(None);
+    }
+    let mut values = vec![0.0f32; all];
+    for (share, _, module) in parts {
+        let Some(bias) = module.tensors.get(BIAS) else { continue };
+        let rows = share.rows(all).filter(|rows| rows.len() == bias.elements());
+        let rows = rows.ok_or_else(|| format!("its bias {:?} is none of its layer's", bias.shape()))?;
+        let factor = module.scale() / scale;
+        let own = bias.to_f32();
+        values[rows].iter_mut().zip(&*own).for_each(|(place, value)| *place = (f64::from(*value) * factor) as f32);
+    }
+    Ok(Some(shaped(&[all], values)))
 }

@@ -10,6 +10,7 @@ use lora_core::{Adapter, Component, DType, ModulePath};
 use serde_json::{Value, json};
 
 use super::parts::{Parts, PeftContext};
+use super::patterns::{self, Patterns};
 use super::{AdapterFile, Format, folded, names};
 use crate::metadata::{HASH, refresh_with};
 use crate::safetensors::{SafetensorsFile, TensorSource, verify, write as write_file};
@@ -18,23 +19,43 @@ use crate::{Error, Result};
 /// Metadata key of diffusers' own record of alphas and ranks.
 pub(super) const METADATA: &str = "lora_adapter_metadata";
 
-/// What the header's record says of the modules' scales.
-pub(super) struct Scales(Option<Value>);
+/// What the header's record says of the modules' scales, by component.
+pub(super) struct Scales(BTreeMap<String, Scale>);
+
+#[derive(Default)]
+struct Scale {
+    alpha: Option<f64>,
+    own: Patterns,
+    rank_stabilised: bool,
+}
 
 impl Scales {
     pub(super) fn of(file: &SafetensorsFile) -> Result<Self> {
-        let parse = |text: &String| {
-            serde_json::from_str(text)
-                .map_err(|error| Error::format(file.path(), format!("metadata `{METADATA}`: {error}")))
-        };
-        Ok(Self(file.metadata().get(METADATA).map(parse).transpose()?))
+        let Some(text) = file.metadata().get(METADATA) else { return Ok(Self(BTreeMap::new())) };
+        let wrong = |reason: String| Error::format(file.path(), format!("metadata `{METADATA}`: {reason}"));
+        let config: Value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+        let mut scales = BTreeMap::<String, Scale>::new();
+        for (key, value) in config.as_object().into_iter().flatten() {
+            let Some((component, field)) = key.split_once('.') else { continue };
+            let scale = scales.entry(component.to_owned()).or_default();
+            match field {
+                "lora_alpha" => scale.alpha = value.as_f64(),
+                "use_rslora" => scale.rank_stabilised = value.as_bool().unwrap_or(false),
+                "alpha_pattern" => {
+                    scale.own = Patterns::parse(Some(value)).map_err(|reason| wrong(format!("`{key}`: {reason}")))?;
+                }
+                _ => {}
+            }
+        }
+        Ok(Self(scales))
     }
 
     /// The alpha of a module that has no tensor of its own for it.
     pub(super) fn context(&self, path: &ModulePath, parts: &Parts) -> Option<PeftContext> {
-        let config = self.0.as_ref()?;
+        let scale = self.0.get(path.component.name())?;
         let rank = parts.get("lora_down").and_then(|down| down.shape().first().copied()).unwrap_or(1);
-        let alpha = alpha_of(config, path)? * if use_rslora(config, path) { (rank as f64).sqrt() } else { 1.0 };
+        let factor = if scale.rank_stabilised { (rank as f64).sqrt() } else { 1.0 };
+        let alpha = scale.own.number(path).or(scale.alpha)? * factor;
         Some(PeftContext { alpha: Some(alpha), ..PeftContext::default() })
     }
 }
@@ -46,20 +67,6 @@ pub(super) fn from_file(file: &SafetensorsFile) -> Result<AdapterFile> {
     let format = if old { Format::DiffusersOld } else { Format::Diffusers };
     // Old names end in `to_q_lora.down.weight`: the module is what stands before `_lora`.
     super::assemble(file, format, sorted, names::from_dotted, |_, path, parts| scales.context(path, parts))
-}
-
-/// `lora_alpha` of a component, or the `alpha_pattern` whose key ends the module's path.
-fn alpha_of(config: &Value, path: &ModulePath) -> Option<f64> {
-    let component = path.component.name();
-    let patterns = config.get(format!("{component}.alpha_pattern")).and_then(Value::as_object);
-    let own = patterns.and_then(|patterns| {
-        patterns.iter().find(|(key, _)| path.path == **key || path.path.ends_with(&format!(".{key}")))
-    });
-    own.map(|(_, alpha)| alpha).or_else(|| config.get(format!("{component}.lora_alpha")))?.as_f64()
-}
-
-fn use_rslora(config: &Value, path: &ModulePath) -> bool {
-    config.get(format!("{}.use_rslora", path.component.name())).and_then(Value::as_bool).unwrap_or(false)
 }
 
 /// Writes the layout of today.
@@ -113,8 +120,9 @@ fn write_with(
     let mut config = serde_json::Map::new();
     for (component, modules) in &configs {
         let rank = most_common(modules.iter().map(|(_, rank)| *rank));
-        let other: serde_json::Map<_, _> =
-            modules.iter().filter(|(_, own)| *own != rank).map(|(path, own)| (path.path.clone(), json!(own))).collect();
+        let paths: Vec<&ModulePath> = modules.iter().map(|(path, _)| *path).collect();
+        let other = modules.iter().filter(|(_, own)| *own != rank).map(|(path, own)| (*path, json!(own)));
+        let other = patterns::written(other, &paths);
         let targets: Vec<_> = modules.iter().map(|(path, _)| path.path.clone()).collect();
         for (key, value) in [
             ("peft_type", json!("LORA")),

@@ -74,7 +74,11 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
             folded += 1;
             let mut same = module.clone();
             same.alpha = common;
-            same.tensors.insert("up".into(), super::scaled(&module.tensors["up"], ratio));
+            for name in ["up", parts::LORA_BIAS] {
+                if let Some(tensor) = module.tensors.get(name) {
+                    same.tensors.insert(name.into(), super::scaled(tensor, ratio));
+                }
+            }
             insert(name, &same)?;
         } else {
             insert(name, module)?;

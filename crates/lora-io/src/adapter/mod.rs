@@ -11,6 +11,7 @@ pub mod kohya;
 mod named;
 pub mod names;
 pub(crate) mod parts;
+mod patterns;
 pub mod peft;
 mod peft_experts;
 pub mod portable;

@@ -10,7 +10,7 @@
 //! | Anima's text conditioner: kohya, ComfyUI, diffusers | | `lora_unet_llm_adapter_`, `diffusion_model.llm_adapter.`, `text_conditioner.` | | |
 //! | PEFT | `base_model.model.` + path | the same | the same | the same |
 //! | none | path | path | | |
-//! | ComfyUI's generic | `diffusion_model.` + original path | the same | | |
+//! | ComfyUI's generic | `diffusion_model.` + original path | the same | `text_encoders.clip_l.transformer.` and so on | |
 //!
 //! Layers of transformers that are one in the original tree are taken apart and put together in `adapter::canonical`.
 //!
@@ -23,7 +23,7 @@ use lora_core::{Component, ModulePath};
 use crate::family::tree::clip::with_text_model;
 use crate::family::tree::ldm::LdmUnet;
 use crate::family::tree::{Depths, Tree};
-use crate::family::{Family, anima, sd1, sdxl};
+use crate::family::{FAMILIES, Family, anima, sd1, sdxl};
 
 use super::canonical::is_transformer;
 
@@ -120,6 +120,9 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
             return ModulePath::new(component, with_text_model(path));
         }
     }
+    if let Some(module) = in_comfyui(name) {
+        return module;
+    }
     let of_conditioner =
         ["diffusion_model.llm_adapter.", "text_conditioner."].iter().find_map(|prefix| name.strip_prefix(prefix));
     if let Some(path) = of_conditioner {
@@ -156,6 +159,25 @@ pub(crate) fn from_dotted(name: &str) -> ModulePath {
     ModulePath::new(Component::MODEL, name)
 }
 
+/// A text encoder's module as ComfyUI's own nodes name it when they save a LoRA (`comfy_extras/nodes_lora_extract.py`):
+/// `text_encoders.` and the name in a checkpoint of several parts. A T5 is another component in each family: which one,
+/// `adapter::canonical` tells.
+fn in_comfyui(name: &str) -> Option<ModulePath> {
+    const OTHERS: &[(&str, Component)] = &[("text_encoders.clip_h.transformer.", Component::TEXT_ENCODER)];
+    let path = |path: &str, tree: &dyn Tree| {
+        let (canonical, _) = tree.weights(&format!("{path}.weight"), &Depths::default())?.into_iter().next()?;
+        canonical.strip_suffix(".weight").map(str::to_owned)
+    };
+    let of_places = FAMILIES.into_iter().flat_map(|family| family.components).filter_map(|own| {
+        let names = own.single_file.filter(|names| names.place.starts_with("text_encoders."))?;
+        Some(ModulePath::new(own.component, path(name.strip_prefix(names.place)?, names.tree)?))
+    });
+    let others = OTHERS
+        .iter()
+        .filter_map(|(place, component)| Some(ModulePath::new(*component, with_text_model(name.strip_prefix(place)?))));
+    of_places.chain(others).next()
+}
+
 fn is_unet(path: &str) -> bool {
     const STARTS: &[&str] =
         &["down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."];
@@ -183,7 +205,6 @@ pub(crate) fn diffusers(module: &ModulePath) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::FAMILIES;
 
     fn unet(path: &str) -> ModulePath {
         ModulePath::new(Component::UNET, path)

@@ -126,6 +126,8 @@ pub(super) struct PeftContext {
 /// The parts that a trained weight or bias is, which takes the place of the base's.
 pub(super) const BIAS: &str = BIAS_VALUE;
 pub(super) const WEIGHT: &str = WEIGHT_VALUE;
+/// The tensor that a LoRA adds to the bias, with its scale.
+pub(super) const LORA_BIAS: &str = "bias";
 
 /// One module's tensors by part.
 pub(super) type Parts = BTreeMap<&'static str, HostTensor>;
@@ -169,11 +171,18 @@ pub(super) fn assemble(mut parts: Parts, tool: &Tool) -> Result<AdapterModule, S
             take("lora_mid", "mid", &mut parts)?;
         }
         if has(&parts, "lora_bias") {
-            take("lora_bias", "bias", &mut parts)?;
+            take("lora_bias", LORA_BIAS, &mut parts)?;
         }
         module.variant = peft.and_then(|context| context.residual).unwrap_or("lora").into();
         module.rank = side(&module.tensors["down"], 0);
         module.alpha = alpha.unwrap_or(module.rank as f64) * factor;
+        if let Some(bias) = parts.remove("diff_b") {
+            // ComfyUI adds it without alpha (`comfy/lora.py`); what a module holds counts with alpha by rank.
+            if module.scale() == 0.0 || module.tensors.contains_key(LORA_BIAS) {
+                return Err("`diff_b` goes beside factors that count, and beside no other bias".into());
+            }
+            module.tensors.insert(LORA_BIAS.into(), super::scaled(&bias, module.scale().recip()));
+        }
     } else if has(&parts, "embedding_down") || has(&parts, "embedding_up") {
         take("embedding_down", "embedding_down", &mut parts)?;
         take("embedding_up", "embedding_up", &mut parts)?;
@@ -355,6 +364,7 @@ pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String,
         ("down", "lora_down.weight"),
         ("mid", "lora_mid.weight"),
         ("up", "lora_up.weight"),
+        (LORA_BIAS, "diff_b"),
         ("magnitude", "dora_scale"),
     ];
     const LOHA: &[(&str, &str)] = &[
@@ -422,6 +432,7 @@ pub(super) fn spell(module: &AdapterModule, dtype: DType) -> Result<Vec<(String,
                 shape[0] = tensor.elements();
                 tensor.clone().reshape(shape).map_err(|error| error.to_string())?
             }
+            ("lora", LORA_BIAS) => super::scaled(tensor, module.scale()),
             _ => tensor.clone(),
         };
         spelt.push(((*suffix).to_owned(), tensor.to_dtype(dtype)));

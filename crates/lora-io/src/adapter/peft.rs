@@ -12,11 +12,11 @@ use std::path::Path;
 
 use lora_core::variant::{BIAS_VALUE, EXPERTS_DOWN, TOKEN_ROWS, TOKENS, WEIGHT_VALUE};
 use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath};
-use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use super::diffusers::{self, most_common};
 use super::parts::{Parts, PeftContext};
+use super::patterns::{self, Patterns};
 use super::peft_experts::{TargetParameters, by_expert, of_all_experts, target_of, wrapper_of};
 use super::{AdapterFile, Format, Whole, names};
 use crate::metadata::HASH;
@@ -73,7 +73,13 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         let reason = "field `trainable_token_indices`: the file beside it has no rows of these tokens";
         return Err(Error::format(&config_path, reason));
     }
-    let path_of = |name: &str| config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
+    // CLIP encoders of one pipeline have the same names: the folder says which it is, as this crate and diffusers name them.
+    let second = folder.file_name().is_some_and(|name| name == Component::TEXT_ENCODER_2.name());
+    let path_of = |name: &str| {
+        let path = config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
+        let is_second = second && path.component == Component::TEXT_ENCODER;
+        if is_second { ModulePath::new(Component::TEXT_ENCODER_2, path.path) } else { path }
+    };
     let mut read = super::assemble(&file, Format::Peft, sorted, path_of, |_, path, parts| {
         Some(config.context(path, parts, vera.clone()))
     })?;
@@ -125,8 +131,8 @@ struct Config {
     method: String,
     alpha: Option<f64>,
     rank: f64,
-    alphas: Vec<(Regex, f64)>,
-    ranks: Vec<(Regex, f64)>,
+    alphas: Patterns,
+    ranks: Patterns,
     rank_stabilised: bool,
     neumann: bool,
     /// Which trained tensors of the base the file holds.
@@ -189,16 +195,7 @@ impl Config {
                 },
             }
         };
-        let patterns = |field: &str| -> Result<Vec<(Regex, f64)>> {
-            let Some(patterns) = fields.get(field).and_then(Value::as_object) else { return Ok(Vec::new()) };
-            let parse = |(key, value): (&String, &Value)| {
-                let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-                    .map_err(|error| wrong(field, format!("`{key}` is no pattern that is supported: {error}")))?;
-                let number = value.as_f64().ok_or_else(|| wrong(field, format!("`{key}` is no number")))?;
-                Ok((regex, number))
-            };
-            patterns.iter().map(parse).collect()
-        };
+        let patterns = |field: &str| Patterns::parse(fields.get(field)).map_err(|reason| wrong(field, reason));
         let list = |field: &str| match fields.get(field) {
             Some(Value::String(one)) => vec![one.clone()],
             Some(Value::Array(items)) => items.iter().filter_map(|item| item.as_str().map(str::to_owned)).collect(),
@@ -244,11 +241,11 @@ impl Config {
 
     /// The rank of a module's adapter.
     fn rank_of(&self, path: &ModulePath) -> f64 {
-        pattern(&self.ranks, path).unwrap_or(self.rank)
+        self.ranks.number(path).unwrap_or(self.rank)
     }
 
     fn context(&self, path: &ModulePath, parts: &Parts, vera: Option<(HostTensor, HostTensor)>) -> PeftContext {
-        let alpha = pattern(&self.alphas, path).or(self.alpha);
+        let alpha = self.alphas.number(path).or(self.alpha);
         let rank = self.rank_of(path);
         let scaled = match self.method.as_str() {
             "LORA" if self.rank_stabilised => alpha.map(|alpha| alpha * rank.sqrt()),
@@ -271,11 +268,6 @@ impl Config {
             tokens,
         }
     }
-}
-
-/// The number of the first pattern that names a module.
-fn pattern(patterns: &[(Regex, f64)], path: &ModulePath) -> Option<f64> {
-    patterns.iter().find(|(regex, _)| regex.is_match(&path.path)).map(|(_, number)| *number)
 }
 
 /// Numbers of trained tokens by the ending of the layer's name: one list for whatever embedding there is, or one a layer.
@@ -477,16 +469,11 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
     });
     let alpha = alphas.into_values().max_by_key(|(count, _)| *count).map_or(rank as f64, |(_, alpha)| alpha);
     let whole = |number: f64| if number.fract() == 0.0 { json!(number as i64) } else { json!(number) };
-    let mut ranks = Map::new();
-    let mut own_alphas = Map::new();
-    for (path, module) in &adapter.modules {
-        if module.rank != rank {
-            ranks.insert(path.path.clone(), json!(module.rank));
-        }
-        if module.alpha != alpha {
-            own_alphas.insert(path.path.clone(), whole(module.alpha));
-        }
-    }
+    let paths: Vec<&ModulePath> = adapter.modules.keys().collect();
+    let other_ranks = adapter.modules.iter().filter(|(_, module)| module.rank != rank);
+    let ranks = patterns::written(other_ranks.map(|(path, module)| (path, json!(module.rank))), &paths);
+    let other_alphas = adapter.modules.iter().filter(|(_, module)| module.alpha != alpha);
+    let own_alphas = patterns::written(other_alphas.map(|(path, module)| (path, whole(module.alpha))), &paths);
     let parameters: BTreeSet<String> =
         adapter.modules.iter().filter(is_of_experts).map(|(path, _)| target_of(&path.path)).collect();
     let language = adapter.modules.keys().all(|path| path.component == Component::LANGUAGE_MODEL);

@@ -93,7 +93,7 @@ fn converted(builder: &mut OpinionBuilder, inventory: &Inventory, base: &Family,
 
 /// The kind of a text encoder's part is told by `to_out_lora`, `lora_linear_layer` or `.lora_A.weight`, which only
 /// out_proj and the MLP become: q, k and v alone raise "Could not automatically infer state dict type".
-fn encoders_without_a_sign(builder: &mut OpinionBuilder, modules: &BTreeMap<String, BTreeSet<String>>) {
+pub(super) fn encoders_without_a_sign(builder: &mut OpinionBuilder, modules: &BTreeMap<String, BTreeSet<String>>) {
     for prefixes in [&["lora_te_", "lora_te1_"][..], &["lora_te2_"]] {
         let converted = |parts: &BTreeSet<String>| parts.contains("lora_down.weight");
         let names = || {

@@ -202,6 +202,11 @@ pub(super) fn without_config(inventory: &Inventory, cure: Cure) -> Option<Cure> 
     Some(if is_plain { cure } else { Cure::FlattenToPeft })
 }
 
+/// What cures a name that a program does not take for a part of a LoRA: nothing where it is none.
+pub(super) fn of_another_kind(key: &str) -> Option<Cure> {
+    parts::split(key).map(|_| if is_plain(key) { Cure::ToPortable } else { Cure::FlattenToPeft })
+}
+
 /// Whether a tensor is a part of plain LoRA, in any layout: what is no plain LoRA does not become one by other names.
 pub(super) fn is_plain(key: &str) -> bool {
     const PLAIN: &[&str] = &["lora_down", "lora_up", "alpha", "embedding_down", "embedding_up", "magnitude"];

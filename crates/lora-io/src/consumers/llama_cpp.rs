@@ -29,7 +29,8 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
                 builder.refuse(key, "layers trained whole and biases end the conversion", Cure::Merge);
             }
             Part::NamedA | Part::NamedB | Part::Other => {
-                builder.refuse(key, "a name that is not half of a pair ends the conversion", Cure::ToPortable);
+                let what = "a name that is not half of a pair ends the conversion";
+                builder.refuse(key, what, folder::of_another_kind(key));
             }
         }
     }

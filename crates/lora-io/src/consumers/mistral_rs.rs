@@ -47,7 +47,7 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
             Part::EmbeddingA | Part::EmbeddingB => {
                 builder.refuse(key, "not used by any layer: embeddings are not supported", Cure::Merge);
             }
-            Part::Other => builder.refuse(key, "not used by any layer", Cure::ToPortable),
+            Part::Other => builder.refuse(key, "not used by any layer", folder::of_another_kind(key)),
         }
     }
     if let Some(config) = config {

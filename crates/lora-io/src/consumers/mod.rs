@@ -9,12 +9,13 @@
 //! | `layers` | the layers of Stable Diffusion models and their names in the layouts |
 //! | `builder` | collecting fates and problems into an opinion |
 //! | `webui`, `comfyui`, `diffusers`, `sd_scripts` | consumers of image adapters |
-//! | `transformers` | the same four on adapters for transformers that denoise by flow matching |
+//! | `transformers`, `conversions` | the same four on adapters for transformers that denoise by flow matching; diffusers' conversions of these |
 //! | `folder` | names and config of a PEFT folder, for the four that read one |
 //! | `peft`, `vllm`, `llama_cpp`, `mistral_rs` | consumers of PEFT folders |
 
 mod builder;
 mod comfyui;
+mod conversions;
 mod diffusers;
 mod folder;
 mod inventory;

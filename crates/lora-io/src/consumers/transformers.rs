@@ -1,35 +1,43 @@
 //! What programs make of adapters for transformers that denoise by flow matching: which of the spellings of a layer each
-//! knows. diffusers' rules (0.42.1) were seen running on tiny models, as were ComfyUI's (a commit of October 2025) but for those
-//! of FLUX.2, Z-Image and Anima, which were read, not run; sd-scripts' were read, not run.
+//! knows; what diffusers makes of a layer's tensors is told in [`super::conversions`]. ComfyUI's rules (a commit of October
+//! 2025) were seen running on tiny models but for those of FLUX.2, Z-Image, Anima and names without `diffusion_model.`, which
+//! were read, not run; sd-scripts' were read, not run.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use lora_core::Component;
 
 use super::builder::OpinionBuilder;
-use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict};
-use crate::adapter::{names, parts};
+use super::conversions::{Conversion, Fate, module_of};
+use super::{Consumer, Cure, Effect, Inventory, Opinion, Verdict, diffusers};
+use crate::adapter::names;
 use crate::family::tree::{Depths, Piece};
 use crate::family::{FAMILIES, Family, anima, chroma, flux, flux2, qwen_image, sd3, z_image};
 
 /// How a file spells a layer of the transformer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spelling {
+pub(super) enum Spelling {
     /// `lora_unet_` and underscores.
     Kohya,
     /// `lora_transformer_` and underscores.
     Legacy,
+    /// `lycoris_` and underscores.
+    Lycoris,
     /// `diffusion_model.` and dots.
     Generic,
     /// `transformer.` and dots.
     Diffusers,
+    /// Dots alone.
+    Bare,
 }
 
 /// A module of the transformer as a file spells it.
-struct Own {
-    spelling: Spelling,
-    path: String,
+pub(super) struct Own {
+    pub(super) spelling: Spelling,
+    pub(super) path: String,
     /// Whether the original tree has a layer of that name, and diffusers' tree.
-    original: bool,
-    canonical: bool,
+    pub(super) original: bool,
+    pub(super) canonical: bool,
 }
 
 /// Whether adapters for a base of a family are judged here.
@@ -37,7 +45,7 @@ pub(super) fn judges(base: &Family) -> bool {
     base.component(Component::TRANSFORMER).is_some_and(|names| names.single_file.is_some())
 }
 
-pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &Family) -> Opinion {
+pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &'static Family) -> Opinion {
     if consumer == Consumer::WebUi {
         let what = format!("no rules are known here for {consumer} and {base}; Forge loads with ComfyUI's");
         return Opinion::whole(consumer, Verdict::Unknown, what, None);
@@ -49,35 +57,64 @@ pub(super) fn opinion(consumer: Consumer, inventory: &Inventory, base: &Family) 
         return Opinion::whole(consumer, Verdict::NothingLoaded, what, None);
     }
     let mut builder = OpinionBuilder::default();
+    let conversion = (consumer == Consumer::Diffusers).then(|| Conversion::of(inventory, base));
     for key in inventory.tensors.keys() {
-        let module = parts::split(key).map_or(key.as_str(), |(module, _)| module);
-        let fate = match own(module, base) {
-            Some(own) => of_transformer(consumer, base, &own),
-            None => of_text(consumer, base, module),
+        let module = module_of(key);
+        let own = own(module, base);
+        let fate = match (&conversion, &own) {
+            (Some(_), _) if key.ends_with(".dora_scale") => {
+                let reason = "DoRA's magnitude is dropped with a warning; the weights are wrong without it";
+                let cure = if *base == sd3::FAMILY { Cure::Merge } else { Cure::Flatten };
+                builder.ignore(key, Effect::Wrong, reason, cure);
+                continue;
+            }
+            (Some(conversion), _) if conversion.is_foreign(key) => {
+                Fate::Refused("a key without `lora` in its name: \"Invalid LoRA checkpoint\"", Some(Cure::ToDiffusers))
+            }
+            (Some(_), Some(_)) if key.ends_with(".diff_b") => {
+                builder.ignore(key, Effect::Wrong, "trained biases are passed over", Cure::Merge);
+                continue;
+            }
+            (Some(conversion), Some(own)) => conversion.fate(module, own),
+            (None, Some(own)) => of_transformer(consumer, base, own),
+            (_, None) => of_text(consumer, base, module),
         };
         match fate {
-            Ok(None) => builder.load(key),
-            Ok(Some(note)) => {
+            Fate::Loads => builder.load(key),
+            Fate::Said(effect, what, cure) => {
                 builder.load(key);
-                builder.problem(note.0, Some(key), note.1, note.2);
+                builder.problem(effect, Some(key), what, cure);
             }
-            Err((reason, cure)) => builder.ignore(key, Effect::Part, reason, cure),
+            Fate::Ignored(reason, cure) => builder.ignore(key, Effect::Part, reason, cure),
+            Fate::Refused(reason, cure) => builder.refuse(key, reason, cure),
         }
+    }
+    if consumer == Consumer::Diffusers && *base == flux::FAMILY {
+        diffusers::encoders_without_a_sign(&mut builder, &encoders(inventory));
     }
     builder.finish(consumer)
 }
 
-/// A load, with what is to be said of it; or why there is none, and what helps.
-type Outcome = Result<Option<(Effect, &'static str, Option<Cure>)>, (&'static str, Option<Cure>)>;
+/// The parts of the text encoders' modules in kohya's names.
+fn encoders(inventory: &Inventory) -> BTreeMap<String, BTreeSet<String>> {
+    let mut modules = BTreeMap::<String, BTreeSet<String>>::new();
+    let encoders = inventory.tensors.keys().filter(|key| key.starts_with("lora_te1_"));
+    for (name, part) in encoders.filter_map(|key| key.split_once('.')) {
+        modules.entry(name.to_owned()).or_default().insert(part.to_owned());
+    }
+    modules
+}
 
 fn own(module: &str, base: &Family) -> Option<Own> {
     let spellings = [
         ("lora_unet_", Spelling::Kohya),
         ("lora_transformer_", Spelling::Legacy),
+        ("lycoris_", Spelling::Lycoris),
         ("diffusion_model.", Spelling::Generic),
         ("transformer.", Spelling::Diffusers),
     ];
-    let (_, spelling) = spellings.into_iter().find(|(prefix, _)| module.starts_with(prefix))?;
+    let spelling = spellings.into_iter().find(|(prefix, _)| module.starts_with(prefix));
+    let spelling = spelling.map_or(Spelling::Bare, |(_, spelling)| spelling);
     let path = if names::is_kohya(module) { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
     if path.component != Component::TRANSFORMER {
         return None;
@@ -91,54 +128,38 @@ fn own(module: &str, base: &Family) -> Option<Own> {
     Some(Own { spelling, path: path.path, original, canonical })
 }
 
-/// What becomes of a layer of the transformer.
-fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Outcome {
-    const LOADS: Outcome = Ok(None);
+/// What becomes of a layer of the transformer anywhere but in diffusers.
+fn of_transformer(consumer: Consumer, base: &Family, own: &Own) -> Fate {
+    use Fate::{Ignored, Loads, Said};
     let is = |families: &[&Family]| families.contains(&base);
-    let reads_diffusers = is(&[&sd3::FAMILY]) || is(&[&anima::FAMILY]) && consumer == Consumer::Diffusers;
-    let convert = Some(if reads_diffusers { Cure::ToDiffusers } else { Cure::ToKohya });
-    let dotted = matches!(own.spelling, Spelling::Generic | Spelling::Diffusers);
+    let convert = Some(if is(&[&sd3::FAMILY]) { Cure::ToDiffusers } else { Cure::ToKohya });
+    let read = |what: &'static str| Said(Effect::Note, what, Some(Cure::ToKohya));
     match consumer {
-        Consumer::Diffusers => match own.spelling {
-            Spelling::Diffusers if own.canonical => LOADS,
-            Spelling::Kohya
-                if own.original && is(&[&flux::FAMILY, &chroma::FAMILY]) && !own.path.contains("_blocks.") =>
-            {
-                Err((
-                    "layers outside of the blocks are renamed and then passed over in silence",
-                    Some(Cure::ToDiffusers),
-                ))
-            }
-            Spelling::Kohya | Spelling::Generic
-                if is(&[&flux2::FAMILY]) && own.path == "final_layer.adaLN_modulation.1" =>
-            {
-                let reason = "the halves of this layer's rows are not exchanged as they have to be";
-                Ok(Some((Effect::Wrong, reason, Some(Cure::ToDiffusers))))
-            }
-            Spelling::Kohya if own.original && !is(&[&anima::FAMILY, &sd3::FAMILY]) => LOADS,
-            Spelling::Kohya if own.canonical && is(&[&z_image::FAMILY, &qwen_image::FAMILY]) => LOADS,
-            Spelling::Generic if own.original && is(&[&anima::FAMILY, &flux2::FAMILY, &qwen_image::FAMILY]) => LOADS,
-            Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => LOADS,
-            _ => Err(("a spelling that this pipeline passes over in silence", convert)),
-        },
         Consumer::ComfyUi => match own.spelling {
-            Spelling::Kohya | Spelling::Generic if own.original => LOADS,
-            Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => LOADS,
+            Spelling::Kohya | Spelling::Generic if own.original => Loads,
+            Spelling::Generic if own.canonical && is(&[&z_image::FAMILY]) => Loads,
             Spelling::Diffusers if own.canonical && is(&[&flux2::FAMILY]) => {
-                Ok(Some((Effect::Note, "diffusers' names of this base were read, not run", Some(Cure::ToKohya))))
+                read("diffusers' names of this base were read, not run")
             }
-            Spelling::Diffusers if own.canonical && !is(&[&anima::FAMILY]) => LOADS,
-            Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY]) => LOADS,
-            _ => Err(("no layer of this base model has this name (`lora key not loaded`)", convert)),
+            Spelling::Diffusers if own.canonical && !is(&[&anima::FAMILY]) => Loads,
+            Spelling::Legacy if own.canonical && is(&[&flux::FAMILY, &chroma::FAMILY, &sd3::FAMILY]) => Loads,
+            // `comfy/lora.py`, read, not run.
+            Spelling::Bare | Spelling::Lycoris if own.canonical && is(&[&qwen_image::FAMILY, &z_image::FAMILY]) => {
+                Loads
+            }
+            Spelling::Lycoris if own.canonical && is(&[&flux::FAMILY, &chroma::FAMILY]) => Loads,
+            _ => Ignored("no layer of this base model has this name (`lora key not loaded`)", convert),
         },
-        _ if own.spelling == Spelling::Kohya && own.original => LOADS,
-        _ if dotted => Err(("dotted names are passed over", Some(Cure::ToKohya))),
-        _ => Err(("the network has no layer of this name", Some(Cure::ToKohya))),
+        _ if own.spelling == Spelling::Kohya && own.original => Loads,
+        _ if matches!(own.spelling, Spelling::Generic | Spelling::Diffusers | Spelling::Bare) => {
+            Ignored("dotted names are passed over", Some(Cure::ToKohya))
+        }
+        _ => Ignored("the network has no layer of this name", Some(Cure::ToKohya)),
     }
 }
 
 /// What becomes of anything else: a text encoder's layer, or what is none.
-fn of_text(consumer: Consumer, base: &Family, module: &str) -> Outcome {
+fn of_text(consumer: Consumer, base: &Family, module: &str) -> Fate {
     let begins = |starts: &[&str]| starts.iter().any(|start| module.starts_with(start));
     if *base == anima::FAMILY {
         let known = match consumer {
@@ -146,17 +167,19 @@ fn of_text(consumer: Consumer, base: &Family, module: &str) -> Outcome {
             Consumer::ComfyUi => begins(&["lora_unet_llm_adapter_", "diffusion_model.llm_adapter.", "text_encoders."]),
             _ => begins(&["lora_unet_llm_adapter_"]),
         };
-        return if known { Ok(None) } else { Err(("no layer of this base model has this name", None)) };
+        return if known { Fate::Loads } else { Fate::Ignored("no layer of this base model has this name", None) };
     }
     let has_encoders = [&flux::FAMILY, &sd3::FAMILY].contains(&base);
     let known = match consumer {
-        Consumer::Diffusers if *base == flux::FAMILY => begins(&["lora_te1_", "text_encoder."]),
+        Consumer::Diffusers if *base == flux::FAMILY => {
+            begins(&["lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."])
+        }
         Consumer::Diffusers => *base == sd3::FAMILY && begins(&["text_encoder.", "text_encoder_2."]),
         Consumer::ComfyUi => has_encoders && begins(&["lora_te1_", "lora_te2_", "lora_te3_", "text_encoders."]),
         _ if *base == flux::FAMILY => begins(&["lora_te1_", "lora_te3_"]),
         _ => begins(&["lora_te1_", "lora_te2_", "lora_te3_"]),
     };
-    if known { Ok(None) } else { Err(("no layer of this base model has this name", None)) }
+    if known { Fate::Loads } else { Fate::Ignored("no layer of this base model has this name", None) }
 }
 
 #[cfg(test)]
@@ -236,6 +259,19 @@ mod tests {
         assert_eq!(verdicts(&separate), [NothingLoaded, Loads, NothingLoaded]);
         let generic = Inventory::default().pair("diffusion_model.layers.0.attention.to_q");
         assert_eq!(verdicts(&generic), [Loads, Loads, NothingLoaded]);
+    }
+
+    #[test]
+    fn comfyui_knows_names_without_prefixes_of_two_bases() {
+        // Qwen-Image-Lightning's form, and SimpleTuner's.
+        for (name, base) in [
+            ("transformer_blocks.0.attn.to_q", &qwen_image::FAMILY),
+            ("lycoris_transformer_blocks_0_attn_to_q", &qwen_image::FAMILY),
+            ("layers.0.attention.to_q", &z_image::FAMILY),
+        ] {
+            let inventory = Inventory::default().lora(name, 64, 64);
+            assert_eq!(opinion(Consumer::ComfyUi, &inventory, base).verdict, Verdict::Loads, "{name}");
+        }
     }
 
     #[test]

@@ -36,7 +36,11 @@ pub(super) fn opinion(inventory: &Inventory) -> Opinion {
                 builder.refuse(key, "\"unsupported LoRA weight\": layers trained whole and biases", Cure::Merge);
             }
             Part::NamedA | Part::NamedB | Part::Other => {
-                builder.refuse(key, "\"unsupported LoRA weight\": not a name that vLLM knows", Cure::ToPortable);
+                builder.refuse(
+                    key,
+                    "\"unsupported LoRA weight\": not a name that vLLM knows",
+                    folder::of_another_kind(key),
+                );
             }
         }
     }

@@ -56,6 +56,13 @@ impl Module<'_> {
         (self.path.component == Component::TRANSFORMER).then_some(self.path.path.as_str())
     }
 
+    /// The number of the block behind `start` that it is attention of, where it is a transformer's and reads so many numbers.
+    pub(super) fn attention(&self, start: &str, inputs: usize) -> Option<usize> {
+        let (block, layer) = self.of_transformer()?.strip_prefix(start)?.split_once('.')?;
+        let block = block.parse().ok()?;
+        (layer.starts_with("attn.") && self.inputs == Some(inputs)).then_some(block)
+    }
+
     /// Whether its layer gives so many times as many numbers as it reads, a half for each being 2 : 4.
     pub(super) fn widens(&self, outputs: usize, inputs: usize) -> bool {
         let sides = self.outputs.zip(self.inputs);
@@ -109,4 +116,29 @@ pub(crate) fn foreign(
     let (key, value, _) = said.first()?;
     let value: String = value.chars().take(60).collect();
     Some(format!("the adapter says that it was made for `{value}` (`{key}`), the base is {base}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::{flux, qwen_image, sd3};
+
+    #[test]
+    fn attention_alone_shows_how_many_blocks_there_are() {
+        let family = |blocks: std::ops::Range<usize>, inputs: usize| {
+            let module = |block: usize| Module {
+                name: "x",
+                path: ModulePath::new(Component::TRANSFORMER, format!("transformer_blocks.{block}.attn.to_q")),
+                inputs: Some(inputs),
+                outputs: Some(inputs),
+            };
+            told(&blocks.map(module).collect::<Vec<_>>(), &BTreeMap::new())
+        };
+        // What diffusers' script for Qwen-Image trains by itself, 60 blocks, and double blocks of FLUX.1 alone, 19.
+        assert_eq!(family(0..60, 3072), Some(&qwen_image::FAMILY));
+        assert_eq!(family(0..19, 3072), Some(&flux::FAMILY));
+        assert_eq!(family(0..24, 1536), Some(&sd3::FAMILY));
+        // Either may have these.
+        assert_eq!(family(7..8, 3072), None);
+    }
 }

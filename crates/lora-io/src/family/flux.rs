@@ -52,6 +52,8 @@ pub static FAMILY: Family = Family {
             let starts = ["double_blocks.", "single_blocks.", "single_transformer_blocks."];
             module.of_transformer().is_some_and(|path| starts.iter().any(|start| path.starts_with(start)))
         },
+        // Of files on double blocks alone: their last one, where no higher one shows Qwen-Image.
+        spelt: |module| module.attention("transformer_blocks.", 3072) == Some(18),
         metadata: &[("ss_base_model_version", "flux1"), ("modelspec.architecture", "flux-1-")],
         ..Signs::NONE
     },

@@ -35,9 +35,11 @@ pub static FAMILY: Family = Family {
     signs: Signs {
         alone: |module| {
             let parts = [".img_mlp.net.", ".txt_mlp.net.", ".img_mod.1", ".txt_mod.1"];
-            module.of_transformer().is_some_and(|path| {
+            let named = module.of_transformer().is_some_and(|path| {
                 path.starts_with("transformer_blocks.") && parts.iter().any(|part| path.contains(part))
-            })
+            });
+            // FLUX.1's attention has the same names and width; it has 19 such blocks, this 60.
+            named || module.attention("transformer_blocks.", 3072).is_some_and(|block| block >= 19)
         },
         metadata: &[("ss_base_model_version", "qwen_image"), ("modelspec.architecture", "Qwen-Image")],
         ..Signs::NONE

@@ -258,7 +258,7 @@ impl<'f> TensorView<'f> {
         HostTensor::new(self.shape, data).map_err(|error| Error::tensor(self.path, self.name, error.to_string()))
     }
 
-    /// The value of a tensor with one element, of a float type or I64 (how some tools write alpha).
+    /// The value of a tensor with one element, of a float type or a whole number (how some tools write alpha).
     ///
     /// # Errors
     /// [`Error::Tensor`] for more than one element, or another type.
@@ -273,6 +273,10 @@ impl<'f> TensorView<'f> {
         match self.dtype {
             StoredDType::F64 => Ok(self.chunks().map(f64::from_le_bytes).sum()),
             StoredDType::I64 => Ok(self.chunks().map(i64::from_le_bytes).sum::<i64>() as f64),
+            StoredDType::I32 => Ok(self.chunks().map(i32::from_le_bytes).map(f64::from).sum()),
+            StoredDType::I16 => Ok(self.chunks().map(i16::from_le_bytes).map(f64::from).sum()),
+            StoredDType::I8 => Ok(self.chunks().map(i8::from_le_bytes).map(f64::from).sum()),
+            StoredDType::U8 => Ok(self.chunks().map(u8::from_le_bytes).map(f64::from).sum()),
             _ => Ok(f64::from(self.to_host()?.to_f32()[0])),
         }
     }
@@ -337,7 +341,8 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 if std::mem::replace(&mut seen_metadata, true) {
                     return Err(A::Error::custom("`__metadata__` appears twice"));
                 }
-                header.metadata = map.next_value::<UniqueStrings>()?.0;
+                // Some writers leave null there, which the safetensors package takes for none.
+                header.metadata = map.next_value::<Option<UniqueStrings>>()?.unwrap_or_default().0;
                 continue;
             }
             let raw: RawLocation =
@@ -375,6 +380,7 @@ impl RawLocation {
 }
 
 /// A string map in which no key may appear twice.
+#[derive(Default)]
 struct UniqueStrings(BTreeMap<String, String>);
 
 impl<'de> serde::Deserialize<'de> for UniqueStrings {

@@ -11,6 +11,7 @@
 //! The first two are ai-toolkit's differential output preservation and blank prompt preservation, the third is OneTrainer's
 //! masked prior preservation.
 
+use lora_data::caption::trigger;
 use lora_models::layers::Pass;
 use lora_torch::tch::{Kind, Tensor, no_grad_guard};
 
@@ -37,13 +38,16 @@ enum Asked {
 impl Asked {
     fn of(&self, caption: &str) -> String {
         let Self::Class { class, triggers } = self else { return String::new() };
-        let word = triggers.iter().filter(|word| caption.contains(word.as_str())).max_by_key(|word| word.len());
+        let word = triggers.iter().filter(|word| trigger::has(caption, word)).max_by_key(|word| word.len());
         let Some(word) = word else { return class.clone() };
-        let replaced = caption.replace(word.as_str(), class);
+        let replaced = trigger::replaced(caption, word, class);
         // Where nothing takes the word's place, what divided it from the rest goes too.
         if class.is_empty() { replaced.trim_matches([',', ' ']).to_owned() } else { replaced }
     }
 }
+
+/// How much each place counts that the mask leaves out, `[batch, 1, height, width]`.
+const OUTSIDE: &str = "outside_mask";
 
 /// Whose answers are kept, and how much that counts.
 #[derive(Debug, Default)]
@@ -80,7 +84,8 @@ impl Prior {
         if self.is_on() { FIGURES } else { &[] }
     }
 
-    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out.
+    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out, and the places that the
+    /// items' masks leave out, where the answer there is kept.
     pub(super) fn beside(
         &self,
         mut inputs: Inputs,
@@ -90,6 +95,10 @@ impl Prior {
         for (group, asked, _) in &self.prompts {
             let asked: Vec<Item> = items.iter().map(|item| item.asked(&asked.of(&item.caption))).collect();
             inputs = inputs.beside(group, captions(&asked)?);
+        }
+        if self.outside_mask > 0.0 {
+            let outside = inputs.find("mask").map(|mask| mask.f_neg()?.f_add_scalar(1.0)).transpose()?;
+            inputs = inputs.with(OUTSIDE, outside);
         }
         Ok(inputs)
     }
@@ -108,9 +117,8 @@ impl Prior {
             return own(&answer(inputs, pass)?);
         }
         // What the base answers comes first: beside what a backward pass keeps it would have no room.
-        let outside = inputs.find("mask").filter(|_| self.outside_mask > 0.0);
-        let outside = outside.map(|mask| mask.f_neg()?.f_add_scalar(1.0)).transpose()?;
-        let there = outside.as_ref().map(|_| of_base(answer, inputs)).transpose()?;
+        let outside = inputs.find(OUTSIDE);
+        let there = outside.map(|_| of_base(answer, inputs)).transpose()?;
         let asked = self.prompts.iter().filter_map(|(group, _, weight)| Some((inputs.part(group)?, *weight)));
         let asked = asked.map(|(part, weight)| Ok((of_base(answer, &part)?, part, weight)));
         let asked = asked.collect::<Result<Vec<_>>>()?;
@@ -118,7 +126,7 @@ impl Prior {
         let answered = answer(inputs, pass)?;
         let loss = own(&answered)?;
         let mut kept = loss.f_zeros_like()?;
-        if let (Some(outside), Some(there)) = (&outside, &there) {
+        if let (Some(outside), Some(there)) = (outside, &there) {
             let part = mean_square(&answered, there, Some(outside), inputs)?;
             kept = kept.f_add(&part.f_mul_scalar(self.outside_mask)?)?;
         }
@@ -170,6 +178,7 @@ mod tests {
         assert_eq!(asked("drawing", "ink style, a bear"), "drawing, a bear");
         assert_eq!(asked("drawing", "a bear in ink"), "a bear in drawing");
         assert_eq!(asked("drawing", "a bear"), "drawing");
+        assert_eq!(asked("drawing", "a pink bear in ink"), "a pink bear in drawing");
         assert_eq!((asked("", "ink, a bear"), asked("", "")), ("a bear".to_owned(), String::new()));
         assert_eq!(Asked::Blank.of("ink, a bear"), "");
     }

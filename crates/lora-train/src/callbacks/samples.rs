@@ -70,7 +70,8 @@ impl Samples {
             lora_io::atomic::write(self.folder.join("samples.md"), |file| file.write_all(self.page().as_bytes()))?;
         }
         if !pictures.is_empty() {
-            self.rows.push(GridRow { label: label.clone(), pictures: pictures.clone() });
+            let pictures = pictures.iter().map(GridPicture::reduced).collect();
+            self.rows.push(GridRow { label: label.clone(), pictures });
             grid::write(&self.folder.join("samples.png"), &self.rows, &self.prompts)?;
         }
         let file = self.folder.join(if pictures.is_empty() { "samples.md" } else { "samples.png" });

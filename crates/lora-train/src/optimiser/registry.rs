@@ -103,6 +103,11 @@ impl OptimiserRegistry {
         self.0.values().map(|registered| registered.name.as_str())
     }
 
+    /// The name as it is written here, of one that is written as elsewhere; as it is where there is no such optimiser.
+    pub(crate) fn canonical(&self, name: &str) -> String {
+        self.0.get(&plain(name)).map_or_else(|| name.to_owned(), |registered| registered.name.clone())
+    }
+
     /// The learning rate of an optimiser where a configuration gives none: 1e-4 where there is no such optimiser, too.
     pub(crate) fn usual_learning_rate(&self, name: &str) -> f64 {
         self.0.get(&plain(name)).map_or(USUAL_LEARNING_RATE, |registered| registered.learning_rate)

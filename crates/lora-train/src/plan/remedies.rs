@@ -94,7 +94,9 @@ pub(super) fn ladder(config: &TrainConfig, machine: &Machine, registration: &Reg
 pub(super) fn wishes(config: &TrainConfig) -> Vec<Vec<Change>> {
     let accumulation = config.gradient_accumulation_steps;
     let factors = (2..=accumulation).rev().filter(|&by| accumulation.is_multiple_of(by)).map(Change::LargerBatch);
-    let has_rank = config.train == TrainMode::Adapter && config.init_from.is_none() && config.lora_rank < 128;
+    let uniform = config.rank_pattern.is_empty() && config.alpha_pattern.is_empty();
+    let has_rank =
+        config.train == TrainMode::Adapter && config.init_from.is_none() && config.lora_rank < 128 && uniform;
     vec![
         match (config.gradient_checkpointing, config.recompute_feed_forward) {
             (true, _) => vec![Change::Keep, Change::KeepMost],
@@ -144,7 +146,8 @@ impl Change {
             Change::Optimiser8bit => config.optimizer = "adamw8bit".into(),
             Change::Rank(by) => {
                 config.lora_rank *= by;
-                config.lora_alpha *= by as f64;
+                // The scale stays: alpha / rank, or alpha / √rank.
+                config.lora_alpha *= if config.use_rslora { (by as f64).sqrt() } else { by as f64 };
             }
             Change::Resolution(eighths) => {
                 let smaller = |(width, height): (usize, usize)| (side(width, eighths), side(height, eighths));

@@ -1,6 +1,7 @@
 //! Samples: from noise through noise levels, with what makes them follow their prompts more closely, and through the autoencoder.
 
 use std::collections::BTreeMap;
+use std::sync::Once;
 
 use lora_core::Component;
 use lora_core::random::Stream;
@@ -38,6 +39,10 @@ impl FlowMatching {
             let known = SamplerKind::Euler.name().to_owned();
             return Err(Error::NoSampler { name: config.sampler.name().into(), known });
         }
+        if !config.negative_prompt.is_empty() && !self.asks_negative(guidance) {
+            static ONCE: Once = Once::new();
+            ONCE.call_once(|| tracing::warn!("a negative prompt changes nothing here: {}", self.why_not_negative()));
+        }
         // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
@@ -51,6 +56,18 @@ impl FlowMatching {
         decoder.samples(&self.checkpoint, all, beside_recordings)
     }
 
+    /// Whether the transformer is asked for a negative prompt too.
+    fn asks_negative(&self, guidance: f64) -> bool {
+        !matches!(self.guidance, Guidance::Told(_)) && guidance != 1.0
+    }
+
+    fn why_not_negative(&self) -> &'static str {
+        match self.guidance {
+            Guidance::Told(_) => "the base is told how strong its guidance is, and not asked twice",
+            _ => "guidance of 1 is none",
+        }
+    }
+
     /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.
     pub(super) fn denoised(
         &self,
@@ -62,11 +79,11 @@ impl FlowMatching {
         let transformer = self.transformer()?;
         let of = |kept| self.with_guidance(self.kept(kept, 1)?, 1, guidance);
         let (with, without) = (of(with)?, of(without)?);
-        let is_told = matches!(self.guidance, Guidance::Told(_));
+        let asks_negative = self.asks_negative(guidance);
         flow::euler(noise, levels, |mixture, level| {
             let level = from_f32(&[level as f32], &[1], self.device)?;
             let with = transformer.velocity(mixture, &level, &with, pass)?;
-            if is_told || guidance == 1.0 {
+            if !asks_negative {
                 return Ok(with);
             }
             // One after the other: captions differ in length, and half as much is in memory.

@@ -90,7 +90,7 @@ pub(super) static TREATMENT: Group = Group {
             name: "mask_dir",
             values: "path",
             default: "none",
-            meaning: "Folder of masks, each of its picture's name.",
+            meaning: "Folder of masks, each of its picture's name: in folders as the pictures are in, or directly in it.",
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Dataset(|given, dataset| dataset.options.scan.mask_dir = given.text().map(PathBuf::from)),
@@ -146,7 +146,7 @@ pub(super) static TREATMENT: Group = Group {
             name: "trigger_word",
             values: "text",
             default: "none",
-            meaning: "Put in front of captions that do not have it, as a tag that stays there.",
+            meaning: "Put in front of captions that do not have it as a word of its own, as a tag that stays there. `[trigger]` and `[name]` in a caption stand for it.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| {
@@ -184,7 +184,7 @@ pub(super) static TREATMENT: Group = Group {
             name: "caption_dropout_every_n_epochs",
             values: "0 …",
             default: "0",
-            meaning: "All captions are left out every so many epochs.",
+            meaning: "In every so-many-th epoch all captions are left out: with 3 in the third, the sixth …",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| {
