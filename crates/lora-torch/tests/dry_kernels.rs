@@ -194,7 +194,7 @@ const RUN: [(&str, &[&str]); 6] = [
             "logical_not.out",
             "isnan",
             "relu",
-            // Reached by solving, which the variants' tests do; it makes nothing.
+            // Reached by solving; it makes nothing.
             "_linalg_check_errors",
         ],
     ),

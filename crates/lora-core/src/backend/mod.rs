@@ -21,8 +21,8 @@ use crate::{HostTensor, LayerGeometry, Result};
 /// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where the
 /// library fails (out of memory, say), with the library's error as its source.
 ///
-/// The operations with a default are those that it takes tensors from host memory for, which a device waits for; a backend that
-/// trains has its own, so that a step can be recorded.
+/// The defaults of some operations copy tensors from host memory, for which a device waits. A backend that trains has operations of
+/// its own, so that a step can be recorded.
 #[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// The library's tensor.
