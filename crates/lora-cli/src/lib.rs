@@ -1,9 +1,13 @@
 #![doc = include_str!("../README.md")]
 //!
-//! What the programs `lora` and `lora-trainer` share: how they fail, log, show progress, take signals, read arguments that
+//! What the programs `lora` and `lora-trainer` share: how they speak, fail, log, show progress, take signals, read arguments that
 //! several commands have, what they know of a machine, and the look at a dataset, which either takes. The other commands are in the
 //! programs.
 #![forbid(unsafe_code)]
+
+#[macro_use]
+#[doc(hidden)]
+pub mod output;
 
 pub mod arguments;
 pub mod dataset;

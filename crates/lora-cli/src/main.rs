@@ -3,6 +3,9 @@
 //!
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
+#[macro_use(eprint, eprintln, print, println)]
+extern crate lora_cli;
+
 mod adapters;
 mod caption;
 mod check;

@@ -87,6 +87,8 @@ kinds! {
     Bright "bright" Advice "darken or remove it";
     /// A picture whose mask could not be found.
     MissingMask "missing-mask" Advice "add the mask; without one all of the picture counts";
+    /// Pictures of several folders have the same mask, because they have the same name.
+    SharedMask "shared-mask" Warning "put masks into folders of the names that the pictures' folders have, or give pictures names of their own";
     /// A record of a text dataset that cannot be used.
     TextRecord "text-record" Lost "correct the record as the message says";
     /// A conversation that its chat template refuses.
@@ -99,6 +101,8 @@ kinds! {
     TextCut "text-cut" Warning "raise max_seq_length, or set long_documents = split";
     /// A record that became several rows.
     TextSplit "text-split" Advice "raise max_seq_length where the pieces need each other";
+    /// A key of a record that says something and has no place in the record's form.
+    UnreadKey "unread-key" Warning "bring it into a form that is read (docs/datasets.md), or remove it";
     /// A special token in what somebody says.
     SpecialToken "special-token" Warning "remove it, unless it is meant: it acts as that token wherever it is written";
     /// An answer without words.

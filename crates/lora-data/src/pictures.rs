@@ -3,7 +3,7 @@
 
 mod describe;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use crate::crop::CropPlan;
 use crate::dataset::{CaptionSource, ImageDataset, Item, Role, ScanOptions, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
 use crate::picture::{self, decode_bytes};
-use crate::processor::{PictureProcessor, ProcessContext, ProcessorRegistry};
+use crate::processor::{Fit, PictureProcessor, ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
 use crate::sampler::{Visit, Visits};
 use crate::source::{Example, HeldOut, Identity, Overview, Shape, Source};
@@ -92,6 +92,20 @@ struct Dataset {
     processors: Vec<Arc<dyn PictureProcessor>>,
 }
 
+impl Dataset {
+    /// The same without random processors, as pictures are treated that are held out.
+    fn without_chance(&self) -> Self {
+        let mut own = self.clone();
+        let named = self.processors.iter().zip(&self.options.processors).filter(|(own, _)| !own.is_random());
+        (own.processors, own.options.processors) = named.map(|(own, name)| (Arc::clone(own), name.clone())).unzip();
+        if own.processors.len() < self.processors.len() {
+            own.processors.push(Arc::new(Fit));
+            own.options.processors.push("center_crop".to_owned());
+        }
+        own
+    }
+}
+
 /// All pictures of a run.
 #[derive(Debug)]
 pub struct Pictures {
@@ -105,6 +119,10 @@ pub struct Pictures {
 }
 
 impl Pictures {
+    /// How the name begins of what [`Source::identity`] says of the files' contents. States that were saved before it was
+    /// said are without it.
+    pub const LENGTHS: &str = "files of pictures and masks";
+
     /// Scans the datasets. Pictures too small for any bucket count as unreadable.
     ///
     /// # Errors
@@ -144,12 +162,23 @@ impl Pictures {
         if self.stand_ins {
             return Ok(Self::stand_ins(self.datasets().take(1).map(|options| (options.clone(), 1)).collect()));
         }
-        let Some(Dataset { options, processors }) = self.datasets.first() else { return Self::scan(Vec::new()) };
-        let mut options = options.clone();
-        options.path = path;
-        options.scan.role = Role::Training;
-        options.scan.metadata_file = None;
-        Self::scan(vec![Dataset { options, processors: processors.clone() }])
+        let Some(mut dataset) = self.datasets.first().map(Dataset::without_chance) else {
+            return Self::scan(Vec::new());
+        };
+        dataset.options.path = path;
+        dataset.options.scan.role = Role::Training;
+        dataset.options.scan.metadata_file = None;
+        let mut other = Self::scan(vec![dataset])?;
+        // In the folder of masks a name stands for the picture that is trained on, not for another one of that name.
+        let own = self.items.iter().filter_map(|item| Some((&item.mask.as_ref()?.path, &item.file.path)));
+        let own: HashMap<&PathBuf, &PathBuf> = own.collect();
+        for item in &mut other.items {
+            let of = item.mask.as_ref().and_then(|mask| own.get(&mask.path));
+            if of.is_some_and(|of| **of != item.file.path) {
+                item.mask = None;
+            }
+        }
+        Ok(other)
     }
 
     fn scan(datasets: Vec<Dataset>) -> Result<Self> {
@@ -339,6 +368,17 @@ impl Pictures {
         }
         sha256(text.as_bytes())[..16].to_owned()
     }
+
+    /// A digest of how long the files of pictures and of the masks in use are: another picture of the same name and size is
+    /// seldom as long, and to read all of them before each run would take too long.
+    fn lengths(&self) -> String {
+        let mut text = String::new();
+        for (index, item) in self.items.iter().enumerate() {
+            let mask = item.mask.as_ref().filter(|_| self.options(index).masks.enabled);
+            text.push_str(&format!("{:?} {:?}\n", item.file.length(), mask.map(Stored::length)));
+        }
+        sha256(text.as_bytes())[..16].to_owned()
+    }
 }
 
 impl Source for Pictures {
@@ -412,6 +452,7 @@ impl Source for Pictures {
         let items = vec![
             ("dataset".into(), format!("{count} pictures, {visits} visits an epoch")),
             ("pictures and their captions".into(), self.digest()),
+            (Self::LENGTHS.into(), self.lengths()),
         ];
         Identity { options, items }
     }
@@ -430,7 +471,7 @@ impl Source for Pictures {
         let own: Vec<usize> = (0..self.items.len()).filter(|&item| self.items[item].role == Role::Training).collect();
         let chosen: BTreeSet<usize> = held_out.choose(own.len(), seed)?.into_iter().map(|place| own[place]).collect();
         let mut other = Self {
-            datasets: self.datasets.clone(),
+            datasets: self.datasets.iter().map(Dataset::without_chance).collect(),
             items: Vec::with_capacity(chosen.len()),
             of: Vec::with_capacity(chosen.len()),
             findings: Vec::new(),
@@ -464,7 +505,15 @@ impl Source for Pictures {
         let mut kept = vec![true; self.items.len()];
         for (item, error) in unusable {
             kept[item] = false;
-            self.findings.push(Finding::new(self.path(item), FindingKind::Unreadable, error.reason()));
+            // A mask that is damaged is a file of its own; without it its picture would count in full.
+            let own = self.path(item);
+            let (path, reason) = match error.path() {
+                Some(path) if path != own => {
+                    (path, format!("{}; {} is left out with it", error.reason(), own.display()))
+                }
+                _ => (own, error.reason()),
+            };
+            self.findings.push(Finding::new(path, FindingKind::Unreadable, reason));
         }
         let mut keep = kept.iter();
         self.items.retain(|_| keep.next().is_none_or(|&keep| keep));

@@ -100,6 +100,24 @@ impl PictureProcessor for Crop {
     }
 }
 
+/// The end of a chain of which what is random was left out: the middle is cut where none of the others brought the picture to
+/// its size.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Fit;
+
+impl PictureProcessor for Fit {
+    fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
+        if sample.size() == context.plan.target && sample.size() != context.source {
+            return Ok(sample);
+        }
+        Crop::Center.process(sample, context)
+    }
+
+    fn accepts_reduced(&self) -> bool {
+        true
+    }
+}
+
 /// `flip`: mirrored left to right at every second visit, by chance.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Flip;

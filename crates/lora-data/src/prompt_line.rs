@@ -64,6 +64,12 @@ impl PromptLine {
         Some(())
     }
 
+    /// What is written as an option and is none, or has no value of its kind: it stays in the prompt.
+    pub fn unread(&self) -> impl Iterator<Item = &str> {
+        let parts = self.text.split(" --").skip(1);
+        parts.filter(|part| part.starts_with(char::is_alphabetic)).filter_map(|part| part.split_whitespace().next())
+    }
+
     /// The lines of a file that hold a prompt: empty ones and those that begin with `#` do not.
     ///
     /// # Errors
@@ -99,6 +105,13 @@ mod tests {
         for text in ["a cat", "well-known -- or so", "a --w wide cat", "a --s 0 cat", "use --verbose now"] {
             assert_eq!(PromptLine::parse(text), plain(text));
         }
+    }
+
+    #[test]
+    fn what_stays_in_the_prompt_can_be_told() {
+        let unread = |line: &str| PromptLine::parse(line).unread().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(unread("a cat --g 3.5 --w 512 --fs 3 --s 0"), ["g", "fs", "s"]);
+        assert!(unread("well-known -- or so --d 7").is_empty());
     }
 
     #[test]

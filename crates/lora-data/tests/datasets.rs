@@ -265,6 +265,46 @@ fn masks_and_companions_are_told_apart_from_pictures() {
 }
 
 #[test]
+fn masks_of_one_name_belong_to_the_folder_that_they_lie_in() {
+    let folder = folder(&["d/3_cat/1.png", "d/2_dog/1.png", "tree/3_cat/1.png", "tree/2_dog/1.png", "flat/1.png"], &[]);
+    let scan = |masks: &str, metadata_file| {
+        let mask_dir = Some(folder.path().join(masks));
+        let options = ScanOptions { mask_dir, metadata_file, ..ScanOptions::default() };
+        ImageDataset::scan(folder.path().join("d"), &options).unwrap()
+    };
+    let masks = |dataset: &ImageDataset| -> Vec<String> {
+        let below = |path: &std::path::Path| path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
+        dataset.items().iter().map(|item| below(&item.mask.as_ref().unwrap().path)).collect()
+    };
+    let tree = scan("tree", None);
+    assert_eq!((masks(&tree), kinds(&tree)), (vec!["tree/2_dog/1.png".into(), "tree/3_cat/1.png".into()], vec![]));
+    // The same file for both is what the other trainers take, and seldom what is meant.
+    let flat = scan("flat", None);
+    assert_eq!((masks(&flat), kinds(&flat)), (vec!["flat/1.png".to_owned(); 2], vec!["shared-mask"]));
+    let told = flat.findings()[0].to_string();
+    assert!(told.contains("3_cat") && told.contains("2_dog"), "{told}");
+
+    let list = folder.path().join("list.json");
+    fs::write(&list, r#"{"3_cat/1.png": {"caption": "a cat"}, "2_dog/1.png": {"caption": "a dog"}}"#).unwrap();
+    let listed = scan("tree", Some(list));
+    let captions = listed.items().iter().map(|item| item.caption.as_str());
+    let expected = [("a cat", "tree/3_cat/1.png"), ("a dog", "tree/2_dog/1.png")];
+    let found = masks(&listed);
+    let found: std::collections::BTreeSet<_> = captions.zip(found.iter().map(String::as_str)).collect();
+    assert_eq!(found, expected.into());
+}
+
+#[test]
+fn a_given_class_is_the_caption_in_folders_below_too() {
+    let folder = folder(&["3_cat/a.png"], &[]);
+    for recursive in [false, true] {
+        let options = ScanOptions { recursive, class: "a pet".into(), ..ScanOptions::default() };
+        let dataset = ImageDataset::scan(folder.path(), &options).unwrap();
+        assert_eq!((dataset.items()[0].caption.as_str(), dataset.items()[0].repeats), ("a pet", 3), "{recursive}");
+    }
+}
+
+#[test]
 fn what_people_have_lying_about_is_reported_by_name() {
     let folder = folder(
         &["a.png", "a.jpg", "c.png"],

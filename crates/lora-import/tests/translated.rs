@@ -475,7 +475,7 @@ fn axolotl_has_its_own_defaults() {
     });
     assert_has(&config(&imported), wanted);
     let dpo = config(&of(Format::Yaml, &format!("{AXOLOTL}rl: dpo\nrl_beta: 0.2\n")));
-    assert_has(&dpo, json!({ "objective": "dpo", "dpo_beta": 0.2 }));
+    assert_has(&dpo, json!({ "objective": "dpo", "dpo_beta": 0.2, "max_seq_length": 8192 }));
     assert!(refused(Format::Yaml, &format!("{AXOLOTL}rl: kto\n")).contains("run:22: `rl`: kto is not trained here"));
     // A template holds for the whole run.
     let two =
@@ -485,6 +485,23 @@ fn axolotl_has_its_own_defaults() {
     // batch_size is that of a step.
     let total = AXOLOTL.replace("gradient_accumulation_steps: 4", "batch_size: 16");
     assert_has(&config(&of(Format::Yaml, &total)), json!({ "batch_size": 2, "gradient_accumulation_steps": 8 }));
+}
+
+#[test]
+fn plain_texts_of_axolotl_are_split_whatever_becomes_of_long_conversations() {
+    let plain = AXOLOTL.replace("type: chat_template", "type: completion");
+    assert_has(&config(&of(Format::Yaml, &plain)), json!({ "long_documents": "split" }));
+    let given = of(Format::Yaml, &format!("{plain}excess_length_strategy: truncate\n"));
+    assert_has(&config(&given), json!({ "long_documents": "split" }));
+    let both =
+        plain.replace("type: completion\n", "type: completion\n  - path: ./chats.jsonl\n    type: chat_template\n");
+    let both = of(Format::Yaml, &format!("{both}excess_length_strategy: drop\n"));
+    assert_has(&config(&both), json!({ "long_documents": "skip" }));
+    let Verdict::NoCounterpart(what) = verdict(&both, "excess_length_strategy") else { panic!("{both}") };
+    assert!(what.contains("plain texts"), "{what}");
+    let headings = of(Format::Yaml, &AXOLOTL.replace("type: chat_template", "type: alpaca"));
+    let Verdict::NoCounterpart(what) = verdict(&headings, "datasets[0].type") else { panic!("{headings}") };
+    assert!(what.contains("### Input:"), "{what}");
 }
 
 #[test]
@@ -511,11 +528,72 @@ fn llama_factory_has_its_own_defaults_and_names_of_datasets() {
     let Verdict::NoCounterpart(what) = verdict(&imported, "dataset") else { panic!("{imported}") };
     assert!(what.contains("far is on a hub"), "{what}");
     let orpo = text.replace("stage: sft", "stage: dpo\npref_loss: orpo\npref_beta: 0.2");
-    assert_has(&config(&of(Format::Yaml, &orpo)), json!({ "objective": "orpo", "orpo_lambda": 0.2 }));
+    let of_pairs = json!({ "objective": "orpo", "orpo_lambda": 0.2, "max_seq_length": 4096 });
+    assert_has(&config(&of(Format::Yaml, &orpo)), of_pairs);
     let adapters = format!("{text}adapter_name_or_path: one, two\n");
     assert_has(&config(&of(Format::Yaml, &adapters)), json!({ "init_from": "two", "fuse_adapters": ["one"] }));
     let own = config(&of(Format::Yaml, &format!("{adapters}create_new_adapter: true\n")));
     assert!(own.get("init_from").is_none() && own["fuse_adapters"] == json!(["one", "two"]), "{own:#}");
+}
+
+#[test]
+fn plain_texts_of_llama_factory_fill_rows_and_are_split() {
+    let text = "model_name_or_path: b\nstage: pt\ndo_train: true\ndataset: mine\noutput_dir: out\ncutoff_len: 512\n";
+    let wanted = json!({ "max_seq_length": 512, "long_documents": "split", "packing": true });
+    assert_has(&config(&of(Format::Yaml, text)), wanted);
+    let alone = config(&of(Format::Yaml, &format!("{text}packing: false\n")));
+    assert!(alone["long_documents"] == "truncate" && alone.get("packing").is_none(), "{alone:#}");
+}
+
+#[test]
+fn what_dataset_info_says_of_records_is_told_where_it_is_not_so_here() {
+    let folder = tempfile::tempdir().unwrap();
+    let info = json!({
+        "known": {"file_name": "a.json", "formatting": "sharegpt", "ranking": true, "split": "train",
+            "columns": {"messages": "messages", "system": null, "chosen": "chosen", "rejected": "rejected"},
+            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
+        "own": {"file_name": "b.json", "num_samples": 500, "split": "test",
+            "columns": {"prompt": "aufgabe", "response": "output", "images": "bilder"}, "tags": {"user_tag": "ich"}},
+    });
+    std::fs::write(folder.path().join("dataset_info.json"), info.to_string()).unwrap();
+    let of_set = |name: &str| {
+        let folder = folder.path().display();
+        of(
+            Format::Yaml,
+            &format!("model_name_or_path: b\nstage: sft\ndataset: {name}\ndataset_dir: {folder}\noutput_dir: o\n"),
+        )
+    };
+    assert!(matches!(verdict(&of_set("known"), "dataset"), Verdict::Translated(_)));
+    let own = of_set("own");
+    let Verdict::NoCounterpart(what) = verdict(&own, "dataset") else { panic!("{own}") };
+    for part in [
+        "own: `aufgabe`, its column prompt, is not read; call it `instruction`",
+        "`bilder`, its column images, is not read",
+        "`ich`, its tag user_tag, is not read; call it `user`",
+        "not 500 records",
+        "not the split test",
+    ] {
+        assert!(what.contains(part), "{part}: {what}");
+    }
+    assert!(!what.contains("`output`"), "{what}");
+    assert!(own.config().contains("train_data_dir"), "{}", own.config());
+}
+
+#[test]
+fn templates_of_llama_factory_that_no_model_has_are_not_called_the_bases_own() {
+    let of_template = |name: &str, more: &str| {
+        of(
+            Format::Yaml,
+            &format!("model_name_or_path: b\nstage: sft\ndataset: d\noutput_dir: o\ntemplate: {name}\n{more}"),
+        )
+    };
+    let sentence =
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
+    let alpaca = config(&of_template("alpaca", ""));
+    assert_has(&alpaca, json!({ "chat_template": "alpaca", "system_prompt": sentence }));
+    assert_has(&config(&of_template("alpaca", "default_system: Be kind.\n")), json!({ "system_prompt": "Be kind." }));
+    assert!(matches!(verdict(&of_template("default", ""), "template"), Verdict::NoCounterpart(_)));
+    assert!(config(&of_template("qwen3", "")).get("chat_template").is_none());
 }
 
 #[test]

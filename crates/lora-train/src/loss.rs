@@ -47,6 +47,17 @@ impl LossWeights<'_> {
         }
     }
 
+    /// What an adapter's file says of them beside γ: sd-scripts' word, where it has one (`train_network.py` writes
+    /// `ss_debiased_estimation`), or our own.
+    pub(crate) fn record(&self) -> Vec<(&'static str, String)> {
+        let said = [
+            self.debiased.then(|| ("ss_debiased_estimation", "True".to_owned())),
+            self.scale_like_noise.then(|| ("lora_scale_v_pred_loss_like_noise_pred", "True".to_owned())),
+            (self.velocity_like != 0.0).then(|| ("lora_v_pred_like_loss", self.velocity_like.to_string())),
+        ];
+        said.into_iter().flatten().collect()
+    }
+
     /// Whether they differ from timestep to timestep.
     fn by_timestep(&self) -> bool {
         self.min_snr_gamma.is_some() || self.scale_like_noise || self.velocity_like != 0.0 || self.debiased
@@ -161,6 +172,19 @@ mod tests {
     use super::*;
 
     /// Values of sd-scripts' formulas, computed independently from the published betas.
+    #[test]
+    fn an_adapters_file_says_how_its_loss_was_weighted() {
+        let weights =
+            LossWeights { debiased: true, scale_like_noise: true, velocity_like: 0.5, ..LossWeights::default() };
+        let expected = [
+            ("ss_debiased_estimation", "True"),
+            ("lora_scale_v_pred_loss_like_noise_pred", "True"),
+            ("lora_v_pred_like_loss", "0.5"),
+        ];
+        assert_eq!(weights.record(), expected.map(|(key, value)| (key, value.to_owned())));
+        assert!(LossWeights::default().record().is_empty());
+    }
+
     #[test]
     fn weights_by_timestep_are_those_of_their_definitions() {
         let noise = NoiseSchedule::new(Prediction::Epsilon);

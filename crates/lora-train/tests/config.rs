@@ -248,6 +248,36 @@ fn several_datasets_have_their_own_keys_and_inherit_the_others() {
 }
 
 #[test]
+fn a_file_of_prompts_that_is_not_read_is_no_prompt() {
+    let error = toml("sample_prompts = [\"prompts.json\"]").unwrap_err();
+    assert!(error.contains("`sample_prompts`") && error.contains("prompts.json is not read"), "{error}");
+    let config = toml("sample_prompts = [\"a page of package.json\"]").unwrap();
+    assert_eq!(config.samples.prompts, ["a page of package.json"]);
+}
+
+#[test]
+fn regularisation_pictures_do_not_inherit_what_is_the_subjects() {
+    let subject = "trigger_word = \"ohwx\"\nclass_tokens = \"ohwx man\"\nmetadata_file = \"m.json\"\nmask_dir = \"m\"\n\
+                   caption_prefix = \"photo of\"\n";
+    let seen = |config: &TrainConfig, index: usize| {
+        let own = &config.datasets[index];
+        let scan = &own.scan;
+        let files = (scan.metadata_file.is_some(), scan.mask_dir.is_some());
+        (own.captions.trigger_word.clone(), scan.class.clone(), files, own.captions.prefix.clone())
+    };
+    let told = |word: &str, class: &str, files| (word.to_owned(), class.to_owned(), files, "photo of".to_owned());
+    let config = toml(&format!("{subject}reg_data_dir = \"reg\"")).unwrap();
+    assert_eq!(seen(&config, 0), told("ohwx", "ohwx man", (true, true)));
+    assert_eq!(seen(&config, 1), told("", "", (false, false)));
+    let tables = "[[datasets]]\ntrain_data_dir = \"s\"\n[[datasets]]\ntrain_data_dir = \"r\"\nis_reg = true\n\
+                  class_tokens = \"man\"\n";
+    let text = format!("base_model = \"b\"\noutput_dir = \"o\"\n{subject}{tables}");
+    let config = TrainConfig::from_text(&text, Format::Toml, NONE).unwrap();
+    assert_eq!(seen(&config, 0), told("ohwx", "ohwx man", (true, true)));
+    assert_eq!(seen(&config, 1), told("", "man", (false, false)), "a key of the table itself counts");
+}
+
+#[test]
 fn dataset_files_of_sd_scripts_are_read_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("dataset.toml");

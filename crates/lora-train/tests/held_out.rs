@@ -194,3 +194,51 @@ fn what_cannot_be_decided_is_refused() {
     let all = common::refusal(folder.path(), &["validation_split=8"]);
     assert!(all.contains("validation_split") && all.contains('8'), "{all}");
 }
+
+#[test]
+fn masks_weigh_what_is_held_out_as_they_weigh_what_is_trained_on() {
+    let folder = common::workspace();
+    // The left half counts.
+    for index in 0..8 {
+        let mask = image::GrayImage::from_fn(70, 64, |x, _| image::Luma([if x < 35 { 255 } else { 0 }]));
+        mask.save(folder.path().join(format!("data/{index}-mask.png"))).unwrap();
+    }
+    let loss = |keys: &[&str]| {
+        let config = common::config(folder.path(), &[keys, &["validation_split=0.25"]].concat());
+        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        let validation = session.load_held_out().unwrap().unwrap();
+        session.validation_loss(&validation).unwrap()
+    };
+    let (plain, half) = (loss(&[]), loss(&["masked_loss=true"]));
+    let inverted = loss(&["masked_loss=true", "invert_mask=true"]);
+    assert!((half + inverted - plain).abs() < 1e-3 * plain, "{half} + {inverted} ≠ {plain}");
+    assert!(half > 0.2 * plain && half < 0.8 * plain, "{half} of {plain}");
+    // What is kept of the base's answers is no part of a judgement.
+    let kept = loss(&["masked_loss=true", "prior_mask_weight=1.0"]);
+    // Nor do processors draw anything.
+    let drawn = loss(&[r#"processors=["center_crop","color_jitter","flip"]"#]);
+    assert!((kept - half).abs() < 1e-6 * half && (drawn - plain).abs() < 1e-6 * plain, "{kept}, {drawn}");
+}
+
+#[test]
+fn a_held_out_picture_that_cannot_be_read_is_left_out_unless_the_run_is_strict() {
+    let folder = common::workspace();
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    for name in ["a.png", "b.png"] {
+        image::RgbImage::from_pixel(64, 64, image::Rgb([90; 3])).save(other.join(name)).unwrap();
+    }
+    let key = format!("validation_data_dir={:?}", other.display().to_string());
+    let load = |strict: &str| {
+        let config = common::config(folder.path(), &[&key, strict]);
+        let mut session = Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap();
+        // Its header can be read.
+        let bytes = fs::read(other.join("b.png")).unwrap();
+        fs::write(other.join("b.png"), &bytes[..bytes.len() - 20]).unwrap();
+        let loaded = session.load_held_out().map(|own| own.unwrap().captions().count());
+        fs::write(other.join("b.png"), &bytes).unwrap();
+        loaded.map_err(|error| error.to_string())
+    };
+    assert_eq!(load("strict=false"), Ok(1));
+    assert!(load("strict=true").unwrap_err().contains("b.png"));
+}

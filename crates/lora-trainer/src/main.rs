@@ -3,6 +3,9 @@
 //!
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 
+#[macro_use(eprint, eprintln, print, println)]
+extern crate lora_cli;
+
 mod configuration;
 mod doctor;
 mod events;
@@ -68,6 +71,9 @@ impl Command {
 /// A look at the datasets of a configuration.
 fn look(arguments: &dataset::Arguments) -> Result<(), Failure> {
     let Some((path, set, folder)) = arguments.configuration() else { return dataset::run(arguments) };
+    if let Some((base, texts)) = TrainConfig::texts_of(path, folder, set).map_err(failure::failure)? {
+        return dataset::look_at_texts(arguments, &base, texts);
+    }
     let (datasets, tokens) = TrainConfig::datasets_of(path, folder, set).map_err(failure::failure)?;
     dataset::look(arguments, datasets, tokens)
 }

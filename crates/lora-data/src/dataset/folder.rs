@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::captions::{Lists, Metadata, caption_lines, listed};
 use super::encoding::read_text_in;
 use super::{CaptionSource, EXTENSIONS, ImageDataset, Item, Stored, file_name, has_extension};
-use crate::finding::FindingKind;
+use crate::finding::{Finding, FindingKind};
 use crate::picture::Header;
 use crate::{Error, Result};
 
@@ -130,7 +130,10 @@ impl ImageDataset {
         for folder in folders {
             let Some(listing) = self.list_below(&folder)? else { continue };
             match repeats_of(&file_name(&folder)) {
-                Some((own, name)) => self.tree(&folder, listing, repeats.saturating_mul(own), &name)?,
+                Some((own, name)) => {
+                    let given = !self.options.class.is_empty();
+                    self.tree(&folder, listing, repeats.saturating_mul(own), if given { class } else { &name })?;
+                }
                 None => self.tree(&folder, listing, repeats, class)?,
             }
         }
@@ -223,8 +226,8 @@ impl ImageDataset {
             self.problem(&path, FindingKind::CaptionFile, error)?;
         }
         self.inherited.absorb(&metadata);
-        if let Some(from) = self.options.mask_dir.clone() {
-            masks = masks_by_stem(&from)?;
+        if let Some(from) = &self.options.mask_dir {
+            masks = masks_for(from, folder, &self.root)?;
         }
         self.orphans(folder, &pictures, &listing.others);
 
@@ -326,16 +329,39 @@ impl ImageDataset {
     /// Pictures that a metadata file of sd-scripts lists.
     pub(super) fn listed(&mut self, metadata: &Path, folder: &Path) -> Result<()> {
         let rows = listed(metadata, folder, self.options.caption_encoding)?;
-        let masks = self.options.mask_dir.as_deref().map(masks_by_stem).transpose()?.unwrap_or_default();
+        let mut masks: HashMap<PathBuf, HashMap<OsString, PathBuf>> = HashMap::new();
+        if let Some(from) = &self.options.mask_dir {
+            for own in rows.iter().filter_map(|row| row.picture.parent()) {
+                if !masks.contains_key(own) {
+                    masks.insert(own.to_owned(), masks_for(from, own, folder)?);
+                }
+            }
+        }
         let headers: Vec<_> = rows.par_iter().map(|row| Stored::file(&row.picture).header()).collect();
         let name: Arc<str> = file_name(folder).into();
         let (repeats, class) = (self.options.repeats, self.options.class.clone());
         for (row, header) in rows.into_iter().zip(headers) {
-            let mask = row.picture.file_stem().and_then(|stem| masks.get(stem)).map(Stored::file);
+            let beside = row.picture.parent().and_then(|own| masks.get(own));
+            let mask = beside.zip(row.picture.file_stem()).and_then(|(all, stem)| all.get(stem)).map(Stored::file);
             let caption = Some((caption_lines(&row.caption), CaptionSource::Metadata));
             self.add(Stored::file(row.picture), header, caption, &name, repeats, &class, mask)?;
         }
         Ok(())
+    }
+
+    /// Says so where pictures of several folders have one mask because they have one name.
+    pub(super) fn shared_masks(&mut self) {
+        let mut first: HashMap<&Path, &Path> = HashMap::new();
+        let mut shared = Vec::new();
+        for item in &self.items {
+            let Some(mask) = item.mask.as_ref().filter(|_| self.options.mask_dir.is_some()) else { continue };
+            let other = *first.entry(&mask.path).or_insert(&item.file.path);
+            if other.parent() != item.file.path.parent() {
+                let detail = format!("its mask {} is that of {}, too", mask.path.display(), other.display());
+                shared.push(Finding::new(&item.file.path, FindingKind::SharedMask, detail));
+            }
+        }
+        self.findings.extend(shared);
     }
 
     /// One picture with what was read of it.
@@ -382,6 +408,17 @@ impl ImageDataset {
         });
         Ok(())
     }
+}
+
+/// The masks of a folder of pictures, by stem: those at the same place below the folder of masks, then those directly in it,
+/// where sd-scripts and ai-toolkit look.
+fn masks_for(masks: &Path, folder: &Path, root: &Path) -> Result<HashMap<OsString, PathBuf>> {
+    let mut found = masks_by_stem(masks)?;
+    let same = folder.strip_prefix(root).ok().filter(|below| !below.as_os_str().is_empty());
+    if let Some(same) = same.map(|below| masks.join(below)).filter(|same| same.is_dir()) {
+        found.extend(masks_by_stem(&same)?);
+    }
+    Ok(found)
 }
 
 /// The pictures of a folder of masks, by stem.

@@ -9,8 +9,8 @@
 //! too), the folder's `N_name`. Of a caption file with several lines the first counts, as in sd-scripts; the others are
 //! there for [`crate::caption`].
 //!
-//! **Masks** lie beside their picture as `picture-mask.png` or `picture-masklabel.png` (OneTrainer), or under the picture's
-//! name in a folder of their own (ai-toolkit, sd-scripts).
+//! **Masks** lie beside their picture as `picture-mask.png` or `picture-masklabel.png` (OneTrainer), or in a folder
+//! of their own under the picture's name, at the picture's place below the root or directly in it (ai-toolkit, sd-scripts).
 
 mod archive;
 mod captions;
@@ -149,7 +149,7 @@ pub struct ScanOptions {
     pub class: String,
     /// Metadata of sd-scripts (JSON by path, or JSON lines): pictures are those that it lists.
     pub metadata_file: Option<PathBuf>,
-    /// Folder of masks, each of its picture's name.
+    /// Folder of masks, each of its picture's name: in the folders that pictures are in, or directly in it.
     pub mask_dir: Option<PathBuf>,
     /// What the pictures are there for.
     pub role: Role,
@@ -175,6 +175,8 @@ impl Default for ScanOptions {
 #[derive(Debug)]
 pub struct ImageDataset {
     options: ScanOptions,
+    /// The folder, archive or table.
+    root: PathBuf,
     items: Vec<Item>,
     findings: Vec<Finding>,
     /// Captions that cannot be used; all are told together.
@@ -203,6 +205,7 @@ impl ImageDataset {
         }
         let mut dataset = Self {
             options: options.clone(),
+            root: root.to_owned(),
             items: Vec::new(),
             findings: Vec::new(),
             refused: Vec::new(),
@@ -223,6 +226,7 @@ impl ImageDataset {
         if !dataset.refused.is_empty() {
             return Err(Error::captions(dataset.refused));
         }
+        dataset.shared_masks();
         let visits = dataset.items.iter().try_fold(0usize, |sum, item| sum.checked_add(item.repeats));
         if visits.is_none_or(|visits| visits > MAX_VISITS) {
             let most = dataset.items.iter().map(|item| item.repeats).max().unwrap_or(0);

@@ -51,6 +51,16 @@ impl Stored {
         matches!(self.place, Place::File).then_some(self.path.as_path())
     }
 
+    /// How many bytes there are, where the directory of the disk or of the archive says so.
+    pub(crate) fn length(&self) -> Option<u64> {
+        match &self.place {
+            Place::File => std::fs::metadata(&self.path).ok().map(|file| file.len()),
+            Place::Member { length, .. } => Some(*length),
+            #[cfg(feature = "parquet")]
+            Place::Row { .. } => None,
+        }
+    }
+
     /// All bytes.
     ///
     /// # Errors

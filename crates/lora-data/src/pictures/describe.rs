@@ -59,6 +59,7 @@ fn notes(pictures: &Pictures) -> Vec<String> {
         (FindingKind::OrphanCaption, "caption(s) without a picture"),
         (FindingKind::DuplicateStem, "picture(s) that share their caption with another of the same name"),
         (FindingKind::MissingMask, "picture(s) without a file in mask_dir"),
+        (FindingKind::SharedMask, "picture(s) with the mask of a picture of the same name in another folder"),
     ] {
         if let (count @ 1.., Some(first)) = (of_kind(kind).len(), of_kind(kind).first()) {
             notes.push(format!("{count} {what}, the first {first}; `lora dataset` lists them"));

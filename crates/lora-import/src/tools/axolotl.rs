@@ -7,7 +7,7 @@ use super::{Table, Tool, as_it_is, tracking};
 use crate::config::Draft;
 use crate::engine::{Field, Scope};
 use crate::input::Problem;
-use crate::outcome::{Outcome, Settings, becomes, lost, no_effect, refused, taken, translated};
+use crate::outcome::{Outcome, Settings, becomes, instead, lost, no_effect, refused, taken, translated};
 use crate::report::Accounted;
 use crate::row::{Element, Kind, OFF, Row, by, datasets, gone, nothing, same};
 use crate::values;
@@ -16,8 +16,8 @@ pub(crate) static TABLE: Table = Table {
     tool: Tool::Axolotl,
     name: "axolotl",
     title: "axolotl",
-    about: "YAML of a run with an adapter. A step has `micro_batch_size` × `gradient_accumulation_steps` rows. Documents that are \
-            too long are left out unless `excess_length_strategy` says otherwise. Records are read by their form; what a `type` \
+    about: "YAML of a run with an adapter. A step has `micro_batch_size` × `gradient_accumulation_steps` rows. Conversations that are \
+            too long are left out unless `excess_length_strategy` says otherwise, plain texts are split. Records are read by their form; what a `type` \
             puts around them is told.",
     groups: &[ROWS, TRAINER],
     own: &[ROWS, TRAINER],
@@ -189,18 +189,21 @@ static ROWS: &[Row] = &[
     gone("curriculum_sampling", OFF, "records are drawn in another order each epoch"),
     gone("streaming", OFF, "texts are tokenised before the first step"),
     by("val_set_size", &["validation_split"], "a share, or a number of records", language::held_out),
-    by("sequence_len", &["max_seq_length"], "512 where none is given", |field| field.count_as("max_seq_length"))
-        .default("512"),
+    // The limit is of a prompt with one answer (`utils/data/rl.py`), ours of a pair.
+    by("sequence_len", &["max_seq_length"], "512 where none is given; of both answers with rl", |field| {
+        match (field.root.text("rl").as_deref(), field.count()) {
+            (Some("dpo" | "orpo"), Some(length)) => {
+                becomes("max_seq_length", length.saturating_mul(2), "twice, for both answers of a pair")
+            }
+            _ => field.count_as("max_seq_length"),
+        }
+    })
+    .default("512"),
     by(
         "excess_length_strategy",
         &["long_documents"],
-        "left out where it is not given (here split)",
-        |field| match field.text().as_str() {
-            "drop" => becomes("long_documents", "skip", "left out, counted and named"),
-            "truncate" => taken("long_documents", "truncate"),
-            "raise" => taken("long_documents", "error"),
-            _ => field.expected("drop, truncate or raise"),
-        },
+        "left out where it is not given (here split); plain texts are split",
+        long_documents,
     )
     .default("\"drop\""),
     gone("min_sample_len", OFF, "short documents are trained on, too"),
@@ -495,11 +498,37 @@ fn template(field: &Field<'_>) -> Outcome {
     }
 }
 
+/// Plain texts are cut into rows as they are read (`prompt_strategies/completion.py`), so that `excess_length_strategy` never sees one.
+fn long_documents(field: &Field<'_>) -> Outcome {
+    let kinds: Vec<Value> = match field.root.given("datasets") {
+        Some(Value::Array(sets)) => sets.iter().map(|set| set.get("type").cloned().unwrap_or_default()).collect(),
+        _ => Vec::new(),
+    };
+    let plain = kinds.iter().filter(|kind| matches!(kind.as_str(), Some("completion" | "pretrain"))).count();
+    if plain > 0 && plain == kinds.len() {
+        return becomes("long_documents", "split", "plain texts are split");
+    }
+    let (ours, how) = match field.text().as_str() {
+        "drop" => ("skip", "left out, counted and named"),
+        "truncate" => ("truncate", "cut"),
+        "raise" => ("error", "an error"),
+        _ => return field.expected("drop, truncate or raise"),
+    };
+    match plain {
+        0 => becomes("long_documents", ours, how),
+        _ => instead(
+            vec![("long_documents", ours.into())],
+            "it holds for plain texts, too, which axolotl splits: train on them in a run of their own, or split their file",
+        ),
+    }
+}
+
 fn kind_of_records(kind: &str) -> Outcome {
     match kind {
-        "alpaca" => {
-            becomes("chat_template", "alpaca", "headings in plain words, without axolotl's sentence before them")
-        }
+        "alpaca" => instead(
+            vec![("chat_template", "alpaca".into())],
+            "its headings, without axolotl's sentence before them; an input stands below the instruction, without `### Input:`",
+        ),
         "completion" | "pretrain" => no_effect("plain texts, told by their form"),
         "chat_template" | "sharegpt" => no_effect("conversations, told by their form"),
         kind if kind.starts_with("chat_template.") => no_effect("conversations, told by their form"),

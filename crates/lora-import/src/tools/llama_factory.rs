@@ -18,8 +18,9 @@ pub(crate) static TABLE: Table = Table {
     tool: Tool::LlamaFactory,
     name: "llama-factory",
     title: "LLaMA-Factory",
-    about: "YAML or JSON of `llamafactory-cli train`. Names of datasets are looked up in `dataset_dir`/dataset_info.json. Documents \
-            longer than `cutoff_len` are cut; `lora_alpha` is twice the rank where none is given; activations are computed again \
+    about: "YAML or JSON of `llamafactory-cli train`. Names of datasets are looked up in `dataset_dir`/dataset_info.json; records \
+            are read by their own form, and columns that are not known here are told. Documents longer than `cutoff_len` are cut, \
+            or, with stage = pt, split; `lora_alpha` is twice the rank where none is given; activations are computed again \
             unless `disable_gradient_checkpointing` is on. Keys of transformers' trainer that are not listed here are as under axolotl.",
     groups: &[ROWS, TRAINER],
     own: &[ROWS],
@@ -203,30 +204,31 @@ static ROWS: &[Row] = &[
         translated(Settings::new(), "looked up in dataset_info.json")
     }),
     nothing("media_dir", "pictures beside texts are not trained on"),
-    by("template", &[], "the base's own", |field| {
-        translated(Settings::new(), format!("the base's own, which LLaMA-Factory's {} copies", field.text()))
-    }),
+    by(
+        "template",
+        &["chat_template", "system_prompt"],
+        "`chatml`, `llama3`, `gemma`, `alpaca`; else the base's own",
+        template,
+    ),
     by(
         "cutoff_len",
         &["max_seq_length", "long_documents"],
-        "2048 where none is given; longer documents are cut",
-        |field| match field.count() {
-            Some(length) => translated(
-                vec![("max_seq_length", length.into()), ("long_documents", "truncate".into())],
-                "longer documents are cut",
-            ),
-            None => field.expected("a whole number"),
-        },
+        "2048 where none is given; of both answers with stage = dpo, where it is one's there",
+        cutoff,
     )
     .default("2048"),
     gone("max_samples", OFF, "all records are trained on"),
-    by("packing", &["packing"], "documents are isolated here; there with neat_packing alone", |field| {
-        match (field.on(), field.root.on("neat_packing")) {
+    by(
+        "packing",
+        &["packing"],
+        "documents are isolated here; on with stage = pt where it is not given",
+        |field| match (packs(&field.root), field.on() && field.root.on("neat_packing")) {
             (false, _) => no_effect("off, as without it"),
             (true, true) => taken("packing", true),
-            (true, false) => becomes("packing", true, "each document attends to itself alone, as with neat_packing"),
-        }
-    }),
+            (true, _) => becomes("packing", true, "each document attends to itself alone, as with neat_packing"),
+        },
+    )
+    .default("\"with stage = pt\""),
     by("neat_packing", &["packing"], "packing with isolated documents", |field| {
         field.when_on(becomes("packing", true, "documents are isolated"))
     }),
@@ -332,6 +334,52 @@ static ROWS: &[Row] = &[
     nothing("kt_weight_path", "with use_kt"),
 ];
 
+/// Whether rows are filled: where nothing says it, with `stage = pt` (`hparams/parser.py`).
+fn packs(root: &Scope<'_>) -> bool {
+    match root.given("packing") {
+        Some(given) => values::switch(&given) == Some(true),
+        None => root.on("neat_packing") || root.text("stage").is_some_and(|stage| stage == "pt"),
+    }
+}
+
+/// Tokens of a row. With `stage = dpo` the limit is of a prompt with one answer (`data/processor/pairwise.py`), ours of a pair. With
+/// `stage = pt` texts that fill rows are cut into such rows and not cut off (`data/processor/pretrain.py`).
+fn cutoff(field: &Field<'_>) -> Outcome {
+    let Some(length) = field.count() else { return field.expected("a whole number") };
+    let (length, long, how) = match field.root.text("stage").as_deref() {
+        Some("dpo") => {
+            (length.saturating_mul(2), "truncate", "twice, for both answers of a pair; longer pairs are cut")
+        }
+        Some("pt") if packs(&field.root) => (length, "split", "longer documents are split"),
+        _ => (length, "truncate", "longer documents are cut"),
+    };
+    translated(vec![("max_seq_length", length.into()), ("long_documents", long.into())], how)
+}
+
+/// The layout of conversations. LLaMA-Factory's templates are texts of its own; most follow the models of their name.
+fn template(field: &Field<'_>) -> Outcome {
+    // What its `alpaca` says where no system speaks (`data/template.py`).
+    const TASK: &str =
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
+    match field.text().as_str() {
+        name @ ("chatml" | "llama3" | "gemma") => taken("chat_template", name),
+        "alpaca" if field.root.given("default_system").is_none() => translated(
+            vec![("chat_template", "alpaca".into()), ("system_prompt", TASK.into())],
+            "the same headings, and its sentence before them",
+        ),
+        "alpaca" => taken("chat_template", "alpaca"),
+        name @ ("default" | "empty" | "fewshot" | "vanilla") => lost(format!(
+            "conversations are laid out by the base's own template, not as {name} does; chat_template names another, or a file"
+        )),
+        name => translated(
+            Settings::new(),
+            format!(
+                "the base's own, which is not compared with LLaMA-Factory's {name}; lora dataset shows rows as they are learned"
+            ),
+        ),
+    }
+}
+
 fn variant(field: &Field<'_>, ours: &'static str) -> Outcome {
     field.when_on(taken("variant", ours))
 }
@@ -346,27 +394,77 @@ fn named_datasets(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>
         let Some(given) = root.given(key) else { continue };
         let names = values::texts(&given).unwrap_or_default();
         for name in names.iter().flat_map(|names| names.split(',')).map(str::trim).filter(|name| !name.is_empty()) {
-            match info.as_ref().map(|info| file(info, &folder, name)) {
-                Some(Ok(path)) => {
+            let Some(info) = &info else {
+                let index = index.display();
+                note(
+                    keys,
+                    key,
+                    format!("{index} is not here, so that it is not known which file {name} is; give {ours}"),
+                );
+                continue;
+            };
+            match file(info, &folder, name) {
+                Ok(path) => {
                     let dataset = (ours == "train_data_dir").then(|| draft.add_dataset());
                     let verdict = Verdict::Translated(format!("{name} of dataset_info.json"));
                     let set = draft.set(dataset, ours, &path.into(), key, &verdict, false);
                     set.map_err(|error| Problem::new("", 0, key, error))?;
+                    unread(&info[name]).into_iter().for_each(|what| note(keys, key, format!("{name}: {what}")));
                 }
-                other => {
-                    let what = match other {
-                        Some(Err(what)) => what,
-                        _ => format!(
-                            "{} is not here, so that it is not known which file {name} is; give {ours}",
-                            index.display()
-                        ),
-                    };
-                    note(keys, key, what);
-                }
+                Err(what) => note(keys, key, what),
             }
         }
     }
     Ok(())
+}
+
+/// Columns and tags of an entry in `dataset_info.json` (LLaMA-Factory's `data/parser.py`), and the names in records that mean the same
+/// where `lora_data::texts` reads them.
+const READ: &[(&str, &[&str])] = &[
+    ("prompt", &["instruction", "prompt", "question", "query", "text", "content"]),
+    ("query", &["input", "context"]),
+    ("response", &["output", "response", "completion", "answer"]),
+    ("history", &["history"]),
+    ("messages", &["messages", "conversations"]),
+    ("system", &["system", "system_prompt"]),
+    ("tools", &["tools", "functions"]),
+    ("chosen", &["chosen"]),
+    ("rejected", &["rejected"]),
+    ("role_tag", &["role", "from"]),
+    ("content_tag", &["content", "value"]),
+    ("user_tag", &["user", "human"]),
+    ("assistant_tag", &["assistant", "gpt", "model", "chatgpt"]),
+    ("observation_tag", &["tool", "function", "observation", "ipython"]),
+    ("function_tag", &["function_call"]),
+    ("system_tag", &["system", "developer"]),
+];
+
+/// What an entry of `dataset_info.json` says of its records that is not so here.
+fn unread(entry: &Value) -> Vec<String> {
+    let mut unread = Vec::new();
+    for (part, thing) in [("columns", "column"), ("tags", "tag")] {
+        for (column, name) in entry.get(part).and_then(Value::as_object).into_iter().flatten() {
+            let Some(name) = name.as_str() else { continue };
+            match READ.iter().find(|(known, _)| known == column) {
+                Some((_, names)) if names.contains(&name) => {}
+                Some((_, names)) => {
+                    unread.push(format!("`{name}`, its {thing} {column}, is not read; call it `{}`", names[0]));
+                }
+                None => unread.push(format!("`{name}`, its {thing} {column}, is not read")),
+            }
+        }
+    }
+    if let Some(count) = entry.get("num_samples").filter(|count| !count.is_null()) {
+        unread.push(format!("the whole file is read, not {count} records (num_samples)"));
+    }
+    for key in ["subset", "split", "folder"] {
+        match entry.get(key).and_then(Value::as_str) {
+            None => {}
+            Some("train") if key == "split" => {}
+            Some(part) => unread.push(format!("the whole file is read, not the {key} {part}")),
+        }
+    }
+    unread
 }
 
 /// What is lost of a key that was taken for translated before its files were looked for.

@@ -46,6 +46,9 @@ impl Asked {
     }
 }
 
+/// How much each place counts that the mask leaves out, `[batch, 1, height, width]`.
+const OUTSIDE: &str = "outside_mask";
+
 /// Whose answers are kept, and how much that counts.
 #[derive(Debug, Default)]
 pub(super) struct Prior {
@@ -81,7 +84,8 @@ impl Prior {
         if self.is_on() { FIGURES } else { &[] }
     }
 
-    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out.
+    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out, and the places that the
+    /// items' masks leave out, where the answer there is kept.
     pub(super) fn beside(
         &self,
         mut inputs: Inputs,
@@ -91,6 +95,10 @@ impl Prior {
         for (group, asked, _) in &self.prompts {
             let asked: Vec<Item> = items.iter().map(|item| item.asked(&asked.of(&item.caption))).collect();
             inputs = inputs.beside(group, captions(&asked)?);
+        }
+        if self.outside_mask > 0.0 {
+            let outside = inputs.find("mask").map(|mask| mask.f_neg()?.f_add_scalar(1.0)).transpose()?;
+            inputs = inputs.with(OUTSIDE, outside);
         }
         Ok(inputs)
     }
@@ -109,9 +117,8 @@ impl Prior {
             return own(&answer(inputs, pass)?);
         }
         // What the base answers comes first: beside what a backward pass keeps it would have no room.
-        let outside = inputs.find("mask").filter(|_| self.outside_mask > 0.0);
-        let outside = outside.map(|mask| mask.f_neg()?.f_add_scalar(1.0)).transpose()?;
-        let there = outside.as_ref().map(|_| of_base(answer, inputs)).transpose()?;
+        let outside = inputs.find(OUTSIDE);
+        let there = outside.map(|_| of_base(answer, inputs)).transpose()?;
         let asked = self.prompts.iter().filter_map(|(group, _, weight)| Some((inputs.part(group)?, *weight)));
         let asked = asked.map(|(part, weight)| Ok((of_base(answer, &part)?, part, weight)));
         let asked = asked.collect::<Result<Vec<_>>>()?;
@@ -119,7 +126,7 @@ impl Prior {
         let answered = answer(inputs, pass)?;
         let loss = own(&answered)?;
         let mut kept = loss.f_zeros_like()?;
-        if let (Some(outside), Some(there)) = (&outside, &there) {
+        if let (Some(outside), Some(there)) = (outside, &there) {
             let part = mean_square(&answered, there, Some(outside), inputs)?;
             kept = kept.f_add(&part.f_mul_scalar(self.outside_mask)?)?;
         }

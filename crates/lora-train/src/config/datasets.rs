@@ -33,10 +33,20 @@ pub(super) struct Table {
     pub(super) keys: Map<String, Value>,
 }
 
+/// Keys that say what the subject's pictures are. Regularisation pictures, which show what is not the subject, do not inherit
+/// them. Prefix and suffix they do, as in sd-scripts (`config_util.py` falls back to the arguments for every subset).
+const OF_THE_SUBJECT: &[&str] = &["trigger_word", "class_tokens", "metadata_file", "mask_dir"];
+
+/// The reader of a table of regularisation pictures, which has of these keys its own.
+fn of_the_class(mut nested: Reader, own: &Map<String, Value>) -> Reader {
+    nested.values.retain(|key, _| own.contains_key(key) || !OF_THE_SUBJECT.contains(&key.as_str()));
+    nested
+}
+
 /// All datasets of a configuration. Without `required`, one that names none is no problem.
 pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
     let values = DatasetValues::read(reader, 0);
-    let top = values.clone().options(reader);
+    let top = values.options(reader);
     let mut tables = Vec::new();
     if reader.has("datasets") {
         tables.extend(reader.given("datasets").tables().into_iter().enumerate().map(|(index, keys)| Table {
@@ -64,14 +74,18 @@ pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
     }
     let mut all = if named { vec![top] } else { Vec::new() };
     if let Some(path) = reader.given("reg_data_dir").text() {
-        let mut regularisation = values;
+        let mut nested = of_the_class(reader.nested(&Map::new()), &Map::new());
+        let mut regularisation = DatasetValues::read(&mut nested, 0);
         regularisation.options.path = path.into();
         regularisation.options.scan.repeats = 1;
         regularisation.options.scan.role = Role::Regularisation;
-        all.push(regularisation.options(reader));
+        all.push(regularisation.options(&mut nested));
     }
     for table in tables {
         let mut nested = reader.nested(&table.keys);
+        if nested.values.get("is_reg") == Some(&Value::Bool(true)) {
+            nested = of_the_class(nested, &table.keys);
+        }
         let options = DatasetValues::read(&mut nested, table.group).options(&mut nested);
         nested.given("train_data_dir").required_text();
         reader.absorb(nested, &table.label, &table.keys);

@@ -207,7 +207,9 @@ fn leave_out(source: &mut Arc<dyn Source>, mut unusable: Vec<(usize, lora_data::
     if unusable.len() == source.count() && !unusable.is_empty() {
         let (item, first) = unusable.swap_remove(0);
         let reason = format!("none could be decoded; the first: {}", first.reason());
-        return Err(lora_data::Error::Picture { path: source.path(item).to_owned(), reason }.into());
+        // What is damaged may be its mask.
+        let path = first.path().unwrap_or(source.path(item)).to_owned();
+        return Err(lora_data::Error::Picture { path, reason }.into());
     }
     // The threads are gone with their iterator.
     Arc::get_mut(source).ok_or(Error::InUse { what: "the dataset" })?.leave_out(unusable);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use lora_core::DType;
+use lora_data::PromptLine;
 use lora_data::cache::DiskCache;
 use lora_data::source::Source;
 use lora_io::checkpoint::Checkpoint;
@@ -65,6 +66,7 @@ impl Materials {
         }
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
+        notes.extend(config.samples.prompts.iter().filter_map(|prompt| unread(prompt)));
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Arc::new(plugins.bases.configured(&config)?);
         let registration = plugins.bases.registration(&checkpoint)?;
@@ -162,6 +164,19 @@ impl Materials {
             config,
         })
     }
+}
+
+/// What to know of a sample's prompt in which something that looks like an option stays.
+fn unread(prompt: &str) -> Option<String> {
+    let line = PromptLine::parse(prompt);
+    let options: Vec<String> = line.unread().map(|name| format!("--{name}")).collect();
+    let told = || {
+        let options = options.join(", ");
+        format!(
+            "the sample prompt `{prompt}`: {options} is no option here, or lacks its value, and stays in the prompt"
+        )
+    };
+    (!options.is_empty()).then(told)
 }
 
 /// The number type of arithmetic.

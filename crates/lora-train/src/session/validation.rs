@@ -11,8 +11,9 @@ use lora_torch::tch::no_grad_guard;
 use super::Session;
 use super::encoded::to_memory;
 use super::step::loss_of;
-use crate::Result;
 use crate::base::{Encoded, Item, Subject};
+use crate::event::About;
+use crate::{Error, Result};
 
 /// Items to validate with, encoded.
 #[derive(Debug)]
@@ -30,10 +31,11 @@ impl Validation {
 }
 
 impl Session {
-    /// Encodes the items of another place, treated as those that are trained on are, without what is random in them.
+    /// Encodes the items of another place, treated as those that are trained on are, without what is random in them: random
+    /// processors are left out, and pictures that lose their crop with them are cut in the middle.
     ///
     /// # Errors
-    /// Where there are none or one cannot be read, and where memory runs out.
+    /// Where there are none, none can be read, or one cannot and the configuration is strict; and where memory runs out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
         let source = self.feed.source.of_another(folder)?;
         self.encode_validation(&*source)
@@ -68,21 +70,53 @@ impl Session {
             draw: Stream::new(seed).at("validation").with(index as u64),
         };
         let mut items: Vec<Item> = (0..source.count()).map(|index| item(index, source.plain_caption(index))).collect();
-        let Some(encoder) = encoder.map(|network| network.component) else {
-            for (index, item) in items.iter_mut().enumerate() {
-                item.example = Some(source.example(index, &item.draw)?);
+        let strict = self.config.strict;
+        let mut unusable = BTreeMap::new();
+        let mut example = |index: usize, draw: &Stream| match source.example(index, draw) {
+            Err(error @ lora_data::Error::Picture { .. }) if !strict => {
+                unusable.insert(index, error);
+                Ok(None)
             }
-            return Ok(Validation { items, measures });
+            example => example.map(Some).map_err(Error::from),
         };
-        self.with_network(encoder, |base| {
-            for (index, item) in items.iter_mut().enumerate() {
-                let example = source.example(index, &item.draw)?;
-                let encoded = base.encode(encoder, Encoded::Example(&example, source.path(index)))?;
-                let drawn = base.draw(encoder, &encoded, &item.draw)?;
-                item.encoded.insert(encoder, to_memory(&drawn, device)?);
+        match encoder.map(|network| network.component) {
+            None => {
+                for (index, item) in items.iter_mut().enumerate() {
+                    item.example = example(index, &item.draw)?;
+                }
             }
-            Ok(())
-        })?;
+            Some(encoder) => self.with_network(encoder, |base| {
+                for (index, item) in items.iter_mut().enumerate() {
+                    let Some(example) = example(index, &item.draw)? else { continue };
+                    let encoded = base.encode(encoder, Encoded::Example(&example, source.path(index)))?;
+                    let drawn = base.draw(encoder, &encoded, &item.draw)?;
+                    item.encoded.insert(encoder, to_memory(&drawn, device)?);
+                }
+                Ok(())
+            })?,
+        }
+        let validation = Validation { items, measures };
+        if unusable.is_empty() { Ok(validation) } else { self.usable(validation, unusable) }
+    }
+
+    /// Leaves out what could not be read, as is done with what is trained on; an error where nothing is left.
+    fn usable(
+        &mut self,
+        validation: Validation,
+        mut unusable: BTreeMap<usize, lora_data::Error>,
+    ) -> Result<Validation> {
+        let (count, all) = (unusable.len(), validation.items.len());
+        let first = unusable.first_entry().map(|entry| entry.get().to_string()).unwrap_or_default();
+        if count == all
+            && let Some((_, error)) = unusable.pop_first()
+        {
+            return Err(error.into());
+        }
+        let told = format!("{count} of {all} that are held out cannot be read and are left out, the first: {first}");
+        self.warn(About::Data, "left_out", told);
+        let own = validation.items.into_iter().zip(validation.measures).enumerate();
+        let (items, measures) =
+            own.filter(|(index, _)| !unusable.contains_key(index)).map(|(_, validation)| validation).unzip();
         Ok(Validation { items, measures })
     }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lora_core::DType;
+use lora_data::Pictures;
 use lora_data::source::Source;
 use serde::{Deserialize, Serialize};
 
@@ -85,7 +86,10 @@ impl Settings {
 
     /// What differs from an earlier run of those that must stay.
     pub(crate) fn differences(&self, earlier: &Self) -> Vec<Difference> {
-        differences(&earlier.fixed, &self.fixed)
+        let mut all = differences(&earlier.fixed, &self.fixed);
+        // A state of a version that did not look at it says nothing of it.
+        all.retain(|own| earlier.fixed.contains_key(&own.key) || !own.key.starts_with(Pictures::LENGTHS));
+        all
     }
 
     /// As [`Settings::differences`], of what the configuration alone says.
@@ -137,6 +141,17 @@ fn apart(was: &str, is: &str) -> (String, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_from_before_files_were_looked_at_goes_on() {
+        let of = |pairs: &[(&str, &str)]| {
+            let fixed = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            Settings { fixed, ..Settings::default() }
+        };
+        let now = of(&[("seed", "1"), (Pictures::LENGTHS, "b")]);
+        assert_eq!(now.differences(&of(&[("seed", "1")])), []);
+        assert_eq!(now.differences(&of(&[("seed", "1"), (Pictures::LENGTHS, "a")])).len(), 1);
+    }
 
     #[test]
     fn differences_are_named_and_long_ones_shortened() {

@@ -337,15 +337,15 @@ impl Base for FlowMatching {
     }
 
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
-        let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
-        let latents = tensor(encoded, VAE, "latents")?;
-        let (channels, height, width) = latents.size3()?;
-        let many = latents.f_to_device(self.device)?.f_unsqueeze(0)?.f_repeat([JUDGED_LEVELS as i64, 1, 1, 1])?;
+        let (latents, mask) = latents_of(std::slice::from_ref(item), self.device)?;
+        let (_, channels, height, width) = latents.size4()?;
+        let repeated = |one: &Tensor| one.f_repeat([JUDGED_LEVELS as i64, 1, 1, 1]);
+        let (many, mask) = (repeated(&latents)?, mask.as_ref().map(repeated).transpose()?);
         let shape = [JUDGED_LEVELS, channels as usize, height as usize, width as usize];
         let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
         let levels: Vec<f64> =
             (0..JUDGED_LEVELS).map(|step| (2 * step + 1) as f64 / (2 * JUDGED_LEVELS) as f64).collect();
-        let loss = VelocityLoss::new(&many, [&noise; 2], &levels, &[], None, &self.difference)?;
+        let loss = VelocityLoss::new(&many, [&noise; 2], &levels, &[], mask.as_ref(), &self.difference)?;
         let inputs = loss.into_inputs().and(self.kept(&item.encoded, JUDGED_LEVELS)?);
         self.with_guidance(inputs, JUDGED_LEVELS, self.trained_guidance())
     }

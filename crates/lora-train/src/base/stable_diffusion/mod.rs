@@ -473,9 +473,10 @@ impl Base for StableDiffusion {
     fn validation_inputs(&self, item: &Item) -> Result<Inputs> {
         let count = JUDGED_TIMESTEPS as i64;
         let encoded = item.encoded.get(&VAE).ok_or_else(|| missing(VAE, "latents"))?;
-        let latents = tensor(encoded, VAE, "latents")?;
-        let (channels, height, width) = latents.size3()?;
-        let many = latents.f_to_device(self.device)?.f_unsqueeze(0)?.f_repeat([count, 1, 1, 1])?;
+        let (latents, mask) = latents_of(std::slice::from_ref(item), self.device)?;
+        let (_, channels, height, width) = latents.size4()?;
+        let repeated = |one: &Tensor| one.f_repeat([count, 1, 1, 1]);
+        let (many, mask) = (repeated(&latents)?, mask.as_ref().map(repeated).transpose()?);
         let shape = [JUDGED_TIMESTEPS, channels as usize, height as usize, width as usize];
         let noise = from_f32(&item.draw.at("noise").normals(shape.iter().product()), &shape, self.device)?;
         let times: Vec<usize> = (0..JUDGED_TIMESTEPS)
@@ -483,7 +484,7 @@ impl Base for StableDiffusion {
             .collect();
         let text = self.kept(&item.encoded)?.repeated(count)?;
         let added = added(&text, self.item_sizes(&[encoded; JUDGED_TIMESTEPS])?.as_ref())?;
-        let weights = LossWeights { difference: self.difference, ..LossWeights::default() };
+        let weights = LossWeights { difference: self.difference, mask: mask.as_ref(), ..LossWeights::default() };
         let denoising = Denoising::new(self.unet()?, &self.schedule, &many, [&noise; 2], &times, &weights)?;
         Ok(denoising.into_inputs().with(CONTEXT, Some(text.states)).with(ADDED, added))
     }
@@ -539,6 +540,10 @@ impl Base for StableDiffusion {
         record.velocity = self.schedule.prediction() == Prediction::Velocity;
         record.further.extend(self.noise.record());
         record.further.extend(self.difference.record());
+        record.further.extend(LossWeights::of(config).record());
+        if self.schedule.has_zero_terminal_snr() {
+            record.further.push(("ss_zero_terminal_snr", "True".to_owned()));
+        }
         // Even ones need no word.
         if (self.levels.density, self.levels.shift) != (Density::Uniform, Shift::Factor(1.0)) {
             record.further.extend(levels::record(config, None, &self.levels));

@@ -117,7 +117,7 @@ pub(super) static PICTURES: Group = Group {
             name: "reg_data_dir",
             values: "path",
             default: "none",
-            meaning: "Folder of regularisation pictures, which keep what the model knows of the class; as many visits as the others have.",
+            meaning: "Folder of regularisation pictures, which keep what the model knows of the class; as many visits as the others have. `trigger_word`, `class_tokens`, `metadata_file` and `mask_dir` do not hold for them.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::WhichDatasets,
@@ -126,7 +126,7 @@ pub(super) static PICTURES: Group = Group {
             name: "is_reg",
             values: "true/false",
             default: "false",
-            meaning: "In `datasets`: these are regularisation pictures.",
+            meaning: "In `datasets`: these are regularisation pictures. `trigger_word`, `class_tokens`, `metadata_file` and `mask_dir` hold for them only where they stand in the table itself.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| {

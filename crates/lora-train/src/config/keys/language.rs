@@ -68,7 +68,7 @@ pub static TEXTS: Group = Group {
             name: "max_seq_length",
             values: "16 …",
             default: "2048",
-            meaning: "Tokens of a row at most. What is longer is treated as `long_documents` says.",
+            meaning: "Tokens of a row at most; of a preference pair those of both answers, each with its prompt. What is longer is treated as `long_documents` says.",
             memory: "Activations grow with it; attention's work with its square.",
             resumed: Resumed::Fixed(|config| config.extra.shown("max_seq_length")),
             reads: Reads::Extra(|given| {

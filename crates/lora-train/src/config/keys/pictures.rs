@@ -90,7 +90,7 @@ pub(super) static TREATMENT: Group = Group {
             name: "mask_dir",
             values: "path",
             default: "none",
-            meaning: "Folder of masks, each of its picture's name.",
+            meaning: "Folder of masks, each of its picture's name: in folders as the pictures are in, or directly in it.",
             memory: "",
             resumed: Resumed::Unrecorded,
             reads: Reads::Dataset(|given, dataset| dataset.options.scan.mask_dir = given.text().map(PathBuf::from)),

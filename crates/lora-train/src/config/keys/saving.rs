@@ -315,7 +315,13 @@ fn trackers(given: &mut Given<'_>) -> Vec<Tracker> {
 fn prompts(given: &mut Given<'_>) -> Vec<String> {
     let mut all = Vec::new();
     for prompt in given.texts().unwrap_or_default() {
-        let is_file = Path::new(&prompt).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"));
+        let named = |ending: &str| Path::new(&prompt).extension().is_some_and(|own| own.eq_ignore_ascii_case(ending));
+        let is_file = named("txt");
+        // sd-scripts reads such files of prompts; here one would be drawn by its name.
+        if ["json", "toml", "yaml", "yml"].into_iter().any(named) && !prompt.contains(char::is_whitespace) {
+            given.problem(format!("{prompt} is not read; expected prompts, or a .txt with one in each line"));
+            continue;
+        }
         match PromptLine::lines_of(Path::new(&prompt)) {
             _ if !is_file => all.push(prompt),
             Ok(lines) if lines.is_empty() => given.problem(format!("{prompt} holds no prompts")),
