@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_io::checkpoint::Checkpoint;
+use lora_io::consumers::Inventory;
 use lora_io::{AdapterInfo, family};
 
 use crate::Failure;
@@ -20,6 +21,8 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let info = match AdapterInfo::read(&arguments.file) {
         Ok(info) => info,
+        // Control LoRAs and others that are not read have names of a base's layers, too.
+        Err(error) if Inventory::read(&arguments.file).is_ok() => return Err(error.into()),
         // What is no adapter may be a base, or a base that is refused for a reason of its own.
         Err(error) => match Checkpoint::open(&arguments.file) {
             Ok(base) => return show_base(&base, arguments.json),

@@ -44,6 +44,7 @@ use lora_core::{Adapter, AdapterModule, Component, DType, Strength};
 use rayon::prelude::*;
 
 use crate::adapter::{self, damage, damaged};
+use crate::checkpoint::Checkpoint;
 use crate::safetensors::{Entry, StoredDType, header};
 use crate::{Error, Result, atomic};
 use folder::Base;
@@ -187,6 +188,9 @@ pub fn matches(base: impl AsRef<Path>, adapter: Adapter) -> Result<Vec<String>> 
     let base = base.as_ref();
     let weighted = [Weighted { name: "adapter".into(), adapter, strength: Strength::default() }];
     if base.is_file() && adapter::is_gguf(base)? {
+        if let Some(mut image) = Checkpoint::open(base).ok().filter(|base| base.family().image) {
+            return image.fuse(&weighted, &VariantRegistry::default()).map(|()| Vec::new());
+        }
         return gguf::matches(base, &weighted).map(|()| Vec::new());
     }
     let base = Base::open(base)?;

@@ -387,3 +387,13 @@ fn alphas_of_whole_numbers_and_headers_without_metadata_are_read() {
         assert_eq!(adapter::read(&path).unwrap().adapter.modules[&to_q()].scale(), 0.5, "{dtype}");
     }
 }
+
+#[test]
+fn a_control_lora_is_named() {
+    let (_folder, path) = scratch();
+    let mut tensors = pair("double_blocks.0.img_attn.proj", ".lora_A.weight", ".lora_B.weight");
+    tensors.push(("double_blocks.0.img_attn.norm.query_norm.scale".into(), random(&[8], 3)));
+    put(&path, tensors, &[]);
+    let error = adapter::read(&path).unwrap_err().to_string();
+    assert!(error.contains("control LoRA"), "{error}");
+}

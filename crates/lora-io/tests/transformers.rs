@@ -1,10 +1,11 @@
 //! Transformers that denoise by flow matching: weights and adapters in diffusers' tree and in the original one
 //! (`tools/golden/make_transformer_layouts.py`, which holds them against diffusers' own converter).
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lora_core::variant::VariantRegistry;
-use lora_core::{Adapter, Component, DType, ModulePath, Strength};
+use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath, Strength};
 use lora_io::adapter::{self, Format};
 use lora_io::checkpoint::{Checkpoint, ComponentWeights, Replaced, write_single_file};
 use lora_io::gguf;
@@ -247,4 +248,21 @@ fn separate_factors_are_put_into_one_module_and_taken_out_again() {
     same(&back, &separate, "separate");
     let ranks = |adapter: &Adapter| adapter.modules.values().map(|module| module.rank).collect::<Vec<_>>();
     assert_eq!(ranks(&back), ranks(&separate));
+}
+
+#[test]
+fn adapters_are_held_against_image_models_in_gguf() {
+    let base = golden("flux_quantised").with_extension("gguf");
+    let matches = |module: &str, width: usize| {
+        let tensor = |shape: [usize; 2]| HostTensor::zeros(shape);
+        let lora = AdapterModule::of_factors(tensor([2, width]), tensor([32, 2]), false, 2, 2.0);
+        let path = ModulePath::new(Component::TRANSFORMER, module);
+        let adapter = Adapter { modules: BTreeMap::from([(path, lora)]), ..Adapter::default() };
+        merge::matches(&base, adapter).map_err(|error| error.to_string())
+    };
+    matches("transformer_blocks.0.attn.to_out.0", 32).unwrap();
+    let error = matches("transformer_blocks.99.attn.to_out.0", 32).unwrap_err();
+    assert!(error.contains("transformer_blocks.99"), "{error}");
+    let error = matches("transformer_blocks.0.attn.to_out.0", 33).unwrap_err();
+    assert!(error.contains("do not fit"), "{error}");
 }

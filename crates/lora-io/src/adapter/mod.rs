@@ -163,6 +163,12 @@ pub fn read_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Resul
         let reason = "these are PEFT names, whose scale stands in `adapter_config.json`; it is not beside the file";
         return Err(Error::format(path, reason));
     }
+    if file.names().any(|name| name.ends_with(".norm.query_norm.scale")) {
+        // As `_convert_bfl_flux_control_lora_to_diffusers` of diffusers tells them.
+        let reason = "a control LoRA for FLUX.1 in Black Forest Labs' form: it holds norms of its own and widens the input by a \
+                      picture that guides, so that it goes with diffusers' FluxControlPipeline; it is not read here";
+        return Err(Error::format(path, reason));
+    }
     // Alphas beside dotted names are its layout too.
     let is_kohya =
         |name: &str| names::is_kohya(name) || name.starts_with("diffusion_model.") && name.ends_with(".alpha");

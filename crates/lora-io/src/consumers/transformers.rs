@@ -113,6 +113,9 @@ fn own(module: &str, base: &Family) -> Option<Own> {
         ("diffusion_model.", Spelling::Generic),
         ("transformer.", Spelling::Diffusers),
     ];
+    if module.starts_with("base_model.") {
+        return None;
+    }
     let spelling = spellings.into_iter().find(|(prefix, _)| module.starts_with(prefix));
     let spelling = spelling.map_or(Spelling::Bare, |(_, spelling)| spelling);
     let path = if names::is_kohya(module) { names::from_kohya(module, &FAMILIES) } else { names::from_dotted(module) };
@@ -272,6 +275,8 @@ mod tests {
             let inventory = Inventory::default().lora(name, 64, 64);
             assert_eq!(opinion(Consumer::ComfyUi, &inventory, base).verdict, Verdict::Loads, "{name}");
         }
+        let peft = Inventory::default().pair("base_model.model.transformer_blocks.0.attn.to_q");
+        assert_eq!(opinion(Consumer::ComfyUi, &peft, &qwen_image::FAMILY).verdict, Verdict::NothingLoaded);
     }
 
     #[test]

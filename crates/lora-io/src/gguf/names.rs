@@ -2,6 +2,7 @@
 //! some other architectures llama.cpp stores the query and key projections with each head's rotary pairs side by side,
 //! where Hugging Face keeps the halves apart.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::{GgufFile, Value};
@@ -129,8 +130,10 @@ impl Architecture {
     pub(crate) fn of_gguf(file: &GgufFile) -> Result<Self> {
         let name = file.text("general.architecture").unwrap_or_default();
         if !ARCHITECTURES.iter().any(|(_, own)| *own == name) {
-            let known: Vec<_> = ARCHITECTURES.iter().map(|(_, own)| *own).collect();
-            let reason = format!("`general.architecture` is `{name}`; known here are {}", known.join(", "));
+            let known: BTreeSet<_> = ARCHITECTURES.iter().map(|(_, own)| *own).collect();
+            let known = known.into_iter().collect::<Vec<_>>().join(", ");
+            let reason =
+                format!("`general.architecture` is `{name}`; of language models, which go here, are known {known}");
             return Err(Error::format(file.path(), reason));
         }
         let heads = file.number(&format!("{name}.attention.head_count"));
