@@ -64,18 +64,23 @@ struct Layer : torch::CustomClassHolder {
     return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
   }
 
+  // Parts of several tiles in half precision are added up in f32. Products that go where they belong are added in f32 anyway and
+  // rounded once a tile; of those there are few, and a sum in f32 would hold three times the memory.
   at::Tensor backward(const at::Tensor &gradient, at::IntArrayRef sizes) const {
+    const at::ScalarType kind = gradient.scalar_type();
+    const bool half = kind == at::kHalf || kind == at::kBFloat16;
     at::Tensor sum;
-    each_tile(gradient.scalar_type(), [&](const at::Tensor &rows, int64_t start, int64_t count) {
+    each_tile(kind, [&](const at::Tensor &rows, int64_t start, int64_t count) {
       const at::Tensor own = gradient.narrow(convolution ? 1 : -1, start, count);
       if (sum.defined() && in_place(gradient)) {
         sum.view({-1, sum.size(-1)}).addmm_(own.reshape({-1, count}), rows);
         return;
       }
-      const at::Tensor part = convolution ? to_input(own, rows, sizes) : own.matmul(rows);
+      at::Tensor part = convolution ? to_input(own, rows, sizes) : own.matmul(rows);
+      if (half && count < weight.shape[0] && !in_place(gradient)) part = part.to(at::kFloat);
       sum = sum.defined() ? sum.add_(part) : part;
     });
-    return sum;
+    return sum.to(kind);
   }
 
   // The gradient of a convolution's input is the transposed convolution, as large as the input was.

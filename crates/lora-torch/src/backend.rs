@@ -2,7 +2,7 @@
 
 use lora_core::backend::Backend;
 use lora_core::{HostTensor, LayerGeometry};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::tensor::{from_host, to_host};
 use crate::{Error, Result};
@@ -23,7 +23,7 @@ pub fn apply_layer(geometry: &LayerGeometry, input: &Tensor, weight: &Tensor, bi
             input.f_conv2d(weight, bias, [stride, stride], [padding, padding], [1, 1], groups as i64)?
         }
         LayerGeometry::Embedding { .. } => {
-            Tensor::f_embedding(weight, &input.f_to_kind(tch::Kind::Int64)?, -1, false, false)?
+            Tensor::f_embedding(weight, &input.f_to_kind(Kind::Int64)?, -1, false, false)?
         }
         _ => input.f_linear(weight, bias)?,
     })
@@ -98,15 +98,51 @@ impl Backend for TchBackend {
         Ok(tensor.f_permute(whole(order).as_slice()).map_err(Error::from)?)
     }
 
+    /// A view where the indices go up by one from slice to slice, or from each few equal ones to the next: any others are copied to
+    /// the device.
     fn select(&self, tensor: &Tensor, axis: usize, indices: &[usize]) -> lora_core::Result<Tensor> {
-        let indices = Tensor::from_slice(&whole(indices)).to_device(tensor.device());
-        Ok(tensor.f_index_select(axis as i64, &indices).map_err(Error::from)?)
+        let axis = axis as i64;
+        let selected = || match repeated_run(indices) {
+            Some((first, count, 1)) => tensor.f_narrow(axis, first, count),
+            Some((first, count, times)) => {
+                let slices = tensor.f_narrow(axis, first, count)?.f_unsqueeze(axis + 1)?;
+                let mut shape = slices.size();
+                shape[axis as usize + 1] = times;
+                slices.f_expand(&shape, false)?.f_flatten(axis, axis + 1)
+            }
+            None => {
+                let indices = Tensor::f_from_slice(&whole(indices))?.f_to_device(tensor.device())?;
+                tensor.f_index_select(axis, &indices)
+            }
+        };
+        Ok(selected().map_err(Error::from)?)
     }
 
-    /// In f32 at least: libtorch inverts no half-precision matrices.
+    fn shift(&self, tensor: &Tensor, amount: f64) -> lora_core::Result<Tensor> {
+        Ok(tensor.f_add_scalar(amount).map_err(Error::from)?)
+    }
+
+    fn identity(&self, side: usize, like: &Tensor) -> lora_core::Result<Tensor> {
+        Ok(Tensor::f_eye(side as i64, (like.kind(), like.device())).map_err(Error::from)?)
+    }
+
+    fn above_diagonal(&self, numbers: &Tensor, side: usize) -> lora_core::Result<Tensor> {
+        let side = side as i64;
+        let spread = || {
+            let (matrices, _) = numbers.size2()?;
+            let places = Tensor::f_triu_indices(side, side, 1, (Kind::Int64, numbers.device()))?;
+            let places = places.f_select(0, 0)?.f_mul_scalar(side)?.f_add(&places.f_select(0, 1)?)?;
+            let zeros = Tensor::f_zeros([matrices, side * side], (numbers.kind(), numbers.device()))?;
+            zeros.f_index_copy(1, &places, numbers)?.f_view([matrices, side, side])
+        };
+        Ok(spread().map_err(Error::from)?)
+    }
+
+    /// In f32 at least: libtorch inverts no half-precision matrices. Whether there is an inverse is not asked, which would wait for
+    /// the device; what has none gives numbers that are not finite.
     fn inverse(&self, tensor: &Tensor) -> lora_core::Result<Tensor> {
-        let single = tensor.f_to_kind(tch::Kind::Float).map_err(Error::from)?;
-        Ok(single.f_inverse().and_then(|inverse| inverse.f_to_kind(tensor.kind())).map_err(Error::from)?)
+        let inverse = || Tensor::f_linalg_inv_ex(&tensor.f_to_kind(Kind::Float)?, false)?.0.f_to_kind(tensor.kind());
+        Ok(inverse().map_err(Error::from)?)
     }
 
     fn apply(
@@ -124,17 +160,26 @@ fn whole(numbers: &[usize]) -> Vec<i64> {
     numbers.iter().map(|&number| number as i64).collect()
 }
 
+/// `(first, count, times)` where indices are those from `first` on, each so many times.
+fn repeated_run(indices: &[usize]) -> Option<(i64, i64, i64)> {
+    let first = *indices.first()?;
+    let times = indices.iter().take_while(|&&index| index == first).count();
+    let runs = indices.len().is_multiple_of(times)
+        && indices.iter().enumerate().all(|(place, &index)| index == first + place / times);
+    runs.then_some((first as i64, (indices.len() / times) as i64, times as i64))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
+    use super::*;
+    use crate::dry::{DryRun, Platform};
+    use crate::profile::operations;
     use lora_core::backend::CpuBackend;
     use lora_core::conformance::{Layer, ROWS, check, distance};
     use lora_core::random::Stream;
     use lora_core::variant::{BaseLayer, Dropout, FrozenLayer, Lora, Parameters, Variant, VariantRegistry};
-    use tch::Kind;
-
-    use super::*;
 
     fn here(tensor: &HostTensor) -> Tensor {
         from_host(tensor, Device::Cpu).unwrap()
@@ -202,6 +247,54 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Nothing is copied from host memory and no number is read, so that a step can be recorded: on a dry run's device, which plays
+    /// a GPU.
+    #[test]
+    fn no_variant_makes_the_host_wait_in_its_passes() {
+        let run = DryRun::begin(Platform::Cuda).unwrap();
+        let like = Tensor::zeros([1], (Kind::Float, run.device()));
+        let mut waiting = Vec::new();
+        for row in ROWS {
+            let cpu = VariantRegistry::<CpuBackend>::default().get(row.variant).unwrap();
+            let torch = VariantRegistry::<TchBackend>::default().get(row.variant).unwrap();
+            for &layer in row.layers {
+                let here = layer.frozen(&CpuBackend, &HostTensor::zeros([1])).unwrap();
+                let base = layer.frozen(&TchBackend, &like).unwrap();
+                let leaf = |(name, host): (String, HostTensor)| {
+                    let tensor = TchBackend.upload(&host, &like).unwrap().set_requires_grad(torch.is_trained(&name));
+                    (name, tensor)
+                };
+                let tensors = row.trained(&CpuBackend, &*cpu, &here).unwrap().into_iter().map(leaf).collect();
+                let parameters = Parameters::<TchBackend> { tensors, scale: row.scale };
+                let input = TchBackend.upload(&layer.input(), &like).unwrap();
+                let passes = || {
+                    let output = torch.forward(&TchBackend, &base, &parameters, &input, None).unwrap();
+                    output.square().mean(Kind::Float).backward();
+                };
+                let ((), counted) = operations(passes).unwrap();
+                let waits = counted.by_name.iter().filter(|(_, own)| own.waits > 0).map(|(name, _)| name.as_str());
+                let waits: Vec<_> = waits.collect();
+                if !waits.is_empty() {
+                    waiting.push(format!("{} {:?} on {layer:?}: {waits:?}", row.variant, row.options));
+                }
+            }
+        }
+        assert!(waiting.is_empty(), "{}", waiting.join("\n"));
+    }
+
+    #[test]
+    fn slices_are_the_same_whether_their_indices_are_copied_or_not() {
+        let host = HostTensor::from_f32([2, 4, 3], (0..24).map(|value| value as f32).collect()).unwrap();
+        for (axis, indices) in
+            [(1, &[1, 2][..]), (1, &[0, 0, 1, 1, 2, 2]), (1, &[3, 3, 3]), (2, &[2, 0]), (0, &[1]), (1, &[])]
+        {
+            let expected = CpuBackend.select(&host, axis, indices).unwrap();
+            let found = to_host(&TchBackend.select(&here(&host), axis, indices).unwrap()).unwrap();
+            assert_eq!(found, expected, "{axis} {indices:?}");
+        }
+        assert!(TchBackend.select(&here(&host), 1, &[3, 4]).is_err());
     }
 
     #[test]

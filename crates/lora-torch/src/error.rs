@@ -152,22 +152,30 @@ impl From<Error> for CoreError {
     }
 }
 
-/// Does some work and turns a panic that reports a lack of memory into an error: tch 0.24 panics instead of
-/// returning where an operation that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before
-/// the failure is read. Other panics go on.
+/// Does some work and turns a panic of libtorch's into an error: tch 0.24 panics instead of returning where an operation that
+/// takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before the failure is read. Other panics
+/// go on.
 ///
 /// # Errors
-/// The work's own, and [`Error::OutOfMemory`] for such a panic.
+/// The work's own, and for such a panic what the operation's failure is: [`Error::OutOfMemory`], [`Error::DeviceLost`], ….
 pub fn caught<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<T, E> {
     // What the work leaves half done is the caller's to take back, as after any error.
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match panic_message(&*payload) {
-        Some(message) if reports_out_of_memory(message) => {
-            // `unwrap` shows the failure as Rust writes it.
-            let words = message.split_once("Torch(\"").map_or(message, |(_, words)| words);
-            Err(Error::from_message(words.split("\\n").next().unwrap_or(words)).into_memory().into())
-        }
-        _ => resume_unwind(payload),
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match failure_in(&*payload) {
+        Some(error) => Err(error.into()),
+        None => resume_unwind(payload),
     })
+}
+
+/// The failure of libtorch's that a panic tells of.
+pub(crate) fn failure_in(payload: &(dyn Any + Send)) -> Option<Error> {
+    let message = panic_message(payload)?;
+    // `unwrap` shows the failure as Rust writes it.
+    let of_torch = message.split_once("Torch(\"").map(|(_, words)| words.trim_end_matches("\")"));
+    let line = of_torch.unwrap_or(message).split("\\n").next().unwrap_or_default().replace("\\\"", "\"");
+    if reports_out_of_memory(message) {
+        return Some(Error::from_message(&line).into_memory());
+    }
+    of_torch.map(|_| Error::from_message(&line))
 }
 
 /// What a panic said.
@@ -262,6 +270,28 @@ mod tests {
         let error =
             tch::Tensor::f_zeros([1 << 60], (tch::Kind::Float, tch::Device::Cpu)).map_err(Error::from).unwrap_err();
         assert!(error.is_out_of_memory(), "{error}");
+    }
+
+    #[test]
+    fn a_panic_of_libtorch_is_the_error_that_it_tells_of_and_other_panics_go_on() {
+        let panicking = |text: &str| -> Result<()> {
+            let failure: std::result::Result<(), _> = Err(TchError::Torch(text.into()));
+            caught(|| -> Result<()> {
+                failure.unwrap();
+                Ok(())
+            })
+        };
+        let lost =
+            panicking("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be").unwrap_err();
+        assert!(lost.is_device_lost() && lost.to_string().contains("Xid"), "{lost}");
+        assert!(panicking("CUDA error: out of memory").unwrap_err().is_out_of_memory());
+        assert_eq!(panicking("a \"b\"").unwrap_err().to_string(), "libtorch: a \"b\"");
+        // A real one, of an operation that takes a number.
+        let mut whole = tch::Tensor::from_slice(&[1i64, 2]);
+        let real = caught(|| -> Result<tch::Tensor> { Ok(whole.f_mul_scalar_(0.5)?) });
+        assert!(matches!(&real, Err(Error::Torch(words)) if words.contains("Long")), "{real:?}");
+        let other = catch_unwind(|| caught(|| -> Result<()> { panic!("a fault of our own") }));
+        assert!(other.is_err());
     }
 
     #[test]

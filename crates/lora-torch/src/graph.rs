@@ -10,6 +10,7 @@ use std::ffi::{c_int, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tch::Device;
 
@@ -36,10 +37,36 @@ pub fn available() -> Result<()> {
 pub struct Recorder {
     calls: &'static Calls,
     stream: NonNull<c_void>,
-    pool: [u64; 2],
+    pool: LivePool,
 }
 
-// SAFETY: a stream's name and numbers, which nothing changes, without ties to a thread.
+/// The name, libtorch's, of memory that graphs share.
+type Pool = [u64; 2];
+
+/// The pool of the graphs that are alive. Its name is used up with the last of them: libtorch 2.11's host allocator keeps it
+/// without users until its own cache is emptied, and takes it for a fault when a recording begins in it
+/// (`create_or_incref_pool_under_lock` of `ATen/core/CachingHostAllocator.h`).
+#[derive(Debug, Default)]
+struct LivePool(Mutex<Weak<Pool>>);
+
+impl LivePool {
+    fn get(&self, new: impl FnOnce() -> Result<Pool>) -> Result<Arc<Pool>> {
+        let mut alive = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = alive.upgrade() {
+            return Ok(pool);
+        }
+        let pool = Arc::new(new()?);
+        *alive = Arc::downgrade(&pool);
+        Ok(pool)
+    }
+
+    /// The next graph has another one.
+    fn leave(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Weak::new();
+    }
+}
+
+// SAFETY: a stream's name, which nothing changes, without ties to a thread, and numbers behind a lock.
 unsafe impl Send for Recorder {}
 // SAFETY: as above; the allocator and CUDA have locks of their own.
 unsafe impl Sync for Recorder {}
@@ -53,13 +80,11 @@ impl Recorder {
         let Device::Cuda(index) = device else {
             return Err(Error::Device { requested: format!("{device:?}"), reason: "graphs are for CUDA".into() });
         };
-        let (calls, mut pool, mut stream) = (calls()?, [0; 2], std::ptr::null_mut());
-        // SAFETY: locals of the size that is written.
-        calls.checked(unsafe { (calls.graph_pool)(pool.as_mut_ptr()) })?;
+        let (calls, mut stream) = (calls()?, std::ptr::null_mut());
         // SAFETY: a local to write to.
         shim::checked(unsafe { lora_stream_new(index as i64, &mut stream) })?;
         let stream = NonNull::new(stream).ok_or_else(|| Error::Torch("no stream".into()))?;
-        Ok(Self { calls, stream, pool })
+        Ok(Self { calls, stream, pool: LivePool::default() })
     }
 
     /// Makes the recorder's stream this thread's current one while the answer lives. What was given to the one before is done
@@ -79,21 +104,49 @@ impl Recorder {
     /// [`Graph::replay`]. No autograd graph from before may be alive, as its nodes belong to another stream.
     ///
     /// # Errors
-    /// What `body` gives; [`Error::Torch`] where an operation cannot be recorded. The recording has ended then.
+    /// What `body` gives; [`Error::Torch`] where an operation cannot be recorded. The recording has ended then, and the memory that it
+    /// took is given back.
     pub fn record<E: From<Error>>(
         &self,
         body: impl FnOnce() -> std::result::Result<(), E>,
     ) -> std::result::Result<Graph, E> {
+        let pool = self.pool.get(|| self.new_pool())?;
+        let recorded = self.begin(pool).map_err(E::from).and_then(|graph| self.fill(graph, body));
+        if recorded.is_err() {
+            self.pool.leave();
+        }
+        recorded
+    }
+
+    fn new_pool(&self) -> Result<Pool> {
+        let mut pool = [0; 2];
+        // SAFETY: a local of the size that is written.
+        self.calls.checked(unsafe { (self.calls.graph_pool)(pool.as_mut_ptr()) })?;
+        Ok(pool)
+    }
+
+    fn begin(&self, pool: Arc<Pool>) -> Result<Graph> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: two numbers, and a local to write to.
-        self.calls.checked(unsafe { (self.calls.graph_begin)(self.pool.as_ptr(), &mut graph) })?;
+        self.calls.checked(unsafe { (self.calls.graph_begin)(pool.as_ptr(), &mut graph) })?;
         let graph = NonNull::new(graph).ok_or_else(|| Error::Torch("no graph".into()))?;
-        let graph = Graph { calls: self.calls, graph };
+        Ok(Graph { calls: self.calls, graph, _pool: pool })
+    }
+
+    /// Runs `body` while `graph` records, and ends the recording.
+    fn fill<E: From<Error>>(
+        &self,
+        graph: Graph,
+        body: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Graph, E> {
         // A panic ends the recording, too, as a stream that goes on recording takes nothing else. tch panics where an operation
         // that takes a number beside its tensors fails, for instance because it cannot be recorded.
         let done = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
-            let words = crate::error::panic_message(&*payload).unwrap_or("a panic");
-            Err(Error::Torch(format!("while a step was recorded: {words}")).into())
+            let other = || {
+                let words = crate::error::panic_message(&*payload).unwrap_or("a panic");
+                Error::Torch(format!("while a step was recorded: {words}"))
+            };
+            Err(crate::error::failure_in(&*payload).unwrap_or_else(other).into())
         });
         // SAFETY: a live graph that is being recorded.
         let ended = self.calls.checked(unsafe { (self.calls.graph_end)(graph.graph.as_ptr()) });
@@ -127,6 +180,8 @@ impl Drop for Scope {
 pub struct Graph {
     calls: &'static Calls,
     graph: NonNull<c_void>,
+    /// Its name is in use as long as the graph is there.
+    _pool: Arc<Pool>,
 }
 
 // SAFETY: a handle without ties to a thread, used through one reference at a time.
@@ -160,6 +215,23 @@ mod tests {
     #[test]
     fn only_a_gpu_records() {
         assert!(Recorder::new(Device::Cpu).unwrap_err().to_string().contains("CUDA"));
+    }
+
+    #[test]
+    fn graphs_share_a_pool_while_one_of_them_lives_and_its_name_never_comes_again() {
+        let (pool, mut names) = (LivePool::default(), 0..);
+        let mut next = || pool.get(|| Ok([0, names.next().unwrap()])).unwrap();
+        let first = next();
+        let second = next();
+        assert_eq!(first, second);
+        drop(first);
+        assert_eq!(second, next(), "one is alive");
+        drop(second);
+        assert_eq!(*next(), [0, 1], "all were gone");
+        let third = next();
+        pool.leave();
+        assert_ne!(third, next(), "a recording failed");
+        assert!(pool.get(|| Err(Error::Torch("no".into()))).is_err());
     }
 
     /// Forward and backward of a product, on a machine with a GPU.
@@ -199,6 +271,13 @@ mod tests {
         // What reads a number cannot be recorded, and the recorder goes on.
         assert!(recorder.record(|| pass().map(|loss| assert!(loss.double_value(&[]) > 0.0))).is_err());
         drop(graph);
+        let reserved = || crate::memory::device_memory(device).unwrap().unwrap().reserved;
+        drop(Tensor::zeros([1 << 24], (Kind::Float, device)));
+        let before = reserved();
+        crate::memory::empty_cache(device).unwrap();
+        assert!(reserved() < before, "cached memory is given back, although a recording has failed");
+        // With no graph alive any more, too.
+        assert!(recorder.record(|| pass().map(drop)).is_ok());
         assert!(recorder.record(|| pass().map(drop)).is_ok());
         drop(scope);
     }

@@ -161,7 +161,7 @@ const RUN: [(&str, &[&str]); 6] = [
             "group_norm",
         ],
     ),
-    ("look_ups", &["index_select", "embedding_dense_backward", "bucketize.Tensor"]),
+    ("look_ups", &["index_select", "triu_indices", "embedding_dense_backward", "bucketize.Tensor"]),
     (
         "attention",
         &[
@@ -194,7 +194,7 @@ const RUN: [(&str, &[&str]); 6] = [
             "logical_not.out",
             "isnan",
             "relu",
-            // Reached by solving, which the variants' tests do; it makes nothing.
+            // Reached by solving; it makes nothing.
             "_linalg_check_errors",
         ],
     ),
@@ -280,6 +280,11 @@ fn look_ups() {
         }
     }
     let numbers = vec![(vec![shapes.from(1, 9), 40], Kind::Float), (vec![15], Kind::Float)];
+    for offset in [-2, 0, 1, 50] {
+        let like = vec![(vec![1], Kind::Float)];
+        let options = |inputs: &[Tensor]| (Kind::Int64, inputs[0].device());
+        hold("triu_indices", like, WRAPPED, &|inputs| vec![Tensor::triu_indices(5, 7, offset, options(inputs))]);
+    }
     for narrow in [true, false] {
         hold("bucketize", numbers.clone(), WRAPPED, &|inputs| vec![inputs[0].bucketize(&inputs[1], narrow, false)]);
     }

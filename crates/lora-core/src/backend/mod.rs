@@ -20,6 +20,9 @@ use crate::{HostTensor, LayerGeometry, Result};
 /// # Errors
 /// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where the
 /// library fails (out of memory, say), with the library's error as its source.
+///
+/// The defaults of some operations copy tensors from host memory, for which a device waits. A backend that trains has operations of
+/// its own, so that a step can be recorded.
 #[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// The library's tensor.
@@ -69,6 +72,37 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         weight: &Self::Tensor,
         bias: Option<&Self::Tensor>,
     ) -> Result<Self::Tensor>;
+
+    /// `tensor + amount`.
+    fn shift(&self, tensor: &Self::Tensor, amount: f64) -> Result<Self::Tensor> {
+        let shape = self.shape(tensor);
+        let amounts = vec![amount as f32; shape.iter().product()];
+        self.add(self.upload(&HostTensor::from_f32(shape, amounts)?, tensor)?, tensor)
+    }
+
+    /// The identity `[side, side]` with the dtype and device of `like`.
+    fn identity(&self, side: usize, like: &Self::Tensor) -> Result<Self::Tensor> {
+        let mut ones = vec![0.0; side * side];
+        ones.iter_mut().step_by(side + 1).for_each(|one| *one = 1.0);
+        self.upload(&HostTensor::from_f32([side, side], ones)?, like)
+    }
+
+    /// Matrices `[n, side, side]` of the numbers above their diagonals, `[n, side · (side - 1) / 2]`, row by row; zero elsewhere.
+    fn above_diagonal(&self, numbers: &Self::Tensor, side: usize) -> Result<Self::Tensor> {
+        let (mut places, mut mask, mut next) = (Vec::new(), Vec::new(), 0);
+        for row in 0..side {
+            for column in 0..side {
+                let above = column > row;
+                places.push(if above { next } else { 0 });
+                mask.push(if above { 1.0 } else { 0.0 });
+                next += usize::from(above);
+            }
+        }
+        let spread = self.select(numbers, 1, &places)?;
+        let mask = self.upload(&HostTensor::from_f32([1, side * side], mask)?, numbers)?;
+        let matrices = self.shape(numbers).first().copied().unwrap_or(0);
+        self.reshape(&self.mul(&spread, &mask)?, &[matrices, side, side])
+    }
 
     /// The inverses of square matrices `[..., n, n]`. The default computes them in host memory in f64, outside the
     /// autograd graph; a backend that trains overrides it.

@@ -88,8 +88,7 @@ impl Dora {
     ) -> Result<B::Tensor> {
         let mut norm = backend.sqrt(squares)?;
         if !self.peft {
-            let epsilon = HostTensor::from_f32(shape, vec![f32::EPSILON; shape.iter().product()])?;
-            norm = backend.add(backend.upload(&epsilon, &norm)?, &norm)?;
+            norm = backend.shift(&norm, f64::from(f32::EPSILON))?;
         }
         backend.div(&backend.reshape(magnitude, shape)?, &norm)
     }

@@ -64,23 +64,20 @@ enum Cayley {
 fn rotation<B: Backend>(backend: &B, skew: &B::Tensor, cayley: Cayley) -> Result<B::Tensor> {
     let shape = backend.shape(skew);
     let side = shape[shape.len() - 1];
-    let identity: Vec<f32> = (0..side * side).map(|place| if place % (side + 1) == 0 { 1.0 } else { 0.0 }).collect();
-    let identity =
-        HostTensor::from_f32(shape.clone(), identity.repeat(shape.iter().product::<usize>() / (side * side).max(1)))?;
-    let identity = || backend.upload(&identity, skew);
+    let identity = backend.identity(side, skew)?;
     match cayley {
         Cayley::Neumann => {
             let square = backend.matmul(skew, skew)?;
             let cube = backend.matmul(&square, skew)?;
             let fourth = backend.matmul(&cube, skew)?;
-            let sum = backend.add(identity()?, &backend.scale(skew, 2.0)?)?;
+            let sum = backend.add(backend.scale(skew, 2.0)?, &identity)?;
             let sum = backend.add(sum, &backend.scale(&square, 2.0)?)?;
             backend.add(backend.add(sum, &backend.scale(&cube, 2.0)?)?, &fourth)
         }
         Cayley::Forward | Cayley::Backward => {
             let sign = if cayley == Cayley::Forward { 1.0 } else { -1.0 };
-            let plus = backend.add(identity()?, &backend.scale(skew, sign)?)?;
-            let minus = backend.add(identity()?, &backend.scale(skew, -sign)?)?;
+            let plus = backend.add(backend.scale(skew, sign)?, &identity)?;
+            let minus = backend.add(backend.scale(skew, -sign)?, &identity)?;
             backend.matmul(&plus, &backend.inverse(&minus)?)
         }
     }
@@ -105,26 +102,6 @@ fn constrained<B: Backend>(backend: &B, skew: B::Tensor, limit: f64) -> Result<B
     let squares = backend.sum(&backend.mul(&skew, &skew)?, &axes)?;
     let excess = backend.sqrt(&backend.at_least(&backend.scale(&squares, limit.powi(-2))?, 1.0)?)?;
     backend.div(&skew, &excess)
-}
-
-/// The upper triangles `[n, b(b-1)/2]`, row by row, as skew matrices `[n, b, b]`.
-fn from_triangle<B: Backend>(backend: &B, triangle: &B::Tensor, side: usize) -> Result<B::Tensor> {
-    let blocks = backend.shape(triangle)[0];
-    let place = |i: usize, j: usize| i * side - i * (i + 1) / 2 + j - i - 1;
-    let (mut indices, mut signs) = (Vec::new(), Vec::new());
-    for i in 0..side {
-        for j in 0..side {
-            indices.push(if i == j { 0 } else { place(i.min(j), i.max(j)) });
-            signs.push(match i.cmp(&j) {
-                std::cmp::Ordering::Less => 1.0,
-                std::cmp::Ordering::Equal => 0.0,
-                std::cmp::Ordering::Greater => -1.0,
-            });
-        }
-    }
-    let spread = backend.select(triangle, 1, &indices)?;
-    let signs = backend.upload(&HostTensor::from_f32([1, side * side], signs)?, triangle)?;
-    backend.reshape(&backend.mul(&spread, &signs)?, &[blocks, side, side])
 }
 
 /// The weight as a matrix `[out, fan_in]`, in the dtype of `like`.
@@ -249,7 +226,7 @@ impl Oft {
                     return Err(wrong_blocks(self.id(), features, &shape));
                 }
                 let cayley = if self == Oft::PeftExact { Cayley::Backward } else { Cayley::Neumann };
-                rotation(backend, &from_triangle(backend, skew, side)?, cayley)
+                rotation(backend, &antisymmetric(backend, &backend.above_diagonal(skew, side)?, 1.0)?, cayley)
             }
         }
     }

@@ -159,7 +159,7 @@ impl Tokenizer {
     }
 
     /// Whether a token is one that texts are laid out with, rather than a part of them.
-    pub(crate) fn is_special(&self, id: u32) -> bool {
+    pub fn is_special(&self, id: u32) -> bool {
         self.marked.contains(&id)
     }
 

@@ -209,6 +209,12 @@ Tensor index_select(const Tensor &own, int64_t axis, const Tensor &index) {
   if (!shape.empty()) shape[at::maybe_wrap_dim(axis, own.dim())] = index.numel();
   return make(shape, own);
 }
+Tensor triu_indices(int64_t rows, int64_t columns, int64_t offset, optional<ScalarType> kind, optional<at::Layout>, optional<at::Device>,
+                    optional<bool>) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; ++row) count += std::max<int64_t>(0, columns - std::max<int64_t>(0, row + offset));
+  return at::empty({2, count}, at::TensorOptions(kind.value_or(at::kLong)).device(at::kMeta));
+}
 Tensor embedding_backward(const Tensor &given, const Tensor &indices, int64_t weights, int64_t, bool) {
   const Tensor ordered = given.contiguous();
   if (plays(Platform::Cuda)) bytes(4 * 8 * indices.numel());
@@ -404,6 +410,7 @@ TORCH_LIBRARY_IMPL(aten, Meta, m) {
   m.impl("native_layer_norm", layer_norm);
   m.impl("native_layer_norm_backward", layer_norm_backward);
   m.impl("index_select", index_select);
+  m.impl("triu_indices", triu_indices);
   m.impl("embedding_dense_backward", embedding_backward);
   m.impl("_scaled_dot_product_flash_attention_for_cpu", attention_cpu);
   m.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_cpu_backward);

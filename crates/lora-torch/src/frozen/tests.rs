@@ -390,6 +390,22 @@ fn half_precision_computes_in_its_own_dtype() {
 }
 
 /// On a machine with a GPU: products of tiles go where they belong, and gradients are summed over them.
+/// Held against the product in f64: rounding once, as one product does, and the parts' own roundings come to twice that at most.
+#[test]
+fn gradients_of_many_tiles_are_about_as_exact_as_those_of_one() {
+    let kind = Kind::BFloat16;
+    // Sixteen tiles.
+    let own = FrozenWeight::stored(&(random(&[32768, 1024]) / 32).to_kind(kind), Storage::Int8).unwrap();
+    let input = random(&[4, 1024]).to_kind(kind).set_requires_grad(true);
+    let output = own.apply(&LayerGeometry::linear(1024, 32768), &input, None).unwrap();
+    let toward = random(&output.size()).to_kind(kind);
+    (&output * &toward).sum(Kind::Float).backward();
+    let exact = toward.to_kind(Kind::Double).matmul(&own.whole().unwrap().to_kind(Kind::Double));
+    let error = |found: &Tensor| (found.to_kind(Kind::Double) - &exact).norm().double_value(&[]);
+    let (once, found) = (error(&exact.to_kind(kind)), error(&input.grad()));
+    assert!(found < 2.0 * once, "{} times the error of one rounding", found / once);
+}
+
 #[test]
 fn tiles_on_a_device_give_the_products_of_the_whole() {
     if !matches!(crate::device::cuda(), crate::device::CudaStatus::Available(_)) {
