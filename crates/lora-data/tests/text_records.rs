@@ -129,7 +129,7 @@ impl MapOwned for &[&str] {
     }
 }
 
-/// TRL 1.0's `maybe_extract_prompt` gives the same turns for the first two, and the same texts for the third.
+/// The rule of `maybe_extract_prompt` in TRL 1.16, as its source says it.
 #[test]
 fn a_pair_whose_answers_hold_the_prompt_has_it_once() {
     let ends = r#""chosen": [{"role": "user", "content": "Q "}, {"role": "assistant", "content": "C"}],

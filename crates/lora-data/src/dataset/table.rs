@@ -238,7 +238,7 @@ fn json_field(field: &Field) -> Value {
 mod tests {
     use super::*;
 
-    /// TRL 1.16's `remove_none_values` gives the same of what pyarrow reads of such a row.
+    /// The rule of `remove_none_values` in TRL 1.16.
     #[test]
     fn nulls_that_fill_structs_up_are_left_out() {
         let named = |name: &str, field| (name.to_owned(), field);

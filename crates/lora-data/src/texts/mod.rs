@@ -2,7 +2,8 @@
 //! and visited as rows of tokens of which some are learned. How conversations are laid out is told in [`crate::template`].
 //!
 //! In files of their own: reading (`read.rs`), the forms of records (`record.rs`) with their keys (`fields.rs`) and turns
-//! (`turns.rs`), one record as tokens (`tokenise.rs`), how documents fill rows (`rows.rs`), what the cache keeps (`stored.rs`), counts (`summary.rs`).
+//! (`turns.rs`), one record as tokens (`tokenise.rs`), how documents fill rows (`rows.rs`), what the cache keeps
+//! (`stored.rs`), counts (`summary.rs`).
 
 mod fields;
 mod read;
