@@ -58,3 +58,49 @@ fn adapters_of_language_models_are_combined_into_a_folder_of_pefts() {
     assert_eq!((combined.format, combined.adapter.modules.contains_key(&path)), (Format::Peft, true));
     run(&["resize", "a", "--rank", "1", "--out", "r.safetensors"]).code(2).stderr(contains("is a folder"));
 }
+
+#[test]
+fn rules_and_strengths_that_leave_nothing_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let factor = |shape: [usize; 2]| HostTensor::from_f32(shape, (0..8).map(|index| index as f32).collect()).unwrap();
+    let module = AdapterModule::of_factors(factor([2, 4]), factor([4, 2]), false, 2, 2.0);
+    let path = ModulePath::new(Component::UNET, "mid_block.attentions.0.proj_in");
+    let adapter = Adapter { modules: [(path, module)].into(), ..Adapter::default() };
+    adapter::write(folder.path().join("a.safetensors"), &adapter, Format::Kohya, DType::F32).unwrap();
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    for rule in [["--rank", "0"], ["--sv-ratio", "0"], ["--sv-fro", "nan"], ["--sv-cumulative", "1.5"]] {
+        let arguments = [&["resize", "a.safetensors", "--out", "b.safetensors"][..], &rule].concat();
+        run(&arguments).code(2).stderr(contains("expected"));
+    }
+    run(&["convert", "a.safetensors", "--to", "kohya", "--flatten", "0", "--base", "b", "--out", "c"]).code(2);
+    run(&["combine", "a.safetensors:0", "--out", "b.safetensors"]).code(1).stderr(contains("nothing is left"));
+}
+
+#[test]
+fn a_combined_adapter_says_which_base_it_is_for_and_has_the_format_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let factor = |shape: [usize; 2]| HostTensor::from_f32(shape, (0..8).map(|index| index as f32).collect()).unwrap();
+    let module = || AdapterModule::of_factors(factor([2, 4]), factor([4, 2]), false, 2, 2.0);
+    let run = |arguments: &[&str]| lora().current_dir(folder.path()).args(arguments).assert();
+    // Chroma's names are FLUX.1's: one of the two files says so, in one of its keys.
+    let path = ModulePath::new(Component::TRANSFORMER, "single_transformer_blocks.0.proj_out");
+    let adapter = Adapter { modules: [(path, module())].into(), ..Adapter::default() };
+    let family = lora_io::family::FAMILIES.into_iter().find(|family| family.name == "chroma");
+    let mut marked = adapter.clone();
+    marked.metadata.insert("modelspec.architecture".into(), "chroma/lora".into());
+    for (name, own) in [("a.safetensors", &adapter), ("b.safetensors", &marked)] {
+        adapter::write_as(folder.path().join(name), own, Format::Kohya, family, DType::F32).unwrap();
+    }
+    run(&["combine", "a.safetensors", "b.safetensors", "--out", "c.safetensors"]).success();
+    let combined = adapter::read(folder.path().join("c.safetensors")).unwrap();
+    assert_eq!(combined.family, family);
+    assert_eq!(combined.adapter.metadata["modelspec.architecture"], "chroma/lora");
+    run(&["combine", "a.safetensors", "b.safetensors", "--to", "diffusers", "--out", "d.safetensors"]).success();
+    assert_eq!(adapter::read(folder.path().join("d.safetensors")).unwrap().format, Format::Diffusers);
+    // Dotted names of a model that is not known stay dotted.
+    let path = ModulePath::new(Component::MODEL, "diffusion_model.blocks.0.self_attn.q");
+    let adapter = Adapter { modules: [(path, module())].into(), ..Adapter::default() };
+    adapter::write(folder.path().join("w.safetensors"), &adapter, Format::Diffusers, DType::F32).unwrap();
+    run(&["combine", "w.safetensors", "w.safetensors:0.5", "--out", "v.safetensors"]).success();
+    assert_eq!(adapter::read(folder.path().join("v.safetensors")).unwrap().adapter.modules.len(), 1);
+}

@@ -30,15 +30,22 @@ impl Svd {
         self
     }
 
-    /// The factors of a LoRA whose product is this matrix: up `[rows, rank]` `= U · s`, down `[rank, columns]` `= Vᵀ`,
-    /// row-major.
+    /// The factors of a LoRA whose product is this matrix: up `[rows, rank]` `= U · √s`, down `[rank, columns]` `= √s · Vᵀ`,
+    /// row-major. Equal shares keep both among the normal numbers of fp16; `U · s` of a small update is not among them.
     pub fn factors(&self) -> (Vec<f32>, Vec<f32>) {
+        self.shared(0.5)
+    }
+
+    /// The same with `up = U · sˢʰᵃʳᵉ` and the rest of the singular values in `down`.
+    pub(crate) fn shared(&self, share: f32) -> (Vec<f32>, Vec<f32>) {
         let rank = self.values.len();
         let up = (0..self.left.nrows()).flat_map(|row| (0..rank).map(move |k| (row, k)));
         let down = (0..rank).flat_map(|k| (0..self.right.nrows()).map(move |column| (column, k)));
+        let [of_up, of_down] =
+            [share, 1.0 - share].map(|power| self.values.iter().map(|value| value.powf(power)).collect::<Vec<f32>>());
         (
-            up.map(|(row, k)| self.left[(row, k)] * self.values[k]).collect(),
-            down.map(|(column, k)| self.right[(column, k)]).collect(),
+            up.map(|(row, k)| self.left[(row, k)] * of_up[k]).collect(),
+            down.map(|(column, k)| self.right[(column, k)] * of_down[k]).collect(),
         )
     }
 }

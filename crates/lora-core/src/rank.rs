@@ -1,5 +1,7 @@
 //! How many singular values an update keeps.
 
+use crate::{Error, Result};
+
 /// The rule for a rank. Singular values come from the largest down; at least one is kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RankPolicy {
@@ -14,6 +16,28 @@ pub enum RankPolicy {
 }
 
 impl RankPolicy {
+    /// Whether the rule says anything: a rank from 1, a ratio from 1, a share above 0 and up to 1.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with what is expected.
+    pub fn check(&self) -> Result<()> {
+        let share = |share: f64| share > 0.0 && share <= 1.0;
+        let (fits, key, value, reason) = match *self {
+            RankPolicy::Fixed(rank) => (rank > 0, "rank", rank.to_string(), "expected a whole number from 1"),
+            RankPolicy::Ratio(ratio) => {
+                let fits = ratio.is_finite() && ratio >= 1.0;
+                (fits, "sv_ratio", ratio.to_string(), "expected a number from 1, which the largest value is divided by")
+            }
+            RankPolicy::Cumulative(own) => {
+                (share(own), "sv_cumulative", own.to_string(), "expected a share above 0 and up to 1")
+            }
+            RankPolicy::Frobenius(own) => {
+                (share(own), "sv_fro", own.to_string(), "expected a share above 0 and up to 1")
+            }
+        };
+        if fits { Ok(()) } else { Err(Error::Option { key, value, reason: reason.into() }) }
+    }
+
     /// The rank, at most `limit`.
     pub fn choose(&self, values: &[f32], limit: usize) -> usize {
         let total = |power: i32| values.iter().map(|&value| f64::from(value).powi(power)).sum::<f64>();
@@ -48,6 +72,24 @@ pub fn kept(values: &[f32], rank: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_that_keep_nothing_are_refused() {
+        let wrong = [
+            RankPolicy::Fixed(0),
+            RankPolicy::Ratio(0.0),
+            RankPolicy::Ratio(f64::NAN),
+            RankPolicy::Cumulative(0.0),
+            RankPolicy::Frobenius(f64::NAN),
+            RankPolicy::Frobenius(1.5),
+        ];
+        for policy in wrong {
+            assert!(policy.check().unwrap_err().to_string().contains("expected"), "{policy:?}");
+        }
+        for policy in [RankPolicy::Fixed(1), RankPolicy::Ratio(2.0), RankPolicy::Frobenius(1.0)] {
+            policy.check().unwrap();
+        }
+    }
 
     #[test]
     fn policies_keep_what_they_say() {

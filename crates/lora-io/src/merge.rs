@@ -30,7 +30,7 @@ mod scales;
 mod targets;
 mod tied;
 
-pub use reduce::{extract, flatten};
+pub use reduce::{Extracted, extract, flatten};
 use scales::Scales;
 
 use std::collections::BTreeMap;
@@ -52,8 +52,9 @@ pub(crate) use folder::walk;
 use numbers::{is_float, is_readable};
 use rows::Update;
 
+pub use targets::check_blocks;
+pub(crate) use targets::fits;
 use targets::{Edit, Edits, Order};
-pub(crate) use targets::{check_blocks, fits};
 
 /// An adapter and how strongly it is merged.
 #[derive(Debug, Clone)]

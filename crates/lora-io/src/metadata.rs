@@ -241,6 +241,52 @@ impl TrainingRecord {
     }
 }
 
+/// Keys that say which base an adapter was made for.
+const OF_BASE: &[&str] = &[
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "base_model_name_or_path",
+    "task_type",
+];
+
+/// What a LoRA that was not trained says of itself: the base's family, where its labels do not depend on what it predicts,
+/// and rank and alpha where all modules have the same.
+pub fn describe(adapter: &mut Adapter, family: Option<&Family>) {
+    let mut set = |key: &str, value: &str| {
+        adapter.metadata.insert(key.to_owned(), value.to_owned());
+    };
+    if let Some(labels) = family.and_then(|family| family.labels) {
+        if labels.version[0] == labels.version[1] {
+            set("ss_base_model_version", labels.version[0]);
+        }
+        if labels.architecture[0] == labels.architecture[1] {
+            set("modelspec.architecture", &format!("{}/lora", labels.architecture[0]));
+        }
+        set("modelspec.implementation", labels.implementation);
+        set("ss_v2", &python_bool(labels.second_version));
+    }
+    set("ss_network_module", "networks.lora");
+    // Values that `refresh` puts right or takes away.
+    set("ss_network_dim", "");
+    set("ss_network_alpha", "");
+    refresh(adapter);
+}
+
+/// What adapters say of their base, where none of them says otherwise: each key of the first that has it.
+pub fn of_base<'a>(adapters: impl IntoIterator<Item = &'a Adapter>) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for adapter in adapters {
+        for key in OF_BASE {
+            if let Some(value) = adapter.metadata.get(*key) {
+                all.entry((*key).to_owned()).or_insert_with(|| value.clone());
+            }
+        }
+    }
+    all
+}
+
 /// The key of the adapters in the base that an adapter was trained on, as [`crate::merge::record`] makes it.
 pub const FUSED: &str = "lora_fused";
 
@@ -269,7 +315,7 @@ pub(crate) fn refresh_with(
     let named: Vec<(usize, f64)> = modules
         .values()
         .zip(alphas)
-        .filter(|(module, _)| spatial == modules.len() || !is_spatial(module))
+        .filter(|(module, _)| !module.is_of_vectors() && (spatial == modules.len() || !is_spatial(module)))
         .map(|(module, &alpha)| (module.rank, alpha))
         .collect();
     let Some(&(rank, alpha)) = named.first() else { return };

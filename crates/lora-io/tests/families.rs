@@ -154,7 +154,7 @@ fn the_lora_comes_back_from_the_merged_model() {
             merge(&base, &weighted, &output, &options, &VariantRegistry::default(), &|_, _| {}).unwrap();
             let targets = lora_core::target::Targets::parse(&["attention-mlp"]).unwrap();
             let ranks = lora_core::compose::ExtractOptions::default();
-            let (found, _) = extract(&base, &output, &targets, &ranks).unwrap();
+            let found = extract(&base, &output, &targets, &ranks).unwrap().adapter;
             assert!(found.modules.keys().eq(read.adapter.modules.keys()), "{}", base.display());
         }
     }

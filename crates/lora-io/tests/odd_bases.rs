@@ -160,7 +160,7 @@ fn weights_that_are_stored_turned_get_the_turned_update() {
             file(to, &all);
         }
         let targets = Targets::parse(&["re:.*c_.*".to_owned()]).unwrap();
-        let (found, _) = merge::extract(&named, &named_out, &targets, &options).unwrap();
+        let found = merge::extract(&named, &named_out, &targets, &options).unwrap().adapter;
         for (name, module) in &modules {
             let own = &found.modules[&path(name)];
             let product = |module: &AdapterModule| {

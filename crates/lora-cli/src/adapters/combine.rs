@@ -1,15 +1,17 @@
 //! `lora combine`: one LoRA of several, or the running average of one run's saves.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use lora_cli::arguments::Precision;
 use lora_core::compose::{self, Keep, MajoritySign, Method, Pruning};
-use lora_core::{DType, Strength};
-use lora_io::merge::Weighted;
+use lora_core::{Adapter, DType, Strength};
+use lora_io::family::Family;
+use lora_io::merge::{self, Weighted};
 use lora_io::{adapter, metadata};
 
-use super::{Rank, summary, usual_format, weighted, write};
+use super::convert::Layout;
+use super::{Rank, summary, weighted, write};
 use crate::Failure;
 
 #[derive(clap::Args)]
@@ -40,6 +42,9 @@ pub(crate) struct Arguments {
     seed: u64,
     #[command(flatten)]
     rank: Rank,
+    /// Format of the output (default: the one that most programs load for the base).
+    #[arg(long)]
+    to: Option<Layout>,
     /// Type of the output's numbers (default: the first adapter's).
     #[arg(long)]
     dtype: Option<Precision>,
@@ -73,7 +78,7 @@ pub(crate) enum Majority {
 
 impl Arguments {
     fn method(&self) -> Result<Method, Failure> {
-        let policy = self.rank.policy();
+        let policy = self.rank.policy()?;
         let random = Keep::Random { seed: self.seed };
         let sign = Some(match self.majority_sign {
             Majority::Total => MajoritySign::Total,
@@ -105,26 +110,70 @@ impl Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let files = [&*arguments.files, &*arguments.lora].concat();
     let (adapters, dtype) = weighted(&files, &arguments.out)?;
-    let mut families: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
-    families.dedup();
-    if let [first, second, ..] = families.as_slice() {
+    let (family, others) = families(&adapters);
+    if let (Some(first), Some(second)) = (family, others.first()) {
         eprintln!("note: these adapters seem to be made for different base models: {first} and {second}");
+    }
+    for own in &adapters {
+        if let Some(family) = adapter::family(&own.adapter) {
+            merge::check_blocks(Path::new(&own.name), family, &own.strength)?;
+        }
     }
     let dtype = arguments.dtype.map(DType::from).or(dtype).unwrap_or_default();
     if let Some(decay) = arguments.ema {
         return ema(arguments, &adapters, decay, dtype);
     }
     let method = arguments.method()?;
-    let parts: Vec<_> = adapters.iter().map(|weighted| (&weighted.adapter, &weighted.strength)).collect();
+    let format = arguments.to.map_or_else(|| adapter::usual_format(&adapters[0].adapter, family), Layout::format);
+    // What goes factor by factor is of the layers that the files have; the others of those that are written.
+    let by_update = matches!(method, Method::Concatenate | Method::Svd(_) | Method::PrunedSvd(..));
+    let layers: Vec<_> = adapters
+        .iter()
+        .map(|own| if by_update { adapter::in_layers_of(format, &own.adapter, family) } else { own.adapter.clone() })
+        .collect();
+    let parts: Vec<_> = layers.iter().zip(&adapters).map(|(layers, own)| (layers, &own.strength)).collect();
     let (mut combined, outcomes) =
         compose::combine(&parts, method).map_err(|error| Failure::Work(error.to_string()))?;
-    summary(&outcomes);
-    if let Some(version) = adapters[0].adapter.metadata.get("ss_base_model_version") {
-        combined.metadata.insert("ss_base_model_version".into(), version.clone());
+    if combined.modules.is_empty() {
+        return Err(Failure::Work("nothing is left: the strength of every adapter is 0".into()));
     }
+    summary(&outcomes, &combined, dtype);
+    say_base(&mut combined, &adapters, family);
     let names: Vec<_> = adapters.iter().map(|weighted| weighted.name.as_str()).collect();
     combined.metadata.insert("lora_combined".into(), names.join(", "));
-    write(&arguments.out, &combined, usual_format(&combined), dtype)
+    output(arguments, combined, family, dtype)
+}
+
+/// The family that all adapters are made for, as far as they show one, and the families that do not go with it. One whose
+/// adapters have another's names is told by metadata alone, which not all of the files may have.
+fn families(adapters: &[Weighted]) -> (Option<&'static Family>, Vec<&'static Family>) {
+    let told: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
+    let goes = |own: &Family, other: &Family| own == other || own.signs.named_as == Some(other);
+    let of_all = told.iter().copied().find(|own| told.iter().all(|other| goes(own, other)));
+    let family = of_all.or(told.first().copied());
+    let others = told.into_iter().filter(|other| family.is_some_and(|own| !goes(own, other))).collect();
+    (family, others)
+}
+
+/// Has a combined adapter say of its base what those that it was made of say.
+fn say_base(combined: &mut Adapter, adapters: &[Weighted], family: Option<&Family>) {
+    if family.is_none_or(|family| family.image) {
+        metadata::describe(combined, None);
+    }
+    let is_of = |own: &&Weighted| adapter::family(&own.adapter) == family;
+    let (first, others): (Vec<_>, Vec<_>) = adapters.iter().partition(is_of);
+    combined.metadata.extend(metadata::of_base(first.into_iter().chain(others).map(|own| &own.adapter)));
+    if adapter::family(combined) != family {
+        metadata::describe(combined, family);
+    }
+}
+
+/// Writes the result in the format that was asked for, or the usual one.
+fn output(arguments: &Arguments, result: Adapter, family: Option<&Family>, dtype: DType) -> Result<(), Failure> {
+    match arguments.to {
+        Some(layout) => layout.write(&arguments.out, result, family, dtype),
+        None => write(&arguments.out, &result, adapter::usual_format(&result, family), family, dtype),
+    }
 }
 
 /// The running average of one run's saves; what the last one says of the run stays.
@@ -144,5 +193,6 @@ fn ema(arguments: &Arguments, adapters: &[Weighted], decay: f64, dtype: DType) -
     let told = adapters.iter().zip(&weights).map(of).collect::<Vec<_>>().join(", ");
     eprintln!("weights: {told}");
     averaged.metadata.insert("lora_ema".into(), format!("decay {decay}: {told}"));
-    write(&arguments.out, &averaged, usual_format(&averaged), dtype)
+    let (family, _) = families(adapters);
+    output(arguments, averaged, family, dtype)
 }

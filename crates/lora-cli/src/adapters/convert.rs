@@ -4,15 +4,16 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use lora_cli::arguments::Precision;
-use lora_core::DType;
 use lora_core::compose::{self, ExtractOptions};
 use lora_core::rank::RankPolicy;
 use lora_core::variant::VariantRegistry;
+use lora_core::{Adapter, DType};
 use lora_io::adapter::{self, AdapterFile, Format};
+use lora_io::family::Family;
 use lora_io::gguf::names::Architecture;
 use lora_io::{merge, metadata};
 
-use super::{apart, sound, summary, write};
+use super::{apart, checked, sound, summary, write};
 use crate::Failure;
 
 /// Formats on the command line.
@@ -29,7 +30,7 @@ pub(crate) enum Layout {
 }
 
 impl Layout {
-    fn format(self) -> Format {
+    pub(crate) fn format(self) -> Format {
         match self {
             Layout::Kohya => Format::Kohya,
             Layout::Diffusers => Format::Diffusers,
@@ -37,6 +38,22 @@ impl Layout {
             Layout::Peft | Layout::Portable => Format::Peft,
             Layout::Gguf => Format::Gguf,
         }
+    }
+
+    /// Writes an adapter so, and says what was written.
+    pub(crate) fn write(
+        self,
+        path: &Path,
+        mut adapter: Adapter,
+        family: Option<&Family>,
+        dtype: DType,
+    ) -> Result<(), Failure> {
+        if matches!(self, Layout::Portable) {
+            let (portable, notes) = adapter::portable::portable(&adapter)?;
+            notes.iter().for_each(|note| eprintln!("note: {note}"));
+            adapter = portable;
+        }
+        write(path, &adapter, self.format(), family, dtype)
     }
 }
 
@@ -84,11 +101,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         // What does not fit is an error below where the base is needed for it.
         let notes = merge::matches(base, adapter.clone()).unwrap_or_default();
         notes.iter().for_each(|note| eprintln!("note: {note}"));
-        let options = ExtractOptions { policy: RankPolicy::Fixed(rank), limit: rank, ..ExtractOptions::default() };
+        let policy = checked(RankPolicy::Fixed(rank))?;
+        let options = ExtractOptions { policy, limit: rank, ..ExtractOptions::default() };
         let (flat, outcomes) = merge::flatten(base, &adapter, &options, &VariantRegistry::default())?;
         adapter = flat;
         metadata::refresh(&mut adapter);
-        summary(&outcomes);
+        summary(&outcomes, &adapter, dtype);
     }
     if let Some(alpha) = arguments.alpha {
         if !(alpha.is_finite() && alpha > 0.0) {
@@ -97,12 +115,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         compose::set_alpha(&mut adapter, alpha).map_err(|error| Failure::Work(error.to_string()))?;
         metadata::refresh(&mut adapter);
     }
-    if matches!(arguments.to, Layout::Portable) {
-        let (portable, notes) = adapter::portable::portable(&adapter)?;
-        notes.iter().for_each(|note| eprintln!("note: {note}"));
-        adapter = portable;
-    }
-    write(&arguments.out, &adapter, arguments.to.format(), dtype)
+    let family = adapter::family(&adapter);
+    arguments.to.write(&arguments.out, adapter, family, dtype)
 }
 
 fn is_gguf(path: &Path) -> bool {

@@ -6,9 +6,9 @@ use lora_cli::arguments::Precision;
 use lora_core::compose::ExtractOptions;
 use lora_core::rank::RankPolicy;
 use lora_core::target::Targets;
-use lora_io::merge;
+use lora_io::{adapter, merge};
 
-use super::{Rank, apart, summary, usual_format, write};
+use super::{Rank, apart, summary, write};
 use crate::Failure;
 
 #[derive(clap::Args)]
@@ -43,7 +43,10 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     apart([&arguments.base, &arguments.tuned], &arguments.out)?;
-    let policy = arguments.rank.policy().unwrap_or(RankPolicy::Fixed(32));
+    let policy = arguments.rank.policy()?.unwrap_or(RankPolicy::Fixed(32));
+    if arguments.max_rank == 0 {
+        return Err(Failure::Usage("--max-rank 0: expected a whole number from 1".into()));
+    }
     let targets = Targets::parse(&arguments.targets).map_err(|error| Failure::Usage(error.to_string()))?;
     let options = ExtractOptions {
         policy,
@@ -52,7 +55,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         exact: arguments.exact,
         ..ExtractOptions::default()
     };
-    let (adapter, outcomes) = merge::extract(&arguments.base, &arguments.tuned, &targets, &options)?;
-    summary(&outcomes);
-    write(&arguments.out, &adapter, usual_format(&adapter), arguments.dtype.into())
+    let extracted = merge::extract(&arguments.base, &arguments.tuned, &targets, &options)?;
+    let (adapter, family, dtype) = (&extracted.adapter, extracted.family, arguments.dtype.into());
+    summary(&extracted.outcomes, adapter, dtype);
+    extracted.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    write(&arguments.out, adapter, adapter::usual_format(adapter, family), family, dtype)
 }

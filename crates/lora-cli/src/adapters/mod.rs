@@ -17,6 +17,7 @@ use lora_core::rank::RankPolicy;
 use lora_core::{Adapter, DType};
 use lora_data::tokenizer::Tokenizer;
 use lora_io::adapter::{self, AdapterFile, Format};
+use lora_io::family::Family;
 use lora_io::merge::Weighted;
 use lora_io::overwrite;
 
@@ -40,10 +41,16 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
-    fn policy(&self) -> Option<RankPolicy> {
+    fn policy(&self) -> Result<Option<RankPolicy>, Failure> {
         let share = self.sv_cumulative.map(RankPolicy::Cumulative).or(self.sv_fro.map(RankPolicy::Frobenius));
-        self.rank.map(RankPolicy::Fixed).or(self.sv_ratio.map(RankPolicy::Ratio)).or(share)
+        let policy = self.rank.map(RankPolicy::Fixed).or(self.sv_ratio.map(RankPolicy::Ratio)).or(share);
+        policy.map(checked).transpose()
     }
+}
+
+/// A rule for ranks that keeps something.
+fn checked(policy: RankPolicy) -> Result<RankPolicy, Failure> {
+    policy.check().map(|()| policy).map_err(|error| Failure::Usage(error.to_string()))
 }
 
 /// Reads an adapter to work with, says what a reader should know of it, and refuses one that is damaged.
@@ -79,24 +86,24 @@ fn save_tokenizer(model: &Path, folder: &Path, notes: &mut Vec<String>) {
     }
 }
 
-/// The layout that most programs load for an adapter's family: PEFT's for language models, else kohya's.
-fn usual_format(adapter: &Adapter) -> Format {
-    match adapter::family(adapter) {
-        Some(family) if !family.image => Format::Peft,
-        _ => Format::Kohya,
-    }
-}
+/// The error of an update, as a share of it, from which on rounding is worth a note.
+const COARSE: f64 = 0.01;
 
 /// Writes and says what was written.
-fn write(path: &Path, adapter: &Adapter, format: Format, dtype: DType) -> Result<(), Failure> {
+fn write(path: &Path, adapter: &Adapter, format: Format, family: Option<&Family>, dtype: DType) -> Result<(), Failure> {
     if format == Format::Peft && path.extension().is_some_and(|extension| extension == "safetensors") {
         let path = path.display();
         return Err(Failure::Usage(format!(
             "{path}: an adapter in PEFT's layout is a folder; leave .safetensors out of its name"
         )));
     }
-    for note in adapter::write(path, adapter, format, dtype)? {
+    for note in adapter::write_as(path, adapter, format, family, dtype)? {
         eprintln!("note: {note}");
+    }
+    let errors = adapter.modules.iter().map(|(path, module)| (compose::rounding(module, dtype), path));
+    if let Some((error, module)) = errors.max_by(|(a, _), (b, _)| a.total_cmp(b)).filter(|(error, _)| *error > COARSE) {
+        let percent = 100.0 * error;
+        eprintln!("note: {dtype} rounds the update of {module} by {percent:.1}% of its norm; --dtype fp32 does not");
     }
     println!("{}: {} modules, {format}, {dtype}", path.display(), adapter.modules.len());
     Ok(())
@@ -111,11 +118,16 @@ pub(crate) fn apart<'p>(
         .map_err(|error| Failure::Usage(format!("--out: {error}")))
 }
 
-/// The ranks and what they keep, as a line.
-fn summary(outcomes: &[Outcome]) {
+/// The ranks and what they keep in the type that is written, as a line.
+fn summary(outcomes: &[Outcome], adapter: &Adapter, dtype: DType) {
+    let rounded = |outcome: &Outcome| {
+        let error = adapter.modules.get(&outcome.module).map_or(0.0, |module| compose::rounding(module, dtype));
+        Outcome { kept: outcome.kept * (1.0 - error * error).max(0.0).sqrt(), ..outcome.clone() }
+    };
+    let outcomes: Vec<Outcome> = outcomes.iter().map(rounded).collect();
     let ranks = outcomes.iter().map(|outcome| outcome.rank);
     let (lowest, highest) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
-    let (mean, least) = compose::kept(outcomes);
+    let (mean, least) = compose::kept(&outcomes);
     eprintln!(
         "ranks {lowest} to {highest}; of the updates' norm {:.2}% is kept on average, {:.2}% at least",
         100.0 * mean,

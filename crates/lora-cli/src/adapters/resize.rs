@@ -25,13 +25,14 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     apart([&arguments.file], &arguments.out)?;
-    let Some(policy) = arguments.rank.policy() else {
+    let Some(policy) = arguments.rank.policy()? else {
         return Err(Failure::Usage("name one of --rank, --sv-ratio, --sv-cumulative, --sv-fro".into()));
     };
     let read = sound(adapter::read(&arguments.file)?)?;
-    let (mut resized, outcomes) =
-        compose::resize(&read.adapter, policy).map_err(|error| Failure::Work(error.to_string()))?;
+    let layers = adapter::in_layers_of(read.format, &read.adapter, read.family);
+    let (mut resized, outcomes) = compose::resize(&layers, policy).map_err(|error| Failure::Work(error.to_string()))?;
     metadata::refresh(&mut resized);
-    summary(&outcomes);
-    write(&arguments.out, &resized, read.format, arguments.dtype.map_or(read.dtype(), DType::from))
+    let dtype = arguments.dtype.map_or(read.dtype(), DType::from);
+    summary(&outcomes, &resized, dtype);
+    write(&arguments.out, &resized, read.format, read.family, dtype)
 }

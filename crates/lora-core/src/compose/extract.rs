@@ -40,6 +40,14 @@ pub fn extract(
     base: &HostTensor,
     options: &ExtractOptions,
 ) -> Result<Option<(AdapterModule, f64)>> {
+    difference(tuned, base, options.minimum_difference)?.map(|delta| flatten(&delta, options)).transpose()
+}
+
+/// `tuned - base`; `None` where no element differs by more than `least`.
+///
+/// # Errors
+/// [`Error::Shape`] where the two differ in shape.
+pub fn difference(tuned: &HostTensor, base: &HostTensor, least: f32) -> Result<Option<HostTensor>> {
     if tuned.shape() != base.shape() {
         return Err(Error::Shape {
             what: "tuned weight".into(),
@@ -47,11 +55,11 @@ pub fn extract(
             found: format!("{:?}", tuned.shape()),
         });
     }
-    let difference: Vec<f32> = tuned.to_f32().iter().zip(&*base.to_f32()).map(|(tuned, base)| tuned - base).collect();
-    if difference.iter().all(|value| value.abs() <= options.minimum_difference) {
+    let delta: Vec<f32> = tuned.to_f32().iter().zip(&*base.to_f32()).map(|(tuned, base)| tuned - base).collect();
+    if delta.iter().all(|value| value.abs() <= least) {
         return Ok(None);
     }
-    flatten(&HostTensor::from_f32(tuned.shape(), difference)?, options).map(Some)
+    HostTensor::from_f32(tuned.shape(), delta).map(Some)
 }
 
 /// A whole update `[out, in]` or `[out, in, k, k]` as a plain LoRA.
@@ -60,6 +68,7 @@ pub fn extract(
 /// [`Error::Shape`] where it has neither two nor four axes or no elements; [`Error::NoConvergence`] where it holds NaN
 /// or infinity.
 pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterModule, f64)> {
+    options.policy.check()?;
     let shape = delta.shape();
     if !matches!(shape.len(), 2 | 4) || delta.elements() == 0 {
         return Err(Error::Shape {
@@ -71,13 +80,7 @@ pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterM
     let values = delta.to_f32();
     let matrix = as_matrix(&values, shape);
     let (svd, rank, kept) = largest(matrix, options)?;
-    let (mut up, mut down) = svd.factors();
-    if let Some(quantile) = options.clamp_quantile {
-        let mut magnitudes: Vec<f32> = up.iter().chain(&down).map(|value| value.abs()).collect();
-        let place = ((magnitudes.len() - 1) as f64 * quantile.clamp(0.0, 1.0)).round() as usize;
-        let (_, &mut limit, _) = magnitudes.select_nth_unstable_by(place, f32::total_cmp);
-        up.iter_mut().chain(&mut down).for_each(|value| *value = value.clamp(-limit, limit));
-    }
+    let (up, down) = options.clamp_quantile.map_or_else(|| svd.factors(), |quantile| clipped(&svd, quantile));
     let factors = Factors {
         rows: matrix.nrows(),
         columns: matrix.ncols(),
@@ -88,6 +91,23 @@ pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterM
         embedding: false,
     };
     Ok((factors.module(up, down, rank)?, kept))
+}
+
+/// The factors clipped to a quantile of their magnitudes, as sd-scripts clips `U · s` and `Vᵀ`; the roots of the singular
+/// values go to `down` only then.
+fn clipped(svd: &Svd, quantile: f64) -> (Vec<f32>, Vec<f32>) {
+    let (mut up, mut down) = svd.shared(1.0);
+    let mut magnitudes: Vec<f32> = up.iter().chain(&down).map(|value| value.abs()).collect();
+    let place = (magnitudes.len().saturating_sub(1) as f64 * quantile.clamp(0.0, 1.0)).round() as usize;
+    let (_, &mut limit, _) = magnitudes.select_nth_unstable_by(place, f32::total_cmp);
+    up.iter_mut().chain(&mut down).for_each(|value| *value = value.clamp(-limit, limit));
+    let roots: Vec<f32> = svd.values.iter().map(|value| value.sqrt()).collect();
+    let columns = svd.right.nrows().max(1);
+    for row in up.chunks_mut(roots.len().max(1)) {
+        row.iter_mut().zip(&roots).filter(|(_, root)| **root > 0.0).for_each(|(value, root)| *value /= root);
+    }
+    down.chunks_mut(columns).zip(&roots).for_each(|(row, root)| row.iter_mut().for_each(|value| *value *= root));
+    (up, down)
 }
 
 /// The largest singular values of a whole matrix as the options choose them, how many they are, and the share of the norm

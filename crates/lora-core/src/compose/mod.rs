@@ -13,18 +13,19 @@ mod extract;
 mod factors;
 mod prune;
 mod refit;
+mod rounding;
 
 pub use average::{average, ema_weights};
-pub use extract::{ExtractOptions, extract, flatten};
+pub use extract::{ExtractOptions, difference, extract, flatten};
 pub use prune::{Keep, MajoritySign, Pruning};
 pub use refit::{can_refit, refit};
+pub use rounding::rounding;
 
 use factors::{Factors, plain_only};
 
 use crate::linalg::{self, as_matrix};
 use crate::rank::RankPolicy;
-use crate::variant::LoraFactors;
-use crate::{Adapter, AdapterModule, Error, HostTensor, ModulePath, Result, Strength};
+use crate::{Adapter, AdapterModule, Error, ModulePath, Result, Strength, variant};
 
 /// How several adapters become one.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,9 +68,13 @@ pub fn kept(outcomes: &[Outcome]) -> (f64, f64) {
 /// have alpha equal to the rank.
 ///
 /// # Errors
+/// [`Error::Option`] for a rule for ranks that keeps nothing;
 /// [`Error::Unsupported`] for a module of another variant than plain LoRA, [`Error::Shape`] where modules of one layer
 /// differ in size, [`Error::Option`] where the method needs equal ranks and they differ; each names the module.
 pub fn combine(adapters: &[(&Adapter, &Strength)], method: Method) -> Result<(Adapter, Vec<Outcome>)> {
+    if let Method::Svd(policy) | Method::PrunedSvd(_, policy) = &method {
+        policy.check()?;
+    }
     let paths: BTreeSet<&ModulePath> = adapters.iter().flat_map(|(adapter, _)| adapter.modules.keys()).collect();
     let modules: Vec<(ModulePath, AdapterModule, f64)> = paths
         .into_par_iter()
@@ -142,16 +147,21 @@ pub(crate) fn combine_modules(
             Ok((first.module(up, down, rank)?, kept))
         }
         Method::Concatenate | Method::Svd(_) => {
-            // [w₁ up₁, w₂ up₂ …] · [down₁; down₂ …].
+            // [w₁ up₁, w₂ up₂ …] · [down₁; down₂ …], each weight shared between its two factors.
             let rank: usize = factors.iter().map(|factors| factors.rank).sum();
+            let shares: Vec<(f64, f64)> =
+                factors.iter().zip(&weights).map(|(factors, weight)| variant::shares(*weight, &factors.down)).collect();
             let mut up = Vec::with_capacity(first.rows * rank);
             for row in 0..first.rows {
-                for (factors, weight) in factors.iter().zip(&weights) {
+                for (factors, (weight, _)) in factors.iter().zip(&shares) {
                     let own = &factors.up[row * factors.rank..(row + 1) * factors.rank];
                     up.extend(own.iter().map(|value| (f64::from(*value) * weight) as f32));
                 }
             }
-            let down: Vec<f32> = factors.iter().flat_map(|factors| factors.down.iter().copied()).collect();
+            let mut down = Vec::with_capacity(rank * first.columns);
+            for (factors, (_, weight)) in factors.iter().zip(&shares) {
+                down.extend(factors.down.iter().map(|value| (f64::from(*value) * weight) as f32));
+            }
             let Method::Svd(policy) = method else { return Ok((first.module(up, down, rank)?, 1.0)) };
             let (rows, columns) = (first.rows, first.columns);
             let svd = linalg::svd_of_product(as_matrix(&up, &[rows, rank]), as_matrix(&down, &[rank, columns]))?;
@@ -183,33 +193,29 @@ fn factors_one_by_one(
     Ok((first.module(merge(&ups, &roots, "up")?, merge(&downs, &signed, "down")?, first.rank)?, 1.0))
 }
 
-/// An adapter with other ranks: each module's best approximation. Modules of other variants than plain LoRA are refused.
+/// An adapter with other ranks: each module's best approximation. Whole differences of vectors, which have no rank, stay
+/// as they are and have no outcome; other variants than plain LoRA are refused.
 ///
 /// # Errors
-/// [`Error::Unsupported`], which names the module, for another variant; [`Error::NoConvergence`] where a module holds
-/// NaN or infinity.
+/// [`Error::Option`] for a rule that keeps nothing; [`Error::Unsupported`], which names the module, for another variant;
+/// [`Error::NoConvergence`] where a module holds NaN or infinity.
 pub fn resize(adapter: &Adapter, policy: RankPolicy) -> Result<(Adapter, Vec<Outcome>)> {
-    let (mut resized, outcomes) = combine(&[(adapter, &Strength::default())], Method::Svd(policy))?;
+    let (vectors, ranked): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        adapter.modules.clone().into_iter().partition(|(_, module)| module.is_of_vectors());
+    let ranked = Adapter { modules: ranked, metadata: BTreeMap::new() };
+    let (mut resized, outcomes) = combine(&[(&ranked, &Strength::default())], Method::Svd(policy))?;
     resized.metadata = adapter.metadata.clone();
+    resized.modules.extend(vectors);
     Ok((resized, outcomes))
 }
 
-/// Another alpha for all plain modules, with the same updates: the ratio goes into the up-projections.
+/// Another alpha for all plain modules, with the same updates ([`AdapterModule::with_alpha`]).
 ///
 /// # Errors
 /// [`Error::Unsupported`], which names the module, for another variant. Modules before it are changed then.
 pub fn set_alpha(adapter: &mut Adapter, alpha: f64) -> Result<()> {
     for (path, module) in &mut adapter.modules {
-        let names = [false, true].map(|embedding| LoraFactors::names(embedding)[1]);
-        let found = names.into_iter().find_map(|name| Some((name, module.tensors.get(name)?)));
-        let Some((name, up)) = found.filter(|_| module.is_lora()) else {
-            return Err(plain_only(path, module));
-        };
-        let ratio = module.alpha / alpha;
-        let scaled = up.to_f32().iter().map(|value| (f64::from(*value) * ratio) as f32).collect();
-        let scaled = HostTensor::from_f32(up.shape(), scaled)?;
-        module.tensors.insert(name.to_owned(), scaled);
-        module.alpha = alpha;
+        *module = module.with_alpha(alpha).ok_or_else(|| plain_only(path, module))?;
     }
     Ok(())
 }
@@ -217,10 +223,10 @@ pub fn set_alpha(adapter: &mut Adapter, alpha: f64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Component;
     use crate::conformance::distance;
     use crate::linalg::multiply;
     use crate::random::Stream;
+    use crate::{Component, DType, HostTensor};
 
     fn random(shape: &[usize], seed: u64) -> HostTensor {
         HostTensor::from_f32(shape, Stream::new(seed).normals(shape.iter().product())).unwrap()
@@ -307,6 +313,52 @@ mod tests {
         assert!(distance(&update(&one.modules[&path()]), &before) < 1e-6);
         one.modules.get_mut(&path()).unwrap().variant = "loha".into();
         assert!(resize(&one, RankPolicy::Fixed(2)).unwrap_err().to_string().contains("flatten"));
+    }
+
+    #[test]
+    fn small_updates_of_high_rank_survive_fp16() {
+        // alpha 1 at rank 128, and an `up` as short runs leave it.
+        let mut module = lora(128, 1.0, &[160], 1);
+        let scaled = |tensor: &HostTensor, factor: f32| {
+            HostTensor::from_f32(tensor.shape(), tensor.to_f32().iter().map(|value| value * factor).collect()).unwrap()
+        };
+        let (down, up) = (scaled(&module.tensors["down"], 0.02), scaled(&module.tensors["up"], 1e-4));
+        module.tensors = BTreeMap::from([("down".into(), down), ("up".into(), up)]);
+        let halves = |module: &AdapterModule| {
+            let mut module = module.clone();
+            module.tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::F16).to_dtype(DType::F32));
+            module
+        };
+        let stored = halves(&module);
+        let (before, one) = (update(&stored), adapter(stored.clone()));
+        let mut results = vec![stored.with_alpha(128.0).unwrap(), stored.with_alpha(12.8).unwrap()];
+        for method in [Method::Concatenate, Method::Svd(RankPolicy::Fixed(20))] {
+            results.push(combine(&[(&one, &Strength::default())], method).unwrap().0.modules[&path()].clone());
+        }
+        for module in results {
+            let lost = distance(&update(&halves(&module)), &before);
+            assert!(lost < 2e-3, "{} {}: {lost}", module.rank, module.alpha);
+            assert!(
+                (rounding(&module, DType::F16) - distance(&update(&halves(&module)), &update(&module))).abs() < 1e-4
+            );
+        }
+        // A fold by 1 changes nothing, and one by a power of two no digit.
+        assert_eq!(stored.with_alpha(1.0).unwrap(), stored);
+        let there = stored.with_alpha(8.0).unwrap();
+        assert_eq!(there.tensors["up"], stored.tensors["up"].to_dtype(DType::F32));
+        assert_eq!(update(&there), before);
+    }
+
+    #[test]
+    fn vectors_have_no_rank_and_stay_as_they_are() {
+        let norm = ModulePath::new(Component::UNET, "mid_block.resnets.0.norm1");
+        let tensors = BTreeMap::from([("weight".to_owned(), random(&[6], 3)), ("bias".to_owned(), random(&[6], 4))]);
+        let module = AdapterModule { variant: "full".into(), tensors, rank: 1, alpha: 1.0 };
+        let mut one = adapter(lora(6, 3.0, &[12], 1));
+        one.modules.insert(norm.clone(), module.clone());
+        let (resized, outcomes) = resize(&one, RankPolicy::Fixed(2)).unwrap();
+        assert_eq!((&resized.modules[&norm], outcomes.len()), (&module, 1));
+        assert_eq!(resized.modules[&path()].rank, 2);
     }
 
     #[test]

@@ -62,6 +62,21 @@ impl LoraFactors<'_> {
     }
 }
 
+/// A factor on an update in two, for `up` and for `down`. What enlarges is `up`'s. Of what makes smaller, a power of two is
+/// `down`'s while the root mean square of its numbers stays a normal one of fp16 (2⁻¹⁴): a trained `up` has the smaller
+/// numbers, which would lose their digits. The shares depend on `down` alone, so that modules with the same `down` keep
+/// having the same.
+pub(crate) fn shares(factor: f64, down: &[f32]) -> (f64, f64) {
+    const LEAST: f64 = -14.0;
+    let squares: f64 = down.iter().map(|&value| f64::from(value).powi(2)).sum();
+    let size = 0.5 * (squares / down.len().max(1) as f64).log2();
+    let power = factor.abs().log2().floor().max((LEAST - size).ceil()).min(0.0);
+    if factor == 0.0 || !power.is_finite() {
+        return (factor, 1.0);
+    }
+    (factor / power.exp2(), power.exp2())
+}
+
 impl AdapterModule {
     /// Whether it is a plain LoRA, with or without a core between its factors.
     pub fn is_lora(&self) -> bool {
@@ -76,6 +91,32 @@ impl AdapterModule {
         let embedding = self.tensors.contains_key(EMBEDDING_UP);
         let [down, up] = LoraFactors::names(embedding).map(|name| self.tensors.get(name));
         Some(LoraFactors { down: down?, up: up?, embedding })
+    }
+
+    /// Whether it is nothing but whole differences of vectors, a normalisation's factors or a bias, which have no rank.
+    pub fn is_of_vectors(&self) -> bool {
+        self.variant == "full" && self.tensors.values().all(|tensor| tensor.shape().len() == 1)
+    }
+
+    /// The same update with another alpha; exact where their ratio is a power of two. `None` for another variant than plain
+    /// LoRA.
+    #[must_use]
+    pub fn with_alpha(&self, alpha: f64) -> Option<Self> {
+        let names = [false, true].map(LoraFactors::names);
+        let [down, up] = names.into_iter().find(|names| names.iter().all(|name| self.tensors.contains_key(*name)))?;
+        if !self.is_lora() {
+            return None;
+        }
+        let ratio = self.alpha / alpha;
+        let (of_up, of_down) = shares(ratio, &self.tensors[down].to_f32());
+        let mut same = Self { alpha, ..self.clone() };
+        for (name, factor) in [(down, of_down), (up, of_up), (BIAS, ratio)] {
+            if let Some(tensor) = same.tensors.get_mut(name).filter(|_| factor != 1.0) {
+                let values = tensor.to_f32().iter().map(|value| (f64::from(*value) * factor) as f32).collect();
+                *tensor = HostTensor::from_f32(tensor.shape(), values).ok()?;
+            }
+        }
+        Some(same)
     }
 
     /// A plain LoRA with these factors.

@@ -26,6 +26,7 @@ pub use hra::Hra;
 pub use ia3::Ia3;
 pub use loha::Loha;
 pub use lokr::Lokr;
+pub(crate) use lora::shares;
 pub use lora::{Lora, LoraFactors};
 pub use oft::{Boft, Oft};
 pub use residual::Residual;

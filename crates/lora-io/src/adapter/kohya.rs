@@ -72,14 +72,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
         let folds = *component != Component::TRANSFORMER;
         if folds && module.is_lora() && ratio != 1.0 && module.tensors.contains_key("up") {
             folded += 1;
-            let mut same = module.clone();
-            same.alpha = common;
-            for name in ["up", parts::LORA_BIAS] {
-                if let Some(tensor) = module.tensors.get(name) {
-                    same.tensors.insert(name.into(), super::scaled(tensor, ratio));
-                }
-            }
-            insert(name, &same)?;
+            insert(name, &module.with_alpha(common).unwrap_or_else(|| module.clone()))?;
         } else {
             insert(name, module)?;
         }
@@ -89,7 +82,7 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, family: Option<&Family>,
         insert(&named(module_path, family)?, module)?;
     }
     if folded > 0 {
-        notes.push(format!("{folded} modules had another alpha than {common}; the ratio is folded into lora_up"));
+        notes.push(format!("{folded} modules had another alpha than {common}; the ratio is folded into their factors"));
     }
     if peft_dora > 0 {
         notes.push(

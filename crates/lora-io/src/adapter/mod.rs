@@ -15,6 +15,7 @@ mod patterns;
 pub mod peft;
 mod peft_experts;
 pub mod portable;
+mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -33,6 +34,8 @@ use crate::safetensors::{SafetensorsFile, StoredDType};
 use crate::{Error, Result};
 pub use named::find;
 use parts::{Parts, PeftContext, Tool};
+pub(crate) use written::in_canonical_layers;
+pub use written::{in_layers_of, usual_format, write_as};
 
 /// Layout of an adapter file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -225,14 +228,7 @@ pub(crate) fn is_gguf(path: &Path) -> Result<bool> {
 /// [`Error::Module`] for a module that the format has no form of, with what helps; [`Error::Io`] where the file cannot
 /// be written.
 pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: DType) -> Result<Vec<String>> {
-    let path = path.as_ref();
-    match format {
-        Format::Kohya => kohya::write(path, adapter, family(adapter), dtype),
-        Format::Diffusers => diffusers::write(path, adapter, dtype),
-        Format::DiffusersOld => diffusers::write_old(path, adapter, dtype),
-        Format::Peft => peft::write(path, adapter, dtype, &peft::Extra::default()),
-        Format::Gguf => gguf::write(path, adapter, dtype),
-    }
+    write_as(path, adapter, format, family(adapter), dtype)
 }
 
 /// Writes an adapter for a base of a family in the layout that most programs load: kohya's, and of plain LoRAs for Stable
@@ -241,11 +237,10 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
 /// # Errors
 /// As of [`write()`].
 pub fn write_for(path: impl AsRef<Path>, adapter: &Adapter, family: &Family, dtype: DType) -> Result<Vec<String>> {
-    let is_plain = |module: &AdapterModule| module.factors().is_some_and(|factors| !factors.embedding);
-    if *family == family::sd3::FAMILY && adapter.modules.values().all(is_plain) {
-        return diffusers::write(path, adapter, dtype);
+    match usual_format(adapter, Some(family)) {
+        Format::Diffusers => diffusers::write(path, adapter, dtype),
+        _ => kohya::write(path, adapter, Some(family), dtype),
     }
-    kohya::write(path, adapter, Some(family), dtype)
 }
 
 /// Takes an adapter whose first values are missing (PEFT's PiSSA and OLoRA as they are saved unconverted) for a plain LoRA,
@@ -508,7 +503,15 @@ fn contradicted_alpha(adapter: &Adapter, without_alpha: &[ModulePath]) -> Option
 fn folded(path: &ModulePath, module: &AdapterModule) -> Result<(HostTensor, HostTensor, usize)> {
     let refused = |reason: String| Error::Module { module: path.to_string(), reason };
     match module.factors() {
-        Some(LoraFactors { down, up, embedding: false }) => Ok((down.clone(), scaled(up, module.scale()), module.rank)),
+        Some(LoraFactors { embedding: false, .. }) => {
+            let same = module.with_alpha(module.rank as f64);
+            let factors = same.as_ref().and_then(AdapterModule::factors).map(|own| (own.down.clone(), own.up.clone()));
+            let (down, up) = factors.ok_or_else(|| refused("has no factors".into()))?;
+            Ok((down, up, module.rank))
+        }
+        _ if module.is_lora() && module.tensors.keys().any(|name| name.starts_with("bias")) => {
+            Err(refused("changes a bias, which this layout has no place for; write peft, or merge it".into()))
+        }
         _ => Err(refused(format!(
             "only plain LoRA is written here, this is {} with {:?}; flatten it to a plain LoRA first",
             module.variant,

@@ -15,7 +15,7 @@ use lora_core::{Adapter, AdapterModule, Component, DType, HostTensor, ModulePath
 use serde_json::{Map, Value, json};
 
 use super::diffusers::{self, most_common};
-use super::parts::{Parts, PeftContext};
+use super::parts::{LORA_BIAS, Parts, PeftContext};
 use super::patterns::{self, Patterns};
 use super::peft_experts::{TargetParameters, by_expert, of_all_experts, target_of, wrapper_of};
 use super::{AdapterFile, Format, Whole, names};
@@ -411,6 +411,7 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
                 TOKEN_ROWS => "token_adapter.trainable_tokens_delta",
                 BIAS_VALUE if module.variant == WHOLE => "bias",
                 BIAS_VALUE => "base_layer.bias",
+                LORA_BIAS if module.is_lora() => "lora_B.bias",
                 other => return Err(refused(format!("PEFT has no form of its tensor `{other}`"))),
             };
             // PEFT's magnitudes of convolutions keep the axes of an output.
@@ -424,7 +425,19 @@ fn spelled(adapter: &Adapter, dtype: DType) -> Result<BTreeMap<String, HostTenso
             tensors.insert(format!("base_model.model.{}.{suffix}", path.path), tensor);
         }
     }
+    // `lora_bias` is one switch for all modules, and PEFT expects a bias of each then.
+    if adapter.modules.values().any(has_lora_bias) {
+        for (path, module) in adapter.modules.iter().filter(|(_, module)| module.is_lora() && !has_lora_bias(module)) {
+            let Some(up) = module.tensors.get("up") else { continue };
+            let zeros = HostTensor::zeros([up.shape()[0]]).to_dtype(dtype);
+            tensors.insert(format!("base_model.model.{}.lora_B.bias", path.path), zeros);
+        }
+    }
     Ok(tensors)
+}
+
+fn has_lora_bias(module: &AdapterModule) -> bool {
+    module.is_lora() && module.tensors.contains_key(LORA_BIAS)
 }
 
 /// The variant of layers that are saved whole.
@@ -489,7 +502,7 @@ fn write_component(folder: &Path, all: &Adapter, dtype: DType, extra: &Extra) ->
         "layers_pattern": null,
         "layers_to_transform": null,
         "lora_alpha": whole(alpha),
-        "lora_bias": false,
+        "lora_bias": adapter.modules.values().any(has_lora_bias),
         "lora_dropout": extra.dropout,
         "modules_to_save": if saved.is_empty() { Value::Null } else { json!(saved) },
         "peft_type": "LORA",

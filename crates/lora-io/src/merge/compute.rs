@@ -86,14 +86,29 @@ impl Job<'_> {
             groups.entry((rows.start, rows.end)).or_default().push(edit);
         }
         let row = result.len() / shape.first().copied().unwrap_or(1).max(1);
+        // Sorted by where they begin: rows of a group that begins before the end of another are in both.
+        let mut ends = groups.keys().map(|&(_, end)| end);
+        let mut starts = groups.keys().skip(1).map(|&(start, _)| start);
+        let overlap = starts.any(|start| ends.next().is_some_and(|end| start < end));
+        // An update that depends on the base is of the untouched one, whatever else is on its rows.
+        let base = if overlap { result.clone() } else { Vec::new() };
         for ((start, end), edits) in groups {
             let mut shape = shape.to_vec();
             if let Some(first) = shape.first_mut() {
                 *first = end - start;
             }
-            let part = result[start * row..end * row].to_vec();
-            let merged = self.layer(part, &shape, piece, &edits)?;
-            result[start * row..end * row].copy_from_slice(&merged.to_f32());
+            let place = start * row..end * row;
+            let part = if overlap { &base[place.clone()] } else { &result[place.clone()] };
+            let merged = self.layer(part.to_vec(), &shape, piece, &edits)?;
+            if !overlap {
+                result[place].copy_from_slice(&merged.to_f32());
+                continue;
+            }
+            let changed = merged.to_f32();
+            let values = result[place.clone()].iter_mut().zip(&base[place]).zip(&*changed);
+            values.for_each(|((value, base), merged)| {
+                *value = if value == base { *merged } else { *value + (merged - base) }
+            });
         }
         Ok(result)
     }

@@ -91,7 +91,7 @@ pub(super) struct StoredLayer {
     pub(super) file: usize,
     pub(super) weight: String,
     /// Its file, which may be another shard, and its name.
-    bias: Option<(usize, String)>,
+    pub(super) bias: Option<(usize, String)>,
     pub(super) rows: Option<Range<usize>>,
     pub(super) order: Order,
 }
@@ -255,7 +255,7 @@ pub(super) fn is_head(path: &ModulePath) -> bool {
 
 /// The base's layers by canonical path, and by their own names with underscores.
 pub(super) struct StoredLayers {
-    family: Option<&'static Family>,
+    pub(super) family: Option<&'static Family>,
     /// Each with its copies in other files, the usual one first.
     pub(super) known: BTreeMap<ModulePath, Vec<StoredLayer>>,
     /// Own name, dots as underscores → layers of that name, each with the folder that it is in.
@@ -435,16 +435,18 @@ impl StoredLayers {
     }
 }
 
-/// Factors by block mean other blocks in another family.
-pub(crate) fn check_blocks(base: &Path, family: &Family, strength: &Strength) -> Result<()> {
-    let Some(count) = family.block_factors else { return Ok(()) };
-    match strength.blocks.len() {
-        0 => Ok(()),
-        given if given == count => Ok(()),
-        given => {
-            Err(Error::format(base, format!("{given} factors by block are given; this is {family}, which has {count}")))
-        }
+/// Factors by block mean other blocks in another family, and nothing in one that has none: `base` is what is of the family, a
+/// base or an adapter for one.
+///
+/// # Errors
+/// [`Error::Format`] with how many the family has.
+pub fn check_blocks(base: &Path, family: &Family, strength: &Strength) -> Result<()> {
+    let given = strength.blocks.len();
+    if given == 0 || family.block_factors == Some(given) {
+        return Ok(());
     }
+    let has = family.block_factors.map_or_else(|| "none".to_owned(), |count| count.to_string());
+    Err(Error::format(base, format!("{given} factors by block are given; this is {family}, which has {has}")))
 }
 
 /// Whether a module's tensors fit a layer whose weight has this shape; shapes alone are looked at.
