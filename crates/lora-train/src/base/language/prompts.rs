@@ -67,7 +67,7 @@ fn turn_end(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> {
     let found = match answer.message {
         Some(_) => special.find(|(_, own)| own.start >= answer.span.end),
         // The template itself has said what is learned.
-        None => special.filter(|(_, own)| answer.span.start <= own.start && own.end <= answer.span.end).next_back(),
+        None => special.rfind(|(_, own)| answer.span.start <= own.start && own.end <= answer.span.end),
     };
     found.map(|(id, _)| *id)
 }
