@@ -21,10 +21,11 @@ use crate::Failure;
 /// What is looked at, and how it is told.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Folder, .tar or .parquet, or with --tokenizer a folder or file of texts; may be left out where the configuration names it.
+    /// Folder, .tar or .parquet, or, with --tokenizer or the configuration of a language model, a folder or file of texts; may be left
+    /// out where the configuration names it.
     #[arg(required_unless_present = "config")]
     folder: Option<PathBuf>,
-    /// Configuration whose resolution, buckets, crops and captions count (.toml, .yaml, .json).
+    /// Configuration (.toml, .yaml, .json) whose resolution, buckets, crops and captions count, or whose tokenizer, template and rows.
     #[arg(long)]
     config: Option<PathBuf>,
     /// Set a key over the configuration's value, for instance `--set enable_bucket=true`.
@@ -71,7 +72,11 @@ const TOKENS: usize = 75;
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     let folder = arguments.folder.as_deref().unwrap_or(Path::new("."));
     match &arguments.tokenizer {
-        Some(tokenizer) => look_at_texts(arguments, tokenizer, folder),
+        Some(tokenizer) => {
+            let path = folder.to_owned();
+            let max_seq_length = arguments.max_seq_length;
+            look_at_texts(arguments, tokenizer, vec![TextOptions { path, max_seq_length, ..TextOptions::default() }])
+        }
         None => look(arguments, vec![DatasetOptions::of(folder)], TOKENS),
     }
 }
@@ -106,19 +111,25 @@ pub fn look(arguments: &Arguments, mut datasets: Vec<DatasetOptions>, tokens: us
         .tell(arguments)
 }
 
-fn look_at_texts(arguments: &Arguments, tokenizer: &Path, path: &Path) -> Result<(), Failure> {
+/// A look at datasets of texts as the tokenizer of a model, a folder or a GGUF file, lays them out.
+///
+/// # Errors
+/// As of [`run`], and [`Failure::Usage`] where several datasets are to be one page or one value of JSON.
+pub fn look_at_texts(arguments: &Arguments, tokenizer: &Path, datasets: Vec<TextOptions>) -> Result<(), Failure> {
+    if datasets.len() > 1 && (arguments.json || arguments.html.is_some()) {
+        let message = "--json and --html tell of one dataset of texts; name one of the configuration's before --config";
+        return Err(Failure::Usage(message.to_owned()));
+    }
     let tokenizer = Arc::new(Tokenizer::open(tokenizer)?);
-    let options = TextOptions {
-        path: path.to_owned(),
-        strictness: Strictness::Inspect,
-        max_seq_length: arguments.max_seq_length,
-        ..TextOptions::default()
-    };
-    let texts = Texts::open(options, tokenizer, None)?;
+    datasets.into_iter().try_for_each(|options| look_at_text(arguments, &tokenizer, options))
+}
+
+fn look_at_text(arguments: &Arguments, tokenizer: &Arc<Tokenizer>, options: TextOptions) -> Result<(), Failure> {
+    let title = options.path.display().to_string();
+    let texts = Texts::open(TextOptions { strictness: Strictness::Inspect, ..options }, Arc::clone(tokenizer), None)?;
     let report = texts::inspect(&texts, if arguments.html.is_some() { arguments.shown } else { 0 });
     let lost =
         texts.counts().iter().filter(|(kind, _)| kind.severity() == Severity::Lost).map(|(_, count)| count).sum();
-    let title = path.display().to_string();
     let (page, json, print) = (html::page_of_texts, serde_json::to_string_pretty, print_texts);
     Told { title: &title, report: &report, page, json, print, usable: texts.rows(), noun: "rows", lost }.tell(arguments)
 }

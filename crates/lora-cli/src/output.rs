@@ -8,7 +8,9 @@ use std::io::{self, ErrorKind, Write};
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
+    /// Standard output.
     Output,
+    /// Standard error.
     Errors,
 }
 
@@ -20,12 +22,12 @@ pub fn say(stream: Stream, text: Arguments<'_>) {
         Stream::Output => io::stdout().lock().write_fmt(text),
         Stream::Errors => io::stderr().lock().write_fmt(text),
     };
-    match written {
-        Err(error) if stream == Stream::Output && error.kind() != ErrorKind::BrokenPipe => {
-            say(Stream::Errors, format_args!("error: standard output cannot be written: {error}\n"));
-            std::process::exit(1);
-        }
-        _ => {}
+    if let Err(error) = written
+        && stream == Stream::Output
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        say(Stream::Errors, format_args!("error: standard output cannot be written: {error}\n"));
+        std::process::exit(1);
     }
 }
 

@@ -56,8 +56,8 @@ pub enum Error {
         /// What is wrong with each.
         problems: Vec<Error>,
     },
-    /// A folder without pictures.
-    #[error("{path}: no pictures found (looked for {looked_for}); {found}", path = path.display())]
+    /// A folder or a file without pictures or texts that can be used.
+    #[error("{path}: nothing found to train on (looked for {looked_for}); {found}", path = path.display())]
     Empty {
         /// The folder.
         path: PathBuf,

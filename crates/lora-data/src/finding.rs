@@ -101,6 +101,8 @@ kinds! {
     TextCut "text-cut" Warning "raise max_seq_length, or set long_documents = split";
     /// A record that became several rows.
     TextSplit "text-split" Advice "raise max_seq_length where the pieces need each other";
+    /// A key of a record that says something and has no place in the record's form.
+    UnreadKey "unread-key" Warning "bring it into a form that is read (docs/datasets.md), or remove it";
     /// A special token in what somebody says.
     SpecialToken "special-token" Warning "remove it, unless it is meant: it acts as that token wherever it is written";
     /// An answer without words.

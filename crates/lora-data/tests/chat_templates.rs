@@ -127,6 +127,13 @@ fn row(tokenizer: &Arc<Tokenizer>, case: &Case, chat_template: Option<String>) -
     (texts.rows() > 0).then(|| texts.row(0))
 }
 
+/// Whether transformers lays the conversation out without the calls of tools in it, which is refused here.
+fn leaves_calls_out(case: &Case, expected: &Expected) -> bool {
+    let calls = case.messages.iter().filter_map(|own| own.get("tool_calls")?.as_array()).flatten();
+    let mut names = calls.filter_map(|call| call["function"]["name"].as_str());
+    names.any(|name| !expected.text.contains(name))
+}
+
 #[test]
 fn a_template_that_marks_answers_is_believed_to_the_token() {
     for style in STYLES {
@@ -140,7 +147,11 @@ fn a_template_that_marks_answers_is_believed_to_the_token() {
                     assert_eq!(found.trained, expected.learned(), "{style}, {}", case.name);
                     assert_eq!(found.documents, [expected.ids.len()]);
                 }
-                None => assert!(!expected.learned().contains(&true), "{style}, {}", case.name),
+                None => assert!(
+                    !expected.learned().contains(&true) || leaves_calls_out(&case, &expected),
+                    "{style}, {}",
+                    case.name
+                ),
             }
         }
     }
@@ -169,7 +180,7 @@ fn answers_are_found_without_marks() {
         for (case, expected) in cases(style) {
             let learned = expected.learned();
             let Some(found) = row(&tokenizer, &case, None) else {
-                assert!(!learned.contains(&true), "{style}, {}", case.name);
+                assert!(!learned.contains(&true) || leaves_calls_out(&case, &expected), "{style}, {}", case.name);
                 continue;
             };
             assert_eq!(found.ids, expected.ids, "{style}, {}", case.name);
@@ -189,7 +200,7 @@ fn answers_are_found_without_marks() {
         }
     }
     let known: Vec<(&str, String)> = WITHOUT_ITS_BEGIN.map(|(style, name)| (style, name.to_owned())).into();
-    assert_eq!((same, others), (171, known));
+    assert_eq!((same, others), (165, known));
 }
 
 /// Templates come with models: one that doubles a text until memory is full, or counts for ever, is refused.
@@ -207,5 +218,31 @@ fn templates_that_would_take_all_memory_or_time_are_refused() {
             ChatTemplate::new("a model's", &[("default".into(), source.into())], &tokenizer, &options()).unwrap();
         let error = template.render(&Conversation::of([("user", "Hi")]), false).unwrap_err().to_string();
         assert!(error.contains("a model's") && error.contains("fuel"), "{source}: {error}");
+    }
+}
+
+/// What Jinja 3.1 in transformers 5.17's sandbox writes, under Python 3.11.
+#[test]
+fn tests_and_methods_of_texts_are_those_of_jinja_and_python() {
+    let cases = [
+        (
+            "{{ none is iterable }} {{ x is iterable }} {{ 'a' is iterable }} {{ 1 is iterable }}",
+            "False True True False",
+        ),
+        (
+            "{{ none is sequence }} {{ x is sequence }} {{ 'a' is sequence }} {{ {} is sequence }}",
+            "False True True True",
+        ),
+        ("{% if tools is iterable and tools | length > 0 %}T{% endif %}", ""),
+        ("{% for i in [1, 2] %}{{ loop.previtem }}<{{ loop.nextitem }};{% endfor %}", "<2;1<;"),
+        ("{{ 'a b-c' | wordcount }}", "3"),
+        ("{{ 'a,b,c'.rsplit(',', 1) | join('|') }} {{ 'a,b,c'.rsplit(',') | join('|') }}", "a,b|c a|b|c"),
+        ("{{ 'aBß'.swapcase() }} {{ 'abc'.removeprefix('a') }} {{ 'abc'.removesuffix('x') }}", "AbSS bc abc"),
+    ];
+    let tokenizer = Tokenizer::open(folder("chatml")).unwrap();
+    for (source, expected) in cases {
+        let template = ChatTemplate::new("a", &[("default".into(), source.into())], &tokenizer, &options()).unwrap();
+        let found = template.render(&Conversation::of([("user", "Hi")]), false).unwrap();
+        assert_eq!(found, expected, "{source}");
     }
 }

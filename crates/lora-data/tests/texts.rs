@@ -241,6 +241,7 @@ fn what_is_too_long_is_treated_as_asked_and_named() {
         (skipped.rows(), skipped.summary().skipped, skipped.findings()[0].kind),
         (1, 1, FindingKind::TextSkipped)
     );
+    assert!(skipped.summary().to_string().starts_with("rows:      1 (1 skipped)"), "{}", skipped.summary());
     let error = open(LongDocuments::Error, 0).unwrap_err().to_string();
     assert!(
         ["a.jsonl, line 1", &length.to_string(), "max_seq_length"].iter().all(|own| error.contains(own)),

@@ -127,6 +127,20 @@ pub enum Error {
         /// Rows of the embedding.
         rows: usize,
     },
+    /// A text has a token of the tokenizer's that the model has no row for.
+    #[error(
+        "{path}: token {token} is not one of the model, whose embedding has {rows} rows; leave it out of the texts, or check that \
+         tokenizer and model are of one folder",
+        path = path.display()
+    )]
+    UnknownToken {
+        /// The text's file.
+        path: PathBuf,
+        /// The token, or its number where it is not known.
+        token: String,
+        /// Rows of the embedding.
+        rows: usize,
+    },
     /// A part of a base from elsewhere that is another base's.
     #[error("{path}: {found}; this base needs {expected}: set {key} to that", path = path.display())]
     PartOfAnother {
@@ -186,6 +200,15 @@ pub enum Error {
     /// Samples of a base that makes none.
     #[error("this base makes no samples; take sample_prompts out")]
     NoSamples,
+    /// Texts without a token that could be judged.
+    #[error(
+        "{data}: nothing in it can be judged; a text needs two tokens or more, a record an answer, and the limit rows",
+        data = data.display()
+    )]
+    NothingJudged {
+        /// What was given.
+        data: PathBuf,
+    },
     /// The dataset cannot be used.
     #[error(transparent)]
     Data(#[from] lora_data::Error),

@@ -182,7 +182,7 @@ mod tests {
             ("lora_v_pred_like_loss", "0.5"),
         ];
         assert_eq!(weights.record(), expected.map(|(key, value)| (key, value.to_owned())));
-        assert_eq!(LossWeights::default().record(), []);
+        assert!(LossWeights::default().record().is_empty());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use lora_core::HostTensor;
 use lora_io::adapter;
 use lora_io::safetensors::{self, SafetensorsFile};
 use lora_train::base::Sample;
+use lora_train::config::TrainConfig;
 use lora_train::inference::{EvaluationOptions, TextModel, TextModelOptions};
 use lora_train::{Plugins, train};
 
@@ -124,6 +125,106 @@ fn answers_to_prompts_are_samples() {
     let page = fs::read_to_string(folder.path().join("out/samples.md")).unwrap();
     assert!(page.contains("## 2 + 2?") && page.contains("**before**") && page.contains("**step 2**"), "{page}");
     assert!(result.lora.join("adapter_config.json").exists() && result.lora.join("README.md").exists());
+}
+
+/// A base of texts alone has a template whose turns end with a token that is not among those that its files name.
+#[test]
+fn an_answer_ends_with_the_templates_own_token_too() {
+    let folder = workspace();
+    let base = folder.path().join("base");
+    fs::remove_file(base.join("generation_config.json")).unwrap();
+    let settings = fs::read_to_string(base.join("tokenizer_config.json")).unwrap();
+    let settings = settings.replace("\"eos_token\": \"<|im_end|>\"", "\"eos_token\": \"<|endoftext|>\"");
+    fs::write(base.join("tokenizer_config.json"), settings).unwrap();
+    let config = fs::read_to_string(base.join("config.json")).unwrap();
+    fs::write(base.join("config.json"), config.replace("\"eos_token_id\": 2", "\"eos_token_id\": 0")).unwrap();
+    let model = TextModel::open(&on_the_cpu(folder.path()), &Plugins::default()).unwrap();
+    let writer = model.writer();
+    let ends: Vec<_> = writer.ends().collect();
+    let of = |token: &str| i64::from(writer.tokenizer().id_of(token).unwrap());
+    assert!(ends.contains(&of("<|im_end|>")) && ends.contains(&of("<|endoftext|>")), "{ends:?}");
+    // A user's own end of a turn stays where a text is continued.
+    let tokens = writer.plain("hi there<|endoftext|>").unwrap();
+    assert_eq!(tokens.last(), Some(&of("<|endoftext|>")));
+    assert_ne!(writer.plain("hi there").unwrap().last(), Some(&of("<|endoftext|>")));
+}
+
+#[test]
+fn a_text_is_judged_alike_in_a_file_of_its_own_and_in_a_record() {
+    let folder = workspace();
+    let text = "The lighthouse stands on a rock. Its keeper counts ships, and writes their names into a book.";
+    fs::create_dir(folder.path().join("texts")).unwrap();
+    fs::write(folder.path().join("texts/one.txt"), text).unwrap();
+    fs::write(folder.path().join("one.jsonl"), serde_json::json!({ "text": text }).to_string()).unwrap();
+    let model = TextModel::open(&on_the_cpu(folder.path()), &Plugins::default()).unwrap();
+    let judged = |data: &str, length: usize| {
+        let mut options = EvaluationOptions::new(folder.path().join(data));
+        options.max_seq_length = length;
+        model.evaluate(&options, &mut |_, _| {}).unwrap()
+    };
+    let (file, record) = (judged("texts/one.txt", 2048), judged("one.jsonl", 2048));
+    assert_eq!((file, file), (record, judged("texts", 2048)));
+    // Nothing is left out behind the last whole window.
+    let windows = judged("texts/one.txt", 16);
+    assert_eq!(windows.tokens, file.tokens + 1 - windows.rows);
+    // Nothing judged is no perfect model.
+    fs::write(folder.path().join("empty.txt"), "").unwrap();
+    let options = EvaluationOptions::new(folder.path().join("empty.txt"));
+    let error = model.evaluate(&options, &mut |_, _| {}).unwrap_err().to_string();
+    assert!(error.contains("empty.txt") && error.contains("nothing in it can be judged"), "{error}");
+}
+
+/// As Gemma 3 1B's tokenizer, which has a token for pictures beyond the rows of its embedding.
+#[test]
+fn a_tokenizer_may_have_tokens_that_no_text_has() {
+    let folder = workspace();
+    let path = folder.path().join("base/tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    for number in 0..64 {
+        let mut picture = added[0].clone();
+        picture["id"] = (487 + number).into();
+        picture["content"] = format!("<picture {number}>").into();
+        added.push(picture);
+    }
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let bare = loss(&mut prepare(folder.path(), &[]));
+    assert!((bare - LOSS).abs() < 1e-5, "{bare}");
+    let own = folder.path().join("own.jsonl");
+    fs::write(&own, "{\"text\": \"a <picture 63> b\"}\n").unwrap();
+    let error = refusal(folder.path(), &[&format!("train_data_dir={}", own.display())]);
+    assert!(error.contains("own.jsonl: token <picture 63> is not one of the model"), "{error}");
+}
+
+/// What `lora dataset --config` shows is what the run would learn.
+#[test]
+fn texts_are_looked_at_as_the_configuration_lays_them_out() {
+    let folder = workspace();
+    let (base, path) = (folder.path().join("base"), folder.path().join("run.yaml"));
+    let text = format!(
+        "base_model: {}\ntrain_data_dir: chats.jsonl\noutput_dir: out\nmax_seq_length: 96\nchat_template: chatml\n\
+         system_prompt: Be brief.\ntrain_on_inputs: true\nlong_documents: truncate\n",
+        base.display()
+    );
+    fs::write(&path, text).unwrap();
+    let (of, texts) = TrainConfig::texts_of(Some(&path), None, &["packing=true"]).unwrap().unwrap();
+    let [own] = &texts[..] else { panic!("{texts:?}") };
+    assert_eq!((of, &*own.path), (base, Path::new("chats.jsonl")));
+    assert_eq!((own.max_seq_length, own.packing, own.train_on_inputs), (96, true, true));
+    assert_eq!((own.chat_template.as_deref(), own.system_prompt.as_deref()), (Some("chatml"), Some("Be brief.")));
+    assert_eq!((own.long_documents.name(), own.pairs), ("truncate", Some(false)));
+    let other =
+        TrainConfig::texts_of(Some(&path), Some(Path::new("more.jsonl")), &["objective=dpo"]).unwrap().unwrap().1;
+    assert_eq!((&*other[0].path, other[0].pairs), (Path::new("more.jsonl"), Some(true)));
+    let pictures = TrainConfig::texts_of::<&str>(None, Some(Path::new("pictures")), &[]).unwrap();
+    assert!(pictures.is_none(), "{pictures:?}");
+}
+
+/// The base of a workspace, to be asked.
+fn on_the_cpu(folder: &Path) -> TextModelOptions {
+    let mut model = TextModelOptions::new(folder.join("base"));
+    model.device = "cpu".into();
+    model
 }
 
 #[test]

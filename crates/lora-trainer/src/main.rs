@@ -71,6 +71,9 @@ impl Command {
 /// A look at the datasets of a configuration.
 fn look(arguments: &dataset::Arguments) -> Result<(), Failure> {
     let Some((path, set, folder)) = arguments.configuration() else { return dataset::run(arguments) };
+    if let Some((base, texts)) = TrainConfig::texts_of(path, folder, set).map_err(failure::failure)? {
+        return dataset::look_at_texts(arguments, &base, texts);
+    }
     let (datasets, tokens) = TrainConfig::datasets_of(path, folder, set).map_err(failure::failure)?;
     dataset::look(arguments, datasets, tokens)
 }

@@ -205,8 +205,11 @@ pub(crate) fn json_rows(path: &Path) -> Result<impl Iterator<Item = Result<Value
     Ok(rows(path, None)?.map(|row| row.map(|row| json(&row))))
 }
 
+/// A row, or a struct in one, without its nulls: a column of structs has the keys of all rows, and those that a row did not
+/// have are filled with null (TRL's `remove_none_values` takes them out too).
 fn json(row: &Row) -> Value {
-    Value::Object(row.get_column_iter().map(|(name, field)| (name.clone(), json_field(field))).collect())
+    let said = row.get_column_iter().filter(|(_, field)| !matches!(field, Field::Null));
+    Value::Object(said.map(|(name, field)| (name.clone(), json_field(field))).collect())
 }
 
 fn json_field(field: &Field) -> Value {
@@ -228,5 +231,19 @@ fn json_field(field: &Field) -> Value {
         }
         Field::Null => Value::Null,
         other => other.to_string().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// TRL 1.16's `remove_none_values` gives the same of what pyarrow reads of such a row.
+    #[test]
+    fn nulls_that_fill_structs_up_are_left_out() {
+        let named = |name: &str, field| (name.to_owned(), field);
+        let arguments = Row::new(vec![named("x", Field::Str("1".into())), named("y", Field::Null)]);
+        let row = Row::new(vec![named("arguments", Field::Group(arguments)), named("text", Field::Null)]);
+        assert_eq!(json(&row), serde_json::json!({"arguments": {"x": "1"}}));
     }
 }

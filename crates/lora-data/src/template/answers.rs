@@ -4,11 +4,12 @@
 use std::ops::Range;
 
 use minijinja::Value;
+use minijinja::value::Kwargs;
 
-use super::conversation::MASK;
-use super::functions::value;
+use super::conversation::{MASK, Words};
+use super::functions::{tojson, value};
 use super::{ChatTemplate, Conversation};
-use crate::Result;
+use crate::{Error, Result};
 
 /// The name of the filter that marks what it is given.
 pub(super) const FILTER: &str = "lora_mark_answer";
@@ -63,7 +64,15 @@ impl ChatTemplate {
         }
         let mut answers = Vec::new();
         for message in learned() {
-            let Some(words) = self.difference(&text, &messages, conversation, message) else { continue };
+            let Some(mut words) = self.difference(&text, &messages, conversation, message, Words::All) else {
+                continue;
+            };
+            // Gemma 4 and gpt-oss repeat the name of a called tool in the turn of its answer, which is not the model's.
+            if conversation.calls(message)
+                && let Some(unnamed) = self.difference(&text, &messages, conversation, message, Words::ButNames)
+            {
+                words.end = unnamed.end;
+            }
             // A template's own beginning of an answer, as `<think>`, is learned where the prompt does not hold it already.
             let before = self.render_values(&messages[..message], conversation, true);
             let begins = before.ok().filter(|before| text.starts_with(before.as_str())).map(|before| before.len());
@@ -77,9 +86,53 @@ impl ChatTemplate {
     /// behind the last message.
     pub(crate) fn turn_end(&self, layout: &Layout, conversation: &Conversation, message: usize) -> usize {
         let messages: Vec<Value> = conversation.messages.iter().map(value).collect();
-        let next = (message + 1..messages.len())
-            .find_map(|next| self.difference(&layout.text, &messages, conversation, next).map(|words| words.start));
+        let next = (message + 1..messages.len()).find_map(|next| {
+            self.difference(&layout.text, &messages, conversation, next, Words::All).map(|words| words.start)
+        });
         next.unwrap_or(layout.text.len())
+    }
+
+    /// The conversation with its calls of tools in the spelling that the template lays out: beside an empty content as nearly
+    /// all do, or beside `null` with arguments as text, as those of DeepSeek-R1's distilled models ask for.
+    ///
+    /// # Errors
+    /// Where the template leaves the calls out in every spelling: an answer without words would be learned.
+    pub(crate) fn with_calls(&self, conversation: Conversation) -> Result<Conversation> {
+        let calling: Vec<usize> = (0..conversation.messages.len()).filter(|own| conversation.calls(*own)).collect();
+        let usual = if calling.is_empty() { Ok(true) } else { self.shows(&calling, &conversation) };
+        if matches!(usual, Ok(true)) {
+            return Ok(conversation);
+        }
+        for as_text in [false, true] {
+            let mut other = conversation.clone();
+            for message in &calling {
+                if other.messages[*message]["content"] == "" {
+                    other.messages[*message].insert("content".to_owned(), serde_json::Value::Null);
+                }
+                if as_text && let Some(calls) = other.messages[*message].get_mut("tool_calls") {
+                    calls.as_array_mut().into_iter().flatten().for_each(with_arguments_as_text);
+                }
+            }
+            if self.shows(&calling, &other).unwrap_or(false) {
+                return Ok(other);
+            }
+        }
+        usual?;
+        let reason = "it leaves calls of tools out, so that an answer without them would be learned".to_owned();
+        Err(Error::Template { origin: self.origin().to_owned(), reason })
+    }
+
+    /// Whether the calls of all those messages that are learned stand in the layout.
+    fn shows(&self, calling: &[usize], conversation: &Conversation) -> Result<bool> {
+        let messages: Vec<Value> = conversation.messages.iter().map(value).collect();
+        self.render_values(&messages, conversation, false)?;
+        let mut learned = calling.iter().filter(|message| conversation.is_learned(**message));
+        Ok(learned.all(|message| {
+            let mut masked = messages.clone();
+            masked[*message] = value(conversation.masked(*message, Words::Calls));
+            // A template that cannot take masked calls has read them.
+            self.render_values(&masked, conversation, false).map_or(true, |text| text.contains(MASK))
+        }))
     }
 
     /// The bytes in which a rendering with one message masked differs; `None` where the template leaves the message out.
@@ -89,9 +142,10 @@ impl ChatTemplate {
         messages: &[Value],
         conversation: &Conversation,
         message: usize,
+        words: Words,
     ) -> Option<Range<usize>> {
         let mut masked = messages.to_vec();
-        masked[message] = value(conversation.masked(message));
+        masked[message] = value(conversation.masked(message, words));
         // A template that cannot take masked words says nothing about where they are.
         let masked = self.render_values(&masked, conversation, false).ok()?;
         if !masked.contains(MASK) {
@@ -103,6 +157,16 @@ impl ChatTemplate {
         let after = rest.chars().rev().zip(other.chars().rev()).take_while(|(a, b)| a == b);
         let end = text.len() - after.map(|(c, _)| c.len_utf8()).sum::<usize>();
         Some(start..end)
+    }
+}
+
+/// The arguments of a call as JSON in Python's style, which OpenAI's files have in the place of an object.
+fn with_arguments_as_text(call: &mut serde_json::Value) {
+    let function = if call.get("function").is_some() { &mut call["function"] } else { call };
+    if let Some(arguments @ serde_json::Value::Object(_)) = function.get("arguments")
+        && let Ok(text) = tojson(&value(arguments), Kwargs::from_iter(std::iter::empty::<(&str, Value)>()))
+    {
+        function["arguments"] = text.to_string().into();
     }
 }
 

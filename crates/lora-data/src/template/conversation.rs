@@ -36,27 +36,45 @@ impl Conversation {
         self.role(message) == "assistant" && self.messages.get(message).is_some_and(|own| !excluded(own))
     }
 
-    /// The same with one message's words (its content, thoughts, names and arguments of calls) replaced by characters that
-    /// no text has, so that what differs in the layout is what the message says.
-    pub(super) fn masked(&self, message: usize) -> Map<String, Value> {
+    /// Whether a message calls a tool.
+    pub(super) fn calls(&self, message: usize) -> bool {
+        let calls = self.messages.get(message).and_then(|own| own.get("tool_calls")?.as_array());
+        calls.is_some_and(|calls| !calls.is_empty())
+    }
+
+    /// The same with some of one message's words replaced by characters that no text has, so that what differs in the layout
+    /// is what the message says.
+    pub(super) fn masked(&self, message: usize, words: Words) -> Map<String, Value> {
         let mut masked = self.messages.get(message).cloned().unwrap_or_default();
-        for key in ["content", "reasoning_content", "thinking", "tool_calls"] {
-            if let Some(value) = masked.get_mut(key) {
-                mask(value, key == "tool_calls");
+        let keys = ["content", "reasoning_content", "thinking", "tool_calls"];
+        for key in &keys[if words == Words::Calls { 3..4 } else { 0..4 }] {
+            if let Some(value) = masked.get_mut(*key) {
+                mask(value, *key == "tool_calls", words != Words::ButNames);
             }
         }
         masked
     }
 }
 
+/// Which words of a message are masked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Words {
+    /// Its content, thoughts, names and arguments of calls.
+    All,
+    /// All but the names of tools that it calls, which some templates repeat where the tool answers.
+    ButNames,
+    /// Its calls alone.
+    Calls,
+}
+
 /// A private-use character.
 pub(super) const MASK: char = '\u{f8f1}';
 
-/// Every text in a value that is words rather than a kind; `all` texts and keys where they are arguments.
-fn mask(value: &mut Value, calls: bool) {
+/// Every text in a value that is words rather than a kind: in `calls` arguments, and `names` where they are asked for.
+fn mask(value: &mut Value, calls: bool, names: bool) {
     match value {
         Value::String(text) => *text = MASK.to_string(),
-        Value::Array(values) => values.iter_mut().for_each(|value| mask(value, calls)),
+        Value::Array(values) => values.iter_mut().for_each(|value| mask(value, calls, names)),
         Value::Object(object) => {
             for (key, value) in object.iter_mut() {
                 match key.as_str() {
@@ -64,8 +82,9 @@ fn mask(value: &mut Value, calls: bool) {
                     "arguments" if value.is_object() => {
                         *value = Value::Object(Map::from_iter([(MASK.to_string(), MASK.to_string().into())]));
                     }
-                    "function" | "name" | "arguments" if calls => mask(value, calls),
-                    "text" | "content" if !calls => mask(value, calls),
+                    "name" if calls && !names => {}
+                    "function" | "name" | "arguments" if calls => mask(value, calls, names),
+                    "text" | "content" if !calls => mask(value, calls, names),
                     _ => {}
                 }
             }

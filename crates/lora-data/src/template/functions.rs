@@ -1,10 +1,12 @@
 //! What transformers gives to chat templates beside Jinja's own: `tojson` as Python writes JSON, `raise_exception` and
-//! `strftime_now`.
+//! `strftime_now`; and where minijinja differs from Jinja and Python: two tests, and methods of texts. `%` between texts is
+//! not there: minijinja has no way to add an operator.
 
 use jiff::civil::Date;
 use jiff::fmt::strtime;
-use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Error, ErrorKind};
+use minijinja::value::{Kwargs, Serde, Value, ValueKind};
+use minijinja::{Error, ErrorKind, State};
+use minijinja_contrib::pycompat;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
@@ -48,6 +50,48 @@ fn escaped(text: &str) -> String {
 
 pub(super) fn raise_exception(text: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, text.to_owned()))
+}
+
+/// Jinja's test: whether Python's `iter` takes the value. minijinja takes `none` for an empty list.
+pub(super) fn is_iterable(own: &Value) -> bool {
+    !own.is_none() && own.try_iter().is_ok()
+}
+
+/// Jinja's test: whether the value has a length and places, which texts, objects and undefined values have too.
+pub(super) fn is_sequence(own: &Value) -> bool {
+    matches!(own.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Undefined)
+}
+
+/// Jinja's filter: runs of letters, digits and underscores.
+pub(super) fn wordcount(text: &str) -> usize {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
+}
+
+/// Methods that values have in Python.
+pub(super) fn method(state: &mut State<'_, '_>, own: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let text = |place: usize| arguments.get(place).and_then(Value::as_str);
+    match (own.as_str(), name) {
+        (Some(own), "swapcase") if arguments.is_empty() => Ok(own.chars().flat_map(swapped).collect::<String>().into()),
+        (Some(own), "removeprefix") if arguments.len() == 1 && text(0).is_some() => {
+            Ok(text(0).and_then(|prefix| own.strip_prefix(prefix)).unwrap_or(own).into())
+        }
+        (Some(own), "removesuffix") if arguments.len() == 1 && text(0).is_some() => {
+            Ok(text(0).and_then(|suffix| own.strip_suffix(suffix)).unwrap_or(own).into())
+        }
+        (Some(own), "rsplit") if arguments.len() <= 2 && text(0).is_some_and(|separator| !separator.is_empty()) => {
+            let most = arguments.get(1).and_then(Value::as_i64).and_then(|most| usize::try_from(most).ok());
+            let separator = text(0).unwrap_or_default();
+            let mut parts: Vec<&str> =
+                own.rsplitn(most.map_or(usize::MAX, |most| most.saturating_add(1)), separator).collect();
+            parts.reverse();
+            Ok(Value::from_iter(parts))
+        }
+        _ => pycompat::unknown_method_callback(state, own, name, arguments),
+    }
+}
+
+fn swapped(c: char) -> Vec<char> {
+    if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
 }
 
 pub(super) fn strftime(date: Date, format: &str) -> Result<String, Error> {

@@ -211,11 +211,14 @@ fn environment(date: Date) -> Environment<'static> {
     // By default the template's name decides, which may end in `.html`.
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(functions::method);
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(DEPTH);
     environment.add_filter("tojson", functions::tojson);
+    environment.add_filter("wordcount", functions::wordcount);
     environment.add_filter(answers::FILTER, answers::mark);
+    environment.add_test("iterable", functions::is_iterable);
+    environment.add_test("sequence", functions::is_sequence);
     environment.add_function("raise_exception", functions::raise_exception);
     environment.add_function("strftime_now", move |format: &str| functions::strftime(date, format));
     environment

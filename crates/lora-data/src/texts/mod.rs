@@ -1,15 +1,17 @@
 //! Text datasets for language models: JSON, JSON lines, Parquet or plain files, whose records are tokenised once, up front,
 //! and visited as rows of tokens of which some are learned. How conversations are laid out is told in [`crate::template`].
 //!
-//! In files of their own: reading (`read.rs`), the forms of records (`record.rs`), one record as tokens (`tokenise.rs`), how
-//! documents fill rows (`rows.rs`), what the cache keeps (`stored.rs`), counts (`summary.rs`).
+//! In files of their own: reading (`read.rs`), the forms of records (`record.rs`) with their keys (`fields.rs`) and turns
+//! (`turns.rs`), one record as tokens (`tokenise.rs`), how documents fill rows (`rows.rs`), what the cache keeps (`stored.rs`), counts (`summary.rs`).
 
+mod fields;
 mod read;
 mod record;
 mod rows;
 mod stored;
 mod summary;
 mod tokenise;
+mod turns;
 
 pub use crate::source::HeldOut;
 pub use record::{TextForm, TextSample};
@@ -32,6 +34,7 @@ use crate::template::{ChatTemplate, TemplateOptions};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
+use record::Parsed;
 use rows::{Document, Long, Rows, TRAINED, fit};
 use tokenise::Tokeniser;
 
@@ -324,9 +327,13 @@ impl Texts {
             let treat = |raw: read::Raw| {
                 let number = raw.number;
                 let parsed = raw.parse(path).map_err(|error| (None, error));
-                let tokenised = parsed.and_then(|(form, sample)| {
+                let tokenised = parsed.and_then(|Parsed { form, sample, unread }| {
                     let refused = |(kind, reason)| (Some(kind), Error::caption(path, place(number), reason));
-                    tokeniser.record(sample).map(|own| (form, own)).map_err(refused)
+                    let mut own = tokeniser.record(sample).map_err(refused)?;
+                    if !unread.is_empty() {
+                        own.warnings.push((FindingKind::UnreadKey, format!("not read: {}", unread.join(", "))));
+                    }
+                    Ok((form, own))
                 });
                 (number, tokenised)
             };

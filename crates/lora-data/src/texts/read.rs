@@ -4,9 +4,9 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::record::{TextForm, TextSample, parse, shape};
+use super::record::{Parsed, parse, shape};
 use crate::{Error, Result};
 
 const KNOWN: &[&str] = &[
@@ -38,7 +38,7 @@ impl Raw {
     ///
     /// # Errors
     /// With file and line, where it is no record.
-    pub(super) fn parse(self, path: &Path) -> Result<(TextForm, TextSample)> {
+    pub(super) fn parse(self, path: &Path) -> Result<Parsed> {
         let number = (self.number > 0).then_some(self.number as usize);
         let wrong = |reason: String| Error::caption(path, number, reason);
         let value = match self.body {
@@ -83,6 +83,7 @@ pub(super) fn records(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Raw>
     let raw = |(index, body): (usize, Body)| Ok(Raw { number: u32::try_from(index + 1).unwrap_or(u32::MAX), body });
     Ok(match extension(path).as_str() {
         "jsonl" | "ndjson" => Box::new(Lines::open(path)?),
+        "json" if is_lines(path)? => Box::new(Lines::open(path)?),
         "json" => Box::new(list(path)?.into_iter().map(Body::Value).enumerate().map(raw)),
         #[cfg(feature = "parquet")]
         "parquet" => {
@@ -95,6 +96,19 @@ pub(super) fn records(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Raw>
             Box::new(std::iter::once(Ok(Raw { number: 0, body })))
         }
     })
+}
+
+/// Whether a JSON file has JSON lines, as `datasets` reads files of either name: its first line is an object of its own, and
+/// another line follows.
+fn is_lines(path: &Path) -> Result<bool> {
+    let mut lines = Lines::open(path)?;
+    let first = lines.next().transpose()?;
+    let follows = lines.next().transpose()?.is_some();
+    Ok(follows
+        && first.is_some_and(|first| match first.body {
+            Body::Line(line) => serde_json::from_slice::<Map<String, Value>>(&line).is_ok(),
+            _ => false,
+        }))
 }
 
 /// The records of a JSON file: a list, an object with a list `data`, or one record.

@@ -1,8 +1,10 @@
 //! One record of a text dataset: a plain text, a conversation in any of the usual spellings, or a pair of answers of which
-//! one is better.
+//! one is better. The names of keys stand in `fields.rs`, the spellings of turns in `turns.rs`.
 
 use serde_json::{Map, Value};
 
+use super::fields::{ANSWER, CONTEXT, Fields, HISTORY, LABEL, PAIR, QUESTION, SYSTEM, TOOLS, TURNS};
+use super::turns::{history, message, tools, transcript, turns};
 use crate::template::Conversation;
 
 /// The form of a record.
@@ -11,7 +13,7 @@ use crate::template::Conversation;
 pub enum TextForm {
     /// `text` (or `content`), or a bare string.
     Plain,
-    /// `instruction`, `input`, `output`.
+    /// `instruction` (or `question`), `input`, `output`.
     Alpaca,
     /// `prompt`, `completion` (or `response`).
     Completion,
@@ -19,7 +21,7 @@ pub enum TextForm {
     Messages,
     /// `conversations` of `from` and `value`.
     ShareGpt,
-    /// `prompt`, `chosen`, `rejected`.
+    /// `chosen`, `rejected`, with what they answer to.
     Preference,
 }
 
@@ -116,53 +118,69 @@ pub(super) fn shape(value: &Value) -> &'static str {
     }
 }
 
+/// A record as it is understood.
+#[derive(Debug)]
+pub(super) struct Parsed {
+    pub(super) form: TextForm,
+    pub(super) sample: TextSample,
+    /// Keys that mean something, and had no place in the form.
+    pub(super) unread: Vec<String>,
+}
+
 /// A record by its keys; of several forms the one that says most.
-pub(super) fn parse(record: Value) -> Result<(TextForm, TextSample), String> {
-    let mut object = match record {
-        Value::String(text) => return plain(text),
+pub(super) fn parse(record: Value) -> Result<Parsed, String> {
+    let object = match record {
+        Value::String(text) => {
+            return Ok(Parsed { form: TextForm::Plain, sample: plain(text)?, unread: Vec::new() });
+        }
         Value::Object(object) => object,
         other => return Err(format!("expected an object or text, found {}", shape(&other))),
     };
-    object.retain(|_, value| !value.is_null());
-    let has = |key: &str| object.contains_key(key);
-    if has("chosen") && has("rejected") {
-        return preference(object).map(|pair| (TextForm::Preference, pair));
+    let mut fields = Fields::new(object);
+    let (form, sample) = of_fields(&mut fields)?;
+    let unread = fields.unread(&sample).into_iter().map(str::to_owned).collect();
+    Ok(Parsed { form, sample, unread })
+}
+
+fn of_fields(fields: &mut Fields) -> Result<(TextForm, TextSample), String> {
+    if PAIR.iter().all(|key| fields.get(key).is_some()) {
+        return preference(fields).map(|pair| (TextForm::Preference, pair));
     }
-    for (key, form) in [("messages", TextForm::Messages), ("conversations", TextForm::ShareGpt)] {
-        if has(key) {
-            let mut conversation = surroundings(&mut object)?;
-            conversation.messages.extend(turns(object.remove(key).unwrap_or_default(), key)?);
-            return Ok((form, TextSample::Chat(answered(conversation, key)?)));
-        }
+    let (question, answer) = (fields.key(QUESTION), fields.key(ANSWER));
+    if let Some(key) = fields.key(TURNS) {
+        good(fields)?;
+        let form = if key == "messages" { TextForm::Messages } else { TextForm::ShareGpt };
+        let around = Around::of(fields)?;
+        let conversation = around.conversation(turns(fields.take(key), key)?);
+        return Ok((form, TextSample::Chat(answered(conversation, key)?)));
     }
-    if has("instruction") {
-        let answer = if has("output") { "output" } else { "response" };
-        let mut conversation = surroundings(&mut object)?;
-        let (task, input) = (text(&mut object, "instruction")?, text(&mut object, "input")?);
-        let output = text(&mut object, answer)?;
-        filled(&[("instruction", &task), (answer, &output)])?;
-        let task = if input.is_empty() { task } else { format!("{task}\n\n{input}") };
-        conversation.messages.extend([message("user", task), message("assistant", output)]);
-        return Ok((TextForm::Alpaca, TextSample::Chat(conversation)));
+    if let (Some(question), Some(answer)) = (question, answer) {
+        good(fields)?;
+        let form = if question == "prompt" { TextForm::Completion } else { TextForm::Alpaca };
+        return completion(fields, question, answer).map(|sample| (form, sample));
     }
-    let answer = ["completion", "response"].into_iter().find(|key| has(key));
-    if let Some(answer) = answer.filter(|_| has("prompt")) {
-        return completion(object, answer).map(|sample| (TextForm::Completion, sample));
+    if let Some(key) = fields.key(&["text", "content"]) {
+        return plain(fields.text(key)?).map(|sample| (TextForm::Plain, sample));
     }
-    if let Some(key) = ["text", "content"].into_iter().find(|key| has(key)) {
-        return plain(text(&mut object, key)?);
-    }
-    let keys = object.keys().cloned().collect::<Vec<_>>().join(", ");
     Err(format!(
         "no `text`, `instruction` and `output`, `prompt` and `completion`, `messages`, `conversations`, or `chosen` and \
-         `rejected`; found {keys}"
+         `rejected`; found {}",
+        fields.names()
     ))
 }
 
-fn plain(text: String) -> Result<(TextForm, TextSample), String> {
+fn plain(text: String) -> Result<TextSample, String> {
     match text.trim().is_empty() {
         true => Err("the text is empty".into()),
-        false => Ok((TextForm::Plain, TextSample::Plain(text))),
+        false => Ok(TextSample::Plain(text)),
+    }
+}
+
+/// Refuses the wrong answers of a dataset for KTO, which a loss of right answers would teach.
+fn good(fields: &Fields) -> Result<(), String> {
+    match LABEL.iter().find(|key| fields.get(key) == Some(&Value::Bool(false))) {
+        Some(key) => Err(format!("`{key}` is false: the answer is a wrong one, and would be learned as a right one")),
+        None => Ok(()),
     }
 }
 
@@ -173,93 +191,165 @@ fn filled(fields: &[(&str, &str)]) -> Result<(), String> {
     }
 }
 
-/// A text of a record, empty where there is none.
-fn text(object: &mut Map<String, Value>, key: &str) -> Result<String, String> {
-    match object.remove(key) {
-        Some(Value::String(text)) => Ok(text),
-        None => Ok(String::new()),
-        Some(other) => Err(format!("`{key}`: expected text, found {}", shape(&other))),
+/// What stands beside the turns of a conversation: a system prompt, earlier turns, tools, variables of the template.
+struct Around {
+    system: String,
+    history: Vec<Map<String, Value>>,
+    tools: Value,
+    variables: Map<String, Value>,
+}
+
+impl Around {
+    fn of(fields: &mut Fields) -> Result<Self, String> {
+        let tools = match fields.key(TOOLS) {
+            Some(key) => tools(fields.take(key), key)?,
+            None => Value::Null,
+        };
+        let variables = match fields.take("chat_template_kwargs") {
+            Value::Object(variables) => variables,
+            Value::Null => Map::new(),
+            other => return Err(format!("`chat_template_kwargs`: expected an object, found {}", shape(&other))),
+        };
+        let history = match fields.key(HISTORY) {
+            Some(key) => history(fields.take(key), key)?,
+            None => Vec::new(),
+        };
+        let system = fields.key(SYSTEM).map(|key| fields.text(key)).transpose()?.unwrap_or_default();
+        Ok(Self { system, history, tools, variables })
+    }
+
+    /// Whether nothing stands there, so that a text may go on from another without turns.
+    fn is_empty(&self) -> bool {
+        self.system.trim().is_empty() && self.history.is_empty()
+    }
+
+    /// Turns with what stands around them. A system turn of their own goes before the record's (as in LLaMA-Factory).
+    fn conversation(&self, turns: Vec<Map<String, Value>>) -> Conversation {
+        let mut messages = self.history.clone();
+        let own = messages.iter().chain(&turns).next().is_some_and(|first| first["role"] == "system");
+        if !own && !self.system.trim().is_empty() {
+            messages.insert(0, message("system", self.system.clone()));
+        }
+        messages.extend(turns);
+        Conversation { messages, tools: self.tools.clone(), variables: self.variables.clone() }
     }
 }
 
-fn message(role: &str, content: String) -> Map<String, Value> {
-    Map::from_iter([("role".to_owned(), role.into()), ("content".to_owned(), content.into())])
-}
-
-/// What stands beside the turns of a conversation: tools, variables of the template, a system prompt.
-fn surroundings(object: &mut Map<String, Value>) -> Result<Conversation, String> {
-    let tools = match object.remove("tools") {
-        // Some exporters write the list as text.
-        Some(Value::String(text)) if text.trim().is_empty() => Value::Null,
-        Some(Value::String(text)) => {
-            serde_json::from_str(&text).map_err(|error| format!("`tools`: not valid JSON: {error}"))?
-        }
-        Some(tools) => tools,
-        None => Value::Null,
-    };
-    let tools = match tools {
-        Value::Array(tools) if tools.is_empty() => Value::Null,
-        tools @ (Value::Array(_) | Value::Null) => tools,
-        other => return Err(format!("`tools`: expected a list, found {}", shape(&other))),
-    };
-    let variables = match object.remove("chat_template_kwargs") {
-        Some(Value::Object(variables)) => variables,
-        None => Map::new(),
-        Some(other) => return Err(format!("`chat_template_kwargs`: expected an object, found {}", shape(&other))),
-    };
-    let system = text(object, "system")?;
-    let messages = if system.trim().is_empty() { Vec::new() } else { vec![message("system", system)] };
-    Ok(Conversation { messages, tools, variables })
-}
-
-/// Prompt and completion: both texts, or both lists of messages.
-fn completion(mut object: Map<String, Value>, answer: &str) -> Result<TextSample, String> {
-    if object["prompt"].is_array() || object[answer].is_array() {
-        let mut conversation = surroundings(&mut object)?;
-        let mut given = turns(object.remove("prompt").unwrap_or_default(), "prompt")?;
-        // What stands in the prompt is given, whoever says it.
-        for own in &mut given {
-            own.insert("train".to_owned(), false.into());
-        }
-        conversation.messages.extend(given);
-        conversation.messages.extend(turns(object.remove(answer).unwrap_or_default(), answer)?);
-        return Ok(TextSample::Chat(answered(conversation, answer)?));
+/// What is asked, with what it is about: a text, or a list of messages.
+fn asked(fields: &mut Fields, key: &'static str) -> Result<Given, String> {
+    if fields.get(key).is_some_and(Value::is_array) {
+        return turns(fields.take(key), key).map(Given::Turns);
     }
-    let (prompt, completion) = (text(&mut object, "prompt")?, text(&mut object, answer)?);
-    filled(&[("prompt", &prompt), (answer, &completion)])?;
-    Ok(TextSample::Completion { prompt, completion })
+    let question = fields.text(key)?;
+    filled(&[(key, &question)])?;
+    let texts: Vec<String> = [vec![question], fields.texts(CONTEXT)?].concat();
+    Ok(Given::Text(texts.join("\n\n")))
 }
 
-/// Prompt, better and worse answer: texts, or lists of messages; without a prompt the answers hold the whole conversation.
-fn preference(mut object: Map<String, Value>) -> Result<TextSample, String> {
-    let around = surroundings(&mut object)?;
-    let given = match object.remove("prompt") {
-        Some(Value::String(prompt)) => vec![message("user", prompt)],
-        Some(list) => turns(list, "prompt")?,
-        None => Vec::new(),
-    };
-    let mut end = |key: &str| {
-        let mut conversation = around.clone();
-        conversation.messages.extend(given.iter().cloned().map(|mut own| {
-            own.insert("train".to_owned(), false.into());
-            own
-        }));
-        match object.remove(key) {
-            Some(Value::String(answer)) => {
-                filled(&[(key, &answer)])?;
-                conversation.messages.push(message("assistant", answer));
-            }
-            Some(list) => conversation.messages.extend(turns(list, key)?),
-            None => {}
+/// A part of a record that datasets write as a text or as messages.
+enum Given {
+    Text(String),
+    Turns(Vec<Map<String, Value>>),
+}
+
+impl Given {
+    fn turns(self, role: &str) -> Vec<Map<String, Value>> {
+        match self {
+            Given::Text(text) => vec![message(role, text)],
+            Given::Turns(turns) => turns,
         }
+    }
+}
+
+/// What is answered: a text, a message, or a list of messages.
+fn answer(fields: &mut Fields, key: &'static str) -> Result<Given, String> {
+    match fields.get(key) {
+        Some(Value::Object(_)) => turns(Value::Array(vec![fields.take(key)]), key).map(Given::Turns),
+        Some(Value::Array(_)) => turns(fields.take(key), key).map(Given::Turns),
+        _ => {
+            let text = fields.text(key)?;
+            filled(&[(key, &text)])?;
+            Ok(Given::Text(text))
+        }
+    }
+}
+
+/// Question and answer: texts, or lists of messages.
+fn completion(fields: &mut Fields, question: &'static str, key: &'static str) -> Result<TextSample, String> {
+    let around = Around::of(fields)?;
+    match (asked(fields, question)?, answer(fields, key)?) {
+        // Only a `prompt` may be a text to go on from; other questions want a template.
+        (Given::Text(prompt), Given::Text(completion)) if question == "prompt" && around.is_empty() => {
+            Ok(TextSample::Completion { prompt, completion })
+        }
+        (asked, answer) => {
+            let mut given = asked.turns("user");
+            // What stands in the prompt is given, whoever says it.
+            given.iter_mut().for_each(not_learned);
+            let answer = answer.turns("assistant");
+            let end = if begins_with(&answer, &given) { answer[given.len()..].to_vec() } else { answer };
+            let conversation = around.conversation([given, end].concat());
+            Ok(TextSample::Chat(answered(conversation, key)?))
+        }
+    }
+}
+
+/// Prompt, better and worse answer: texts, or messages. Where both answers begin with turns of their own, they hold the whole
+/// conversation, and a prompt beside them says the same again (ultrafeedback_binarized; TRL's `maybe_extract_prompt` takes it
+/// from them too).
+fn preference(fields: &mut Fields) -> Result<TextSample, String> {
+    let around = Around::of(fields)?;
+    let mut given = match (fields.key(TURNS), fields.key(QUESTION)) {
+        (Some(key), _) => Some(Given::Turns(turns(fields.take(key), key)?)),
+        (None, Some(key)) if fields.get(key).is_some_and(|prompt| prompt != "") => Some(asked(fields, key)?),
+        (None, _) => None,
+    };
+    let ends = match (answer(fields, "chosen")?, answer(fields, "rejected")?) {
+        (Given::Text(chosen), Given::Text(rejected)) if given.is_none() && around.history.is_empty() => {
+            fields.take("chosen");
+            fields.take("rejected");
+            transcript(&chosen).zip(transcript(&rejected)).ok_or(
+                "`chosen` and `rejected` answer to nothing: no `prompt`, `question`, `instruction` or `messages`, and they \
+                 are no transcripts that begin with `Human:`",
+            )?
+        }
+        (chosen, rejected) => (chosen.turns("assistant"), rejected.turns("assistant")),
+    };
+    let shared = shared(&ends.0, &ends.1);
+    let is_text = matches!(given, Some(Given::Text(_)));
+    let begin = given.take().map(|given| given.turns("user")).unwrap_or_default();
+    let asks = shared.iter().any(|turn| turn["role"] == "user");
+    let held = begins_with(shared, &begin) || (asks && (is_text || begins_with(&begin, shared)));
+    let pair = |end: &[Map<String, Value>], key| {
+        let turns = if held { end.to_vec() } else { [&begin, end].concat() };
+        let mut conversation = around.conversation(turns);
         // Of a whole conversation the last answer is what differs.
         let last = conversation.messages.len().saturating_sub(1);
-        for own in conversation.messages.iter_mut().take(last) {
-            own.insert("train".to_owned(), false.into());
-        }
+        conversation.messages.iter_mut().take(last).for_each(not_learned);
         answered(conversation, key)
     };
-    Ok(TextSample::Preference { chosen: end("chosen")?, rejected: end("rejected")? })
+    Ok(TextSample::Preference { chosen: pair(&ends.0, "chosen")?, rejected: pair(&ends.1, "rejected")? })
+}
+
+fn not_learned(turn: &mut Map<String, Value>) {
+    turn.insert("train".to_owned(), false.into());
+}
+
+fn is_same(a: &Map<String, Value>, b: &Map<String, Value>) -> bool {
+    let said = |turn: &Map<String, Value>| match turn.get("content") {
+        Some(Value::String(text)) => Value::from(text.trim()),
+        other => other.cloned().unwrap_or_default(),
+    };
+    a["role"] == b["role"] && said(a) == said(b) && a.get("tool_calls") == b.get("tool_calls")
+}
+
+fn begins_with(turns: &[Map<String, Value>], begin: &[Map<String, Value>]) -> bool {
+    turns.len() >= begin.len() && turns.iter().zip(begin).all(|(a, b)| is_same(a, b))
+}
+
+/// The turns that two conversations begin with alike.
+fn shared<'t>(one: &'t [Map<String, Value>], other: &[Map<String, Value>]) -> &'t [Map<String, Value>] {
+    &one[..one.iter().zip(other).take_while(|(a, b)| is_same(a, b)).count()]
 }
 
 fn answered(conversation: Conversation, key: &str) -> Result<Conversation, String> {
@@ -267,68 +357,5 @@ fn answered(conversation: Conversation, key: &str) -> Result<Conversation, Strin
     match answers {
         true => Ok(conversation),
         false => Err(format!("`{key}`: nobody answers, so there is nothing to learn")),
-    }
-}
-
-/// The turns of a conversation, in either spelling.
-fn turns(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
-    let Value::Array(turns) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
-    turns.into_iter().enumerate().map(|(index, own)| turn(own, &format!("`{key}`, turn {}", index + 1))).collect()
-}
-
-fn turn(value: Value, place: &str) -> Result<Map<String, Value>, String> {
-    let Value::Object(mut own) = value else {
-        return Err(format!("{place}: expected an object, found {}", shape(&value)));
-    };
-    let spoken = ["role", "from"].into_iter().find_map(|name| own.remove(name)).filter(|value| !value.is_null());
-    let spoken = spoken.ok_or_else(|| format!("{place}: no `role` or `from`"))?;
-    let name = spoken.as_str().ok_or_else(|| format!("{place}: expected text, found {}", shape(&spoken)))?;
-    let role = match name {
-        "system" | "developer" => "system",
-        "user" | "human" => "user",
-        "assistant" | "gpt" | "model" | "chatgpt" | "function_call" => "assistant",
-        "tool" | "function" | "observation" | "ipython" => "tool",
-        other => return Err(format!("{place}: `{other}` is none of system, user, assistant, tool (human, gpt)")),
-    };
-    let content = ["content", "value"].into_iter().find_map(|name| own.remove(name)).unwrap_or_default();
-    let mut turn = Map::from_iter([("role".to_owned(), role.into())]);
-    match content {
-        // A call that was written down as JSON.
-        Value::String(text) if name == "function_call" => {
-            let call: Value =
-                serde_json::from_str(&text).map_err(|error| format!("{place}: the call is not valid JSON: {error}"))?;
-            let calls = if let Value::Array(calls) = call { calls } else { vec![call] };
-            let call = |function: Value| serde_json::json!({"type": "function", "function": function});
-            own.insert("tool_calls".to_owned(), calls.into_iter().map(call).collect());
-            turn.insert("content".to_owned(), "".into());
-        }
-        content @ (Value::String(_) | Value::Array(_)) => {
-            turn.insert("content".to_owned(), content);
-        }
-        // Tools may answer with anything, and calls have no words.
-        content if role == "tool" && !content.is_null() => {
-            turn.insert("content".to_owned(), content);
-        }
-        Value::Null if own.contains_key("tool_calls") || own.contains_key("reasoning_content") => {
-            turn.insert("content".to_owned(), "".into());
-        }
-        Value::Null => return Err(format!("{place}: no `content` or `value`")),
-        other => return Err(format!("{place}: expected text, found {}", shape(&other))),
-    }
-    own.retain(|_, value| !value.is_null());
-    if let Some(calls) = own.get_mut("tool_calls").and_then(Value::as_array_mut) {
-        calls.iter_mut().for_each(with_arguments_as_object);
-    }
-    turn.extend(own);
-    Ok(turn)
-}
-
-/// Arguments of a call are an object for templates and a text in files of OpenAI's layout.
-fn with_arguments_as_object(call: &mut Value) {
-    let function = if call.get("function").is_some() { &mut call["function"] } else { call };
-    if let Some(Value::String(text)) = function.get("arguments")
-        && let Ok(arguments @ Value::Object(_)) = serde_json::from_str(text)
-    {
-        function["arguments"] = arguments;
     }
 }

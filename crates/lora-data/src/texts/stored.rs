@@ -16,7 +16,7 @@ use crate::finding::FindingKind;
 use crate::{Result, texts};
 
 /// Part of every key: raised when the same record would give other tokens.
-const FORMAT: &str = "texts 1";
+const FORMAT: &str = "texts 2";
 
 /// A record's place and form, and how many documents it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

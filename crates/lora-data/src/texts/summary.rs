@@ -138,7 +138,7 @@ impl TextSummary {
     /// The same as the first lines of a run.
     pub(super) fn overview(&self) -> Overview {
         let lost = self.findings.iter().filter(|(kind, _)| kind.severity() == Severity::Lost);
-        let left_out = self.skipped + lost.map(|(_, count)| count).sum::<usize>();
+        let left_out = lost.map(|(_, count)| count).sum::<usize>();
         Overview { noun: "rows", items: self.rows, left_out, lines: self.lines(), notes: self.notes() }
     }
 }

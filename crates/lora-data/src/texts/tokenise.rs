@@ -117,6 +117,7 @@ impl<'t> Tokeniser<'t> {
         {
             conversation.messages.splice(0..0, Conversation::of([("system", system)]).messages);
         }
+        let conversation = template.with_calls(conversation).map_err(refused)?;
         if self.train_on_inputs {
             let text = template.render(&conversation, false).map_err(refused)?;
             let ids = self.tokenizer.encode(&text).map_err(unusable)?.ids;

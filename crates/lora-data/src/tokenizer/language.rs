@@ -159,7 +159,7 @@ impl Tokenizer {
     }
 
     /// Whether a token is one that texts are laid out with, rather than a part of them.
-    pub(crate) fn is_special(&self, id: u32) -> bool {
+    pub fn is_special(&self, id: u32) -> bool {
         self.marked.contains(&id)
     }
 
@@ -198,13 +198,19 @@ impl Tokenizer {
         Ok(Encoding { ids: encoding.get_ids().to_vec(), spans })
     }
 
-    /// The tokens of a plain text between its begin, by the tokenizer's own rule, and its end.
+    /// The tokens of a plain text between its begin, by the tokenizer's own rule, and its end; each once, where the text has
+    /// them written out.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.asked(|inner| inner.encode_fast(text, true))?;
         let mut ids = encoding.get_ids().to_vec();
+        if let Some(bos) = &self.parts.special.bos
+            && ids.starts_with(&[bos.id, bos.id])
+        {
+            ids.remove(0);
+        }
         if let Some(eos) = &self.parts.special.eos
             && ids.last() != Some(&eos.id)
         {

@@ -421,13 +421,13 @@ fn named_datasets(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>
 /// Columns and tags of an entry in `dataset_info.json` (LLaMA-Factory's `data/parser.py`), and the names in records that mean the same
 /// where `lora_data::texts` reads them.
 const READ: &[(&str, &[&str])] = &[
-    ("prompt", &["instruction", "prompt", "question", "text", "content"]),
+    ("prompt", &["instruction", "prompt", "question", "query", "text", "content"]),
     ("query", &["input", "context"]),
-    ("response", &["output", "response", "completion"]),
+    ("response", &["output", "response", "completion", "answer"]),
     ("history", &["history"]),
     ("messages", &["messages", "conversations"]),
     ("system", &["system", "system_prompt"]),
-    ("tools", &["tools"]),
+    ("tools", &["tools", "functions"]),
     ("chosen", &["chosen"]),
     ("rejected", &["rejected"]),
     ("role_tag", &["role", "from"]),

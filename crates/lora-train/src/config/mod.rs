@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use lora_core::DType;
 use lora_data::sliders::Slider;
 use lora_data::source::HeldOut;
+use lora_data::texts::TextOptions;
 use lora_data::tokenizer::TextCleaning;
 use lora_data::{DatasetOptions, PromptLine};
 use lora_models::diffusion::SamplerKind;
@@ -363,6 +364,45 @@ impl TrainConfig {
         Self::read(Reader::parse(None, text, format, plugins)?, overrides)
     }
 
+    /// The texts that a file trains a language model on, with its base, for a look at them; `None` where its base is no language model, or
+    /// not named. `folder` takes the place of the file's own.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::from_file`].
+    pub fn texts_of<S: AsRef<str>>(
+        path: Option<&Path>,
+        folder: Option<&Path>,
+        overrides: &[S],
+    ) -> Result<Option<(PathBuf, Vec<TextOptions>)>, ConfigError> {
+        let plugins = Plugins::default();
+        let reader = Self::reader_of(path, folder, overrides, &plugins)?;
+        let base = reader.values.get("base_model").and_then(serde_json::Value::as_str);
+        let base = base.and_then(|base| plugins.bases.checkpoint(Path::new(base)).ok());
+        if base.is_none_or(|base| base.family().image) {
+            return Ok(None);
+        }
+        let config = Self::read::<&str>(reader, &[])?;
+        Ok(Some((config.base_model.clone(), crate::base::language::options(&config))))
+    }
+
+    /// A file, or nothing, with what is set over it.
+    fn reader_of<S: AsRef<str>>(
+        path: Option<&Path>,
+        folder: Option<&Path>,
+        overrides: &[S],
+        plugins: &Plugins,
+    ) -> Result<Reader, ConfigError> {
+        let mut reader = match path {
+            Some(path) => Reader::open(path, plugins)?,
+            None => Reader::parse(None, "", Format::Toml, plugins)?,
+        };
+        overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
+        if let Some(folder) = folder {
+            reader.replace_folder(folder);
+        }
+        Ok(reader)
+    }
+
     /// Only what a file says of datasets, for a look at them before there is a base model. `folder` takes the place of the
     /// file's own.
     ///
@@ -373,15 +413,7 @@ impl TrainConfig {
         folder: Option<&Path>,
         overrides: &[S],
     ) -> Result<(Vec<DatasetOptions>, usize), ConfigError> {
-        let plugins = Plugins::default();
-        let mut reader = match path {
-            Some(path) => Reader::open(path, &plugins)?,
-            None => Reader::parse(None, "", Format::Toml, &plugins)?,
-        };
-        overrides.iter().for_each(|assignment| reader.set(assignment.as_ref()));
-        if let Some(folder) = folder {
-            reader.replace_folder(folder);
-        }
+        let mut reader = Self::reader_of(path, folder, overrides, &Plugins::default())?;
         let of_prompts = reader.has("sliders") && folder.is_none();
         if of_prompts {
             reader.problem(Some("sliders"), "sliders are trained on prompts alone: there are no pictures to look at");

@@ -18,7 +18,7 @@ use lora_torch::tensor::kind_of;
 
 use super::adapters;
 pub use crate::base::language::Writer;
-use crate::base::language::{Prompts, labels_of};
+use crate::base::language::{Prompts, known, labels_of};
 use crate::{Error, Plugins, Result};
 
 /// What a text model is made of.
@@ -139,11 +139,12 @@ impl TextModel {
         self.writer.text(&answer)
     }
 
-    /// The loss on texts: of records on what is learned of them, of a plain text file on windows of `max_seq_length` tokens, side by
-    /// side, in which every token but the first is predicted. `progress` is told rows done, of.
+    /// The loss on texts: of records on what is learned of them, of a plain text file on windows of up to `max_seq_length` tokens, side
+    /// by side. Each window begins as a text begins, with the tokenizer's first token where it has one, and all that follows is
+    /// predicted; without one, all but the window's first token. `progress` is told rows done, of.
     ///
     /// # Errors
-    /// Where the texts cannot be read, and where memory runs out.
+    /// Where the texts cannot be read or have nothing to judge, and where memory runs out.
     pub fn evaluate(&self, options: &EvaluationOptions, progress: &mut dyn FnMut(usize, usize)) -> Result<Evaluation> {
         let _guard = no_grad_guard();
         let rows = self.rows(options)?;
@@ -152,6 +153,7 @@ impl TextModel {
         for (index, row) in rows.iter().take(count).enumerate() {
             let learned = row.trained.iter().skip(1).filter(|&&trained| trained).count();
             if learned > 0 {
+                known(row, self.decoder.config().vocabulary, &options.data, self.writer.tokenizer())?;
                 let loss = self.loss(row)?;
                 if !loss.is_finite() {
                     let place = format!(" in row {}", index + 1);
@@ -163,7 +165,10 @@ impl TextModel {
             }
             progress(index + 1, count);
         }
-        let loss = sum / tokens.max(1) as f64;
+        if tokens == 0 {
+            return Err(Error::NothingJudged { data: options.data.clone() });
+        }
+        let loss = sum / tokens as f64;
         Ok(Evaluation { loss, perplexity: loss.exp(), tokens, rows: count })
     }
 
@@ -185,8 +190,11 @@ impl TextModel {
         let is_text = options.data.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("txt"));
         if options.data.is_file() && is_text {
             let text = lora_data::dataset::read_text(&options.data)?;
-            let encoding = self.writer.tokenizer().encode(&text)?;
-            return Ok(windows(&encoding.ids, options.max_seq_length));
+            let tokenizer = self.writer.tokenizer();
+            let ids = tokenizer.encode_document(&text)?;
+            let begin =
+                tokenizer.special_tokens().bos.as_ref().map(|bos| bos.id).filter(|bos| ids.first() == Some(bos));
+            return Ok(windows(&ids[usize::from(begin.is_some())..], begin, options.max_seq_length));
         }
         let texts = TextOptions {
             path: options.data.clone(),
@@ -240,17 +248,15 @@ impl EvaluationOptions {
     }
 }
 
-/// Tokens in windows side by side, each predicted but for its first; a shorter rest counts only where it is all there is.
-fn windows(ids: &[u32], length: usize) -> Vec<TokenRow> {
-    let whole: Vec<&[u32]> = match ids.chunks_exact(length.max(2)) {
-        chunks if chunks.len() > 0 => chunks.collect(),
-        _ => vec![ids],
+/// Tokens in windows side by side, the last one shorter. Each has the token that begins texts before it, where there is one, and every
+/// token but the first of a window is predicted.
+fn windows(ids: &[u32], begin: Option<u32>, length: usize) -> Vec<TokenRow> {
+    let row = |own: &[u32]| {
+        let ids: Vec<u32> = begin.into_iter().chain(own.iter().copied()).collect();
+        TokenRow { trained: (0..ids.len()).map(|place| place > 0).collect(), documents: vec![ids.len()], ids }
     };
-    let row = |ids: &[u32]| {
-        let trained = (0..ids.len()).map(|place| place > 0).collect();
-        TokenRow { ids: ids.to_vec(), trained, documents: vec![ids.len()] }
-    };
-    whole.into_iter().filter(|ids| ids.len() > 1).map(row).collect()
+    let own = length.max(2) - usize::from(begin.is_some());
+    ids.chunks(own).map(row).filter(|row| row.ids.len() > 1).collect()
 }
 
 #[cfg(test)]
@@ -258,12 +264,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_lie_side_by_side_and_a_rest_counts_only_alone() {
+    fn windows_lie_side_by_side_begin_as_texts_begin_and_leave_nothing_out() {
         let ids: Vec<u32> = (0..10).collect();
-        let rows = windows(&ids, 4);
-        assert_eq!(rows.iter().map(|row| row.ids.clone()).collect::<Vec<_>>(), [vec![0, 1, 2, 3], vec![4, 5, 6, 7]]);
+        let of = |rows: Vec<TokenRow>| rows.into_iter().map(|row| row.ids).collect::<Vec<_>>();
+        let rows = windows(&ids, None, 4);
         assert_eq!(rows[0].trained, [false, true, true, true]);
-        assert_eq!(windows(&ids[..3], 4)[0].ids, [0, 1, 2]);
-        assert!(windows(&ids[..1], 4).is_empty());
+        assert_eq!(of(rows), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9]]);
+        let begun = windows(&ids[..7], Some(99), 4);
+        assert_eq!(begun[2].trained, [false, true]);
+        assert_eq!(of(begun), [vec![99, 0, 1, 2], vec![99, 3, 4, 5], vec![99, 6]]);
+        assert!(windows(&ids[..1], None, 4).is_empty(), "nothing stands before it");
     }
 }

@@ -10,6 +10,7 @@ pub(crate) use prompts::Prompts;
 pub use prompts::Writer;
 pub(crate) use rows::labels_of;
 pub use texts::TEXTS;
+pub(crate) use texts::{known, options};
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -122,7 +123,12 @@ impl LanguageModel {
     fn laid_out(&self, items: &[Item], noise: Option<f64>) -> Result<Inputs> {
         let mut tokens = Vec::with_capacity(items.len());
         for item in items {
-            tokens.push(token_row(item)?);
+            let row = token_row(item)?;
+            // Held-out texts are not looked through before.
+            if row.ids.iter().any(|id| *id as usize >= self.config.vocabulary) {
+                known(row, self.config.vocabulary, self.checkpoint.path(), self.prompts.writer()?.tokenizer())?;
+            }
+            tokens.push(row);
         }
         let width = noise.map(|alpha| (alpha, self.config.width));
         let look_up = |tokens: &Tensor| Ok(self.decoder()?.look_up(tokens)?);

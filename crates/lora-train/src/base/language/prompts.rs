@@ -24,6 +24,8 @@ pub struct Writer {
     tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
     system: Option<String>,
+    /// The token that ends an answer in the template's layout.
+    turn_end: Option<u32>,
 }
 
 impl Prompts {
@@ -48,9 +50,26 @@ impl Prompts {
         }
         let tokenizer = Arc::new(Tokenizer::open(&self.base)?);
         let template = ChatTemplate::choose(self.template.as_deref(), &tokenizer, &TemplateOptions::default())?;
-        let writer = Writer { tokenizer, template, system: self.system.clone() };
+        let turn_end = template.as_ref().and_then(|template| turn_end(template, &tokenizer));
+        let writer = Writer { tokenizer, template, system: self.system.clone(), turn_end };
         Ok(Arc::clone(self.writer.get_or_init(|| Arc::new(writer))))
     }
+}
+
+/// The special token that training would learn as the end of an answer, told from an exchange of two words. Bases that were trained
+/// on texts alone have it in their template and not among the tokens that end what they generate. `None` where the template refuses
+/// the exchange, or ends answers in words.
+fn turn_end(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> {
+    let layout = template.layout(&Conversation::of([("user", "one"), ("assistant", "two")])).ok()?;
+    let encoding = tokenizer.encode(&layout.text).ok()?;
+    let answer = layout.answers.last()?;
+    let mut special = encoding.ids.iter().zip(&encoding.spans).filter(|(id, _)| tokenizer.is_special(**id));
+    let found = match answer.message {
+        Some(_) => special.find(|(_, own)| own.start >= answer.span.end),
+        // The template itself has said what is learned.
+        None => special.filter(|(_, own)| answer.span.start <= own.start && own.end <= answer.span.end).next_back(),
+    };
+    found.map(|(id, _)| *id)
 }
 
 impl Writer {
@@ -81,8 +100,10 @@ impl Writer {
     /// Where the tokenizer fails.
     pub fn plain(&self, text: &str) -> Result<Vec<i64>> {
         let mut ids = self.tokenizer.encode_document(text)?;
-        // A text that goes on has not ended.
-        if ids.last().is_some_and(|last| self.tokenizer.ends().any(|end| end == *last)) {
+        // A text that goes on has not ended, unless its own last token is one that ends texts.
+        let own = self.tokenizer.encode(text)?.ids;
+        let is_added = own.is_empty() || !ids.ends_with(&own);
+        if is_added && ids.last().is_some_and(|last| self.tokenizer.ends().any(|end| end == *last)) {
             ids.pop();
         }
         Ok(ids.into_iter().map(i64::from).collect())
@@ -111,9 +132,9 @@ impl Writer {
         Ok(Conversation::of(system.into_iter().chain([("user", prompt)])))
     }
 
-    /// Tokens that end an answer.
+    /// Tokens that end an answer: those that the tokenizer's files name, and the one that ends turns in the chat template's layout.
     pub fn ends(&self) -> impl Iterator<Item = i64> {
-        self.tokenizer.ends().map(i64::from)
+        self.tokenizer.ends().chain(self.turn_end).map(i64::from)
     }
 
     /// The text of an answer's tokens, without those that end it.

@@ -69,7 +69,8 @@ pub(super) static KEYS: Group = Group {
             memory: "Bytes per trained number: adamw, stable_adamw and adamw_schedulefree 8, adamw8bit 2, lion, came and muon 4, adafactor near 0, prodigy 12 to 16.",
             resumed: Resumed::Fixed(|config| config.optimizer.clone()),
             reads: Reads::Run(|given, config| {
-                config.optimizer = given.optimisers().canonical(&given.text().unwrap_or_else(|| "adamw".into()));
+                let name = given.text().unwrap_or_else(|| "adamw".into());
+                config.optimizer = given.optimisers().canonical(&name);
                 if !given.has("learning_rate") {
                     config.learning_rate = given.optimisers().usual_learning_rate(&config.optimizer);
                 }
