@@ -98,8 +98,8 @@ impl Backend for TchBackend {
         Ok(tensor.f_permute(whole(order).as_slice()).map_err(Error::from)?)
     }
 
-    /// A view where the indices go up by one from slice to slice, or from each few equal ones to the next: any others are copied to
-    /// the device.
+    /// A view where the indices go up by one from slice to slice, or from each few equal ones to the next: any others are
+    /// copied to the device.
     fn select(&self, tensor: &Tensor, axis: usize, indices: &[usize]) -> lora_core::Result<Tensor> {
         let axis = axis as i64;
         let selected = || match repeated_run(indices) {
@@ -138,8 +138,8 @@ impl Backend for TchBackend {
         Ok(spread().map_err(Error::from)?)
     }
 
-    /// In f32 at least: libtorch inverts no half-precision matrices. Whether there is an inverse is not asked, which would wait for
-    /// the device; what has none gives numbers that are not finite.
+    /// In f32 at least: libtorch inverts no half-precision matrices. Whether there is an inverse is not asked, which would
+    /// wait for the device; what has none gives numbers that are not finite.
     fn inverse(&self, tensor: &Tensor) -> lora_core::Result<Tensor> {
         let inverse = || Tensor::f_linalg_inv_ex(&tensor.f_to_kind(Kind::Float)?, false)?.0.f_to_kind(tensor.kind());
         Ok(inverse().map_err(Error::from)?)
@@ -249,8 +249,8 @@ mod tests {
         }
     }
 
-    /// Nothing is copied from host memory and no number is read, so that a step can be recorded: on a dry run's device, which plays
-    /// a GPU.
+    /// Nothing is copied from host memory and no number is read, so that a step can be recorded: on a dry run's device,
+    /// which plays a GPU.
     #[test]
     fn no_variant_makes_the_host_wait_in_its_passes() {
         let run = DryRun::begin(Platform::Cuda).unwrap();

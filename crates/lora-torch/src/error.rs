@@ -152,12 +152,13 @@ impl From<Error> for CoreError {
     }
 }
 
-/// Does some work and turns a panic of libtorch's into an error: tch 0.24 panics instead of returning where an operation that
-/// takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before the failure is read. Other panics
-/// go on.
+/// Does some work and turns a panic of libtorch's into an error: tch 0.24 panics instead of returning where an operation
+/// that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before the failure is read.
+/// Other panics go on.
 ///
 /// # Errors
-/// The work's own, and for such a panic what the operation's failure is: [`Error::OutOfMemory`], [`Error::DeviceLost`], ….
+/// The work's own, and for such a panic what the operation's failure is: [`Error::OutOfMemory`], [`Error::DeviceLost`]
+/// or another.
 pub fn caught<T, E: From<Error>>(work: impl FnOnce() -> std::result::Result<T, E>) -> std::result::Result<T, E> {
     // What the work leaves half done is the caller's to take back, as after any error.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match failure_in(&*payload) {
@@ -274,10 +275,10 @@ mod tests {
 
     #[test]
     fn a_panic_of_libtorch_is_the_error_that_it_tells_of_and_other_panics_go_on() {
+        let failing = |text: &str| -> std::result::Result<(), TchError> { Err(TchError::Torch(text.into())) };
         let panicking = |text: &str| -> Result<()> {
-            let failure: std::result::Result<(), _> = Err(TchError::Torch(text.into()));
-            caught(|| -> Result<()> {
-                failure.unwrap();
+            caught(|| {
+                failing(text).unwrap();
                 Ok(())
             })
         };

@@ -43,8 +43,8 @@ pub struct Recorder {
 /// The name, libtorch's, of memory that graphs share.
 type Pool = [u64; 2];
 
-/// The pool of the graphs that are alive. Its name is used up with the last of them: libtorch 2.11's host allocator keeps it
-/// without users until its own cache is emptied, and takes it for a fault when a recording begins in it
+/// The pool of the graphs that are alive. Its name is used up with the last of them: libtorch 2.11's host allocator keeps
+/// it without users until its own cache is emptied, and takes it for a fault when a recording begins in it
 /// (`create_or_incref_pool_under_lock` of `ATen/core/CachingHostAllocator.h`).
 #[derive(Debug, Default)]
 struct LivePool(Mutex<Weak<Pool>>);
@@ -104,8 +104,8 @@ impl Recorder {
     /// [`Graph::replay`]. No autograd graph from before may be alive, as its nodes belong to another stream.
     ///
     /// # Errors
-    /// What `body` gives; [`Error::Torch`] where an operation cannot be recorded. The recording has ended then, and the memory that it
-    /// took is given back.
+    /// What `body` gives; [`Error::Torch`] where an operation cannot be recorded. The recording has ended then, and the
+    /// memory that it took is given back.
     pub fn record<E: From<Error>>(
         &self,
         body: impl FnOnce() -> std::result::Result<(), E>,

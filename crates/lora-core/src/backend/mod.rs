@@ -21,8 +21,8 @@ use crate::{HostTensor, LayerGeometry, Result};
 /// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where the
 /// library fails (out of memory, say), with the library's error as its source.
 ///
-/// The defaults of some operations copy tensors from host memory, for which a device waits. A backend that trains has operations of
-/// its own, so that a step can be recorded.
+/// The defaults of some operations copy tensors from host memory, for which a device waits. A backend that trains has
+/// operations of its own, so that a step can be recorded.
 #[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait Backend: Debug + Clone + Send + Sync + 'static {
     /// The library's tensor.
@@ -87,7 +87,8 @@ pub trait Backend: Debug + Clone + Send + Sync + 'static {
         self.upload(&HostTensor::from_f32([side, side], ones)?, like)
     }
 
-    /// Matrices `[n, side, side]` of the numbers above their diagonals, `[n, side · (side - 1) / 2]`, row by row; zero elsewhere.
+    /// Matrices `[n, side, side]` of the numbers above their diagonals, `[n, side · (side - 1) / 2]`, row by row; zero
+    /// elsewhere.
     fn above_diagonal(&self, numbers: &Self::Tensor, side: usize) -> Result<Self::Tensor> {
         let (mut places, mut mask, mut next) = (Vec::new(), Vec::new(), 0);
         for row in 0..side {

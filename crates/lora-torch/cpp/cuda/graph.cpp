@@ -24,9 +24,9 @@ bool tried(F &&body) {
   return lora::guarded(std::forward<F>(body)) == 0;
 }
 
-// A graph whose recording may fail. libtorch 2.11 tells its allocators and generator of the end only where all goes well
-// (ATen/cuda/CUDAGraph.cpp, `capture_end`). Otherwise the device's allocator never gives cached memory back any more, and asks an
-// object that is gone which streams are recorded.
+// A graph whose recording may fail. libtorch 2.11 tells its allocators and generator of the end only where all goes
+// well (ATen/cuda/CUDAGraph.cpp, `capture_end`). Otherwise the device's allocator never gives cached memory back any
+// more, and asks an object that is gone which streams are recorded.
 class Graph : public at::cuda::CUDAGraph {
 public:
   void begin(at::MempoolId_t pool) {
@@ -68,8 +68,8 @@ extern "C" {
 // Text of this thread's last failure in this object; valid until its next one.
 const char *lora_cuda_last_error() { return lora::last_error().c_str(); }
 
-// pool[0..2] = a name for memory that graphs which never run at once may share. Once all of them are gone the name is used up:
-// libtorch's host allocator keeps it without users, and takes no new one.
+// pool[0..2] = a name for memory that graphs which never run at once may share. Once all of them are gone the name is
+// used up: libtorch's host allocator keeps it without users, and takes no new one.
 int lora_graph_pool(uint64_t *pool) {
   return lora::guarded([&] {
     const at::cuda::MempoolId_t own = at::cuda::graph_pool_handle();

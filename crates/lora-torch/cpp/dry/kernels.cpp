@@ -209,8 +209,8 @@ Tensor index_select(const Tensor &own, int64_t axis, const Tensor &index) {
   if (!shape.empty()) shape[at::maybe_wrap_dim(axis, own.dim())] = index.numel();
   return make(shape, own);
 }
-Tensor triu_indices(int64_t rows, int64_t columns, int64_t offset, optional<ScalarType> kind, optional<at::Layout>, optional<at::Device>,
-                    optional<bool>) {
+Tensor triu_indices(int64_t rows, int64_t columns, int64_t offset, optional<ScalarType> kind, optional<at::Layout>,
+                    optional<at::Device>, optional<bool>) {
   int64_t count = 0;
   for (int64_t row = 0; row < rows; ++row) count += std::max<int64_t>(0, columns - std::max<int64_t>(0, row + offset));
   return at::empty({2, count}, at::TensorOptions(kind.value_or(at::kLong)).device(at::kMeta));

@@ -390,7 +390,8 @@ fn half_precision_computes_in_its_own_dtype() {
 }
 
 /// On a machine with a GPU: products of tiles go where they belong, and gradients are summed over them.
-/// Held against the product in f64: rounding once, as one product does, and the parts' own roundings come to twice that at most.
+/// Held against the product in f64: rounding once, as one product does, and the parts' own roundings come to twice that
+/// at most.
 #[test]
 fn gradients_of_many_tiles_are_about_as_exact_as_those_of_one() {
     let kind = Kind::BFloat16;
