@@ -119,7 +119,8 @@ fn runs_of_language_models_have_the_values_that_they_have_there() {
     assert_eq!((config.extra.text("objective"), config.extra.number("dpo_beta")), (Some("dpo"), Some(0.2)));
     assert_eq!(
         (config.extra.whole("max_seq_length"), config.extra.text("long_documents")),
-        (Some(1024), Some("truncate"))
+        (Some(2048), Some("truncate")),
+        "1024 of each answer of a pair there"
     );
     assert_eq!(config.optimizer_args["weight_decay"], [0.0], "transformers decays nothing unless it is told to");
     assert!(config.gradient_checkpointing && config.save_every_n_steps == Some(500));
