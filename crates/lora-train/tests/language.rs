@@ -240,20 +240,6 @@ fn what_means_nothing_for_a_language_model_is_refused() {
         let error = refusal(folder.path(), keys);
         assert!(error.contains(said), "{keys:?}: {error}");
     }
-    // A tokenizer of another model.
-    let tokenizer = folder.path().join("base/tokenizer.json");
-    let text = fs::read_to_string(&tokenizer).unwrap();
-    let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let further = |id: usize| {
-        serde_json::json!({
-            "id": id, "content": format!("<|{id}|>"), "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": false, "special": true
-        })
-    };
-    value["added_tokens"].as_array_mut().unwrap().extend((484..600).map(further));
-    fs::write(&tokenizer, value.to_string()).unwrap();
-    let error = refusal(folder.path(), &[]);
-    assert!(error.contains("tokenizer"), "{error}");
 }
 
 /// What PEFT saves and merging applies, and training cannot go on with.
