@@ -287,7 +287,7 @@ fn a_dataset_file_becomes_datasets_with_each_key_accounted_for() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.toml");
     let text = "[general]\nshuffle_caption = true\n[[datasets]]\nresolution = 512\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = 'a'\n\
-                num_repeats = 3\nface_crop_aug_range = [1.0, 2.0]\n[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n";
+                num_repeats = 3\nalpha_mask = true\nface_crop_aug_range = [1.0, 2.0]\n[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n";
     std::fs::write(&path, text).unwrap();
     let run = format!("{SD_SCRIPTS}dataset_config = {:?}\n", path.to_str().unwrap());
     let imported = of(Format::Toml, &run);
@@ -296,10 +296,12 @@ fn a_dataset_file_becomes_datasets_with_each_key_accounted_for() {
         &own["datasets"][0],
         json!({ "train_data_dir": "a", "repeats": 3, "batch_size": 2, "max_resolution": 512, "shuffle_caption": true }),
     );
+    assert_has(&own["datasets"][0], json!({ "alpha_mask": true, "masked_loss": true }));
     assert_has(&own["datasets"][1], json!({ "train_data_dir": "b", "is_reg": true }));
+    assert!(own["datasets"][1].get("masked_loss").is_none());
     assert!(own.get("train_data_dir").is_none(), "it is ignored beside dataset_config");
     let of_file = imported.keys().iter().filter(|key| key.key.contains("d.toml")).count();
-    assert_eq!(of_file, 8);
+    assert_eq!(of_file, 9);
     assert!(
         imported.keys().iter().any(|key| key.key.ends_with("subsets[0].face_crop_aug_range")
             && matches!(key.verdict, Verdict::NoCounterpart(_)))

@@ -42,7 +42,11 @@ pub(super) fn processors(random_crop: bool, further: &[(&str, bool)]) -> Outcome
     let crop = if random_crop { "random_crop" } else { "center_crop" };
     let on = further.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
     let all: Vec<&str> = std::iter::once(crop).chain(on).collect();
-    becomes("processors", json!(all), "a step of what pictures go through, drawn anew at each visit")
+    becomes(
+        "processors",
+        json!(all),
+        "a step of what pictures go through; what is random is drawn at each visit with cache_latents = false, otherwise once",
+    )
 }
 
 /// Each of several resolutions is a dataset of its own, and masks count where there are any.

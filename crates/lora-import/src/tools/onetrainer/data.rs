@@ -48,7 +48,10 @@ pub(super) static ROWS: &[Row] = &[
     gone("custom_conditioning_image", OFF, "no pictures beside the captions"),
     gone("circular_mask_generation", OFF, "masks are as they are"),
     gone("random_rotate_and_crop", OFF, "no rotations"),
-    nothing("latent_caching_epochs", "crops and flips are drawn anew at each visit"),
+    nothing(
+        "latent_caching_epochs",
+        "crops and flips are drawn at each visit with cache_latents = false, otherwise once",
+    ),
     nothing("text_caching latent_caching image_caching", "captions are encoded once wherever they may be"),
 ];
 
@@ -66,7 +69,11 @@ static CONCEPT: &[Row] = &[
     nothing("__version", "how files are kept"),
     nothing("concept_stats", "counts of the program"),
     same("include_subdirectories", "recursive", Kind::Flag),
-    gone("image_variations", &["1"], "crops and flips are drawn anew at each visit"),
+    gone(
+        "image_variations",
+        &["1"],
+        "crops and flips are drawn at each visit with cache_latents = false, otherwise once",
+    ),
     gone("text_variations", &["1"], "captions are drawn anew at each visit"),
     by("balancing", &["repeats"], "with balancing_strategy REPEATS", balancing),
     by("repeats", &["repeats"], "an old name of balancing", balancing),

@@ -13,6 +13,15 @@ use crate::row::{Kind, OFF, Row, by, gone, same};
 use crate::tools::shared;
 use crate::values;
 
+/// Of a whole run and of datasets alike.
+pub(super) const ALPHA_MASK: Row =
+    by("alpha_mask", &["alpha_mask", "masked_loss"], "counts in the loss without masked_loss, there", |field| {
+        field.when_on(translated(
+            vec![("alpha_mask", true.into()), ("masked_loss", true.into())],
+            "transparency weights the loss",
+        ))
+    });
+
 pub(in crate::tools) static ROWS: &[Row] = &[
     by("resolution", &["max_resolution"], "an area where there are buckets, there and here", resolution),
     by("caption_extension", &["caption_extension"], "captions are looked for with this extension alone", |field| {
@@ -43,12 +52,7 @@ pub(in crate::tools) static ROWS: &[Row] = &[
         false => no_effect("only with masked_loss"),
     }),
     same("masked_loss", "masked_loss", Kind::Flag),
-    by("alpha_mask", &["alpha_mask", "masked_loss"], "counts in the loss without masked_loss, there", |field| {
-        field.when_on(translated(
-            vec![("alpha_mask", true.into()), ("masked_loss", true.into())],
-            "transparency weights the loss",
-        ))
-    }),
+    ALPHA_MASK,
     same("prior_loss_weight", "prior_loss_weight", Kind::Number),
     same("enable_bucket", "enable_bucket", Kind::Flag),
     same("min_bucket_reso", "min_bucket_reso", Kind::Count),

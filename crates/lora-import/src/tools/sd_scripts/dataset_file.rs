@@ -30,7 +30,7 @@ pub(crate) static ROWS: &[Row] = &[
     same("caption_dropout_every_n_epochs", "caption_dropout_every_n_epochs", Kind::Count),
     same("caption_tag_dropout_rate", "caption_tag_dropout_rate", Kind::Number),
     same("caption_extension", "caption_extension", Kind::Text),
-    same("alpha_mask", "alpha_mask", Kind::Switch),
+    super::data::ALPHA_MASK,
     by("flip_aug", &["processors"], "`flip`", processors),
     by("color_aug", &["processors"], "`color_jitter`", processors),
     by("random_crop", &["processors"], "`random_crop`", processors),
