@@ -1,5 +1,5 @@
-//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them. What a configuration says of a
-//! dataset `lora-trainer` reads; the look itself, and all of it where no configuration is named, is here.
+//! `lora dataset`: a look at pictures and captions, or at texts, before hours are spent on them. What a configuration
+//! says of a dataset `lora-trainer` reads; the look itself, and all of it where no configuration is named, is here.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -21,11 +21,12 @@ use crate::Failure;
 /// What is looked at, and how it is told.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Folder, .tar or .parquet, or, with --tokenizer or the configuration of a language model, a folder or file of texts; may be left
-    /// out where the configuration names it.
+    /// Folder, .tar or .parquet, or, with --tokenizer or the configuration of a language model, a folder or file of
+    /// texts; may be left out where the configuration names it.
     #[arg(required_unless_present = "config")]
     folder: Option<PathBuf>,
-    /// Configuration (.toml, .yaml, .json) whose resolution, buckets, crops and captions count, or whose tokenizer, template and rows.
+    /// Configuration (.toml, .yaml, .json) whose resolution, buckets, crops and captions count, or whose tokenizer,
+    /// template and rows.
     #[arg(long)]
     config: Option<PathBuf>,
     /// Set a key over the configuration's value, for instance `--set enable_bucket=true`.
@@ -55,7 +56,8 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// The configuration, with what is set over it and the folder that takes the place of its own; `None` where none is named.
+    /// The configuration, with what is set over it and the folder that takes the place of its own; `None` where none is
+    /// named.
     pub fn configuration(&self) -> Option<(Option<&Path>, &[String], Option<&Path>)> {
         let named = self.config.is_some() || !self.set.is_empty();
         named.then_some((self.config.as_deref(), self.set.as_slice(), self.folder.as_deref()))

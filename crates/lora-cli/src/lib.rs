@@ -1,8 +1,8 @@
 #![doc = include_str!("../README.md")]
 //!
-//! What the programs `lora` and `lora-trainer` share: how they speak, fail, log, show progress, take signals, read arguments that
-//! several commands have, what they know of a machine, and the look at a dataset, which either takes. The other commands are in the
-//! programs.
+//! What the programs `lora` and `lora-trainer` share: how they speak, fail, log, show progress, take signals, read
+//! arguments that several commands have, what they know of a machine, and the look at a dataset, which either takes.
+//! The other commands are in the programs.
 #![forbid(unsafe_code)]
 
 #[macro_use]

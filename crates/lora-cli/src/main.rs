@@ -1,5 +1,5 @@
-//! The `lora` command: arguments, progress and errors for people. What it does lives in the libraries; what needs libtorch, in the
-//! program that [`launch`] starts.
+//! The `lora` command: arguments, progress and errors for people. What it does lives in the libraries; what needs
+//! libtorch, in the program that [`launch`] starts.
 //!
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 

@@ -1,5 +1,5 @@
-//! What commands say on standard output and standard error. The macros here stand before the standard library's of the same names in
-//! both programs: those panic where nobody reads, as in `lora keys | head`.
+//! What commands say on standard output and standard error. The macros here stand before the standard library's of the
+//! same names in both programs: those panic where nobody reads, as in `lora keys | head`.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
@@ -14,8 +14,9 @@ pub enum Stream {
     Errors,
 }
 
-/// Writes as far as somebody reads. A closed pipe takes nothing more, and the work and its exit status go on without it. An output that
-/// fails otherwise, as on a full disk, ends the program with status 1, because what was asked for is not there.
+/// Writes as far as somebody reads. A closed pipe takes nothing more, and the work and its exit status go on without
+/// it. An output that fails otherwise, as on a full disk, ends the program with status 1, because what was asked for is
+/// not there.
 #[doc(hidden)]
 pub fn say(stream: Stream, text: Arguments<'_>) {
     let written = match stream {

@@ -30,8 +30,9 @@ impl Svd {
         self
     }
 
-    /// The factors of a LoRA whose product is this matrix: up `[rows, rank]` `= U · √s`, down `[rank, columns]` `= √s · Vᵀ`,
-    /// row-major. Equal shares keep both among the normal numbers of fp16; `U · s` of a small update is not among them.
+    /// The factors of a LoRA whose product is this matrix: up `[rows, rank]` `= U · √s`, down `[rank, columns]` `= √s ·
+    /// Vᵀ`, row-major. Equal shares keep both among the normal numbers of fp16; `U · s` of a small update is not among
+    /// them.
     pub fn factors(&self) -> (Vec<f32>, Vec<f32>) {
         self.shared(0.5)
     }

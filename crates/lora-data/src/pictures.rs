@@ -1,5 +1,5 @@
-//! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees. What a run
-//! says of them is in `describe`.
+//! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees.
+//! What a run says of them is in `describe`.
 
 mod describe;
 
@@ -69,7 +69,8 @@ pub struct DatasetOptions {
 }
 
 impl DatasetOptions {
-    /// Of a folder, archive or table as a configuration that says no more has it: 512 × 512 pixels, cut from the middle, on white.
+    /// Of a folder, archive or table as a configuration that says no more has it: 512 × 512 pixels, cut from the
+    /// middle, on white.
     pub fn of(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -119,8 +120,8 @@ pub struct Pictures {
 }
 
 impl Pictures {
-    /// How the name begins of what [`Source::identity`] says of the files' contents. States that were saved before it was
-    /// said are without it.
+    /// How the name begins of what [`Source::identity`] says of the files' contents. States that were saved before it
+    /// was said are without it.
     pub const LENGTHS: &str = "files of pictures and masks";
 
     /// Scans the datasets. Pictures too small for any bucket count as unreadable.
@@ -135,8 +136,8 @@ impl Pictures {
         Self::scan(options.into_iter().map(with_chain).collect::<Result<_>>()?)
     }
 
-    /// Pictures of no file, black and without captions: one a dataset, of the size and with as many visits as are given. What a
-    /// run needs can be found with them before anybody has looked at the real ones.
+    /// Pictures of no file, black and without captions: one a dataset, of the size and with as many visits as are
+    /// given. What a run needs can be found with them before anybody has looked at the real ones.
     pub fn stand_ins(datasets: Vec<(DatasetOptions, usize)>) -> Self {
         let mut pictures =
             Self { datasets: Vec::new(), items: Vec::new(), of: Vec::new(), findings: Vec::new(), stand_ins: true };
@@ -283,8 +284,8 @@ impl Pictures {
         self.process(index, sample, random)
     }
 
-    /// The least sides that do for an item, where its first processor lets it be decoded at a fraction of its size: half as
-    /// large again as after scaling, so that the resampling that follows still decides what it looks like.
+    /// The least sides that do for an item, where its first processor lets it be decoded at a fraction of its size:
+    /// half as large again as after scaling, so that the resampling that follows still decides what it looks like.
     fn enough(&self, index: usize) -> Option<(usize, usize)> {
         let first = self.datasets[self.of[index]].processors.first()?;
         let (width, height) = self.plan(index).resized;
@@ -357,7 +358,8 @@ impl Pictures {
         format!("{processors:?} {:?} {background:?} {masks:?} {random:?}{whole}", self.plan(index))
     }
 
-    /// A digest of what the pictures are called, how large they are, what is written beside them and how often they come.
+    /// A digest of what the pictures are called, how large they are, what is written beside them and how often they
+    /// come.
     fn digest(&self) -> String {
         let mut text = String::new();
         for (index, item) in self.items.iter().enumerate() {
@@ -369,8 +371,8 @@ impl Pictures {
         sha256(text.as_bytes())[..16].to_owned()
     }
 
-    /// A digest of how long the files of pictures and of the masks in use are: another picture of the same name and size is
-    /// seldom as long, and to read all of them before each run would take too long.
+    /// A digest of how long the files of pictures and of the masks in use are: another picture of the same name and
+    /// size is seldom as long, and to read all of them before each run would take too long.
     fn lengths(&self) -> String {
         let mut text = String::new();
         for (index, item) in self.items.iter().enumerate() {
@@ -577,8 +579,8 @@ fn weighted(mask: &Mask, options: &MaskOptions) -> Result<Mask> {
 mod tests {
     use super::*;
 
-    /// Decoding at a fraction must not cost quality: against the picture before it was compressed, what training gets is as
-    /// good as by way of the full size, to within a decibel far beyond what can be seen.
+    /// Decoding at a fraction must not cost quality: against the picture before it was compressed, what training gets
+    /// is as good as by way of the full size, to within a decibel far beyond what can be seen.
     #[test]
     fn reduced_decoding_is_as_good() {
         let folder = tempfile::tempdir().unwrap();

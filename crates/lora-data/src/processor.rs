@@ -33,8 +33,9 @@ impl ProcessContext {
 
 /// One step on the way of a picture.
 pub trait PictureProcessor: fmt::Debug + Send + Sync {
-    /// The processed sample. After the last processor its picture must have the size of the plan's target; its mask, where
-    /// there is one, always has the picture's ([`Sample::crop`], [`Sample::mirror`] and [`Sample::map`] see to it).
+    /// The processed sample. After the last processor its picture must have the size of the plan's target; its mask,
+    /// where there is one, always has the picture's ([`Sample::crop`], [`Sample::mirror`] and [`Sample::map`] see to
+    /// it).
     ///
     /// # Errors
     /// The processor's own. A run ends with it; [`Error::Picture`] names the file where one picture is to blame.
@@ -51,8 +52,8 @@ pub trait PictureProcessor: fmt::Debug + Send + Sync {
         false
     }
 
-    /// What its result depends on besides the picture: cached latents are kept apart by it. By default all its fields; a
-    /// processor whose code changes should name a version here.
+    /// What its result depends on besides the picture: cached latents are kept apart by it. By default all its fields;
+    /// a processor whose code changes should name a version here.
     fn settings(&self) -> String {
         format!("{self:?}")
     }
@@ -100,8 +101,8 @@ impl PictureProcessor for Crop {
     }
 }
 
-/// The end of a chain of which what is random was left out: the middle is cut where none of the others brought the picture to
-/// its size.
+/// The end of a chain of which what is random was left out: the middle is cut where none of the others brought the
+/// picture to its size.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fit;
 
@@ -132,8 +133,8 @@ impl PictureProcessor for Flip {
     }
 }
 
-/// `color_jitter`: brightness, contrast and saturation multiplied by up to 1 ± their amount and the hue turned by up to its
-/// share of the circle, in this order, another at each visit. The four operations are torchvision's.
+/// `color_jitter`: brightness, contrast and saturation multiplied by up to 1 ± their amount and the hue turned by up to
+/// its share of the circle, in this order, another at each visit. The four operations are torchvision's.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ColorJitter {
     /// Amount of brightness.

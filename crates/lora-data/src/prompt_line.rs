@@ -32,8 +32,8 @@ pub struct PromptLine {
 const SIDES: std::ops::RangeInclusive<usize> = 64..=4096;
 
 impl PromptLine {
-    /// Reads a line. What is no option, or an option without a value of its kind, stays in the prompt. Sides are rounded
-    /// down to multiples of 8, between 64 and 4096.
+    /// Reads a line. What is no option, or an option without a value of its kind, stays in the prompt. Sides are
+    /// rounded down to multiples of 8, between 64 and 4096.
     pub fn parse(line: &str) -> Self {
         let mut parts = line.trim().split(" --");
         let mut own = Self { text: parts.next().unwrap_or_default().trim().to_owned(), ..Self::default() };

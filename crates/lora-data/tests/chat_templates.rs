@@ -1,5 +1,5 @@
-//! Renderings, tokens and answers of conversations against transformers', in seven styles of templates and tokenizers (see
-//! `tools/golden/make_chat.py`).
+//! Renderings, tokens and answers of conversations against transformers', in seven styles of templates and tokenizers
+//! (see `tools/golden/make_chat.py`).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -157,8 +157,8 @@ fn a_template_that_marks_answers_is_believed_to_the_token() {
     }
 }
 
-/// Without marks an answer begins where the prompt of its turn ends. Two things are then not learned that transformers' marks
-/// take in: thoughts that the prompt holds already, and a blank before the first word.
+/// Without marks an answer begins where the prompt of its turn ends. Two things are then not learned that transformers'
+/// marks take in: thoughts that the prompt holds already, and a blank before the first word.
 const WITHOUT_ITS_BEGIN: [(&str, &str); 10] = [
     ("mistral", "system and two turns"),
     ("mistral", "no thinking"),

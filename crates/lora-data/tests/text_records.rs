@@ -1,5 +1,5 @@
-//! Records in the spellings of published datasets and of other trainers: what is asked, what stands around it, and what is
-//! told where a key has no place. How whole files are read is tested in `texts.rs`.
+//! Records in the spellings of published datasets and of other trainers: what is asked, what stands around it, and what
+//! is told where a key has no place. How whole files are read is tested in `texts.rs`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -49,7 +49,8 @@ fn laid_out(texts: &Texts) -> Vec<String> {
     out
 }
 
-/// A record in ChatML, as turns of role and words; the answers that are learned have a star. Findings in the second place.
+/// A record in ChatML, as turns of role and words; the answers that are learned have a star. Findings in the second
+/// place.
 fn read(record: &str) -> (Vec<String>, Vec<String>) {
     let texts = open("chatml", "a.jsonl", record);
     let found = texts.findings().iter().map(|own| format!("{}: {}", own.kind.name(), own.detail)).collect();

@@ -53,8 +53,8 @@ learning_rate = 1e-4
 #[test]
 fn sd_scripts_defaults_are_its_own() {
     let own = config(&of(Format::Toml, SD_SCRIPTS));
-    // network_alpha is 1, saved numbers are as held, captions have the extension .caption, a run has 1600 steps, and both
-    // networks one learning rate.
+    // network_alpha is 1, saved numbers are as held, captions have the extension .caption, a run has 1600 steps, and
+    // both networks one learning rate.
     let wanted = json!({
         "lora_rank": 16, "lora_alpha": 1, "save_precision": "fp32", "precision": "fp32", "caption_extension": ".caption",
         "max_train_steps": 1600, "text_encoder_lr": 1e-4, "output_name": "last", "max_resolution": 768,

@@ -1,5 +1,5 @@
-//! Merging adapters into a base checkpoint: streamed from the memory map into place, one tile of a tensor at a time, on all
-//! cores. The arithmetic is `lora-core`'s; which tensor a module means is `targets`'s business.
+//! Merging adapters into a base checkpoint: streamed from the memory map into place, one tile of a tensor at a time, on
+//! all cores. The arithmetic is `lora-core`'s; which tensor a module means is `targets`'s business.
 //!
 //! Tensors that no adapter changes are copied as they are. The others are added up in f32 and rounded once, to nearest
 //! even, to the base's type or another. The output appears whole or not at all, and is never one of the inputs.
@@ -72,8 +72,8 @@ pub struct Weighted {
 pub struct MergeOptions {
     /// Type of all floating-point tensors of the output; the base's own if none is given.
     pub dtype: Option<DType>,
-    /// Take the adapters out again instead: exact up to rounding for additive variants, an error for those that cannot be
-    /// taken out.
+    /// Take the adapters out again instead: exact up to rounding for additive variants, an error for those that cannot
+    /// be taken out.
     pub unmerge: bool,
     /// Quantise tensors of a GGUF file again that an adapter changes; they are not changed otherwise.
     pub requantise: bool,
@@ -97,8 +97,8 @@ pub struct MergeReport {
 const TILE: usize = 512 << 10;
 
 /// Merges adapters into a base: a safetensors file into a file, a folder (diffusers, sharded Hugging Face) into a new
-/// folder, or a language model in GGUF into a GGUF file or a new folder, without the tokenizer's files. `progress` is told
-/// the bytes that are done and all there are.
+/// folder, or a language model in GGUF into a GGUF file or a new folder, without the tokenizer's files. `progress` is
+/// told the bytes that are done and all there are.
 ///
 /// # Errors
 /// [`Error::Unmatched`] with the modules that do not fit the base, [`Error::Module`] for one that is damaged or cannot
@@ -179,8 +179,8 @@ pub fn record(adapters: &[Weighted]) -> String {
     serde_json::Value::from(adapters.iter().map(of).collect::<Vec<_>>()).to_string()
 }
 
-/// Whether every module of an adapter names a layer of this base and fits it; the error lists those that do not. Returns
-/// what else speaks against the two together.
+/// Whether every module of an adapter names a layer of this base and fits it; the error lists those that do not.
+/// Returns what else speaks against the two together.
 ///
 /// # Errors
 /// [`Error::Unmatched`] with the modules that name no layer or do not fit theirs; otherwise what opening the base

@@ -1,5 +1,6 @@
 //! What an adapter file says of its training, in the words that the field's tools read: sd-scripts' `ss_*` keys and the
-//! Stability `modelspec.*` keys (version 1.0.1). Every value is text; booleans are `True` and `False`, nothing is `None`.
+//! Stability `modelspec.*` keys (version 1.0.1). Every value is text; booleans are `True` and `False`, nothing is
+//! `None`.
 //!
 //! Times and session numbers are left out, so that the same run gives the same bytes.
 
@@ -251,8 +252,8 @@ const OF_BASE: &[&str] = &[
     "task_type",
 ];
 
-/// What a LoRA that was not trained says of itself: the base's family, where its labels do not depend on what it predicts,
-/// and rank and alpha where all modules have the same.
+/// What a LoRA that was not trained says of itself: the base's family, where its labels do not depend on what it
+/// predicts, and rank and alpha where all modules have the same.
 pub fn describe(adapter: &mut Adapter, family: Option<&Family>) {
     let mut set = |key: &str, value: &str| {
         adapter.metadata.insert(key.to_owned(), value.to_owned());
@@ -293,8 +294,8 @@ pub const FUSED: &str = "lora_fused";
 /// The key of a hash over a file's tensors, which is none of another file's.
 pub(crate) const HASH: &str = "modelspec.hash_sha256";
 
-/// Puts right what an adapter's metadata says of its network, after its tensors changed: rank, alpha, module and the hash
-/// of its tensors. What one number cannot say any more is left out.
+/// Puts right what an adapter's metadata says of its network, after its tensors changed: rank, alpha, module and the
+/// hash of its tensors. What one number cannot say any more is left out.
 pub fn refresh(adapter: &mut Adapter) {
     let alphas = adapter.modules.values().map(|module| module.alpha).collect::<Vec<_>>();
     refresh_with(&mut adapter.metadata, &adapter.modules, &alphas);

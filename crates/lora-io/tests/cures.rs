@@ -1,5 +1,5 @@
-//! What `lora check` names as a cure is carried out here, on files that have the problem: afterwards the program that had it
-//! has it no longer.
+//! What `lora check` names as a cure is carried out here, on files that have the problem: afterwards the program that
+//! had it has it no longer.
 
 mod support;
 

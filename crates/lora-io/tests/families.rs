@@ -1,5 +1,5 @@
-//! Stable Diffusion 2 and XL in both layouts, against diffusers: the same weights under the same names, LoRAs merged into
-//! the right tensors, the single file written as it is published.
+//! Stable Diffusion 2 and XL in both layouts, against diffusers: the same weights under the same names, LoRAs merged
+//! into the right tensors, the single file written as it is published.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Adapter files as other programs and failed downloads leave them: odd, and with a clear meaning; or no adapters at all,
-//! which is said. Files are made here, after real ones that were reported to other projects.
+//! Adapter files as other programs and failed downloads leave them: odd, and with a clear meaning; or no adapters at
+//! all, which is said. Files are made here, after real ones that were reported to other projects.
 
 mod support;
 

@@ -1,5 +1,6 @@
-//! Bases as people have them on their disks: copies of weights, links, files that other systems left, ties, weights that are
-//! stored the other way round or in 8 bits. Every copy of a layer is merged or left out, and nothing that is read is replaced.
+//! Bases as people have them on their disks: copies of weights, links, files that other systems left, ties, weights
+//! that are stored the other way round or in 8 bits. Every copy of a layer is merged or left out, and nothing that is
+//! read is replaced.
 
 mod support;
 

@@ -1,5 +1,5 @@
-//! Plain LoRAs of other adapters and of checkpoints: what goes beside the factors, ranks of layers that are one where they are
-//! written, and what the result says of its base.
+//! Plain LoRAs of other adapters and of checkpoints: what goes beside the factors, ranks of layers that are one where
+//! they are written, and what the result says of its base.
 
 use std::collections::BTreeMap;
 use std::path::Path;

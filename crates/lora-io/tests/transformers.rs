@@ -218,8 +218,8 @@ fn merges_into_both_trees_are_the_same() {
     }
 }
 
-/// Layers that were trained with factors of their own lie in one layer in kohya's tree: the file's module has the ranks of
-/// all, each on its rows, and reading gives them back.
+/// Layers that were trained with factors of their own lie in one layer in kohya's tree: the file's module has the ranks
+/// of all, each on its rows, and reading gives them back.
 #[test]
 fn separate_factors_are_put_into_one_module_and_taken_out_again() {
     let folder = tempfile::tempdir().unwrap();

@@ -11,8 +11,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TchBackend;
 
-/// The layer of a geometry: linear on `[..., in_features]`, convolution on `[batch, channels, height, width]`, embedding
-/// on row numbers.
+/// The layer of a geometry: linear on `[..., in_features]`, convolution on `[batch, channels, height, width]`,
+/// embedding on row numbers.
 ///
 /// # Errors
 /// [`Error::Torch`] where shapes or number types do not go together; out of memory.
@@ -98,8 +98,8 @@ impl Backend for TchBackend {
         Ok(tensor.f_permute(whole(order).as_slice()).map_err(Error::from)?)
     }
 
-    /// A view where the indices go up by one from slice to slice, or from each few equal ones to the next: any others are
-    /// copied to the device.
+    /// A view where the indices go up by one from slice to slice, or from each few equal ones to the next: any others
+    /// are copied to the device.
     fn select(&self, tensor: &Tensor, axis: usize, indices: &[usize]) -> lora_core::Result<Tensor> {
         let axis = axis as i64;
         let selected = || match repeated_run(indices) {
@@ -138,8 +138,8 @@ impl Backend for TchBackend {
         Ok(spread().map_err(Error::from)?)
     }
 
-    /// In f32 at least: libtorch inverts no half-precision matrices. Whether there is an inverse is not asked, which would
-    /// wait for the device; what has none gives numbers that are not finite.
+    /// In f32 at least: libtorch inverts no half-precision matrices. Whether there is an inverse is not asked, which
+    /// would wait for the device; what has none gives numbers that are not finite.
     fn inverse(&self, tensor: &Tensor) -> lora_core::Result<Tensor> {
         let inverse = || Tensor::f_linalg_inv_ex(&tensor.f_to_kind(Kind::Float)?, false)?.0.f_to_kind(tensor.kind());
         Ok(inverse().map_err(Error::from)?)

@@ -152,9 +152,9 @@ impl From<Error> for CoreError {
     }
 }
 
-/// Does some work and turns a panic of libtorch's into an error: tch 0.24 panics instead of returning where an operation
-/// that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before the failure is read.
-/// Other panics go on.
+/// Does some work and turns a panic of libtorch's into an error: tch 0.24 panics instead of returning where an
+/// operation that takes a number beside its tensors (`f_mul_scalar`) fails, as the number is freed before the failure
+/// is read. Other panics go on.
 ///
 /// # Errors
 /// The work's own, and for such a panic what the operation's failure is: [`Error::OutOfMemory`], [`Error::DeviceLost`]
@@ -184,7 +184,8 @@ pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> Option<&str> {
     payload.downcast_ref::<String>().map(String::as_str).or_else(|| payload.downcast_ref::<&str>().copied())
 }
 
-/// Only the caching allocator throws a class of its own; the driver, cuBLAS, cuDNN and the host allocator say it in words.
+/// Only the caching allocator throws a class of its own; the driver, cuBLAS, cuDNN and the host allocator say it in
+/// words.
 fn reports_out_of_memory(message: &str) -> bool {
     [
         "out of memory",
@@ -207,8 +208,8 @@ fn unknown_operation(message: &str) -> Option<&str> {
         .map(|name| name.trim_end_matches([':', '.']))
 }
 
-/// Errors of the CUDA runtime after which every further call fails too, by the texts of `cudaGetErrorString`. An error of
-/// one call only ("invalid configuration argument") is not among them.
+/// Errors of the CUDA runtime after which every further call fails too, by the texts of `cudaGetErrorString`. An error
+/// of one call only ("invalid configuration argument") is not among them.
 fn reports_lost_device(message: &str) -> bool {
     let sticky = [
         "unspecified launch failure",

@@ -1,10 +1,10 @@
-//! CUDA graphs: the kernels that a stretch of code launches, recorded once and launched again as one. A step of training is
-//! thousands of small kernels, and a fast device waits for the host to launch them.
+//! CUDA graphs: the kernels that a stretch of code launches, recorded once and launched again as one. A step of
+//! training is thousands of small kernels, and a fast device waits for the host to launch them.
 //!
-//! What holds for code that is recorded: it reads and writes the same memory every time, so that inputs are copied into the
-//! tensors that it read, and results are left in tensors from outside; it neither looks at a number nor copies from host memory;
-//! it draws nothing at random; and it has run before, in the same shapes, as libraries set themselves up the first time.
-//! Gradients that it adds to must be there before.
+//! What holds for code that is recorded: it reads and writes the same memory every time, so that inputs are copied into
+//! the tensors that it read, and results are left in tensors from outside; it neither looks at a number nor copies from
+//! host memory; it draws nothing at random; and it has run before, in the same shapes, as libraries set themselves up
+//! the first time. Gradients that it adds to must be there before.
 
 use std::ffi::{c_int, c_void};
 use std::marker::PhantomData;
@@ -43,8 +43,8 @@ pub struct Recorder {
 /// The name, libtorch's, of memory that graphs share.
 type Pool = [u64; 2];
 
-/// The pool of the graphs that are alive. Its name is used up with the last of them: libtorch 2.11's host allocator keeps
-/// it without users until its own cache is emptied, and takes it for a fault when a recording begins in it
+/// The pool of the graphs that are alive. Its name is used up with the last of them: libtorch 2.11's host allocator
+/// keeps it without users until its own cache is emptied, and takes it for a fault when a recording begins in it
 /// (`create_or_incref_pool_under_lock` of `ATen/core/CachingHostAllocator.h`).
 #[derive(Debug, Default)]
 struct LivePool(Mutex<Weak<Pool>>);
@@ -87,8 +87,8 @@ impl Recorder {
         Ok(Self { calls, stream, pool: LivePool::default() })
     }
 
-    /// Makes the recorder's stream this thread's current one while the answer lives. What was given to the one before is done
-    /// first, and in the end the other way around.
+    /// Makes the recorder's stream this thread's current one while the answer lives. What was given to the one before
+    /// is done first, and in the end the other way around.
     ///
     /// # Errors
     /// [`Error::DeviceLost`].
@@ -139,8 +139,8 @@ impl Recorder {
         graph: Graph,
         body: impl FnOnce() -> std::result::Result<(), E>,
     ) -> std::result::Result<Graph, E> {
-        // A panic ends the recording, too, as a stream that goes on recording takes nothing else. tch panics where an operation
-        // that takes a number beside its tensors fails, for instance because it cannot be recorded.
+        // A panic ends the recording, too, as a stream that goes on recording takes nothing else. tch panics where an
+        // operation that takes a number beside its tensors fails, for instance because it cannot be recorded.
         let done = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
             let other = || {
                 let words = crate::error::panic_message(&*payload).unwrap_or("a panic");

@@ -1,6 +1,7 @@
-//! The denoising loss of Stable Diffusion (Ho et al., 2020), with the weightings by timestep that people use: min-SNR-γ (Hang
-//! et al., 2023), debiased estimation (Yu et al., 2023), and those by which sd-scripts makes losses of the velocity and of the
-//! noise alike. The weights of one timestep are [`NoiseSchedule`]'s, what a difference counts is [`crate::difference`]'s.
+//! The denoising loss of Stable Diffusion (Ho et al., 2020), with the weightings by timestep that people use: min-SNR-γ
+//! (Hang et al., 2023), debiased estimation (Yu et al., 2023), and those by which sd-scripts makes losses of the
+//! velocity and of the noise alike. The weights of one timestep are [`NoiseSchedule`]'s, what a difference counts is
+//! [`crate::difference`]'s.
 
 use lora_models::diffusion::{NoiseSchedule, Prediction};
 use lora_models::layers::Pass;
@@ -19,14 +20,15 @@ pub struct LossWeights<'w> {
     pub min_snr_gamma: Option<f64>,
     /// A loss of the velocity is scaled as one of the noise is; one of the noise is left as it is.
     pub scale_like_noise: bool,
-    /// How much of a loss scaled as one of the velocity is added to one of the noise; one of the velocity is left as it is.
+    /// How much of a loss scaled as one of the velocity is added to one of the noise; one of the velocity is left as it
+    /// is.
     pub velocity_like: f64,
     /// The weighting of debiased estimation.
     pub debiased: bool,
     /// One number an item; none where all count in full.
     pub items: &'w [f64],
-    /// `[batch, 1, height, width]`, from 0 to 1; the mean is taken over all elements, those that count for nothing included,
-    /// as sd-scripts does.
+    /// `[batch, 1, height, width]`, from 0 to 1; the mean is taken over all elements, those that count for nothing
+    /// included, as sd-scripts does.
     pub mask: Option<&'w Tensor>,
     /// What a difference between answer and target counts.
     pub difference: Difference,
@@ -90,8 +92,8 @@ pub struct Denoising {
 }
 
 impl Denoising {
-    /// Of `latents` and noise, that of the target and that which is added, `[batch, 4, height, width]` each, at one timestep an
-    /// item.
+    /// Of `latents` and noise, that of the target and that which is added, `[batch, 4, height, width]` each, at one
+    /// timestep an item.
     ///
     /// # Errors
     /// Where a timestep is none of the schedule's or shapes differ, and where memory runs out.
@@ -129,8 +131,8 @@ impl Denoising {
         })
     }
 
-    /// Mean over the batch of each item's weighted mean loss of the U-Net's answer, a scalar in f32, with its graph where gradients
-    /// are recorded.
+    /// Mean over the batch of each item's weighted mean loss of the U-Net's answer, a scalar in f32, with its graph
+    /// where gradients are recorded.
     ///
     /// # Errors
     /// Where the text does not fit the U-Net or the mask the latents, and where memory runs out.

@@ -1,5 +1,5 @@
-//! What is held out of the data, and what its loss decides: which step was best, and when to stop. The same for pictures and
-//! for texts.
+//! What is held out of the data, and what its loss decides: which step was best, and when to stop. The same for
+//! pictures and for texts.
 
 mod common;
 #[path = "common/language.rs"]

@@ -1,5 +1,5 @@
-//! Language models from the configuration to PEFT's folder: a tiny Qwen2 with random weights, twelve conversations. Losses
-//! are transformers' and PEFT's (`golden/language/README.md`).
+//! Language models from the configuration to PEFT's folder: a tiny Qwen2 with random weights, twelve conversations.
+//! Losses are transformers' and PEFT's (`golden/language/README.md`).
 
 #[path = "common/language.rs"]
 mod common;

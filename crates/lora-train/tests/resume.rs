@@ -293,8 +293,8 @@ fn the_run_that_is_killed() {
     }
 }
 
-/// SIGKILL, which no program can answer, at whatever moment, that of writing included: the state is whole each time, and the
-/// run arrives where one arrives that nobody killed.
+/// SIGKILL, which no program can answer, at whatever moment, that of writing included: the state is whole each time,
+/// and the run arrives where one arrives that nobody killed.
 #[test]
 fn a_killed_run_arrives_where_it_would_have() {
     let undisturbed = workspace();
@@ -312,7 +312,8 @@ fn a_killed_run_arrives_where_it_would_have() {
                 .spawn()
                 .unwrap(),
         );
-        // Once the first state of this process is in place: in the middle of writing another file, where that can be met.
+        // Once the first state of this process is in place: in the middle of writing another file, where that can be
+        // met.
         wait_for(&mut process, || written(&state) != before);
         let start = Instant::now();
         wait_for(&mut process, || partial(&out) != left || start.elapsed() >= patience);
@@ -364,8 +365,8 @@ fn partial(folder: &Path) -> BTreeSet<String> {
     names.filter(|name| name.starts_with(".lora-partial-")).collect()
 }
 
-/// What the program of commit 0bb5f91 recorded of these runs (`lora train` with `save_state`, the header of the state but for
-/// the base's hash): states of that time must go on.
+/// What the program of commit 0bb5f91 recorded of these runs (`lora train` with `save_state`, the header of the state
+/// but for the base's hash): states of that time must go on.
 #[test]
 fn what_a_state_records_of_its_run_stays_what_it_was() {
     for name in ["plain", "full"] {

@@ -1,5 +1,5 @@
-//! The program that `lora` becomes for commands that compute with libtorch or read the configuration of a run: arguments, progress
-//! and errors for people. What it does lives in the libraries.
+//! The program that `lora` becomes for commands that compute with libtorch or read the configuration of a run:
+//! arguments, progress and errors for people. What it does lives in the libraries.
 //!
 //! Exit status: 0 done, 1 the work failed, 2 the arguments or the configuration are wrong.
 

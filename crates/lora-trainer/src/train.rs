@@ -22,8 +22,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     json: bool,
     /// Write what happens as lines of JSON to standard output, or with `--events=TARGET` to a file or to an open file
-    /// descriptor of that number; and take the commands pause, resume, sample, save and stop from standard input, a line
-    /// each.
+    /// descriptor of that number; and take the commands pause, resume, sample, save and stop from standard input, a
+    /// line each.
     #[arg(
         long,
         value_name = "TARGET",

@@ -28,7 +28,8 @@ pub(crate) struct Arguments {
     /// How the updates become one. With a rule for ranks, the result is taken apart again to those ranks.
     #[arg(long, default_value = "sum")]
     method: CombineMethod,
-    /// The running average of saves of one run, tensor by tensor: the first counts DECAYⁿ⁻¹ of n, the k-th (1 - DECAY) · DECAYⁿ⁻ᵏ.
+    /// The running average of saves of one run, tensor by tensor: the first counts DECAYⁿ⁻¹ of n, the k-th (1 - DECAY)
+    /// · DECAYⁿ⁻ᵏ.
     #[arg(long, value_name = "DECAY", conflicts_with_all = ["method", "density", "rank", "sv_ratio", "sv_cumulative", "sv_fro"])]
     ema: Option<f64>,
     /// Share of the numbers that the pruning methods keep.
@@ -144,8 +145,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     output(arguments, combined, family, dtype)
 }
 
-/// The family that all adapters are made for, as far as they show one, and the families that do not go with it. One whose
-/// adapters have another's names is told by metadata alone, which not all of the files may have.
+/// The family that all adapters are made for, as far as they show one, and the families that do not go with it. One
+/// whose adapters have another's names is told by metadata alone, which not all of the files may have.
 fn families(adapters: &[Weighted]) -> (Option<&'static Family>, Vec<&'static Family>) {
     let told: Vec<_> = adapters.iter().filter_map(|weighted| adapter::family(&weighted.adapter)).collect();
     let goes = |own: &Family, other: &Family| own == other || own.signs.named_as == Some(other);

@@ -1,5 +1,6 @@
 //! The tensor operations that adapter formulas are written over, so that one formula serves several tensor libraries.
-//! [`CpuBackend`] needs nothing but this crate, [`ShapeBackend`] not even numbers; training uses the backend of `lora-torch`.
+//! [`CpuBackend`] needs nothing but this crate, [`ShapeBackend`] not even numbers; training uses the backend of
+//! `lora-torch`.
 
 mod cpu;
 mod shapes;
@@ -18,8 +19,8 @@ use crate::{HostTensor, LayerGeometry, Result};
 /// axis of length 1 is repeated.
 ///
 /// # Errors
-/// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where the
-/// library fails (out of memory, say), with the library's error as its source.
+/// Every operation gives [`crate::Error::Shape`] where shapes do not go together, and [`crate::Error::Backend`] where
+/// the library fails (out of memory, say), with the library's error as its source.
 ///
 /// The defaults of some operations copy tensors from host memory, for which a device waits. A backend that trains has
 /// operations of its own, so that a step can be recorded.

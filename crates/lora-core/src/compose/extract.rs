@@ -29,8 +29,8 @@ impl Default for ExtractOptions {
     }
 }
 
-/// The LoRA that leads from a weight to a tuned one: `tuned - base` by its largest singular values, with alpha equal to the
-/// rank, and the share of the difference's norm that it holds. `None` where nothing differs.
+/// The LoRA that leads from a weight to a tuned one: `tuned - base` by its largest singular values, with alpha equal to
+/// the rank, and the share of the difference's norm that it holds. `None` where nothing differs.
 ///
 /// # Errors
 /// [`Error::Shape`] where the two differ in shape or have neither two nor four axes; [`Error::NoConvergence`] where one
@@ -93,8 +93,8 @@ pub fn flatten(delta: &HostTensor, options: &ExtractOptions) -> Result<(AdapterM
     Ok((factors.module(up, down, rank)?, kept))
 }
 
-/// The factors clipped to a quantile of their magnitudes, as sd-scripts clips `U · s` and `Vᵀ`; the roots of the singular
-/// values go to `down` only then.
+/// The factors clipped to a quantile of their magnitudes, as sd-scripts clips `U · s` and `Vᵀ`; the roots of the
+/// singular values go to `down` only then.
 fn clipped(svd: &Svd, quantile: f64) -> (Vec<f32>, Vec<f32>) {
     let (mut up, mut down) = svd.shared(1.0);
     let mut magnitudes: Vec<f32> = up.iter().chain(&down).map(|value| value.abs()).collect();
@@ -110,8 +110,8 @@ fn clipped(svd: &Svd, quantile: f64) -> (Vec<f32>, Vec<f32>) {
     (up, down)
 }
 
-/// The largest singular values of a whole matrix as the options choose them, how many they are, and the share of the norm
-/// that they hold.
+/// The largest singular values of a whole matrix as the options choose them, how many they are, and the share of the
+/// norm that they hold.
 pub(super) fn largest(matrix: MatRef<'_, f32>, options: &ExtractOptions) -> Result<(Svd, usize, f64)> {
     let shorter = matrix.nrows().min(matrix.ncols());
     let most = match options.policy {

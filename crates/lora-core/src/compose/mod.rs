@@ -1,8 +1,8 @@
 //! Making plain LoRAs out of others: several into one, one into a smaller one, the difference of two weights into one.
 //!
-//! Combining and resizing work on the factors alone (a QR decomposition of each and the singular values of the small core
-//! between them, as `linalg` does): exact, and never a whole matrix. Extraction has to look at the
-//! whole difference and takes its largest singular values by random starts.
+//! Combining and resizing work on the factors alone (a QR decomposition of each and the singular values of the small
+//! core between them, as `linalg` does): exact, and never a whole matrix. Extraction has to look at the whole
+//! difference and takes its largest singular values by random starts.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -56,8 +56,8 @@ pub struct Outcome {
     pub kept: f64,
 }
 
-/// The share of the updates' norm that was kept, from 0 to 1: the mean over modules, and the least of them. Of no module
-/// all is kept.
+/// The share of the updates' norm that was kept, from 0 to 1: the mean over modules, and the least of them. Of no
+/// module all is kept.
 pub fn kept(outcomes: &[Outcome]) -> (f64, f64) {
     let sum: f64 = outcomes.iter().map(|outcome| outcome.kept).sum();
     let least = outcomes.iter().map(|outcome| outcome.kept).fold(1.0, f64::min);
@@ -170,7 +170,8 @@ pub(crate) fn combine_modules(
     }
 }
 
-/// Both factors made from those of the adapters, each with the roots of the weights; the sign goes to the down-projection.
+/// Both factors made from those of the adapters, each with the roots of the weights; the sign goes to the
+/// down-projection.
 fn factors_one_by_one(
     path: &ModulePath,
     factors: &[Factors],
@@ -193,12 +194,12 @@ fn factors_one_by_one(
     Ok((first.module(merge(&ups, &roots, "up")?, merge(&downs, &signed, "down")?, first.rank)?, 1.0))
 }
 
-/// An adapter with other ranks: each module's best approximation. Whole differences of vectors, which have no rank, stay
-/// as they are and have no outcome; other variants than plain LoRA are refused.
+/// An adapter with other ranks: each module's best approximation. Whole differences of vectors, which have no rank,
+/// stay as they are and have no outcome; other variants than plain LoRA are refused.
 ///
 /// # Errors
-/// [`Error::Option`] for a rule that keeps nothing; [`Error::Unsupported`], which names the module, for another variant;
-/// [`Error::NoConvergence`] where a module holds NaN or infinity.
+/// [`Error::Option`] for a rule that keeps nothing; [`Error::Unsupported`], which names the module, for another
+/// variant; [`Error::NoConvergence`] where a module holds NaN or infinity.
 pub fn resize(adapter: &Adapter, policy: RankPolicy) -> Result<(Adapter, Vec<Outcome>)> {
     let (vectors, ranked): (BTreeMap<_, _>, BTreeMap<_, _>) =
         adapter.modules.clone().into_iter().partition(|(_, module)| module.is_of_vectors());

@@ -6,8 +6,8 @@ use super::factors::Factors;
 use crate::linalg::{as_matrix, multiply};
 use crate::{AdapterModule, Component, DType, HostTensor, ModulePath};
 
-/// The norm of what rounding the factors to a type changes of a module's update, as a share of the update's norm; 0 for a
-/// module that is no plain LoRA. The product of the factors is never formed.
+/// The norm of what rounding the factors to a type changes of a module's update, as a share of the update's norm; 0 for
+/// a module that is no plain LoRA. The product of the factors is never formed.
 pub fn rounding(module: &AdapterModule, dtype: DType) -> f64 {
     let path = ModulePath::new(Component::MODEL, "rounded");
     let Ok(own) = Factors::of(&path, module) else { return 0.0 };

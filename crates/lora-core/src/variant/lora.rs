@@ -10,8 +10,8 @@
 //! | convolution, Tucker (LyCORIS `lora_mid`) | `[rank, in / groups, 1, 1]` | `[rank, rank, k, k]` | `[out, rank, 1, 1]` |
 //! | embedding | `embedding_down` `[rank, entries]` | | `embedding_up` `[width, rank]` |
 //!
-//! A file may change the bias too: `bias` `[out]` is added with the scale (PEFT's `lora_bias`), [`BIAS_VALUE`] takes its
-//! place (PEFT's `bias = "lora_only"`). Neither is trained here.
+//! A file may change the bias too: `bias` `[out]` is added with the scale (PEFT's `lora_bias`), [`BIAS_VALUE`] takes
+//! its place (PEFT's `bias = "lora_only"`). Neither is trained here.
 //!
 //! A convolution's `down` (with Tucker: `mid`) has the stride and padding of the base. On a grouped convolution the
 //! update is the product in the shape of the grouped weight, as LyCORIS has it. Tucker:
@@ -62,10 +62,10 @@ impl LoraFactors<'_> {
     }
 }
 
-/// A factor on an update in two, for `up` and for `down`. What enlarges is `up`'s. Of what makes smaller, a power of two is
-/// `down`'s while the root mean square of its numbers stays a normal one of fp16 (2⁻¹⁴): a trained `up` has the smaller
-/// numbers, which would lose their digits. The shares depend on `down` alone, so that modules with the same `down` keep
-/// having the same.
+/// A factor on an update in two, for `up` and for `down`. What enlarges is `up`'s. Of what makes smaller, a power of
+/// two is `down`'s while the root mean square of its numbers stays a normal one of fp16 (2⁻¹⁴): a trained `up` has the
+/// smaller numbers, which would lose their digits. The shares depend on `down` alone, so that modules with the same
+/// `down` keep having the same.
 pub(crate) fn shares(factor: f64, down: &[f32]) -> (f64, f64) {
     const LEAST: f64 = -14.0;
     let squares: f64 = down.iter().map(|&value| f64::from(value).powi(2)).sum();
@@ -98,8 +98,8 @@ impl AdapterModule {
         self.variant == "full" && self.tensors.values().all(|tensor| tensor.shape().len() == 1)
     }
 
-    /// The same update with another alpha; exact where their ratio is a power of two. `None` for another variant than plain
-    /// LoRA.
+    /// The same update with another alpha; exact where their ratio is a power of two. `None` for another variant than
+    /// plain LoRA.
     #[must_use]
     pub fn with_alpha(&self, alpha: f64) -> Option<Self> {
         let names = [false, true].map(LoraFactors::names);

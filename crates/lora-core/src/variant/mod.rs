@@ -1,9 +1,9 @@
 //! Adapter variants: the trait that every formula implements, and the registry that finds one by its name.
 //! One family, one file. A variant of a user's own crate registers in the same way as ours.
 //!
-//! Tools agree on the plain formulas and differ in conventions (which axis DoRA's norm runs along, whether OFT's rotation
-//! is exact …). A name stands for one formula with one convention, so the canonical adapter says by its variant's name
-//! what its numbers mean; the table is in the crate's README.
+//! Tools agree on the plain formulas and differ in conventions (which axis DoRA's norm runs along, whether OFT's
+//! rotation is exact …). A name stands for one formula with one convention, so the canonical adapter says by its
+//! variant's name what its numbers mean; the table is in the crate's README.
 
 mod dora;
 mod dropout;
@@ -43,7 +43,8 @@ use crate::{AdapterModule, Error, HostTensor, LayerGeometry, Result};
 /// The frozen layer under an adapter, whatever its weights are stored as.
 ///
 /// # Errors
-/// What computes gives [`Error::Shape`] where the input does not fit the layer, and [`Error::Backend`] where the library fails.
+/// What computes gives [`Error::Shape`] where the input does not fit the layer, and [`Error::Backend`] where the
+/// library fails.
 #[expect(clippy::missing_errors_doc, reason = "said above for all operations")]
 pub trait BaseLayer<B: Backend> {
     /// Its shape.
@@ -54,8 +55,8 @@ pub trait BaseLayer<B: Backend> {
     fn weight(&self) -> Result<B::Tensor>;
     /// Its bias.
     fn bias(&self) -> Option<B::Tensor>;
-    /// Its output with `scale · up(down(x))` added, from a layer that computes both in fewer steps than one after the other.
-    /// The factors, of the shapes that [`Lora`] has on linear layers, come in the dtype of the input.
+    /// Its output with `scale · up(down(x))` added, from a layer that computes both in fewer steps than one after the
+    /// other. The factors, of the shapes that [`Lora`] has on linear layers, come in the dtype of the input.
     fn forward_low_rank(
         &self,
         _input: &B::Tensor,
@@ -197,8 +198,8 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
     /// with an impossible value; [`Error::Shape`] where rank or options do not fit the layer.
     fn shapes(&self, geometry: &LayerGeometry, request: &Request) -> Result<BTreeMap<String, Vec<usize>>>;
 
-    /// The tensors that training starts from, such that the update is zero: all zero, unless the variant says otherwise.
-    /// `stream` is the layer's own.
+    /// The tensors that training starts from, such that the update is zero: all zero, unless the variant says
+    /// otherwise. `stream` is the layer's own.
     ///
     /// # Errors
     /// As of [`Variant::shapes`]; [`Error::NoConvergence`] where the base's weight is decomposed and holds NaN or
@@ -225,8 +226,8 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
         true
     }
 
-    /// Whether a trained tensor of this name stands between the rank and the outputs, which LoRA+ gives a higher learning
-    /// rate.
+    /// Whether a trained tensor of this name stands between the rank and the outputs, which LoRA+ gives a higher
+    /// learning rate.
     fn is_up(&self, tensor: &str) -> bool {
         [lora::UP, lora::EMBEDDING_UP, EXPERTS_UP].contains(&tensor)
     }
@@ -242,8 +243,8 @@ pub trait Variant<B: Backend>: Debug + Send + Sync {
         Changes::WEIGHT
     }
 
-    /// Whether the forward pass on such a layer takes its trained tensors in the dtype of the input and in no other, so that
-    /// copies in that dtype may stand in for them.
+    /// Whether the forward pass on such a layer takes its trained tensors in the dtype of the input and in no other, so
+    /// that copies in that dtype may stand in for them.
     fn computes_in_input_dtype(&self, _geometry: &LayerGeometry) -> bool {
         false
     }
@@ -435,8 +436,8 @@ pub const WEIGHT_VALUE: &str = "weight_value";
 pub const TOKEN_ROWS: &str = "token_rows";
 /// Name of the numbers of these rows, `[tokens]`, as floats, which hold any vocabulary's exactly.
 pub const TOKENS: &str = "tokens";
-/// Names of the factors of an update of all experts of a layer, whose weights are one tensor: `[experts, rank, inputs]` and
-/// `[experts, outputs, rank]`, among the tensors of `lora`.
+/// Names of the factors of an update of all experts of a layer, whose weights are one tensor: `[experts, rank, inputs]`
+/// and `[experts, outputs, rank]`, among the tensors of `lora`.
 pub const EXPERTS_DOWN: &str = "experts_down";
 /// See [`EXPERTS_DOWN`].
 pub const EXPERTS_UP: &str = "experts_up";

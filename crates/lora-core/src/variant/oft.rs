@@ -1,6 +1,6 @@
-//! Orthogonal finetuning: the weight is rotated, not added to. OFT (Qiu et al., NeurIPS 2023, arXiv:2306.07280) with one
-//! rotation per block of features, BOFT (Liu et al., ICLR 2024, arXiv:2311.06243) with a product of several, mixed like a
-//! butterfly. A rotation is the Cayley transform of a skew matrix `Q`.
+//! Orthogonal finetuning: the weight is rotated, not added to. OFT (Qiu et al., NeurIPS 2023, arXiv:2306.07280) with
+//! one rotation per block of features, BOFT (Liu et al., ICLR 2024, arXiv:2311.06243) with a product of several, mixed
+//! like a butterfly. A rotation is the Cayley transform of a skew matrix `Q`.
 //!
 //! | variant | tensors | rotation | acts on |
 //! |---|---|---|---|
@@ -10,10 +10,10 @@
 //! | `peft-oft-neumann` | the same | `I + 2Q + 2Q² + 2Q³ + Q⁴` | inputs |
 //! | `peft-boft` | `blocks [m, n, b, b]`, `Q = (B - Bᵀ)/2`; `rescale [out, 1]` | `(I - Q)(I + Q)⁻¹` each | inputs |
 //!
-//! LyCORIS' files hold a constraint as alpha: where `‖Q‖` (over all blocks) exceeds constraint · outputs, Q is scaled down
-//! to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` is trained on linear layers and 1×1
-//! convolutions; larger kernels are merged as PEFT merges them, by the rotation of all their inputs, which is not quite what
-//! PEFT's live layer computes. Merged with a strength other than 1 the weights are interpolated.
+//! LyCORIS' files hold a constraint as alpha: where `‖Q‖` (over all blocks) exceeds constraint · outputs, Q is scaled
+//! down to it. It is [`Parameters::scale`] here, 0 for none. `peft-oft` is trained on linear layers and 1×1
+//! convolutions; larger kernels are merged as PEFT merges them, by the rotation of all their inputs, which is not quite
+//! what PEFT's live layer computes. Merged with a strength other than 1 the weights are interpolated.
 
 use std::collections::BTreeMap;
 
@@ -98,7 +98,8 @@ fn constrained<B: Backend>(backend: &B, skew: B::Tensor, limit: f64) -> Result<B
         return Ok(skew);
     }
     let axes: Vec<usize> = (0..backend.shape(&skew).len()).collect();
-    // Squares, as a norm has no gradient at 0, where training begins. No number is read: that would wait for the device.
+    // Squares, as a norm has no gradient at 0, where training begins. No number is read: that would wait for the
+    // device.
     let squares = backend.sum(&backend.mul(&skew, &skew)?, &axes)?;
     let excess = backend.sqrt(&backend.at_least(&backend.scale(&squares, limit.powi(-2))?, 1.0)?)?;
     backend.div(&skew, &excess)
@@ -148,8 +149,8 @@ fn rotate_rows<B: Backend>(backend: &B, rotations: &B::Tensor, matrix: &B::Tenso
     backend.reshape(&product, &[rows, columns])
 }
 
-/// The rotations `[m, n, b, b]` one after the other on the rows `[n · b, columns]`. Stage i works on pairs of segments of
-/// `unit` rows that lie `2^i · b/2` rows apart.
+/// The rotations `[m, n, b, b]` one after the other on the rows `[n · b, columns]`. Stage i works on pairs of segments
+/// of `unit` rows that lie `2^i · b/2` rows apart.
 fn butterfly_rows<B: Backend>(
     backend: &B,
     rotations: &B::Tensor,
@@ -237,7 +238,8 @@ impl<B: Backend> Variant<B> for Oft {
         self.id()
     }
 
-    /// `rescale` (LyCORIS): a factor for each output too; `constraint`: see above. `block_share` (PEFT): one rotation for all blocks.
+    /// `rescale` (LyCORIS): a factor for each output too; `constraint`: see above. `block_share` (PEFT): one rotation
+    /// for all blocks.
     fn options(&self) -> &[&'static str] {
         match self {
             Oft::Lycoris => &["rescale", "constraint"],

@@ -1,6 +1,7 @@
-//! What becomes of a caption at a visit: dropped, one of its lines, wildcards chosen, trigger word and prefix put on, tags
-//! shuffled and dropped, in sd-scripts' order (v0.10.1, `process_caption`) but for one thing: of several lines one is
-//! chosen before prefix and suffix are put on, so that every line has them. Where captions come from is [`crate::dataset`]'s.
+//! What becomes of a caption at a visit: dropped, one of its lines, wildcards chosen, trigger word and prefix put on,
+//! tags shuffled and dropped, in sd-scripts' order (v0.10.1, `process_caption`) but for one thing: of several lines one
+//! is chosen before prefix and suffix are put on, so that every line has them. Where captions come from is
+//! [`crate::dataset`]'s.
 
 pub mod trigger;
 pub mod weights;
@@ -35,8 +36,8 @@ pub enum WarmupLength {
 /// How captions are treated. The default leaves them as they are.
 #[derive(Clone, PartialEq)]
 pub struct CaptionOptions {
-    /// Put in front, as a tag that stays there, where the caption does not have it as a word of its own; it takes the place of
-    /// [`trigger::MARKS`].
+    /// Put in front, as a tag that stays there, where the caption does not have it as a word of its own; it takes the
+    /// place of [`trigger::MARKS`].
     pub trigger_word: String,
     /// Put before each caption, with a blank.
     pub prefix: String,
@@ -132,8 +133,8 @@ impl CaptionOptions {
         self.warmup_tags + (done.steps as f64 * ((tags - self.warmup_tags) as f64 / steps as f64)) as usize
     }
 
-    /// The caption of a visit. `lines` are the lines of its file; `epoch` counts from 0, `done` says how far the run is;
-    /// `random` belongs to the visit.
+    /// The caption of a visit. `lines` are the lines of its file; `epoch` counts from 0, `done` says how far the run
+    /// is; `random` belongs to the visit.
     pub fn process<S: AsRef<str>>(&self, lines: &[S], epoch: u64, done: Done, random: &Stream) -> String {
         let every = self.dropout_every_n_epochs;
         let dropped = f64::from(random.at("caption_dropout").uniform()) < self.dropout;

@@ -1,5 +1,5 @@
-//! Trigger words in captions: where they stand as words of their own, and what takes their place. When one is put in front is
-//! [`super::CaptionOptions`]' to say.
+//! Trigger words in captions: where they stand as words of their own, and what takes their place. When one is put in
+//! front is [`super::CaptionOptions`]' to say.
 
 /// What stands in captions for the trigger word, as ai-toolkit has it.
 pub const MARKS: [&str; 2] = ["[trigger]", "[name]"];
@@ -29,8 +29,8 @@ pub fn replaced(text: &str, word: &str, by: &str) -> String {
     out + &text[from..]
 }
 
-/// The tag that is to stand in front for a trigger word: `tags` lose it where they have it. None where a tag of several words
-/// has it and no tag moves (`is_whole`): that caption reads as a sentence.
+/// The tag that is to stand in front for a trigger word: `tags` lose it where they have it. None where a tag of several
+/// words has it and no tag moves (`is_whole`): that caption reads as a sentence.
 pub(super) fn taken_out(tags: &mut Vec<String>, word: String, is_whole: bool) -> Option<String> {
     if tags.contains(&word) {
         tags.retain(|tag| *tag != word);

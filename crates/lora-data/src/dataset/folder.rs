@@ -410,8 +410,8 @@ impl ImageDataset {
     }
 }
 
-/// The masks of a folder of pictures, by stem: those at the same place below the folder of masks, then those directly in it,
-/// where sd-scripts and ai-toolkit look.
+/// The masks of a folder of pictures, by stem: those at the same place below the folder of masks, then those directly
+/// in it, where sd-scripts and ai-toolkit look.
 fn masks_for(masks: &Path, folder: &Path, root: &Path) -> Result<HashMap<OsString, PathBuf>> {
     let mut found = masks_by_stem(masks)?;
     let same = folder.strip_prefix(root).ok().filter(|below| !below.as_os_str().is_empty());

@@ -1,16 +1,17 @@
 //! Captioned pictures on disk: which there are, how large they are, and what is written about them.
 //!
 //! **Layouts.** A folder of pictures; a folder of kohya's `N_name` folders (N repeats; the name is the caption of pictures
-//! that have none; pictures beside such folders are left out and reported); a folder of other folders, read in full; a `.tar` in WebDataset's form; a `.parquet` table; or what a
-//! metadata file of sd-scripts lists.
+//! that have none; pictures beside such folders are left out and reported); a folder of other folders, read in full; a
+//! `.tar` in WebDataset's form; a `.parquet` table; or what a metadata file of sd-scripts lists.
 //!
 //! **Captions** come from, the first found winning: `picture.txt`, `picture.caption`, `metadata.csv` (a header with
-//! `filename` or `file_name`, and `prompt`, `text` or `caption`), `metadata.jsonl` (objects with the same keys; `image_path`
-//! too), the folder's `N_name`. Of a caption file with several lines the first counts, as in sd-scripts; the others are
-//! there for [`crate::caption`].
+//! `filename` or `file_name`, and `prompt`, `text` or `caption`), `metadata.jsonl` (objects with the same keys;
+//! `image_path` too), the folder's `N_name`. Of a caption file with several lines the first counts, as in sd-scripts;
+//! the others are there for [`crate::caption`].
 //!
 //! **Masks** lie beside their picture as `picture-mask.png` or `picture-masklabel.png` (OneTrainer), or in a folder
-//! of their own under the picture's name, at the picture's place below the root or directly in it (ai-toolkit, sd-scripts).
+//! of their own under the picture's name, at the picture's place below the root or directly in it (ai-toolkit,
+//! sd-scripts).
 
 mod archive;
 mod captions;

@@ -205,8 +205,8 @@ pub(crate) fn json_rows(path: &Path) -> Result<impl Iterator<Item = Result<Value
     Ok(rows(path, None)?.map(|row| row.map(|row| json(&row))))
 }
 
-/// A row, or a struct in one, without its nulls: a column of structs has the keys of all rows, and those that a row did not
-/// have are filled with null (TRL's `remove_none_values` takes them out too).
+/// A row, or a struct in one, without its nulls: a column of structs has the keys of all rows, and those that a row did
+/// not have are filled with null (TRL's `remove_none_values` takes them out too).
 fn json(row: &Row) -> Value {
     let said = row.get_column_iter().filter(|(_, field)| !matches!(field, Field::Null));
     Value::Object(said.map(|(name, field)| (name.clone(), json_field(field))).collect())

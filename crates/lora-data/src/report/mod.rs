@@ -1,5 +1,5 @@
-//! A look at a dataset before hours are spent on it: what there is, what training will make of it, and what is the matter
-//! with which file. Pictures are looked at here, texts in [`texts`]; the pages for people are in [`html`].
+//! A look at a dataset before hours are spent on it: what there is, what training will make of it, and what is the
+//! matter with which file. Pictures are looked at here, texts in [`texts`]; the pages for people are in [`html`].
 
 mod duplicates;
 pub mod html;

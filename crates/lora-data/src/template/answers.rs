@@ -1,5 +1,6 @@
-//! Which part of a laid out conversation the model itself says. A template may mark it (`{% generation %}`); for any other
-//! it is found by rendering again with an answer's words masked: what differs is the answer, as the template trimmed it.
+//! Which part of a laid out conversation the model itself says. A template may mark it (`{% generation %}`); for any
+//! other it is found by rendering again with an answer's words masked: what differs is the answer, as the template
+//! trimmed it.
 
 use std::ops::Range;
 
@@ -27,8 +28,8 @@ pub(super) fn mark(text: &str) -> String {
 pub struct Answer {
     /// Its bytes.
     pub span: Range<usize>,
-    /// The message that it is of, where the end of the turn is still to be found behind the words; `None` where the template
-    /// has said what belongs to the answer.
+    /// The message that it is of, where the end of the turn is still to be found behind the words; `None` where the
+    /// template has said what belongs to the answer.
     pub message: Option<usize>,
 }
 
@@ -73,7 +74,8 @@ impl ChatTemplate {
             {
                 words.end = unnamed.end;
             }
-            // A template's own beginning of an answer, as `<think>`, is learned where the prompt does not hold it already.
+            // A template's own beginning of an answer, as `<think>`, is learned where the prompt does not hold it
+            // already.
             let before = self.render_values(&messages[..message], conversation, true);
             let begins = before.ok().filter(|before| text.starts_with(before.as_str())).map(|before| before.len());
             let start = begins.filter(|start| *start <= words.end).unwrap_or(words.start);
@@ -82,8 +84,8 @@ impl ChatTemplate {
         Ok(Layout { text, answers })
     }
 
-    /// Where the words of the message behind an answer begin: the answer's end of turn stands before. The end of the text
-    /// behind the last message.
+    /// Where the words of the message behind an answer begin: the answer's end of turn stands before. The end of the
+    /// text behind the last message.
     pub(crate) fn turn_end(&self, layout: &Layout, conversation: &Conversation, message: usize) -> usize {
         let messages: Vec<Value> = conversation.messages.iter().map(value).collect();
         let next = (message + 1..messages.len()).find_map(|next| {
@@ -92,8 +94,8 @@ impl ChatTemplate {
         next.unwrap_or(layout.text.len())
     }
 
-    /// The conversation with its calls of tools in the spelling that the template lays out: beside an empty content as nearly
-    /// all do, or beside `null` with arguments as text, as those of DeepSeek-R1's distilled models ask for.
+    /// The conversation with its calls of tools in the spelling that the template lays out: beside an empty content as
+    /// nearly all do, or beside `null` with arguments as text, as those of DeepSeek-R1's distilled models ask for.
     ///
     /// # Errors
     /// Where the template leaves the calls out in every spelling: an answer without words would be learned.
@@ -135,7 +137,8 @@ impl ChatTemplate {
         }))
     }
 
-    /// The bytes in which a rendering with one message masked differs; `None` where the template leaves the message out.
+    /// The bytes in which a rendering with one message masked differs; `None` where the template leaves the message
+    /// out.
     fn difference(
         &self,
         text: &str,

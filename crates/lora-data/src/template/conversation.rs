@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 /// Messages, tools and variables of one record.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Conversation {
-    /// Messages in order: objects with `role` and `content`, and whatever else their template knows (`reasoning_content`,
-    /// `tool_calls`, `name`).
+    /// Messages in order: objects with `role` and `content`, and whatever else their template knows
+    /// (`reasoning_content`, `tool_calls`, `name`).
     pub messages: Vec<Map<String, Value>>,
     /// The tools, in the layout that templates expect; `null` where there are none.
     pub tools: Value,
@@ -28,7 +28,8 @@ impl Conversation {
         self.messages.get(message).and_then(|message| message.get("role")?.as_str()).unwrap_or_default()
     }
 
-    /// Whether a message is an answer that is learned: the assistant's, and not excluded by `weight: 0` or `train: false`.
+    /// Whether a message is an answer that is learned: the assistant's, and not excluded by `weight: 0` or `train:
+    /// false`.
     pub(crate) fn is_learned(&self, message: usize) -> bool {
         let excluded = |own: &Map<String, Value>| {
             own.get("weight").and_then(Value::as_f64) == Some(0.0) || own.get("train") == Some(&Value::Bool(false))
@@ -42,8 +43,8 @@ impl Conversation {
         calls.is_some_and(|calls| !calls.is_empty())
     }
 
-    /// The same with some of one message's words replaced by characters that no text has, so that what differs in the layout
-    /// is what the message says.
+    /// The same with some of one message's words replaced by characters that no text has, so that what differs in the
+    /// layout is what the message says.
     pub(super) fn masked(&self, message: usize, words: Words) -> Map<String, Value> {
         let mut masked = self.messages.get(message).cloned().unwrap_or_default();
         let keys = ["content", "reasoning_content", "thinking", "tool_calls"];

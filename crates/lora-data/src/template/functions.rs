@@ -1,6 +1,6 @@
 //! What transformers gives to chat templates beside Jinja's own: `tojson` as Python writes JSON, `raise_exception` and
-//! `strftime_now`; and where minijinja differs from Jinja and Python: two tests, and methods of texts. `%` between texts is
-//! not there: minijinja has no way to add an operator.
+//! `strftime_now`; and where minijinja differs from Jinja and Python: two tests, and methods of texts. `%` between
+//! texts is not there: minijinja has no way to add an operator.
 
 use jiff::civil::Date;
 use jiff::fmt::strtime;

@@ -1,5 +1,5 @@
-//! Chat templates: how a conversation is laid out for a model, in the Jinja dialect of Hugging Face, and which part of the
-//! layout the model itself says. How records become conversations is [`crate::texts`]' business.
+//! Chat templates: how a conversation is laid out for a model, in the Jinja dialect of Hugging Face, and which part of
+//! the layout the model itself says. How records become conversations is [`crate::texts`]' business.
 //!
 //! A template is data: it sees nothing but the conversation, runs with limited fuel, and loads no other template.
 
@@ -25,8 +25,8 @@ use serde_json::Map;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
-/// What one rendering may take, an instruction or 64 bytes each: forty times what the longest conversations take. So a template
-/// that comes with a model takes half a GiB at most, and less than a second.
+/// What one rendering may take, an instruction or 64 bytes each: forty times what the longest conversations take. So a
+/// template that comes with a model takes half a GiB at most, and less than a second.
 const FUEL: u64 = 8_000_000;
 /// Deepest nesting of macros and includes.
 const DEPTH: usize = 200;
@@ -68,8 +68,8 @@ const USUAL: &str = "default";
 const WITH_TOOLS: &str = "tool_use";
 
 impl ChatTemplate {
-    /// The template of a run: the one that is named (a file, or one of [`NAMES`]), else the tokenizer's own. `None` where
-    /// neither is there.
+    /// The template of a run: the one that is named (a file, or one of [`NAMES`]), else the tokenizer's own. `None`
+    /// where neither is there.
     ///
     /// # Errors
     /// Where the named one is not there or has no place with this tokenizer, or the template is malformed.
@@ -97,8 +97,8 @@ impl ChatTemplate {
         Self::new(name, &[(USUAL.to_owned(), source)], tokenizer, options).map(Some)
     }
 
-    /// Of templates by name, of which those called `default` and `tool_use` are used; a single one counts as the usual one
-    /// whatever its name.
+    /// Of templates by name, of which those called `default` and `tool_use` are used; a single one counts as the usual
+    /// one whatever its name.
     ///
     /// # Errors
     /// Where a template is malformed, the date is none, or there is no usual template.
@@ -224,8 +224,8 @@ fn environment(date: Date) -> Environment<'static> {
     environment
 }
 
-/// Statements of transformers' own, `{% generation %}` to `{% endgeneration %}`, as a filter over the same text, which keeps
-/// the rules of white space and tells where the text is.
+/// Statements of transformers' own, `{% generation %}` to `{% endgeneration %}`, as a filter over the same text, which
+/// keeps the rules of white space and tells where the text is.
 fn with_answers_as_filters(source: &str) -> Cow<'_, str> {
     static TAGS: OnceLock<Regex> = OnceLock::new();
     let tags =

@@ -1,5 +1,5 @@
-//! The keys of a record: the names under which published datasets keep the same thing, for all forms, and which keys a form
-//! has not read. What the values mean is told in `record.rs`, how turns are spelled in `turns.rs`.
+//! The keys of a record: the names under which published datasets keep the same thing, for all forms, and which keys a
+//! form has not read. What the values mean is told in `record.rs`, how turns are spelled in `turns.rs`.
 
 use serde_json::{Map, Value};
 

@@ -1,8 +1,9 @@
-//! Text datasets for language models: JSON, JSON lines, Parquet or plain files, whose records are tokenised once, up front,
-//! and visited as rows of tokens of which some are learned. How conversations are laid out is told in [`crate::template`].
+//! Text datasets for language models: JSON, JSON lines, Parquet or plain files, whose records are tokenised once, up
+//! front, and visited as rows of tokens of which some are learned. How conversations are laid out is told in
+//! [`crate::template`].
 //!
-//! In files of their own: reading (`read.rs`), the forms of records (`record.rs`) with their keys (`fields.rs`) and turns
-//! (`turns.rs`), one record as tokens (`tokenise.rs`), how documents fill rows (`rows.rs`), what the cache keeps
+//! In files of their own: reading (`read.rs`), the forms of records (`record.rs`) with their keys (`fields.rs`) and
+//! turns (`turns.rs`), one record as tokens (`tokenise.rs`), how documents fill rows (`rows.rs`), what the cache keeps
 //! (`stored.rs`), counts (`summary.rs`).
 
 mod fields;
@@ -208,13 +209,13 @@ const FINDINGS: usize = 1000;
 const AT_ONCE: usize = 2048;
 
 impl Texts {
-    /// Reads and tokenises a `.jsonl`, `.json`, `.parquet` or `.txt` file (a text file is one record), or all such files of a
-    /// folder, sorted by name. Records that cannot be used are errors where the strictness says so, else they are left out,
-    /// counted and reported. With a cache, files that were tokenised before are not tokenised again.
+    /// Reads and tokenises a `.jsonl`, `.json`, `.parquet` or `.txt` file (a text file is one record), or all such
+    /// files of a folder, sorted by name. Records that cannot be used are errors where the strictness says so, else
+    /// they are left out, counted and reported. With a cache, files that were tokenised before are not tokenised again.
     ///
     /// # Errors
-    /// Where a file cannot be read, no record is left, a record of a strict dataset cannot be used, an option is impossible,
-    /// or a document is too long and that is to be an error.
+    /// Where a file cannot be read, no record is left, a record of a strict dataset cannot be used, an option is
+    /// impossible, or a document is too long and that is to be an error.
     pub fn open(options: TextOptions, tokenizer: Arc<Tokenizer>, cache: Option<&DiskCache>) -> Result<Self> {
         options.check()?;
         let template = ChatTemplate::choose(options.chat_template.as_deref(), &tokenizer, &options.template)?;
@@ -233,8 +234,8 @@ impl Texts {
         }
     }
 
-    /// Rows of no file, each of the longest shape and learned in full. What a run needs can be found with them before anybody
-    /// has tokenised the real ones.
+    /// Rows of no file, each of the longest shape and learned in full. What a run needs can be found with them before
+    /// anybody has tokenised the real ones.
     pub fn stand_in(options: TextOptions, rows: usize) -> Self {
         let length = options.max_seq_length;
         let tokens = vec![TRAINED; length];
@@ -442,7 +443,8 @@ impl Texts {
         self.rows = Rows::of(&self.documents, &self.groups, max_seq_length, packing);
     }
 
-    /// Takes some records out, chosen by the seed, to be looked at beside training. Both parts have at least one record.
+    /// Takes some records out, chosen by the seed, to be looked at beside training. Both parts have at least one
+    /// record.
     ///
     /// # Errors
     /// Where there are not so many.
@@ -503,8 +505,8 @@ impl Texts {
         &self.counts
     }
 
-    /// The documents of all rows: the record's file and line (0 where the file is the record), and the tokens without what is
-    /// learned of them.
+    /// The documents of all rows: the record's file and line (0 where the file is the record), and the tokens without
+    /// what is learned of them.
     pub(crate) fn all_documents(&self) -> impl Iterator<Item = (&Path, u32, Vec<u32>)> {
         self.documents.iter().map(|document| {
             let Record { file, number, .. } = self.records[document.record as usize];

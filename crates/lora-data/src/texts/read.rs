@@ -78,7 +78,8 @@ fn extension(path: &Path) -> String {
     path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default()
 }
 
-/// The records of a file in order. An error of the iterator is one of the file; a single record's is told when it is parsed.
+/// The records of a file in order. An error of the iterator is one of the file; a single record's is told when it is
+/// parsed.
 pub(super) fn records(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Raw>> + '_>> {
     let raw = |(index, body): (usize, Body)| Ok(Raw { number: u32::try_from(index + 1).unwrap_or(u32::MAX), body });
     Ok(match extension(path).as_str() {
@@ -98,8 +99,8 @@ pub(super) fn records(path: &Path) -> Result<Box<dyn Iterator<Item = Result<Raw>
     })
 }
 
-/// Whether a JSON file has JSON lines, as `datasets` reads files of either name: its first line is an object of its own, and
-/// another line follows.
+/// Whether a JSON file has JSON lines, as `datasets` reads files of either name: its first line is an object of its
+/// own, and another line follows.
 fn is_lines(path: &Path) -> Result<bool> {
     let mut lines = Lines::open(path)?;
     let first = lines.next().transpose()?;

@@ -1,5 +1,5 @@
-//! One record of a text dataset: a plain text, a conversation in any of the usual spellings, or a pair of answers of which
-//! one is better. The names of keys stand in `fields.rs`, the spellings of turns in `turns.rs`.
+//! One record of a text dataset: a plain text, a conversation in any of the usual spellings, or a pair of answers of
+//! which one is better. The names of keys stand in `fields.rs`, the spellings of turns in `turns.rs`.
 
 use serde_json::{Map, Value};
 
@@ -294,9 +294,9 @@ fn completion(fields: &mut Fields, question: &'static str, key: &'static str) ->
     }
 }
 
-/// Prompt, better and worse answer: texts, or messages. Where both answers begin with turns of their own, they hold the whole
-/// conversation, and a prompt beside them says the same again (ultrafeedback_binarized; TRL's `maybe_extract_prompt` takes it
-/// from them too).
+/// Prompt, better and worse answer: texts, or messages. Where both answers begin with turns of their own, they hold the
+/// whole conversation, and a prompt beside them says the same again (ultrafeedback_binarized; TRL's
+/// `maybe_extract_prompt` takes it from them too).
 fn preference(fields: &mut Fields) -> Result<TextSample, String> {
     let around = Around::of(fields)?;
     let mut given = match (fields.key(TURNS), fields.key(QUESTION)) {

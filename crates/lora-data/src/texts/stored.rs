@@ -1,5 +1,5 @@
-//! A file's records as tokens, in memory and in the cache: before documents are split or packed, so that only what changes
-//! the tokens themselves asks for tokenising again.
+//! A file's records as tokens, in memory and in the cache: before documents are split or packed, so that only what
+//! changes the tokens themselves asks for tokenising again.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! One record as tokens, each with whether it is learned: the layout by the chat template, the tokens of its text, and by
-//! their places in the text those that belong to an answer.
+//! One record as tokens, each with whether it is learned: the layout by the chat template, the tokens of its text, and
+//! by their places in the text those that belong to an answer.
 
 use std::ops::Range;
 
@@ -43,7 +43,8 @@ impl<'t> Tokeniser<'t> {
     ) -> Self {
         let texts: Vec<String> = tokenizer.special_texts().filter(|text| !text.is_empty()).collect();
         let escaped: Vec<String> = texts.iter().map(|text| regex::escape(text)).collect();
-        // A vocabulary with too many special tokens for one expression is not looked for; nothing but a warning depends on it.
+        // A vocabulary with too many special tokens for one expression is not looked for; nothing but a warning depends
+        // on it.
         let special = (!escaped.is_empty()).then(|| Regex::new(&escaped.join("|")).ok()).flatten();
         Self { tokenizer, template, train_on_inputs, system_prompt, special }
     }
@@ -160,7 +161,8 @@ impl<'t> Tokeniser<'t> {
                 *endless |= ends.is_none();
                 span.end = ends.unwrap_or(span.end);
             }
-            // Several tokens may stand for one character, and a token may take white space along: overlap is what counts.
+            // Several tokens may stand for one character, and a token may take white space along: overlap is what
+            // counts.
             let first = encoding.spans.partition_point(|own| own.end <= span.start);
             let length = encoding.spans[first..].iter().take_while(|own| own.start < span.end).count();
             places.push(first..first + length);
@@ -168,8 +170,8 @@ impl<'t> Tokeniser<'t> {
         places
     }
 
-    /// Where the special token behind an answer's words ends, if there is one before the next message's words. `next` tells
-    /// where those begin, and is asked only where something stands between.
+    /// Where the special token behind an answer's words ends, if there is one before the next message's words. `next`
+    /// tells where those begin, and is asked only where something stands between.
     fn end_of_turn(&self, encoding: &Encoding, words: usize, next: impl FnOnce() -> usize) -> Option<usize> {
         let from = encoding.spans.partition_point(|own| own.end <= words);
         let behind = encoding.ids.iter().zip(&encoding.spans).skip(from);

@@ -1,4 +1,5 @@
-//! Turns and tools as datasets spell them, brought into the spelling of chat templates: roles, calls of tools, transcripts.
+//! Turns and tools as datasets spell them, brought into the spelling of chat templates: roles, calls of tools,
+//! transcripts.
 
 use serde_json::{Map, Value, json};
 
@@ -8,8 +9,8 @@ pub(super) fn message(role: &str, content: String) -> Map<String, Value> {
     Map::from_iter([("role".to_owned(), role.into()), ("content".to_owned(), content.into())])
 }
 
-/// The tools of a record: a list, or (as some exporters write it) its text. Templates expect each as `{"type": "function",
-/// "function": …}`; OpenAI's older `functions` and LLaMA-Factory's files have what is inside.
+/// The tools of a record: a list, or (as some exporters write it) its text. Templates expect each as `{"type":
+/// "function", "function": …}`; OpenAI's older `functions` and LLaMA-Factory's files have what is inside.
 pub(super) fn tools(tools: Value, key: &str) -> Result<Value, String> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => Value::Null,
@@ -48,8 +49,8 @@ pub(super) fn history(value: Value, key: &str) -> Result<Vec<Map<String, Value>>
     Ok(messages)
 }
 
-/// The turns of a transcript as hh-rlhf has them, `\n\nHuman: …\n\nAssistant: …`; `None` where it is none, or ends without
-/// an answer.
+/// The turns of a transcript as hh-rlhf has them, `\n\nHuman: …\n\nAssistant: …`; `None` where it is none, or ends
+/// without an answer.
 pub(super) fn transcript(text: &str) -> Option<Vec<Map<String, Value>>> {
     const MARKS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
     let text = format!("\n\n{}", text.trim());

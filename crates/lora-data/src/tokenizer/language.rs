@@ -1,5 +1,5 @@
-//! The tokenizer of a language model: the `tokenizers` crate's, with what training asks beside it: which tokens begin and end
-//! texts, which are special, and the chat templates that stand beside it. How it is read from files is told in
+//! The tokenizer of a language model: the `tokenizers` crate's, with what training asks beside it: which tokens begin
+//! and end texts, which are special, and the chat templates that stand beside it. How it is read from files is told in
 //! [`super::folder`] and [`super::gguf`].
 
 use std::collections::BTreeSet;
@@ -98,7 +98,8 @@ impl Tokenizer {
         path.join("tokenizer.json").is_file() || (path.is_file() && magic())
     }
 
-    /// Reads `tokenizer.json` of a folder, with `tokenizer_config.json`, `generation_config.json` and chat templates beside it.
+    /// Reads `tokenizer.json` of a folder, with `tokenizer_config.json`, `generation_config.json` and chat templates
+    /// beside it.
     ///
     /// # Errors
     /// Where there is no `tokenizer.json`, or one of the files is damaged.
@@ -198,8 +199,8 @@ impl Tokenizer {
         Ok(Encoding { ids: encoding.get_ids().to_vec(), spans })
     }
 
-    /// The tokens of a plain text between its begin, by the tokenizer's own rule, and its end; each once, where the text has
-    /// them written out.
+    /// The tokens of a plain text between its begin, by the tokenizer's own rule, and its end; each once, where the
+    /// text has them written out.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].

@@ -498,7 +498,8 @@ fn template(field: &Field<'_>) -> Outcome {
     }
 }
 
-/// Plain texts are cut into rows as they are read (`prompt_strategies/completion.py`), so that `excess_length_strategy` never sees one.
+/// Plain texts are cut into rows as they are read (`prompt_strategies/completion.py`), so that `excess_length_strategy`
+/// never sees one.
 fn long_documents(field: &Field<'_>) -> Outcome {
     let kinds: Vec<Value> = match field.root.given("datasets") {
         Some(Value::Array(sets)) => sets.iter().map(|set| set.get("type").cloned().unwrap_or_default()).collect(),

@@ -342,8 +342,9 @@ fn packs(root: &Scope<'_>) -> bool {
     }
 }
 
-/// Tokens of a row. With `stage = dpo` the limit is of a prompt with one answer (`data/processor/pairwise.py`), ours of a pair. With
-/// `stage = pt` texts that fill rows are cut into such rows and not cut off (`data/processor/pretrain.py`).
+/// Tokens of a row. With `stage = dpo` the limit is of a prompt with one answer (`data/processor/pairwise.py`), ours of
+/// a pair. With `stage = pt` texts that fill rows are cut into such rows and not cut off
+/// (`data/processor/pretrain.py`).
 fn cutoff(field: &Field<'_>) -> Outcome {
     let Some(length) = field.count() else { return field.expected("a whole number") };
     let (length, long, how) = match field.root.text("stage").as_deref() {
@@ -418,8 +419,8 @@ fn named_datasets(root: &Scope<'_>, draft: &mut Draft, keys: &mut Vec<Accounted>
     Ok(())
 }
 
-/// Columns and tags of an entry in `dataset_info.json` (LLaMA-Factory's `data/parser.py`), and the names in records that mean the same
-/// where `lora_data::texts` reads them.
+/// Columns and tags of an entry in `dataset_info.json` (LLaMA-Factory's `data/parser.py`), and the names in records
+/// that mean the same where `lora_data::texts` reads them.
 const READ: &[(&str, &[&str])] = &[
     ("prompt", &["instruction", "prompt", "question", "query", "text", "content"]),
     ("query", &["input", "context"]),

@@ -10,7 +10,8 @@ use crate::outcome::{Outcome, becomes, no_effect, translated};
 use crate::report::{Accounted, Verdict};
 use crate::values;
 
-/// A prompt as a line with what its sample says of it: the keys of the negative prompt, of width, height, seed, steps and guidance.
+/// A prompt as a line with what its sample says of it: the keys of the negative prompt, of width, height, seed, steps
+/// and guidance.
 pub(super) fn prompt(prompt: String, sample: &Value, keys: [&str; 6]) -> String {
     let mut line = prompt;
     for (flag, key) in ["--n", "--w", "--h", "--d", "--s", "--l"].into_iter().zip(keys) {

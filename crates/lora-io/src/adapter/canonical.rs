@@ -1,6 +1,6 @@
 //! Modules of transformers under the names of their family's original tree, and under the canonical ones. One layer of
-//! the original tree may be several here, as queries, keys and values in one: reading takes its module apart, writing puts
-//! modules together. Both are exact for plain LoRA.
+//! the original tree may be several here, as queries, keys and values in one: reading takes its module apart, writing
+//! puts modules together. Both are exact for plain LoRA.
 
 use std::collections::BTreeMap;
 
@@ -76,8 +76,8 @@ fn pieces(path: &ModulePath, trees: &[Names], depths: &Depths) -> Option<Vec<(St
     pieces.into_iter().map(path).collect()
 }
 
-/// The depths that an adapter shows: Stable Diffusion 3's last block shifts and scales its text and has no gates, so that
-/// its layer there has twice as many rows as columns.
+/// The depths that an adapter shows: Stable Diffusion 3's last block shifts and scales its text and has no gates, so
+/// that its layer there has twice as many rows as columns.
 fn depths(adapter: &Adapter) -> Depths {
     let last = adapter.modules.iter().find_map(|(path, module)| {
         let of_text = ["context_block.adaLN_modulation.1", "norm1_context.linear"];
@@ -121,8 +121,8 @@ fn of_outputs(module: &AdapterModule, what: &str) -> Result<Vec<String>, String>
     Ok(module.tensors.keys().filter(|name| *name != "down").cloned().collect())
 }
 
-/// A module on a share of the layer's outputs. Columns of `up` that are nothing there leave it with their rows of `down`:
-/// of modules that were put together only their own ranks are left.
+/// A module on a share of the layer's outputs. Columns of `up` that are nothing there leave it with their rows of
+/// `down`: of modules that were put together only their own ranks are left.
 fn cut(module: &AdapterModule, share: Share, layers: usize) -> Result<AdapterModule, String> {
     let mut own = module.clone();
     for name in of_outputs(module, &format!("{layers} layers in one"))? {
@@ -192,9 +192,10 @@ type Fused = BTreeMap<String, (Component, AdapterModule)>;
 /// A module that has no form in kohya's layout, and why; without a reason it has no name there.
 type Unwritten = (ModulePath, Option<String>);
 
-/// An adapter's modules as they are in the original tree of its family, by their kohya names, each with the component that it
-/// is of; `None` for a module that the layout has no name for. Those of layers that are one there become one module. `separate` counts modules that were put
-/// together with factors of their own each: then the one has the sum of their ranks.
+/// An adapter's modules as they are in the original tree of its family, by their kohya names, each with the component
+/// that it is of; `None` for a module that the layout has no name for. Those of layers that are one there become one
+/// module. `separate` counts modules that were put together with factors of their own each: then the one has the sum of
+/// their ranks.
 pub(super) fn fused(adapter: &Adapter, family: Option<&Family>, separate: &mut usize) -> Result<Fused, Unwritten> {
     let tree = family.and_then(|family| {
         let names = family.component(Component::TRANSFORMER)?;

@@ -1,7 +1,7 @@
 //! diffusers' own layout: dotted module paths behind the name of the component (`unet.`, `text_encoder.`,
-//! `text_encoder_2.`), `lora_A` and `lora_B` for the factors, no alpha. The scale is folded into `lora_B`, so that releases
-//! that read the metadata `lora_adapter_metadata` (0.34 and later) and those that do not apply the same. On reading, that
-//! metadata is followed.
+//! `text_encoder_2.`), `lora_A` and `lora_B` for the factors, no alpha. The scale is folded into `lora_B`, so that
+//! releases that read the metadata `lora_adapter_metadata` (0.34 and later) and those that do not apply the same. On
+//! reading, that metadata is followed.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! The kohya/WebUI layout, which the WebUI, Forge, ComfyUI, diffusers and sd-scripts all read, with LyCORIS' suffixes for
-//! the variants that LyCORIS has.
+//! The kohya/WebUI layout, which the WebUI, Forge, ComfyUI, diffusers and sd-scripts all read, with LyCORIS' suffixes
+//! for the variants that LyCORIS has.
 //!
 //! A module is named as [`super::names`] says; its tensors are `.lora_down.weight`, `.lora_up.weight` and `.alpha`, or
 //! LyCORIS' `.hada_w1_a`, `.lokr_w1`, `.dora_scale` and so on. What is particular here:
@@ -28,9 +28,9 @@ pub(crate) const ZERO_PARTNERS: &str = "lora_zero_partners";
 /// Metadata key: names of variants that no other tool knows, separated by commas.
 pub(crate) const CUSTOM_VARIANTS: &str = "lora_custom_variants";
 
-/// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the hashes
-/// that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters for the family
-/// are; [`super::family()`] tells it where nobody knows. Returns what could not be kept as it was.
+/// Writes an adapter, then reads the file back and checks it. The adapter's metadata goes into the header, with the
+/// hashes that the field's tools expect (`sshs_model_hash`, `sshs_legacy_hash`) added. Modules are named as adapters
+/// for the family are; [`super::family()`] tells it where nobody knows. Returns what could not be kept as it was.
 ///
 /// # Errors
 /// [`Error::Module`] for a module that has no form in this layout or holds NaN or infinity, [`Error::Io`] where the

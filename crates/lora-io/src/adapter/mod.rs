@@ -1,5 +1,5 @@
-//! Adapter files: each format a reader into and a writer from the canonical [`lora_core::Adapter`], so that a conversion is
-//! a read and a write. No base model is needed; [`fit`] holds an adapter against one.
+//! Adapter files: each format a reader into and a writer from the canonical [`lora_core::Adapter`], so that a
+//! conversion is a read and a write. No base model is needed; [`fit`] holds an adapter against one.
 //!
 //! Reading is strict: a tensor that nothing takes, half a pair, two spellings of one module, a configuration field that
 //! changes the mathematics and is not supported are errors that list what is wrong.
@@ -89,7 +89,8 @@ pub struct AdapterFile {
     pub family: Option<&'static Family>,
     /// Element types of its factors.
     pub dtypes: BTreeSet<StoredDType>,
-    /// What a reader should know: parts of the file that are no part of the adapter, statements that contradict each other.
+    /// What a reader should know: parts of the file that are no part of the adapter, statements that contradict each
+    /// other.
     pub notes: Vec<String>,
 }
 
@@ -107,7 +108,8 @@ impl AdapterFile {
     }
 
     /// # Errors
-    /// If a number is NaN or infinite: names the file, the module and the tensor. Nothing can be made of such an adapter.
+    /// If a number is NaN or infinite: names the file, the module and the tensor. Nothing can be made of such an
+    /// adapter.
     pub fn undamaged(&self) -> Result<()> {
         match damaged(&self.adapter) {
             Some((module, tensor)) => Err(Error::format(&self.path, format!("`{module}`: {}", damage(tensor)))),
@@ -231,8 +233,8 @@ pub fn write(path: impl AsRef<Path>, adapter: &Adapter, format: Format, dtype: D
     write_as(path, adapter, format, family(adapter), dtype)
 }
 
-/// Writes an adapter for a base of a family in the layout that most programs load: kohya's, and of plain LoRAs for Stable
-/// Diffusion 3 diffusers', since diffusers passes over kohya's there.
+/// Writes an adapter for a base of a family in the layout that most programs load: kohya's, and of plain LoRAs for
+/// Stable Diffusion 3 diffusers', since diffusers passes over kohya's there.
 ///
 /// # Errors
 /// As of [`write()`].
@@ -243,8 +245,8 @@ pub fn write_for(path: impl AsRef<Path>, adapter: &Adapter, family: &Family, dty
     }
 }
 
-/// Takes an adapter whose first values are missing (PEFT's PiSSA and OLoRA as they are saved unconverted) for a plain LoRA,
-/// which it is on the changed base that PEFT trained it on.
+/// Takes an adapter whose first values are missing (PEFT's PiSSA and OLoRA as they are saved unconverted) for a plain
+/// LoRA, which it is on the changed base that PEFT trained it on.
 pub fn on_residual(adapter: &mut Adapter) {
     for module in adapter.modules.values_mut() {
         if lacks_first_values(module) {

@@ -15,8 +15,8 @@
 //! Layers of transformers that are one in the original tree are taken apart and put together in `adapter::canonical`.
 //!
 //! An underscore in a kohya name may be a dot or part of a word. The words that these models' paths are made of are
-//! known, so the reading is unique; a name made of anything else belongs to [`Component::MODEL`] and keeps its spelling,
-//! to be compared with a base's names later.
+//! known, so the reading is unique; a name made of anything else belongs to [`Component::MODEL`] and keeps its
+//! spelling, to be compared with a base's names later.
 
 use lora_core::{Component, ModulePath};
 
@@ -97,8 +97,8 @@ pub(crate) fn from_kohya(name: &str, families: &[&Family]) -> ModulePath {
     module.unwrap_or_else(|| ModulePath::new(Component::MODEL, name))
 }
 
-/// The kohya name of a module of a base of a family, or of a family that is not known; `None` for a module that the layout
-/// has no name for.
+/// The kohya name of a module of a base of a family, or of a family that is not known; `None` for a module that the
+/// layout has no name for.
 pub fn kohya(module: &ModulePath, family: Option<&Family>) -> Option<String> {
     // Its spelling in the file it came from.
     if module.component == Component::MODEL {

@@ -475,8 +475,8 @@ fn scalar_tensor(value: f32) -> Result<HostTensor, String> {
     HostTensor::from_f32([], vec![value]).map_err(|error| error.to_string())
 }
 
-/// Upper triangles of skew matrices, `[blocks, b(b-1)/2]`, each no longer than its part of a limit: PEFT shortens them so
-/// whenever it computes with them.
+/// Upper triangles of skew matrices, `[blocks, b(b-1)/2]`, each no longer than its part of a limit: PEFT shortens them
+/// so whenever it computes with them.
 fn shortened(skew: &HostTensor, limit: f64) -> Result<HostTensor, String> {
     let blocks = skew.shape().first().copied().unwrap_or(1).max(1);
     let limit = limit / (blocks as f64).sqrt();

@@ -1,5 +1,5 @@
-//! `rank_pattern` and `alpha_pattern` of PEFT's configurations, which PEFT's folders and diffusers' headers have: what they
-//! say of a module, and the keys to write for one.
+//! `rank_pattern` and `alpha_pattern` of PEFT's configurations, which PEFT's folders and diffusers' headers have: what
+//! they say of a module, and the keys to write for one.
 //!
 //! A key is a regular expression for the end of a module's path, cut at a dot; the first that fits counts (PEFT 0.21,
 //! `get_pattern_key`).
@@ -34,8 +34,8 @@ impl Patterns {
 }
 
 /// The field for modules with numbers of their own. `all` are the paths of all modules. A path that others end with, as
-/// FLUX.1's `proj_out` (`single_transformer_blocks.0.proj_out`), is held to the beginning, as diffusers 0.42 does; PEFT before
-/// 0.15 knows no such keys, so all others stay plain.
+/// FLUX.1's `proj_out` (`single_transformer_blocks.0.proj_out`), is held to the beginning, as diffusers 0.42 does; PEFT
+/// before 0.15 knows no such keys, so all others stay plain.
 pub(super) fn written<'p>(
     own: impl IntoIterator<Item = (&'p ModulePath, Value)>,
     all: &[&ModulePath],

@@ -1,10 +1,11 @@
 //! PEFT's folder: `adapter_model.safetensors` with names `base_model.model.<module>.lora_A.weight`, and
 //! `adapter_config.json`, without which neither scale nor method is known.
 //!
-//! Read: LoRA (rsLoRA, DoRA, embeddings, experts, rank and alpha patterns, `lora_bias`, layers and biases saved whole, trained
-//! tokens, PiSSA and OLoRA as they are trained), trained tokens alone, LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA, HRA. `fan_in_fan_out` says nothing that the base does not show. Written:
-//! LoRA and DoRA, with every field that PEFT, vLLM and mistral.rs ask for. A field that changes the mathematics and is not
-//! supported is an error; PEFT itself would pass over it, or over tensors that it does not know, in silence.
+//! Read: LoRA (rsLoRA, DoRA, embeddings, experts, rank and alpha patterns, `lora_bias`, layers and biases saved whole,
+//! trained tokens, PiSSA and OLoRA as they are trained), trained tokens alone, LoHa, LoKr, OFT, BOFT, IA3, VeRA, GLoRA,
+//! HRA. `fan_in_fan_out` says nothing that the base does not show. Written: LoRA and DoRA, with every field that PEFT,
+//! vLLM and mistral.rs ask for. A field that changes the mathematics and is not supported is an error; PEFT itself
+//! would pass over it, or over tensors that it does not know, in silence.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -73,7 +74,8 @@ pub fn read(folder: impl AsRef<Path>) -> Result<AdapterFile> {
         let reason = "field `trainable_token_indices`: the file beside it has no rows of these tokens";
         return Err(Error::format(&config_path, reason));
     }
-    // CLIP encoders of one pipeline have the same names: the folder says which it is, as this crate and diffusers name them.
+    // CLIP encoders of one pipeline have the same names: the folder says which it is, as this crate and diffusers name
+    // them.
     let second = folder.file_name().is_some_and(|name| name == Component::TEXT_ENCODER_2.name());
     let path_of = |name: &str| {
         let path = config.parameters.path(name).unwrap_or_else(|_| names::from_dotted(name));
@@ -270,7 +272,8 @@ impl Config {
     }
 }
 
-/// Numbers of trained tokens by the ending of the layer's name: one list for whatever embedding there is, or one a layer.
+/// Numbers of trained tokens by the ending of the layer's name: one list for whatever embedding there is, or one a
+/// layer.
 fn tokens(value: &Value) -> Result<Vec<(String, Vec<u32>)>, String> {
     let list = |value: &Value| -> Result<Vec<u32>, String> {
         let numbers = value.as_array().ok_or_else(|| format!("{value} is no list of tokens"))?;
@@ -287,8 +290,8 @@ fn tokens(value: &Value) -> Result<Vec<(String, Vec<u32>)>, String> {
     }
 }
 
-/// The variant that an initialisation makes of a LoRA whose file was not converted; `None` for one that leaves the base as
-/// it is.
+/// The variant that an initialisation makes of a LoRA whose file was not converted; `None` for one that leaves the base
+/// as it is.
 fn residual(init: &str) -> Result<Option<&'static str>, String> {
     let init = init.to_lowercase();
     let known = [("pissa_niter", "pissa-fast"), ("pissa", "pissa"), ("olora", "olora")];

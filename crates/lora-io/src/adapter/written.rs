@@ -1,5 +1,5 @@
-//! What an adapter is in the format that it is written in: which format is usual for a base, which layers that format has,
-//! and writing for a base that is known.
+//! What an adapter is in the format that it is written in: which format is usual for a base, which layers that format
+//! has, and writing for a base that is known.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,9 +10,9 @@ use super::{Format, canonical, diffusers, gguf, kohya, names, peft};
 use crate::family::{FAMILIES, Family, sd3};
 use crate::{Error, Result};
 
-/// The layout that most programs load of adapters for a family: PEFT's for language models, else kohya's; of plain LoRAs for
-/// Stable Diffusion 3 diffusers', since diffusers passes over kohya's there. Dotted names of a model that is not known have
-/// no form in kohya's; they stay as they are in diffusers'.
+/// The layout that most programs load of adapters for a family: PEFT's for language models, else kohya's; of plain
+/// LoRAs for Stable Diffusion 3 diffusers', since diffusers passes over kohya's there. Dotted names of a model that is
+/// not known have no form in kohya's; they stay as they are in diffusers'.
 pub fn usual_format(adapter: &Adapter, family: Option<&Family>) -> Format {
     let is_plain = |module: &AdapterModule| module.factors().is_some_and(|factors| !factors.embedding);
     match family {
@@ -25,7 +25,8 @@ pub fn usual_format(adapter: &Adapter, family: Option<&Family>) -> Format {
     }
 }
 
-/// Writes an adapter for a base of a family, or of one that is not known; returns what the format could not keep as it was.
+/// Writes an adapter for a base of a family, or of one that is not known; returns what the format could not keep as it
+/// was.
 ///
 /// # Errors
 /// As of [`super::write()`].
@@ -46,8 +47,9 @@ pub fn write_as(
 }
 
 /// An adapter with a module for each layer of the format, for what works on ranks: kohya's layout has the layers of the
-/// original tree, where queries, keys and values may be one. The modules of a transformer have that tree's names then, which
-/// the layout is written from too. Where modules cannot be put together the adapter stays as it is, and writing it says why.
+/// original tree, where queries, keys and values may be one. The modules of a transformer have that tree's names then,
+/// which the layout is written from too. Where modules cannot be put together the adapter stays as it is, and writing
+/// it says why.
 pub fn in_layers_of(format: Format, adapter: &Adapter, family: Option<&Family>) -> Adapter {
     let has_tree = |family: &&Family| {
         let names = family.component(Component::TRANSFORMER).and_then(|names| names.kohya);

@@ -1,6 +1,7 @@
-//! diffusers' conversions of adapters for transformers (0.42.1): which of a layer's tensors each takes, under which of the
-//! spellings of its name. A conversion is chosen by what is anywhere in the file, and each has other words for what it does
-//! not take: an error, a warning, nothing. All of it was seen running on tiny models but for Anima, which was read, not run.
+//! diffusers' conversions of adapters for transformers (0.42.1): which of a layer's tensors each takes, under which of
+//! the spellings of its name. A conversion is chosen by what is anywhere in the file, and each has other words for what
+//! it does not take: an error, a warning, nothing. All of it was seen running on tiny models but for Anima, which was
+//! read, not run.
 
 use std::collections::BTreeMap;
 

@@ -1,8 +1,8 @@
 //! diffusers' `load_lora_weights`, version 0.42.1.
 //!
 //! A file is taken for the kohya layout when every key starts with one of its prefixes; it is then renamed, and what is
-//! left over is an error. Any other file has to be in diffusers' own dotted names. Layers that the pipeline does not have
-//! are passed over with a warning.
+//! left over is an error. Any other file has to be in diffusers' own dotted names. Layers that the pipeline does not
+//! have are passed over with a warning.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 

@@ -1,5 +1,5 @@
-//! mistral.rs at commit 9e92262, its dynamic LoRA: everything in the file must be used, and every field that changes the
-//! mathematics must be one that it supports.
+//! mistral.rs at commit 9e92262, its dynamic LoRA: everything in the file must be used, and every field that changes
+//! the mathematics must be one that it supports.
 
 use serde_json::Value;
 

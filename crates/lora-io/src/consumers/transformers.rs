@@ -1,7 +1,7 @@
-//! What programs make of adapters for transformers that denoise by flow matching: which of the spellings of a layer each
-//! knows; what diffusers makes of a layer's tensors is told in [`super::conversions`]. ComfyUI's rules (a commit of October
-//! 2025) were seen running on tiny models but for those of FLUX.2, Z-Image, Anima and names without `diffusion_model.`, which
-//! were read, not run; sd-scripts' were read, not run.
+//! What programs make of adapters for transformers that denoise by flow matching: which of the spellings of a layer
+//! each knows; what diffusers makes of a layer's tensors is told in [`super::conversions`]. ComfyUI's rules (a commit
+//! of October 2025) were seen running on tiny models but for those of FLUX.2, Z-Image, Anima and names without
+//! `diffusion_model.`, which were read, not run; sd-scripts' were read, not run.
 
 use std::collections::{BTreeMap, BTreeSet};
 

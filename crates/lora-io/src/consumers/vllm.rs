@@ -1,7 +1,7 @@
 //! vLLM, as of commits e745bafff and 0306474e: its helper for PEFT configs, its limits and its names.
 //!
-//! One scale serves all layers, `lora_alpha / r` (over the root of `r` with rsLoRA). Every tensor has to be half of a pair
-//! or part of an embedding; an embedding saved whole is passed over.
+//! One scale serves all layers, `lora_alpha / r` (over the root of `r` with rsLoRA). Every tensor has to be half of a
+//! pair or part of an embedding; an embedding saved whole is passed over.
 
 use super::builder::OpinionBuilder;
 use super::folder::{self, Part};

@@ -56,7 +56,8 @@ impl Module<'_> {
         (self.path.component == Component::TRANSFORMER).then_some(self.path.path.as_str())
     }
 
-    /// The number of the block behind `start` that it is attention of, where it is a transformer's and reads so many numbers.
+    /// The number of the block behind `start` that it is attention of, where it is a transformer's and reads so many
+    /// numbers.
     pub(super) fn attention(&self, start: &str, inputs: usize) -> Option<usize> {
         let (block, layer) = self.of_transformer()?.strip_prefix(start)?.split_once('.')?;
         let block = block.parse().ok()?;

@@ -1,6 +1,6 @@
-//! FLUX.1: a diffusion transformer of double and single blocks, CLIP's text encoder and T5, an autoencoder. Of single files
-//! most hold one of these each; some hold all. Adapters in kohya's layout name the transformer's modules in the original
-//! tree, where queries, keys and values are one layer.
+//! FLUX.1: a diffusion transformer of double and single blocks, CLIP's text encoder and T5, an autoencoder. Of single
+//! files most hold one of these each; some hold all. Adapters in kohya's layout name the transformer's modules in the
+//! original tree, where queries, keys and values are one layer.
 
 use lora_core::Component;
 

@@ -1,6 +1,6 @@
-//! Qwen-Image: a diffusion transformer of double blocks, a Qwen2.5-VL language model that reads captions, an autoencoder of
-//! three-dimensional convolutions. Adapters name the layers of diffusers' tree, which is the
-//! original's too.
+//! Qwen-Image: a diffusion transformer of double blocks, a Qwen2.5-VL language model that reads captions, an
+//! autoencoder of three-dimensional convolutions. Adapters name the layers of diffusers' tree, which is the original's
+//! too.
 
 use lora_core::Component;
 

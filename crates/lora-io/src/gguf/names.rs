@@ -1,6 +1,6 @@
-//! Names of a language model's tensors in GGUF and in Hugging Face's files, and the order of rows that differs: for `llama` and
-//! some other architectures llama.cpp stores the query and key projections with each head's rotary pairs side by side,
-//! where Hugging Face keeps the halves apart.
+//! Names of a language model's tensors in GGUF and in Hugging Face's files, and the order of rows that differs: for
+//! `llama` and some other architectures llama.cpp stores the query and key projections with each head's rotary pairs
+//! side by side, where Hugging Face keeps the halves apart.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -43,8 +43,9 @@ const ARCHITECTURES: &[(&str, &str)] = &[
     ("gpt_oss", "gpt-oss"),
 ];
 
-/// Architectures that llama.cpp turns by neighbouring numbers and Hugging Face by halves of a head: the rows of their query
-/// and key projections are stored in llama.cpp's order. (Source: llama.cpp, `llama_model_rope_type` and the converter.)
+/// Architectures that llama.cpp turns by neighbouring numbers and Hugging Face by halves of a head: the rows of their
+/// query and key projections are stored in llama.cpp's order. (Source: llama.cpp, `llama_model_rope_type` and the
+/// converter.)
 const REORDERED: &[&str] = &["llama", "mistral3", "smollm3", "granite"];
 
 /// Parts of a layer: GGUF after `blk.N.`, Hugging Face after `model.layers.N.`.

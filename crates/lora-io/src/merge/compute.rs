@@ -1,5 +1,5 @@
-//! The numbers of one piece of a merged tensor: rows by themselves where the updates allow it, else the whole tensor through
-//! the variants' own formulas.
+//! The numbers of one piece of a merged tensor: rows by themselves where the updates allow it, else the whole tensor
+//! through the variants' own formulas.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -63,9 +63,9 @@ pub struct Extracted {
     pub notes: Vec<String>,
 }
 
-/// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same layout.
-/// Layers that do not differ get no module. Layers that are one in the format that is usual for the base's family share
-/// their down-projection, so that they have the rank that is asked for there too.
+/// The LoRA that leads from a base to a model tuned from it, on the layers that `targets` names. Both have the same
+/// layout. Layers that do not differ get no module. Layers that are one in the format that is usual for the base's
+/// family share their down-projection, so that they have the rank that is asked for there too.
 ///
 /// # Errors
 /// [`Error::Format`] where a pattern matches no layer of the base, the tuned model lacks one, or none of them differs;
@@ -118,7 +118,8 @@ pub fn extract(
     Ok(Extracted { adapter, outcomes, family, notes })
 }
 
-/// Layers that are one in the usual format of a family's plain LoRAs, in the order of their rows; each of the others alone.
+/// Layers that are one in the usual format of a family's plain LoRAs, in the order of their rows; each of the others
+/// alone.
 fn written_together(layers: &[ModulePath], family: Option<&Family>) -> Vec<Vec<ModulePath>> {
     let tree = family.and_then(|family| family.component(Component::TRANSFORMER)?.kohya?.tree);
     let tree = tree.filter(|_| adapter::usual_format(&Adapter::default(), family) == Format::Kohya);
@@ -139,8 +140,8 @@ fn written_together(layers: &[ModulePath], family: Option<&Family>) -> Vec<Vec<M
     all
 }
 
-/// The modules of layers that are one where they are written: the rows of their differences are taken apart as one matrix.
-/// The share of its norm that is kept comes with them; `None` where nothing differs.
+/// The modules of layers that are one where they are written: the rows of their differences are taken apart as one
+/// matrix. The share of its norm that is kept comes with them; `None` where nothing differs.
 fn extract_together(
     base: &Model,
     tuned: &Model,
@@ -218,9 +219,9 @@ fn left_out(base: &Model, tuned: &Model, chosen: &[ModulePath]) -> Option<String
     })
 }
 
-/// Any adapter as a plain LoRA on this base: every update of a weight is worked out and taken apart again. Plain modules
-/// stay as they are, and so does what has no rank: normalisations and biases alone. A change of the bias goes beside the
-/// factors, in a tensor `bias` that the module's scale counts for; not every format has a place for one.
+/// Any adapter as a plain LoRA on this base: every update of a weight is worked out and taken apart again. Plain
+/// modules stay as they are, and so does what has no rank: normalisations and biases alone. A change of the bias goes
+/// beside the factors, in a tensor `bias` that the module's scale counts for; not every format has a place for one.
 ///
 /// # Errors
 /// [`Error::Module`] for a module whose layer the base lacks or whose tensors do not fit it; [`Error::Io`] or

@@ -1,9 +1,9 @@
 //! Which tensors of a base an adapter's modules change.
 //!
-//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under their
-//! own names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module changes its rows
-//! alone. A module of a model that is not known is looked up by its name with dots and underscores taken as the same; if
-//! that leaves two tensors, it is refused.
+//! A base's tensors are known under canonical paths where its family names them (see [`crate::family`]), and under
+//! their own names otherwise. Where a tensor holds several weights, as OpenCLIP's query, key and value, a module
+//! changes its rows alone. A module of a model that is not known is looked up by its name with dots and underscores
+//! taken as the same; if that leaves two tensors, it is refused.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -156,7 +156,8 @@ impl Edits {
         Ok(all)
     }
 
-    /// Rows of tokens are trained for both ends of a base that ties them: where the ends are parted, they belong to each.
+    /// Rows of tokens are trained for both ends of a base that ties them: where the ends are parted, they belong to
+    /// each.
     fn train_tokens_of_the_head(&mut self, adapters: &[Weighted]) {
         let Some(tied) = self.untied.clone() else { return };
         for index in 0..self.files.len() {
@@ -203,8 +204,8 @@ impl Edits {
         Ok(())
     }
 
-    /// Parts the two ends of a base that ties them, where a module changes one: what was added to the embedding under the
-    /// output layer's path belongs to a tensor of its own.
+    /// Parts the two ends of a base that ties them, where a module changes one: what was added to the embedding under
+    /// the output layer's path belongs to a tensor of its own.
     fn untie(
         &mut self,
         path: &ModulePath,
@@ -435,8 +436,8 @@ impl StoredLayers {
     }
 }
 
-/// Factors by block mean other blocks in another family, and nothing in one that has none: `base` is what is of the family, a
-/// base or an adapter for one.
+/// Factors by block mean other blocks in another family, and nothing in one that has none: `base` is what is of the
+/// family, a base or an adapter for one.
 ///
 /// # Errors
 /// [`Error::Format`] with how many the family has.
@@ -490,8 +491,8 @@ fn is_conv1d(name: &str) -> bool {
     ["c_attn", "q_attn", "c_proj", "c_fc"].iter().any(|leaf| name.rsplit('.').next() == Some(leaf))
 }
 
-/// Whether a base stores such layers as `[in, out]`. Other models have layers of these names that are stored as usual, so
-/// those that are not square decide, and the configuration where there are none.
+/// Whether a base stores such layers as `[in, out]`. Other models have layers of these names that are stored as usual,
+/// so those that are not square decide, and the configuration where there are none.
 fn has_conv1d(base: &Base) -> bool {
     let shapes = |end: &'static str| {
         let names = base.files.iter().flat_map(|file| file.names().map(move |name| (file, name)));

@@ -283,8 +283,8 @@ impl<'f> TensorView<'f> {
 
     /// Whether all elements are finite; integers are.
     pub(crate) fn is_finite(&self) -> bool {
-        // NaN and the infinities are what has all bits of the exponent set. Without a branch on each, so that it is done
-        // many at a time; a file that was just written is read back at the speed of memory.
+        // NaN and the infinities are what has all bits of the exponent set. Without a branch on each, so that it is
+        // done many at a time; a file that was just written is read back at the speed of memory.
         fn any<const N: usize>(view: &TensorView<'_>, set: impl Fn([u8; N]) -> bool) -> bool {
             let blocks = view.bytes.chunks(4096 * N);
             blocks.map(|block| block.as_chunks::<N>().0).any(|block| block.iter().fold(false, |any, &x| any | set(x)))

@@ -1,6 +1,7 @@
-//! Prior preservation without pictures: what the base itself answers, its adapter off, is a target beside the pictures'. Each
-//! micro-batch is noised once; the network is asked what it answers there to other captions, with its adapter and without, and
-//! the mean square between the two is added to the loss. Bases of noise and of velocities share it: an answer is an answer.
+//! Prior preservation without pictures: what the base itself answers, its adapter off, is a target beside the
+//! pictures'. Each micro-batch is noised once; the network is asked what it answers there to other captions, with its
+//! adapter and without, and the mean square between the two is added to the loss. Bases of noise and of velocities
+//! share it: an answer is an answer.
 //!
 //! | key | where the base's answer is kept |
 //! |---|---|
@@ -8,8 +9,8 @@
 //! | `prior_blank_weight` | for the empty caption |
 //! | `prior_mask_weight` | for the picture's own caption, outside its mask |
 //!
-//! The first two are ai-toolkit's differential output preservation and blank prompt preservation, the third is OneTrainer's
-//! masked prior preservation.
+//! The first two are ai-toolkit's differential output preservation and blank prompt preservation, the third is
+//! OneTrainer's masked prior preservation.
 
 use lora_data::caption::trigger;
 use lora_models::layers::Pass;
@@ -23,7 +24,8 @@ use crate::difference::{LossType, Target};
 /// What is told of each step.
 const FIGURES: &[&str] = &["prior_loss"];
 
-/// A network's answer on the noised latents of a micro-batch: what of it depends on the caption comes from these inputs.
+/// A network's answer on the noised latents of a micro-batch: what of it depends on the caption comes from these
+/// inputs.
 pub(super) type Answer<'a> = dyn Fn(&Inputs, &Pass) -> Result<Tensor> + 'a;
 
 /// A caption that is asked beside an item's own.
@@ -84,8 +86,8 @@ impl Prior {
         if self.is_on() { FIGURES } else { &[] }
     }
 
-    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out, and the places that the
-    /// items' masks leave out, where the answer there is kept.
+    /// Adds the tensors of these captions, one of each for each item, as `captions` lays them out, and the places that
+    /// the items' masks leave out, where the answer there is kept.
     pub(super) fn beside(
         &self,
         mut inputs: Inputs,
@@ -103,9 +105,9 @@ impl Prior {
         Ok(inputs)
     }
 
-    /// The loss `own` of the answer to the items' own captions, with what is kept of the base's answers; where there is anything
-    /// to keep, `[2]`, the sum and [`FIGURES`]. Items count as they do in the loss (`factors`), masks do not. Inputs without
-    /// such captions, by which items are judged, have the loss alone.
+    /// The loss `own` of the answer to the items' own captions, with what is kept of the base's answers; where there is
+    /// anything to keep, `[2]`, the sum and [`FIGURES`]. Items count as they do in the loss (`factors`), masks do not.
+    /// Inputs without such captions, by which items are judged, have the loss alone.
     pub(super) fn loss(
         &self,
         inputs: &Inputs,

@@ -1,5 +1,5 @@
-//! Samples before, during and after training: pictures in one grid, where rows are steps and columns prompts; texts in one
-//! page, by prompt and step.
+//! Samples before, during and after training: pictures in one grid, where rows are steps and columns prompts; texts in
+//! one page, by prompt and step.
 
 use std::io::Write;
 use std::path::PathBuf;

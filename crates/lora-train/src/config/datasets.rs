@@ -1,5 +1,5 @@
-//! The part of a configuration that says what is trained on. The same keys stand at the top, where they are defaults, and in
-//! each table of `datasets`; sd-scripts' dataset files become such tables in [`lora_import::sd_scripts`].
+//! The part of a configuration that says what is trained on. The same keys stand at the top, where they are defaults,
+//! and in each table of `datasets`; sd-scripts' dataset files become such tables in [`lora_import::sd_scripts`].
 
 use std::path::{Path, PathBuf};
 
@@ -33,8 +33,9 @@ pub(super) struct Table {
     pub(super) keys: Map<String, Value>,
 }
 
-/// Keys that say what the subject's pictures are. Regularisation pictures, which show what is not the subject, do not inherit
-/// them. Prefix and suffix they do, as in sd-scripts (`config_util.py` falls back to the arguments for every subset).
+/// Keys that say what the subject's pictures are. Regularisation pictures, which show what is not the subject, do not
+/// inherit them. Prefix and suffix they do, as in sd-scripts (`config_util.py` falls back to the arguments for every
+/// subset).
 const OF_THE_SUBJECT: &[&str] = &["trigger_word", "class_tokens", "metadata_file", "mask_dir"];
 
 /// The reader of a table of regularisation pictures, which has of these keys its own.

@@ -1,5 +1,5 @@
-//! The configuration of a run: flat keys in TOML or YAML, checked in full before any model is loaded. What each key means
-//! and where it goes is in [`keys`]; nothing here touches files other than the configuration itself.
+//! The configuration of a run: flat keys in TOML or YAML, checked in full before any model is loaded. What each key
+//! means and where it goes is in [`keys`]; nothing here touches files other than the configuration itself.
 
 mod datasets;
 mod extra;
@@ -191,8 +191,8 @@ macro_rules! fields {
             $($(#[$attribute])* pub $field: $type,)*
             /// Values of keys that a program registers.
             pub extra: Extra,
-            /// Where this process stands among those that train together; alone without it. No key: a launcher says it, and
-            /// [`crate::ranks::place`] reads that.
+            /// Where this process stands among those that train together; alone without it. No key: a launcher says it,
+            /// and [`crate::ranks::place`] reads that.
             pub place: Option<crate::ranks::Place>,
             read_by: ReadBy,
         }
@@ -364,8 +364,8 @@ impl TrainConfig {
         Self::read(Reader::parse(None, text, format, plugins)?, overrides)
     }
 
-    /// The texts that a file trains a language model on, with its base, for a look at them; `None` where its base is no language model, or
-    /// not named. `folder` takes the place of the file's own.
+    /// The texts that a file trains a language model on, with its base, for a look at them; `None` where its base is no
+    /// language model, or not named. `folder` takes the place of the file's own.
     ///
     /// # Errors
     /// As [`TrainConfig::from_file`].
@@ -403,8 +403,8 @@ impl TrainConfig {
         Ok(reader)
     }
 
-    /// Only what a file says of datasets, for a look at them before there is a base model. `folder` takes the place of the
-    /// file's own.
+    /// Only what a file says of datasets, for a look at them before there is a base model. `folder` takes the place of
+    /// the file's own.
     ///
     /// # Errors
     /// As [`TrainConfig::from_file`].
@@ -454,7 +454,8 @@ impl TrainConfig {
         &self.read_by.keys
     }
 
-    /// What is found out later to be wrong with values of keys, as it is said of what is wrong when the configuration is read.
+    /// What is found out later to be wrong with values of keys, as it is said of what is wrong when the configuration
+    /// is read.
     pub(crate) fn refused(&self, problems: impl IntoIterator<Item = (&'static str, String)>) -> ConfigError {
         let problem = |(key, message): (&str, String)| Problem {
             line: self.read_by.lines.get(key).copied(),

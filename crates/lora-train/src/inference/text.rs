@@ -115,7 +115,8 @@ impl TextModel {
         &self.writer
     }
 
-    /// The answer to tokens that [`Writer`] laid out. `each` is given every piece of text as soon as its characters are whole.
+    /// The answer to tokens that [`Writer`] laid out. `each` is given every piece of text as soon as its characters are
+    /// whole.
     ///
     /// # Errors
     /// Where the prompt is empty, and where memory runs out.
@@ -139,9 +140,10 @@ impl TextModel {
         self.writer.text(&answer)
     }
 
-    /// The loss on texts: of records on what is learned of them, of a plain text file on windows of up to `max_seq_length` tokens, side
-    /// by side. Each window begins as a text begins, with the tokenizer's first token where it has one, and all that follows is
-    /// predicted; without one, all but the window's first token. `progress` is told rows done, of.
+    /// The loss on texts: of records on what is learned of them, of a plain text file on windows of up to
+    /// `max_seq_length` tokens, side by side. Each window begins as a text begins, with the tokenizer's first token
+    /// where it has one, and all that follows is predicted; without one, all but the window's first token. `progress`
+    /// is told rows done, of.
     ///
     /// # Errors
     /// Where the texts cannot be read or have nothing to judge, and where memory runs out.
@@ -248,8 +250,8 @@ impl EvaluationOptions {
     }
 }
 
-/// Tokens in windows side by side, the last one shorter. Each has the token that begins texts before it, where there is one, and every
-/// token but the first of a window is predicted.
+/// Tokens in windows side by side, the last one shorter. Each has the token that begins texts before it, where there is
+/// one, and every token but the first of a window is predicted.
 fn windows(ids: &[u32], begin: Option<u32>, length: usize) -> Vec<TokenRow> {
     let row = |own: &[u32]| {
         let ids: Vec<u32> = begin.into_iter().chain(own.iter().copied()).collect();

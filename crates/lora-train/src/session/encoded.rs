@@ -1,6 +1,6 @@
-//! What networks encode once of examples and captions: computed before the first step and kept in host memory, and in files where
-//! there is a `cache_dir`; or made at each visit of examples that threads load ahead. What is encoded how is the base's
-//! business.
+//! What networks encode once of examples and captions: computed before the first step and kept in host memory, and in
+//! files where there is a `cache_dir`; or made at each visit of examples that threads load ahead. What is encoded how
+//! is the base's business.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -46,7 +46,8 @@ impl fmt::Debug for Examples {
 }
 
 impl Examples {
-    /// Made at each visit; those of the visits to come are loaded meanwhile: of each step of so many micro-batches a share.
+    /// Made at each visit; those of the visits to come are loaded meanwhile: of each step of so many micro-batches a
+    /// share.
     pub(super) fn fresh(
         network: Option<Component>,
         source: &Arc<dyn Source>,
@@ -172,8 +173,8 @@ pub(super) fn examples(
     Ok(encoded)
 }
 
-/// Where ranks have a cache on disk, each encodes its share into it before all of them read the whole: where they share the disk,
-/// nothing is encoded twice.
+/// Where ranks have a cache on disk, each encodes its share into it before all of them read the whole: where they share
+/// the disk, nothing is encoded twice.
 fn in_shares(
     disk: Option<&Arc<DiskCache>>,
     ranks: &Ranks,

@@ -1,5 +1,5 @@
-//! What a run is made of and what is known of it before the first network is loaded: the configuration as it was planned, the
-//! data, the base's files, the device. What is made of that is `prepare`'s business.
+//! What a run is made of and what is known of it before the first network is loaded: the configuration as it was
+//! planned, the data, the base's files, the device. What is made of that is `prepare`'s business.
 
 use std::sync::Arc;
 

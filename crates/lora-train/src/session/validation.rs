@@ -31,17 +31,19 @@ impl Validation {
 }
 
 impl Session {
-    /// Encodes the items of another place, treated as those that are trained on are, without what is random in them: random
-    /// processors are left out, and pictures that lose their crop with them are cut in the middle.
+    /// Encodes the items of another place, treated as those that are trained on are, without what is random in them:
+    /// random processors are left out, and pictures that lose their crop with them are cut in the middle.
     ///
     /// # Errors
-    /// Where there are none, none can be read, or one cannot and the configuration is strict; and where memory runs out.
+    /// Where there are none, none can be read, or one cannot and the configuration is strict; and where memory runs
+    /// out.
     pub fn load_validation(&mut self, folder: &Path) -> Result<Validation> {
         let source = self.feed.source.of_another(folder)?;
         self.encode_validation(&*source)
     }
 
-    /// What the configuration says is not trained on, encoded: `validation_data_dir`, or what `validation_split` holds out.
+    /// What the configuration says is not trained on, encoded: `validation_data_dir`, or what `validation_split` holds
+    /// out.
     ///
     /// # Errors
     /// As [`Session::load_validation`].
@@ -120,8 +122,8 @@ impl Session {
         Ok(Validation { items, measures })
     }
 
-    /// The mean loss of each item at the same draws at every look, unweighted, without dropout. `caption` says which caption an item
-    /// is looked at with, by its index; its own is the second argument.
+    /// The mean loss of each item at the same draws at every look, unweighted, without dropout. `caption` says which
+    /// caption an item is looked at with, by its index; its own is the second argument.
     ///
     /// # Errors
     /// Where memory runs out.

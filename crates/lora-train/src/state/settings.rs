@@ -1,5 +1,5 @@
-//! What makes a run the run that it is: with another value of one of these its continuation would be another run. And what
-//! may change in the middle, which is noted.
+//! What makes a run the run that it is: with another value of one of these its continuation would be another run. And
+//! what may change in the middle, which is noted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -1,5 +1,5 @@
-//! Bases that are trained by flow matching: a network that answers with velocities between pictures' latents and noise, an
-//! encoder of captions, an autoencoder. What tells them apart is the few values of [`Kind`](kind::Kind).
+//! Bases that are trained by flow matching: a network that answers with velocities between pictures' latents and noise,
+//! an encoder of captions, an autoencoder. What tells them apart is the few values of [`Kind`](kind::Kind).
 //!
 //! | here | what |
 //! |---|---|
@@ -144,8 +144,8 @@ impl FlowMatching {
         ((height / patch) * (width / patch)) as usize
     }
 
-    /// Captions of a batch as the network takes them: those that were kept, others as the encoder, which stays then, makes
-    /// them now.
+    /// Captions of a batch as the network takes them: those that were kept, others as the encoder, which stays then,
+    /// makes them now.
     fn with_captions(&self, inputs: Inputs, items: &[Item]) -> Result<Inputs> {
         let _guard = no_grad_guard();
         let of = |item: &Item| self.encoders.of_item(item, self.device);

@@ -1,4 +1,5 @@
-//! Samples: from noise through noise levels, with what makes them follow their prompts more closely, and through the autoencoder.
+//! Samples: from noise through noise levels, with what makes them follow their prompts more closely, and through the
+//! autoencoder.
 
 use std::collections::BTreeMap;
 use std::sync::Once;
@@ -43,7 +44,8 @@ impl FlowMatching {
             static ONCE: Once = Once::new();
             ONCE.call_once(|| tracing::warn!("a negative prompt changes nothing here: {}", self.why_not_negative()));
         }
-        // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer at work.
+        // The autoencoder comes when all latents are there, which are small, so that it is never beside the transformer
+        // at work.
         let mut all = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
             let mut draw = Stream::new(config.seed).at("sample").with(index as u64);
@@ -68,7 +70,8 @@ impl FlowMatching {
         }
     }
 
-    /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a negative one.
+    /// Latents from noise `[1, channels, height, width]` through noise levels, with encodings of a prompt and of a
+    /// negative one.
     pub(super) fn denoised(
         &self,
         noise: &Tensor,
@@ -97,7 +100,8 @@ impl FlowMatching {
     }
 }
 
-/// Velocities `[batch, channels, height, width]` of which each token, a square of `patch` a side, is as long as another's.
+/// Velocities `[batch, channels, height, width]` of which each token, a square of `patch` a side, is as long as
+/// another's.
 fn rescaled(velocity: &Tensor, like: &Tensor, patch: usize) -> Result<Tensor> {
     let patch = patch as i64;
     let length = |velocity: &Tensor| -> Result<Tensor> {

@@ -1,5 +1,5 @@
-//! Causal language models as bases: rows of tokens laid out as tensors, the loss of next tokens, answers as samples. The
-//! network is `lora_models`' decoder; how records become rows is told in [`lora_data::texts`].
+//! Causal language models as bases: rows of tokens laid out as tensors, the loss of next tokens, answers as samples.
+//! The network is `lora_models`' decoder; how records become rows is told in [`lora_data::texts`].
 
 mod preference;
 mod prompts;
@@ -45,7 +45,8 @@ pub(super) const LANGUAGE: Registration = Registration {
 
 const DECODER: Component = Component::LANGUAGE_MODEL;
 
-/// First tokens of a document that are seen beside a window where nothing is said: what StreamingLLM found to be enough.
+/// First tokens of a document that are seen beside a window where nothing is said: what StreamingLLM found to be
+/// enough.
 const SINKS: usize = 4;
 /// Tokens of a sampled answer in a dry run: the first reads the prompt, the others are alike.
 const DRY_TOKENS: usize = 2;

@@ -29,8 +29,8 @@ pub struct Writer {
 }
 
 impl Prompts {
-    /// For a base in a folder or a GGUF file. `template` is a file, or the name of a known one; the base's own without. `system` is
-    /// said before prompts that are no conversation.
+    /// For a base in a folder or a GGUF file. `template` is a file, or the name of a known one; the base's own without.
+    /// `system` is said before prompts that are no conversation.
     pub(crate) fn new(base: impl Into<PathBuf>, template: Option<String>, system: Option<String>) -> Self {
         Self { base: base.into(), template, system, writer: OnceLock::new() }
     }
@@ -56,9 +56,9 @@ impl Prompts {
     }
 }
 
-/// The special token that training would learn as the end of an answer, told from an exchange of two words. Bases that were trained
-/// on texts alone have it in their template and not among the tokens that end what they generate. `None` where the template refuses
-/// the exchange, or ends answers in words.
+/// The special token that training would learn as the end of an answer, told from an exchange of two words. Bases that
+/// were trained on texts alone have it in their template and not among the tokens that end what they generate. `None`
+/// where the template refuses the exchange, or ends answers in words.
 fn turn_end(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> {
     let layout = template.layout(&Conversation::of([("user", "one"), ("assistant", "two")])).ok()?;
     let encoding = tokenizer.encode(&layout.text).ok()?;
@@ -82,8 +82,8 @@ impl Writer {
         Arc::clone(&self.tokenizer)
     }
 
-    /// The tokens of a prompt: what a user says, or a conversation as a JSON list of messages; with the beginning of the answer
-    /// behind it. Without a chat template the prompt is a text to be continued.
+    /// The tokens of a prompt: what a user says, or a conversation as a JSON list of messages; with the beginning of
+    /// the answer behind it. Without a chat template the prompt is a text to be continued.
     ///
     /// # Errors
     /// Where the list is malformed or the template refuses it.
@@ -132,7 +132,8 @@ impl Writer {
         Ok(Conversation::of(system.into_iter().chain([("user", prompt)])))
     }
 
-    /// Tokens that end an answer: those that the tokenizer's files name, and the one that ends turns in the chat template's layout.
+    /// Tokens that end an answer: those that the tokenizer's files name, and the one that ends turns in the chat
+    /// template's layout.
     pub fn ends(&self) -> impl Iterator<Item = i64> {
         self.tokenizer.ends().chain(self.turn_end).map(i64::from)
     }

@@ -24,8 +24,8 @@ fn open(opening: &DataOpening<'_>) -> Result<Box<dyn Source>> {
     let decoder = DecoderConfig::detect(opening.checkpoint.component(Component::LANGUAGE_MODEL)?)?;
     let each = |options: TextOptions| -> Result<Box<dyn Source>> {
         let texts = Texts::open(options, Arc::clone(&tokenizer), opening.disk.map(|disk| &**disk))?;
-        // Tokenizers of published models have tokens that their models never see, as Gemma 3 1B's for pictures. What counts is what
-        // the texts have.
+        // Tokenizers of published models have tokens that their models never see, as Gemma 3 1B's for pictures. What
+        // counts is what the texts have.
         if tokenizer.vocabulary_size() > decoder.vocabulary {
             let draw = Stream::new(0);
             for item in 0..texts.count() {

@@ -1,5 +1,5 @@
-//! Stable Diffusion 1.x, 2.x and XL: one or two text encoders, a U-Net that denoises latents, an autoencoder. What tells them
-//! apart is the few values of [`Kind`].
+//! Stable Diffusion 1.x, 2.x and XL: one or two text encoders, a U-Net that denoises latents, an autoencoder. What
+//! tells them apart is the few values of [`Kind`].
 //!
 //! | here | what |
 //! |---|---|
@@ -294,8 +294,9 @@ fn whole(sides: [usize; 2]) -> [f64; 6] {
 /// The name under which the sizes of a picture and of its part that is shown are kept.
 const SIZES: &str = "sizes";
 
-/// Height and width of a picture in its file, top and left edge of the part that is shown in the picture as it was scaled, and
-/// the part's height and width: what SDXL is told (Podell et al., 2023, section 2.2), as diffusers' training scripts tell it.
+/// Height and width of a picture in its file, top and left edge of the part that is shown in the picture as it was
+/// scaled, and the part's height and width: what SDXL is told (Podell et al., 2023, section 2.2), as diffusers'
+/// training scripts tell it.
 fn sizes_of(sample: &PictureSample) -> [f32; 6] {
     let (frame, (width, height)) = (sample.frame, sample.size());
     let left = match frame.mirrored {

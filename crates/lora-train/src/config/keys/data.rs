@@ -1,5 +1,5 @@
-//! What is trained on and where the result goes: datasets, roles of pictures, output. How pictures are cut and captioned is
-//! in [`super::pictures`].
+//! What is trained on and where the result goes: datasets, roles of pictures, output. How pictures are cut and
+//! captioned is in [`super::pictures`].
 
 use std::path::PathBuf;
 

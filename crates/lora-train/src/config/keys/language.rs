@@ -1,5 +1,5 @@
-//! Keys of texts and of language models: how records become rows of tokens, what of them is learned, and how answers are
-//! sampled. Which files there are is in `keys/data.rs`.
+//! Keys of texts and of language models: how records become rows of tokens, what of them is learned, and how answers
+//! are sampled. Which files there are is in `keys/data.rs`.
 
 use super::{Given, Group, Key, Reads, Resumed, Setting};
 

@@ -295,7 +295,8 @@ pub(super) static KEYS: Group = Group {
     ],
 };
 
-/// A number of the optimiser that has a key of its own. Whether an optimiser takes it is known once the optimiser is made.
+/// A number of the optimiser that has a key of its own. Whether an optimiser takes it is known once the optimiser is
+/// made.
 fn argument(name: &str, values: Option<Vec<f64>>, given: &mut Given<'_>, config: &mut TrainConfig) {
     let Some(values) = values else { return };
     if config.optimizer_args.insert(name.to_owned(), values).is_some() {
