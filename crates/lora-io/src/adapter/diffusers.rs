@@ -151,7 +151,7 @@ fn write_with(
     verify(path, &tensors.entries())?;
     let mut notes = Vec::new();
     if folded_scales > 0 {
-        notes.push(format!("the layout has no alpha: {folded_scales} scales are folded into the up-projections"));
+        notes.push(format!("the layout has no alpha: {folded_scales} scales are folded into the factors"));
     }
     Ok(notes)
 }

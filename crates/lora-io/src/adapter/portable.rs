@@ -31,7 +31,7 @@ pub fn portable(adapter: &Adapter) -> Result<(Adapter, Vec<String>)> {
         portable.modules.insert(path.clone(), AdapterModule::of_factors(down, up, false, rank, rank as f64));
     }
     crate::metadata::refresh(&mut portable);
-    notes.push(format!("every scale is folded into the up-projections: alpha = rank = {rank}"));
+    notes.push(format!("every scale is folded into the factors: alpha = rank = {rank}"));
     Ok((portable, notes))
 }
 
