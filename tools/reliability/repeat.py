@@ -1,10 +1,12 @@
-"""Tests again and again, with other numbers of threads and several programs at a time: a test that fails now and then is a fault.
+"""Tests again and again, with other numbers of threads, as on other processors and several programs at a time: a test that fails
+now and then, or elsewhere, is a fault.
 
     python3 tools/reliability/repeat.py [times=10] [arguments="--workspace"] [at_once=1] [until=HH:MM] [logs=out/repeat]
 
 `arguments` go to `cargo test`, which builds once; then the programs of the tests run by themselves, without those in
 documentation, in an order that is another each time, `at_once` beside each other. Threads of libtorch's kernels are as many as
-there are cores, one and three by turns. What a failed program printed lies in `logs`. `until` ends the script at a time of day,
+there are cores, one and three by turns; the kernels are this processor's for three rounds, then for three those of one with AVX2
+alone. What a failed program printed lies in `logs`. `until` ends the script at a time of day,
 with what was reached: a round that was begun counts for the programs that ran.
 """
 
@@ -23,6 +25,11 @@ from common import arguments
 
 # Threads of libtorch's kernels, by the round; None is as many as cores.
 THREADS = (None, "1", "3")
+# What its libraries are told that the processor has, by three rounds each.
+PROCESSORS = (
+    {},
+    {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+)
 
 
 def programs(words):
@@ -33,10 +40,10 @@ def programs(words):
     return [(own["executable"], os.path.dirname(own["manifest_path"])) for own in found]
 
 
-def run(program, folder, threads):
+def run(program, folder, threads, processor):
     """How many tests of a program passed, the names of those that failed, and what it printed."""
     # Kernels' threads that keep looking for work would take the cores from the programs beside this one.
-    variables = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": threads} if threads else {})
+    variables = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | processor | ({"OMP_NUM_THREADS": threads} if threads else {})
     done = subprocess.run([program], cwd=folder, capture_output=True, text=True, errors="replace", env=variables)
     text = done.stdout + done.stderr
     names = re.findall(r"^test (\S+) \.\.\. FAILED", text, re.MULTILINE)
@@ -51,11 +58,11 @@ def main():
     passed, failed, runs, times = 0, {}, dict.fromkeys(tests, 0), 0
     over = lambda: own["until"] and time.strftime("%H:%M") >= own["until"]
     while times < int(own["times"]) and not over():
-        threads = THREADS[times % len(THREADS)]
+        threads, processor = THREADS[times % len(THREADS)], PROCESSORS[times // len(THREADS) % len(PROCESSORS)]
         times += 1
         order = random.sample(tests, len(tests))
         with ThreadPoolExecutor(int(own["at_once"])) as pool:
-            outcomes = pool.map(lambda test: None if over() else run(*test, threads), order)
+            outcomes = pool.map(lambda test: None if over() else run(*test, threads, processor), order)
             for test, outcome in zip(order, outcomes):
                 if outcome is None:
                     continue
@@ -65,7 +72,7 @@ def main():
                     failed[name] = failed.get(name, 0) + 1
                 if names:
                     logs.mkdir(parents=True, exist_ok=True)
-                    (logs / f"{os.path.basename(test[0])}-{times}.txt").write_text(f"threads: {threads}\n{text}")
+                    (logs / f"{os.path.basename(test[0])}-{times}.txt").write_text(f"threads: {threads}, {processor}\n{text}")
         print(f"{times} times: {passed} passed, {sum(failed.values())} failed", file=sys.stderr, flush=True)
     print(f"{len(tests)} programs, each {min(runs.values())} to {max(runs.values())} times: {passed} passed, {sum(failed.values())} failed")
     for name, count in sorted(failed.items()):
