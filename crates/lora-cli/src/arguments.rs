@@ -1,6 +1,7 @@
 //! Arguments that commands of both programs have.
 
-use std::path::Path;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use lora_core::{DType, Strength};
@@ -26,6 +27,14 @@ impl From<Precision> for DType {
             Precision::Bf16 => DType::BF16,
         }
     }
+}
+
+/// A base model: a file, a folder, or the name of one that Hugging Face's programs have fetched.
+///
+/// # Errors
+/// Where there is none of that name.
+pub fn base(argument: &str) -> Result<PathBuf, lora_io::Error> {
+    lora_io::hub::place(Path::new(argument)).map(Cow::into_owned)
 }
 
 /// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.

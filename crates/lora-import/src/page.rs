@@ -22,8 +22,8 @@ pub fn page() -> String {
          trainer is not known to have is refused with its line and the nearest known one; `--allow-unknown` lists it as having no\n\
          counterpart instead. Keys that contradict each other, and values that the other trainer would refuse, are errors.\n\n\
          Formulas are the same (README); random numbers are not, so that two runs with one seed draw other noise.\n\
-         Paths stay as they are, relative to the current directory. A name on a hub is kept, and the list says that its folder has to\n\
-         be fetched.\n\n\
+         Paths stay as they are, relative to the current directory. A name on a hub is kept, and the list says that it has to be\n\
+         fetched: a base is then found in the cache of Hugging Face's programs.\n\n\
          Tried on the configurations that the trainers themselves ship, each key accounted for. Of LLaMA-Factory and axolotl these\n\
          were the files of their source archives. Of the others keys and values were copied from the files of their repositories,\n\
          without prompts and notes. Those of kohya_ss and OneTrainer for Stable Diffusion 1.5, 2 and XL were then planned\n\

@@ -16,6 +16,16 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A model that is named as on Hugging Face is not on this machine.
+    #[error(
+        "{name}: no file or folder here, and no model of that name in {cache}; nothing is fetched: `hf download {name}` does, or give the place of its files"
+    )]
+    NotFetched {
+        /// The name.
+        name: String,
+        /// Where models are that were fetched.
+        cache: String,
+    },
     /// A file is not what it claims or was taken for.
     #[error("{path}: {reason}", path = path.display())]
     Format {

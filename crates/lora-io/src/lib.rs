@@ -9,6 +9,7 @@ pub mod family;
 mod foreign;
 pub mod gguf;
 pub mod hash;
+pub mod hub;
 mod info;
 pub mod json;
 mod map;

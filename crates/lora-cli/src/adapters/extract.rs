@@ -14,7 +14,7 @@ use crate::Failure;
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// The model before.
-    #[arg(long)]
+    #[arg(long, value_parser = lora_cli::arguments::base)]
     base: PathBuf,
     /// The model after, of the same layout.
     #[arg(long)]

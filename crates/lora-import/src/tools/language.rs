@@ -138,8 +138,12 @@ pub(super) fn precision(field: &Field<'_>, ours: &'static str) -> Outcome {
 /// A base or data by their name on a hub or on disk.
 pub(super) fn place(field: &Field<'_>, ours: &'static str) -> Outcome {
     let name = field.text();
+    let how = match ours {
+        "base_model" => "a name on a hub: it is found once `hf download` has fetched it",
+        _ => "a name on a hub: fetch it and put its place here",
+    };
     match values::is_hub_name(&name) {
-        true => becomes(ours, name, "a name on a hub: fetch it and put its place here"),
+        true => becomes(ours, name, how),
         false => taken(ours, name),
     }
 }

@@ -34,6 +34,7 @@ use sha2::{Digest, Sha256};
 use crate::family::tree::{Depths, Piece, Share, Tree};
 use crate::family::{BaseNames, FAMILIES, Family, describe};
 use crate::gguf::{GgufFile, LanguageModel, Packed};
+use crate::hub;
 use crate::safetensors::TensorView;
 use crate::{Error, Result};
 use file::WeightFile;
@@ -126,7 +127,7 @@ impl Checkpoint {
     ///
     /// As [`Self::open`].
     pub fn open_among(path: impl AsRef<Path>, families: &[&'static Family]) -> Result<Self> {
-        let path = path.as_ref();
+        let path = &*hub::place(path.as_ref())?;
         let kind = fs::metadata(path).map_err(Error::io(path, "open the base model"))?;
         if kind.is_dir() {
             diffusers::open(path, families)

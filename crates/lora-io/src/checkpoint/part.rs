@@ -10,6 +10,7 @@ use super::{Checkpoint, ComponentWeights, Group, diffusers};
 use crate::family::tree::InGguf;
 use crate::family::{BaseNames, ComponentNames, FAMILIES, Family, Names};
 use crate::gguf::LanguageModel;
+use crate::hub;
 use crate::{Error, Result};
 
 impl Checkpoint {
@@ -21,7 +22,7 @@ impl Checkpoint {
     ///
     /// If the family has no such component, and if what is there is none: the message names a tensor that does not belong to it.
     pub fn replace(&mut self, component: Component, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        let path = &*hub::place(path.as_ref())?;
         let names = self.family().components.iter().find(|own| own.component == component);
         let names = names.ok_or_else(|| self.lacks(component))?;
         let weights = match open(path, names)? {

@@ -106,7 +106,7 @@ impl TextModel {
         let all: Vec<_> = options.adapters.iter().map(read).collect::<Result<_>>()?;
         let several: Vec<_> = all.iter().map(|(adapter, strength)| (adapter, strength)).collect();
         adapters::hang(&adapters::joined(&several)?, &mut decoder, &plugins.variants)?;
-        let prompts = Prompts::new(&options.base, options.chat_template.clone(), options.system_prompt.clone());
+        let prompts = Prompts::new(checkpoint.path(), options.chat_template.clone(), options.system_prompt.clone());
         Ok(Self { decoder, writer: prompts.writer()?, end_tokens })
     }
 

@@ -72,7 +72,7 @@ static LAUNCHED: &[Row] = &[
 pub(in crate::tools) fn base_model(field: &Field<'_>) -> Outcome {
     let name = field.text();
     match values::is_hub_name(&name) {
-        true => becomes("base_model", name, "a name on a hub: fetch it and put its folder here"),
+        true => becomes("base_model", name, "a name on a hub: it is found once `hf download` has fetched it"),
         false => taken("base_model", name),
     }
 }

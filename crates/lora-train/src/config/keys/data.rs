@@ -18,7 +18,7 @@ pub(super) static KEYS: Group = Group {
             name: "base_model",
             values: "path",
             default: "required",
-            meaning: "The base: an image model as one file in the original layout (`.safetensors`, or GGUF) or a diffusers folder, or a language model as a Hugging Face folder or a GGUF file.",
+            meaning: "The base: an image model as one file in the original layout (`.safetensors`, or GGUF) or a diffusers folder, or a language model as a Hugging Face folder or a GGUF file; or the name (`owner/name`) of one that Hugging Face's programs have fetched.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Run(|given, config| config.base_model = given.required_text().into()),
