@@ -6,6 +6,7 @@
 pub mod trigger;
 pub mod weights;
 
+use std::borrow::Cow;
 use std::fmt;
 
 use lora_core::random::Stream;
@@ -33,6 +34,18 @@ pub enum WarmupLength {
     Share(f64),
 }
 
+/// What counts of a caption that has several lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CaptionLines {
+    /// The first, as in sd-scripts.
+    #[default]
+    First,
+    /// All of them, with their breaks, as in musubi-tuner and diffusion-pipe; lines without text are left out.
+    All,
+    /// All of them as one, with [`CaptionOptions::separator`] between them, as in ai-toolkit.
+    Joined,
+}
+
 /// How captions are treated. The default leaves them as they are.
 #[derive(Clone, PartialEq)]
 pub struct CaptionOptions {
@@ -47,7 +60,9 @@ pub struct CaptionOptions {
     pub dropout: f64,
     /// In every so-many-th epoch all captions are left out, with 3 in the third and the sixth; 0 for never.
     pub dropout_every_n_epochs: u64,
-    /// Of several lines one is chosen, of `{a|b|c}` one part; `{{` and `}}` are braces. Otherwise the first line counts.
+    /// What counts of several lines, where none is chosen.
+    pub lines: CaptionLines,
+    /// Of several lines one is chosen, of `{a|b|c}` one part; `{{` and `}}` are braces.
     pub wildcards: bool,
     /// Shuffle the tags behind the kept ones.
     pub shuffle: bool,
@@ -75,6 +90,7 @@ impl Default for CaptionOptions {
             suffix: String::new(),
             dropout: 0.0,
             dropout_every_n_epochs: 0,
+            lines: CaptionLines::First,
             wildcards: false,
             shuffle: false,
             tag_dropout: 0.0,
@@ -89,7 +105,7 @@ impl Default for CaptionOptions {
 }
 
 impl fmt::Debug for CaptionOptions {
-    // The states of runs record it, those of before there was a warm-up too: it is told only where there is one.
+    // The states of runs record it. Those of older versions say nothing of what came later, which is told only where it is used.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = f.debug_struct("CaptionOptions");
         text.field("trigger_word", &self.trigger_word)
@@ -104,6 +120,9 @@ impl fmt::Debug for CaptionOptions {
             .field("keep_separator", &self.keep_separator)
             .field("separator", &self.separator)
             .field("secondary_separator", &self.secondary_separator);
+        if self.lines != CaptionLines::First {
+            text.field("lines", &self.lines);
+        }
         if self.warms_up() {
             text.field("warmup_tags", &self.warmup_tags).field("warmup", &self.warmup);
         }
@@ -115,6 +134,11 @@ impl CaptionOptions {
     /// Whether a caption is the same at every visit that has one, so that what is made of it can be kept.
     pub(crate) fn is_fixed(&self) -> bool {
         !self.wildcards && !self.shuffle && self.tag_dropout == 0.0 && !self.warms_up()
+    }
+
+    /// Whether lines behind the first are never used.
+    pub(crate) fn cuts_lines(&self) -> bool {
+        !self.wildcards && self.lines == CaptionLines::First
     }
 
     fn warms_up(&self) -> bool {
@@ -147,12 +171,15 @@ impl CaptionOptions {
 
     /// The caption of a visit that keeps it.
     pub fn kept<S: AsRef<str>>(&self, lines: &[S], done: Done, random: &Stream) -> String {
-        let line = match (self.wildcards, lines.len()) {
-            (_, 0) => "",
-            (true, count) => lines[random.at("line").below(count as u64) as usize].as_ref(),
-            (false, _) => lines[0].as_ref(),
+        let joined = |by: &str| lines.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(by).into();
+        let line: Cow<'_, str> = match (self.wildcards, self.lines, lines) {
+            (_, _, []) => "".into(),
+            (true, ..) => lines[random.at("line").below(lines.len() as u64) as usize].as_ref().into(),
+            (false, CaptionLines::First, [first, ..]) => first.as_ref().into(),
+            (false, CaptionLines::All, _) => joined("\n"),
+            (false, CaptionLines::Joined, _) => joined(&self.between()),
         };
-        let parts = [self.prefix.as_str(), line, self.suffix.as_str()];
+        let parts = [self.prefix.as_str(), &line, self.suffix.as_str()];
         let text = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
         let text = trigger::marked(&text, &self.trigger_word);
         let text = if self.wildcards { choose(&text, &mut random.at("wildcard")) } else { text };
@@ -200,8 +227,12 @@ impl CaptionOptions {
             let mut draw = random.at("tag_dropout");
             middle.retain(|_| f64::from(draw.uniform()) >= self.tag_dropout);
         }
-        let separator = if self.separator.is_empty() { " ".to_owned() } else { format!("{} ", self.separator) };
-        [head, middle, tail].concat().join(&separator)
+        [head, middle, tail].concat().join(&self.between())
+    }
+
+    /// What stands between two tags.
+    fn between(&self) -> String {
+        format!("{} ", self.separator)
     }
 }
 
@@ -246,6 +277,23 @@ mod tests {
         let all = seen(options, lines);
         assert_eq!(all.len(), 1, "{all:?}");
         all.into_iter().next().unwrap()
+    }
+
+    #[test]
+    fn lines_behind_the_first_count_where_they_are_asked_for() {
+        let of = |lines| CaptionOptions { lines, prefix: "photo of".into(), ..CaptionOptions::default() };
+        let caption = ["a cat", "on a sofa", "by night"];
+        assert_eq!(only(&of(CaptionLines::First), &caption), "photo of a cat");
+        assert_eq!(only(&of(CaptionLines::All), &caption), "photo of a cat\non a sofa\nby night");
+        assert_eq!(only(&of(CaptionLines::Joined), &caption), "photo of a cat, on a sofa, by night");
+        for lines in [CaptionLines::First, CaptionLines::All, CaptionLines::Joined] {
+            assert_eq!(only(&of(lines), &[]), "photo of");
+            assert!(of(lines).is_fixed());
+            let chosen = CaptionOptions { wildcards: true, ..of(lines) };
+            assert_eq!(seen(&chosen, &caption).len(), 3);
+        }
+        let tags = CaptionOptions { shuffle: true, ..of(CaptionLines::Joined) };
+        assert_eq!(seen(&tags, &caption).len(), 6);
     }
 
     #[test]

@@ -41,9 +41,12 @@ fn notes(pictures: &Pictures) -> Vec<String> {
         let (path, reason) = (name(&first.path), &first.detail);
         notes.push(format!("skipped {} picture(s), the first {path}: {reason}", left_out.len()));
     }
-    let multi_line = items.iter().filter(|item| !item.more_lines.is_empty()).count();
-    if multi_line > 0 && !pictures.datasets().any(|dataset| dataset.captions.wildcards) {
-        notes.push(format!("{multi_line} caption file(s) have more than one line; the first is used"));
+    let cut = |item: usize| !items[item].more_lines.is_empty() && pictures.options(item).captions.cuts_lines();
+    match (0..items.len()).filter(|&item| cut(item)).count() {
+        0 => {}
+        cut => notes.push(format!(
+            "{cut} caption file(s) have more than one line; the first is used, caption_lines = \"all\" takes them all"
+        )),
     }
     let of_kind = |kind: FindingKind| -> Vec<String> {
         let findings = pictures.findings().iter();

@@ -317,11 +317,12 @@ fn captions(pictures: &Pictures, options: &ReportOptions, findings: &mut Vec<Fin
         if let Some((tokenizer, limit)) = &options.tokens {
             let captions = &pictures.options(index).captions;
             let lines = item.lines();
-            let longest = lines.iter().map(|line| {
-                let text = captions.kept(&[line], Done::ALL, &Stream::new(0));
-                tokenizer.encode(&text).len()
-            });
-            let tokens = longest.max().unwrap_or(0);
+            let count = |lines: &[&str]| tokenizer.encode(&captions.kept(lines, Done::ALL, &Stream::new(0))).len();
+            let tokens = match captions.wildcards {
+                // Any of them may be chosen.
+                true => lines.iter().map(|line| count(&[line])).max().unwrap_or(0),
+                false => count(&lines),
+            };
             if tokens > *limit {
                 counts.long = counts.long.map(|long| long + 1);
                 find(FindingKind::LongCaption, format!("{tokens} tokens, {limit} are read"));

@@ -238,12 +238,21 @@ static MONITORING: &[Row] =
     &[nothing("enable_wandb wandb_api_key wandb_tracker_name wandb_run_name wandb_group", "nothing is sent anywhere")];
 
 static DIRECTORY: &[Row] = &[
-    by("path", &["train_data_dir", "caption_extension"], "its pictures, and captions in .txt files", |field| {
-        translated(
-            vec![("train_data_dir", field.text().into()), ("caption_extension", ".txt".into())],
-            "with captions in .txt files",
-        )
-    }),
+    by(
+        "path",
+        &["train_data_dir", "caption_extension", "caption_lines"],
+        "its pictures, and captions in .txt files with all their lines",
+        |field| {
+            translated(
+                vec![
+                    ("train_data_dir", field.text().into()),
+                    ("caption_extension", ".txt".into()),
+                    ("caption_lines", "all".into()),
+                ],
+                "with captions in .txt files, all their lines",
+            )
+        },
+    ),
     same("num_repeats", "repeats", Kind::Count),
     by("mask_path", &["mask_dir", "masked_loss"], "masks of the same names", |field| {
         becomes("mask_dir", field.text(), "with masked_loss")

@@ -21,11 +21,9 @@ pub(super) static DATASET: &[Row] = &[
     gone("trigger_word", OFF, "one trigger_word holds for all datasets"),
     gone("random_triggers", OFF, "no words drawn from a list"),
     nothing("random_triggers_max", "with random_triggers"),
-    by("caption_ext", &["caption_extension"], "`txt` where none is given", |field| {
-        taken("caption_extension", format!(".{}", field.text().trim_start_matches('.')))
-    })
-    .default("\"txt\""),
-    same("caption_type", "caption_extension", Kind::Text),
+    by("caption_ext", CAPTION_FILES, "`txt` where none is given; lines of a file are joined by commas", caption_files)
+        .default("\"txt\""),
+    by("caption_type", CAPTION_FILES, "an old name of caption_ext", caption_files),
     by("resolution", &["max_resolution"], "an area; several are datasets of their own", resolution).default("512"),
     by("buckets", &["enable_bucket", "max_bucket_reso"], "on where it is not given, without limits", |field| {
         let sides = values::texts(&field.here.get("resolution").unwrap_or_default()).unwrap_or_default();
@@ -118,6 +116,16 @@ fn resolution(field: &Field<'_>) -> Outcome {
         }
         _ => field.expected("a side in pixels, or several"),
     }
+}
+
+static CAPTION_FILES: &[&str] = &["caption_extension", "caption_lines"];
+
+fn caption_files(field: &Field<'_>) -> Outcome {
+    let extension = format!(".{}", field.text().trim_start_matches('.'));
+    translated(
+        vec![("caption_extension", extension.into()), ("caption_lines", "joined".into())],
+        "with commas between the lines of a file",
+    )
 }
 
 fn processors(field: &Field<'_>) -> Outcome {

@@ -1,11 +1,18 @@
 //! Keys of sd-scripts' and musubi-tuner's dataset files. Those that the command line has too stand in [`super::data`].
 
 use super::data::{bucket_steps, processors, resolution};
+use crate::outcome::translated;
 use crate::row::{Kind, OFF, Row, by, gone, nothing, same};
 
 /// All of them.
 pub(crate) static ROWS: &[Row] = &[
-    same("image_dir image_directory", "train_data_dir", Kind::Text),
+    same("image_dir", "train_data_dir", Kind::Text),
+    by("image_directory", &["train_data_dir", "caption_lines"], "its pictures, with all lines of captions", |field| {
+        translated(
+            vec![("train_data_dir", field.text().into()), ("caption_lines", "all".into())],
+            "with all lines of captions",
+        )
+    }),
     same("metadata_file", "metadata_file", Kind::Text),
     same("conditioning_data_dir", "mask_dir", Kind::Text),
     same("is_reg", "is_reg", Kind::Switch),

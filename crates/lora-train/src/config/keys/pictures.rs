@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use lora_data::caption::WarmupLength;
+use lora_data::caption::{CaptionLines, WarmupLength};
 
 use super::stable_diffusion::KEPT_ENCODER;
 use super::{Given, Group, Key, Reads, Resumed, data, memory, saving, size};
@@ -278,10 +278,23 @@ pub(super) static TREATMENT: Group = Group {
             }),
         },
         Key {
+            name: "caption_lines",
+            values: "first, all, joined",
+            default: "\"first\"",
+            meaning: "What counts of a caption file with several lines: the first, as in sd-scripts; all with their breaks, as in musubi-tuner and diffusion-pipe; or all with `caption_separator` between them, as in ai-toolkit. Lines without text are left out; `enable_wildcard` chooses one.",
+            memory: "",
+            resumed: Resumed::Elsewhere,
+            reads: Reads::Dataset(|given, dataset| {
+                let choices =
+                    [("first", CaptionLines::First), ("all", CaptionLines::All), ("joined", CaptionLines::Joined)];
+                dataset.options.captions.lines = given.choice(&choices).unwrap_or_default();
+            }),
+        },
+        Key {
             name: "enable_wildcard",
             values: "true/false",
             default: "false",
-            meaning: "Of a caption's lines one is chosen, of `{a\\|b}` one part; otherwise the first line counts.",
+            meaning: "Of a caption's lines one is chosen, of `{a\\|b}` one part.",
             memory: KEPT_ENCODER,
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| dataset.options.captions.wildcards = given.boolean(false)),
