@@ -72,6 +72,20 @@ impl Source for Joined {
         self.sources.iter().any(|source| source.is_random())
     }
 
+    fn variations(&self, item: usize) -> usize {
+        let (source, item) = self.at(item);
+        source.variations(item)
+    }
+
+    fn variations_are_all(&self) -> bool {
+        self.sources.iter().all(|source| source.variations_are_all())
+    }
+
+    fn variation(&self, item: usize, variation: usize, draw: &Stream) -> Result<Example> {
+        let (source, item) = self.at(item);
+        source.variation(item, variation, draw)
+    }
+
     fn caption(&self, visit: &Visit, draw: &Stream) -> String {
         let (source, index) = self.at(visit.index);
         source.caption(&Visit { index, ..*visit }, draw)
@@ -106,9 +120,15 @@ impl Source for Joined {
         source.amount(item)
     }
 
-    fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>> {
+    fn key_parts(
+        &self,
+        item: usize,
+        variation: Option<usize>,
+        draw: &Stream,
+        cache: &DiskCache,
+    ) -> Result<Vec<String>> {
         let (source, item) = self.at(item);
-        source.key_parts(item, draw, cache)
+        source.key_parts(item, variation, draw, cache)
     }
 
     fn identity(&self) -> Identity {

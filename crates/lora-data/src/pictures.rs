@@ -54,6 +54,9 @@ pub struct DatasetOptions {
     pub framing: Framing,
     /// Names of the processors that pictures go through.
     pub processors: Vec<String>,
+    /// How many variations of a picture are kept where latents are cached and processors are random; without it all that
+    /// there are, where the processors know how many ([`PictureProcessor::outcomes`]).
+    pub variations: Option<usize>,
     /// How captions are treated.
     pub captions: CaptionOptions,
     /// What lies behind transparent pictures.
@@ -77,6 +80,7 @@ impl DatasetOptions {
             scan: ScanOptions::default(),
             framing: Framing::Fixed((512, 512)),
             processors: vec!["center_crop".to_owned()],
+            variations: None,
             captions: CaptionOptions::default(),
             background: [255; 3],
             batch_size: 1,
@@ -94,6 +98,24 @@ struct Dataset {
 }
 
 impl Dataset {
+    /// How many different results the processors have that know how many.
+    fn outcomes(&self) -> usize {
+        self.processors.iter().filter_map(|processor| processor.outcomes()).product()
+    }
+
+    /// How many variations of a picture are kept.
+    fn variations(&self) -> usize {
+        match self.processors.iter().any(|processor| processor.is_random()) {
+            true => self.options.variations.unwrap_or(self.outcomes()),
+            false => 1,
+        }
+    }
+
+    /// Whether the variations that are kept are all there are.
+    fn variations_are_all(&self) -> bool {
+        self.processors.iter().all(|own| own.outcomes().is_some()) && self.variations() >= self.outcomes()
+    }
+
     /// The same without random processors, as pictures are treated that are held out.
     fn without_chance(&self) -> Self {
         let mut own = self.clone();
@@ -277,11 +299,15 @@ impl Pictures {
     /// # Errors
     /// [`Error::Io`] or [`Error::Picture`] where it cannot be read, and what a processor gives.
     pub fn load(&self, index: usize, random: &Stream) -> Result<Sample> {
+        self.load_as(index, None, random)
+    }
+
+    fn load_as(&self, index: usize, variation: Option<usize>, random: &Stream) -> Result<Sample> {
         if self.stand_ins {
             return black(self.plan(index).target);
         }
         let sample = self.decode_at(index, &self.items[index].file.read()?, self.enough(index))?;
-        self.process(index, sample, random)
+        self.process_as(index, sample, variation, random)
     }
 
     /// The least sides that do for an item, where its first processor lets it be decoded at a fraction of its size:
@@ -322,13 +348,24 @@ impl Pictures {
     ///
     /// # Errors
     /// What a processor gives; [`Error::Option`] where the last one leaves another size than the bucket's.
-    pub fn process(&self, index: usize, mut sample: Sample, random: &Stream) -> Result<Sample> {
+    pub fn process(&self, index: usize, sample: Sample, random: &Stream) -> Result<Sample> {
+        self.process_as(index, sample, None, random)
+    }
+
+    fn process_as(
+        &self,
+        index: usize,
+        mut sample: Sample,
+        variation: Option<usize>,
+        random: &Stream,
+    ) -> Result<Sample> {
         let dataset = &self.datasets[self.of[index]];
         let source = sample.size();
         let plan = self.plan(index);
         let target = plan.target;
         for (number, (processor, name)) in dataset.processors.iter().zip(&dataset.options.processors).enumerate() {
-            let context = ProcessContext { source, plan, random: random.at("processor").with(number as u64) };
+            let random = random.at("processor").with(number as u64);
+            let context = ProcessContext { source, plan, random, variation };
             sample = processor.process(sample, &context)?;
             sample.check(name)?;
         }
@@ -347,15 +384,19 @@ impl Pictures {
     }
 
     /// Everything besides the file's bytes that an item's sample depends on.
-    fn settings(&self, index: usize, random: &Stream) -> String {
+    fn settings(&self, index: usize, variation: Option<usize>, random: &Stream) -> String {
         let dataset = &self.datasets[self.of[index]];
         let processors: Vec<String> = dataset.processors.iter().map(|processor| processor.settings()).collect();
-        let random = dataset.processors.iter().any(|processor| processor.is_random()).then(|| random.key());
+        // Variations that are all there are do not depend on what is drawn.
+        let by_turns = variation.is_some() && dataset.processors.iter().all(|own| own.outcomes().is_some());
+        let is_random = dataset.processors.iter().any(|processor| processor.is_random());
+        let random = (is_random && !by_turns).then(|| random.key());
         let DatasetOptions { background, masks, .. } = &dataset.options;
         // Older versions kept what they made of JPEGs that are cut short, which are refused now.
         let jpeg = crate::dataset::has_extension(&self.items[index].file.path, &["jpg", "jpeg"]);
         let whole = if jpeg { " whole" } else { "" };
-        format!("{processors:?} {:?} {background:?} {masks:?} {random:?}{whole}", self.plan(index))
+        let variation = variation.map(|variation| format!(" variation {variation}")).unwrap_or_default();
+        format!("{processors:?} {:?} {background:?} {masks:?} {random:?}{whole}{variation}", self.plan(index))
     }
 
     /// A digest of what the pictures are called, how large they are, what is written beside them and how often they
@@ -409,6 +450,18 @@ impl Source for Pictures {
         self.datasets.iter().flat_map(|dataset| &dataset.processors).any(|processor| processor.is_random())
     }
 
+    fn variations(&self, item: usize) -> usize {
+        self.datasets[self.of[item]].variations()
+    }
+
+    fn variations_are_all(&self) -> bool {
+        self.datasets.iter().all(Dataset::variations_are_all)
+    }
+
+    fn variation(&self, item: usize, variation: usize, draw: &Stream) -> Result<Example> {
+        self.load_as(item, Some(variation), draw).map(Example::Picture)
+    }
+
     fn caption(&self, visit: &Visit, draw: &Stream) -> String {
         self.caption_when(visit, Done::ALL, draw)
     }
@@ -429,21 +482,33 @@ impl Source for Pictures {
         self.options(item).loss_weight
     }
 
-    fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>> {
+    fn key_parts(
+        &self,
+        item: usize,
+        variation: Option<usize>,
+        draw: &Stream,
+        cache: &DiskCache,
+    ) -> Result<Vec<String>> {
         let Item { file, mask, .. } = &self.items[item];
         let mask = mask.as_ref().map(|mask| cache.content(mask)).transpose()?.unwrap_or_default();
-        Ok(vec![cache.content(file)?, mask, self.settings(item, draw)])
+        Ok(vec![cache.content(file)?, mask, self.settings(item, variation, draw)])
     }
 
     fn identity(&self) -> Identity {
         let mut options = Vec::new();
-        for (number, dataset) in self.datasets().enumerate() {
+        for (number, own) in self.datasets.iter().enumerate() {
+            let dataset = &own.options;
             let mut add = |name: &str, value: String| match number {
                 0 => options.push((name.to_owned(), value)),
                 _ => options.push((format!("{name} (dataset {})", number + 1), value)),
             };
             add("enable_bucket and bucket sizes", format!("{:?}", dataset.framing));
-            add("processors", format!("{:?}", dataset.processors));
+            // States that were saved before several were kept say nothing of one.
+            let variations = match own.variations() {
+                1 => String::new(),
+                several => format!(", {several} variations"),
+            };
+            add("processors", format!("{:?}{variations}", dataset.processors));
             add("captions", format!("{:?}", dataset.captions));
             add("background", format!("{:?}", dataset.background));
             add("batch_size of the dataset", format!("{:?}", dataset.batch_size));
@@ -618,5 +683,43 @@ mod tests {
         };
         let (full, reduced) = (psnr(&full), psnr(&reduced));
         assert!(reduced > full - 1.0 && reduced > 45.0, "{reduced:.2} dB at a half, {full:.2} dB in full");
+    }
+
+    #[test]
+    fn variations_are_all_there_are_or_as_many_as_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let picture = image::RgbImage::from_fn(96, 64, |x, y| image::Rgb([x as u8, y as u8, 0]));
+        picture.save(folder.path().join("a.png")).unwrap();
+        let of = |processors: &[&str], variations| {
+            let processors = processors.iter().map(|&name| name.to_owned()).collect();
+            let framing = Framing::Fixed((64, 64));
+            let options = DatasetOptions { processors, variations, framing, ..DatasetOptions::of(folder.path()) };
+            Pictures::open(vec![options], &ProcessorRegistry::default()).unwrap()
+        };
+        let counts = |processors: &[&str], variations| {
+            let pictures = of(processors, variations);
+            (pictures.variations(0), pictures.variations_are_all())
+        };
+        assert_eq!(counts(&["center_crop"], None), (1, true));
+        assert_eq!(counts(&["center_crop"], Some(5)), (1, true));
+        assert_eq!(counts(&["center_crop", "flip"], None), (2, true));
+        assert_eq!(counts(&["center_crop", "flip"], Some(1)), (1, false));
+        assert_eq!(counts(&["random_crop"], None), (1, false));
+        assert_eq!(counts(&["random_crop", "flip"], None), (2, false));
+        assert_eq!(counts(&["random_crop", "flip"], Some(6)), (6, false));
+
+        let pictures = of(&["center_crop", "flip"], None);
+        let sample = |variation: usize, seed: u64| match pictures.variation(0, variation, &Stream::new(seed)).unwrap() {
+            Example::Picture(sample) => sample,
+            other => panic!("{other:?}"),
+        };
+        let plain = of(&["center_crop"], None).load(0, &Stream::new(0)).unwrap();
+        for seed in 0..8 {
+            assert_eq!((sample(0, seed), sample(1, seed)), (plain.clone(), plain.clone().mirror()));
+        }
+        let cache = DiskCache::open(folder.path().join("cache")).unwrap();
+        let key = |variation, seed| pictures.key_parts(0, variation, &Stream::new(seed), &cache).unwrap();
+        assert!(key(Some(0), 0) != key(Some(1), 0) && key(Some(0), 0) != key(None, 0));
+        assert!(key(Some(1), 0) == key(Some(1), 1) && key(None, 0) != key(None, 1));
     }
 }

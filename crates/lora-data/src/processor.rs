@@ -20,8 +20,10 @@ pub struct ProcessContext {
     pub source: (usize, usize),
     /// How that is scaled and cut to the size that training wants.
     pub plan: CropPlan,
-    /// Random numbers that belong to this item and epoch, whatever the order of processing.
+    /// Random numbers that belong to this visit or variation of the item, whatever the order of processing.
     pub random: Stream,
+    /// Which variation of the picture this is, from 0, where several are kept of it.
+    pub variation: Option<usize>,
 }
 
 impl ProcessContext {
@@ -41,9 +43,16 @@ pub trait PictureProcessor: fmt::Debug + Send + Sync {
     /// The processor's own. A run ends with it; [`Error::Picture`] names the file where one picture is to blame.
     fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample>;
 
-    /// Whether it does something else at each visit. Where latents are cached, it acts once.
+    /// Whether it does something else at each visit. Where latents are cached, it acts once for each variation that is
+    /// kept.
     fn is_random(&self) -> bool {
         false
+    }
+
+    /// How many different results it has for a picture; `None` where there are too many to keep all of them. Of `flip`,
+    /// which has two, the variations of a picture are one and the other by turns ([`ProcessContext::variation`]).
+    fn outcomes(&self) -> Option<usize> {
+        (!self.is_random()).then_some(1)
     }
 
     /// Whether it does as well with a picture that was decoded at a fraction of its size (still more than half as large
@@ -119,17 +128,25 @@ impl PictureProcessor for Fit {
     }
 }
 
-/// `flip`: mirrored left to right at every second visit, by chance.
+/// `flip`: mirrored left to right at every second visit, by chance, or every second variation.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Flip;
 
 impl PictureProcessor for Flip {
     fn process(&self, sample: Sample, context: &ProcessContext) -> Result<Sample> {
-        Ok(if context.random.at("flip").below(2) == 0 { sample } else { sample.mirror() })
+        let mirrored = match context.variation {
+            Some(variation) => variation % 2 == 1,
+            None => context.random.at("flip").below(2) == 1,
+        };
+        Ok(if mirrored { sample.mirror() } else { sample })
     }
 
     fn is_random(&self) -> bool {
         true
+    }
+
+    fn outcomes(&self) -> Option<usize> {
+        Some(2)
     }
 }
 
@@ -273,7 +290,7 @@ mod tests {
     }
 
     fn context(source: (usize, usize), target: (usize, usize), seed: u64) -> ProcessContext {
-        ProcessContext { source, plan: CropPlan::center(source, target), random: Stream::new(seed) }
+        ProcessContext { source, plan: CropPlan::center(source, target), random: Stream::new(seed), variation: None }
     }
 
     fn sample(width: usize, height: usize, data: Vec<u8>) -> Sample {

@@ -165,7 +165,13 @@ impl Source for Sliders {
         self.items[item].1
     }
 
-    fn key_parts(&self, _item: usize, _draw: &Stream, _cache: &DiskCache) -> Result<Vec<String>> {
+    fn key_parts(
+        &self,
+        _item: usize,
+        _variation: Option<usize>,
+        _draw: &Stream,
+        _cache: &DiskCache,
+    ) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 

@@ -152,6 +152,24 @@ pub trait Source: fmt::Debug + Send + Sync {
         false
     }
 
+    /// How many variations of an item are kept where its example is made once, before training.
+    fn variations(&self, _item: usize) -> usize {
+        1
+    }
+
+    /// Whether the variations that are kept are all there are.
+    fn variations_are_all(&self) -> bool {
+        !self.is_random()
+    }
+
+    /// One of several variations of an item, from 0. By default they differ by their draws alone.
+    ///
+    /// # Errors
+    /// As of [`Source::example`].
+    fn variation(&self, item: usize, _variation: usize, draw: &Stream) -> Result<Example> {
+        self.example(item, draw)
+    }
+
     /// The caption of a visit, empty where items have none. Reads no file.
     fn caption(&self, _visit: &Visit, _draw: &Stream) -> String {
         String::new()
@@ -189,11 +207,12 @@ pub trait Source: fmt::Debug + Send + Sync {
         self.measure(item)
     }
 
-    /// All that an item's example depends on, as parts of a cache entry's key.
+    /// All that an item's example depends on, or one of its variations, as parts of a cache entry's key.
     ///
     /// # Errors
     /// Where a file of the item cannot be read.
-    fn key_parts(&self, item: usize, draw: &Stream, cache: &DiskCache) -> Result<Vec<String>>;
+    fn key_parts(&self, item: usize, variation: Option<usize>, draw: &Stream, cache: &DiskCache)
+    -> Result<Vec<String>>;
 
     /// What a resumed run must have in common with this one.
     fn identity(&self) -> Identity;

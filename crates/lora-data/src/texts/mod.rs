@@ -582,7 +582,13 @@ impl Source for Texts {
         self.documents_of(item).map(|document| f64::from(document.trained)).sum()
     }
 
-    fn key_parts(&self, item: usize, _draw: &Stream, _cache: &DiskCache) -> Result<Vec<String>> {
+    fn key_parts(
+        &self,
+        item: usize,
+        _variation: Option<usize>,
+        _draw: &Stream,
+        _cache: &DiskCache,
+    ) -> Result<Vec<String>> {
         Ok(vec![self.digest(item)])
     }
 

@@ -46,7 +46,7 @@ pub(super) fn processors(random_crop: bool, further: &[(&str, bool)]) -> Outcome
     becomes(
         "processors",
         json!(all),
-        "a step of what pictures go through; what is random is drawn at each visit with cache_latents = false, otherwise once",
+        "a step of what pictures go through; what is random is drawn at each visit with cache_latents = false, otherwise once for each of image_variations",
     )
 }
 

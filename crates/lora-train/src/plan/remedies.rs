@@ -181,7 +181,7 @@ impl Change {
             Change::RecomputeFeedForward => "same update; about a twentieth more time a step".into(),
             Change::Recompute | Change::RecomputeAll => "same update; about a third more time a step".into(),
             Change::CacheLatents => {
-                "none, and steps become faster; random processors act once, not at each visit".into()
+                "none, and steps become faster; random processors act once for each of image_variations".into()
             }
             Change::Precision(_) => match machine.platform {
                 Platform::Cuda => "half precision's rounding, with loss scaling; steps become faster".into(),

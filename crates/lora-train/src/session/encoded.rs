@@ -30,8 +30,8 @@ type Loaded = (Visit, Result<Example, lora_data::Error>);
 
 /// Examples of a run.
 pub(super) enum Examples {
-    /// What the network made of each item, on the host.
-    Kept(Component, Vec<Tensors>),
+    /// What the network made of each item, of so many variations of it, on the host.
+    Kept(Component, Vec<Vec<Tensors>>),
     /// Loaded at each visit, in the order of the visits to come; encoded by the network, where there is one.
     Fresh(Option<Component>, Peekable<Box<dyn Iterator<Item = Loaded> + Send>>),
 }
@@ -91,12 +91,15 @@ impl Examples {
         }))
     }
 
-    /// What was kept of an item.
-    pub(super) fn kept(&self, item: usize) -> Option<(Component, Tensors)> {
-        match self {
-            Self::Kept(network, all) => all.get(item).map(|tensors| (*network, shallow(tensors))),
-            Self::Fresh(..) => None,
-        }
+    /// What was kept for a visit: the variations of an item come by turns, over repeats and epochs, each item's beginning
+    /// with another.
+    pub(super) fn kept(&self, visit: &Visit, source: &dyn Source, seed: u64) -> Option<(Component, Tensors)> {
+        let Self::Kept(network, all) = self else { return None };
+        let variations = all.get(visit.index)?;
+        let first = Stream::new(seed).at("first variation").with(visit.index as u64).below(variations.len() as u64);
+        let earlier = visit.epoch * source.visits(visit.index).count as u64 + visit.repeat as u64;
+        let turn = (first + earlier) % (variations.len() as u64).max(1);
+        variations.get(turn as usize).map(|tensors| (*network, shallow(tensors)))
     }
 }
 
@@ -108,7 +111,11 @@ enum Found {
     New(Example, Option<Key>),
 }
 
-/// Encodes every example once. Unusable ones are left out, or end the run where the configuration is strict.
+/// An example that is kept: the item, and which variation of it where there are several.
+type Wanted = (usize, Option<usize>);
+
+/// Encodes every example once, and every variation of it. Unusable ones are left out, or end the run where the configuration is
+/// strict.
 pub(super) fn examples(
     base: &mut dyn Base,
     network: Component,
@@ -117,26 +124,43 @@ pub(super) fn examples(
     (disk, ranks): (Option<&Arc<DiskCache>>, &Ranks),
     device: Device,
     watch: &mut dyn Watch,
-) -> Result<Vec<Tensors>> {
+) -> Result<Vec<Vec<Tensors>>> {
     let identity = disk.map(|_| base.encoding_identity(network)).transpose()?.unwrap_or_default();
-    let (count, seed) = (source.count(), config.seed);
-    let random = move |item: usize| Stream::new(seed).at("cache").with(item as u64);
+    let all: Vec<Wanted> = (0..source.count())
+        .flat_map(|item| match source.variations(item) {
+            0 | 1 => vec![(item, None)],
+            several => (0..several).map(|variation| (item, Some(variation))).collect(),
+        })
+        .collect();
+    let (count, seed) = (all.len(), config.seed);
+    let random = move |(item, variation): Wanted| {
+        let own = Stream::new(seed).at("cache").with(item as u64);
+        match variation.unwrap_or(0) {
+            0 => own,
+            further => own.with(further as u64),
+        }
+    };
     let (own, cache) = (Arc::clone(source), disk.cloned());
-    let find = Arc::new(move |item: usize| -> Result<Found, lora_data::Error> {
-        let Some(cache) = &cache else { return Ok(Found::New(own.example(item, &random(item))?, None)) };
-        let parts = own.key_parts(item, &random(item), cache)?;
+    let find = Arc::new(move |wanted: Wanted| -> Result<Found, lora_data::Error> {
+        let ((item, variation), random) = (wanted, random(wanted));
+        let example = || match variation {
+            Some(variation) => own.variation(item, variation, &random),
+            None => own.example(item, &random),
+        };
+        let Some(cache) = &cache else { return Ok(Found::New(example()?, None)) };
+        let parts = own.key_parts(item, variation, &random, cache)?;
         let parts: Vec<&str> = ["latents", &identity].into_iter().chain(parts.iter().map(String::as_str)).collect();
         let key = cache.key(&parts);
         Ok(match cache.get(&key) {
             Some(tensors) => Found::Known(tensors),
-            None => Found::New(own.example(item, &random(item))?, Some(key)),
+            None => Found::New(example()?, Some(key)),
         })
     });
-    let found = |items: Vec<usize>| {
+    let found = |all: Vec<Wanted>| {
         let find = Arc::clone(&find);
-        items.clone().into_iter().zip(ahead(items.into_iter(), cores(), 4 * cores(), move |item| find(item)))
+        all.clone().into_iter().zip(ahead(all.into_iter(), cores(), 4 * cores(), move |wanted| find(wanted)))
     };
-    let encode = |base: &mut dyn Base, item: usize, found: Found| -> Result<Tensors> {
+    let encode = |base: &mut dyn Base, (item, _): Wanted, found: Found| -> Result<Tensors> {
         match found {
             Found::Known(tensors) => from_disk(&tensors, device),
             Found::New(example, key) => {
@@ -149,28 +173,34 @@ pub(super) fn examples(
         }
     };
     in_shares(disk, ranks, "examples", || {
-        for (item, found) in found(ranks.share().of(0..count).collect()) {
+        let own: Vec<(usize, Wanted)> = ranks.share().of(all.iter().copied().enumerate()).collect();
+        for ((number, _), (wanted, found)) in own.iter().zip(found(own.iter().map(|(_, wanted)| *wanted).collect())) {
             // What is wrong with one is said when all are looked at.
-            found.map_or(Ok(()), |found| encode(base, item, found).map(drop))?;
-            watch.now(Preparing::Examples(item + 1, count));
+            found.map_or(Ok(()), |found| encode(base, wanted, found).map(drop))?;
+            watch.now(Preparing::Examples(number + 1, count));
         }
         Ok(())
     })?;
-    let (mut encoded, mut unusable) = (Vec::with_capacity(count), Vec::new());
-    for (item, found) in found((0..count).collect()) {
+    let mut encoded: BTreeMap<usize, Vec<Tensors>> = BTreeMap::new();
+    let mut unusable = BTreeMap::new();
+    for (number, (wanted, found)) in found(all).enumerate() {
         match found {
             Ok(found) => {
-                let tensors = encode(base, item, found)?;
-                encoded.push(base.draw(network, &tensors, &random(item))?);
+                let tensors = encode(base, wanted, found)?;
+                encoded.entry(wanted.0).or_default().push(base.draw(network, &tensors, &random(wanted))?);
             }
-            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => unusable.push((item, error)),
+            Err(error @ lora_data::Error::Picture { .. }) if !config.strict => {
+                unusable.entry(wanted.0).or_insert(error);
+            }
             Err(error) => return Err(error.into()),
         }
-        watch.now(Preparing::Examples(item + 1, count));
+        watch.now(Preparing::Examples(number + 1, count));
     }
     drop(find);
-    leave_out(source, unusable)?;
-    Ok(encoded)
+    // A file that went bad between two of its variations.
+    encoded.retain(|item, _| !unusable.contains_key(item));
+    leave_out(source, unusable.into_iter().collect())?;
+    Ok(encoded.into_values().collect())
 }
 
 /// Where ranks have a cache on disk, each encodes its share into it before all of them read the whole: where they share

@@ -81,7 +81,7 @@ impl Session {
         let mut items = Vec::with_capacity(batch.len());
         for visit in batch {
             let draw = visit.draws(self.config.seed);
-            let mut encoded = BTreeMap::from_iter(self.feed.examples.kept(visit.index));
+            let mut encoded = BTreeMap::from_iter(self.feed.examples.kept(visit, &*self.feed.source, self.config.seed));
             let mut example = self.feed.examples.load(visit, &draw, &*self.feed.source)?;
             if let (Some(network), Some(loaded)) = (self.feed.examples.encoder(), &example) {
                 if !self.base.is_loaded(network) {

@@ -146,9 +146,11 @@ impl Session {
         let disk = materials.disk.as_ref();
         let mut source = materials.source;
         let kept = loader.encode_examples(&mut *base, encoder, &mut source, disk, &materials.ranks, watch)?;
-        if kept.is_some() && source.is_random() {
-            let note = "latents are cached, so random processors act once; cache_latents = false lets them act anew";
-            notes.push(note.into());
+        if kept.is_some() && !source.variations_are_all() {
+            let most = (0..source.count()).map(|item| source.variations(item)).max().unwrap_or(1);
+            notes.push(format!(
+                "latents are cached: of each picture {most} variation(s) of what is random; image_variations keeps more, cache_latents = false draws anew at each visit"
+            ));
         }
         let mut sampler = source.sampler(config.seed);
         let mut settings = Settings::new(config, &registration.groups().collect::<Vec<_>>(), &*source, precision);
@@ -280,7 +282,7 @@ impl Session {
 }
 
 /// What a network made of each example.
-type KeptExamples = (Component, Vec<Tensors>);
+type KeptExamples = (Component, Vec<Vec<Tensors>>);
 
 /// Loads networks as a configuration has them held, and keeps the weights that train.
 struct Loader<'c> {

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
+use lora_data::sampler::Visit;
 use lora_models::synthetic::SyntheticModel;
 use lora_torch::fault::Fault;
 
 use super::*;
+use crate::base::Tensors;
 use crate::config::Format;
 use crate::plugins::Plugins;
 
@@ -51,6 +53,40 @@ fn steps_on_the_same_tensors_are_the_same_steps() {
         assert!(shapes > 0, "{keys:?}");
         assert_eq!(adapter, recorded, "{keys:?}");
     }
+}
+
+/// Of cached latents each picture is seen both ways, as often the one as the other.
+#[test]
+fn a_mirrored_picture_is_kept_beside_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = |session: &Session, index: usize, epoch: u64| {
+        let visit = Visit { index, repeat: 0, epoch };
+        let (_, tensors) = session.feed.examples.kept(&visit, &*session.feed.source, session.config.seed).unwrap();
+        tensors
+    };
+    let cache = format!("cache_dir={}", folder.path().join("cache").display());
+    let flip = "processors=[\"center_crop\", \"flip\"]";
+    let flipped = session(folder.path(), &[flip, &cache]);
+    let plain = session(folder.path(), &[]);
+    // What the latents are drawn from is what the autoencoder makes of the picture, mirrored or not.
+    let same = |a: &Tensors, b: &Tensors| a.iter().all(|(name, tensor)| *tensor == b[name]);
+    let mut firsts = 0;
+    for index in 0..5 {
+        let [first, second, third] = [0, 1, 2].map(|epoch| kept(&flipped, index, epoch));
+        assert!(same(&first, &third) && !same(&first, &second));
+        let own = kept(&plain, index, 0);
+        assert!(same(&own, &kept(&plain, index, 1)));
+        firsts += usize::from(same(&own, &first));
+        let mirrored = [&first, &second].map(|tensors| !same(&own, tensors));
+        assert_ne!(mirrored[0], mirrored[1], "one of the two is the picture as it is");
+    }
+    assert!((1..5).contains(&firsts), "pictures begin one way or the other: {firsts}");
+    assert!(flipped.notes.iter().all(|note| !note.contains("image_variations")), "{:?}", flipped.notes);
+    // From the files of the cache they are the same.
+    let again = session(folder.path(), &[flip, &cache]);
+    assert!((0..2).all(|epoch| same(&kept(&flipped, 3, epoch), &kept(&again, 3, epoch))));
+    let several = session(folder.path(), &["processors=[\"random_crop\", \"flip\"]", "image_variations=3"]);
+    assert!(several.notes.iter().any(|note| note.contains("3 variation(s)")), "{:?}", several.notes);
 }
 
 /// What is beside training has precedence, and the recordings come back.

@@ -48,11 +48,12 @@ pub(super) static ROWS: &[Row] = &[
     gone("custom_conditioning_image", OFF, "no pictures beside the captions"),
     gone("circular_mask_generation", OFF, "masks are as they are"),
     gone("random_rotate_and_crop", OFF, "no rotations"),
-    nothing(
-        "latent_caching_epochs",
-        "crops and flips are drawn at each visit with cache_latents = false, otherwise once",
-    ),
-    nothing("text_caching latent_caching image_caching", "captions are encoded once wherever they may be"),
+    by("latent_caching", &["cache_latents"], "on where it is not given", |field| match field.on() {
+        true => no_effect("on, as without it"),
+        false => becomes("cache_latents", false, "crops and flips are drawn at each visit"),
+    }),
+    nothing("latent_caching_epochs", "`image_variations` come by turns, and are not made anew"),
+    nothing("text_caching image_caching", "captions are encoded once wherever they may be"),
 ];
 
 static CONCEPT: &[Row] = &[
@@ -69,11 +70,15 @@ static CONCEPT: &[Row] = &[
     nothing("__version", "how files are kept"),
     nothing("concept_stats", "counts of the program"),
     same("include_subdirectories", "recursive", Kind::Flag),
-    gone(
-        "image_variations",
-        &["1"],
-        "crops and flips are drawn at each visit with cache_latents = false, otherwise once",
-    ),
+    by("image_variations", &["image_variations"], "where crops or flips are drawn; 1 where it is not given", |field| {
+        let image = field.here.given("image").unwrap_or_default();
+        let drawn = ["enable_crop_jitter", "enable_random_flip"].map(|key| image.get(key).and_then(values::switch));
+        match drawn.contains(&Some(true)) || drawn.contains(&None) {
+            true => taken("image_variations", field.count().unwrap_or(1)),
+            false => no_effect("nothing is drawn"),
+        }
+    })
+    .default("1"),
     gone("text_variations", &["1"], "captions are drawn anew at each visit"),
     by("balancing", &["repeats"], "with balancing_strategy REPEATS", balancing),
     by("repeats", &["repeats"], "an old name of balancing", balancing),
