@@ -326,6 +326,14 @@ pub enum Error {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// Another run has the folder.
+    #[error(
+        "{path}: another run is writing into this folder; wait until it has ended, or set output_dir to another", path = path.display()
+    )]
+    OutputInUse {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A state is another run's.
     #[error(
         "{path}: this state belongs to another run: {list}. Set it back to go on exactly where the run stood; or begin a new run from what was learnt with resume = false and init_from = its saved LoRA", path = path.display()
@@ -411,6 +419,7 @@ impl Error {
                 | Error::UnknownCallback { .. }
                 | Error::NoState { .. }
                 | Error::OtherRun { .. }
+                | Error::OutputInUse { .. }
                 | Error::UnknownOptimiser { .. }
                 | Error::OptimiserArgument { .. }
                 | Error::Adapter(lora_core::Error::NoMatch { .. })

@@ -14,6 +14,7 @@ use lora_torch::tch::Device;
 use lora_torch::tensor::kind_of;
 use lora_torch::{device, dry};
 
+use super::claim::Claim;
 use super::graphs::{self, StepGraphs};
 use super::preflight;
 use super::resume;
@@ -44,6 +45,8 @@ pub(crate) struct Materials {
     pub(super) state: Option<StateFile>,
     /// Holds the allocator to `vram_budget`.
     pub(super) limit: Option<Limit>,
+    /// Of the folder that the run writes into.
+    pub(super) claim: Option<Claim>,
     pub(super) recorder: Option<Arc<Recorder>>,
     /// Where steps are recorded.
     pub(super) graphs: Option<StepGraphs>,
@@ -60,8 +63,11 @@ impl Materials {
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
         let (optimiser, mut notes) = optimiser(&config, plugins)?;
+        notes.extend(config.idle_keys());
+        let mut claim = None;
         if ranks.leads() {
             lora_io::atomic::check_writable(&config.output_dir)?;
+            claim = Some(Claim::of(&config.output_dir)?);
             lora_io::atomic::clear_partial(&config.output_dir);
         }
         let (config, planned) = plan::applied(config, plugins)?;
@@ -75,6 +81,7 @@ impl Materials {
         let precision = precision(&config, device, &mut notes);
         device::check_kind(device, kind_of(precision))?;
         notes.extend(preflight::check(&config, &checkpoint, precision, plugins)?);
+        notes.extend(other_use(&checkpoint));
         let opening = DataOpening::new(&config, &plugins.processors, &checkpoint, disk.as_ref());
         let data = registration.data_of(&config);
         let mut source = (data.open)(&opening)?;
@@ -122,6 +129,7 @@ impl Materials {
             precision,
             state,
             limit: limit.flatten(),
+            claim,
             recorder,
             graphs,
             ranks,
@@ -153,6 +161,7 @@ impl Materials {
             precision,
             state: None,
             limit: None,
+            claim: None,
             recorder: None,
             graphs: recorded.then(|| StepGraphs::new(None)),
             ranks: if config.place.as_ref().is_some_and(|place| place.ranks > 1) {
@@ -190,6 +199,17 @@ fn precision(config: &TrainConfig, device: Device, notes: &mut Vec<String>) -> D
         notes.push("offload_base is for GPUs; on the CPU it costs time and saves nothing".into());
     }
     precision
+}
+
+/// What a diffusers folder is made for beyond what it is trained for here.
+fn other_use(checkpoint: &Checkpoint) -> Option<String> {
+    let pipeline = checkpoint.index()?.get("_class_name")?.as_str()?;
+    let begins_with_a_picture = ["Edit", "Kontext", "Inpaint", "Img2Img", "Pix2Pix", "Fill"];
+    begins_with_a_picture.iter().any(|own| pipeline.contains(own)).then(|| {
+        format!(
+            "the base is for {pipeline}, which begins with a picture; here it is trained to draw from captions alone, which may cost it some of that"
+        )
+    })
 }
 
 /// The optimiser of a configuration, and what to know of it.

@@ -3,6 +3,7 @@
 //! Each item's noise, timestep and dropout derive from (seed, epoch, item, repeat), never from the order of calls, so
 //! that micro-batch size, resuming and device do not change what is drawn.
 
+mod claim;
 mod encoded;
 mod feed;
 mod graphs;
@@ -37,6 +38,7 @@ use lora_torch::memory::{self, DeviceMemory, Limit};
 use lora_torch::tch::Device;
 use lora_torch::{LossScaler, dry};
 
+use self::claim::Claim;
 use crate::Result;
 use crate::base::{Base, Data, Network};
 use crate::config::{StepPlan, TrainConfig};
@@ -72,6 +74,7 @@ pub struct Session {
     recorder: Option<Arc<Recorder>>,
     /// Holds the allocator to `vram_budget` for as long as the session lives.
     _limit: Option<Limit>,
+    _claim: Option<Claim>,
     /// Where passes are recorded; none with draws of their own, and where that failed.
     graphs: Option<StepGraphs>,
     /// This process among those that train together.

@@ -242,6 +242,7 @@ impl Session {
             settings,
             recorder: materials.recorder,
             _limit: materials.limit,
+            _claim: materials.claim,
             graphs: materials.graphs,
             ranks: materials.ranks,
             tried: Vec::new(),

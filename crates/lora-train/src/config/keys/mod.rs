@@ -9,6 +9,7 @@ mod adapter;
 mod data;
 pub mod denoising;
 pub mod flow_matching;
+mod idle;
 pub mod language;
 mod memory;
 mod optimisation;
