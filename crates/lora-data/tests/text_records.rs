@@ -108,6 +108,15 @@ fn question_context_system_and_history_are_read_under_all_their_names_in_all_for
             r#"{"instruction": "Q", "input": "", "output": "A", "history": [["P", "B"]]}"#,
             &["u: P | a*: B | u: Q | a*: A"],
         ),
+        // Lists that were written down as text.
+        (
+            r#"{"messages": "[{\"role\": \"user\", \"content\": \"Q\"}, {\"role\": \"assistant\", \"content\": \"A\"}]"}"#,
+            &["u: Q | a*: A"],
+        ),
+        (
+            r#"{"conversations": "[{\"from\": \"human\", \"value\": \"Q\"}]", "chosen": "C", "rejected": "R"}"#,
+            &["u: Q | a*: C", "u: Q | a*: R"],
+        ),
         // ultrachat_200k: the prompt once more.
         (
             r#"{"prompt": "Q", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}"#,

@@ -261,6 +261,7 @@ fn what_cannot_be_used_is_named_by_line() {
         ("{\"messages\": [{\"role\": \"bot\", \"content\": \"q\"}]}", &["turn 1", "`bot`"]),
         ("{\"messages\": [{\"role\": \"user\"}]}", &["turn 1", "`content`"]),
         ("{\"conversations\": {}}", &["expected a list"]),
+        ("{\"messages\": \"[{'role': 'user'}]\"}", &["`messages`: expected a list", "no JSON"]),
         ("{\"instruction\": \"x\", \"output\": \"\"}", &["`output`", "empty"]),
         ("{\"tools\": \"[\", \"messages\": []}", &["`tools`", "JSON"]),
         ("17", &["expected an object"]),

@@ -67,8 +67,13 @@ pub(super) fn transcript(text: &str) -> Option<Vec<Map<String, Value>>> {
     (last["role"] == "assistant" && last["content"] != "").then_some(turns)
 }
 
-/// The turns of a conversation, in either spelling.
+/// The turns of a conversation, in either spelling; or, as some exporters write them, the text of such a list.
 pub(super) fn turns(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
+    let value = match value {
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("`{key}`: expected a list, found text that is no JSON: {error}"))?,
+        value => value,
+    };
     let Value::Array(turns) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
     turns.into_iter().enumerate().map(|(index, own)| turn(own, &format!("`{key}`, turn {}", index + 1))).collect()
 }
