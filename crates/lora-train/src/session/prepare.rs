@@ -152,6 +152,9 @@ impl Session {
                 "latents are cached: of each picture {most} variation(s) of what is random; image_variations keeps more, cache_latents = false draws anew at each visit"
             ));
         }
+        if config.gives("image_variations") && !source.is_random() {
+            notes.push("image_variations changes nothing without a random processor, as flip".into());
+        }
         let mut sampler = source.sampler(config.seed);
         let mut settings = Settings::new(config, &registration.groups().collect::<Vec<_>>(), &*source, precision);
         if let Some(state) = &materials.state {

@@ -87,6 +87,8 @@ fn a_mirrored_picture_is_kept_beside_its_own() {
     assert!((0..2).all(|epoch| same(&kept(&flipped, 3, epoch), &kept(&again, 3, epoch))));
     let several = session(folder.path(), &["processors=[\"random_crop\", \"flip\"]", "image_variations=3"]);
     assert!(several.notes.iter().any(|note| note.contains("3 variation(s)")), "{:?}", several.notes);
+    let fixed = session(folder.path(), &["image_variations=3"]);
+    assert!(fixed.notes.iter().any(|note| note.contains("without a random processor")), "{:?}", fixed.notes);
 }
 
 /// What is beside training has precedence, and the recordings come back.

@@ -27,11 +27,7 @@ static ALL: &[Idle] = &[
         without: "masked_loss",
         is: |config| !config.masked_loss,
     },
-    Idle {
-        keys: &["image_variations"],
-        without: "cached latents and a random processor, as flip",
-        is: |config| !config.cache_latents,
-    },
+    Idle { keys: &["image_variations"], without: "cache_latents", is: |config| !config.cache_latents },
     Idle {
         keys: &["min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"],
         without: "enable_bucket",
@@ -157,7 +153,7 @@ mod tests {
             ),
             [
                 "huber_c, huber_schedule change nothing without loss_type huber or smooth_l1",
-                "image_variations changes nothing without cached latents and a random processor, as flip",
+                "image_variations changes nothing without cache_latents",
                 "keep_tokens changes nothing without shuffle_caption, caption_tag_dropout_rate or token_warmup_step",
                 "lr_min_ratio changes nothing without a schedule that falls (lr_scheduler)",
             ]
