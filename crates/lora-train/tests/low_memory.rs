@@ -48,7 +48,7 @@ fn checkpointing_gives_the_same_update() {
         );
     }
     // No graph is left between steps.
-    let mut session = prepare(folder.path(), &["gradient_checkpointing=true"]);
+    let mut session = prepare(folder.path(), &["gradient_checkpointing=true", "sample_steps=2"]);
     session.step().unwrap();
     session.sample(&["a".into()]).unwrap();
     session.step().unwrap();
@@ -84,7 +84,7 @@ fn a_base_in_few_bytes_trains_nearly_as_the_whole_one() {
 fn what_waits_in_host_memory_changes_nothing() {
     let folder = workspace();
     let run = |keys: &[&str]| {
-        let common = ["batch_size=4", "max_resolution=128", "max_train_steps=3"];
+        let common = ["batch_size=4", "max_resolution=128", "max_train_steps=3", "sample_steps=2"];
         let mut session = prepare(folder.path(), &[keys, &common].concat());
         let mut steps = Vec::new();
         while let Some(report) = session.step().unwrap() {
@@ -118,7 +118,7 @@ fn what_waits_in_host_memory_changes_nothing() {
 fn recorded_steps_give_the_same_update() {
     let folder = workspace();
     let run = |keys: &[&str]| {
-        let common = ["batch_size=2", "max_resolution=128", "max_train_steps=4"];
+        let common = ["batch_size=2", "max_resolution=128", "max_train_steps=4", "sample_steps=2"];
         let mut session = prepare(folder.path(), &[keys, &common].concat());
         let mut steps = Vec::new();
         while let Some(report) = session.step().unwrap() {

@@ -105,7 +105,8 @@ fn merged(adapters: &[(&Adapter, f64)], styles: &[&Style]) -> Vec<f64> {
     let path = folder.path().join("merged.safetensors");
     let variants = VariantRegistry::<CpuBackend>::default();
     merge(base(), &weighted, &path, &MergeOptions::default(), &variants, &|_, _| {}).unwrap();
-    let mut session = session(&path, styles[0], &folder.path().join("out"), &["max_train_steps=1"]);
+    let mut session =
+        session(&path, styles[0], &folder.path().join("out"), &["max_train_steps=1", "cache_latents=false"]);
     let loss = |style: &&Style| {
         let held_out = session.load_validation(&style.held_out).unwrap();
         session.validation_loss(&held_out).unwrap()
