@@ -144,12 +144,12 @@ pub(super) static TREATMENT: Group = Group {
         },
         Key {
             name: "image_variations",
-            values: "1 … 1000",
+            values: "1 … 100",
             default: "2 with `flip`, otherwise 1",
             meaning: "How many variations of each picture are kept where latents are cached and processors are random; they come by turns. With `flip` every second one is mirrored, so that the default keeps a picture both ways.",
             memory: "None; latents of each variation lie in host memory, and are encoded before training.",
             resumed: Resumed::Elsewhere,
-            reads: Reads::Dataset(|given, dataset| dataset.options.variations = given.count_to(1, 1000)),
+            reads: Reads::Dataset(|given, dataset| dataset.options.variations = given.count_to(1, 100)),
         },
         Key {
             name: "trigger_word",
