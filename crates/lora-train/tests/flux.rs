@@ -87,6 +87,9 @@ fn files_of_every_layout_are_the_same_base() {
     says(&[&transformer, &vae], &["without a text encoder", "set text_encoder to", "CLIP-L"]);
     says(&[&transformer, &vae, &clip], &["without a text encoder", "set text_encoder_2 to", "T5-XXL"]);
     says(&[&transformer, &vae, &clip, &t5], &["without a tokenizer", "set tokenizer to"]);
+    says(&[&transformer, &vae, &clip, &t5, "tokenizer=elsewhere"], &["`tokenizer`: elsewhere", "no tokenizer.json"]);
+    says(&[&transformer, &vae, &clip, &t5, "tokenizer=some-one/elsewhere"], &["hf download some-one/elsewhere"]);
+    says(&["tokenizer=elsewhere"], &["no tokenizer.json"]);
 }
 
 #[test]

@@ -38,12 +38,13 @@ pub(in super::super) fn check_parts(checkpoint: &Checkpoint, config: &TrainConfi
         if checkpoint.component(encoder.component).is_err() {
             return missing("a text encoder", encoder.key, encoder.published);
         }
-        let tokenizer = |folder| text::tokenizer(checkpoint, encoder.component, ["tokenizer", folder], config);
-        if encoder.tokenizer.is_some_and(|folder| tokenizer(folder).is_none()) {
+        if let Some(folder) = encoder.tokenizer
+            && text::tokenizer(checkpoint, encoder.component, ["tokenizer", folder], config)?.is_none()
+        {
             return missing("a tokenizer", "tokenizer", "a folder with the tokenizer.json of its text encoder");
         }
         let is_conditioned = matches!(encoder.reads, Reads::Conditioned(_));
-        if is_conditioned && text::tokenizer(checkpoint, TEXT_CONDITIONER, text::T5_TOKENIZER, config).is_none() {
+        if is_conditioned && text::tokenizer(checkpoint, TEXT_CONDITIONER, text::T5_TOKENIZER, config)?.is_none() {
             return missing(
                 "T5's tokenizer",
                 "t5_tokenizer",

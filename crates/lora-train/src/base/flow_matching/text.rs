@@ -2,11 +2,12 @@
 //! reads captions is in `language`, `conditioned`, `clip` and `t5`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lora_core::Component;
 use lora_data::tokenizer::Tokenizer;
 use lora_io::checkpoint::Checkpoint;
+use lora_io::hub;
 use lora_models::weights::Held;
 use lora_torch::tch::{Device, Kind};
 
@@ -140,32 +141,39 @@ pub(super) trait CaptionReader: std::fmt::Debug + Send {
 pub(super) struct CaptionReaders(Vec<(&'static EncoderKind, Box<dyn CaptionReader>)>);
 
 /// The key that names the tokenizer of a text conditioner, and its folder in a diffusers folder.
-pub(super) const T5_TOKENIZER: [&str; 2] = ["t5_tokenizer", "t5_tokenizer"];
+pub(super) const T5_TOKENIZER: [&'static str; 2] = ["t5_tokenizer", "t5_tokenizer"];
 
 /// Where the tokenizer of a base's text encoder is: where the key says it, in the encoder's own folder, or beside it.
+///
+/// # Errors
+/// [`Error::Config`] where there is none where the key says.
 pub(super) fn tokenizer(
     checkpoint: &Checkpoint,
     component: Component,
-    [key, folder]: [&str; 2],
+    [key, folder]: [&'static str; 2],
     config: &TrainConfig,
-) -> Option<PathBuf> {
-    let given = config.extra.text(key).map(PathBuf::from);
-    let encoder = checkpoint.component(component).ok()?.path().to_owned();
-    let beside = [Some(encoder.as_path()), encoder.parent()].into_iter().flatten();
+) -> Result<Option<PathBuf>> {
+    let at = |places: Vec<PathBuf>| places.into_iter().find(|place| Tokenizer::is_at(place));
+    if let Some(given) = config.extra.text(key) {
+        let given = hub::place(Path::new(given))?.into_owned();
+        let missing = || config.refused([(key, format!("{}: there is no tokenizer.json in it", given.display()))]);
+        return Ok(Some(at(vec![given.clone(), given.join(folder)]).ok_or_else(missing)?));
+    }
+    let Ok(encoder) = checkpoint.component(component) else { return Ok(None) };
+    let beside = [Some(encoder.path()), encoder.path().parent()].into_iter().flatten();
     let places = beside.flat_map(|place| [place.to_owned(), place.join(folder)]);
     // The text encoder may come from elsewhere without one: a base's own is of the same kind.
-    let of_base = checkpoint.path().join(folder);
-    given.into_iter().chain(places).chain([of_base]).find(|folder| Tokenizer::is_at(folder))
+    Ok(at(places.chain([checkpoint.path().join(folder)]).collect()))
 }
 
 /// That tokenizer, held against the number of `rows` in its encoder's table.
 pub(super) fn open_tokenizer(
     checkpoint: &Checkpoint,
     component: Component,
-    (names, table): ([&str; 2], &str),
+    (names, table): ([&'static str; 2], &str),
     config: &TrainConfig,
 ) -> Result<Tokenizer> {
-    let found = tokenizer(checkpoint, component, names, config);
+    let found = tokenizer(checkpoint, component, names, config)?;
     let path = found.unwrap_or_else(|| checkpoint.path().join(names[1]));
     let tokenizer = Tokenizer::open(&path)?;
     let rows = checkpoint.component(component)?.shape(table).and_then(<[_]>::first);
