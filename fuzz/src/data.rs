@@ -39,16 +39,11 @@ pub fn picture(bytes: &[u8]) {
     }
     let _ = lora_data::RgbPicture::decode(Path::new("a.jpg"), bytes, [255; 3], None);
     let options = DatasetOptions {
-        path: folder.clone(),
         scan: inspect(),
         framing: Framing::Fixed((8, 8)),
-        processors: vec!["center_crop".into()],
-        captions: CaptionOptions::default(),
         background: [0; 3],
-        batch_size: 1,
-        loss_weight: 1.0,
         masks: MaskOptions { enabled: true, alpha: true, ..MaskOptions::default() },
-        group: 0,
+        ..DatasetOptions::of(folder.clone())
     };
     if let Ok(pictures) = Pictures::open(vec![options], &ProcessorRegistry::default()) {
         for index in 0..pictures.items().len() {
