@@ -2,7 +2,7 @@
 //! another thread allocates would count too (see `plan_memory`).
 //!
 //! For one small picture they are equal. Of more pixels at once oneDNN computes the gradients of convolutions in another way, with
-//! scratchpads of a few KiB that are not known (0.2% here).
+//! scratchpads of a few KiB that are not known: 0.2% here with the kernels of AVX-512, 2% with those of AVX2.
 
 #[path = "../../../examples/examples/custom_base/base.rs"]
 mod base;
@@ -34,6 +34,9 @@ fn predictions_for_a_base_of_a_programs_own_are_what_is_counted() {
         path("out"),
     );
     let validation = format!("validation_data_dir={}", path("data"));
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let is_wide = flags.contains("avx512f") && std::env::var_os("ONEDNN_MAX_CPU_ISA").is_none();
+    let batches = if is_wide { 0.2 } else { 3.0 };
     for (keys, tolerance) in [
         (&[][..], 0.0),
         (&["gradient_checkpointing=true"], 0.0),
@@ -41,9 +44,9 @@ fn predictions_for_a_base_of_a_programs_own_are_what_is_counted() {
         (&["base_storage=int8"], 0.0),
         (&["optimizer=adamw8bit"], 0.0),
         (&[&validation], 0.0),
-        (&["batch_size=2"], 0.2),
-        (&["batch_size=4", "gradient_checkpointing=true"], 0.2),
-        (&["batch_size=4", "lora_rank=4"], 0.2),
+        (&["batch_size=2"], batches),
+        (&["batch_size=4", "gradient_checkpointing=true"], batches),
+        (&["batch_size=4", "lora_rank=4"], batches),
     ] {
         // Within a budget that is enough, alternatives are not looked for.
         let keys = [keys, &["vram_budget=100GiB"]].concat();
