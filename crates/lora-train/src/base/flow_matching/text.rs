@@ -141,7 +141,7 @@ pub(super) trait CaptionReader: std::fmt::Debug + Send {
 pub(super) struct CaptionReaders(Vec<(&'static EncoderKind, Box<dyn CaptionReader>)>);
 
 /// The key that names the tokenizer of a text conditioner, and its folder in a diffusers folder.
-pub(super) const T5_TOKENIZER: [&'static str; 2] = ["t5_tokenizer", "t5_tokenizer"];
+pub(super) const T5_TOKENIZER: [&str; 2] = ["t5_tokenizer", "t5_tokenizer"];
 
 /// Where the tokenizer of a base's text encoder is: where the key says it, in the encoder's own folder, or beside it.
 ///
