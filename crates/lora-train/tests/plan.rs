@@ -167,8 +167,8 @@ fn a_run_applies_its_plan() {
         path("out"),
     );
     let config = |keys: &[&str]| TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
-    // On the CPU the program itself counts, which grows as it runs, most at the first plan: the second is close to what the run
-    // finds, and halfway down is far from either end.
+    // On the CPU the program itself counts, which grows as it runs, most at the first plan: the second is close to what
+    // the run finds, and halfway down is far from either end.
     plan(&config(&[]), &Plugins::default()).unwrap();
     let whole = plan(&config(&[]), &Plugins::default()).unwrap();
     let halved = &whole.alternatives[0];

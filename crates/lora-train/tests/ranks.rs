@@ -22,8 +22,8 @@ type Bounds = (f64, f32);
 /// rounded to f32 in each rank.
 const SAME_ORDER: Bounds = (1e-6, 0.0);
 
-/// Sums in another order differ in their last bit, and a few steps make more of it: on some processors 4e-5 of a loss, 5e-3 of what
-/// was learnt. A wrong weight of a rank's share would be a part of the whole.
+/// Sums in another order differ in their last bit, and a few steps make more of it: on some processors 4e-5 of a loss,
+/// 5e-3 of what was learnt. A wrong weight of a rank's share would be a part of the whole.
 const OTHER_ORDER: Bounds = (2e-4, 2e-2);
 
 /// Writes losses down as they come, and ends the run, of its own will or as if it were shot, after a step.

@@ -105,7 +105,8 @@ impl Default for CaptionOptions {
 }
 
 impl fmt::Debug for CaptionOptions {
-    // The states of runs record it. Those of older versions say nothing of what came later, which is told only where it is used.
+    // The states of runs record it. Those of older versions say nothing of what came later, which is told only where it
+    // is used.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = f.debug_struct("CaptionOptions");
         text.field("trigger_word", &self.trigger_word)

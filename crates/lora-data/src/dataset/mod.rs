@@ -6,8 +6,8 @@
 //!
 //! **Captions** come from, the first found winning: `picture.txt`, `picture.caption`, `metadata.csv` (a header with
 //! `filename` or `file_name`, and `prompt`, `text` or `caption`), `metadata.jsonl` (objects with the same keys;
-//! `image_path` too), the folder's `N_name`. What counts of a caption file with
-//! several lines says [`crate::caption`].
+//! `image_path` too), the folder's `N_name`. What counts of a caption file with several lines says
+//! [`crate::caption`].
 //!
 //! **Masks** lie beside their picture as `picture-mask.png` or `picture-masklabel.png` (OneTrainer), or in a folder
 //! of their own under the picture's name, at the picture's place below the root or directly in it (ai-toolkit,

@@ -114,8 +114,8 @@ enum Found {
 /// An example that is kept: the item, and which variation of it where there are several.
 type Wanted = (usize, Option<usize>);
 
-/// Encodes every example once, and every variation of it. Unusable ones are left out, or end the run where the configuration is
-/// strict.
+/// Encodes every example once, and every variation of it. Unusable ones are left out, or end the run where the
+/// configuration is strict.
 pub(super) fn examples(
     base: &mut dyn Base,
     network: Component,

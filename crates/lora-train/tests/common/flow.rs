@@ -130,8 +130,8 @@ impl Trajectory<'_> {
             for (name, own) in &module.tensors {
                 let expected = tensor(self.golden, &format!("{}.lora.{path}.{name}", self.last));
                 let error = apart(&from_host(own, Device::Cpu).unwrap(), &expected);
-                // AdamW makes as much of a gradient near 0, whose last bits depend on the processor, as of a large one: up to
-                // 5e-4 between kernels for AVX2, AVX-512 and those of other makers.
+                // AdamW makes as much of a gradient near 0, whose last bits depend on the processor, as of a large
+                // one: up to 5e-4 between kernels for AVX2, AVX-512 and those of other makers.
                 assert!(error < 2e-3, "{path} {name}: {error:e}");
             }
         }
