@@ -1,133 +1,30 @@
 //! Several datasets as one: every item with its dataset's settings, from the file to the sample that training sees.
-//! What a run says of them is in `describe`.
+//! A dataset's settings are in `settings`, what a run says of all of them is in `describe`.
 
 mod describe;
+mod settings;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use lora_core::random::Stream;
 use lora_io::hash::sha256;
 use lora_io::metadata::TrainingRecord;
 
-use crate::bucket::Framing;
 use crate::cache::DiskCache;
-use crate::caption::{CaptionOptions, Done};
+use crate::caption::Done;
 use crate::crop::CropPlan;
-use crate::dataset::{CaptionSource, ImageDataset, Item, Role, ScanOptions, Stored, balance};
+use crate::dataset::{CaptionSource, ImageDataset, Item, Role, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
 use crate::picture::{self, decode_bytes};
-use crate::processor::{Fit, PictureProcessor, ProcessContext, ProcessorRegistry};
+use crate::processor::{ProcessContext, ProcessorRegistry};
 use crate::sample::{Mask, Sample};
 use crate::sampler::{Visit, Visits};
 use crate::source::{Example, HeldOut, Identity, Overview, Shape, Source};
 use crate::{Error, Result, RgbPicture};
 
-/// Whether and how pixels are weighted in the loss.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MaskOptions {
-    /// Masks are used; a picture without one counts in full.
-    pub enabled: bool,
-    /// The picture's own transparency is its mask, where it has no other.
-    pub alpha: bool,
-    /// Dark counts, bright does not.
-    pub inverted: bool,
-    /// The least that any pixel counts, from 0 to 1.
-    pub unmasked_weight: f32,
-}
-
-impl Default for MaskOptions {
-    fn default() -> Self {
-        Self { enabled: false, alpha: false, inverted: false, unmasked_weight: 0.0 }
-    }
-}
-
-/// A dataset and how its pictures and captions are treated.
-#[derive(Debug, Clone)]
-pub struct DatasetOptions {
-    /// Folder, archive or table.
-    pub path: PathBuf,
-    /// How it is scanned.
-    pub scan: ScanOptions,
-    /// The size that each picture is brought to.
-    pub framing: Framing,
-    /// Names of the processors that pictures go through.
-    pub processors: Vec<String>,
-    /// How many variations of a picture are kept where latents are cached and processors are random; without it all that
-    /// there are, where the processors know how many ([`PictureProcessor::outcomes`]).
-    pub variations: Option<usize>,
-    /// How captions are treated.
-    pub captions: CaptionOptions,
-    /// What lies behind transparent pictures.
-    pub background: [u8; 3],
-    /// Pictures at once.
-    pub batch_size: usize,
-    /// How much its pictures count in the loss.
-    pub loss_weight: f64,
-    /// Weights of pixels.
-    pub masks: MaskOptions,
-    /// Datasets of one number share their regularisation pictures.
-    pub group: usize,
-}
-
-impl DatasetOptions {
-    /// Of a folder, archive or table as a configuration that says no more has it: 512 × 512 pixels, cut from the
-    /// middle, on white.
-    pub fn of(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            scan: ScanOptions::default(),
-            framing: Framing::Fixed((512, 512)),
-            processors: vec!["center_crop".to_owned()],
-            variations: None,
-            captions: CaptionOptions::default(),
-            background: [255; 3],
-            batch_size: 1,
-            loss_weight: 1.0,
-            masks: MaskOptions::default(),
-            group: 0,
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-struct Dataset {
-    options: DatasetOptions,
-    processors: Vec<Arc<dyn PictureProcessor>>,
-}
-
-impl Dataset {
-    /// How many different results the processors have that know how many.
-    fn outcomes(&self) -> usize {
-        self.processors.iter().filter_map(|processor| processor.outcomes()).product()
-    }
-
-    /// How many variations of a picture are kept.
-    fn variations(&self) -> usize {
-        match self.processors.iter().any(|processor| processor.is_random()) {
-            true => self.options.variations.unwrap_or(self.outcomes()),
-            false => 1,
-        }
-    }
-
-    /// Whether the variations that are kept are all there are.
-    fn variations_are_all(&self) -> bool {
-        self.processors.iter().all(|own| own.outcomes().is_some()) && self.variations() >= self.outcomes()
-    }
-
-    /// The same without random processors, as pictures are treated that are held out.
-    fn without_chance(&self) -> Self {
-        let mut own = self.clone();
-        let named = self.processors.iter().zip(&self.options.processors).filter(|(own, _)| !own.is_random());
-        (own.processors, own.options.processors) = named.map(|(own, name)| (Arc::clone(own), name.clone())).unzip();
-        if own.processors.len() < self.processors.len() {
-            own.processors.push(Arc::new(Fit));
-            own.options.processors.push("center_crop".to_owned());
-        }
-        own
-    }
-}
+use settings::Dataset;
+pub use settings::{DatasetOptions, MaskOptions};
 
 /// All pictures of a run.
 #[derive(Debug)]
@@ -387,10 +284,8 @@ impl Pictures {
     fn settings(&self, index: usize, variation: Option<usize>, random: &Stream) -> String {
         let dataset = &self.datasets[self.of[index]];
         let processors: Vec<String> = dataset.processors.iter().map(|processor| processor.settings()).collect();
-        // Variations that are all there are do not depend on what is drawn.
-        let by_turns = variation.is_some() && dataset.processors.iter().all(|own| own.outcomes().is_some());
-        let is_random = dataset.processors.iter().any(|processor| processor.is_random());
-        let random = (is_random && !by_turns).then(|| random.key());
+        let by_turns = variation.is_some() && dataset.outcomes_are_known();
+        let random = (dataset.is_random() && !by_turns).then(|| random.key());
         let DatasetOptions { background, masks, .. } = &dataset.options;
         // Older versions kept what they made of JPEGs that are cut short, which are refused now.
         let jpeg = crate::dataset::has_extension(&self.items[index].file.path, &["jpg", "jpeg"]);
@@ -447,7 +342,7 @@ impl Source for Pictures {
     }
 
     fn is_random(&self) -> bool {
-        self.datasets.iter().flat_map(|dataset| &dataset.processors).any(|processor| processor.is_random())
+        self.datasets.iter().any(Dataset::is_random)
     }
 
     fn variations(&self, item: usize) -> usize {
@@ -643,6 +538,7 @@ fn weighted(mask: &Mask, options: &MaskOptions) -> Result<Mask> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bucket::Framing;
 
     /// Decoding at a fraction must not cost quality: against the picture before it was compressed, what training gets
     /// is as good as by way of the full size, to within a decibel far beyond what can be seen.

@@ -67,7 +67,14 @@ pub const PICTURES: Data = Data {
     noun: "picture",
     unit: "img",
     keys: pictures::KEYS,
-    open: |opening| Ok(Box::new(Pictures::open(opening.config.datasets.clone(), opening.processors)?)),
+    open: |opening| {
+        let mut datasets = opening.config.datasets.clone();
+        if !opening.config.cache_latents {
+            // What is drawn at each visit is not kept, and makes no other run of one.
+            datasets.iter_mut().for_each(|dataset| dataset.variations = Some(1));
+        }
+        Ok(Box::new(Pictures::open(datasets, opening.processors)?))
+    },
     stand_ins: |config, batches| {
         let visits = |dataset: &lora_data::DatasetOptions| (dataset.clone(), dataset.batch_size * batches);
         Ok(Box::new(Pictures::stand_ins(config.datasets.iter().map(visits).collect())))

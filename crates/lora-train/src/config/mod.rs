@@ -434,10 +434,6 @@ impl TrainConfig {
             sliders::settle(&mut reader, &keys, &mut config);
         }
         config.datasets = datasets::read(&mut reader, !has_sliders);
-        if !config.cache_latents {
-            // What is drawn at each visit is not kept, and makes no other run of one.
-            config.datasets.iter_mut().for_each(|dataset| dataset.variations = Some(1));
-        }
         if has_sliders {
             config.datasets.clear();
         }

@@ -63,7 +63,6 @@ impl Materials {
         plugins.variants.get(&config.variant)?;
         plugins.callbacks(&config.callbacks)?;
         let (optimiser, mut notes) = optimiser(&config, plugins)?;
-        notes.extend(config.idle_keys());
         let mut claim = None;
         if ranks.leads() {
             lora_io::atomic::check_writable(&config.output_dir)?;
@@ -72,6 +71,7 @@ impl Materials {
         }
         let (config, planned) = plan::applied(config, plugins)?;
         notes.extend(planned);
+        notes.extend(config.idle_keys());
         notes.extend(config.samples.prompts.iter().filter_map(|prompt| unread(prompt)));
         let disk = config.cache_dir.as_ref().map(DiskCache::open).transpose()?.map(Arc::new);
         let checkpoint = Arc::new(plugins.bases.configured(&config)?);

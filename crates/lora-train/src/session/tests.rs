@@ -13,6 +13,10 @@ use crate::plugins::Plugins;
 
 /// A tiny base, pictures of two shapes, and a run on them with further keys.
 fn session(folder: &Path, keys: &[&str]) -> Session {
+    Session::prepare(config(folder, keys), &Plugins::default(), &mut |_| {}).unwrap()
+}
+
+fn config(folder: &Path, keys: &[&str]) -> TrainConfig {
     SyntheticModel::tiny().write(folder.join("base.safetensors"), DType::F16).unwrap();
     std::fs::create_dir_all(folder.join("data")).unwrap();
     for (index, (width, height)) in [(64, 64), (128, 64), (64, 64), (128, 64), (64, 64)].into_iter().enumerate() {
@@ -28,8 +32,7 @@ fn session(folder: &Path, keys: &[&str]) -> Session {
         path("data"),
         path("out")
     );
-    let config = TrainConfig::from_text(&text, Format::Yaml, keys).unwrap();
-    Session::prepare(config, &Plugins::default(), &mut |_| {}).unwrap()
+    TrainConfig::from_text(&text, Format::Yaml, keys).unwrap()
 }
 
 /// What a graph computes again on the same tensors, computed again on the same tensors.
@@ -87,6 +90,13 @@ fn a_mirrored_picture_is_kept_beside_its_own() {
     assert!((0..2).all(|epoch| same(&kept(&flipped, 3, epoch), &kept(&again, 3, epoch))));
     let several = session(folder.path(), &["processors=[\"random_crop\", \"flip\"]", "image_variations=3"]);
     assert!(several.notes.iter().any(|note| note.contains("3 variation(s)")), "{:?}", several.notes);
+    // Where a plan has switched it on, too.
+    let keys = ["processors=[\"random_crop\", \"flip\"]", "image_variations=3", "cache_latents=false"];
+    let mut planned = config(folder.path(), &keys);
+    planned.cache_latents = true;
+    let planned = Session::prepare(planned, &Plugins::default(), &mut |_| {}).unwrap();
+    assert_eq!((0..5).map(|item| planned.feed.source.variations(item)).collect::<Vec<_>>(), [3; 5]);
+    assert_eq!(session(folder.path(), &keys).feed.source.variations(0), 1);
     let fixed = session(folder.path(), &["image_variations=3"]);
     assert!(fixed.notes.iter().any(|note| note.contains("without a random processor")), "{:?}", fixed.notes);
 }
