@@ -299,7 +299,7 @@ fn records_that_share_a_row_have_the_losses_they_have_by_themselves() {
             // Rows take records out of order only where one did not fit; sums are those of the same records.
             let sorted = |losses: &Tensor| losses.sort(0, false).0;
             let error = worst(&sorted(&trained), &sorted(&alone));
-            assert!(error < 1e-5, "{family}: {error:e}");
+            assert!(error < 2e-5, "{family}: {error:e}");
             let loss = decoder.loss(&hidden, &labels, &LossOptions::default(), &Pass::default()).unwrap();
             let mean = f64::try_from(loss).unwrap() / trained.numel() as f64;
             let expected = reference.info["loss"].as_f64().unwrap();

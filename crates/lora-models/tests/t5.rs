@@ -60,7 +60,7 @@ fn what_fills_rows_up_may_be_unseen() {
 #[test]
 fn states_in_half_precision_are_near() {
     let expected = tensor(&transformers("t5"), "states");
-    for (kind, bound) in [(Kind::Half, 1e-2), (Kind::BFloat16, 3e-2)] {
+    for (kind, bound) in [(Kind::Half, 1e-2), (Kind::BFloat16, 6e-2)] {
         let found = no_grad(|| encoder(kind).forward(&tokens(), &Pass::default()).unwrap());
         assert_eq!(found.kind(), kind);
         let error = distance(&found.to_kind(Kind::Float), &expected);

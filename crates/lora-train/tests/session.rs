@@ -42,7 +42,7 @@ fn accumulation_gives_the_same_update_as_a_large_batch() {
         }
         // With ε = 1 the update is the gradient. (With a small ε AdamW blows rounding up: where a gradient is nearly zero
         // its first steps have the size of the learning rate all the same.)
-        assert!(f64::from(distance(&whole, &split)) < tolerance(1e-4), "{batch}: {}", distance(&whole, &split));
+        assert!(f64::from(distance(&whole, &split)) < tolerance(2e-4), "{batch}: {}", distance(&whole, &split));
     }
     // Five of eight pictures are left for a second, smaller micro-batch: nothing is dropped.
     let (_, uneven) = run("batch_size=5", "gradient_accumulation_steps=2");

@@ -110,7 +110,7 @@ fn computing_again_and_smaller_batches_are_the_same_run() {
     let (whole, adapter) = trained(folder.path(), &["batch_size=2"]);
     for keys in [&["batch_size=2", "gradient_checkpointing=true"][..], &["gradient_accumulation_steps=2"]] {
         let (other, same) = trained(folder.path(), keys);
-        let near = whole.iter().zip(&other).all(|(a, b)| (a - b).abs() < tolerance(1e-4) * a);
+        let near = whole.iter().zip(&other).all(|(a, b)| (a - b).abs() < tolerance(1e-3) * a);
         assert!(near && distance(&adapter, &same) < 0.05, "{keys:?}: {whole:?} {other:?}");
     }
     // Two sizes: a step is of one.

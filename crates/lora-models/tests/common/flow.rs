@@ -50,7 +50,8 @@ pub(crate) fn matches<N: Adaptable>(
     for kind in ["square", "wide"] {
         let found = no_grad(|| velocity(&network, &call(kind, pooled), &Pass::default()));
         let error = distance(&found, &tensor(&golden, &format!("velocity.{kind}")));
-        assert!(error < 1e-5, "{name}, {kind}: {error:e}");
+        // 5e-6 with kernels for AVX-512, 1.1e-5 with those for AVX2.
+        assert!(error < 5e-5, "{name}, {kind}: {error:e}");
     }
 
     let leaves = adapt(&mut network, targets);

@@ -103,7 +103,8 @@ fn what_is_kept_are_the_answers_of_the_base_without_its_adapter() {
         told.get(0).backward();
         for (leaf, expected) in leaves.iter().zip(&gradients) {
             let far = f64::try_from((leaf.grad() - expected).norm()).unwrap();
-            assert!(far <= 1e-3 * f64::try_from(expected.norm()).unwrap() + 1e-5, "recompute {recompute}: {far}");
+            // What cancels out is 1e-5 apart between two orders of sums.
+            assert!(far <= 1e-3 * f64::try_from(expected.norm()).unwrap() + 4e-5, "recompute {recompute}: {far}");
             let _ = leaf.grad().zero_();
         }
     }
