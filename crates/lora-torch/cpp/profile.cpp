@@ -93,18 +93,19 @@ void end(const at::RecordFunction &, at::ObserverContext *context) {
 
 extern "C" {
 
-// Begins to count, on all threads. Not while it is counting already.
+// Begins to count, on this thread and on those that compute its gradients, to which libtorch hands its hooks: what other threads
+// of the program do is none of it. Not while it is counting already.
 int lora_profile_start() {
   return lora::guarded([&] {
     {
       const std::lock_guard<std::mutex> guard(mutex);
       counts.clear();
     }
-    active = at::addGlobalCallback(at::RecordFunctionCallback(begin, end).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+    active = at::addThreadLocalCallback(at::RecordFunctionCallback(begin, end).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
   });
 }
 
-// Ends it: lines of a name, how often it did work and how often the host waited. Valid until this thread's next call.
+// Ends it, on the same thread: lines of a name, how often it did work and how often the host waited. Valid until this thread's next call.
 const char *lora_profile_stop() {
   thread_local std::string text;
   text.clear();

@@ -50,7 +50,8 @@ impl Drop for Counting {
     }
 }
 
-/// What `run` gives, and the operations of all threads meanwhile. It slows each of them down; one at a time, others wait.
+/// What `run` gives, and the operations of this thread meanwhile and of those that compute its gradients. It slows each of
+/// them down; one at a time, others wait.
 /// Fails only if libtorch refuses the hook.
 ///
 /// ```
@@ -83,4 +84,36 @@ pub fn operations<T>(run: impl FnOnce() -> T) -> Result<(T, Operations)> {
         Some((name, Count { work: number()?, waits: number()? }))
     };
     Ok((result, Operations { by_name: text.lines().filter_map(line).collect() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn what_other_threads_do_meanwhile_is_not_counted() {
+        let (begun, done) = (Barrier::new(2), Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                assert!(Tensor::ones([2], (Kind::Float, Device::Cpu)).tanh().sum(Kind::Float).double_value(&[]) > 1.0);
+                done.wait();
+            });
+            let run = || {
+                begun.wait();
+                done.wait();
+                let leaf = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+                leaf.exp().sum(Kind::Float).backward();
+            };
+            let (_, counted) = operations(run).unwrap();
+            assert!(!counted.by_name.contains_key("aten::tanh"), "{counted:?}");
+            assert_eq!((counted.total().waits, counted.by_name["aten::exp"].work), (0, 1), "{counted:?}");
+            // The gradient's own.
+            assert!(counted.by_name["aten::mul"].work > 0, "{counted:?}");
+        });
+    }
 }
