@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use lora_core::{DType, Strength};
 
 use crate::Failure;
@@ -30,11 +31,9 @@ impl From<Precision> for DType {
 }
 
 /// A base model: a file, a folder, or the name of one that Hugging Face's programs have fetched.
-///
-/// # Errors
-/// Where there is none of that name.
-pub fn base(argument: &str) -> Result<PathBuf, lora_io::Error> {
-    lora_io::hub::place(Path::new(argument)).map(Cow::into_owned)
+/// An argument that names none is refused.
+pub fn base() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| lora_io::hub::place(&path).map(Cow::into_owned))
 }
 
 /// `FILE`, `FILE:0.8`, `FILE:0.8:0.6`, `FILE:0.8:0.6:1,0,…`: the file, and how strongly it is applied.

@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
     /// LoRA file (.safetensors) or PEFT folder.
     file: PathBuf,
     /// A base model, to see whether it has every layer that the adapter names.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: Option<PathBuf>,
     /// Show every tensor's fate.
     #[arg(long)]

@@ -33,7 +33,7 @@ pub struct Arguments {
     #[arg(long = "set", value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
     /// The model whose tokenizer and chat template count (a folder or a GGUF file): the dataset is one of texts.
-    #[arg(long, value_name = "MODEL", requires = "folder", conflicts_with = "config", value_parser = crate::arguments::base)]
+    #[arg(long, value_name = "MODEL", requires = "folder", conflicts_with = "config", value_parser = crate::arguments::base())]
     tokenizer: Option<PathBuf>,
     /// The most tokens of a row of texts.
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, requires = "tokenizer")]

@@ -16,7 +16,7 @@ pub fn place(path: &Path) -> Result<Cow<'_, Path>> {
 }
 
 fn place_in<'p>(path: &'p Path, cache: Option<&Path>) -> Result<Cow<'p, Path>> {
-    let Some(name) = path.to_str().filter(|name| is_name(name) && !path.exists()) else { return Ok(path.into()) };
+    let Some(name) = name(path) else { return Ok(path.into()) };
     match cache.and_then(|cache| snapshot(&cache.join(format!("models--{}", name.replace('/', "--"))))) {
         Some(folder) => Ok(folder.into()),
         None => {
@@ -26,6 +26,11 @@ fn place_in<'p>(path: &'p Path, cache: Option<&Path>) -> Result<Cow<'p, Path>> {
     }
 }
 
+/// The path as the name of a model, where nothing is at it and it can be one.
+pub fn name(path: &Path) -> Option<&str> {
+    path.to_str().filter(|name| is_name(name) && !path.exists())
+}
+
 /// Whether a text can be the name of a model, rather than a file's.
 fn is_name(text: &str) -> bool {
     let part = |part: &str| {
@@ -33,7 +38,7 @@ fn is_name(text: &str) -> bool {
             && !part.starts_with('.')
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
-    let is_file = ["safetensors", "ckpt", "pt", "pth", "bin", "gguf", "json"]
+    let is_file = ["safetensors", "sft", "ckpt", "pt", "pth", "bin", "gguf", "json"]
         .iter()
         .any(|extension| Path::new(text).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension)));
     !is_file && text.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
@@ -48,13 +53,21 @@ fn snapshot(model: &Path) -> Option<PathBuf> {
 
 /// The folder that fetched models are in, which need not be there.
 fn cache() -> Option<PathBuf> {
-    let of = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let of = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(|value| expanded(value.into()));
     let own = || of("HF_HUB_CACHE").or_else(|| of("HUGGINGFACE_HUB_CACHE"));
     let home = || {
         let shared = || of("XDG_CACHE_HOME").or_else(|| env::home_dir().map(|home| home.join(".cache")));
         of("HF_HOME").or_else(|| shared().map(|shared| shared.join("huggingface"))).map(|home| home.join("hub"))
     };
     own().or_else(home)
+}
+
+/// A path whose first part is `~`, as their programs understand it, whatever the shell did.
+fn expanded(path: PathBuf) -> PathBuf {
+    match (path.strip_prefix("~"), env::home_dir()) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        _ => path,
+    }
 }
 
 #[cfg(test)]
@@ -82,6 +95,13 @@ mod tests {
     }
 
     #[test]
+    fn a_tilde_is_the_home_folder() {
+        let home = env::home_dir().unwrap();
+        assert_eq!(expanded("~/hf".into()), home.join("hf"));
+        assert_eq!(expanded("/a/~/hf".into()), Path::new("/a/~/hf"));
+    }
+
+    #[test]
     fn paths_stay_what_they_are() {
         let folder = tempfile::tempdir().unwrap();
         let there = folder.path().join("x");
@@ -89,6 +109,7 @@ mod tests {
             "model.safetensors",
             "models/base.safetensors",
             "models/base.GGUF",
+            "models/base.sft",
             "./models/base",
             "/a/b",
             "a/b/c",

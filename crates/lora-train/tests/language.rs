@@ -218,6 +218,11 @@ fn texts_are_looked_at_as_the_configuration_lays_them_out() {
     assert_eq!((&*other[0].path, other[0].pairs), (Path::new("more.jsonl"), Some(true)));
     let pictures = TrainConfig::texts_of::<&str>(None, Some(Path::new("pictures")), &[]).unwrap();
     assert!(pictures.is_none(), "{pictures:?}");
+    // Texts want their base; pictures are looked at without.
+    let error = TrainConfig::texts_of(Some(&path), None, &["base_model=no-one/has-this"]).unwrap_err().to_string();
+    assert!(error.contains("base_model") && error.contains("hf download no-one/has-this"), "{error}");
+    let keys = ["base_model=no-one/has-this", "train_data_dir=pictures"];
+    assert!(TrainConfig::texts_of(Some(&path), None, &keys).unwrap().is_none());
 }
 
 /// The base of a workspace, to be asked.

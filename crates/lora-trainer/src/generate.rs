@@ -17,7 +17,7 @@ use crate::failure::failure;
 #[derive(clap::Args)]
 struct Model {
     /// Base model: a folder in the layout of Hugging Face, or a GGUF file.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: PathBuf,
     /// Adapter and how strongly it is applied (1 without), `voice:0.8`; several are added.
     #[arg(long = "lora", value_name = "FILE[:STRENGTH]")]

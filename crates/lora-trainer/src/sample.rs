@@ -18,7 +18,7 @@ use crate::failure::failure;
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Base model: a file or a folder.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: PathBuf,
     /// What to draw; several are drawn side by side. `<lora:NAME:0.8>` applies an adapter of --lora-dir, `--w 512 --h 768 --d 7
     /// --s 28 --l 6 --n "…" --ss ddim` say size, seed, steps, guidance, negative prompt and sampler of this prompt alone.

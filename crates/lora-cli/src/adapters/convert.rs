@@ -77,7 +77,7 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "base")]
     flatten: Option<usize>,
     /// The base model, for --flatten and for GGUF.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: Option<PathBuf>,
 }
 

@@ -14,10 +14,10 @@ use crate::Failure;
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// The model before.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: PathBuf,
     /// The model after, of the same layout.
-    #[arg(long)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     tuned: PathBuf,
     /// Output file.
     #[arg(long)]

@@ -17,7 +17,7 @@ use crate::Failure;
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Base model: a .safetensors file, a folder, or a language model in GGUF.
-    #[arg(long, value_parser = lora_cli::arguments::base)]
+    #[arg(long, value_parser = lora_cli::arguments::base())]
     base: PathBuf,
     /// Adapter and strength, `FILE:0.8`; `FILE:0.8:0.6` for text encoder and U-Net; a third list gives factors by block.
     #[arg(long, required = true)]

@@ -322,6 +322,12 @@ fields! {
     callbacks: Vec<String>,
 }
 
+/// Whether the data of this name can be texts alone.
+fn names_texts(path: &str) -> bool {
+    let extension = Path::new(path).extension().unwrap_or_default();
+    ["jsonl", "json", "txt"].iter().any(|own| extension.eq_ignore_ascii_case(own))
+}
+
 impl TrainConfig {
     /// Reads a `.toml`, `.yaml`, `.yml` or `.json` file; `overrides` are `key=value` and win over it.
     ///
@@ -368,21 +374,26 @@ impl TrainConfig {
     /// language model, or not named. `folder` takes the place of the file's own.
     ///
     /// # Errors
-    /// As [`TrainConfig::from_file`].
+    /// As [`TrainConfig::from_file`]; where the data are texts by their name, those of opening the base, too.
     pub fn texts_of<S: AsRef<str>>(
         path: Option<&Path>,
         folder: Option<&Path>,
         overrides: &[S],
     ) -> Result<Option<(PathBuf, Vec<TextOptions>)>, ConfigError> {
         let plugins = Plugins::default();
-        let reader = Self::reader_of(path, folder, overrides, &plugins)?;
-        let base = reader.values.get("base_model").and_then(serde_json::Value::as_str);
-        let base = base.and_then(|base| plugins.bases.checkpoint(Path::new(base)).ok());
-        if base.is_none_or(|base| base.family().image) {
-            return Ok(None);
-        }
+        let mut reader = Self::reader_of(path, folder, overrides, &plugins)?;
+        let text = |key: &str| reader.values.get(key).and_then(serde_json::Value::as_str);
+        let base = match text("base_model").map(|base| plugins.bases.checkpoint(Path::new(base))) {
+            Some(Ok(base)) if !base.family().image => base,
+            // Pictures are looked at without their base.
+            Some(Err(error)) if text("train_data_dir").is_some_and(names_texts) => {
+                reader.problem(Some("base_model"), error.to_string());
+                return Self::read::<&str>(reader, &[]).map(|_| None);
+            }
+            _ => return Ok(None),
+        };
         let config = Self::read::<&str>(reader, &[])?;
-        Ok(Some((config.base_model.clone(), crate::base::language::options(&config))))
+        Ok(Some((base.path().to_owned(), crate::base::language::options(&config))))
     }
 
     /// A file, or nothing, with what is set over it.

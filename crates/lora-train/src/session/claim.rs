@@ -13,7 +13,7 @@ static CLAIMED: Mutex<BTreeMap<PathBuf, Weak<File>>> = Mutex::new(BTreeMap::new(
 /// Held as long as a session lasts; the system lets go of it however the program ends.
 #[derive(Debug)]
 pub(super) struct Claim {
-    _folder: Option<Arc<File>>,
+    folder: Option<Arc<File>>,
 }
 
 impl Claim {
@@ -22,27 +22,34 @@ impl Claim {
     /// # Errors
     /// [`Error::OutputInUse`] where a run of another program has it.
     pub(super) fn of(folder: &Path) -> Result<Self> {
-        let Ok(path) = folder.canonicalize() else { return Ok(Self { _folder: None }) };
+        let Ok(path) = folder.canonicalize() else { return Ok(Self { folder: None }) };
         let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
         claimed.retain(|_, own| own.strong_count() > 0);
         if let Some(own) = claimed.get(&path).and_then(Weak::upgrade) {
-            return Ok(Self { _folder: Some(own) });
+            return Ok(Self { folder: Some(own) });
         }
-        let Ok(opened) = File::open(&path) else { return Ok(Self { _folder: None }) };
+        let Ok(opened) = File::open(&path) else { return Ok(Self { folder: None }) };
         if let Err(TryLockError::WouldBlock) = opened.try_lock() {
             return Err(Error::OutputInUse { path: folder.to_owned() });
         }
         let opened = Arc::new(opened);
         claimed.insert(path, Arc::downgrade(&opened));
-        Ok(Self { _folder: Some(opened) })
+        Ok(Self { folder: Some(opened) })
     }
 }
 
-#[cfg(test)]
+impl Drop for Claim {
+    /// No other thread looks while the last one lets go, which would find a folder that is locked and nobody's.
+    fn drop(&mut self) {
+        let _claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        self.folder = None;
+    }
+}
+
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 
-    #[cfg(unix)]
     #[test]
     fn a_folder_is_one_programs_at_a_time() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,6 +1,7 @@
 //! Writing what is trained, with what its file says of the run.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -87,7 +88,9 @@ impl Session {
     /// The model card of a folder: what it is an adapter of, and how it was trained.
     fn card(&self, name: &str) -> String {
         let config = &self.config;
-        let base = config.base_model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let base = &config.base_model;
+        let base = lora_io::hub::name(base).map(Into::into).or_else(|| base.file_name().map(OsStr::to_string_lossy));
+        let base = base.unwrap_or_default();
         let modules = config.target_modules.join(", ");
         format!(
             "---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# {name}\n\nAn adapter ({}) for {base}, of rank \
