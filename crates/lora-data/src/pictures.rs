@@ -12,7 +12,7 @@ use lora_io::hash::sha256;
 use lora_io::metadata::TrainingRecord;
 
 use crate::cache::DiskCache;
-use crate::caption::Done;
+use crate::caption::{CaptionOptions, Done};
 use crate::crop::CropPlan;
 use crate::dataset::{CaptionSource, ImageDataset, Item, Role, Stored, balance};
 use crate::finding::{Finding, FindingKind, Severity};
@@ -164,6 +164,11 @@ impl Pictures {
         &self.items
     }
 
+    /// Each picture with how its caption is treated.
+    pub(crate) fn with_captions(&self) -> impl Iterator<Item = (&Item, &CaptionOptions)> {
+        self.items.iter().zip(&self.of).map(|(item, &of)| (item, &self.datasets[of].options.captions))
+    }
+
     /// Findings that cost a picture or a caption.
     pub fn lost(&self) -> impl Iterator<Item = &Finding> {
         self.findings.iter().filter(|finding| finding.kind.severity() == Severity::Lost)
@@ -253,7 +258,7 @@ impl Pictures {
         &self,
         index: usize,
         mut sample: Sample,
-        variation: Option<usize>,
+        mut variation: Option<usize>,
         random: &Stream,
     ) -> Result<Sample> {
         let dataset = &self.datasets[self.of[index]];
@@ -265,6 +270,8 @@ impl Pictures {
             let context = ProcessContext { source, plan, random, variation };
             sample = processor.process(sample, &context)?;
             sample.check(name)?;
+            // As the digits of a number, so that all combinations come.
+            variation = variation.map(|variation| variation / processor.outcomes().unwrap_or(1).max(1));
         }
         if sample.size() != target {
             let (found, path) = (sample.size(), &self.items[index].file.path);
@@ -401,7 +408,7 @@ impl Source for Pictures {
             // States that were saved before several were kept say nothing of one.
             let variations = match own.variations() {
                 1 => String::new(),
-                several => format!(", {several} variations"),
+                several => format!(", image_variations = {several}"),
             };
             add("processors", format!("{:?}{variations}", dataset.processors));
             add("captions", format!("{:?}", dataset.captions));
@@ -600,6 +607,8 @@ mod tests {
         assert_eq!(counts(&["center_crop"], Some(5)), (1, true));
         assert_eq!(counts(&["center_crop", "flip"], None), (2, true));
         assert_eq!(counts(&["center_crop", "flip"], Some(1)), (1, false));
+        assert_eq!(counts(&["center_crop", "flip"], Some(5)), (2, true));
+        assert_eq!(counts(&["center_crop", "flip", "flip"], None), (4, true));
         assert_eq!(counts(&["random_crop"], None), (1, false));
         assert_eq!(counts(&["random_crop", "flip"], None), (2, false));
         assert_eq!(counts(&["random_crop", "flip"], Some(6)), (6, false));
@@ -613,6 +622,11 @@ mod tests {
         for seed in 0..8 {
             assert_eq!((sample(0, seed), sample(1, seed)), (plain.clone(), plain.clone().mirror()));
         }
+        // All combinations of several processors come.
+        let twice = of(&["center_crop", "flip", "flip"], None);
+        let seen = [0, 1, 2, 3].map(|own| twice.variation(0, own, &Stream::new(0)).unwrap());
+        let mirrored = seen.map(|own| matches!(own, Example::Picture(sample) if sample != plain));
+        assert_eq!(mirrored, [false, true, true, false]);
         let cache = DiskCache::open(folder.path().join("cache")).unwrap();
         let key = |variation, seed| pictures.key_parts(0, variation, &Stream::new(seed), &cache).unwrap();
         assert!(key(Some(0), 0) != key(Some(1), 0) && key(Some(0), 0) != key(None, 0));

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use lora_data::caption::{CaptionLines, CaptionOptions};
 use lora_data::dataset::{CaptionSource, ImageDataset, ScanOptions, Strictness, tag_frequency};
 
 fn folder(pictures: &[&str], files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -38,7 +39,17 @@ fn captions_by_precedence() {
     assert_eq!(dataset.items()[0].lines(), ["from txt", "second line"]);
     assert_eq!(dataset.items()[0].size, (9, 7));
     assert_eq!(dataset.items()[4].caption_source, CaptionSource::None);
-    assert_eq!(tag_frequency(dataset.items()).into_values().next().unwrap()["quoted"], 1);
+    let plain = CaptionOptions::default();
+    assert_eq!(
+        tag_frequency(dataset.items().iter().map(|item| (item, &plain))).into_values().next().unwrap()["quoted"],
+        1
+    );
+    // Of lines that count all tags do.
+    let all = CaptionOptions { lines: CaptionLines::All, ..CaptionOptions::default() };
+    for (captions, lines) in [(&plain, None), (&all, Some(&1))] {
+        let tags = tag_frequency(dataset.items().iter().map(|item| (item, captions))).into_values().next().unwrap();
+        assert_eq!((tags.get("from txt"), tags.get("second line")), (Some(&1), lines));
+    }
 }
 
 #[test]

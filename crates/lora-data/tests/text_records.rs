@@ -117,6 +117,17 @@ fn question_context_system_and_history_are_read_under_all_their_names_in_all_for
             r#"{"conversations": "[{\"from\": \"human\", \"value\": \"Q\"}]", "chosen": "C", "rejected": "R"}"#,
             &["u: Q | a*: C", "u: Q | a*: R"],
         ),
+        (
+            r#"{"prompt": "[{\"role\": \"user\", \"content\": \"Q\"}]", "completion": "[{\"role\": \"assistant\", \"content\": \"A\"}]"}"#,
+            &["u: Q | a*: A"],
+        ),
+        (
+            r#"{"prompt": "Q", "chosen": "[{\"role\": \"assistant\", \"content\": \"C\"}]", "rejected": "[{\"role\": \"assistant\", \"content\": \"R\"}]"}"#,
+            &["u: Q | a*: C", "u: Q | a*: R"],
+        ),
+        (r#"{"instruction": "Q", "output": "A", "history": "[[\"P\", \"B\"]]"}"#, &["u: P | a*: B | u: Q | a*: A"]),
+        // Texts that only look like lists.
+        (r#"{"instruction": "[1, 2]", "output": "[{\"a\": 3}]"}"#, &["u: [1, 2] | a*: [{\"a\": 3}]"]),
         // ultrachat_200k: the prompt once more.
         (
             r#"{"prompt": "Q", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}"#,

@@ -371,6 +371,16 @@ fn onetrainer_reads_concepts_and_has_its_own_defaults() {
     });
     assert_has(&own, wanted);
     assert!((own["ema_decay"].as_f64().unwrap() - 0.9f64.sqrt()).abs() < 1e-12);
+    for (asked, kept) in [(3, 3), (150, 100)] {
+        let drawn = format!("\"path\": \"a\", \"image_variations\": {asked}");
+        let imported = of(
+            Format::Json,
+            &text
+                .replace("\"path\": \"a\"", &drawn)
+                .replace("\"enable_random_flip\": false", "\"enable_random_flip\": true"),
+        );
+        assert_has(&config(&imported)["datasets"][0], json!({ "image_variations": kept }));
+    }
     let datasets = own["datasets"].as_array().unwrap();
     assert_eq!(datasets.len(), 2, "each resolution is a dataset; what is not enabled is none");
     for (dataset, side) in datasets.iter().zip([512, 768]) {
@@ -439,6 +449,14 @@ config:
     let class = "diff_output_preservation: true\n        diff_output_preservation_class: person\n        diff_output_preservation_multiplier: 0.5\n        blank_prompt_preservation: true";
     let own = config(&of(Format::Yaml, &text.replace("diff_output_preservation: true", class)));
     assert_has(&own, json!({ "prior_prompt": "person", "prior_prompt_weight": 0.5, "prior_blank_weight": 1 }));
+    // A mirror image is a picture of its own there.
+    for (repeats, visits) in [("", 2), ("\n          num_repeats: 3", 6)] {
+        let flipped = text.replace("mask_path: masks", &format!("flip_x: true{repeats}"));
+        for dataset in config(&of(Format::Yaml, &flipped))["datasets"].as_array().unwrap() {
+            let wanted = json!({ "processors": ["center_crop", "flip"], "repeats": visits, "caption_lines": "all" });
+            assert_has(dataset, wanted);
+        }
+    }
     let lokr = of(Format::Yaml, &text.replace("type: lora, linear: 16", "type: lokr, dropout: 0.1, linear: 16"));
     assert!(config(&lokr).get("lora_dropout").is_none(), "it has no ranks in between: {lokr}");
 }

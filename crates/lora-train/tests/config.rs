@@ -1,6 +1,7 @@
 //! Configurations, good and bad: every problem is named with its line, its key and what would be right.
 
 use lora_core::DType;
+use lora_data::caption::CaptionLines;
 use lora_train::config::keys::Keys;
 use lora_train::config::{Format, LrScheduler, RunLength, TrainConfig, Warmup};
 
@@ -275,6 +276,18 @@ fn regularisation_pictures_do_not_inherit_what_is_the_subjects() {
     let config = TrainConfig::from_text(&text, Format::Toml, NONE).unwrap();
     assert_eq!(seen(&config, 0), told("ohwx", "ohwx man", (true, true)));
     assert_eq!(seen(&config, 1), told("", "man", (false, false)), "a key of the table itself counts");
+}
+
+#[test]
+fn lines_that_musubi_tuners_dataset_files_imply_give_way_to_what_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dataset.toml");
+    std::fs::write(&path, "[general]\nresolution = 64\n[[datasets]]\nimage_directory = 'a'\n").unwrap();
+    let lines = |key: &str| {
+        let own = format!("base_model = \"b\"\noutput_dir = \"o\"\ndataset_config = {path:?}\n{key}");
+        TrainConfig::from_text(&own, Format::Toml, NONE).unwrap().datasets[0].captions.lines
+    };
+    assert_eq!((lines(""), lines("caption_lines = \"first\"")), (CaptionLines::All, CaptionLines::First));
 }
 
 #[test]

@@ -40,9 +40,9 @@ pub enum CaptionLines {
     /// The first, as in sd-scripts.
     #[default]
     First,
-    /// All of them, with their breaks, as in musubi-tuner and diffusion-pipe; lines without text are left out.
+    /// All of them, with their breaks, as in ai-toolkit, musubi-tuner and diffusion-pipe; lines without text are left out.
     All,
-    /// All of them as one, with [`CaptionOptions::separator`] between them, as in ai-toolkit.
+    /// All of them as one, with [`CaptionOptions::separator`] between them, as once in ai-toolkit.
     Joined,
 }
 
@@ -140,6 +140,11 @@ impl CaptionOptions {
     /// Whether lines behind the first are never used.
     pub(crate) fn cuts_lines(&self) -> bool {
         !self.wildcards && self.lines == CaptionLines::First
+    }
+
+    /// Whether every line is used each time.
+    pub(crate) fn takes_all_lines(&self) -> bool {
+        !self.wildcards && self.lines != CaptionLines::First
     }
 
     fn warms_up(&self) -> bool {

@@ -31,6 +31,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::caption::CaptionOptions;
 use crate::finding::{Finding, FindingKind, Severity};
 use crate::{Error, Result};
 
@@ -118,6 +119,13 @@ impl Item {
     /// All lines of the caption; at least one.
     pub fn lines(&self) -> Vec<&str> {
         std::iter::once(self.caption.as_str()).chain(self.more_lines.iter().map(String::as_str)).collect()
+    }
+
+    /// The comma-separated tags, trimmed and in lower case, of the lines that count.
+    pub(crate) fn tags(&self, captions: &CaptionOptions) -> impl Iterator<Item = String> {
+        let lines = if captions.takes_all_lines() { self.lines() } else { vec![self.caption.as_str()] };
+        let tags = lines.into_iter().flat_map(|line| line.split(','));
+        tags.map(|tag| tag.trim().to_lowercase()).filter(|tag| !tag.is_empty())
     }
 }
 
@@ -315,12 +323,14 @@ impl ImageDataset {
     }
 }
 
-/// Per folder: how often each comma-separated tag, trimmed and in lower case, occurs.
-pub fn tag_frequency<'i>(items: impl IntoIterator<Item = &'i Item>) -> BTreeMap<String, BTreeMap<String, usize>> {
+/// Per folder: how often each comma-separated tag, trimmed and in lower case, occurs in the lines that count.
+pub fn tag_frequency<'i>(
+    items: impl IntoIterator<Item = (&'i Item, &'i CaptionOptions)>,
+) -> BTreeMap<String, BTreeMap<String, usize>> {
     let mut folders: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
-    for item in items {
+    for (item, captions) in items {
         let tags = folders.entry(item.folder.to_string()).or_default();
-        for tag in item.caption.split(',').map(|tag| tag.trim().to_lowercase()).filter(|tag| !tag.is_empty()) {
+        for tag in item.tags(captions) {
             *tags.entry(tag).or_default() += 1;
         }
     }

@@ -127,11 +127,10 @@ pub(super) fn record(pictures: &Pictures, record: &mut TrainingRecord) {
         folders.entry(item.folder.to_string()).or_insert((item.repeats, 0)).1 += 1;
         *visits += item.repeats;
     }
-    record.tag_frequency = tag_frequency(pictures.items());
-    for (index, item) in pictures.items().iter().enumerate() {
-        let word = pictures.options(index).captions.trigger_word.to_lowercase();
-        let own = || item.caption.split(',').any(|tag| tag.trim().to_lowercase() == word);
-        if !word.is_empty() && !own() {
+    record.tag_frequency = tag_frequency(pictures.with_captions());
+    for (item, captions) in pictures.with_captions() {
+        let word = captions.trigger_word.to_lowercase();
+        if !word.is_empty() && !item.tags(captions).any(|tag| tag == word) {
             *record.tag_frequency.entry(item.folder.to_string()).or_default().entry(word).or_default() += 1;
         }
     }

@@ -100,7 +100,13 @@ impl Dataset {
 
     /// How many variations of a picture are kept.
     pub(super) fn variations(&self) -> usize {
-        if self.is_random() { self.options.variations.unwrap_or(self.outcomes()) } else { 1 }
+        match (self.is_random(), self.options.variations) {
+            (false, _) => 1,
+            (true, None) => self.outcomes(),
+            // More than there are would only be kept twice.
+            (true, Some(asked)) if self.outcomes_are_known() => asked.min(self.outcomes()),
+            (true, Some(asked)) => asked,
+        }
     }
 
     /// Whether the variations that are kept are all there are.

@@ -341,7 +341,7 @@ fn captions(pictures: &Pictures, options: &ReportOptions, findings: &mut Vec<Fin
 
 fn tags(pictures: &Pictures) -> Vec<(String, usize)> {
     let mut tags: BTreeMap<String, usize> = BTreeMap::new();
-    for (tag, count) in crate::dataset::tag_frequency(pictures.items()).into_values().flatten() {
+    for (tag, count) in crate::dataset::tag_frequency(pictures.with_captions()).into_values().flatten() {
         *tags.entry(tag).or_default() += count;
     }
     let mut tags: Vec<_> = tags.into_iter().collect();

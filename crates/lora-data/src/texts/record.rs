@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::fields::{ANSWER, CONTEXT, Fields, HISTORY, LABEL, PAIR, QUESTION, SYSTEM, TOOLS, TURNS};
-use super::turns::{history, message, tools, transcript, turns};
+use super::turns::{history, message, tools, transcript, turns, written_down};
 use crate::template::Conversation;
 
 /// The form of a record.
@@ -237,13 +237,26 @@ impl Around {
 
 /// What is asked, with what it is about: a text, or a list of messages.
 fn asked(fields: &mut Fields, key: &'static str) -> Result<Given, String> {
-    if fields.get(key).is_some_and(Value::is_array) {
-        return turns(fields.take(key), key).map(Given::Turns);
+    if let Some(list) = listed(fields, key) {
+        return turns(list, key).map(Given::Turns);
     }
     let question = fields.text(key)?;
     filled(&[(key, &question)])?;
     let texts: Vec<String> = [vec![question], fields.texts(CONTEXT)?].concat();
     Ok(Given::Text(texts.join("\n\n")))
+}
+
+/// The list of messages that a key has, or the text of one; it counts as read.
+fn listed(fields: &mut Fields, key: &str) -> Option<Value> {
+    match fields.get(key)? {
+        Value::Array(_) => Some(fields.take(key)),
+        Value::String(text) => {
+            let list = written_down(text)?;
+            fields.take(key);
+            Some(list)
+        }
+        _ => None,
+    }
 }
 
 /// A part of a record that datasets write as a text or as messages.
@@ -263,15 +276,15 @@ impl Given {
 
 /// What is answered: a text, a message, or a list of messages.
 fn answer(fields: &mut Fields, key: &'static str) -> Result<Given, String> {
-    match fields.get(key) {
-        Some(Value::Object(_)) => turns(Value::Array(vec![fields.take(key)]), key).map(Given::Turns),
-        Some(Value::Array(_)) => turns(fields.take(key), key).map(Given::Turns),
-        _ => {
-            let text = fields.text(key)?;
-            filled(&[(key, &text)])?;
-            Ok(Given::Text(text))
-        }
+    if fields.get(key).is_some_and(Value::is_object) {
+        return turns(Value::Array(vec![fields.take(key)]), key).map(Given::Turns);
     }
+    if let Some(list) = listed(fields, key) {
+        return turns(list, key).map(Given::Turns);
+    }
+    let text = fields.text(key)?;
+    filled(&[(key, &text)])?;
+    Ok(Given::Text(text))
 }
 
 /// Question and answer: texts, or lists of messages.

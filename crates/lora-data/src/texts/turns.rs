@@ -32,8 +32,23 @@ fn wrapped(tool: Value) -> Value {
     if is_bare { json!({"type": "function", "function": tool}) } else { tool }
 }
 
-/// Earlier turns: pairs of question and answer, or messages.
+/// The list of messages that a text is, as some exporters write it. Other texts stay what they are.
+pub(super) fn written_down(text: &str) -> Option<Value> {
+    if !text.trim_start().starts_with('[') {
+        return None;
+    }
+    let is_turn = |own: &Value| ["role", "from"].iter().any(|key| own.get(*key).is_some_and(Value::is_string));
+    let list: Vec<Value> = serde_json::from_str(text).ok()?;
+    (!list.is_empty() && list.iter().all(is_turn)).then_some(Value::Array(list))
+}
+
+/// Earlier turns: pairs of question and answer, or messages; or the text of such a list.
 pub(super) fn history(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
+    let value = match value {
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("`{key}`: expected a list, found text that is no JSON: {error}"))?,
+        value => value,
+    };
     let Value::Array(turns) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
     let mut messages = Vec::new();
     for (index, own) in turns.into_iter().enumerate() {

@@ -58,10 +58,12 @@ pub(super) fn read(reader: &mut Reader, required: bool) -> Vec<DatasetOptions> {
     }
     if let Some(path) = reader.given("dataset_config").text() {
         match lora_import::sd_scripts::subsets(Path::new(&path)) {
-            Ok(subsets) => tables.extend(subsets.into_iter().map(|subset| Table {
-                label: subset.label,
-                group: subset.group,
-                keys: subset.keys,
+            Ok(subsets) => tables.extend(subsets.into_iter().map(|mut subset| {
+                // No such file has this key: what it implies gives way to what is said.
+                if reader.has("caption_lines") {
+                    subset.keys.remove("caption_lines");
+                }
+                Table { label: subset.label, group: subset.group, keys: subset.keys }
             })),
             Err(problems) => problems.into_iter().for_each(|problem| reader.problem(Some("dataset_config"), problem)),
         }

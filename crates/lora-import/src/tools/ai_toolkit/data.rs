@@ -21,7 +21,7 @@ pub(super) static DATASET: &[Row] = &[
     gone("trigger_word", OFF, "one trigger_word holds for all datasets"),
     gone("random_triggers", OFF, "no words drawn from a list"),
     nothing("random_triggers_max", "with random_triggers"),
-    by("caption_ext", CAPTION_FILES, "`txt` where none is given; lines of a file are joined by commas", caption_files)
+    by("caption_ext", CAPTION_FILES, "`txt` where none is given; with all lines of a file", caption_files)
         .default("\"txt\""),
     by("caption_type", CAPTION_FILES, "an old name of caption_ext", caption_files),
     by("resolution", &["max_resolution"], "an area; several are datasets of their own", resolution).default("512"),
@@ -46,7 +46,18 @@ pub(super) static DATASET: &[Row] = &[
     by("caption_dropout_rate", &["caption_dropout_rate"], "captions that are left out", |field| {
         rate(field, "caption_dropout_rate")
     }),
-    by("flip_x", &["processors"], "`flip`", processors),
+    by(
+        "flip_x",
+        &["processors", "repeats"],
+        "`flip`, with twice the visits: a picture and its mirror image",
+        |field| match processors(field) {
+            Outcome::Translated(mut settings, how) => {
+                settings.push(("repeats", visits(field).into()));
+                translated(settings, format!("{how}; each epoch has a picture both ways"))
+            }
+            other => other,
+        },
+    ),
     gone("flip_y", OFF, "pictures are not turned upside down"),
     by("random_crop", &["processors"], "`random_crop`", processors),
     gone("random_scale", OFF, "pictures have one scale"),
@@ -72,6 +83,7 @@ pub(super) static DATASET: &[Row] = &[
     gone("use_short_captions", OFF, "captions are those of the files"),
     by("num_repeats", &["repeats"], "visits of each picture in an epoch", |field| match field.count() {
         Some(1) => no_effect("1, as without it"),
+        Some(2..) if field.here.on("flip_x") => becomes("repeats", visits(field), "twice as many with flip_x"),
         Some(count @ 2..) => taken("repeats", count),
         _ => field.expected("a whole number from 1 on"),
     }),
@@ -123,9 +135,15 @@ static CAPTION_FILES: &[&str] = &["caption_extension", "caption_lines"];
 fn caption_files(field: &Field<'_>) -> Outcome {
     let extension = format!(".{}", field.text().trim_start_matches('.'));
     translated(
-        vec![("caption_extension", extension.into()), ("caption_lines", "joined".into())],
-        "with commas between the lines of a file",
+        vec![("caption_extension", extension.into()), ("caption_lines", "all".into())],
+        "with all lines of a file",
     )
+}
+
+/// How often a picture comes in an epoch: with `flip_x` its mirror image is a picture of its own.
+fn visits(field: &Field<'_>) -> u64 {
+    let repeats = field.here.count("num_repeats").unwrap_or(1);
+    repeats.saturating_mul(if field.here.on("flip_x") { 2 } else { 1 })
 }
 
 fn processors(field: &Field<'_>) -> Outcome {

@@ -74,7 +74,10 @@ static CONCEPT: &[Row] = &[
         let image = field.here.given("image").unwrap_or_default();
         let drawn = ["enable_crop_jitter", "enable_random_flip"].map(|key| image.get(key).and_then(values::switch));
         match drawn.contains(&Some(true)) || drawn.contains(&None) {
-            true => taken("image_variations", field.count().unwrap_or(1)),
+            true => match field.count().unwrap_or(1) {
+                many @ 101.. => becomes("image_variations", 100, format!("100, the most that are kept, not {many}")),
+                count => taken("image_variations", count.max(1)),
+            },
             false => no_effect("nothing is drawn"),
         }
     })

@@ -34,9 +34,13 @@ static ALL: &[Idle] = &[
         is: |config| all(config, |dataset| matches!(dataset.framing, Framing::Fixed(_))),
     },
     Idle {
-        keys: &["keep_tokens", "keep_tokens_separator"],
-        without: "shuffle_caption, caption_tag_dropout_rate or token_warmup_step",
-        is: |config| captions(config, |own| !own.shuffle && own.tag_dropout == 0.0 && !warms_up(own)),
+        keys: &["keep_tokens"],
+        without: "shuffle_caption, caption_tag_dropout_rate, token_warmup_step or trigger_word",
+        // Tags that are kept keep their places before a trigger word, too.
+        is: |config| {
+            let moves = |own: &CaptionOptions| own.shuffle || !own.trigger_word.is_empty();
+            captions(config, |own| !moves(own) && own.tag_dropout == 0.0 && !warms_up(own))
+        },
     },
     Idle {
         keys: &["token_warmup_min"],
@@ -46,7 +50,7 @@ static ALL: &[Idle] = &[
     Idle {
         keys: &["lr_min_ratio", "lr_decay_steps"],
         without: "a schedule that falls (lr_scheduler)",
-        is: |config| config.lr_scheduler == LrScheduler::Constant,
+        is: |config| matches!(config.lr_scheduler, LrScheduler::Constant | LrScheduler::InverseSqrt),
     },
     Idle {
         keys: &["lr_scheduler_num_cycles"],
@@ -147,6 +151,8 @@ mod tests {
             assert!(keys.get(key).is_some(), "{key}");
         }
         assert_eq!(told(""), [""; 0]);
+        // It divides captions whether they are shuffled or not.
+        assert_eq!(told("keep_tokens_separator = \"|||\""), [""; 0]);
         assert_eq!(
             told(
                 "huber_c = 0.2\nhuber_schedule = \"snr\"\nkeep_tokens = 1\nlr_min_ratio = 0.1\ncache_latents = false\nimage_variations = 3"
@@ -154,7 +160,7 @@ mod tests {
             [
                 "huber_c, huber_schedule change nothing without loss_type huber or smooth_l1",
                 "image_variations changes nothing without cache_latents",
-                "keep_tokens changes nothing without shuffle_caption, caption_tag_dropout_rate or token_warmup_step",
+                "keep_tokens changes nothing without shuffle_caption, caption_tag_dropout_rate, token_warmup_step or trigger_word",
                 "lr_min_ratio changes nothing without a schedule that falls (lr_scheduler)",
             ]
         );
@@ -168,6 +174,7 @@ mod tests {
             "image_variations = 3\nprocessors = [\"random_crop\"]",
             "max_bucket_reso = 768\nenable_bucket = true",
             "keep_tokens = 1\nshuffle_caption = true",
+            "keep_tokens = 1\ntrigger_word = \"sks\"",
             "token_warmup_min = 2\ntoken_warmup_step = 5",
             "lr_min_ratio = 0.1\nlr_scheduler = \"cosine\"",
             "lr_scheduler_num_cycles = 2\nlr_scheduler = \"cosine_with_restarts\"",

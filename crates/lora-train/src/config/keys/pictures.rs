@@ -290,7 +290,7 @@ pub(super) static TREATMENT: Group = Group {
             name: "caption_lines",
             values: "first, all, joined",
             default: "\"first\"",
-            meaning: "What counts of a caption file with several lines: the first, as in sd-scripts; all with their breaks, as in musubi-tuner and diffusion-pipe; or all with `caption_separator` between them, as in ai-toolkit. Lines without text are left out; `enable_wildcard` chooses one.",
+            meaning: "What counts of a caption file with several lines: the first, as in sd-scripts; all with their breaks, as in ai-toolkit, musubi-tuner and diffusion-pipe; or all as one line, with `caption_separator` between them. Lines without text are left out; `enable_wildcard` chooses one.",
             memory: "",
             resumed: Resumed::Elsewhere,
             reads: Reads::Dataset(|given, dataset| {
