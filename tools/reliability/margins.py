@@ -5,8 +5,8 @@ threads, whose kernels add in other orders, and a bound that holds by a hair on 
 
 Copies the repository, has each comparison of an assertion with a float write down both sides and pass, and runs the tests with
 the kernels of this processor, of one with AVX2 and of one with SSE 4, with one thread and with two. Prints every bound of which
-one of these used up `share` or more, with the share for each. Where all are alike, no order decides and the bound may stay.
-Tests that want two numbers to differ fail in the copy, which says nothing.
+one of these used up `share` or more, with the share for each (`AVX2 × 2`: two threads). Where all are alike, no order decides and
+the bound may stay. Tests that want two numbers to differ fail in the copy, which says nothing.
 """
 
 import os
@@ -102,7 +102,7 @@ def main():
     subprocess.run(["make", "--no-print-directory", "setup", "setup-onnx"], check=True)
     tests, shares = programs(shlex.split(own["arguments"])), {}
     for name, threads, processor in WAYS:
-        way, log = f"{name}, {threads} threads", os.path.abspath("noted.log")
+        way, log = f"{name} × {threads}", os.path.abspath("noted.log")
         with ThreadPoolExecutor(int(own["at_once"])) as pool:
             list(pool.map(lambda test: run(*test, threads, processor | {"MARGINS": log}), tests))
         with open(log) as file:
