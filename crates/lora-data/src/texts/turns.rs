@@ -42,16 +42,21 @@ pub(super) fn written_down(text: &str) -> Option<Value> {
     (!list.is_empty() && list.iter().all(is_turn)).then_some(Value::Array(list))
 }
 
-/// Earlier turns: pairs of question and answer, or messages; or the text of such a list.
-pub(super) fn history(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
+/// A list, or (as some exporters write it) its text.
+fn list(value: Value, key: &str) -> Result<Vec<Value>, String> {
     let value = match value {
         Value::String(text) => serde_json::from_str(&text)
             .map_err(|error| format!("`{key}`: expected a list, found text that is no JSON: {error}"))?,
         value => value,
     };
-    let Value::Array(turns) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
+    let Value::Array(list) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
+    Ok(list)
+}
+
+/// Earlier turns: pairs of question and answer, or messages; or the text of such a list.
+pub(super) fn history(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
     let mut messages = Vec::new();
-    for (index, own) in turns.into_iter().enumerate() {
+    for (index, own) in list(value, key)?.into_iter().enumerate() {
         let place = format!("`{key}`, turn {}", index + 1);
         match own.as_array().map(Vec::as_slice) {
             Some([Value::String(question), Value::String(answer)]) => {
@@ -84,13 +89,11 @@ pub(super) fn transcript(text: &str) -> Option<Vec<Map<String, Value>>> {
 
 /// The turns of a conversation, in either spelling; or, as some exporters write them, the text of such a list.
 pub(super) fn turns(value: Value, key: &str) -> Result<Vec<Map<String, Value>>, String> {
-    let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("`{key}`: expected a list, found text that is no JSON: {error}"))?,
-        value => value,
-    };
-    let Value::Array(turns) = value else { return Err(format!("`{key}`: expected a list, found {}", shape(&value))) };
-    turns.into_iter().enumerate().map(|(index, own)| turn(own, &format!("`{key}`, turn {}", index + 1))).collect()
+    list(value, key)?
+        .into_iter()
+        .enumerate()
+        .map(|(index, own)| turn(own, &format!("`{key}`, turn {}", index + 1)))
+        .collect()
 }
 
 fn turn(value: Value, place: &str) -> Result<Map<String, Value>, String> {
