@@ -30,8 +30,8 @@ impl From<Precision> for DType {
     }
 }
 
-/// A base model: a file, a folder, or the name of one that Hugging Face's programs have fetched.
-/// An argument that names none is refused.
+/// The parser of an argument that is a base model: a file, a folder, or the name of one that Hugging Face's programs
+/// have fetched. A name that they have not is refused with the command that fetches it.
 pub fn base() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| lora_io::hub::place(&path).map(Cow::into_owned))
 }

@@ -22,8 +22,8 @@ pub struct ProcessContext {
     pub plan: CropPlan,
     /// Random numbers that belong to this visit or variation of the item, whatever the order of processing.
     pub random: Stream,
-    /// Which variation of the picture this is, from 0, where several are kept of it: its remainder by the processor's own
-    /// outcomes says which of these is wanted, as the outcomes of processors before it are divided out.
+    /// Which variation of the picture is wanted, from 0, where several are kept of it. A processor takes the remainder
+    /// by the number of its own outcomes: those of the processors before it are divided out.
     pub variation: Option<usize>,
 }
 

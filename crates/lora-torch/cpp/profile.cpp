@@ -105,7 +105,8 @@ int lora_profile_start() {
   });
 }
 
-// Ends it, on the same thread: lines of a name, how often it did work and how often the host waited. Valid until this thread's next call.
+// Ends it, on the same thread: lines of a name, how often it did work and how often the host waited. Valid until this thread's
+// next call.
 const char *lora_profile_stop() {
   thread_local std::string text;
   text.clear();

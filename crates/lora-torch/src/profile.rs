@@ -50,9 +50,8 @@ impl Drop for Counting {
     }
 }
 
-/// What `run` gives, and the operations of this thread meanwhile and of those that compute its gradients. It slows each of
-/// them down; one at a time, others wait.
-/// Fails only if libtorch refuses the hook.
+/// What `run` gives, and the operations of this thread meanwhile and of those that compute its gradients: what other
+/// threads of the program do is not counted. It slows each operation down; one at a time, others wait.
 ///
 /// ```
 /// use lora_torch::profile::operations;

@@ -40,7 +40,8 @@ pub enum CaptionLines {
     /// The first, as in sd-scripts.
     #[default]
     First,
-    /// All of them, with their breaks, as in ai-toolkit, musubi-tuner and diffusion-pipe; lines without text are left out.
+    /// All of them, with their breaks, as in ai-toolkit, musubi-tuner and diffusion-pipe; lines without text are left
+    /// out.
     All,
     /// All of them as one, with [`CaptionOptions::separator`] between them, as once in ai-toolkit.
     Joined,

@@ -1,5 +1,5 @@
-//! How a dataset's pictures and captions are treated: what a configuration says of it, with the processors found by their names.
-//! What is done with them is in the module above.
+//! How a dataset's pictures and captions are treated: what a configuration says of it, with the processors found by
+//! their names. What is done with them is in the module above.
 
 use std::path::PathBuf;
 use std::sync::Arc;
